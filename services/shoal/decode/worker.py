@@ -1,0 +1,210 @@
+"""One decode replica without Ray: it orchestrates a request from its reservation to its last token.
+
+::
+
+    submit (hold) ─> blocks reserved ─> grant a lease, ask prefill ─> K/V verified and committed ─> boundary step ─> …
+                                              │
+                                              └─ any failure: the lease ends, the same blocks are filled by a local
+                                                 prefill of the same depth. A fault never changes depth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from shoal.config import HandoffConfig
+from shoal.decode.stream import ChoiceStreams
+from shoal.engine.client import EngineClient, Inbox, TokenSampled
+from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, ShoalError, Unavailable
+from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
+from shoal.model.plan import LayerPlan
+from shoal.telemetry import DecodeMetrics
+from shoal.transfer.decode_side import Arrived, HandoffDesk
+
+AskPrefill = Callable[[Grant], Awaitable[HandoffOutcome]]
+BOUNDARY_TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """How a request got to the point where its next step may sample. Times are monotonic seconds."""
+
+    report: HandoffReport
+    submitted_s: float
+    reserved_s: float
+    ready_s: float
+    arrived: Arrived | None = None
+
+
+class DecodeWorker:
+    """``ask_prefill`` sends a grant to some prefill replica and returns when its lease has ended; ``None`` where
+    there is no prefill pool."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        desk: HandoffDesk,
+        *,
+        plan: LayerPlan,
+        plan_hash: str,
+        config: HandoffConfig,
+        decode_text: Callable[[Sequence[int]], str],
+        ask_prefill: AskPrefill | None,
+        metrics: DecodeMetrics,
+    ) -> None:
+        self._engine = engine
+        self._desk = desk
+        self._plan = plan
+        self._plan_hash = plan_hash
+        self._config = config
+        self._decode_text = decode_text
+        self._ask_prefill = ask_prefill
+        self._metrics = metrics
+        self._calls: set[asyncio.Future[HandoffOutcome]] = set()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+        """One output a step and choice. Closing the iterator, or cancelling it, frees everything."""
+        # Not the client's id: a retry of the same request must not meet its predecessor.
+        key = f"{request.context.request_id}-{secrets.token_hex(4)}"
+        deadline_s = time.monotonic() + request.context.timeout_s
+        with self._engine.open(key) as inbox:
+            async with _until(deadline_s):
+                begun = await self._begin(key, request, inbox, deadline_s)
+            streams = ChoiceStreams(request, self._decode_text)
+            first = True
+            while streams.is_open:
+                async with _until(deadline_s):
+                    event = await inbox.next()
+                if not isinstance(event, TokenSampled):
+                    raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
+                output = streams.accept(event.token)
+                if output is None:
+                    continue
+                if isinstance(output.stop_reason, str):
+                    choice = output.choice
+                    self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
+                if first:
+                    output = replace(output, stages=_stages(begun, event), handoff=begun.report)
+                    first = False
+                self._metrics.decoded(len(output.token_ids))
+                yield output
+
+    # --- until the first step -------------------------------------------------------------------------
+
+    async def _begin(self, key: str, request: GenerateRequest, inbox: Inbox, deadline_s: float) -> _Begun:
+        submitted_s = time.monotonic()
+        hold = self._wants_handoff(request)
+        await self._engine.call(
+            lambda engine: engine.submit_generate(
+                key, request.prompt_token_ids, request.depth, request.sampling, hold=hold
+            )
+        )
+        if not hold:
+            return _Begun(HandoffReport(request.depth, transferred=False), submitted_s, submitted_s, submitted_s)
+        blocks = (await inbox.reserved()).blocks
+        reserved_s = time.monotonic()
+        try:
+            arrived = await self._hand_off(request, blocks, deadline_s)
+        except ShoalError as error:
+            if isinstance(error, Cancelled | DeadlineExceeded):
+                raise
+            return await self._fall_back(key, request, error, submitted_s, reserved_s)
+        num_present = len(request.prompt_token_ids) - 1
+        await self._engine.call(lambda engine: engine.start(key, num_computed=num_present))
+        report = HandoffReport(
+            request.depth,
+            transferred=True,
+            num_prefill_layers=self._plan.num_kept,
+            shallow_bytes=arrived.shallow_bytes,
+            deep_bytes=arrived.deep_bytes,
+            boundary_bytes=BOUNDARY_TOKEN_BYTES,
+        )
+        return _Begun(report, submitted_s, reserved_s, time.monotonic(), arrived)
+
+    def _wants_handoff(self, request: GenerateRequest) -> bool:
+        """Through the prefill pool if its plan is the one asked for. With nothing skipped, both depths are one."""
+        served = request.depth is Depth.SHALLOW or self._plan.num_skipped == 0
+        return served and self._ask_prefill is not None and len(request.prompt_token_ids) >= self._config.min_tokens
+
+    async def _hand_off(self, request: GenerateRequest, blocks: tuple[int, ...], deadline_s: float) -> Arrived:
+        """Grant a lease, ask prefill, and wait until the K/V are verified. On return or error the lease is over and
+        nobody writes into ``blocks`` any more."""
+        if self._ask_prefill is None:
+            raise Unavailable("there is no prefill pool")
+        lease_id = secrets.token_bytes(16)
+        async with self._desk.open(lease_id, request.prompt_token_ids, blocks) as lease:
+            grant = Grant(
+                lease_id=lease_id,
+                handoff_address=self._desk.address,
+                plan_hash=self._plan_hash,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_present=0,
+                ttl_s=self._config.ttl_s,
+                claim_timeout_s=self._config.claim_timeout_s,
+                context=replace(request.context, timeout_s=max(0.0, deadline_s - time.monotonic())),
+            )
+            call = asyncio.ensure_future(self._ask_prefill(grant))
+            arrived = asyncio.ensure_future(lease.arrived())
+            try:
+                await asyncio.wait((call, arrived), return_when=asyncio.FIRST_COMPLETED)
+                if not arrived.done():
+                    # Prefill's call ends after its lease did, so either it is committed or it never will be.
+                    _raise_if_refused(await call)
+                return await arrived
+            except BaseException:
+                call.cancel()
+                raise
+            finally:
+                arrived.cancel()
+                # On success prefill's call ends a moment later, when it hears that its K/V are committed.
+                self._calls.add(call)
+                call.add_done_callback(self._call_ended)
+
+    def _call_ended(self, call: asyncio.Future[HandoffOutcome]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            call.exception()  # looked at, so that asyncio doesn't report it: the lease has told us already
+
+    async def _fall_back(
+        self, key: str, request: GenerateRequest, error: ShoalError, submitted_s: float, reserved_s: float
+    ) -> _Begun:
+        self._metrics.fell_back("local", error.code)
+        await self._engine.call(lambda engine: engine.start(key))
+        report = HandoffReport(request.depth, transferred=False, fallback=error.code)
+        return _Begun(report, submitted_s, reserved_s, time.monotonic())
+
+
+def _raise_if_refused(outcome: HandoffOutcome) -> None:
+    if not outcome.committed:
+        raise HandoffError(f"prefill gave up: {outcome.reason}")
+
+
+@asynccontextmanager
+async def _until(deadline_s: float) -> AsyncIterator[None]:
+    """DeadlineExceeded if the block outlasts ``deadline_s`` (monotonic seconds)."""
+    try:
+        async with asyncio.timeout(deadline_s - time.monotonic()):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded("the request's deadline has passed") from error
+
+
+def _stages(begun: _Begun, first: TokenSampled) -> TtftStages:
+    """The waterfall of the first token; the parts add up to submission -> end of the first sampling step."""
+    if begun.arrived is None:  # decode prefilled the prompt itself, its boundary step included
+        queue_s = first.token.first_step_s - begun.submitted_s
+        return TtftStages(0.0, queue_s, first.ended_s - first.token.first_step_s, 0.0, 0.0)
+    waited_s = begun.ready_s - begun.reserved_s
+    return TtftStages(
+        reserve_s=begun.reserved_s - begun.submitted_s,
+        queue_s=begun.arrived.queue_s,
+        prefill_s=begun.arrived.prefill_s,
+        transfer_exposed_s=waited_s - begun.arrived.queue_s - begun.arrived.prefill_s,
+        boundary_step_s=first.ended_s - begun.ready_s,
+    )
+

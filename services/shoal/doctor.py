@@ -1,0 +1,277 @@
+"""What this machine can run, and what to do about what it can't.
+
+Each ``judge_…`` turns measured values into a finding and is pure; ``examine`` measures. The heavy libraries load
+inside the probes, so that a broken one is a finding and not a crash.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from rich.table import Table
+from rich.text import Text
+
+from shoal.errors import ModelError
+
+GIB = 1 << 30
+_SHM = "/dev/shm"  # noqa: S108  looked at, not written to
+_INSTALL = "pip install 'shoal[serve]'"
+
+
+class Level(enum.StrEnum):
+    """``WARN``: it works, but less well. ``FAIL``: ``shoal serve`` can't start."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``what`` was found; ``next_step`` is empty where nothing needs doing."""
+
+    name: str
+    level: Level
+    what: str
+    next_step: str = ""
+
+
+def examine(ports: Iterable[int] = (8000, 9000)) -> list[Finding]:
+    """Look at everything that ``shoal serve`` depends on. Takes a few seconds, most of it loading torch and Ray."""
+    return [
+        judge_python(sys.version_info[:3]),
+        judge_cores(usable_cores()),
+        judge_memory(available_memory_bytes()),
+        judge_shared_memory(_free_bytes(Path(_SHM))),
+        *_examine_torch(),
+        judge_compiler(next(filter(None, map(shutil.which, _compilers())), None)),
+        judge_ray(_version_of("ray")),
+        judge_nixl(_version_of("nixl")),
+        _examine_model("smollm2"),
+        *(judge_port(port, free=is_port_free(port)) for port in ports),
+    ]
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """The level that the whole machine has."""
+    levels = {finding.level for finding in findings}
+    return next((level for level in (Level.FAIL, Level.WARN) if level in levels), Level.OK)
+
+
+def render(findings: Iterable[Finding]) -> Table:
+    """The findings as a table for a terminal, one a row."""
+    colors = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "red"}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "what", "found", "to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        level = Text(finding.level, style=colors[finding.level])
+        table.add_row(level, Text(finding.name), Text(finding.what), Text(finding.next_step))
+    return table
+
+
+# --- judging --------------------------------------------------------------------------------------------
+
+
+def judge_python(version: tuple[int, ...]) -> Finding:
+    what = ".".join(map(str, version))
+    if version < (3, 11):
+        return Finding("Python", Level.FAIL, what, "install Python 3.11 or newer")
+    return Finding("Python", Level.OK, what)
+
+
+def judge_cores(num_cores: float) -> Finding:
+    what = f"{num_cores:g} usable"
+    if num_cores < 2:
+        return Finding("cores", Level.WARN, what, "give it two: the pools will take turns on one, and be slow")
+    return Finding("cores", Level.OK, what)
+
+
+def judge_memory(available_bytes: int) -> Finding:
+    what = f"{available_bytes / GIB:.1f} GiB available"
+    if available_bytes < 2 * GIB:
+        return Finding("memory", Level.FAIL, what, "free some: Ray and two replicas of a small model take 2 GiB")
+    if available_bytes < 4 * GIB:
+        return Finding("memory", Level.WARN, what, "keep both pools small: set num_blocks of prefill and decode")
+    return Finding("memory", Level.OK, what)
+
+
+def judge_shared_memory(free_bytes: int | None) -> Finding:
+    if free_bytes is None:
+        return Finding(_SHM, Level.WARN, "missing", "mount a tmpfs there, or Ray's object store will be on disk")
+    what = f"{free_bytes / GIB:.1f} GiB free"
+    if free_bytes < GIB:
+        return Finding(_SHM, Level.WARN, what, "in a container, start it with --shm-size=2g")
+    return Finding(_SHM, Level.OK, what)
+
+
+def judge_bf16(*, native: bool, bf16_flops: float, float32_flops: float) -> Finding:
+    """``native``: the CPU has bf16 dot products. Rates are floating-point operations per second of one GEMM."""
+    what = f"GEMM {bf16_flops / 1e9:.0f} GFLOP/s, float32 {float32_flops / 1e9:.0f}"
+    if not native:
+        return Finding("bfloat16", Level.WARN, f"not native; {what}", "nothing: dtype auto uses float32 here")
+    if bf16_flops < float32_flops:
+        return Finding("bfloat16", Level.WARN, f"native, but slower; {what}", "serve with --dtype float32")
+    return Finding("bfloat16", Level.OK, f"native; {what}")
+
+
+def judge_gpus(gpus: list[tuple[str, int]]) -> Finding:
+    """``gpus``: name and memory in bytes of each."""
+    if not gpus:
+        return Finding("GPU", Level.OK, "none: everything runs on the CPU")
+    return Finding("GPU", Level.OK, ", ".join(f"{name} ({size / GIB:.0f} GiB)" for name, size in gpus))
+
+
+def judge_compiler(path: str | None) -> Finding:
+    if path is None:
+        step = "install g++ if you want to use torch.compile; Shoal runs without"
+        return Finding("C++ compiler", Level.WARN, "none", step)
+    return Finding("C++ compiler", Level.OK, path)
+
+
+def judge_ray(version: str | None) -> Finding:
+    if version is None:
+        return Finding("Ray", Level.FAIL, "can't be imported", _INSTALL)
+    if tuple(map(int, version.split(".")[:2])) < (2, 60):
+        return Finding("Ray", Level.FAIL, version, f"{_INSTALL} --upgrade: 2.60 or newer is needed")
+    return Finding("Ray", Level.OK, version)
+
+
+def judge_nixl(version: str | None) -> Finding:
+    if version is None:
+        return Finding("NIXL", Level.OK, "not installed: hand-offs go over gRPC")
+    return Finding("NIXL", Level.OK, version)
+
+
+def judge_port(port: int, *, free: bool) -> Finding:
+    name = f"port {port}"
+    if not free:
+        return Finding(name, Level.WARN, "taken", "end what listens there, or choose --port and --grpc-port")
+    return Finding(name, Level.OK, "free on 127.0.0.1")
+
+
+# --- measuring ------------------------------------------------------------------------------------------
+
+
+def usable_cores() -> float:
+    """Cores that this process may run on: its affinity, or its cgroup's quota if that is less."""
+    cores = float(len(os.sched_getaffinity(0)))
+    quota, _, period = _first_line(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
+    return min(cores, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else cores
+
+
+def available_memory_bytes() -> int:
+    """What the system could still give, or what the cgroup leaves if that is less."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = _first_line(Path("/sys/fs/cgroup/memory.max"))
+    used = _first_line(Path("/sys/fs/cgroup/memory.current"))
+    return min(available, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else available
+
+
+def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
+    with socket.socket() as probe:
+        # A port whose last connections are in TIME_WAIT is free to a server.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def gemm_flops(torch: ModuleType, dtype: object, size: int = 512, num_tries: int = 5) -> float:
+    """Floating-point operations per second of the best of a few ``size``-cubed matrix products."""
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    _seconds(lambda: left @ right)  # the first one pays for threads and kernels
+    return 2 * size**3 / min(_seconds(lambda: left @ right) for _ in range(num_tries))
+
+
+def _examine_torch() -> list[Finding]:
+    torch = _load("torch")
+    if torch is None:
+        return [Finding("torch", Level.FAIL, "can't be imported", _INSTALL)]
+    cuda = torch.cuda
+    gpus = [cuda.get_device_properties(index) for index in range(cuda.device_count() if cuda.is_available() else 0)]
+    return [
+        Finding("torch", Level.OK, str(torch.__version__)),
+        judge_bf16(
+            native=_has_bf16_instructions(),
+            bf16_flops=gemm_flops(torch, torch.bfloat16),
+            float32_flops=gemm_flops(torch, torch.float32),
+        ),
+        judge_gpus([(gpu.name, gpu.total_memory) for gpu in gpus]),
+    ]
+
+
+def _examine_model(name: str) -> Finding:
+    files = _load("shoal.model.files")
+    if files is None:
+        return Finding(f"model {name}", Level.FAIL, "can't look: torch or transformers is missing", _INSTALL)
+    try:
+        return Finding(f"model {name}", Level.OK, str(files.locate(name).path))
+    except ModelError as error:
+        return Finding(f"model {name}", Level.WARN, "not found", error.message)
+
+
+def _has_bf16_instructions() -> bool:
+    """AVX512_BF16 or AMX on x86, BF16 on Arm."""
+    return any(
+        line.startswith(("flags", "Features")) and {"avx512_bf16", "amx_bf16", "bf16"} & set(line.split())
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+    )
+
+
+def _compilers() -> list[str]:
+    own = os.environ.get("CXX")
+    return [own] if own else ["g++", "clang++", "c++"]
+
+
+def _version_of(package: str) -> str | None:
+    """The version of a package that really loads."""
+    if _load(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _load(module: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError):  # OSError: a shared library of it is missing
+        return None
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

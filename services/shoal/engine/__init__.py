@@ -1,0 +1,1 @@
+"""One engine for both stages: scheduler, runner, attention, sampler, detokenizer."""

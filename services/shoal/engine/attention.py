@@ -1,0 +1,56 @@
+"""Attention over the paged pool, behind one function (``attend``), with torch's own fused kernels.
+
+Queries of grouped heads share their K/V head by a stride-0 view, so K/V are never expanded. Each call gathers only
+the blocks that its sequences hold, or takes a view where they lie in one run.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from shoal.kv.pool import KvPool
+from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
+
+
+def attend(queries: torch.Tensor, pool: KvPool, layer: int, reads: AttentionPlan) -> torch.Tensor:
+    """Mix what each row may see: ``queries`` ``[rows, heads, head_dim]`` -> the same shape.
+
+    Scores are scaled by ``head_dim ** -0.5``. The rows' own K/V must already be in the pool.
+    """
+    if len(reads.prompts) == 1 and not reads.groups:
+        return _prompt(queries, pool, layer, reads.prompts[0])
+    mixed = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    for segment in reads.prompts:
+        rows = slice(segment.row_start, segment.row_end)
+        mixed[rows] = _prompt(queries[rows], pool, layer, segment)
+    for group in reads.groups:
+        mixed[group.rows] = _decode(queries[group.rows], pool, layer, group)
+    return mixed
+
+
+def _prompt(queries: torch.Tensor, pool: KvPool, layer: int, segment: PromptSegment) -> torch.Tensor:
+    """Many rows of one sequence: batch = K/V heads, heads = the queries that share one."""
+    rows, num_heads, head_dim = queries.shape
+    kv = pool.read(layer, segment.context).to(queries.dtype)
+    num_context, _, kv_heads, _ = kv.shape
+    shared = num_heads // kv_heads
+    grouped = queries.view(rows, kv_heads, shared, head_dim).permute(1, 2, 0, 3)
+    keys, values = (
+        kv[:, part].transpose(0, 1).unsqueeze(1).expand(kv_heads, shared, num_context, head_dim) for part in (0, 1)
+    )
+    mixed = F.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=segment.mask, is_causal=segment.mask is None
+    )
+    return mixed.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim)
+
+
+def _decode(queries: torch.Tensor, pool: KvPool, layer: int, group: DecodeGroup) -> torch.Tensor:
+    """One row each of many sequences: batch = sequences, heads = K/V heads, rows = the queries that share one."""
+    batch, num_heads, head_dim = queries.shape
+    kv = pool.read(layer, group.context).to(queries.dtype)
+    kv_heads = kv.shape[2]
+    kv = kv.view(batch, group.longest, 2, kv_heads, head_dim).permute(2, 0, 3, 1, 4)
+    grouped = queries.view(batch, kv_heads, num_heads // kv_heads, head_dim)
+    mixed = F.scaled_dot_product_attention(grouped, kv[0], kv[1], attn_mask=group.mask)
+    return mixed.reshape(batch, num_heads, head_dim)

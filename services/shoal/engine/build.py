@@ -1,0 +1,147 @@
+"""From a configuration to an engine: which device and dtype, how many blocks, which weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.config import Dtype, ShoalConfig, StageConfig
+from shoal.engine.attention import attend
+from shoal.engine.engine import Engine
+from shoal.engine.runner import Runner
+from shoal.engine.scheduler import Scheduler
+from shoal.errors import ConfigError
+from shoal.kv.layout import KvLayout, stage_layout
+from shoal.kv.pool import KvPool
+from shoal.messages import Stage
+from shoal.model.decoder import Decoder
+from shoal.model.families import ModelSpec, describe
+from shoal.model.files import ModelFiles, locate
+from shoal.model.parameters import ParameterLoader, Parameters
+from shoal.model.plan import LayerPlan
+from shoal.model.weights import open_weights
+
+POOL_SHARE_OF_FREE_MEMORY = 0.25
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model that a replica serves, before any weight is read: what both pools and the gateway agree on."""
+
+    files: ModelFiles
+    spec: ModelSpec
+    plan: LayerPlan
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    plan_hash: str
+    name: str
+    max_context_tokens: int
+
+    @classmethod
+    def of(cls, config: ShoalConfig, device: torch.device | None = None) -> Served:
+        """Raises ModelError or ConfigError that says what to change."""
+        files = locate(config.model.name)
+        spec = describe(files.config())
+        plan = LayerPlan.default(spec.num_layers, config.skip_layers)
+        dtype = choose_dtype(config.model.dtype, device or torch.device("cpu"))
+        kv_dtype = dtype if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
+        most = config.model.max_context_tokens or spec.max_context_tokens
+        if most > spec.max_context_tokens:
+            raise ConfigError(f"max_context_tokens is {most}, but the model was trained for {spec.max_context_tokens}")
+        plan_hash = plan.digest(model_digest=files.digest, kv_dtype=str(kv_dtype).removeprefix("torch."))
+        return cls(files, spec, plan, dtype, kv_dtype, plan_hash, config.model.served_name or files.model_id, most)
+
+
+def choose_device(stage: StageConfig) -> torch.device:
+    if stage.device != "auto":
+        return torch.device(stage.device)
+    return torch.device("cuda" if stage.num_gpus > 0 and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
+    """bfloat16 where the machine computes it natively; elsewhere it would be emulated, slower than float32."""
+    if wanted != "auto":
+        return _DTYPES[wanted]
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_parameters(
+    served: Served, stage: Stage, device: torch.device, on_progress: Callable[[int, int], None] | None = None
+) -> Parameters:
+    with open_weights(served.files) as reader:
+        loader = ParameterLoader(reader, served.spec, dtype=served.dtype, device=device, on_progress=on_progress)
+        return loader.load(served.plan, stage)
+
+
+def build_engine(
+    config: ShoalConfig,
+    stage: Stage,
+    served: Served,
+    parameters: Parameters,
+    *,
+    device: torch.device,
+) -> Engine:
+    """An engine of ``stage`` with an empty pool."""
+    limits = config.prefill if stage is Stage.PREFILL else config.decode
+    layout = layout_of(served, stage, limits.block_tokens)
+    pool = KvPool(layout, num_blocks_for(limits, layout, served, device), dtype=served.kv_dtype, device=device)
+    scheduler = Scheduler(
+        layout,
+        pool.num_blocks,
+        max_step_tokens=limits.max_step_tokens,
+        max_sequences=limits.max_sequences,
+        max_queued=limits.max_queued,
+        max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
+    )
+    decoder = Decoder(served.spec, served.plan, stage, parameters, attend)
+    return Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
+
+
+def layout_of(served: Served, stage: Stage, block_tokens: int) -> KvLayout:
+    return stage_layout(
+        num_layers=served.plan.num_layers,
+        num_kept=served.plan.num_kept,
+        num_held=len(served.plan.layers_held(stage)),
+        num_kv_heads=served.spec.num_kv_heads,
+        head_dim=served.spec.head_dim,
+        dtype_bytes=served.kv_dtype.itemsize,
+        block_tokens=block_tokens,
+    )
+
+
+def num_blocks_for(limits: StageConfig, layout: KvLayout, served: Served, device: torch.device) -> int:
+    """As configured, else a quarter of the free memory, but no more than all sequences at full length can use."""
+    if limits.num_blocks is not None:
+        return limits.num_blocks
+    budget = limits.kv_pool_bytes or int(free_memory_bytes(device) * POOL_SHARE_OF_FREE_MEMORY)
+    num_blocks = min(budget // layout.block_bytes, limits.max_sequences * layout.num_blocks_for(served.max_context_tokens))
+    if num_blocks < 1:
+        raise ConfigError(f"a KV pool of {budget} bytes holds no block of {layout.block_bytes}: raise kv_pool_bytes")
+    return num_blocks
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def set_num_threads(limits: StageConfig) -> int:
+    """Before the first operation: Ray would leave a replica with one compute thread."""
+    num_threads = limits.num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def _cpu_has_bf16() -> bool:
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("bf16"))

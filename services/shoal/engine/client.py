@@ -1,0 +1,136 @@
+"""The event loop's side of an engine: who asked for a request gets what its steps bring, and gives it back.
+
+``open`` is the one way to put a request into the engine: leaving its block, for whatever reason, frees all it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shoal.engine.engine import Engine, FailureEvent, StepOutput, TokenEvent
+from shoal.engine.runner import PrefillChunk
+from shoal.engine.thread import EngineThread
+from shoal.errors import InternalError, ShoalError, Unavailable
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The request holds blocks for its whole prompt."""
+
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkComputed:
+    """A chunk of a prompt is computed. Times are monotonic seconds: its request's first step, this step's end."""
+
+    chunk: PrefillChunk
+    first_step_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampled:
+    """A token, and when its step ended."""
+
+    token: TokenEvent
+    ended_s: float
+
+
+Event = Reserved | ChunkComputed | TokenSampled | FailureEvent
+
+
+class Inbox:
+    """One request's events, in order."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._events: asyncio.Queue[Event | ShoalError] = asyncio.Queue()
+
+    def put(self, event: Event | ShoalError) -> None:
+        self._events.put_nowait(event)
+
+    async def next(self) -> Event:
+        """The next event. Raises the request's own error, or Unavailable if the engine died."""
+        event = await self._events.get()
+        if isinstance(event, ShoalError):
+            raise event
+        if isinstance(event, FailureEvent):
+            raise event.error
+        return event
+
+    async def reserved(self) -> Reserved:
+        """Wait until the request holds its blocks."""
+        event = await self.next()
+        if not isinstance(event, Reserved):
+            raise InternalError(f"expected a reservation, the engine sent {type(event).__name__}")
+        return event
+
+
+class EngineClient:
+    """Commands to one engine thread, and its outputs sorted by request. ``on_step`` sees every output."""
+
+    def __init__(self, engine: Engine, *, name: str, on_step: Callable[[StepOutput], None] | None = None) -> None:
+        self._inboxes: dict[str, Inbox] = {}
+        self._on_step = on_step
+        self._first_step_s: dict[str, float] = {}
+        self._thread = EngineThread(engine, asyncio.get_running_loop(), self._deliver, self._died, name=name)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive
+
+    @contextmanager
+    def open(self, request_id: str) -> Iterator[Inbox]:
+        """A request's life in the engine: whatever it holds is given back at the end of the block."""
+        if request_id in self._inboxes:
+            raise InternalError(f"request {request_id} is open already")
+        inbox = self._inboxes[request_id] = Inbox(request_id)
+        try:
+            yield inbox
+        finally:
+            del self._inboxes[request_id]
+            self._first_step_s.pop(request_id, None)
+            if self._thread.is_alive:
+                self._thread.post(lambda engine: engine.finish(request_id))
+
+    async def call(self, command: Callable[[Engine], T]) -> T:
+        """Run a command between two steps; returns or raises what it does."""
+        return await self._thread.call(command)
+
+    def post(self, command: Callable[[Engine], None]) -> None:
+        """Run a command between two steps without waiting for it."""
+        self._thread.post(command)
+
+    def close(self) -> None:
+        """Stop the engine after the current step."""
+        self._thread.close()
+
+    def _deliver(self, output: StepOutput) -> None:
+        for request_id, blocks in output.reserved:
+            self._put(request_id, Reserved(blocks))
+        for chunk in output.chunks:
+            first_step_s = self._first_step_s.setdefault(chunk.request_id, output.started_s)
+            self._put(chunk.request_id, ChunkComputed(chunk, first_step_s, output.ended_s))
+        for token in output.tokens:
+            self._put(token.request_id, TokenSampled(token, output.ended_s))
+        for failure in output.failures:
+            self._put(failure.request_id, failure)
+        if self._on_step is not None:
+            self._on_step(output)
+
+    def _put(self, request_id: str, event: Event) -> None:
+        # A request that was given up between two steps has no inbox any more.
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None:
+            inbox.put(event)
+
+    def _died(self) -> None:
+        for inbox in self._inboxes.values():
+            inbox.put(Unavailable("this replica's engine has stopped", retry_after_s=1.0))

@@ -1,0 +1,253 @@
+"""One engine for both stages: scheduler, runner and sampler behind a handful of commands.
+
+``step`` runs one forward and returns all that came of it. Not thread-safe: engine/thread.py gives it its thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from shoal.engine.runner import PrefillChunk, Runner
+from shoal.engine.sampler import Sampled, SampleRow, sample
+from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
+from shoal.engine.sequence import Phase, Sequence
+from shoal.errors import InternalError, ShoalError
+from shoal.messages import Depth, FinishReason, SamplingParams
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One choice's next token. ``index`` counts from 0; ``first_step_s`` is when its request's first step began."""
+
+    request_id: str
+    choice: int
+    index: int
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+    stop_reason: int | None
+    first_step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailureEvent:
+    """A choice that ended with an error of ours; everything it held is given back."""
+
+    request_id: str
+    choice: int
+    error: ShoalError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounts:
+    """What is held right now, and what has happened so far."""
+
+    num_waiting: int
+    num_reserved: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    num_reserved_blocks: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step brought. Times are monotonic seconds of this process.
+
+    ``reserved`` are the requests that now hold blocks for their whole prompt, with their block tables.
+    """
+
+    started_s: float
+    ended_s: float
+    counts: EngineCounts
+    num_rows: int = 0
+    num_sequences: int = 0
+    reserved: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    tokens: tuple[TokenEvent, ...] = ()
+    chunks: tuple[PrefillChunk, ...] = ()
+    failures: tuple[FailureEvent, ...] = ()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing could run: there is nothing to do until the next command."""
+        return not self.num_rows and not self.reserved
+
+
+class Engine:
+    """``eos_token_ids`` end a choice unless it ignores them."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        eos_token_ids: tuple[int, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._sequences: dict[str, dict[int, Sequence]] = {}
+
+    # --- commands -------------------------------------------------------------------------------------
+
+    def submit_generate(
+        self, request_id: str, prompt: tuple[int, ...], depth: Depth, sampling: SamplingParams, *, hold: bool = False
+    ) -> None:
+        """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``."""
+        num_shallow = self.runner.decoder.plan.num_shallow_tokens(len(prompt), depth)
+        self._submit(Sequence(request_id, prompt, num_shallow, sampling, hold=hold))
+
+    def submit_prefill(self, request_id: str, num_prompt_tokens: int) -> None:
+        """Queue a prompt whose K/V are to be computed and shipped. Its ids come with ``start``.
+
+        Its depth is this stage's plan: all tokens but the boundary token, which isn't run here.
+        """
+        num_shallow = self.runner.decoder.plan.num_shallow_tokens(num_prompt_tokens, Depth.SHALLOW)
+        placeholder = (0,) * num_prompt_tokens
+        sampling = SamplingParams(max_tokens=1)
+        self._submit(Sequence(request_id, placeholder, num_shallow, sampling, hold=True, sampled=False))
+
+    def start(self, request_id: str, *, num_computed: int = 0, prompt: tuple[int, ...] | None = None) -> None:
+        """Let a held request run: from its first token, or after the ``num_computed`` that arrived."""
+        sequence = self._sequences.get(request_id, {}).get(0)
+        if sequence is None:
+            raise InternalError(f"request {request_id} isn't here")
+        if prompt is not None:
+            if len(prompt) != sequence.num_prompt_tokens:
+                raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
+            sequence.prompt = prompt
+        self.scheduler.start(sequence, num_computed)
+
+    def chunk_sent(self, request_id: str) -> None:
+        """A chunk is on its way: the next may be computed."""
+        for sequence in self._sequences.get(request_id, {}).values():
+            sequence.num_unsent -= 1
+
+    def finish(self, request_id: str, choice: int | None = None) -> None:
+        """Stop a request (or one choice) and give back all it holds. Unknown ones are a no-op."""
+        for sequence in list(self._sequences.get(request_id, {}).values()):
+            if choice is None or sequence.choice == choice:
+                self._finish(sequence)
+
+    def counts(self) -> EngineCounts:
+        scheduler = self.scheduler
+        return EngineCounts(
+            num_waiting=len(scheduler.waiting),
+            num_reserved=len(scheduler.reserved),
+            num_running=len(scheduler.running),
+            num_blocks=scheduler.allocator.num_blocks,
+            num_free_blocks=scheduler.allocator.num_free,
+            num_reserved_blocks=scheduler.num_reserved_blocks,
+            num_preemptions=scheduler.num_preemptions,
+        )
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def step(self) -> StepOutput:
+        """Admit, schedule, run, sample. Never raises for one request's fault: it fails that request alone."""
+        started_s = self._clock()
+        reserved = tuple((item.request_id, tuple(item.blocks)) for item in self.scheduler.admit())
+        plan = self.scheduler.schedule()
+        if not plan.rows:
+            return StepOutput(started_s, self._clock(), self.counts(), reserved=reserved)
+        for item in plan.rows:
+            if item.sequence.first_step_s is None:
+                item.sequence.first_step_s = started_s
+        try:
+            logits, chunks = self.runner.run(plan)
+            tokens = self._advance(plan, logits)
+        except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along
+            _log.exception("a step failed")
+            failed = [self._fail(item.sequence, error) for item in plan.rows]
+            return StepOutput(
+                started_s, self._clock(), self.counts(), plan.num_rows, reserved=reserved, failures=tuple(failed)
+            )
+        return StepOutput(
+            started_s, self._clock(), self.counts(), plan.num_rows, len(plan.rows), reserved, tokens, tuple(chunks)
+        )
+
+    def _advance(self, plan: StepPlan, logits: torch.Tensor | None) -> tuple[TokenEvent, ...]:
+        """Note what is computed and sample where a sequence is complete."""
+        wanted: list[tuple[Sequence, SampleRow]] = []
+        row_index = 0
+        for item in plan.rows:
+            sequence = item.sequence
+            sequence.num_computed = item.end
+            if not sequence.sampled:
+                sequence.num_unsent += 1
+            elif item.completes:
+                for choice in self._choices(item):
+                    wanted.append((choice, self._sample_row(choice, row_index)))
+                row_index += 1
+        if logits is None or not wanted:
+            return ()
+        sampled = sample(logits, [row for _, row in wanted])
+        return tuple(self._accept(sequence, one) for (sequence, _), one in zip(wanted, sampled, strict=True))
+
+    def _choices(self, item: ScheduledRows) -> list[Sequence]:
+        """The sequence itself and, right after its boundary step, the forks of its other choices."""
+        root = item.sequence
+        if root.output or root.choice or root.sampling.num_choices == 1:
+            return [root]
+        forks = self.scheduler.fork(root)
+        self._sequences[root.request_id].update({fork.choice: fork for fork in forks})
+        return [root, *forks]
+
+    def _sample_row(self, sequence: Sequence, row_index: int) -> SampleRow:
+        params = sequence.sampling
+        banned: tuple[int, ...] = ()
+        if len(sequence.output) < params.min_tokens:
+            banned = (*self._eos_token_ids, *params.stop_token_ids)
+        return SampleRow(params, sequence.choice, len(sequence.output), row_index, banned)
+
+    def _accept(self, sequence: Sequence, sampled: Sampled) -> TokenEvent:
+        params, index = sequence.sampling, len(sequence.output)
+        sequence.output.append(sampled.token_id)
+        reason, stop = None, None
+        if index + 1 > params.min_tokens and sampled.token_id in params.stop_token_ids:
+            reason, stop = FinishReason.STOP, sampled.token_id
+        elif index + 1 > params.min_tokens and not params.ignore_eos and sampled.token_id in self._eos_token_ids:
+            reason = FinishReason.STOP
+        elif index + 1 >= params.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._finish(sequence)
+        first_step_s = sequence.first_step_s or self._clock()
+        return TokenEvent(
+            sequence.request_id, sequence.choice, index, sampled.token_id, sampled.logprob, sampled.top, reason, stop,
+            first_step_s,
+        )  # fmt: skip
+
+    # --- helpers --------------------------------------------------------------------------------------
+
+    def _submit(self, sequence: Sequence) -> None:
+        if sequence.request_id in self._sequences:
+            raise InternalError(f"request {sequence.request_id} is here already")
+        self.scheduler.submit(sequence)
+        self._sequences[sequence.request_id] = {0: sequence}
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        choices = self._sequences.get(sequence.request_id, {})
+        choices.pop(sequence.choice, None)
+        if not choices:
+            self._sequences.pop(sequence.request_id, None)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> FailureEvent:
+        if sequence.phase is not Phase.FINISHED:
+            self._finish(sequence)
+        known = error if isinstance(error, ShoalError) else InternalError("the engine failed on this request")
+        return FailureEvent(sequence.request_id, sequence.choice, known)
+
+

@@ -1,0 +1,173 @@
+"""Chooses the next token of every row of a step.
+
+A greedy row takes the likeliest token. The others divide by the temperature, keep the top k, of those the top p,
+and invert the cumulative distribution, tokens in the order of their ids, at one uniform number. That number depends
+on ``(seed, choice, index)`` alone: a re-run, a resumed sequence or another batch draws the same token.
+
+::
+
+    logits [rows, vocab] -- minus banned ids --+-- argmax -------------------------------------- token id
+                                               +-- / temperature, top k, top p -- cdf at u ------ token id
+    logits [rows, vocab] -- log_softmax ----------------------------------------- log-probabilities
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.errors import InternalError
+from shoal.messages import SamplingParams
+
+# Probabilities become integers of this scale: their cumulative sum is exact, hence the same and rising on every
+# device, and still exact as float64, since it stays below 2**53.
+_SCALE = 2.0**52
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One token to choose: from which row of the logits, for which choice, as which token of its output (from 0).
+
+    Several rows may name one ``row_index``: the choices that fork after the boundary step. ``banned_token_ids``
+    can't be chosen (those that would end the output before ``min_tokens``); their log-probabilities stay.
+    """
+
+    params: SamplingParams
+    choice: int
+    index: int
+    row_index: int
+    banned_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token chosen, and what ``num_logprobs`` asked for: natural logarithms, of the unmodified distribution.
+
+    ``top`` holds the likeliest ``(token_id, logprob)``, best first, equal ones by id.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """Choose one token for each of ``rows`` from ``logits`` ``[R, vocab]`` (any float dtype, any device).
+
+    Equal logits of a greedy row go to the lowest id. ``logits`` are left as they are. Raises InternalError where a
+    row has no finite maximum (NaN, infinity) or no token that isn't banned.
+    """
+    if not rows:
+        return []
+    raw = _gather(logits, rows)
+    allowed = _without_banned(raw, rows)
+    chosen = allowed.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if drawn:
+        at = torch.tensor(drawn, device=raw.device)
+        chosen[at] = _draw(allowed[at], [rows[i] for i in drawn])
+    token_ids: list[int] = chosen.tolist()
+    sampled = [Sampled(token_id) for token_id in token_ids]
+    for i, row in enumerate(rows):
+        if row.params.num_logprobs is not None:
+            sampled[i] = _with_logprobs(raw[i], token_ids[i], row.params.num_logprobs)
+    return sampled
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """The number in [0, 1), a multiple of 2**-53, at which token ``index`` of ``choice`` is drawn.
+
+    Philox4x64-10 with the key ``(seed, choice)`` and the counter ``(1, index, 0, 0)``, lowest word first (numpy
+    steps the first word before it computes); the top 53 bits of the first word out. ``seed`` counts modulo 2**64.
+    """
+    words = (seed & 0xFFFF_FFFF_FFFF_FFFF, choice)
+    generator = np.random.Philox(key=np.array(words, dtype=np.uint64), counter=np.array((0, index, 0, 0), np.uint64))
+    return (int(generator.random_raw()) >> 11) / 2.0**53
+
+
+def _gather(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """A row for each of ``rows``, float32 or, where the model is, float64; never the caller's own tensor."""
+    index = torch.tensor([row.row_index for row in rows], device=logits.device)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    raw = logits.index_select(0, index).to(dtype)
+    if not bool(raw.amax(dim=-1).isfinite().all()):
+        raise InternalError("logits are NaN or infinite: check the weights, and the dtype they are run in")
+    return raw
+
+
+def _without_banned(raw: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    num_tokens = raw.shape[-1]
+    banned = [{i for i in row.banned_token_ids if 0 <= i < num_tokens} for row in rows]
+    if not any(banned):
+        return raw
+    if any(len(ids) == num_tokens for ids in banned):
+        raise InternalError("every token of the vocabulary is banned: nothing is left to choose")
+    pairs = [(i, token_id) for i, ids in enumerate(banned) for token_id in ids]
+    at, token_ids = torch.tensor(pairs, device=raw.device).unbind(dim=1)
+    allowed = raw.clone()
+    allowed[at, token_ids] = -torch.inf
+    return allowed
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """``[R]`` token ids, drawn from ``logits`` ``[R, vocab]`` as each row's parameters say."""
+    scaled = logits.double()
+    # The maximum becomes 0, so that a tiny temperature sends the others to -inf and overflows nothing.
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / _column([row.params.temperature for row in rows], scaled)
+    _keep_top_k(scaled, [row.params.top_k for row in rows])
+    _keep_top_p(scaled, [row.params.top_p for row in rows])
+    cumulative = (scaled.softmax(dim=-1) * _SCALE).round().long().cumsum(dim=-1)
+    uniforms = _column([uniform(row.params.seed, row.choice, row.index) for row in rows], scaled)
+    # A uniform is at most 1 - 2**-53, so that even the rounded product is below the total.
+    target = (uniforms * cumulative[:, -1:]).floor().long()
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def _keep_top_k(scaled: Tensor, limits: list[int]) -> None:
+    """Set to -inf, in place, what is below a row's k-th largest; its equals stay (as in transformers)."""
+    num_tokens = scaled.shape[-1]
+    restricted = [i for i, k in enumerate(limits) if 0 < k < num_tokens]
+    if not restricted:
+        return
+    at = torch.tensor(restricted, device=scaled.device)
+    ranks = torch.tensor([[limits[i] - 1] for i in restricted], device=scaled.device)
+    values = scaled[at]
+    smallest = values.topk(max(limits[i] for i in restricted), dim=-1).values.gather(1, ranks)
+    scaled[at] = values.masked_fill(values < smallest, -torch.inf)
+
+
+def _keep_top_p(scaled: Tensor, limits: list[float]) -> None:
+    """Set to -inf, in place, each token whose likelier ones have p already (of equals, lower ids are likelier).
+
+    The likeliest always stays: nothing is before it.
+    """
+    restricted = [i for i, p in enumerate(limits) if p < 1]
+    if not restricted:
+        return
+    at = torch.tensor(restricted, device=scaled.device)
+    values, order = scaled[at].sort(dim=-1, descending=True, stable=True)
+    probabilities = values.softmax(dim=-1)
+    removed = probabilities.cumsum(dim=-1) - probabilities >= _column([limits[i] for i in restricted], scaled)
+    removed[:, 0] = False
+    scaled[at] = torch.empty_like(values).scatter_(1, order, values.masked_fill(removed, -torch.inf))
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+
+def _with_logprobs(raw: Tensor, token_id: int, num_top: int) -> Sampled:
+    """``raw`` is one row of logits ``[vocab]``."""
+    logprobs = raw.log_softmax(dim=-1)
+    num_top = min(num_top, len(logprobs))
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        # topk leaves open which of several equals it takes: look at all of them, in the order of their ids.
+        candidates = (logprobs >= logprobs.topk(num_top).values[-1]).nonzero().squeeze(1)
+        values, order = logprobs[candidates].sort(descending=True, stable=True)
+        top = tuple(zip(candidates[order][:num_top].tolist(), values[:num_top].tolist(), strict=True))
+    return Sampled(token_id, float(logprobs[token_id]), top)

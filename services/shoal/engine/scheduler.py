@@ -1,0 +1,239 @@
+"""What the next step runs. Plain Python: no tensors, no clock, no threads.
+
+First in, first out. Every step, running sequences get one token each (or the next chunk of their prompt), oldest
+first, within a token budget; what is left of it admits waiting ones. When a running sequence needs a block and none is
+free, the youngest running one gives up all of its blocks and goes back to the head of the queue; it is recomputed from
+its tokens, each with the depth it had.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from shoal.engine.sequence import Phase, Sequence
+from shoal.errors import InternalError, InvalidRequest, OutOfBlocks, Overloaded
+from shoal.kv.blocks import BlockAllocator
+from shoal.kv.layout import KvLayout
+
+# Prefill computes at most this many chunks ahead of the wire.
+MAX_UNSENT_CHUNKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRows:
+    """Positions ``[start, end)`` of one sequence."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.start
+
+    @property
+    def completes(self) -> bool:
+        """Everything known is computed after this step, so the next token can be sampled."""
+        return self.end == self.sequence.num_to_compute
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: first copy blocks ``(source, target)``, then run the rows."""
+
+    rows: tuple[ScheduledRows, ...]
+    copies: tuple[tuple[int, int], ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(item.num_rows for item in self.rows)
+
+
+class Scheduler:
+    """Owns all sequences of one engine and decides who runs. Called by the engine thread alone."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        max_step_tokens: int,
+        max_sequences: int,
+        max_queued: int,
+        max_reserved_ratio: float = 1.0,
+    ) -> None:
+        self.layout = layout
+        self.allocator = BlockAllocator(num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.reserved: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._max_step_tokens = max_step_tokens
+        self._max_sequences = max_sequences
+        self._max_queued = max_queued
+        self._max_reserved_blocks = max(1, int(num_blocks * max_reserved_ratio))
+
+    # --- commands -------------------------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises Overloaded if the queue is full, InvalidRequest if it could never fit."""
+        if len(self.waiting) >= self._max_queued:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after_s=1.0)
+        most = self.num_tokens_at_end(sequence)
+        if self.layout.num_blocks_for(most) > self.allocator.num_blocks:
+            limit = self.allocator.num_blocks * self.layout.block_tokens
+            raise InvalidRequest(f"prompt and answer need {most} tokens of KV, this pool holds {limit}", param="prompt")
+        self.waiting.append(sequence)
+
+    def num_tokens_at_end(self, sequence: Sequence) -> int:
+        """K/V slots a sequence holds when it is done: the last token sampled is never run."""
+        if not sequence.sampled:
+            return sequence.num_to_compute
+        return sequence.num_prompt_tokens + max(0, sequence.sampling.max_tokens - 1)
+
+    def start(self, sequence: Sequence, num_computed: int) -> None:
+        """Let a reserved sequence run from ``num_computed`` on."""
+        if sequence.phase is not Phase.RESERVED:
+            raise InternalError(f"{sequence.request_id} is {sequence.phase.name}, not RESERVED")
+        self.reserved.remove(sequence)
+        sequence.num_computed = num_computed
+        self._run(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Give back everything; a second time is a no-op."""
+        if sequence.phase is Phase.FINISHED:
+            return
+        held: deque[Sequence] | list[Sequence] = {
+            Phase.WAITING: self.waiting, Phase.RESERVED: self.reserved, Phase.RUNNING: self.running
+        }[sequence.phase]  # fmt: skip
+        held.remove(sequence)
+        self._give_up_blocks(sequence)
+        sequence.phase = Phase.FINISHED
+
+    def fork(self, root: Sequence) -> list[Sequence]:
+        """The other choices of ``root``, sharing its blocks: its prompt is computed and nothing is sampled yet."""
+        forks = []
+        for choice in range(1, root.sampling.num_choices):
+            self.allocator.share(root.blocks)
+            twin = replace(root, choice=choice, blocks=list(root.blocks), output=[], phase=Phase.RUNNING)
+            forks.append(twin)
+        position = self.running.index(root) + 1
+        self.running[position:position] = forks
+        return forks
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def admit(self) -> list[Sequence]:
+        """Move waiting sequences on while the head of the queue fits; return those that are now reserved."""
+        reserved = []
+        while self.waiting and len(self.running) + len(self.reserved) < self._max_sequences:
+            head = self.waiting[0]
+            # One token more than is known: else a sequence could come back only to give way again at once.
+            tokens = min(head.num_to_compute + 1, self.num_tokens_at_end(head))
+            wanted = self.layout.num_blocks_for(tokens)
+            if wanted > self.allocator.num_free or (head.hold and not self._may_reserve(wanted)):
+                break
+            self.waiting.popleft()
+            head.blocks = self.allocator.allocate(wanted)
+            if head.hold:
+                head.phase = Phase.RESERVED
+                self.reserved.append(head)
+                reserved.append(head)
+            else:
+                self._run(head)
+        return reserved
+
+    def schedule(self) -> StepPlan:
+        """Choose the next step's rows; empty if nothing can run now."""
+        budget = self._max_step_tokens
+        rows: list[ScheduledRows] = []
+        copies: list[tuple[int, int]] = []
+        for sequence in self._in_order():
+            if budget == 0:
+                break
+            wanted = min(sequence.num_pending, budget)
+            if sequence.phase is not Phase.RUNNING or wanted == 0 or sequence.num_unsent >= MAX_UNSENT_CHUNKS:
+                continue
+            end = sequence.num_computed + wanted
+            if not self._make_room(sequence, end, copies, rows):
+                continue
+            rows.append(ScheduledRows(sequence, sequence.num_computed, end))
+            budget -= wanted
+        return StepPlan(tuple(rows), tuple(copies))
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*self.running, *self.reserved, *self.waiting]
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        return sum(len(sequence.blocks) for sequence in self.reserved)
+
+    # --- helpers --------------------------------------------------------------------------------------
+
+    def _in_order(self) -> Iterator[Sequence]:
+        """Oldest first, but those that only need one token before those with a prompt to chew on."""
+        snapshot = list(self.running)
+        yield from (sequence for sequence in snapshot if sequence.num_pending == 1)
+        yield from (sequence for sequence in snapshot if sequence.num_pending > 1)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.RUNNING
+        self.running.append(sequence)
+
+    def _may_reserve(self, num_blocks: int) -> bool:
+        # A prompt larger than the share may still go alone, or it would wait for ever.
+        return not self.reserved or self.num_reserved_blocks + num_blocks <= self._max_reserved_blocks
+
+    def _make_room(
+        self, sequence: Sequence, end: int, copies: list[tuple[int, int]], rows: list[ScheduledRows]
+    ) -> bool:
+        """Make positions up to ``end`` writable. False if the sequence had to give way itself."""
+        while True:
+            try:
+                self._own_blocks(sequence, end, copies)
+                return True
+            except OutOfBlocks:
+                if not self._preempt_youngest(sequence, rows, copies):
+                    return False
+
+    def _own_blocks(self, sequence: Sequence, end: int, copies: list[tuple[int, int]]) -> None:
+        missing = self.layout.num_blocks_for(end) - len(sequence.blocks)
+        first_written = sequence.num_computed // self.layout.block_tokens
+        shared = [
+            index for index in range(first_written, len(sequence.blocks))
+            if self.allocator.count(sequence.blocks[index]) > 1
+        ]  # fmt: skip
+        fresh = self.allocator.allocate(max(0, missing) + len(shared))
+        for index in shared:
+            source, target = sequence.blocks[index], fresh.pop()
+            self.allocator.release([source])
+            sequence.blocks[index] = target
+            copies.append((source, target))
+        sequence.blocks.extend(fresh)
+
+    def _preempt_youngest(
+        self, asking: Sequence, rows: list[ScheduledRows], copies: list[tuple[int, int]]
+    ) -> bool:
+        """Take the blocks of the youngest running sequence. False if that is the one asking.
+
+        Rows that this very step already gave to the victim are taken back with their copies.
+        """
+        victim = self.running[-1]
+        self.num_preemptions += 1
+        mine = set(victim.blocks)
+        rows[:] = [item for item in rows if item.sequence is not victim]
+        copies[:] = [pair for pair in copies if pair[1] not in mine]
+        self.running.remove(victim)
+        self._give_up_blocks(victim)
+        victim.phase = Phase.WAITING
+        victim.num_computed = 0
+        victim.hold = False
+        self.waiting.appendleft(victim)
+        return victim is not asking
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []

@@ -1,0 +1,126 @@
+"""The engine's own thread: commands in by a queue, one ``StepOutput`` a step out to the event loop.
+
+The thread sleeps on the queue when nothing can run; there is no polling and no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from shoal.engine.engine import Engine, StepOutput
+from shoal.errors import Unavailable
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+Command = Callable[[Engine], None]
+
+
+class EngineThread:
+    """Runs ``engine`` until ``close``. ``deliver`` is called on ``loop`` with every output that says something: a step ran, or the counts changed.
+
+    ``died`` is called there once the thread ends, for whatever reason.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        deliver: Callable[[StepOutput], None],
+        died: Callable[[], None],
+        *,
+        name: str,
+    ) -> None:
+        self._engine = engine
+        self._loop = loop
+        self._deliver = deliver
+        self._died = died
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def call(self, command: Callable[[Engine], T]) -> T:
+        """Run ``command`` between two steps and return (or raise) what it does."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def run(engine: Engine) -> None:
+            try:
+                result = command(engine)
+            except Exception as error:  # handed to the caller, who awaits it
+                self._on_loop(_set_exception, future, error)
+            else:
+                self._on_loop(_set_result, future, result)
+
+        self._put(run)
+        return await future
+
+    def post(self, command: Command) -> None:
+        """Run ``command`` between two steps; nobody waits for it, so a failure is logged."""
+
+        def run(engine: Engine) -> None:
+            try:
+                command(engine)
+            except Exception:  # the edge of the thread: it must outlive a faulty command
+                _log.exception("an engine command failed")
+
+        self._put(run)
+
+    def close(self) -> None:
+        """Stop after the current step. Twice is a no-op."""
+        if not self._closed:
+            self._closed = True
+            self._commands.put(None)
+        self._thread.join()
+
+    def _put(self, command: Command) -> None:
+        if self._closed or not self._thread.is_alive():
+            raise Unavailable("this replica's engine has stopped")
+        self._commands.put(command)
+
+    def _run(self) -> None:
+        may_run, counts = False, self._engine.counts()
+        try:
+            while self._obey(wait=not may_run):
+                output = self._engine.step()
+                may_run = not output.is_idle
+                if may_run or output.counts != counts:
+                    counts = output.counts
+                    self._on_loop(self._deliver, output)
+        finally:
+            self._on_loop(self._died)
+
+    def _obey(self, *, wait: bool) -> bool:
+        """Run all commands that are here (waiting for one first if told to). False once closed."""
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command(self._engine)
+            wait = False
+
+    def _on_loop(self, function: Callable[..., None], *args: object) -> None:
+        # At shutdown the loop may close first: nobody is left to be told.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+def _set_result(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

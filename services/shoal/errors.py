@@ -1,0 +1,154 @@
+"""The error tree. Raise these, never return them.
+
+::
+
+    ShoalError
+    ├── RequestError                  the client's request is at fault
+    │   ├── InvalidRequest            400  a field is wrong; ``param`` names it
+    │   │   └── ContextLengthExceeded 400  prompt + max_tokens don't fit the model
+    │   ├── ModelNotFound             404
+    │   └── RequestTooLarge           413
+    ├── Overloaded                    429  a bounded queue is full; ``retry_after_s`` says when to come back
+    ├── Unavailable                   503  nothing can serve this now
+    │   └── PeerGone                  503  the other end of a channel went away
+    ├── DeadlineExceeded              504
+    ├── Cancelled                     499  the client went away
+    ├── InternalError                 500  a defect of ours: details are logged, not sent
+    ├── HandoffError                  503  a hand-off failed; decode falls back, clients rarely see it
+    │   ├── LeaseLost                      unknown, expired, consumed or taken lease; other incarnation
+    │   ├── PlanMismatch                   the two sides run different plans or protocol versions
+    │   ├── ChecksumMismatch               a chunk stayed corrupt or lost after one resend
+    │   └── ProtocolViolation              frames that don't tile, don't match, or break a limit
+    ├── OutOfBlocks                   503  the KV pool has no block left (the scheduler preempts)
+    ├── ConfigError                        refused before anything starts
+    └── ModelError                         the model can't be loaded
+        ├── UnsupportedModel
+        └── MalformedWeights
+
+``http_status`` and ``code`` are what the HTTP API answers; rpc/statuses.py holds the one table to gRPC statuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ShoalError(Exception):
+    """Base of all errors that Shoal raises on purpose. Survives pickling with all its fields."""
+
+    http_status: ClassVar[int] = 500
+    type: ClassVar[str] = "internal_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
+
+
+def _rebuild(cls: type[ShoalError], message: str, param: str | None, retry_after_s: float | None) -> ShoalError:
+    return cls(message, param=param, retry_after_s=retry_after_s)
+
+
+class RequestError(ShoalError):
+    http_status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidRequest(RequestError):
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(RequestError):
+    http_status = 404
+    code = "model_not_found"
+
+
+class RequestTooLarge(RequestError):
+    http_status = 413
+    code = "request_too_large"
+
+
+class Overloaded(ShoalError):
+    http_status = 429
+    type = "overloaded_error"
+    code = "overloaded"
+
+
+class Unavailable(ShoalError):
+    http_status = 503
+    type = "unavailable_error"
+    code = "unavailable"
+
+
+class PeerGone(Unavailable):
+    code = "peer_gone"
+
+
+class DeadlineExceeded(ShoalError):
+    http_status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
+class Cancelled(ShoalError):
+    http_status = 499
+    type = "cancelled_error"
+    code = "cancelled"
+
+
+class InternalError(ShoalError):
+    pass
+
+
+class HandoffError(ShoalError):
+    http_status = 503
+    type = "unavailable_error"
+    code = "handoff_failed"
+
+
+class LeaseLost(HandoffError):
+    code = "lease_lost"
+
+
+class PlanMismatch(HandoffError):
+    code = "plan_mismatch"
+
+
+class ChecksumMismatch(HandoffError):
+    code = "checksum_mismatch"
+
+
+class ProtocolViolation(HandoffError):
+    code = "protocol_violation"
+
+
+class OutOfBlocks(ShoalError):
+    http_status = 503
+    type = "overloaded_error"
+    code = "out_of_blocks"
+
+
+class ConfigError(ShoalError):
+    code = "config_error"
+
+
+class ModelError(ShoalError):
+    code = "model_error"
+
+
+class UnsupportedModel(ModelError):
+    code = "unsupported_model"
+
+
+class MalformedWeights(ModelError):
+    code = "malformed_weights"

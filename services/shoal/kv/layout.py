@@ -1,0 +1,71 @@
+"""What one token's K/V looks like in a pool: layers, heads, bytes, and how tokens fall into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers ``[first, last)`` whose blocks live and are shipped together; every token sees all of them."""
+
+    name: str
+    first: int
+    last: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Layer groups of one pool. A token in a layer is ``[2, num_kv_heads, head_dim]``: K, then V."""
+
+    groups: tuple[LayerGroup, ...]
+    num_kv_heads: int
+    head_dim: int
+    dtype_bytes: int
+    block_tokens: int
+
+    @property
+    def num_layers(self) -> int:
+        return sum(group.num_layers for group in self.groups)
+
+    @property
+    def token_layer_bytes(self) -> int:
+        """Bytes of one token's K and V in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        return self.token_layer_bytes * self.num_layers
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_tokens
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+    def slots(self, blocks: Sequence[int], start: int, end: int) -> npt.NDArray[np.int64]:
+        """Slots (rows of the pool, ``[end - start]``) of a sequence's tokens ``[start, end)``, given its blocks."""
+        size = self.block_tokens
+        first = start // size
+        held = np.asarray(blocks[first : self.num_blocks_for(end)], dtype=np.int64)
+        run = (held[:, None] * size + np.arange(size)).reshape(-1)
+        return run[start - first * size : end - first * size]
+
+
+def stage_layout(
+    *, num_layers: int, num_kept: int, num_held: int, num_kv_heads: int, head_dim: int, dtype_bytes: int, block_tokens: int
+) -> KvLayout:
+    """The groups of a stage that holds the first ``num_held`` of ``num_layers`` layers."""
+    groups = [LayerGroup("shallow", 0, num_kept)]
+    if num_held == num_layers > num_kept:
+        groups.append(LayerGroup("deep", num_kept, num_layers))
+    return KvLayout(tuple(groups), num_kv_heads, head_dim, dtype_bytes, block_tokens)

@@ -1,0 +1,55 @@
+"""The device memory behind the blocks.
+
+One tensor per layer, ``[num_slots, 2, num_kv_heads, head_dim]``; slot ``block * block_tokens + offset`` holds one
+token. The engine thread reads and writes blocks of running sequences; the copy thread writes reserved blocks, which
+no running sequence can see: the rows never overlap, so there is no lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from shoal.kv.layout import KvLayout
+
+
+class KvPool:
+    """``num_blocks`` blocks in every layer of ``layout``."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.dtype = dtype
+        shape = (num_blocks * layout.block_tokens, 2, layout.num_kv_heads, layout.head_dim)
+        # Zeros, not garbage: a padded read may touch a slot that nobody wrote, and 0 * NaN would spread.
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.layout.block_bytes
+
+    def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
+        """Put ``kv`` ``[tokens, 2, kv_heads, head_dim]`` at ``slots`` ``[tokens]`` (int64)."""
+        self.layers[layer].index_copy_(0, slots, kv.to(self.dtype))
+
+    def read(self, layer: int, slots: torch.Tensor | slice) -> torch.Tensor:
+        """K/V at ``slots``, ``[tokens, 2, kv_heads, head_dim]``: a view for a slice, else a copy."""
+        held = self.layers[layer]
+        return held[slots] if isinstance(slots, slice) else held.index_select(0, slots)
+
+    def read_layers(self, layer_start: int, layer_end: int, slots: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy ``[layers, tokens, 2, kv_heads, head_dim]``, as the wire wants it."""
+        return torch.stack([self.read(layer, slots) for layer in range(layer_start, layer_end)])
+
+    def write_layers(self, layer_start: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
+        """Put ``kv`` ``[layers, tokens, 2, kv_heads, head_dim]`` into the layers from ``layer_start`` on."""
+        for offset in range(kv.shape[0]):
+            self.write(layer_start + offset, slots, kv[offset])
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks ``(source, target)``: a choice gets its own copy of a block that it must write to."""
+        size = self.layout.block_tokens
+        for source, target in pairs:
+            for held in self.layers:
+                held[target * size : (target + 1) * size] = held[source * size : (source + 1) * size]

@@ -1,0 +1,316 @@
+"""Frozen values that cross a layer: requests, tokens, and the frames of a hand-off.
+
+Standard library only: the client, the wire code and the pure decision code all import this module.
+Durations are seconds and end in ``_s``; an absent value is ``None``, never ``-1``.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class Depth(enum.StrEnum):
+    """How deep a prompt is encoded. ``AUTO`` is what a client may ask; a plan resolves it."""
+
+    AUTO = "auto"
+    SHALLOW = "shallow"
+    FULL = "full"
+
+
+class Stage(enum.StrEnum):
+    """The two pools."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What travels with a request through every layer.
+
+    ``timeout_s`` is what is left of the deadline when the message is sent: a duration, because
+    clocks of two hosts don't compare.
+    """
+
+    request_id: str
+    timeout_s: float
+    tenant: str = "default"
+    attempt: int = 1
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Validated by the gateway; every layer below trusts it.
+
+    ``temperature == 0`` is greedy. ``top_k == 0`` and ``top_p == 1`` mean no restriction.
+    ``seed`` is always set: the gateway fixes it, so that a re-run continues identically.
+    ``num_logprobs`` is ``None`` for no log-probabilities, else how many alternatives to report.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    num_choices: int = 1
+    num_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt to be continued. ``prompt_token_ids`` has ``N >= 1`` ids; the last is the boundary token."""
+
+    context: RequestContext
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    depth: Depth
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (natural log, of the unmodified distribution) of a token, and the best alternatives."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TtftStages:
+    """Where the time to the first token went, as decode's clock saw it.
+
+    ``queue_s`` and ``prefill_s`` are durations that prefill measured and Seal brought (of decode itself when
+    it prefilled locally); ``transfer_exposed_s`` is what the hand-off took beyond them.
+    """
+
+    reserve_s: float
+    queue_s: float
+    prefill_s: float
+    transfer_exposed_s: float
+    boundary_step_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.reserve_s + self.queue_s + self.prefill_s + self.transfer_exposed_s + self.boundary_step_s
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffReport:
+    """What one prompt's hand-off did, for usage, the demo and the tests.
+
+    ``depth`` is the depth that was run, ``transferred`` whether prefill's KV was used, ``fallback`` the reason
+    why not when a hand-off was tried.
+    """
+
+    depth: Depth
+    transferred: bool
+    fallback: str | None = None
+    num_prefill_layers: int = 0
+    shallow_bytes: int = 0
+    deep_bytes: int = 0
+    boundary_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one engine step brought for one choice: decode -> gateway.
+
+    ``text`` is the printable text that became final with this step; it can be empty (half of a character, or
+    text held back because it may begin a stop string). ``stages`` and ``handoff`` come with a request's first
+    output only.
+    """
+
+    choice: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    stages: TtftStages | None = None
+    handoff: HandoffReport | None = None
+
+
+# --- the hand-off ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Decode's invitation to prefill one prompt; goes over the Serve handle, so it holds no token ids."""
+
+    lease_id: bytes
+    handoff_address: str
+    plan_hash: str
+    num_prompt_tokens: int
+    num_present: int
+    ttl_s: float
+    claim_timeout_s: float
+    context: RequestContext
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffOutcome:
+    """What prefill's call returns once its lease has ended. ``reason`` is ``None`` when it was committed."""
+
+    lease_id: bytes
+    committed: bool
+    reason: str | None = None
+
+
+class WireMode(enum.StrEnum):
+    """What is shipped for the skipped layers: their projected K/V (``KV``) or the state to project (``HIDDEN``)."""
+
+    KV = "kv"
+    HIDDEN = "hidden"
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First frame of both sides. Version and plan hashes are compared before anything else is looked at."""
+
+    protocol_version: int
+    plan_hashes: tuple[str, ...]
+    wire_modes: tuple[WireMode, ...] = (WireMode.KV,)
+    peer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Prefill holds blocks for the whole prompt and asks to compute it."""
+
+    lease_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The claim stands: here is the prompt, and how many payload bytes may be under way unacknowledged."""
+
+    lease_id: bytes
+    token_ids: tuple[int, ...]
+    num_present: int
+    credit_bytes: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The claim does not stand (unknown, taken, expired or ended lease)."""
+
+    lease_id: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """K/V of tokens ``[token_start, token_end)`` in layers ``[layer_start, layer_end)``.
+
+    ``payload`` is ``[layers, tokens, 2, kv_heads, head_dim]`` in C order, in the plan's KV dtype, little-endian
+    (index 0 of the axis of two is K, 1 is V). ``seq`` counts from 0 within the lease.
+    """
+
+    lease_id: bytes
+    seq: int
+    token_start: int
+    token_end: int
+    layer_start: int
+    layer_end: int
+    crc32c: int
+    payload: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The prompt is complete: what decode compares with its own before it publishes."""
+
+    lease_id: bytes
+    num_chunks: int
+    prompt_hash: bytes
+    boundary_token_id: int
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Prefill gives the lease up."""
+
+    lease_id: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Prefill will write nothing more for this lease: answer to Cancel."""
+
+    lease_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Chunk ``seq`` is copied and verified: prefill may forget it and send as many bytes again."""
+
+    lease_id: bytes
+    seq: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Nack:
+    """Chunk ``seq`` was corrupt or lost: send it once more."""
+
+    lease_id: bytes
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Decode published the blocks: prefill may free its own."""
+
+    lease_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Decode no longer wants the prompt: prefill stops within a chunk and answers Drained."""
+
+    lease_id: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """The sender is shutting down: no new claims or grants; open leases finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Sent every ttl/3 by both sides; renews all leases of the session."""
+
+
+Frame = (
+    Hello | Claim | Accepted | Refused | Chunk | Seal | Failed | Drained | Credit | Nack | Committed | Cancel
+    | Draining | Beat
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A frame and the incarnation (random 64 bits, one a process start) of the process that sent it."""
+
+    incarnation: int
+    frame: Frame

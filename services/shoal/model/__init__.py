@@ -1,0 +1,1 @@
+"""The transformer: plan, families, parameters, projection, decoder."""

@@ -1,0 +1,64 @@
+"""The tensors of one forward: rows of many sequences packed one after the other, without padding.
+
+A row is one token. Attention looks at rows by *segment*, the rows of one sequence; single-row segments (decoding
+sequences) are gathered in groups of similar length, because one by one they would cost a kernel launch each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSegment:
+    """Rows ``[row_start, row_end)`` of one sequence: they see its context up to and including themselves.
+
+    ``context`` addresses the context's slots in position order. ``mask`` is ``[rows, num_context]`` (True = may
+    look), or ``None`` where plain causality from the first position on says it all.
+    """
+
+    row_start: int
+    row_end: int
+    context: torch.Tensor | slice
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Single rows of ``B`` sequences: ``rows`` ``[B]``, ``context`` slots ``[B * longest]`` (padded with slot 0),
+    ``mask`` ``[B, 1, 1, longest]`` (True = may look) or ``None`` where nothing is padded."""
+
+    rows: torch.Tensor
+    context: torch.Tensor | slice
+    longest: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How the ``num_rows`` rows that run a layer read the pool, and the ``slots`` ``[num_rows]`` they write."""
+
+    num_rows: int
+    slots: torch.Tensor
+    prompts: tuple[PromptSegment, ...]
+    groups: tuple[DecodeGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's input. ``token_ids`` and ``positions`` are ``[T]`` int64.
+
+    ``kept`` is how all rows run layers ``0..K-1``, ``deep`` how the full-depth rows run the others (``None`` where
+    there are none). ``shallow_rows`` / ``full_rows`` select rows of each depth (``None`` = all of them, an empty
+    tensor = none). ``logit_rows`` selects, among the full-depth rows, those whose next token is wanted.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    kept: AttentionPlan
+    deep: AttentionPlan | None
+    shallow_rows: torch.Tensor | None
+    full_rows: torch.Tensor | None
+    logit_rows: torch.Tensor

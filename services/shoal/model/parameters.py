@@ -1,0 +1,170 @@
+"""The weights that one stage holds, fused for the decoder and loaded layer by layer.
+
+A prefill replica takes the kept layers, the embedding, and of each skipped layer nothing but the K/V projection: no
+deep MLP, no deep attention, no final norm, no lm_head. A decode replica takes everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from shoal.errors import MalformedWeights
+from shoal.messages import Stage
+from shoal.model.families import ModelSpec
+from shoal.model.plan import LayerPlan
+from shoal.model.projection import KvProjection, LayerProjection
+
+
+class Reader(Protocol):
+    """What is asked of a weight file (model/weights.py): tensors by their transformers name."""
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParameters:
+    """One whole layer. ``qkv`` is ``[q_size + 2 * kv_size, hidden]``, ``gate_up`` ``[2 * intermediate, hidden]``."""
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What a stage holds. ``layers`` are the first ones; ``final_norm`` and ``lm_head`` are decode's only.
+
+    ``lm_head`` is the embedding itself where the model ties them. ``projection`` is ``None`` if nothing is skipped.
+    """
+
+    embedding: torch.Tensor
+    layers: tuple[LayerParameters, ...]
+    projection: KvProjection | None
+    final_norm: torch.Tensor | None
+    lm_head: torch.Tensor | None
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor held, once, with its name."""
+        yield "embedding", self.embedding
+        for index, layer in enumerate(self.layers):
+            for field in LayerParameters.__slots__:
+                value = getattr(layer, field)
+                if value is not None:
+                    yield f"layers.{index}.{field}", value
+        if self.projection is not None:
+            yield "projection.weight", self.projection.weight
+            if self.projection.bias is not None:
+                yield "projection.bias", self.projection.bias
+        if self.final_norm is not None:
+            yield "final_norm", self.final_norm
+        if self.lm_head is not None and self.lm_head is not self.embedding:
+            yield "lm_head", self.lm_head
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parameters in memory."""
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+
+class ParameterLoader:
+    """Reads one stage's parameters from ``reader``, casting each tensor as it comes.
+
+    ``on_progress`` is called with (layers done, layers in all) after each layer.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._reader = reader
+        self._spec = spec
+        self._dtype = dtype
+        self._device = device
+        self._on_progress = on_progress or (lambda done, total: None)
+
+    def load(self, plan: LayerPlan, stage: Stage) -> Parameters:
+        """All that ``stage`` needs to serve ``plan``."""
+        spec = self._spec
+        embedding = self._tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        held = plan.layers_held(stage)
+        layers: list[LayerParameters] = []
+        skipped: list[LayerProjection] = []
+        for index in range(plan.num_layers):
+            if index in held:
+                layers.append(self._layer(index))
+            if index in plan.skipped:
+                skipped.append(self._skipped(index, layers[index] if index in held else None))
+            self._on_progress(index + 1, plan.num_layers)
+        projection = KvProjection(spec, skipped) if skipped else None
+        if stage is Stage.PREFILL:
+            return Parameters(embedding, tuple(layers), projection, None, None)
+        head = embedding if spec.tied_embeddings else self._tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+        return Parameters(embedding, tuple(layers), projection, self._norm("model.norm.weight"), head)
+
+    def projections(self, plan: LayerPlan) -> list[LayerProjection]:
+        """The skipped layers' own norms and matrices, unfolded, for the exact check."""
+        return [self._skipped(index, None) for index in plan.skipped]
+
+    def _layer(self, index: int) -> LayerParameters:
+        spec, name = self._spec, f"model.layers.{index}."
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        qkv = [("q_proj", spec.q_size), ("k_proj", spec.kv_size), ("v_proj", spec.kv_size)]
+        gate_up = [("gate_proj", inner), ("up_proj", inner)]
+        return LayerParameters(
+            input_norm=self._norm(name + "input_layernorm.weight"),
+            qkv=self._fused(name + "self_attn.", qkv, hidden),
+            qkv_bias=self._fused_bias(name + "self_attn.", qkv) if spec.attention_bias else None,
+            out=self._tensor(name + "self_attn.o_proj.weight", (hidden, spec.q_size)),
+            out_bias=self._tensor(name + "self_attn.o_proj.bias", (hidden,)) if spec.attention_bias else None,
+            post_norm=self._norm(name + "post_attention_layernorm.weight"),
+            gate_up=self._fused(name + "mlp.", gate_up, hidden),
+            gate_up_bias=self._fused_bias(name + "mlp.", gate_up) if spec.mlp_bias else None,
+            down=self._tensor(name + "mlp.down_proj.weight", (hidden, inner)),
+            down_bias=self._tensor(name + "mlp.down_proj.bias", (hidden,)) if spec.mlp_bias else None,
+        )
+
+    def _skipped(self, index: int, layer: LayerParameters | None) -> LayerProjection:
+        spec, name = self._spec, f"model.layers.{index}."
+        if layer is not None:  # decode already holds the whole layer: K and V are the tail of its fused matrix
+            bias = None if layer.qkv_bias is None else layer.qkv_bias[spec.q_size :]
+            return LayerProjection(layer.input_norm, layer.qkv[spec.q_size :], bias)
+        parts = [("k_proj", spec.kv_size), ("v_proj", spec.kv_size)]
+        return LayerProjection(
+            norm=self._norm(name + "input_layernorm.weight"),
+            kv=self._fused(name + "self_attn.", parts, spec.hidden_size),
+            bias=self._fused_bias(name + "self_attn.", parts) if spec.attention_bias else None,
+        )
+
+    def _norm(self, name: str) -> torch.Tensor:
+        return self._tensor(name, (self._spec.hidden_size,))
+
+    def _fused(self, prefix: str, parts: list[tuple[str, int]], width: int) -> torch.Tensor:
+        return torch.cat([self._tensor(f"{prefix}{part}.weight", (rows, width)) for part, rows in parts])
+
+    def _fused_bias(self, prefix: str, parts: list[tuple[str, int]]) -> torch.Tensor:
+        return torch.cat([self._tensor(f"{prefix}{part}.bias", (rows,)) for part, rows in parts])
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = self._reader.read(name)
+        if tuple(tensor.shape) != shape:
+            raise MalformedWeights(f"tensor {name} has shape {tuple(tensor.shape)}, the configuration says {shape}")
+        return tensor.to(device=self._device, dtype=self._dtype)

@@ -1,0 +1,1 @@
+"""The shallow pool: computes prompts through the kept layers and ships their K/V."""

@@ -1,0 +1,117 @@
+"""One prefill replica without Ray: an engine over the kept layers, and sessions to the decode replicas.
+
+A prompt's way: hold blocks for all of it, claim its lease, compute chunk by chunk while the last one is on the wire,
+seal, and keep the blocks until decode has committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import torch
+
+from shoal.engine.client import ChunkComputed, EngineClient, Inbox
+from shoal.engine.runner import PrefillChunk
+from shoal.errors import Cancelled, HandoffError, InternalError, LeaseLost, PlanMismatch, ShoalError
+from shoal.messages import Grant, HandoffOutcome
+from shoal.telemetry import PrefillMetrics
+from shoal.transfer.prefill_side import PromptClaim, SessionPool
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """When the last chunk of a prompt was computed, and how long it waited and ran (seconds)."""
+
+    queue_s: float
+    prefill_s: float
+
+
+class PrefillWorker:
+    """Serves exactly the plan that its weights allow."""
+
+    def __init__(
+        self, engine: EngineClient, sessions: SessionPool, *, plan_hash: str, num_kept: int, metrics: PrefillMetrics
+    ) -> None:
+        self._engine = engine
+        self._sessions = sessions
+        self._plan_hash = plan_hash
+        self._num_kept = num_kept
+        self._metrics = metrics
+
+    async def prefill(self, grant: Grant) -> HandoffOutcome:
+        """Compute and ship one prompt. Returns when its lease has ended, however it ended.
+
+        Raises Overloaded before anything is claimed, PlanMismatch for another plan.
+        """
+        if grant.plan_hash != self._plan_hash:
+            raise PlanMismatch(f"this prefill replica runs plan {self._plan_hash[:12]}, not {grant.plan_hash[:12]}")
+        request_id = grant.lease_id.hex()
+        with self._engine.open(request_id) as inbox:
+            asked_s = time.monotonic()
+            await self._engine.call(lambda engine: engine.submit_prefill(request_id, grant.num_prompt_tokens))
+            try:
+                async with asyncio.timeout(min(grant.claim_timeout_s, grant.context.timeout_s)):
+                    await inbox.reserved()
+                waited_s = time.monotonic() - asked_s
+                await self._hand_off(grant, inbox, waited_s)
+            except TimeoutError:
+                return HandoffOutcome(grant.lease_id, committed=False, reason="prefill_queue_timeout")
+            except (HandoffError, ShoalError) as error:
+                return HandoffOutcome(grant.lease_id, committed=False, reason=error.code)
+        return HandoffOutcome(grant.lease_id, committed=True)
+
+    async def _hand_off(self, grant: Grant, inbox: Inbox, waited_s: float) -> None:
+        session = await self._sessions.get(grant.handoff_address)
+        async with session.claim(grant.lease_id) as claim:
+            if len(claim.token_ids) != grant.num_prompt_tokens:
+                raise LeaseLost(f"granted {grant.num_prompt_tokens} tokens, the claim brought {len(claim.token_ids)}")
+            started_s = time.monotonic()
+            await self._engine.call(lambda engine: engine.start(inbox.request_id, prompt=claim.token_ids))
+            computed = await self._ship(claim, inbox, waited_s, started_s)
+            await claim.seal(
+                boundary_token_id=claim.token_ids[-1], queue_s=computed.queue_s, prefill_s=computed.prefill_s
+            )
+
+    async def _ship(self, claim: PromptClaim, inbox: Inbox, waited_s: float, started_s: float) -> _Computed:
+        """Send each chunk as it comes, until every token but the boundary token is on its way."""
+        end = len(claim.token_ids) - 1
+        while True:
+            event = await _unless_cancelled(claim, inbox)
+            await self._send(claim, event.chunk)
+            self._engine.post(lambda engine: engine.chunk_sent(inbox.request_id))
+            if event.chunk.end == end:
+                queue_s = waited_s + event.first_step_s - started_s
+                return _Computed(queue_s, event.ended_s - event.first_step_s)
+
+    async def _send(self, claim: PromptClaim, chunk: PrefillChunk) -> None:
+        start = max(chunk.start, claim.num_present)
+        if start >= chunk.end:
+            return
+        for first_layer, kv in ((0, chunk.shallow), (self._num_kept, chunk.deep)):
+            if kv is not None:
+                wanted = kv[:, start - chunk.start :].contiguous()
+                await claim.send(start, chunk.end, first_layer, first_layer + kv.shape[0], _bytes_of(wanted))
+
+
+async def _unless_cancelled(claim: PromptClaim, inbox: Inbox) -> ChunkComputed:
+    """The next chunk; raises Cancelled as soon as decode no longer wants the prompt."""
+    chunk = asyncio.ensure_future(inbox.next())
+    cancelled = asyncio.ensure_future(claim.cancelled.wait())
+    try:
+        await asyncio.wait((chunk, cancelled), return_when=asyncio.FIRST_COMPLETED)
+        if cancelled.done():
+            raise Cancelled("decode no longer wants this prompt")
+        event = chunk.result()
+    finally:
+        chunk.cancel()
+        cancelled.cancel()
+    if not isinstance(event, ChunkComputed):
+        raise InternalError(f"expected a chunk, the engine sent {type(event).__name__}")
+    return event
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous host tensor's bytes, without a copy."""
+    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")

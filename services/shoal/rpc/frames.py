@@ -1,0 +1,234 @@
+"""Frames of a hand-off to protobuf and back; nothing that comes in is trusted before it's checked here.
+
+Prefill sends ``SessionRequest`` and decode ``SessionResponse`` (proto/shoal/v1/handoff.proto). What leaves a
+``from_…`` function is well formed: ids have their length, ranges aren't empty, numbers are in bounds, text is short.
+Whether it also fits the lease is for the transfer layer to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from shoal.errors import ProtocolViolation
+from shoal.messages import (
+    Accepted,
+    Beat,
+    Cancel,
+    Chunk,
+    Claim,
+    Committed,
+    Credit,
+    Drained,
+    Draining,
+    Envelope,
+    Failed,
+    Frame,
+    Hello,
+    Nack,
+    Refused,
+    Seal,
+    WireMode,
+)
+from shoal.v1 import handoff_pb2 as pb
+
+LEASE_ID_BYTES = 16
+PROMPT_HASH_BYTES = 32
+MAX_PAYLOAD_BYTES = 1 << 20
+MAX_ID = (1 << 31) - 1
+"""Largest token id, position, layer and sequence number: any signed 32-bit index can hold it."""
+MAX_TEXT_CHARS = 1024
+MAX_PLANS = 256
+
+_WIRE_MODES: dict[WireMode, pb.WireMode.ValueType] = {
+    WireMode.KV: pb.WIRE_MODE_KV,
+    WireMode.HIDDEN: pb.WIRE_MODE_HIDDEN,
+}
+_WIRE_MODES_BACK = {value: mode for mode, value in _WIRE_MODES.items()}
+
+_AnyMessage = TypeVar("_AnyMessage", pb.SessionRequest, pb.SessionResponse)
+
+
+def to_request(envelope: Envelope) -> pb.SessionRequest:
+    """What prefill puts on the wire. Raises ProtocolViolation for a frame that only decode sends."""
+    return _encode(envelope, pb.SessionRequest)
+
+
+def to_response(envelope: Envelope) -> pb.SessionResponse:
+    """What decode puts on the wire. Raises ProtocolViolation for a frame that only prefill sends."""
+    return _encode(envelope, pb.SessionResponse)
+
+
+def from_request(message: pb.SessionRequest) -> Envelope:
+    """What prefill sent. Raises ProtocolViolation unless it's well formed."""
+    return _decode(message, message.WhichOneof("frame"))
+
+
+def from_response(message: pb.SessionResponse) -> Envelope:
+    """What decode sent. Raises ProtocolViolation unless it's well formed."""
+    return _decode(message, message.WhichOneof("frame"))
+
+
+# --- out ------------------------------------------------------------------------------------------------
+
+
+def _encode(envelope: Envelope, message_type: type[_AnyMessage]) -> _AnyMessage:
+    """The oneof's fields, their messages and those messages' fields have the names of the dataclasses."""
+    name = type(envelope.frame).__name__.lower()
+    if name not in message_type.DESCRIPTOR.fields_by_name:
+        raise ProtocolViolation(f"{message_type.__name__} can't carry {name}: the other side sends it")
+    body: Any = _to_body(envelope.frame)
+    try:
+        return message_type(incarnation=envelope.incarnation, **{name: body})
+    except (ValueError, TypeError) as error:
+        raise ProtocolViolation(f"{name} doesn't fit the wire: {error}") from error
+
+
+def _to_body(frame: Frame) -> dict[str, object]:
+    values = {field.name: getattr(frame, field.name) for field in fields(frame)}
+    match frame:
+        case Hello():
+            values["wire_modes"] = [_WIRE_MODES[mode] for mode in frame.wire_modes]
+        case Chunk() if len(frame.payload) > MAX_PAYLOAD_BYTES:
+            raise ProtocolViolation(f"a chunk of {len(frame.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
+        case Refused() | Failed() | Cancel():
+            # A reason often is an error's text: it's for people, so a long one is cut, not refused.
+            values["reason"] = frame.reason[:MAX_TEXT_CHARS]
+    return values
+
+
+# --- in -------------------------------------------------------------------------------------------------
+
+
+def _decode(message: pb.SessionRequest | pb.SessionResponse, name: str | None) -> Envelope:
+    if message.incarnation == 0:
+        raise ProtocolViolation("a frame without incarnation: every process must send its own")
+    if name is None:
+        raise ProtocolViolation("an envelope without a frame, or with one that this version doesn't know")
+    body = getattr(message, name)
+    _require_presence(body, name)
+    return Envelope(message.incarnation, _FROM_BODY[name](body))
+
+
+def _require_presence(body: Message, name: str) -> None:
+    for field in body.DESCRIPTOR.fields:
+        if field.has_presence and not body.HasField(field.name):
+            raise ProtocolViolation(f"{name}.{field.name} is not set")
+
+
+def _from_hello(body: pb.Hello) -> Hello:
+    if len(body.plan_hashes) > MAX_PLANS or len(body.wire_modes) > len(_WIRE_MODES):
+        raise ProtocolViolation(f"hello lists {len(body.plan_hashes)} plans and {len(body.wire_modes)} wire modes")
+    hashes = tuple(_text(plan, "hello.plan_hashes") for plan in body.plan_hashes)
+    modes = tuple(_wire_mode(mode) for mode in body.wire_modes)
+    return Hello(body.protocol_version, hashes, modes, _text(body.peer, "hello.peer"))
+
+
+def _from_accepted(body: pb.Accepted) -> Accepted:
+    if not body.token_ids:
+        raise ProtocolViolation("accepted.token_ids is empty")
+    if body.num_present >= len(body.token_ids):
+        raise ProtocolViolation(f"accepted.num_present is {body.num_present} of {len(body.token_ids)} tokens")
+    if body.credit_bytes == 0:
+        raise ProtocolViolation("accepted.credit_bytes is 0")
+    ttl_s = _duration(body.ttl_s, "accepted.ttl_s")
+    if ttl_s == 0:
+        raise ProtocolViolation("accepted.ttl_s is 0")
+    token_ids = _ids(body.token_ids, "accepted.token_ids")
+    return Accepted(_lease_id(body.lease_id), token_ids, body.num_present, body.credit_bytes, ttl_s)
+
+
+def _from_chunk(body: pb.Chunk) -> Chunk:
+    if not 0 < len(body.payload) <= MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"chunk.payload has {len(body.payload)} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
+    tokens = _range(body.token_start, body.token_end, "chunk.token")
+    layers = _range(body.layer_start, body.layer_end, "chunk.layer")
+    seq = _id(body.seq, "chunk.seq")
+    return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, body.payload)
+
+
+def _from_seal(body: pb.Seal) -> Seal:
+    if len(body.prompt_hash) != PROMPT_HASH_BYTES:
+        raise ProtocolViolation(f"seal.prompt_hash has {len(body.prompt_hash)} bytes, not {PROMPT_HASH_BYTES}")
+    return Seal(
+        lease_id=_lease_id(body.lease_id),
+        num_chunks=_id(body.num_chunks, "seal.num_chunks"),
+        prompt_hash=body.prompt_hash,
+        boundary_token_id=_id(body.boundary_token_id, "seal.boundary_token_id"),
+        queue_s=_duration(body.queue_s, "seal.queue_s"),
+        prefill_s=_duration(body.prefill_s, "seal.prefill_s"),
+    )
+
+
+def _from_credit(body: pb.Credit) -> Credit:
+    if not 0 < body.num_bytes <= MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"credit.num_bytes is {body.num_bytes}, not 1 to {MAX_PAYLOAD_BYTES}")
+    return Credit(_lease_id(body.lease_id), _id(body.seq, "credit.seq"), body.num_bytes)
+
+
+_FROM_BODY: dict[str, Callable[..., Frame]] = {
+    "hello": _from_hello,
+    "accepted": _from_accepted,
+    "chunk": _from_chunk,
+    "seal": _from_seal,
+    "credit": _from_credit,
+    "nack": lambda body: Nack(_lease_id(body.lease_id), _id(body.seq, "nack.seq")),
+    "refused": lambda body: Refused(_lease_id(body.lease_id), _text(body.reason, "refused.reason")),
+    "failed": lambda body: Failed(_lease_id(body.lease_id), _text(body.reason, "failed.reason")),
+    "cancel": lambda body: Cancel(_lease_id(body.lease_id), _text(body.reason, "cancel.reason")),
+    "claim": lambda body: Claim(_lease_id(body.lease_id)),
+    "drained": lambda body: Drained(_lease_id(body.lease_id)),
+    "committed": lambda body: Committed(_lease_id(body.lease_id)),
+    "draining": lambda body: Draining(),
+    "beat": lambda body: Beat(),
+}
+
+
+# --- one value ------------------------------------------------------------------------------------------
+
+
+def _lease_id(value: bytes) -> bytes:
+    if len(value) != LEASE_ID_BYTES:
+        raise ProtocolViolation(f"a lease id has {LEASE_ID_BYTES} bytes, not {len(value)}")
+    return value
+
+
+def _id(value: int, name: str) -> int:
+    if value > MAX_ID:
+        raise ProtocolViolation(f"{name} is {value}, above {MAX_ID}")
+    return value
+
+
+def _ids(values: Iterable[int], name: str) -> tuple[int, ...]:
+    ids = tuple(values)
+    _id(max(ids), name)
+    return ids
+
+
+def _range(start: int, end: int, name: str) -> tuple[int, int]:
+    if not start < end <= MAX_ID:
+        raise ProtocolViolation(f"{name} range [{start}, {end}) is empty or out of bounds")
+    return start, end
+
+
+def _duration(value: float, name: str) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ProtocolViolation(f"{name} is {value}: not a duration")
+    return value
+
+
+def _text(value: str, name: str) -> str:
+    if len(value) > MAX_TEXT_CHARS:
+        raise ProtocolViolation(f"{name} has {len(value)} characters, above {MAX_TEXT_CHARS}")
+    return value
+
+
+def _wire_mode(value: pb.WireMode.ValueType) -> WireMode:
+    mode = _WIRE_MODES_BACK.get(value)
+    if mode is None:
+        raise ProtocolViolation(f"hello.wire_modes holds {value}, which this version doesn't know")
+    return mode

@@ -1,0 +1,66 @@
+"""Options of gRPC channels and servers. Every one that matters is written down: gRPC's defaults fit none of ours.
+
+Left alone, a server takes messages of 4 MiB, allows one ping in five minutes and shares its port with other
+processes; a channel retries by itself, goes through ``http_proxy`` and waits up to two minutes to reconnect.
+"""
+
+from __future__ import annotations
+
+Options = tuple[tuple[str, int | str], ...]
+
+HANDOFF_MAX_MESSAGE_BYTES = 2 << 20
+"""A frame's payload is at most 1 MiB; a prompt's token ids fit as well."""
+
+KEEPALIVE_TIME_S = 10
+KEEPALIVE_TIMEOUT_S = 5
+"""A connection that doesn't answer a ping in this time is dead. Leases end sooner, by their missing beats."""
+
+MIN_PING_INTERVAL_S = 5
+"""What a server tolerates. Below ``KEEPALIVE_TIME_S``, or it would end the connections of its own clients."""
+
+INITIAL_RECONNECT_S = 0.1
+MAX_RECONNECT_S = 1.0
+
+
+def channel_options(max_message_bytes: int) -> Options:
+    """Options of a client's channel that sends and takes messages of up to ``max_message_bytes``."""
+    return (
+        *_both(max_message_bytes),
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0),
+        # Own connections: two channels to one address would share the back-off after a peer's death.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", _ms(INITIAL_RECONNECT_S)),
+        ("grpc.min_reconnect_backoff_ms", _ms(INITIAL_RECONNECT_S)),
+        ("grpc.max_reconnect_backoff_ms", _ms(MAX_RECONNECT_S)),
+    )
+
+
+def server_options(max_message_bytes: int) -> Options:
+    """Options of a server that sends and takes messages of up to ``max_message_bytes``."""
+    return (
+        *_both(max_message_bytes),
+        # Two processes on one port would each get some of the connections.
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", _ms(MIN_PING_INTERVAL_S)),
+        ("grpc.http2.max_ping_strikes", 2),
+    )
+
+
+def _both(max_message_bytes: int) -> Options:
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", _ms(KEEPALIVE_TIME_S)),
+        ("grpc.keepalive_timeout_ms", _ms(KEEPALIVE_TIMEOUT_S)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+HANDOFF_CHANNEL_OPTIONS = channel_options(HANDOFF_MAX_MESSAGE_BYTES)
+HANDOFF_SERVER_OPTIONS = server_options(HANDOFF_MAX_MESSAGE_BYTES)

@@ -1,0 +1,43 @@
+"""What a process tells about itself: metrics, the port they are read from, and logs."""
+
+from shoal.telemetry.gateway import GatewayMetrics
+from shoal.telemetry.labels import (
+    CancelStage,
+    Endpoint,
+    ErrorType,
+    FallbackRung,
+    HandoffReason,
+    LeaseState,
+    Part,
+    Transport,
+    VerifyCheck,
+)
+from shoal.telemetry.logs import bind_request, configure_logging
+from shoal.telemetry.registry import new_registry
+from shoal.telemetry.server import MetricsServer, Target, serve_metrics, targets_document
+from shoal.telemetry.stage import DecodeMetrics, PrefillMetrics, StageMetrics
+from shoal.telemetry.transfer import TransferMetrics
+
+__all__ = [
+    "CancelStage",
+    "DecodeMetrics",
+    "Endpoint",
+    "ErrorType",
+    "FallbackRung",
+    "GatewayMetrics",
+    "HandoffReason",
+    "LeaseState",
+    "MetricsServer",
+    "Part",
+    "PrefillMetrics",
+    "StageMetrics",
+    "Target",
+    "TransferMetrics",
+    "Transport",
+    "VerifyCheck",
+    "bind_request",
+    "configure_logging",
+    "new_registry",
+    "serve_metrics",
+    "targets_document",
+]

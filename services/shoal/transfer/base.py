@@ -1,0 +1,104 @@
+"""What a hand-off is built on: channels, the sink, the clock, the observer, and the two digests of a prompt's K/V."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import google_crc32c
+import numpy as np
+
+from shoal.messages import Chunk, Envelope
+
+
+class Channel(Protocol):
+    """One end of an ordered, bidirectional stream of envelopes."""
+
+    async def send(self, envelope: Envelope) -> None:
+        """Hand ``envelope`` over; waits while the other end is slow. Raises PeerGone once the channel is closed."""
+        ...
+
+    async def receive(self) -> Envelope:
+        """The next envelope. Raises PeerGone once the channel is closed from either end.
+
+        Raises ProtocolViolation for something that is no envelope, and whatever HandoffError the other end left.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End the channel for both ends; what was sent before may still arrive. Twice is a no-op."""
+        ...
+
+
+class KvSink(Protocol):
+    """Decode's side of the pool."""
+
+    async def write(self, blocks: Sequence[int], chunk: Chunk) -> None:
+        """Copy ``chunk`` (verified, and nobody else's memory) into ``blocks``, the request's reserved ones, in order.
+
+        Runs on the copy thread and waits for nothing else: no scheduler, no block, no other lease. Once it returns or
+        raises, nothing writes into ``blocks`` any more.
+        """
+        ...
+
+
+class Timer(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """Monotonic seconds, and calls at a given time. A running asyncio event loop is one."""
+
+    def time(self) -> float: ...
+
+    def call_at(self, when: float, callback: Callable[[], object], /) -> Timer: ...
+
+
+class TransferObserver(Protocol):
+    """Is told what happens; ``telemetry.TransferMetrics`` is one. Times are seconds."""
+
+    def transfer_started(self) -> None:
+        """A claim was accepted."""
+
+    def transfer_committed(self, seconds: float) -> None:
+        """A transfer that had started was committed, so long after its claim."""
+
+    def transfer_failed(self, reason: str) -> None:
+        """A transfer that had started ended without a commit. ``reason`` is an error's code."""
+
+    def shipped(self, part: str, num_bytes: int) -> None:
+        """Payload was copied; ``part`` is ``shallow`` or ``deep``."""
+
+    def verify_failed(self, check: str) -> None:
+        """A chunk or prompt did not pass: ``checksum``, ``tiling``, ``prompt_hash`` or ``boundary_token``."""
+
+    def leases(self, num_by_state: Mapping[str, int]) -> None:
+        """How many leases are in each state; a state that isn't named has none."""
+
+    def lease_ended(self, age_s: float) -> None:
+        """A lease that was reserved so long ago holds nothing any more."""
+
+    def lease_expired(self) -> None:
+        """Nobody claimed or renewed a lease in time."""
+
+
+class SilentObserver(TransferObserver):
+    """Tells nobody."""
+
+
+def new_incarnation() -> int:
+    """Names this process start to its peers: random 64 bits, never zero."""
+    return secrets.randbits(64) | 1
+
+
+def crc32c(payload: bytes) -> int:
+    """CRC32C of a chunk's payload."""
+    value: int = google_crc32c.value(payload)
+    return value
+
+
+def prompt_hash(token_ids: Sequence[int]) -> bytes:
+    """SHA-256 over the ids as little-endian int64, 32 bytes: both sides must mean the same prompt."""
+    return hashlib.sha256(np.asarray(token_ids, dtype="<i8").tobytes()).digest()

@@ -1,0 +1,1 @@
+"""What frames of a session travel over: memory (with injected faults), grpc."""

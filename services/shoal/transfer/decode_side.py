@@ -1,0 +1,316 @@
+"""Decode's desk: here the replica opens leases, and here sessions bring the K/V for them.
+
+::
+
+    async with desk.open(lease_id, token_ids, blocks) as lease:     the replica
+        …                                                           asks a prefill replica, by a grant
+        arrived = await lease.arrived()                             verified and committed, or a HandoffError
+    …                                                               nobody writes into blocks any more
+
+Lives on the event loop. Copies are tasks of the desk, not of a session: they end by themselves, never by a
+disconnect, because the copy thread can't be interrupted in the middle of a block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.errors import Cancelled, InternalError, LeaseLost, ProtocolViolation, ShoalError, Unavailable
+from shoal.messages import Accepted, Cancel, Chunk, Committed, Credit, Frame, Nack, Seal
+from shoal.transfer.base import Clock, KvSink, SilentObserver, Timer, TransferObserver
+from shoal.transfer.lease import ENDED, RECEIVING, KvShape, Lease, LeaseState, LeaseTerms, Owner, Receipt
+from shoal.transfer.lease_table import LeaseTable, LeaseTimes
+from shoal.transfer.staging import StagingSlots
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What a committed lease brought. ``queue_s`` and ``prefill_s`` are durations that prefill measured."""
+
+    queue_s: float
+    prefill_s: float
+    num_chunks: int
+    shallow_bytes: int
+    deep_bytes: int
+
+
+class Poster(Protocol):
+    """Where the desk answers: a session."""
+
+    def post(self, frame: Frame) -> None: ...
+
+
+class OpenLease:
+    """What the replica holds while a prompt is on its way."""
+
+    def __init__(self, lease: Lease, blocks: tuple[int, ...], opened_s: float) -> None:
+        self.lease = lease
+        self.blocks = blocks
+        self.opened_s = opened_s
+        self.claimed_s: float | None = None
+        self.shallow_bytes = 0
+        self.deep_bytes = 0
+        self.blocks_free = asyncio.Event()
+        self.outcome: asyncio.Future[Arrived] = asyncio.get_running_loop().create_future()
+
+    @property
+    def lease_id(self) -> bytes:
+        return self.lease.lease_id
+
+    async def arrived(self) -> Arrived:
+        """Wait until the K/V are committed. Raises the HandoffError, PeerGone or Cancelled that ended the lease."""
+        return await asyncio.shield(self.outcome)
+
+    async def cancel(self, reason: str) -> None:
+        """Give the lease up, unless it's committed, and wait until nothing writes into the blocks."""
+        self.lease.cancel(Cancelled(reason))
+        if self.lease.state is not LeaseState.COMMITTED:
+            await _whatever_happens(self.blocks_free.wait())
+
+
+class HandoffDesk:
+    """All leases of a decode replica. ``clock`` is by default the running event loop."""
+
+    def __init__(
+        self,
+        sink: KvSink,
+        shape: KvShape,
+        *,
+        times: LeaseTimes,
+        credit_bytes: int,
+        clock: Clock | None = None,
+        staging: StagingSlots | None = None,
+        observer: TransferObserver | None = None,
+    ) -> None:
+        self._sink = sink
+        self._shape = shape
+        self._credit_bytes = credit_bytes
+        self.clock: Clock = clock or asyncio.get_running_loop()
+        self.times = times
+        self._observer = observer or SilentObserver()
+        self.table = LeaseTable(times, clock=self.clock.time, staging=staging, moved=self._moved)
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._open: dict[bytes, OpenLease] = {}
+        self._posters: dict[Owner, Poster] = {}
+        self._copies: set[asyncio.Task[None]] = set()
+        self._reaper: Timer | None = None
+        self._reaper_s = 0.0
+        self._address: str | None = None
+
+    @property
+    def address(self) -> str:
+        """Where prefill reaches this desk. Raises Unavailable while nobody listens for it."""
+        if self._address is None:
+            raise Unavailable("this decode replica doesn't listen for hand-offs yet")
+        return self._address
+
+    @address.setter
+    def address(self, address: str) -> None:
+        self._address = address
+
+    # --- for the replica ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open(
+        self,
+        lease_id: bytes,
+        token_ids: Sequence[int],
+        blocks: Sequence[int],
+        *,
+        num_present: int = 0,
+        one_sided: bool = False,
+    ) -> AsyncIterator[OpenLease]:
+        """Open a lease on ``blocks`` (reserved for this prompt) for all of ``token_ids`` after ``num_present``.
+
+        When the block ends, nobody writes into ``blocks`` any more: a lease that isn't committed by then is
+        cancelled, and its last copy waited for. Raises Unavailable once the desk is closed.
+        """
+        terms = LeaseTerms(tuple(token_ids), num_present, self._shape, self._credit_bytes)
+        lease = self.table.reserve(lease_id, terms, one_sided=one_sided)
+        held = OpenLease(lease, tuple(blocks), self.clock.time())
+        self._open[lease_id] = held
+        try:
+            yield held
+        finally:
+            try:
+                await held.cancel("decode left the lease before its K/V had arrived")
+            finally:
+                lease.release()
+                if held.outcome.done():
+                    held.outcome.exception()  # looked at: nobody may have waited for it
+
+    def close(self) -> None:
+        """Open no more leases; those that are open go on."""
+        self.table.close()
+
+    async def stop(self, error: ShoalError) -> None:
+        """End every lease that isn't committed with ``error``, wait for the copies under way, and reap no more."""
+        self.close()
+        for lease in self.table.uncommitted():
+            lease.cancel(error)
+        if self._copies:
+            await asyncio.wait(self._copies)
+        if self._reaper is not None:
+            self._reaper.cancel()
+
+    # --- for sessions ---------------------------------------------------------------------------------
+
+    def session_began(self, owner: Owner, poster: Poster) -> None:
+        self._posters[owner] = poster
+
+    def session_ended(self, owner: Owner, error: ShoalError) -> None:
+        """Its leases go with it: a retry mints new ones."""
+        self._posters.pop(owner, None)
+        for lease in self.table.uncommitted(owner):
+            lease.cancel(error)
+
+    def claim(self, lease_id: bytes, owner: Owner, plan_hashes: Sequence[str]) -> Accepted:
+        """Give the lease to ``owner``, whose process runs ``plan_hashes``. Raises LeaseLost."""
+        if self._shape.plan_hash not in plan_hashes:
+            raise LeaseLost(f"lease {lease_id.hex()} is for plan {self._shape.plan_hash[:12]}, which you don't run")
+        terms = self.table.claim(lease_id, owner).terms
+        return Accepted(lease_id, terms.token_ids, terms.num_present, terms.credit_bytes, self.times.ttl_s)
+
+    def receive(self, lease: Lease, chunk: Chunk) -> None:
+        """Start the copy of a good chunk; ask once more for a bad one. Raises a HandoffError that must end the lease."""
+        match lease.receive(chunk):
+            case Receipt.COPY:
+                task = asyncio.get_running_loop().create_task(self._copy(self._open[lease.lease_id], chunk))
+                self._copies.add(task)
+                task.add_done_callback(self._copy_ended)
+            case Receipt.RESEND:
+                self._observer.verify_failed("checksum")
+                self._post(lease, Nack(lease.lease_id, chunk.seq))
+            case Receipt.DROP:
+                pass
+
+    def seal(self, lease: Lease, seal: Seal) -> None:
+        """Raises a HandoffError that must end the lease."""
+        for seq in lease.seal(seal):
+            self._post(lease, Nack(lease.lease_id, seq))
+        self._commit_if_complete(lease)
+
+    # --- inside ---------------------------------------------------------------------------------------
+
+    async def _copy(self, held: OpenLease, chunk: Chunk) -> None:
+        lease = held.lease
+        error: ShoalError | None = InternalError("a copy into the pool failed; the log says more")
+        try:
+            await self._sink.write(held.blocks, chunk)
+            error = None
+        except ShoalError as known:
+            error = known
+        finally:
+            if error is not None:
+                lease.cancel(error)
+            lease.copied(chunk.seq)
+        if lease.state in RECEIVING:
+            self._count(held, chunk)
+            self._post(lease, Credit(lease.lease_id, chunk.seq, len(chunk.payload)))
+            self._commit_if_complete(lease)
+
+    def _count(self, held: OpenLease, chunk: Chunk) -> None:
+        shallow_bytes, deep_bytes = self._shape.part_bytes(chunk)
+        held.shallow_bytes += shallow_bytes
+        held.deep_bytes += deep_bytes
+        self._observer.shipped("shallow", shallow_bytes)
+        self._observer.shipped("deep", deep_bytes)
+
+    def _copy_ended(self, task: asyncio.Task[None]) -> None:
+        self._copies.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a copy into the pool failed", exc_info=error)
+
+    def _commit_if_complete(self, lease: Lease) -> None:
+        if lease.is_complete:
+            try:
+                lease.commit()
+            except ProtocolViolation as error:
+                lease.cancel(error)
+
+    def _post(self, lease: Lease, frame: Frame) -> None:
+        poster = None if lease.owner is None else self._posters.get(lease.owner)
+        if poster is not None:
+            poster.post(frame)
+
+    def _moved(self, lease: Lease, left: LeaseState | None) -> None:
+        if left is not None:
+            held = self._open[lease.lease_id]
+            match lease.state:
+                case LeaseState.STREAMING:
+                    held.claimed_s = self.clock.time()
+                    self._observer.transfer_started()
+                case LeaseState.COMMITTED:
+                    self._committed(held)
+                case LeaseState.CANCELLING:
+                    self._cancelled(held)
+                case LeaseState.QUARANTINED if left is LeaseState.COMMITTED:
+                    self._post(lease, Cancel(lease.lease_id, "committed; say when your writes have ended"))
+            if lease.blocks_are_free:
+                held.blocks_free.set()
+            if lease.state in ENDED:
+                del self._open[lease.lease_id]
+                self._observer.lease_ended(self.clock.time() - held.opened_s)
+        self._observer.leases(self.table.counts)
+        self.idle.clear() if self.table.num_open else self.idle.set()
+        self._arm_reaper()
+
+    def _committed(self, held: OpenLease) -> None:
+        seal = held.lease.sealed
+        if seal is None or held.claimed_s is None:
+            raise InternalError(f"{held.lease} was committed without a claim or a seal")
+        self._post(held.lease, Committed(held.lease_id))
+        held.outcome.set_result(
+            Arrived(seal.queue_s, seal.prefill_s, seal.num_chunks, held.shallow_bytes, held.deep_bytes)
+        )
+        self._observer.transfer_committed(self.clock.time() - held.claimed_s)
+
+    def _cancelled(self, held: OpenLease) -> None:
+        lease, error = held.lease, held.lease.error
+        if error is None:
+            raise InternalError(f"{lease} was cancelled without an error")
+        self._post(lease, Cancel(lease.lease_id, error.message))
+        held.outcome.set_exception(error)
+        if lease.failed_check is not None:
+            self._observer.verify_failed(lease.failed_check)
+        if lease.owner is not None:
+            self._observer.transfer_failed(error.code)
+
+    # --- the reaper -----------------------------------------------------------------------------------
+
+    def _arm_reaper(self) -> None:
+        """Be called when the next lease may expire; renewals only make that a little early."""
+        when = self.table.next_deadline
+        if when is None or (self._reaper is not None and self._reaper_s <= when):
+            return
+        if self._reaper is not None:
+            self._reaper.cancel()
+        self._reaper_s = when
+        self._reaper = self.clock.call_at(when, self._reap)
+
+    def _reap(self) -> None:
+        self._reaper = None
+        for _ in self.table.expire():
+            self._observer.lease_expired()
+        self._arm_reaper()
+
+
+async def _whatever_happens(work: Coroutine[object, object, object]) -> None:
+    """Wait for ``work`` to end, also if the caller is cancelled meanwhile: that is raised only then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

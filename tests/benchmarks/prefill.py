@@ -1,0 +1,162 @@
+"""How long a long prompt takes to encode: shallow, at full depth, and in transformers, interleaved in one run.
+
+    python tests/benchmarks/prefill.py [--tokens 1800] [--rounds 7] [--skip-layers 10] [--json FILE]
+
+Every figure is the time from a prompt's ids to its first token's logits, on all cores, nothing cached. Ratios are
+medians over rounds; each round runs every variant once, so that a drift of the machine meets all alike. The quality
+row says what the shallow depth costs on the same run's model: perplexity of the continuation of natural passages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import smollm2_reference
+from reference import pop_logits
+
+from shoal.config import load_config
+from shoal.engine.build import Served, build_engine, load_parameters
+from shoal.engine.engine import Engine
+from shoal.messages import Depth, SamplingParams, Stage
+
+PASSAGES = Path(__file__).parents[1] / "passages.json"
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    config = load_config(
+        model={"skip_layers": options.skip_layers, "dtype": options.dtype}, decode={"max_step_tokens": options.chunk}
+    )
+    served = Served.of(config)
+    engine = build_engine(
+        config, Stage.DECODE, served, load_parameters(served, Stage.DECODE, torch.device("cpu")),
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    reference = smollm2_reference(served.dtype, attention="sdpa")
+    prompt = _prompt(served, options.tokens)
+    variants: dict[str, Callable[[], None]] = {
+        "shallow": lambda: _first_token(engine, prompt, Depth.SHALLOW),
+        "full": lambda: _first_token(engine, prompt, Depth.FULL),
+        "transformers": lambda: _transformers(reference, prompt),
+    }
+    seconds = _measure(variants, options.rounds)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    result = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": options.threads, "torch": torch.__version__},
+        "model": served.name,
+        "dtype": str(served.dtype).removeprefix("torch."),
+        "tokens": options.tokens,
+        "skip_layers": served.plan.num_skipped,
+        "layers": served.plan.num_layers,
+        "seconds": seconds,
+        "median_s": median,
+        "full_over_shallow": median["full"] / median["shallow"],
+        "transformers_over_full": median["transformers"] / median["full"],
+        "ideal_full_over_shallow": ideal_ratio(served, options.tokens),
+        "quality": _quality(served),
+    }
+    _show(result)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def ideal_ratio(served: Served, num_tokens: int) -> float:
+    """Full over shallow by FLOPs, the boundary token fused and logits of the last token only."""
+    spec, plan = served.spec, served.plan
+    kv = 2 * spec.kv_size * spec.hidden_size
+    weights = 2 * spec.q_size * spec.hidden_size + kv + 3 * spec.intermediate_size * spec.hidden_size
+    layer = 2 * weights * num_tokens + 2 * spec.q_size * num_tokens * (num_tokens + 1)
+    head = 2 * spec.vocab_size * spec.hidden_size
+    skipped = 2 * kv * (num_tokens - 1) + 2 * weights + 4 * spec.q_size * num_tokens
+    return (plan.num_layers * layer + head) / (plan.num_kept * layer + plan.num_skipped * skipped + head)
+
+
+def _first_token(engine: Engine, prompt: tuple[int, ...], depth: Depth) -> None:
+    engine.submit_generate("bench", prompt, depth, SamplingParams(max_tokens=1, temperature=0.0))
+    while not engine.step().tokens:
+        pass
+
+
+def _transformers(model: Any, prompt: tuple[int, ...]) -> None:
+    with torch.inference_mode():
+        model(torch.tensor([prompt]), logits_to_keep=1, use_cache=True)
+
+
+def _measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in track(range(rounds), description="rounds"):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _prompt(served: Served, num_tokens: int) -> tuple[int, ...]:
+    text = "\n\n".join(json.loads(PASSAGES.read_text()))
+    ids: list[int] = served.files.tokenizer().encode(text)
+    return tuple((ids * (1 + num_tokens // len(ids)))[:num_tokens])
+
+
+def _quality(served: Served) -> dict[str, float]:
+    """Perplexity of the last 64 tokens of each passage, at full depth and shallow, in float32."""
+    model = smollm2_reference(torch.float32)
+    tokenizer = served.files.tokenizer()
+    losses: dict[str, list[float]] = {"full": [], "shallow": []}
+    for passage in track(json.loads(PASSAGES.read_text()), description="quality"):
+        ids = tokenizer.encode(passage)
+        split = len(ids) - 64
+        for name, num_skipped in (("full", 0), ("shallow", served.plan.num_skipped)):
+            logits = pop_logits(model, ids[:-1], split, num_skipped)
+            losses[name] += torch.nn.functional.cross_entropy(
+                logits.float(), torch.tensor(ids[split:]), reduction="none"
+            ).tolist()
+    return {f"{name}_perplexity": float(torch.tensor(values).mean().exp()) for name, values in losses.items()}
+
+
+def _show(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['model']}, {result['tokens']} tokens, {result['dtype']}, to the first token's logits")
+    for column in ("variant", "median s", "min", "max"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name, times in result["seconds"].items():
+        table.add_row(name, f"{result['median_s'][name]:.3f}", f"{min(times):.3f}", f"{max(times):.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"full / shallow          {result['full_over_shallow']:.3f} (ideal {result['ideal_full_over_shallow']:.3f})")
+    console.print(f"transformers / full     {result['transformers_over_full']:.3f}")
+    quality = result["quality"]
+    console.print(f"perplexity full, shallow {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1800)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--skip-layers", type=int, default=None)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--chunk", type=int, default=512, help="tokens a forward runs at most")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", help="write the raw figures here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

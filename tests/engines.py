@@ -1,0 +1,180 @@
+"""Engines over small models for tests, without files, threads or servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from shoal.engine.attention import attend
+from shoal.engine.engine import Engine
+from shoal.engine.runner import PrefillChunk, Runner
+from shoal.engine.scheduler import Scheduler
+from shoal.kv.layout import stage_layout
+from shoal.kv.pool import KvPool
+from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.decoder import Decoder
+from shoal.model.families import describe
+from shoal.model.parameters import ParameterLoader, Parameters
+from shoal.model.plan import LayerPlan
+
+CPU = torch.device("cpu")
+
+
+class ModelReader:
+    """Reads a transformers model's tensors as a weight file would give them."""
+
+    def __init__(self, model: Any) -> None:
+        self._state = model.state_dict()
+        self.names = frozenset(self._state)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._state[name]
+
+
+def parameters_of(model: Any, num_skipped: int, stage: Stage = Stage.DECODE) -> Parameters:
+    spec = describe(model.config)
+    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
+    return loader.load(LayerPlan(spec.num_layers, num_skipped), stage)
+
+
+def make_engine(
+    model: Any,
+    num_skipped: int,
+    *,
+    stage: Stage = Stage.DECODE,
+    num_blocks: int = 256,
+    block_tokens: int = 4,
+    max_step_tokens: int = 512,
+    max_sequences: int = 64,
+    max_queued: int = 256,
+    eos_token_ids: tuple[int, ...] = (),
+    parameters: Parameters | None = None,
+) -> Engine:
+    spec = describe(model.config)
+    plan = LayerPlan(spec.num_layers, num_skipped)
+    layout = stage_layout(
+        num_layers=plan.num_layers,
+        num_kept=plan.num_kept,
+        num_held=len(plan.layers_held(stage)),
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype_bytes=model.dtype.itemsize,
+        block_tokens=block_tokens,
+    )
+    scheduler = Scheduler(
+        layout, num_blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences, max_queued=max_queued
+    )
+    pool = KvPool(layout, num_blocks, dtype=model.dtype, device=CPU)
+    decoder = Decoder(spec, plan, stage, parameters or parameters_of(model, num_skipped, stage), attend)
+    return Engine(scheduler, Runner(decoder, pool), eos_token_ids=eos_token_ids)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt and how to continue it: greedy unless ``sampling`` says otherwise."""
+
+    prompt: list[int]
+    num_tokens: int = 8
+    depth: Depth = Depth.SHALLOW
+    sampling: SamplingParams | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sampling or SamplingParams(max_tokens=self.num_tokens, temperature=0.0)
+
+
+def run(engine: Engine, asks: list[Ask]) -> list[list[int]]:
+    """Run all at once; the first choice's tokens in the order asked. Nothing may be held afterwards."""
+    return [choices[0] for choices in run_choices(engine, asks)]
+
+
+def run_choices(engine: Engine, asks: list[Ask]) -> list[list[list[int]]]:
+    """The same with every choice of every request."""
+    tokens: dict[tuple[str, int], list[int]] = {}
+    for index, ask in enumerate(asks):
+        engine.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params)
+    while not (output := engine.step()).is_idle:
+        for failure in output.failures:
+            raise failure.error
+        for event in output.tokens:
+            tokens.setdefault((event.request_id, event.choice), []).append(event.token_id)
+    assert_nothing_held(engine)
+    return [
+        [tokens[str(index), choice] for choice in range(ask.params.num_choices)] for index, ask in enumerate(asks)
+    ]
+
+
+def one_by_one(engine: Engine, asks: list[Ask]) -> list[list[int]]:
+    return [run(engine, [ask])[0] for ask in asks]
+
+
+def logits_after(engine: Engine, prompt: list[int], depth: Depth) -> torch.Tensor:
+    """Logits ``[vocab]`` of the token after ``prompt``, in as many steps as the engine's chunks take."""
+    engine.submit_generate("logits", tuple(prompt), depth, SamplingParams(max_tokens=1, temperature=0.0))
+    engine.scheduler.admit()
+    while True:
+        plan = engine.scheduler.schedule()
+        logits, _ = engine.runner.run(plan)
+        for item in plan.rows:
+            item.sequence.num_computed = item.end
+        if logits is not None:
+            break
+    engine.finish("logits")
+    assert_nothing_held(engine)
+    return logits[0]
+
+
+def prefill_chunks(engine: Engine, prompt: list[int]) -> list[PrefillChunk]:
+    """What a prefill engine ships for ``prompt``."""
+    engine.submit_prefill("prompt", len(prompt))
+    chunks: list[PrefillChunk] = []
+    engine.step()
+    engine.start("prompt", prompt=tuple(prompt))
+    while not chunks or chunks[-1].end < len(prompt) - 1:
+        output = engine.step()
+        for failure in output.failures:
+            raise failure.error
+        chunks += output.chunks
+        for chunk in output.chunks:
+            engine.chunk_sent(chunk.request_id)
+    engine.finish("prompt")
+    assert_nothing_held(engine)
+    return chunks
+
+
+def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[list[int]]:
+    """Every prompt through both engines, its K/V copied over as the hand-off would."""
+    tokens: dict[str, list[int]] = {}
+    for index, ask in enumerate(asks):
+        decode.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params, hold=len(ask.prompt) > 1)
+    while True:
+        output = decode.step()
+        for failure in output.failures:
+            raise failure.error
+        for request_id, blocks in output.reserved:
+            prompt = asks[int(request_id)].prompt
+            for chunk in prefill_chunks(prefill, prompt):
+                _copy(decode.runner.pool, list(blocks), chunk, prefill.runner.decoder.plan.num_kept)
+            decode.start(request_id, num_computed=len(prompt) - 1)
+        for event in output.tokens:
+            tokens.setdefault(event.request_id, []).append(event.token_id)
+        if output.is_idle:
+            break
+    assert_nothing_held(decode)
+    return [tokens[str(index)] for index in range(len(asks))]
+
+
+def _copy(pool: KvPool, blocks: list[int], chunk: PrefillChunk, num_kept: int) -> None:
+    slots = torch.as_tensor(pool.layout.slots(blocks, chunk.start, chunk.end))
+    pool.write_layers(0, slots, chunk.shallow)
+    if chunk.deep is not None:
+        pool.write_layers(num_kept, slots, chunk.deep)
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    counts = engine.counts()
+    held = replace(counts, num_preemptions=0)
+    assert (held.num_waiting, held.num_reserved, held.num_running) == (0, 0, 0), counts
+    assert held.num_free_blocks == held.num_blocks and held.num_reserved_blocks == 0, counts

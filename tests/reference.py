@@ -1,0 +1,167 @@
+"""Plain, slow references that Shoal is compared with: transformers' own generation, and the paper's shallow prefill.
+
+Built on the modules of a transformers Llama model (norms, projections, MLP, rotary table); nothing of Shoal's own
+model or engine is used. One prompt at a time, any dtype; every K/V is computed once, so a 1,500-token prompt of
+SmolLM2-135M takes seconds.
+
+The paper: POP (arXiv 2602.03295). With K layers kept of L, prompt tokens 0..N-2 run layers 0..K-1; a skipped layer's
+K/V come from the state that left layer K-1, by that layer's own input norm, projections and RoPE; the boundary token
+N-1 and all that follow run every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Rope = tuple[Tensor, Tensor]
+Cache = dict[int, tuple[Tensor, Tensor]]
+"""Of each layer the K (after RoPE) and V so far, ``[1, kv_heads, tokens, head_dim]``; a layer without any is absent."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Greedy output; ``gaps`` says how far the best logit of each step was above the second."""
+
+    token_ids: tuple[int, ...]
+    gaps: tuple[float, ...]
+
+
+@torch.no_grad()
+def full_generate(
+    model: Any, ids: Sequence[int], max_new_tokens: int, *, eos_token_ids: Sequence[int] = ()
+) -> Generated:
+    """transformers' own greedy ``generate``. Nothing ends it early but ``eos_token_ids`` (which it then includes)."""
+    prompt = torch.tensor([list(ids)])
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_token_ids) or None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return Generated(tuple(output.sequences[0, len(ids) :].tolist()), tuple(_gap(step[0]) for step in output.logits))
+
+
+@torch.no_grad()
+def pop_generate(
+    model: Any, ids: Sequence[int], max_new_tokens: int, num_skipped: int, *, eos_token_ids: Sequence[int] = ()
+) -> Generated:
+    """The paper's shallow prefill, then greedy decoding at full depth. ``num_skipped == 0`` is the plain model."""
+    cache: Cache = {}
+    _encode(model, ids[:-1], num_skipped, cache)
+    token_ids: list[int] = []
+    gaps: list[float] = []
+    token_id = ids[-1]
+    for position in range(len(ids) - 1, len(ids) - 1 + max_new_tokens):
+        logits = _head(model, _run(model, [token_id], position, _layers(model), cache))[0]
+        token_id = int(logits.argmax())
+        token_ids.append(token_id)
+        gaps.append(_gap(logits))
+        if token_id in eos_token_ids:
+            break
+    return Generated(tuple(token_ids), tuple(gaps))
+
+
+@torch.no_grad()
+def pop_logits(
+    model: Any,
+    ids: Sequence[int],
+    num_prompt_tokens: int,
+    num_skipped: int,
+    *,
+    project: bool = True,
+    boundary: bool = True,
+    remove_everywhere: bool = False,
+) -> Tensor:
+    """Logits ``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, with ``ids`` given, not generated.
+
+    Without ``project`` the skipped layers hold no K/V of the prompt; without ``boundary`` the last prompt token is
+    shallow too, and the first row is read from the state that left the last kept layer; with ``remove_everywhere``
+    the skipped layers run at no stage. These are the method's negative controls.
+    """
+    cache: Cache = {}
+    if remove_everywhere:
+        kept = range(len(model.model.layers) - num_skipped)
+        return _head(model, _run(model, ids, 0, kept, cache)[num_prompt_tokens - 1 :])
+    num_shallow = num_prompt_tokens - 1 if boundary else num_prompt_tokens
+    shallow = _encode(model, ids[:num_shallow], num_skipped, cache, project=project)
+    deep = _run(model, ids[num_shallow:], num_shallow, _layers(model), cache)
+    return _head(model, deep if boundary else torch.cat([shallow[-1:], deep]))
+
+
+def token_nlls(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """Negative log-likelihood (nats) of each of ``ids``, ``[len(ids)]``; ``logits[i]`` predicts ``ids[i]``."""
+    return F.cross_entropy(logits[: len(ids)].double(), torch.tensor(list(ids)), reduction="none")
+
+
+def _encode(model: Any, ids: Sequence[int], num_skipped: int, cache: Cache, *, project: bool = True) -> Tensor:
+    """Shallow prefill of the tokens ``0..len(ids)-1`` into ``cache``; their states after the last kept layer."""
+    num_kept = len(model.model.layers) - num_skipped
+    states = _run(model, ids, 0, range(num_kept), cache)
+    if project:
+        rope = _rope(model, states, 0)
+        for index in range(num_kept, len(model.model.layers)):
+            layer = model.model.layers[index]
+            _append_kv(layer.self_attn, layer.input_layernorm(states[None]), rope, index, cache)
+    return states
+
+
+def _run(model: Any, ids: Sequence[int], start: int, layers: Iterable[int], cache: Cache) -> Tensor:
+    """Run ``ids``, at positions ``start..``, through ``layers``; K/V go to ``cache``. States ``[tokens, hidden]``."""
+    states = model.model.embed_tokens(torch.tensor([list(ids)], dtype=torch.long))
+    rope = _rope(model, states[0], start)
+    for index in layers:
+        layer = model.model.layers[index]
+        states = states + _attend(layer.self_attn, layer.input_layernorm(states), rope, index, cache)
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+    return states[0]
+
+
+def _attend(attention: Any, normed: Tensor, rope: Rope, index: int, cache: Cache) -> Tensor:
+    """Causal attention of the newest tokens over all K/V that the layer holds, their own included."""
+    keys, values = _append_kv(attention, normed, rope, index, cache)
+    queries = _rotate(_heads(attention.q_proj(normed), attention), rope)
+    num_queries, num_keys = queries.shape[2], keys.shape[2]
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=True)
+    return attention.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _append_kv(attention: Any, normed: Tensor, rope: Rope, index: int, cache: Cache) -> tuple[Tensor, Tensor]:
+    keys = _rotate(_heads(attention.k_proj(normed), attention), rope)
+    values = _heads(attention.v_proj(normed), attention)
+    if index in cache:
+        keys, values = torch.cat([cache[index][0], keys], dim=2), torch.cat([cache[index][1], values], dim=2)
+    cache[index] = keys, values
+    return keys, values
+
+
+def _heads(flat: Tensor, attention: Any) -> Tensor:
+    return flat.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+
+
+def _rope(model: Any, states: Tensor, start: int) -> Rope:
+    positions = torch.arange(start, start + len(states))
+    cos, sin = model.model.rotary_emb(states, positions[None])
+    return cos[:, None], sin[:, None]
+
+
+def _rotate(heads: Tensor, rope: Rope) -> Tensor:
+    low, high = heads.chunk(2, dim=-1)
+    return heads * rope[0] + torch.cat([-high, low], dim=-1) * rope[1]
+
+
+def _head(model: Any, states: Tensor) -> Tensor:
+    return model.lm_head(model.model.norm(states))
+
+
+def _layers(model: Any) -> range:
+    return range(len(model.model.layers))
+
+
+def _gap(logits: Tensor) -> float:
+    best, second = logits.topk(2).values.tolist()
+    return best - second

@@ -1,0 +1,322 @@
+"""The sampler, held against a plain one written from the definitions, and against the distributions themselves."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal.engine.sampler import Sampled, SampleRow, sample, uniform
+from shoal.errors import InternalError
+from shoal.messages import SamplingParams
+
+VOCAB = 11
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
+FREE = SamplingParams(max_tokens=8, temperature=1.0, seed=7)
+EXAMPLE = torch.tensor([0.3, 2.0, -1.0, 2.0, 0.0, -3.0, 1.2, 0.7, -0.2, 1.9, -5.0])
+
+
+def random_logits(num_rows: int, num_tokens: int = VOCAB, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(num_rows, num_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def choose(logits: Tensor, params: SamplingParams, num_draws: int) -> list[int]:
+    """The first ``num_draws`` tokens of one choice, as if every step had these logits."""
+    return [one.token_id for one in sample(logits[None], [SampleRow(params, 0, i, 0) for i in range(num_draws)])]
+
+
+# --- oracle -----------------------------------------------------------------------------------------------
+
+
+def plain_distribution(logits: list[float], params: SamplingParams, banned: set[int] = frozenset()) -> dict[int, float]:
+    """Token id -> probability, after temperature, then top k, then top p."""
+    scaled = {i: value / params.temperature for i, value in enumerate(logits) if i not in banned}
+    if params.top_k:
+        kth = sorted(scaled.values(), reverse=True)[: params.top_k][-1]
+        scaled = {i: value for i, value in scaled.items() if value >= kth}
+    kept = softmax(scaled)
+    before = 0.0
+    for i in sorted(kept, key=lambda i: (-kept[i], i)):
+        if before >= params.top_p and before > 0:
+            del scaled[i]
+        before += kept[i]
+    return softmax(scaled)
+
+
+def softmax(scaled: dict[int, float]) -> dict[int, float]:
+    peak = max(scaled.values())
+    weights = {i: math.exp(value - peak) for i, value in scaled.items()}
+    return {i: weight / sum(weights.values()) for i, weight in weights.items()}
+
+
+def plain_draw(distribution: dict[int, float], at: float) -> int:
+    total = 0.0
+    for i in sorted(distribution):
+        total += distribution[i]
+        if at < total:
+            return i
+    raise AssertionError("rounding")
+
+
+def plain_philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> int:
+    """First word of Philox4x64-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011)."""
+    (k0, k1), (c0, c1, c2, c3), mask = key, counter, 2**64 - 1
+    for _ in range(10):
+        one, two = 0xD2E7470EE14C6C93 * c0, 0xCA5A826395121157 * c2
+        c0, c1, c2, c3 = (two >> 64) ^ c1 ^ k0, two & mask, (one >> 64) ^ c3 ^ k1, one & mask
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
+    return c0
+
+
+OPTIONS = [
+    FREE,
+    replace(FREE, temperature=0.5),
+    replace(FREE, temperature=3.0),
+    replace(FREE, top_k=1),
+    replace(FREE, top_k=4),
+    replace(FREE, top_k=VOCAB),
+    replace(FREE, top_k=10 * VOCAB),
+    replace(FREE, top_p=0.9),
+    replace(FREE, top_p=0.5),
+    replace(FREE, temperature=2.0, top_k=6, top_p=0.8),
+    replace(FREE, temperature=0.7, top_k=3, top_p=0.3),
+]
+
+
+@pytest.mark.parametrize("params", OPTIONS, ids=str)
+def test_draws_are_those_of_the_plain_sampler(params: SamplingParams):
+    logits = random_logits(40)
+    rows = [SampleRow(params, choice, index, (7 * index + choice) % 40) for choice in range(4) for index in range(40)]
+    expected = [
+        plain_draw(plain_distribution(logits[row.row_index].tolist(), params), uniform(7, row.choice, row.index))
+        for row in rows
+    ]
+    assert [one.token_id for one in sample(logits, rows)] == expected
+
+
+@pytest.mark.parametrize("params", OPTIONS, ids=str)
+def test_draws_have_the_distribution_of_the_options(params: SamplingParams):
+    num_draws = 4000
+    expected = plain_distribution(EXAMPLE.tolist(), params)
+    counts = Counter(choose(EXAMPLE, params, num_draws))
+    assert set(counts) <= set(expected)
+    common = {i for i, share in expected.items() if share * num_draws >= 5}
+    statistic = sum((counts[i] - expected[i] * num_draws) ** 2 / (expected[i] * num_draws) for i in common)
+    assert statistic <= chi_square_limit(len(common) - 1)
+
+
+def chi_square_limit(degrees: int, z: float = 3.09) -> float:
+    """The 99.9 % quantile (Wilson and Hilferty)."""
+    return degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3 if degrees else 1e-9
+
+
+@given(
+    seed=st.integers(0, 2**32), temperature=st.floats(1e-3, 10), top_k=st.integers(0, 15), top_p=st.floats(0, 1),
+    banned=st.sets(st.integers(0, VOCAB - 1), max_size=VOCAB - 1),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_a_draw_is_always_a_token_that_the_options_leave(
+    seed: int, temperature: float, top_k: int, top_p: float, banned: set[int]
+):
+    params = replace(FREE, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = random_logits(1, seed=seed)
+    [one] = sample(logits, [SampleRow(params, 0, 0, 0, tuple(banned))])
+    distribution = plain_distribution(logits[0].tolist(), params, banned)
+    slack = plain_distribution(logits[0].tolist(), replace(params, top_p=min(1.0, top_p + 1e-9)), banned)
+    assert one.token_id in set(distribution) | set(slack)
+
+
+# --- greedy -----------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id():
+    logits = torch.tensor([[0.0, 5.0, 5.0, 1.0], [9.0, 1.0, 9.0, 9.0], [0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
+    assert [one.token_id for one in sample(logits, [SampleRow(GREEDY, 0, 0, i) for i in range(4)])] == [1, 0, 0, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_float_dtype_is_taken(dtype: torch.dtype):
+    logits = random_logits(6).to(dtype)
+    rows = [SampleRow(params, 0, 3, i) for i in range(6) for params in (GREEDY, FREE)]
+    expected = [int(logits[row.row_index].double().argmax()) for row in rows[::2]]
+    chosen = [one.token_id for one in sample(logits, rows)]
+    assert chosen[::2] == expected
+    assert chosen[1::2] == [one.token_id for one in sample(logits.double(), rows[1::2])]
+
+
+def test_float64_logits_are_not_rounded():
+    logits = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert sample(logits, [SampleRow(GREEDY, 0, 0, 0)])[0].token_id == 1
+
+
+def test_top_k_of_one_and_a_tiny_top_p_and_a_tiny_temperature_are_greedy():
+    logits = random_logits(20)
+    greedy = sample(logits, [SampleRow(GREEDY, 0, i, i) for i in range(20)])
+    for params in (
+        replace(FREE, top_k=1), replace(FREE, top_p=1e-12), replace(FREE, top_p=0.0), replace(FREE, temperature=1e-6),
+        replace(FREE, temperature=1e-300),
+    ):  # fmt: skip
+        assert sample(logits, [SampleRow(params, 0, i, i) for i in range(20)]) == greedy
+
+
+def test_equals_of_the_kth_stay():
+    logits = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0])
+    assert set(choose(logits, replace(FREE, top_k=2), 300)) == {0, 1, 2, 3}
+
+
+def test_of_equals_top_p_keeps_the_lower_ids():
+    assert set(choose(torch.zeros(10), replace(FREE, top_p=0.25), 300)) == {0, 1, 2}
+
+
+def test_a_token_of_no_probability_is_never_drawn():
+    logits = torch.full((VOCAB,), -torch.inf)
+    logits[[4, 9]] = torch.tensor([1.0, 1.0])
+    assert set(choose(logits, FREE, 200)) == {4, 9}
+
+
+# --- what a draw depends on --------------------------------------------------------------------------------
+
+
+def mixed_rows() -> list[SampleRow]:
+    options = [*OPTIONS, GREEDY, replace(GREEDY, num_logprobs=3), replace(FREE, num_logprobs=0, top_k=5)]
+    banned = [(i % VOCAB,) if i % 4 == 0 else () for i in range(28)]
+    return [SampleRow(options[i % len(options)], i % 3, 5 * i, i, banned[i]) for i in range(28)]
+
+
+@pytest.mark.parametrize("num_tokens", [VOCAB, 3001])
+def test_a_row_is_chosen_alike_alone_and_in_any_batch(num_tokens: int):
+    logits, rows = random_logits(28, num_tokens), mixed_rows()
+    together = sample(logits, rows)
+    assert [sample(logits[row.row_index][None], [replace(row, row_index=0)])[0] for row in rows] == together
+    turned = [replace(row, row_index=27 - row.row_index) for row in reversed(rows)]
+    assert sample(logits.flip(0), turned) == together[::-1]
+
+
+def test_the_same_seed_continues_identically_and_another_does_not():
+    logits = torch.zeros(1000)
+    whole = choose(logits, FREE, 40)
+    resumed = sample(logits[None], [SampleRow(FREE, 0, index, 0) for index in range(25, 40)])
+    assert [one.token_id for one in resumed] == whole[25:]
+    assert choose(logits, replace(FREE, seed=8), 40) != whole
+
+
+def test_choices_of_one_row_and_indices_are_independent():
+    """Pairs of draws from a fair 8-sided die must fill all 64 cells evenly, whichever coordinate they differ in."""
+    logits, num_draws = torch.zeros(1, 8), 3200
+    for step in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        ones, others = (
+            sample(logits, [die(*((2 * i + moved) * axis for axis in step)) for i in range(num_draws)])
+            for moved in (0, 1)
+        )
+        cells = Counter((one.token_id, other.token_id) for one, other in zip(ones, others, strict=True))
+        statistic = sum((cells[a, b] - num_draws / 64) ** 2 / (num_draws / 64) for a in range(8) for b in range(8))
+        assert statistic <= chi_square_limit(63)
+
+
+def die(seed: int, choice: int, index: int) -> SampleRow:
+    return SampleRow(replace(FREE, seed=seed), choice, index, 0)
+
+
+SEEDS = [0, 1, 7, 2**31, 2**63 - 1, 2**64 - 1, -1, -(2**63)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_uniform_is_philox_keyed_by_seed_and_choice_counted_by_index(seed: int):
+    for choice, index in [(0, 0), (3, 0), (0, 5), (15, 131_071)]:
+        word = plain_philox((seed % 2**64, choice), (1, index, 0, 0))
+        assert uniform(seed, choice, index) == (word >> 11) / 2**53
+
+
+def test_uniforms_are_pinned():
+    """A change here would make a seed mean something else: resumed and repeated requests would differ."""
+    pinned = [0.011546754286331562, 0.9668618045416987, 0.7308592267215347]
+    assert [uniform(0, 0, 0), uniform(7, 1, 2), uniform(2**63 - 1, 0, 9)] == pinned
+
+
+def test_the_plain_philox_gives_its_authors_known_answer():
+    assert plain_philox((0, 0), (0, 0, 0, 0)) == 0x16554D9ECA36314C
+
+
+def test_uniforms_of_neighbouring_keys_differ_and_negative_seeds_wrap():
+    drawn = {uniform(seed, choice, index) for seed in range(8) for choice in range(8) for index in range(8)}
+    assert len(drawn) == 512
+    assert uniform(-1, 0, 0) == uniform(2**64 - 1, 0, 0)
+    assert all(0 <= value < 1 for value in drawn)
+
+
+# --- bans, log-probabilities, faults -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [GREEDY, FREE, replace(FREE, top_k=1)], ids=["greedy", "free", "top_k"])
+def test_a_banned_token_is_not_chosen_and_keeps_its_log_probability(params: SamplingParams):
+    logits = torch.tensor([[1.0, 9.0, 2.0, 8.0]])
+    for index in range(30):
+        row = SampleRow(replace(params, num_logprobs=2), 0, index, 0, (1, 1, 3, -4, 99))
+        [one] = sample(logits, [row])
+        assert one.token_id in {0, 2}
+        assert [token_id for token_id, _ in one.top] == [1, 3]
+        assert one.logprob == pytest.approx(float(logits[0].log_softmax(-1)[one.token_id]))
+
+
+def test_a_ban_is_of_its_own_row_only():
+    logits = torch.tensor([[0.0, 9.0]])
+    rows = [SampleRow(GREEDY, 0, 0, 0, (1,)), SampleRow(GREEDY, 1, 0, 0)]
+    assert [one.token_id for one in sample(logits, rows)] == [0, 1]
+
+
+def test_log_probabilities_are_of_the_unmodified_distribution():
+    params = replace(FREE, temperature=0.2, top_k=2, num_logprobs=4)
+    expected = softmax(dict(enumerate(EXAMPLE.tolist())))
+    best = sorted(expected, key=lambda i: (-expected[i], i))[:4]
+    for one in sample(EXAMPLE[None], [SampleRow(params, 0, index, 0) for index in range(20)]):
+        assert [token_id for token_id, _ in one.top] == best
+        assert [value for _, value in one.top] == pytest.approx([math.log(expected[i]) for i in best], abs=1e-5)
+        assert one.logprob == pytest.approx(math.log(expected[one.token_id]), abs=1e-5)
+
+
+@pytest.mark.parametrize(("num_logprobs", "num_top"), [(None, 0), (0, 0), (3, 3), (VOCAB, VOCAB), (99, VOCAB)])
+def test_as_many_alternatives_as_asked_for(num_logprobs: int | None, num_top: int):
+    [one] = sample(EXAMPLE[None], [SampleRow(replace(GREEDY, num_logprobs=num_logprobs), 0, 0, 0)])
+    assert len(one.top) == num_top
+    assert (one.logprob is None) == (num_logprobs is None)
+
+
+def test_equal_alternatives_come_by_id():
+    logits = torch.zeros(1, 500)
+    logits[0, 400] = 1.0
+    [one] = sample(logits, [SampleRow(replace(GREEDY, num_logprobs=5), 0, 0, 0)])
+    assert [token_id for token_id, _ in one.top] == [400, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [GREEDY, FREE], ids=["greedy", "drawn"])
+def test_logits_that_are_not_numbers_are_a_defect(value: float, params: SamplingParams):
+    logits = random_logits(3)
+    logits[1, 4] = value
+    with pytest.raises(InternalError, match="NaN or infinite"):
+        sample(logits, [SampleRow(params, 0, 0, i) for i in range(3)])
+    assert len(sample(logits, [SampleRow(params, 0, 0, 0), SampleRow(params, 0, 0, 2)])) == 2
+
+
+def test_banning_all_tokens_is_a_defect():
+    with pytest.raises(InternalError, match="banned"):
+        sample(random_logits(1), [SampleRow(GREEDY, 0, 0, 0, tuple(range(VOCAB)))])
+
+
+def test_logits_are_left_as_they_are_and_may_come_from_inference_mode():
+    with torch.inference_mode():
+        logits = random_logits(28)
+    before = logits.clone()
+    assert len(sample(logits, mixed_rows())) == 28
+    assert torch.equal(logits, before)
+
+
+def test_no_rows_are_no_tokens():
+    assert sample(random_logits(2), []) == []
+    assert sample(random_logits(2), [SampleRow(GREEDY, 0, 0, 1)]) == [Sampled(int(random_logits(2)[1].argmax()))]

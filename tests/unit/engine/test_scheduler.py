@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.engine.scheduler import MAX_UNSENT_CHUNKS, Scheduler, StepPlan
+from shoal.engine.sequence import Phase, Sequence
+from shoal.errors import InternalError, InvalidRequest, Overloaded
+from shoal.kv.layout import stage_layout
+from shoal.messages import SamplingParams
+
+BLOCK = 4
+
+
+def make_scheduler(num_blocks: int = 64, **limits: int | float) -> Scheduler:
+    layout = stage_layout(
+        num_layers=2, num_kept=2, num_held=2, num_kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=BLOCK
+    )
+    settings_ = {"max_step_tokens": 32, "max_sequences": 16, "max_queued": 16} | limits
+    return Scheduler(layout, num_blocks, **settings_)  # type: ignore[arg-type]
+
+
+def sequence(name: str, num_prompt: int, *, max_tokens: int = 4, choices: int = 1, **fields: bool) -> Sequence:
+    sampling = SamplingParams(max_tokens=max_tokens, num_choices=choices)
+    return Sequence(name, tuple(range(num_prompt)), num_prompt - 1, sampling, **fields)
+
+
+def rows_of(plan: StepPlan) -> list[tuple[str, int, int]]:
+    return [(item.sequence.request_id, item.start, item.end) for item in plan.rows]
+
+
+def carry_out(plan: StepPlan) -> None:
+    """What the engine does with a step, with token 0 as every answer."""
+    for item in plan.rows:
+        item.sequence.num_computed = item.end
+        if item.sequence.sampled and item.completes:
+            item.sequence.output.append(0)
+
+
+def step(scheduler: Scheduler) -> StepPlan:
+    scheduler.admit()
+    plan = scheduler.schedule()
+    carry_out(plan)
+    for item in plan.rows:
+        if item.sequence.sampled and len(item.sequence.output) >= item.sequence.sampling.max_tokens:
+            scheduler.finish(item.sequence)
+    return plan
+
+
+def test_a_long_prompt_runs_in_chunks_of_the_token_budget():
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.submit(sequence("a", 20))
+    assert [rows_of(step(scheduler)) for _ in range(4)] == [
+        [("a", 0, 8)], [("a", 8, 16)], [("a", 16, 20)], [("a", 20, 21)]
+    ]  # fmt: skip
+
+
+def test_sequences_that_need_one_token_go_before_those_with_a_prompt_to_compute():
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.submit(sequence("old", 30))
+    step(scheduler)
+    scheduler.submit(sequence("short", 1))
+    assert rows_of(step(scheduler)) == [("short", 0, 1), ("old", 8, 15)]
+    assert rows_of(step(scheduler)) == [("short", 1, 2), ("old", 15, 22)]
+
+
+def test_admission_is_first_in_first_out_even_if_a_later_one_would_fit():
+    scheduler = make_scheduler(num_blocks=8)
+    scheduler.submit(sequence("first", 20))
+    step(scheduler)
+    scheduler.submit(sequence("large", 16))
+    scheduler.submit(sequence("small", 2))
+    step(scheduler)
+    assert [item.request_id for item in scheduler.waiting] == ["large", "small"]
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back():
+    scheduler = make_scheduler(max_queued=2)
+    for name in "ab":
+        scheduler.submit(sequence(name, 4))
+    with pytest.raises(Overloaded) as refused:
+        scheduler.submit(sequence("c", 4))
+    assert refused.value.retry_after_s == 1.0
+    assert len(scheduler.waiting) == 2
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.submit(sequence("fits", 13, max_tokens=4))
+    with pytest.raises(InvalidRequest, match="need 17 tokens of KV, this pool holds 16"):
+        scheduler.submit(sequence("too long", 14, max_tokens=4))
+
+
+def test_out_of_blocks_the_youngest_gives_way_and_never_the_oldest():
+    scheduler = make_scheduler(num_blocks=6)
+    for name in ("oldest", "middle", "youngest"):
+        scheduler.submit(sequence(name, 7, max_tokens=12))
+    finished: list[str] = []
+    first_preempted = None
+    for _ in range(200):
+        before = [item.request_id for item in scheduler.running]
+        plan = step(scheduler)
+        if scheduler.num_preemptions and first_preempted is None:
+            first_preempted = scheduler.waiting[0].request_id
+        finished += [name for name in before if name not in {s.request_id for s in scheduler.sequences}]
+        if not plan.rows:
+            break
+    assert first_preempted == "youngest"
+    assert finished == ["oldest", "middle", "youngest"]
+    assert scheduler.allocator.num_used == 0
+
+
+def test_a_held_sequence_waits_with_all_its_blocks_until_it_is_started():
+    scheduler = make_scheduler()
+    held = sequence("held", 9, hold=True)
+    scheduler.submit(held)
+    assert scheduler.admit() == [held]
+    assert len(held.blocks) == 3 and scheduler.num_reserved_blocks == 3
+    assert scheduler.schedule().rows == ()
+    scheduler.start(held, 8)
+    assert rows_of(scheduler.schedule()) == [("held", 8, 9)]
+    with pytest.raises(InternalError, match="is RUNNING, not RESERVED"):
+        scheduler.start(held, 8)
+
+
+def test_prompts_on_their_way_hold_at_most_their_share_of_the_pool_but_one_always_goes():
+    scheduler = make_scheduler(num_blocks=10, max_reserved_ratio=0.5)
+    for name in "abc":
+        scheduler.submit(sequence(name, 11, max_tokens=1, hold=True))
+    assert [item.request_id for item in scheduler.admit()] == ["a"]
+    scheduler.start(scheduler.reserved[0], 10)
+    assert [item.request_id for item in scheduler.admit()] == ["b"]
+
+
+def test_prefill_waits_for_the_wire_and_never_computes_the_boundary_token():
+    scheduler = make_scheduler(max_step_tokens=4)
+    prompt = sequence("p", 13, hold=True, sampled=False)
+    scheduler.submit(prompt)
+    scheduler.admit()
+    scheduler.start(prompt, 0)
+    computed = []
+    for _ in range(MAX_UNSENT_CHUNKS):
+        plan = step(scheduler)
+        computed += rows_of(plan)
+        prompt.num_unsent += 1
+    assert step(scheduler).rows == ()
+    prompt.num_unsent = 0
+    computed += rows_of(step(scheduler))
+    assert computed == [("p", 0, 4), ("p", 4, 8), ("p", 8, 12)]
+    assert step(scheduler).rows == ()
+
+
+def test_a_fork_shares_blocks_and_copies_only_the_one_it_writes():
+    scheduler = make_scheduler()
+    root = sequence("r", 6, choices=3)
+    scheduler.submit(root)
+    step(scheduler)
+    forks = scheduler.fork(root)
+    assert [fork.choice for fork in forks] == [1, 2] and scheduler.allocator.num_used == 2
+    for fork in forks:
+        fork.output.append(0)
+    plan = scheduler.schedule()
+    assert len(plan.copies) == 2 and len({source for source, _ in plan.copies}) == 1
+    tails = {choice.blocks[1] for choice in (root, *forks)}
+    assert len(tails) == 3 and len({choice.blocks[0] for choice in (root, *forks)}) == 1
+    for choice in (root, *forks):
+        scheduler.finish(choice)
+    assert scheduler.allocator.num_used == 0
+
+
+def test_finishing_twice_is_a_no_op_in_every_phase():
+    scheduler = make_scheduler()
+    waiting, held, running = sequence("w", 4), sequence("h", 4, hold=True), sequence("r", 4)
+    scheduler.submit(held)
+    scheduler.submit(running)
+    scheduler.admit()
+    scheduler.submit(waiting)
+    for item in (waiting, held, running):
+        scheduler.finish(item)
+        scheduler.finish(item)
+        assert item.phase is Phase.FINISHED
+    assert scheduler.allocator.num_used == 0 and scheduler.sequences == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 10), st.booleans(), st.integers(1, 3)), min_size=1, max_size=10
+    ),
+    st.integers(8, 24),
+    st.integers(1, 40),
+)
+def test_whatever_comes_everything_ends_and_no_slot_has_two_writers(
+    wanted: list[tuple[int, int, bool, int]], num_blocks: int, budget: int
+):
+    scheduler = make_scheduler(num_blocks=num_blocks, max_step_tokens=budget)
+    for index, (num_prompt, max_tokens, hold, choices) in enumerate(wanted):
+        scheduler.submit(sequence(str(index), num_prompt, max_tokens=max_tokens, hold=hold, choices=choices))
+    for _ in range(2000):
+        for item in scheduler.admit():
+            scheduler.start(item, item.num_prompt_tokens - 1)
+        plan = scheduler.schedule()
+        assert plan.num_rows <= budget
+        written: set[int] = set()
+        for item in plan.rows:
+            for block in item.sequence.blocks[item.start // BLOCK : -(-item.end // BLOCK)]:
+                assert scheduler.allocator.count(block) == 1
+                assert block not in written
+                written.add(block)
+        roots = [
+            item.sequence for item in plan.rows
+            if item.completes and not item.sequence.output and not item.sequence.choice
+        ]  # fmt: skip
+        carry_out(plan)
+        for root in roots:
+            for fork in scheduler.fork(root):
+                fork.output.append(0)
+        for item in list(scheduler.running):
+            if len(item.output) >= item.sampling.max_tokens:
+                scheduler.finish(item)
+        if not scheduler.sequences:
+            break
+    assert scheduler.sequences == []
+    assert scheduler.allocator.num_used == 0

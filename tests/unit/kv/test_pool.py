@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import torch
+
+from shoal.kv.layout import stage_layout
+from shoal.kv.pool import KvPool
+
+
+def make_pool(num_blocks: int = 4, block_tokens: int = 4) -> KvPool:
+    layout = stage_layout(
+        num_layers=3, num_kept=2, num_held=3, num_kv_heads=2, head_dim=2, dtype_bytes=4, block_tokens=block_tokens
+    )
+    return KvPool(layout, num_blocks, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_slots_follow_the_block_table_not_the_position():
+    layout = make_pool().layout
+    assert layout.slots([3, 0, 2], 2, 9).tolist() == [14, 15, 0, 1, 2, 3, 8]
+    assert layout.slots([3, 0, 2], 4, 4).tolist() == []
+
+
+def test_what_is_written_through_layers_is_read_back_and_nothing_else_changes():
+    pool = make_pool()
+    slots = torch.tensor([5, 6, 12])
+    kv = torch.randn(2, 3, 2, 2, 2)
+    pool.write_layers(1, slots, kv)
+    assert torch.equal(pool.read_layers(1, 3, slots), kv)
+    assert pool.layers[0].abs().sum() == 0
+    others = [slot for slot in range(16) if slot not in slots.tolist()]
+    assert pool.layers[1][others].abs().sum() == 0
+
+
+def test_a_copied_block_is_equal_in_every_layer():
+    pool = make_pool()
+    for layer in pool.layers:
+        layer.normal_()
+    pool.copy_blocks([(1, 3)])
+    for layer in pool.layers:
+        assert torch.equal(layer[4:8], layer[12:16])
+
+
+def test_the_layout_counts_bytes():
+    layout = make_pool().layout
+    assert [(group.name, group.num_layers) for group in layout.groups] == [("shallow", 2), ("deep", 1)]
+    assert layout.token_layer_bytes == 2 * 2 * 2 * 4
+    assert layout.block_bytes == 3 * 4 * layout.token_layer_bytes
+    assert make_pool().num_bytes == sum(layer.nbytes for layer in make_pool().layers)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from shoal.config import ShoalConfig, load_config
+from shoal.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SHOAL_")]:
+        monkeypatch.delenv(name)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "shoal.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_are_complete_and_stay_on_loopback() -> None:
+    config = load_config()
+    assert {config.gateway.host, config.handoff.host, config.metrics.host} == {"127.0.0.1"}
+    assert config.skip_layers is None
+    assert config.gateway.port == 8000
+
+
+def test_a_file_is_laid_over_the_defaults(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, "decode: {replicas: 2}\nhandoff: {port_range: {first: 30, last: 31}}"))
+    assert (config.decode.replicas, config.prefill.replicas) == (2, 1)
+    assert (config.handoff.port_range.first, config.handoff.port_range.last) == (30, 31)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "# nothing yet\n")) == load_config()
+
+
+def test_the_environment_wins_over_the_file_and_the_caller_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, "decode: {replicas: 2, max_queued: 7}")
+    monkeypatch.setenv("SHOAL_DECODE__REPLICAS", "3")
+    assert load_config(path).decode.replicas == 3
+    assert load_config(path, decode={"replicas": 4}).decode.replicas == 4
+    assert load_config(path, decode={"replicas": None}).decode.replicas == 3
+    assert load_config(path, decode={"replicas": 4}).decode.max_queued == 7
+
+
+def test_the_environment_reaches_nested_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_METRICS__PORT_RANGE__FIRST", "5")
+    config = load_config(written(tmp_path, "metrics: {port_range: {first: 1, last: 9}}"))
+    assert (config.metrics.port_range.first, config.metrics.port_range.last) == (5, 9)
+
+
+def test_a_configuration_that_is_handed_over_does_not_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_over = json.loads(load_config(decode={"replicas": 4}).model_dump_json(exclude_unset=True))
+    monkeypatch.setenv("SHOAL_GATEWAY__PORT", "1234")
+    assert ShoalConfig(**handed_over).gateway.port == 8000
+
+
+def test_a_configuration_survives_json() -> None:
+    config = load_config(model={"skip_layers": 10}, handoff={"ttl_s": 1.5})
+    assert ShoalConfig(**json.loads(config.model_dump_json())) == config
+
+
+def test_variables_that_others_set_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_PORT", "tcp://10.0.0.1:8000")
+    monkeypatch.setenv("SHOAL_SERVICE_HOST", "10.0.0.1")
+    assert load_config().gateway.port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("SHOAL_DECOD__REPLICAS", "2", "SHOAL_DECOD__REPLICAS"),
+        ("SHOAL_DECODE__REPLICA", "2", r"decode\.replica"),
+        ("SHOAL_DECODE__REPLICAS", "two", r"decode\.replicas"),
+        ("SHOAL_DECODE", "{not json", "decode"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_name(
+    name: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=named):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("handof: {}", "handof: Extra"),
+        ("handof: {ttl_s: 1}", "handof: Extra"),
+        ("decode: {replica: 1}", r"decode\.replica: Extra"),
+        ("handoff: {port_range: {start: 1}}", r"handoff\.port_range\.start: Extra"),
+        ("decode: {replicas: 0}", r"decode\.replicas"),
+        ("decode: {replicas: many}", r"decode\.replicas"),
+        ("decode: 5", "decode"),
+        ("decode: {1: 2}", r"decode\.1"),
+        ("model: {depth: deep}", r"model\.depth"),
+        ("gateway: {port: 70000}", r"gateway\.port"),
+        ("handoff: {ttl_s: .nan}", r"handoff\.ttl_s"),
+        ("handoff: {port_range: {first: 5, last: 4}}", r"last \(4\) is below first \(5\)"),
+    ],
+)
+def test_a_wrong_key_is_refused_by_name(text: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(written(tmp_path, text))
+
+
+def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, "decode: {replicas: 0}\ngateway: {port: -1}"))
+    assert "decode.replicas" in str(caught.value)
+    assert "gateway.port" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "just text", "1: 2", "a: [unclosed", "a: !!python/object:os.system {}"])
+def test_a_file_that_is_no_configuration_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"shoal\.yaml"):
+        load_config(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shoal.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="can't read"):
+        load_config(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"prefill": {"skip_layers": 3}},
+        {"decode": {"skip_layers": 3}},
+        {"model": {"skip_layers": 3}, "decode": {"skip_layers": 4}},
+        {"prefill": {"kv_dtype": "bfloat16"}},
+        {"prefill": {"kv_dtype": "bfloat16"}, "decode": {"kv_dtype": "float32"}},
+    ],
+    ids=str,
+)
+def test_pools_that_disagree_are_refused_before_anything_starts(overrides: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="differ: set model"):
+        load_config(**overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model": {"skip_layers": 3}},
+        {"model": {"skip_layers": 3}, "prefill": {"skip_layers": 3}},
+        {"prefill": {"skip_layers": 3}, "decode": {"skip_layers": 3}},
+    ],
+    ids=str,
+)
+def test_pools_that_agree_have_one_value(overrides: dict[str, Any]) -> None:
+    assert load_config(**overrides).skip_layers == 3
+
+
+def test_the_kv_dtype_follows_the_model_unless_set() -> None:
+    assert load_config(model={"dtype": "float32"}).kv_dtype == "float32"
+    assert load_config(model={"dtype": "float32", "kv_dtype": "bfloat16"}).kv_dtype == "bfloat16"
+
+
+def test_a_configuration_can_not_be_changed() -> None:
+    config = load_config()
+    for layer, key in ((config, "decode"), (config.decode, "replicas"), (config.handoff.port_range, "first")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(layer, key, 1)

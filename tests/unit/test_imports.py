@@ -1,0 +1,50 @@
+"""What a client or the wire code imports must not bring torch, Ray or a web framework along."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shoal
+
+SERVICES = Path(shoal.__file__).resolve().parents[1]
+HEAVY = {"torch", "ray", "nixl", "fastapi", "starlette", "uvicorn", "transformers", "numpy", "pydantic"}
+DEVICE_FREE = {"torch", "ray"}
+
+
+def modules_below(package: str) -> list[str]:
+    """The package and the modules in it; none where there's no such package."""
+    folder = SERVICES.joinpath(*package.split("."))
+    return [package, *(f"{package}.{module.name}" for module in pkgutil.iter_modules([str(folder)]))]
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level packages in a fresh interpreter after importing ``module``."""
+    program = f"import {module}, json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SERVICES, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+LIGHT = ["shoal", "shoal.messages", "shoal.errors", *modules_below("shoal.rpc"), *modules_below("shoal.v1")]
+PLAIN = ["shoal.engine.scheduler", "shoal.kv.blocks", "shoal.kv.layout", "shoal.model.plan", "shoal.transfer.lease"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_the_wire_loads_nothing_heavy(module: str) -> None:
+    assert not loaded_by(module) & HEAVY
+
+
+@pytest.mark.parametrize("module", PLAIN)
+def test_decisions_load_neither_torch_nor_ray(module: str) -> None:
+    assert not loaded_by(module) & DEVICE_FREE
+
+
+def test_a_heavy_module_would_be_noticed() -> None:
+    assert "pydantic" in loaded_by("shoal.config")

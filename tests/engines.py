@@ -101,9 +101,7 @@ def run_choices(engine: Engine, asks: list[Ask]) -> list[list[list[int]]]:
         for event in output.tokens:
             tokens.setdefault((event.request_id, event.choice), []).append(event.token_id)
     assert_nothing_held(engine)
-    return [
-        [tokens[str(index), choice] for choice in range(ask.params.num_choices)] for index, ask in enumerate(asks)
-    ]
+    return [[tokens[str(index), choice] for choice in range(ask.params.num_choices)] for index, ask in enumerate(asks)]
 
 
 def one_by_one(engine: Engine, asks: list[Ask]) -> list[list[int]]:

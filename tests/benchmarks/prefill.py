@@ -27,8 +27,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import smollm2_reference
-from reference import pop_logits
 
+from reference import pop_logits
 from shoal.config import load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
@@ -58,7 +58,11 @@ def main() -> None:
     seconds = _measure(variants, options.rounds)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": options.threads, "torch": torch.__version__},
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "torch": torch.__version__,
+        },
         "model": served.name,
         "dtype": str(served.dtype).removeprefix("torch."),
         "tokens": options.tokens,
@@ -140,7 +144,9 @@ def _show(result: dict[str, Any]) -> None:
         table.add_row(name, f"{result['median_s'][name]:.3f}", f"{min(times):.3f}", f"{max(times):.3f}")
     console = Console()
     console.print(table)
-    console.print(f"full / shallow          {result['full_over_shallow']:.3f} (ideal {result['ideal_full_over_shallow']:.3f})")
+    console.print(
+        f"full / shallow          {result['full_over_shallow']:.3f} (ideal {result['ideal_full_over_shallow']:.3f})"
+    )
     console.print(f"transformers / full     {result['transformers_over_full']:.3f}")
     quality = result["quality"]
     console.print(f"perplexity full, shallow {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")

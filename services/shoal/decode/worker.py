@@ -207,4 +207,3 @@ def _stages(begun: _Begun, first: TokenSampled) -> TtftStages:
         transfer_exposed_s=waited_s - begun.arrived.queue_s - begun.arrived.prefill_s,
         boundary_step_s=first.ended_s - begun.ready_s,
     )
-

@@ -120,7 +120,9 @@ def num_blocks_for(limits: StageConfig, layout: KvLayout, served: Served, device
     if limits.num_blocks is not None:
         return limits.num_blocks
     budget = limits.kv_pool_bytes or int(free_memory_bytes(device) * POOL_SHARE_OF_FREE_MEMORY)
-    num_blocks = min(budget // layout.block_bytes, limits.max_sequences * layout.num_blocks_for(served.max_context_tokens))
+    num_blocks = min(
+        budget // layout.block_bytes, limits.max_sequences * layout.num_blocks_for(served.max_context_tokens)
+    )
     if num_blocks < 1:
         raise ConfigError(f"a KV pool of {budget} bytes holds no block of {layout.block_bytes}: raise kv_pool_bytes")
     return num_blocks

@@ -187,8 +187,7 @@ class Engine:
             if not sequence.sampled:
                 sequence.num_unsent += 1
             elif item.completes:
-                for choice in self._choices(item):
-                    wanted.append((choice, self._sample_row(choice, row_index)))
+                wanted += [(choice, self._sample_row(choice, row_index)) for choice in self._choices(item)]
                 row_index += 1
         if logits is None or not wanted:
             return ()
@@ -249,5 +248,3 @@ class Engine:
             self._finish(sequence)
         known = error if isinstance(error, ShoalError) else InternalError("the engine failed on this request")
         return FailureEvent(sequence.request_id, sequence.choice, known)
-
-

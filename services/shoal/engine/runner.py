@@ -114,7 +114,9 @@ class Runner:
             if min(lengths) < longest:
                 limits = torch.tensor(lengths, device=self._device)
                 mask = (torch.arange(longest, device=self._device) < limits[:, None])[:, None, None, :]
-            yield DecodeGroup(self._index([row for row, _ in members]), self._context(context.reshape(-1)), longest, mask)
+            yield DecodeGroup(
+                self._index([row for row, _ in members]), self._context(context.reshape(-1)), longest, mask
+            )
 
     def _context(self, slots: npt.NDArray[np.int64]) -> torch.Tensor | slice:
         """A slice where the slots lie in one run, which saves the gather."""

@@ -105,10 +105,13 @@ class Scheduler:
         """Give back everything; a second time is a no-op."""
         if sequence.phase is Phase.FINISHED:
             return
-        held: deque[Sequence] | list[Sequence] = {
-            Phase.WAITING: self.waiting, Phase.RESERVED: self.reserved, Phase.RUNNING: self.running
-        }[sequence.phase]  # fmt: skip
-        held.remove(sequence)
+        match sequence.phase:
+            case Phase.WAITING:
+                self.waiting.remove(sequence)
+            case Phase.RESERVED:
+                self.reserved.remove(sequence)
+            case Phase.RUNNING:
+                self.running.remove(sequence)
         self._give_up_blocks(sequence)
         sequence.phase = Phase.FINISHED
 
@@ -214,9 +217,7 @@ class Scheduler:
             copies.append((source, target))
         sequence.blocks.extend(fresh)
 
-    def _preempt_youngest(
-        self, asking: Sequence, rows: list[ScheduledRows], copies: list[tuple[int, int]]
-    ) -> bool:
+    def _preempt_youngest(self, asking: Sequence, rows: list[ScheduledRows], copies: list[tuple[int, int]]) -> bool:
         """Take the blocks of the youngest running sequence. False if that is the one asking.
 
         Rows that this very step already gave to the victim are taken back with their copies.

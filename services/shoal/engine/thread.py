@@ -21,7 +21,8 @@ Command = Callable[[Engine], None]
 
 
 class EngineThread:
-    """Runs ``engine`` until ``close``. ``deliver`` is called on ``loop`` with every output that says something: a step ran, or the counts changed.
+    """Runs ``engine`` until ``close``. ``deliver`` is called on ``loop`` with every output that says something: a
+    step ran, or the counts changed.
 
     ``died`` is called there once the thread ends, for whatever reason.
     """
@@ -55,7 +56,7 @@ class EngineThread:
         def run(engine: Engine) -> None:
             try:
                 result = command(engine)
-            except Exception as error:  # handed to the caller, who awaits it
+            except Exception as error:  # noqa: BLE001 - handed to the caller, who awaits it
                 self._on_loop(_set_exception, future, error)
             else:
                 self._on_loop(_set_result, future, result)
@@ -69,7 +70,7 @@ class EngineThread:
         def run(engine: Engine) -> None:
             try:
                 command(engine)
-            except Exception:  # the edge of the thread: it must outlive a faulty command
+            except Exception:  # noqa: BLE001 - the thread's edge: it must outlive a faulty command
                 _log.exception("an engine command failed")
 
         self._put(run)

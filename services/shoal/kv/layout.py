@@ -62,7 +62,14 @@ class KvLayout:
 
 
 def stage_layout(
-    *, num_layers: int, num_kept: int, num_held: int, num_kv_heads: int, head_dim: int, dtype_bytes: int, block_tokens: int
+    *,
+    num_layers: int,
+    num_kept: int,
+    num_held: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype_bytes: int,
+    block_tokens: int,
 ) -> KvLayout:
     """The groups of a stage that holds the first ``num_held`` of ``num_layers`` layers."""
     groups = [LayerGroup("shallow", 0, num_kept)]

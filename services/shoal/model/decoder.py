@@ -38,9 +38,7 @@ class StepTensors:
 class Decoder:
     """Runs ``plan`` with the parameters that ``stage`` holds."""
 
-    def __init__(
-        self, spec: ModelSpec, plan: LayerPlan, stage: Stage, parameters: Parameters, attend: Attend
-    ) -> None:
+    def __init__(self, spec: ModelSpec, plan: LayerPlan, stage: Stage, parameters: Parameters, attend: Attend) -> None:
         self.spec = spec
         self.plan = plan
         self.stage = stage
@@ -66,9 +64,7 @@ class Decoder:
                 hidden = self._layer(layer, hidden, rope, pool, batch.deep)
         return StepTensors(self._logits(hidden, batch.logit_rows), projected)
 
-    def _project(
-        self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool
-    ) -> torch.Tensor | None:
+    def _project(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> torch.Tensor | None:
         rows = batch.shallow_rows
         if rows is not None and rows.numel() == 0:
             return None
@@ -83,9 +79,7 @@ class Decoder:
         pool.write_layers(self.plan.num_kept, slots, projected)
         return None
 
-    def _layer(
-        self, index: int, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan
-    ) -> torch.Tensor:
+    def _layer(self, index: int, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
         layer = self.parameters.layers[index]
         hidden = hidden + self._attention(index, layer, self._norm(hidden, layer.input_norm), rope, pool, reads)
         return hidden + _mlp(layer, self._norm(hidden, layer.post_norm))

@@ -45,6 +45,16 @@ class ModelSpec:
         """Width of K (or V) of one token."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model: what a prefill replica's share is measured against."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        attention = hidden * (2 * self.q_size + 2 * self.kv_size)
+        attention += (self.q_size + 2 * self.kv_size + hidden) * self.attention_bias
+        mlp = 3 * hidden * inner + (2 * inner + hidden) * self.mlp_bias
+        embeddings = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * hidden) + hidden + embeddings
+
 
 def describe(config: Any) -> ModelSpec:
     """The spec of a transformers configuration. Raises UnsupportedModel that names what is supported."""

@@ -117,7 +117,9 @@ class ParameterLoader:
         projection = KvProjection(spec, skipped) if skipped else None
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
-        head = embedding if spec.tied_embeddings else self._tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+        head = (
+            embedding if spec.tied_embeddings else self._tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+        )
         return Parameters(embedding, tuple(layers), projection, self._norm("model.norm.weight"), head)
 
     def projections(self, plan: LayerPlan) -> list[LayerProjection]:

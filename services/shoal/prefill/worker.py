@@ -15,9 +15,11 @@ import torch
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import Cancelled, HandoffError, InternalError, LeaseLost, PlanMismatch, ShoalError
-from shoal.messages import Grant, HandoffOutcome
+from shoal.messages import Depth, Grant, HandoffOutcome
+from shoal.model.plan import LayerPlan
 from shoal.telemetry import PrefillMetrics
-from shoal.transfer.prefill_side import PromptClaim, SessionPool
+from shoal.transfer.prefill_side import PromptClaim
+from shoal.transfer.session_pool import SessionPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,13 @@ class PrefillWorker:
     """Serves exactly the plan that its weights allow."""
 
     def __init__(
-        self, engine: EngineClient, sessions: SessionPool, *, plan_hash: str, num_kept: int, metrics: PrefillMetrics
+        self, engine: EngineClient, sessions: SessionPool, *, plan: LayerPlan, plan_hash: str, metrics: PrefillMetrics
     ) -> None:
         self._engine = engine
         self._sessions = sessions
         self._plan_hash = plan_hash
-        self._num_kept = num_kept
+        self._num_kept = plan.num_kept
+        self._depth = Depth.SHALLOW if plan.num_skipped else Depth.FULL
         self._metrics = metrics
 
     async def prefill(self, grant: Grant) -> HandoffOutcome:
@@ -82,8 +85,12 @@ class PrefillWorker:
             await self._send(claim, event.chunk)
             self._engine.post(lambda engine: engine.chunk_sent(inbox.request_id))
             if event.chunk.end == end:
-                queue_s = waited_s + event.first_step_s - started_s
-                return _Computed(queue_s, event.ended_s - event.first_step_s)
+                computed = _Computed(waited_s + event.first_step_s - started_s, event.ended_s - event.first_step_s)
+                self._metrics.queued(computed.queue_s)
+                self._metrics.prefilled(
+                    self._depth, computed.prefill_s, num_layers=self._num_kept, computed_tokens=end
+                )  # fmt: skip
+                return computed
 
     async def _send(self, claim: PromptClaim, chunk: PrefillChunk) -> None:
         start = max(chunk.start, claim.num_present)
@@ -114,4 +121,5 @@ async def _unless_cancelled(claim: PromptClaim, inbox: Inbox) -> ChunkComputed:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous host tensor's bytes, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+    flat = tensor.view(torch.uint8).view(-1).numpy()
+    return memoryview(flat)  # type: ignore[arg-type]

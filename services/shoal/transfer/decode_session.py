@@ -8,8 +8,8 @@ from shoal.errors import HandoffError, LeaseLost, PeerGone, ProtocolViolation, S
 from shoal.messages import Beat, Cancel, Chunk, Claim, Drained, Draining, Failed, Frame, Refused, Seal
 from shoal.transfer.base import Channel
 from shoal.transfer.decode_side import HandoffDesk
-from shoal.transfer.lease import Owner
 from shoal.transfer.session import Identity, Session
+from shoal.transfer.terms import Owner
 
 _session_ids = itertools.count()
 

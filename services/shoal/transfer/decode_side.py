@@ -23,9 +23,10 @@ from typing import Protocol
 from shoal.errors import Cancelled, InternalError, LeaseLost, ProtocolViolation, ShoalError, Unavailable
 from shoal.messages import Accepted, Cancel, Chunk, Committed, Credit, Frame, Nack, Seal
 from shoal.transfer.base import Clock, KvSink, SilentObserver, Timer, TransferObserver
-from shoal.transfer.lease import ENDED, RECEIVING, KvShape, Lease, LeaseState, LeaseTerms, Owner, Receipt
+from shoal.transfer.lease import ENDED, RECEIVING, Lease, LeaseState, Receipt
 from shoal.transfer.lease_table import LeaseTable, LeaseTimes
 from shoal.transfer.staging import StagingSlots
+from shoal.transfer.terms import KvShape, LeaseTerms, Owner
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class HandoffDesk:
         return Accepted(lease_id, terms.token_ids, terms.num_present, terms.credit_bytes, self.times.ttl_s)
 
     def receive(self, lease: Lease, chunk: Chunk) -> None:
-        """Start the copy of a good chunk; ask once more for a bad one. Raises a HandoffError that must end the lease."""
+        """Copy a good chunk; ask once more for a bad one. Raises a HandoffError that must end the lease."""
         match lease.receive(chunk):
             case Receipt.COPY:
                 task = asyncio.get_running_loop().create_task(self._copy(self._open[lease.lease_id], chunk))

@@ -19,8 +19,8 @@ def cut(
 ) -> Iterator[Chunk]:
     """Chunks of at most ``max_frame_bytes`` that tile ``tokens`` x ``layers``, numbered from ``first_seq``.
 
-    ``payload`` is ``[layers, tokens, bytes of a token in a layer]`` in C order, so that both whole layers and a range of
-    tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each.
+    ``payload`` is ``[layers, tokens, bytes of a token in a layer]`` in C order, so that both whole layers and a range
+    of tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each.
     """
     num_tokens, num_layers = tokens[1] - tokens[0], layers[1] - layers[0]
     if num_tokens <= 0 or num_layers <= 0 or payload.nbytes == 0 or payload.nbytes % (num_tokens * num_layers):

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shoal.errors import InternalError, LeaseLost, Unavailable
-from shoal.transfer.lease import ENDED, RECEIVING, UNCOMMITTED, Lease, LeaseState, LeaseTerms, Owner
+from shoal.transfer.lease import ENDED, RECEIVING, UNCOMMITTED, Lease, LeaseState
 from shoal.transfer.staging import StagingSlots
+from shoal.transfer.terms import LeaseTerms, Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,9 @@ class LeaseTable:
         return len(self._leases)
 
     @property
-    def counts(self) -> Mapping[LeaseState, int]:
+    def counts(self) -> Mapping[str, int]:
         """Leases that hold something, by state; the retired ones do so for ever."""
-        return +self._counts
+        return {state: number for state, number in self._counts.items() if number}
 
     @property
     def next_deadline(self) -> float | None:

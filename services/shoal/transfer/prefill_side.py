@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
-from shoal.errors import Cancelled, HandoffError, LeaseLost, PeerGone, ProtocolViolation, ShoalError
+from shoal.errors import Cancelled, LeaseLost, PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import (
     Accepted,
     Beat,
@@ -184,9 +185,8 @@ class PromptClaim:
         """
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
         for chunk in cut(self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes):
-            num_bytes = len(chunk.payload)
-            await self._answered(lambda num_bytes=num_bytes: num_bytes <= self._credit_bytes, "credit")  # type: ignore[misc]
-            self._credit_bytes -= num_bytes
+            await self._answered(partial(self._has_credit_for, chunk), "credit")
+            self._credit_bytes -= len(chunk.payload)
             self._unacknowledged[chunk.seq] = chunk
             self._num_chunks += 1
             await self._write(chunk)
@@ -237,6 +237,9 @@ class PromptClaim:
 
     # --- waiting --------------------------------------------------------------------------------------
 
+    def _has_credit_for(self, chunk: Chunk) -> bool:
+        return len(chunk.payload) <= self._credit_bytes
+
     async def _write(self, chunk: Chunk) -> None:
         """Leases take turns: each has at most one chunk of its own in the session's queue."""
         self._num_posted += 1
@@ -252,8 +255,8 @@ class PromptClaim:
         """Wait until decode made ``is_so`` true. Raises what ended the claim; LeaseLost after ``ttl_s`` of silence."""
         self._raise_if_ended()
         while not is_so():
-            overdue = HandoffError(f"no {what} from decode for {self._ttl_s:g} s")
-            timer = self._clock.call_at(self._clock.time() + self._ttl_s, lambda: self.end(overdue))  # noqa: B023
+            overdue = LeaseLost(f"no {what} from decode for {self._ttl_s:g} s")
+            timer = self._clock.call_at(self._clock.time() + self._ttl_s, partial(self.end, overdue))
             try:
                 await self._change()
             finally:

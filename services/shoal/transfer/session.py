@@ -55,6 +55,7 @@ class Session:
         self._last_heard_s = clock.time()
         self._timers: dict[str, Timer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writer: asyncio.Task[None] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -94,7 +95,7 @@ class Session:
             self._end(error)
             raise self.error or error from error
         self.peer = theirs
-        self._spawn(self._write())
+        self._writer = self._spawn(self._write())
         self._beat()
 
     async def obey(self) -> None:
@@ -171,13 +172,16 @@ class Session:
         self.error = error
         for timer in self._timers.values():
             timer.cancel()
+        if self._writer is not None:
+            self._writer.cancel()
         self._ended(error)
         self._spawn(self._channel.close())
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
+        return task
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

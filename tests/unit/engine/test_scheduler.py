@@ -13,7 +13,7 @@ from shoal.messages import SamplingParams
 BLOCK = 4
 
 
-def make_scheduler(num_blocks: int = 64, **limits: int | float) -> Scheduler:
+def make_scheduler(num_blocks: int = 64, **limits: float) -> Scheduler:
     layout = stage_layout(
         num_layers=2, num_kept=2, num_held=2, num_kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=BLOCK
     )

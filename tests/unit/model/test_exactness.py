@@ -6,11 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_llama
 
 from engines import (
-    Ask, ModelReader, logits_after, make_engine, one_by_one, parameters_of, prefill_chunks, run, run_handed_off,
+    Ask,
+    ModelReader,
+    logits_after,
+    make_engine,
+    one_by_one,
+    parameters_of,
+    prefill_chunks,
+    run,
+    run_handed_off,
 )  # fmt: skip
-from models import tiny_llama
 from reference import pop_generate, pop_logits
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.families import describe

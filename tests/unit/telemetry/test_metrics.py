@@ -236,6 +236,16 @@ def test_reasons_are_codes_of_the_error_tree_or_ours() -> None:
     assert types <= {kind.value for kind in ErrorType}, "a new error type needs a label"
 
 
+def test_the_hand_off_can_tell_its_metrics_everything() -> None:
+    from shoal.transfer import lease
+    from shoal.transfer.base import TransferObserver
+
+    observer: TransferObserver = TransferMetrics(CollectorRegistry(), Transport.MEMORY)
+    told = {name for name in vars(TransferObserver) if not name.startswith("_")}
+    assert told <= set(dir(observer))
+    assert {state.value for state in LeaseState} == {state.value for state in lease.LeaseState} - {"released"}
+
+
 def test_a_new_registry_tells_about_its_process() -> None:
     names = {family.name for family in new_registry().collect()}
     assert {"process_resident_memory_bytes", "python_info", "python_gc_collections"} <= names

@@ -1,0 +1,105 @@
+"""A whole decode stage of one process: model, engine, hand-off desk and server; opened and given back as one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from shoal.config import ShoalConfig
+from shoal.decode.sink import PoolSink
+from shoal.decode.worker import AskPrefill, DecodeWorker
+from shoal.engine.build import Served, build_engine, choose_device, layout_of, load_parameters, set_num_threads
+from shoal.engine.client import EngineClient
+from shoal.engine.detokenizer import decode_with
+from shoal.engine.engine import Engine, EngineCounts, StepOutput
+from shoal.engine.meter import StepMeter
+from shoal.messages import Stage
+from shoal.telemetry import DecodeMetrics, TransferMetrics, Transport
+from shoal.transfer.base import new_incarnation
+from shoal.transfer.decode_side import HandoffDesk
+from shoal.transfer.lease_table import LeaseTimes
+from shoal.transfer.server import HandoffServer
+from shoal.transfer.session import Identity
+from shoal.transfer.terms import KvShape
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStage:
+    """``server`` is where prefill brings K/V: over gRPC once it listens, or within this process."""
+
+    served: Served
+    worker: DecodeWorker
+    engine: EngineClient
+    desk: HandoffDesk
+    server: HandoffServer
+    parameter_bytes: int
+
+    async def counts(self) -> EngineCounts:
+        return await self.engine.call(Engine.counts)
+
+
+@asynccontextmanager
+async def open_decode(
+    config: ShoalConfig,
+    registry: CollectorRegistry,
+    ask_prefill: AskPrefill | None,
+    *,
+    transport: Transport = Transport.GRPC,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AsyncIterator[DecodeStage]:
+    """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish."""
+    set_num_threads(config.decode)
+    device = choose_device(config.decode)
+    served = Served.of(config, device)
+    parameters = load_parameters(served, Stage.DECODE, device, on_progress)
+    metrics = DecodeMetrics(registry)
+    metrics.parameters(
+        held_bytes=parameters.num_bytes, full_model_bytes=served.spec.num_parameters * served.dtype.itemsize
+    )
+    core = build_engine(config, Stage.DECODE, served, parameters, device=device)
+    engine = EngineClient(core, name="shoal-decode", on_step=_on_step(metrics))
+    sink = PoolSink(core.runner.pool)
+    desk = HandoffDesk(
+        sink,
+        _kv_shape(served),
+        times=LeaseTimes(config.handoff.claim_timeout_s, config.handoff.ttl_s, config.handoff.drain_s),
+        credit_bytes=config.handoff.credit_bytes,
+        observer=TransferMetrics(registry, transport),
+    )
+    server = HandoffServer(desk, Identity(new_incarnation(), (served.plan_hash,), peer="decode"))
+    worker = DecodeWorker(
+        engine,
+        desk,
+        plan=served.plan,
+        plan_hash=served.plan_hash,
+        config=config.handoff,
+        decode_text=decode_with(served.files.tokenizer()),
+        ask_prefill=ask_prefill,
+        metrics=metrics,
+    )
+    try:
+        yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes)
+    finally:
+        await server.drain(config.handoff.drain_s)
+        engine.close()
+        sink.close()
+
+
+def _kv_shape(served: Served) -> KvShape:
+    token_layer_bytes = layout_of(served, Stage.DECODE, block_tokens=1).token_layer_bytes
+    return KvShape(served.plan_hash, served.plan.num_layers, served.plan.num_kept, token_layer_bytes)
+
+
+def _on_step(metrics: DecodeMetrics) -> Callable[[StepOutput], None]:
+    meter = StepMeter(metrics)
+
+    def on_step(output: StepOutput) -> None:
+        meter(output)
+        if output.num_rows:
+            metrics.step(output.ended_s - output.started_s, output.num_sequences)
+
+    return on_step
+

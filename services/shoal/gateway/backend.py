@@ -1,0 +1,100 @@
+"""What the gateway needs of the rest: who continues prompts, and who is told how long it took."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.messages import GenerateRequest, TokenOutput, TtftStages
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """How many replicas of each pool can serve right now."""
+
+    num_decode: int
+    num_prefill: int
+
+    @property
+    def is_ready(self) -> bool:
+        """Decode alone can answer: it prefills where no prefill replica does."""
+        return self.num_decode > 0
+
+    @property
+    def status(self) -> str:
+        if not self.is_ready:
+            return "not ready: no decode"
+        return "ready" if self.num_prefill else "degraded: no prefill"
+
+
+class Backend(Protocol):
+    """The pools behind the gateway."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        """The outputs of all choices as they come, each ended by a finish reason. ``aclose`` cancels and frees all.
+
+        Raises the ShoalError that ended the request.
+        """
+        ...
+
+    async def readiness(self) -> Readiness: ...
+
+
+class GatewayObserver(Protocol):
+    """Told of each request to the generating endpoints. Times are seconds on the gateway's clock."""
+
+    def request_started(self) -> None: ...
+
+    def request_finished(
+        self, model: str, endpoint: str, status: int, duration_s: float, error_type: str = "none"
+    ) -> None:
+        """Once for each ``request_started``. ``error_type`` is ``ShoalError.type``."""
+        ...
+
+    def first_token(self, ttft_s: float, gateway_s: float, stages: TtftStages) -> None:
+        """Once a prompt. ``gateway_s``: from the request's arrival to handing its prompts to the backend."""
+        ...
+
+    def next_token(self, since_last_s: float) -> None:
+        """One choice's next output."""
+        ...
+
+    def last_token(self, since_first_s: float, num_tokens: int) -> None:
+        """A choice is complete with ``num_tokens``, the first included."""
+        ...
+
+    def rejected(self, reason: str) -> None:
+        """Refused before anything ran. ``reason`` is ``ShoalError.code``."""
+        ...
+
+    def cancelled(self, stage: str) -> None:
+        """The client went away: ``waiting`` for its first token, or ``streaming``."""
+        ...
+
+
+class NullObserver:
+    """Looks away."""
+
+    def request_started(self) -> None:
+        pass
+
+    def request_finished(
+        self, model: str, endpoint: str, status: int, duration_s: float, error_type: str = "none"
+    ) -> None:
+        pass
+
+    def first_token(self, ttft_s: float, gateway_s: float, stages: TtftStages) -> None:
+        pass
+
+    def next_token(self, since_last_s: float) -> None:
+        pass
+
+    def last_token(self, since_first_s: float, num_tokens: int) -> None:
+        pass
+
+    def rejected(self, reason: str) -> None:
+        pass
+
+    def cancelled(self, stage: str) -> None:
+        pass

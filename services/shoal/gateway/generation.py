@@ -1,0 +1,150 @@
+"""The running part of one HTTP request: outputs of all its prompts and choices, in the order they come.
+
+Choice ``i`` of prompt ``p`` is the answer's choice ``p * n + i``, as OpenAI numbers them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from shoal.errors import InternalError
+from shoal.gateway.backend import Backend, GatewayObserver
+from shoal.messages import GenerateRequest, HandoffReport, TokenOutput, TtftStages
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOutput:
+    """``output`` belongs to the answer's choice ``index``; ``is_first`` of that choice, ``is_last`` of the answer."""
+
+    index: int
+    output: TokenOutput
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTiming:
+    """How long a prompt's first token took on the gateway's clock, and what decode says of it."""
+
+    ttft_s: float
+    stages: TtftStages | None
+    handoff: HandoffReport | None
+
+
+@dataclass(slots=True)
+class _ChoiceProgress:
+    first_s: float
+    last_s: float
+    token_ids: list[int] = field(default_factory=list)
+    is_done: bool = False
+
+
+class Generation:
+    """Runs requests and keeps the counts and times of what came. Times are seconds of ``clock``."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        requests: Sequence[GenerateRequest],
+        *,
+        arrived_s: float,
+        observer: GatewayObserver,
+        clock: Callable[[], float],
+    ) -> None:
+        self.requests = tuple(requests)
+        self.gateway_s = 0.0
+        self.timings: dict[int, PromptTiming] = {}
+        self._backend = backend
+        self._arrived_s = arrived_s
+        self._observer = observer
+        self._clock = clock
+        self._choices: dict[int, _ChoiceProgress] = {}
+
+    @property
+    def num_choices(self) -> int:
+        return sum(request.sampling.num_choices for request in self.requests)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt_token_ids) for request in self.requests)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(len(choice.token_ids) for choice in self._choices.values())
+
+    @property
+    def token_ids(self) -> dict[int, list[int]]:
+        """What each choice has generated so far."""
+        return {index: choice.token_ids for index, choice in sorted(self._choices.items())}
+
+    async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
+        """Everything until the last choice is complete. Closing it cancels what still runs."""
+        self.gateway_s = self._clock() - self._arrived_s
+        num_open = self.num_choices
+        async with aclosing(interleave([self._backend.generate(request) for request in self.requests])) as merged:
+            async for prompt_index, output in merged:
+                index = prompt_index * self.requests[prompt_index].sampling.num_choices + output.choice
+                is_first = index not in self._choices
+                self._note(prompt_index, index, output)
+                if output.finish_reason is not None:
+                    num_open -= 1
+                yield ChoiceOutput(index, output, is_first, is_last=num_open == 0)
+        if num_open:
+            raise InternalError(f"{num_open} choices ended without a reason")
+
+    def _note(self, prompt_index: int, index: int, output: TokenOutput) -> None:
+        now_s = self._clock()
+        if prompt_index not in self.timings:
+            ttft_s = now_s - self._arrived_s
+            self.timings[prompt_index] = PromptTiming(ttft_s, output.stages, output.handoff)
+            if output.stages is not None:
+                self._observer.first_token(ttft_s, self.gateway_s, output.stages)
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _ChoiceProgress(now_s, now_s)
+        else:
+            self._observer.next_token(now_s - choice.last_s)
+            choice.last_s = now_s
+        choice.token_ids.extend(output.token_ids)
+        if output.finish_reason is not None:
+            self._observer.last_token(now_s - choice.first_s, len(choice.token_ids))
+
+
+async def interleave(
+    streams: Sequence[AsyncGenerator[TokenOutput, None]],
+) -> AsyncGenerator[tuple[int, TokenOutput], None]:
+    """Outputs of several streams as they come, each with its stream's index.
+
+    The first error ends them all. Whatever way this ends, every stream is closed.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for output in stream:
+                yield 0, output
+        return
+    # One item a stream at a time: a slow client holds the streams back.
+    ready: asyncio.Queue[tuple[int, TokenOutput]] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(index: int, stream: AsyncGenerator[TokenOutput, None]) -> None:
+        async with aclosing(stream):
+            async for output in stream:
+                await ready.put((index, output))
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    all_done = asyncio.gather(*pumps)
+    try:
+        while not (all_done.done() and ready.empty()):
+            item = asyncio.ensure_future(ready.get())
+            await asyncio.wait((item, all_done), return_when=asyncio.FIRST_COMPLETED)
+            if item.done():
+                yield item.result()
+            else:
+                item.cancel()
+                if ready.empty():
+                    await all_done
+    finally:
+        all_done.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

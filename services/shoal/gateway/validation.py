@@ -1,0 +1,117 @@
+"""From a checked body to requests for the decode pool: limits, defaults, context length, seed.
+
+One validator for every door: whatever API a request came through, it passes here.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from shoal.config import GatewayConfig
+from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from shoal.gateway.schema import Body, ChatBody, CompletionBody
+from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
+
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that clients can name. Token ids are ``0..vocab_size-1``; ``created_s`` is Unix time."""
+
+    name: str
+    max_context_tokens: int
+    vocab_size: int
+    default_depth: Depth = Depth.AUTO
+    created_s: int = 0
+
+
+def find_model(models: Iterable[ServedModel], name: str) -> ServedModel:
+    """Raises ModelNotFound."""
+    for model in models:
+        if model.name == name:
+            return model
+    raise ModelNotFound("this model isn't served here: GET /v1/models lists those that are", param="model")
+
+
+def check_limits(body: Body, config: GatewayConfig) -> None:
+    """What can be refused before a text is tokenized. Raises InvalidRequest that names the field."""
+    _at_most(body.n, config.max_choices, "n")
+    _at_most(len(body.stop), config.max_stop_strings, "stop", "strings")
+    _at_most(max(map(len, body.stop), default=0), config.max_stop_chars, "stop", "characters in one")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options: only allowed with stream: true", param="stream_options")
+    if isinstance(body, CompletionBody):
+        _at_most(len(body.prompt), config.max_prompts, "prompt", "prompts")
+        _at_most(body.logprobs, config.max_logprobs, "logprobs")
+    if isinstance(body, ChatBody):
+        _at_most(body.top_logprobs, config.max_logprobs, "top_logprobs")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise InvalidRequest("top_logprobs: only allowed with logprobs: true", param="top_logprobs")
+
+
+def generate_requests(
+    body: Body, prompts: Sequence[Sequence[int]], model: ServedModel, context: RequestContext
+) -> tuple[GenerateRequest, ...]:
+    """One request a prompt, in order; ``prompts`` are their token ids.
+
+    Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextLengthExceeded for what the
+    model can't hold.
+    """
+    requests = []
+    for index, ids in enumerate(prompts):
+        _check_ids(body, ids, model)
+        own = context if len(prompts) == 1 else replace(context, request_id=f"{context.request_id}-{index}")
+        requests.append(
+            GenerateRequest(own, model.name, tuple(ids), depth_of(body, model), _sampling(body, len(ids), model))
+        )
+    return tuple(requests)
+
+
+def depth_of(body: Body, model: ServedModel) -> Depth:
+    """What the request asks for, or else the model's default. ``auto`` is shallow: that's what the prefill pool is for."""
+    asked = model.default_depth if body.depth is None else body.depth
+    return Depth.SHALLOW if asked is Depth.AUTO else asked
+
+
+def _at_most(value: int | None, limit: int, param: str, what: str = "") -> None:
+    if value is not None and value > limit:
+        raise InvalidRequest(f"{param}: at most {limit} {what}".rstrip(), param=param)
+
+
+def _check_ids(body: Body, ids: Sequence[int], model: ServedModel) -> None:
+    param = body.prompt_field
+    if not ids:
+        raise InvalidRequest(f"{param}: there is nothing to continue, it has no tokens", param=param)
+    # Length first: a megabyte of numbers needn't be looked at one by one.
+    num_new = body.max_new_tokens or 1
+    if len(ids) + num_new > model.max_context_tokens:
+        raise ContextLengthExceeded(
+            f"{param}: {len(ids)} tokens and an answer of up to {num_new} are more than the model's context of "
+            f"{model.max_context_tokens} tokens: shorten the prompt or lower max_tokens",
+            param=param,
+        )
+    if min(ids) < 0 or max(ids) >= model.vocab_size:
+        raise InvalidRequest(f"{param}: token ids must be 0 to {model.vocab_size - 1}", param=param)
+
+
+def _sampling(body: Body, num_prompt_tokens: int, model: ServedModel) -> SamplingParams:
+    max_tokens = body.max_new_tokens or model.max_context_tokens - num_prompt_tokens
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens: at most max_tokens, which is {max_tokens}", param="min_tokens")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),  # -1 is other servers' word for no restriction
+        # Fixed here, so that whoever runs this request again continues it alike.
+        seed=secrets.randbelow(_SEEDS) if body.seed is None else body.seed % _SEEDS,
+        num_choices=body.n or 1,
+        num_logprobs=body.num_logprobs,
+        stop=body.stop,
+        min_tokens=min_tokens,
+        ignore_eos=bool(body.ignore_eos),
+    )

@@ -1,0 +1,45 @@
+"""Both stages in one process, joined by a channel in memory: ``shoal generate``, and the plainest way to test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from shoal.config import ShoalConfig
+from shoal.decode.stage import DecodeStage, open_decode
+from shoal.messages import Grant, HandoffOutcome
+from shoal.prefill.stage import PrefillStage, open_prefill
+from shoal.telemetry import Transport, new_registry
+from shoal.transfer.base import Channel
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalShoal:
+    """``await local.decode.worker.generate(request)`` goes through both stages."""
+
+    prefill: PrefillStage
+    decode: DecodeStage
+
+
+@asynccontextmanager
+async def open_local(config: ShoalConfig, on_progress: Progress | None = None) -> AsyncIterator[LocalShoal]:
+    """Load both stages. ``on_progress`` is called with (stage, layers done, layers in all)."""
+
+    async def ask_prefill(grant: Grant) -> HandoffOutcome:
+        return await prefill.worker.prefill(grant)
+
+    async def connect(_address: str) -> Channel:
+        return await decode.server.connect()
+
+    def told(stage: str) -> Callable[[int, int], None] | None:
+        return None if on_progress is None else lambda done, total: on_progress(stage, done, total)
+
+    async with open_decode(
+        config, new_registry(), ask_prefill, transport=Transport.MEMORY, on_progress=told("decode")
+    ) as decode:
+        decode.desk.address = "memory"
+        async with open_prefill(config, new_registry(), connect=connect, on_progress=told("prefill")) as prefill:
+            yield LocalShoal(prefill, decode)

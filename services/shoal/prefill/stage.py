@@ -1,0 +1,83 @@
+"""A whole prefill stage of one process: model, engine, sessions, metrics; opened and given back as one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from shoal.config import ShoalConfig
+from shoal.engine.build import Served, build_engine, choose_device, load_parameters, set_num_threads
+from shoal.engine.client import EngineClient
+from shoal.engine.engine import Engine, EngineCounts, StepOutput
+from shoal.engine.meter import StepMeter
+from shoal.messages import Stage
+from shoal.prefill.worker import PrefillWorker
+from shoal.telemetry import PrefillMetrics
+from shoal.transfer.base import Channel, new_incarnation
+from shoal.transfer.channels.grpc import dial
+from shoal.transfer.session import Identity
+from shoal.transfer.session_pool import SessionPool
+
+Connect = Callable[[str], Awaitable[Channel]]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStage:
+    """``parameter_bytes`` is what this process really holds, ``parameter_names`` of which tensors."""
+
+    served: Served
+    worker: PrefillWorker
+    engine: EngineClient
+    parameter_bytes: int
+    full_model_bytes: int
+    parameter_names: tuple[str, ...]
+
+    async def counts(self) -> EngineCounts:
+        return await self.engine.call(Engine.counts)
+
+
+@asynccontextmanager
+async def open_prefill(
+    config: ShoalConfig,
+    registry: CollectorRegistry,
+    *,
+    connect: Connect = dial,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AsyncIterator[PrefillStage]:
+    """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish."""
+    set_num_threads(config.prefill)
+    device = choose_device(config.prefill)
+    served = Served.of(config, device)
+    parameters = load_parameters(served, Stage.PREFILL, device, on_progress)
+    metrics = PrefillMetrics(registry)
+    full_model_bytes = served.spec.num_parameters * served.dtype.itemsize
+    metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
+    core = build_engine(config, Stage.PREFILL, served, parameters, device=device)
+    engine = EngineClient(core, name="shoal-prefill", on_step=_on_step(metrics, core.scheduler.layout.block_bytes))
+    sessions = SessionPool(
+        connect,
+        Identity(new_incarnation(), (served.plan_hash,), peer="prefill"),
+        ttl_s=config.handoff.ttl_s,
+        max_frame_bytes=config.handoff.max_frame_bytes,
+    )
+    worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
+    names = tuple(name for name, _ in parameters.tensors())
+    try:
+        yield PrefillStage(served, worker, engine, parameters.num_bytes, full_model_bytes, names)
+    finally:
+        await sessions.drain(config.handoff.drain_s)
+        engine.close()
+
+
+def _on_step(metrics: PrefillMetrics, block_bytes: int) -> Callable[[StepOutput], None]:
+    meter = StepMeter(metrics)
+
+    def on_step(output: StepOutput) -> None:
+        meter(output)
+        # Every block here belongs to a prompt that decode hasn't committed yet.
+        metrics.pinned((output.counts.num_blocks - output.counts.num_free_blocks) * block_bytes)
+
+    return on_step

@@ -1,0 +1,143 @@
+"""The two ends of HandoffService.Session over grpc.aio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from shoal.errors import HandoffError, PeerGone, ShoalError
+from shoal.messages import Envelope
+from shoal.rpc.frames import from_request, from_response, to_request, to_response
+from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
+from shoal.rpc.statuses import abort, from_rpc_error
+from shoal.transfer.base import Channel
+from shoal.v1 import handoff_pb2 as pb
+from shoal.v1.handoff_pb2_grpc import (
+    HandoffServiceServicer,
+    HandoffServiceStub,
+    add_HandoffServiceServicer_to_server,
+)
+
+_log = logging.getLogger(__name__)
+
+
+async def dial(address: str, credentials: grpc.ChannelCredentials | None = None) -> Channel:
+    """Prefill's end of a new stream to the decode replica at ``address`` (``host:port``).
+
+    Returns at once: whether anybody is there shows at the first frame. Without ``credentials`` it's plain text.
+    """
+    if credentials is None:
+        channel = grpc.aio.insecure_channel(address, options=HANDOFF_CHANNEL_OPTIONS)
+    else:
+        channel = grpc.aio.secure_channel(address, credentials, options=HANDOFF_CHANNEL_OPTIONS)
+    return _ClientEnd(address, channel, HandoffServiceStub(channel).Session())  # type: ignore[call-arg]
+
+
+def add_handoff_service(server: grpc.aio.Server, serve: Callable[[Channel], Awaitable[None]]) -> None:
+    """Let ``server`` call ``serve`` with decode's end of every stream. A ShoalError it raises is what prefill sees."""
+    add_HandoffServiceServicer_to_server(_Servicer(serve), server)
+
+
+class _ClientEnd:
+    def __init__(
+        self,
+        address: str,
+        channel: grpc.aio.Channel,
+        call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse],
+    ) -> None:
+        self._address = address
+        self._channel = channel
+        self._call = call
+
+    async def send(self, envelope: Envelope) -> None:
+        request = to_request(envelope)
+        try:
+            await self._call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError) as error:
+            raise self._reason(error) from error
+
+    async def receive(self) -> Envelope:
+        try:
+            message = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            raise self._reason(error) from error
+        if not isinstance(message, pb.SessionResponse):  # EOF
+            raise PeerGone(f"decode at {self._address} closed the stream")
+        return from_response(message)
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._channel.close(grace=None)
+
+    def _reason(self, error: BaseException) -> BaseException:
+        """gRPC raises CancelledError also for a call that was cancelled, not only for a task."""
+        if isinstance(error, asyncio.CancelledError):
+            return error if _is_being_cancelled() else PeerGone(f"the stream to decode at {self._address} was closed")
+        if isinstance(error, grpc.aio.AioRpcError):
+            known = from_rpc_error(error)
+            return known if isinstance(known, HandoffError) else PeerGone(f"decode at {self._address}: {known.message}")
+        return PeerGone(f"decode at {self._address} has ended the stream")
+
+
+class _ServerEnd:
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._context = context
+        self._reading: asyncio.Future[Any] | None = None
+        self._is_closed = False
+
+    async def send(self, envelope: Envelope) -> None:
+        if self._is_closed:
+            raise PeerGone("the stream is closed")
+        response = to_response(envelope)
+        try:
+            await self._context.write(response)
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            raise PeerGone("prefill ended the stream") from error
+
+    async def receive(self) -> Envelope:
+        if self._is_closed:
+            raise PeerGone("the stream is closed")
+        self._reading = asyncio.ensure_future(self._context.read())
+        try:
+            message = await self._reading
+        except grpc.aio.BaseError as error:
+            raise PeerGone("prefill ended the stream") from error
+        except asyncio.CancelledError as error:
+            if self._is_closed and not _is_being_cancelled():
+                raise PeerGone("the stream is closed") from error
+            raise
+        if not isinstance(message, pb.SessionRequest):  # EOF
+            raise PeerGone("prefill closed the stream")
+        return from_request(message)
+
+    async def close(self) -> None:
+        self._is_closed = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+
+class _Servicer(HandoffServiceServicer):
+    def __init__(self, serve: Callable[[Channel], Awaitable[None]]) -> None:
+        self._serve = serve
+
+    async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        end = _ServerEnd(context)
+        try:
+            await self._serve(end)
+        except PeerGone:
+            _log.debug("a prefill process went away", exc_info=True)
+        except ShoalError as error:
+            _log.warning("a prefill process was turned away: %s", error.message)
+            await abort(context, error)
+        finally:
+            await end.close()
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,101 @@
+"""Decode's hand-off server: one session for every channel that prefill opens."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import grpc.aio
+
+from shoal.errors import InternalError, ShoalError, Unavailable
+from shoal.messages import Draining
+from shoal.rpc.options import HANDOFF_SERVER_OPTIONS
+from shoal.rpc.ports import bind_first_free, join_address
+from shoal.transfer.base import Channel
+from shoal.transfer.channels.grpc import add_handoff_service
+from shoal.transfer.channels.memory import memory_pair
+from shoal.transfer.decode_session import DecodeSession
+from shoal.transfer.decode_side import HandoffDesk
+from shoal.transfer.session import Identity
+
+
+class HandoffServer:
+    """Serves the leases of ``desk``. ``listen`` for other processes, ``connect`` within this one."""
+
+    def __init__(self, desk: HandoffDesk, identity: Identity) -> None:
+        self._desk = desk
+        self._identity = identity
+        self._sessions: set[DecodeSession] = set()
+        self._local: set[asyncio.Task[None]] = set()
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    async def listen(
+        self,
+        host: str,
+        first_port: int,
+        last_port: int,
+        *,
+        advertised_host: str | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> str:
+        """Listen on the first free port of the range; returns the address for prefill, which is also the desk's.
+
+        Raises ConfigError if no port is free, or ``host`` isn't this machine's.
+        """
+        if self._server is not None:
+            raise InternalError("this hand-off server listens already")
+        server = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
+        add_handoff_service(server, self.serve)
+        port = bind_first_free(server, host, first_port, last_port, credentials)
+        await server.start()
+        self._server = server
+        self._desk.address = join_address(advertised_host or host, port)
+        return self._desk.address
+
+    async def connect(self) -> Channel:
+        """Prefill's end of a channel in memory."""
+        prefill, decode = memory_pair()
+        task = asyncio.get_running_loop().create_task(self._serve_local(decode))
+        self._local.add(task)
+        task.add_done_callback(self._local.discard)
+        return prefill
+
+    async def serve(self, channel: Channel) -> None:
+        """Serve one channel until it ends. Raises what was wrong with the other side, if something was."""
+        session = DecodeSession(channel, self._desk, self._identity)
+        self._sessions.add(session)
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+    async def drain(self, drain_s: float) -> None:
+        """Open no more leases, let the open ones finish for ``drain_s``, and close."""
+        self._desk.close()
+        for session in self._sessions:
+            session.post(Draining())
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._desk.idle.wait()
+        except TimeoutError:
+            pass  # those that are left are cancelled below
+        await self.close()
+
+    async def close(self) -> None:
+        """End all leases and sessions at once. Twice is a no-op."""
+        await self._desk.stop(Unavailable("this decode replica has shut down"))
+        await asyncio.gather(*(session.close() for session in self._sessions))
+        if self._local:
+            await asyncio.wait(self._local)
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
+    async def _serve_local(self, channel: Channel) -> None:
+        try:
+            await self.serve(channel)
+        except ShoalError:
+            await channel.close()

@@ -1,0 +1,79 @@
+"""Prefill's sessions: one to each decode replica, opened when first needed, and again after it died."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from shoal.errors import Unavailable
+from shoal.transfer.base import Channel, Clock
+from shoal.transfer.prefill_side import PrefillSession
+from shoal.transfer.session import Identity
+
+
+class SessionPool:
+    """``connect`` gives a channel to an address: ``channels.grpc.dial``, or a memory channel."""
+
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[Channel]],
+        identity: Identity,
+        *,
+        ttl_s: float,
+        max_frame_bytes: int,
+        clock: Clock | None = None,
+    ) -> None:
+        self._connect = connect
+        self._identity = identity
+        self._ttl_s = ttl_s
+        self._max_frame_bytes = max_frame_bytes
+        self._clock = clock
+        self._opened: dict[str, asyncio.Task[PrefillSession]] = {}
+        self._is_draining = False
+
+    async def get(self, address: str) -> PrefillSession:
+        """The session to ``address``. Raises PlanMismatch, PeerGone, or Unavailable while draining."""
+        if self._is_draining:
+            raise Unavailable("this prefill replica is shutting down: no new claims")
+        opened = self._opened.get(address)
+        if opened is None or _is_over(opened):
+            self._opened = {known: task for known, task in self._opened.items() if not _is_over(task)}
+            opened = asyncio.get_running_loop().create_task(self._open(address))
+            self._opened[address] = opened
+        # Several may wait for it: the first one's leaving mustn't end it.
+        return await asyncio.shield(opened)
+
+    async def drain(self, drain_s: float) -> None:
+        """Allow no new claims, let the open ones finish for ``drain_s``, then stop them, and close."""
+        self._is_draining = True
+        sessions = self._living()
+        try:
+            async with asyncio.timeout(drain_s):
+                await asyncio.gather(*(session.drain() for session in sessions))
+        except TimeoutError:
+            await asyncio.gather(*(session.cancel_claims("prefill is shutting down") for session in sessions))
+        await self.close()
+
+    async def close(self) -> None:
+        """End all sessions at once; their claims are told. Twice is a no-op."""
+        self._is_draining = True
+        for task in self._opened.values():
+            task.cancel()
+        await asyncio.gather(*self._opened.values(), return_exceptions=True)
+        await asyncio.gather(*(session.close() for session in self._living()))
+
+    def _living(self) -> tuple[PrefillSession, ...]:
+        return tuple(task.result() for task in self._opened.values() if not _is_over(task) and task.done())
+
+    async def _open(self, address: str) -> PrefillSession:
+        channel = await self._connect(address)
+        return await PrefillSession.open(
+            channel, self._identity, ttl_s=self._ttl_s, max_frame_bytes=self._max_frame_bytes, clock=self._clock
+        )
+
+
+def _is_over(opened: asyncio.Task[PrefillSession]) -> bool:
+    """It failed to open, or has ended since."""
+    if not opened.done():
+        return False
+    return opened.cancelled() or opened.exception() is not None or opened.result().is_over

@@ -1,0 +1,177 @@
+"""Models for tests: tiny random ones, and the real one as transformers computes it."""
+
+from __future__ import annotations
+
+import functools
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from shoal.model.files import locate
+from shoal.model.weights import open_weights
+
+BOS, EOS = 0, 1
+TINY_VOCAB = ["<s>", "</s>", *string.digits, *string.ascii_letters, *string.punctuation, " "]
+TINY_CHAT_TEMPLATE = (
+    "{{ '<s>' }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + '|' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def tiny_llama(
+    dtype: torch.dtype = torch.float64,
+    *,
+    layers: int = 6,
+    hidden: int = 64,
+    intermediate: int = 96,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    vocab: int = 97,
+    context: int = 512,
+    seed: int = 0,
+    tie: bool = False,
+    rope_scaling: dict[str, Any] | None = None,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+) -> tuple[LlamaConfig, LlamaForCausalLM]:
+    """A random Llama in ``dtype`` whose every parameter matters: norms are not ones, biases not zeros."""
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim or hidden // heads,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, **(rope_scaling or {})},
+        tie_word_embeddings=tie,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise * (1.0 if "embed" in name else parameter.shape[-1] ** -0.5))
+    return config, model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character: the vocabulary of ``tiny_llama``'s 97."""
+    tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(TINY_VOCAB)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in TINY_VOCAB[:2]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=TINY_VOCAB[BOS],
+        eos_token=TINY_VOCAB[EOS],
+        chat_template=TINY_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tiny(
+    folder: Path, model: LlamaForCausalLM | None = None, *, max_shard_bytes: int = 1 << 30, **options: Any
+) -> LlamaForCausalLM:
+    """Write a model (by default ``tiny_llama(**options)``) and its tokenizer as transformers does."""
+    model = model or tiny_llama(**options)[1]
+    model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def save_tiny_gguf(
+    path: Path, model: LlamaForCausalLM, kind: GGMLQuantizationType = GGMLQuantizationType.F32, **extra: Any
+) -> None:
+    """Write a model as llama.cpp's converter would: its names, its order of Q and K rows, matrices in ``kind``.
+
+    ``extra`` are metadata values that are added or, with the value ``None``, left out.
+    """
+    config = model.config
+    values = {
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": config.rope_parameters["rope_theta"],
+        "tokenizer.ggml.bos_token_id": BOS,
+        "tokenizer.ggml.eos_token_id": EOS,
+    }
+    writer = GGUFWriter(path, "llama")
+    for key, value in {**values, **extra}.items():
+        _ADDERS[type(value)](writer, key, value)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            rows = _permuted(name, tensor.float(), config).numpy()
+            stored = kind if rows.ndim == 2 else GGMLQuantizationType.F32
+            writer.add_tensor(_gguf_name(name), quantize(rows, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+_ADDERS: dict[type, Any] = {
+    int: GGUFWriter.add_uint32,
+    float: GGUFWriter.add_float32,
+    str: GGUFWriter.add_string,
+    bool: GGUFWriter.add_bool,
+    list: GGUFWriter.add_array,
+    type(None): lambda writer, key, value: None,
+}
+_GGUF_PARTS = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def _gguf_name(name: str) -> str:
+    return functools.reduce(lambda done, part: done.replace(part, _GGUF_PARTS[part]), _GGUF_PARTS, name)
+
+
+def _permuted(name: str, rows: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
+    """As in llama.cpp's convert_hf_to_gguf.py, ``LlamaModel.permute``."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    number = heads.get(name.split(".")[-2])
+    if number is None:
+        return rows
+    return rows.reshape(number, 2, rows.shape[0] // number // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@functools.cache
+def smollm2_reference(dtype: torch.dtype = torch.float32, attention: str = "eager") -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct in transformers, from the GGUF; loaded once a session and attention."""
+    files = locate("smollm2")
+    config = files.config()
+    config._attn_implementation = attention
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad(), open_weights(files) as reader:
+        for name, parameter in model.named_parameters():  # the tied lm_head comes once, as the embedding
+            parameter.copy_(reader.read(name))
+    return model.to(dtype)

@@ -1,0 +1,359 @@
+"""A prefill and a decode side in one process, joined by memory or by gRPC on loopback, with a real sink of arrays."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.errors import HandoffError, PeerGone, ShoalError
+from shoal.messages import Chunk, Envelope, Frame, Hello
+from shoal.transfer.base import Channel, Clock, crc32c, new_incarnation
+from shoal.transfer.channels.grpc import dial
+from shoal.transfer.channels.memory import Rule, deliver, memory_pair
+from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
+from shoal.transfer.lease_table import LeaseTimes
+from shoal.transfer.prefill_side import PromptClaim
+from shoal.transfer.server import HandoffServer
+from shoal.transfer.session import PROTOCOL_VERSION, Identity
+from shoal.transfer.session_pool import SessionPool
+from shoal.transfer.staging import StagingSlots
+from shoal.transfer.terms import KvShape
+
+PLAN = "plan-a"
+NUM_LAYERS = 4
+NUM_SHALLOW = 3
+TOKEN_BYTES = 32
+SHAPE = KvShape(PLAN, NUM_LAYERS, NUM_SHALLOW, TOKEN_BYTES)
+TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0, drain_s=2.0)
+CREDIT_BYTES = 4096
+MAX_FRAME_BYTES = 1024
+CHUNK_TOKENS = 10
+PORTS = (23100, 23999)
+
+F = TypeVar("F", bound=Frame)
+_ids = itertools.count(1)
+
+
+def lease_id() -> bytes:
+    return next(_ids).to_bytes(16, "big")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Random token ids and K/V ``[layers, tokens, bytes]`` for all but the boundary token."""
+
+    token_ids: tuple[int, ...]
+    kv: npt.NDArray[np.uint8]
+    blocks: tuple[int, ...]
+    num_present: int = 0
+
+    @property
+    def num_shipped(self) -> int:
+        return len(self.token_ids) - 1 - self.num_present
+
+
+def prompt(num_tokens: int = 41, *, num_present: int = 0, seed: int = 0) -> Prompt:
+    rng = np.random.default_rng(seed)
+    ids = tuple(int(value) for value in rng.integers(0, 1000, num_tokens))
+    kv = rng.integers(0, 256, (NUM_LAYERS, num_tokens - 1, TOKEN_BYTES), dtype=np.uint8)
+    return Prompt(ids, kv, (seed, seed + 1000), num_present)
+
+
+class ArraySink:
+    """Blocks are arrays ``[layers, tokens, bytes]``. ``gate`` holds copies up; ``fails`` makes them raise."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[int, ...], npt.NDArray[np.uint8]] = {}
+        self.written: Counter[tuple[int, ...]] = Counter()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.started = asyncio.Event()
+        self.fails: Exception | None = None
+        self.writing: Counter[tuple[int, ...]] = Counter()
+        self.max_writing = 0
+
+    async def write(self, blocks: Sequence[int], chunk: Chunk) -> None:
+        key = tuple(blocks)
+        self.writing[key] += 1
+        self.max_writing = max(self.max_writing, self.writing[key])
+        self.started.set()
+        try:
+            await self.gate.wait()
+            if self.fails is not None:
+                raise self.fails
+            layers, tokens = chunk.layer_end - chunk.layer_start, chunk.token_end - chunk.token_start
+            rows = np.frombuffer(chunk.payload, np.uint8).reshape(layers, tokens, TOKEN_BYTES)
+            array = self.arrays.setdefault(key, np.zeros((NUM_LAYERS, 512, TOKEN_BYTES), np.uint8))
+            array[chunk.layer_start : chunk.layer_end, chunk.token_start : chunk.token_end] = rows
+            self.written[key] += 1
+        finally:
+            self.writing[key] -= 1
+
+
+class Counts:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.events: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.num_by_state: Mapping[str, int] = {}
+        self.seconds: list[float] = []
+
+    def transfer_started(self) -> None:
+        self.events["started"] += 1
+
+    def transfer_committed(self, seconds: float) -> None:
+        self.events["committed"] += 1
+        self.seconds.append(seconds)
+
+    def transfer_failed(self, reason: str) -> None:
+        self.events[f"failed:{reason}"] += 1
+
+    def shipped(self, part: str, num_bytes: int) -> None:
+        self.bytes[part] += num_bytes
+
+    def verify_failed(self, check: str) -> None:
+        self.events[f"verify:{check}"] += 1
+
+    def leases(self, num_by_state: Mapping[str, int]) -> None:
+        self.num_by_state = num_by_state
+
+    def lease_ended(self, age_s: float) -> None:
+        self.events["ended"] += 1
+
+    def lease_expired(self) -> None:
+        self.events["expired"] += 1
+
+
+class FakeTimer:
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class FakeClock:
+    """Time passes only in ``advance``, which calls what has become due, each at its own time."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self._due: list[tuple[float, int, FakeTimer]] = []
+        self._order = itertools.count()
+
+    def time(self) -> float:
+        return self.now_s
+
+    def call_at(self, when: float, callback: Callable[[], object], /) -> FakeTimer:
+        timer = FakeTimer(callback)
+        heapq.heappush(self._due, (when, next(self._order), timer))
+        return timer
+
+    async def advance(self, seconds: float) -> None:
+        end_s = self.now_s + seconds
+        while self._due and self._due[0][0] <= end_s:
+            when, _, timer = heapq.heappop(self._due)
+            self.now_s = max(self.now_s, when)
+            if timer.callback is not None:
+                timer.callback()
+                await settle()
+        self.now_s = end_s
+        await settle()
+
+
+async def settle() -> None:
+    """Let all tasks run until they wait for something that only the test can bring (in memory, that is)."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+@dataclass
+class Rig:
+    """Both sides. ``channels`` are prefill's ends of the channels that were opened, in order."""
+
+    desk: HandoffDesk
+    server: HandoffServer
+    sink: ArraySink
+    pool: SessionPool
+    counts: Counts
+    address: str
+    connect: Callable[[str], asyncio.Future[Channel]]
+    staging: StagingSlots | None = None
+    channels: list[Channel] = field(default_factory=list)
+
+    async def hand_off(self, wanted: Prompt, **ways: object) -> Arrived:
+        """One prompt, as a decode replica does it: open a lease, call prefill, wait for whichever ends first."""
+        new_id = lease_id()
+        async with self.open(new_id, wanted) as lease:
+            call = asyncio.ensure_future(self.prefill(new_id, wanted, **ways))  # type: ignore[arg-type]
+            arrived = asyncio.ensure_future(lease.arrived())
+            try:
+                await asyncio.wait((call, arrived), return_when=asyncio.FIRST_COMPLETED)
+                if not arrived.done():
+                    await call
+                return await arrived
+            finally:
+                arrived.cancel()
+                await asyncio.wait((call, arrived))
+                if not call.cancelled():
+                    call.exception()
+
+    def open(self, new_id: bytes, wanted: Prompt, *, one_sided: bool = False) -> AbstractAsyncContextManager[OpenLease]:
+        return self.desk.open(
+            new_id, wanted.token_ids, wanted.blocks, num_present=wanted.num_present, one_sided=one_sided
+        )
+
+    async def prefill(
+        self, new_id: bytes, wanted: Prompt, *, before_seal: Callable[[PromptClaim], object] | None = None
+    ) -> None:
+        """One prompt, as a prefill replica does it. Returns once it's committed, or raises."""
+        session = await self.pool.get(self.address)
+        async with session.claim(new_id) as claim:
+            await send_all(claim, wanted)
+            if before_seal is not None:
+                before_seal(claim)
+            await claim.seal(boundary_token_id=claim.token_ids[-1], queue_s=0.25, prefill_s=0.5)
+
+    def assert_arrived(self, wanted: Prompt) -> None:
+        """The blocks hold exactly what prefill computed, in the range that was to be shipped."""
+        array = self.sink.arrays[wanted.blocks]
+        shipped = slice(wanted.num_present, len(wanted.token_ids) - 1)
+        np.testing.assert_array_equal(array[:, shipped], wanted.kv[:, shipped])
+        assert not array[:, : shipped.start].any()
+        assert not array[:, shipped.stop :].any()
+
+    def assert_nothing_held(self) -> None:
+        """No lease, no claim, no copy, no slot: everybody has given back what they took."""
+        assert self.desk.table.num_open == 0, self.desk.table.counts
+        assert self.desk.idle.is_set()
+        assert not self.desk._open
+        assert not self.desk._copies
+        assert not +self.sink.writing
+        assert set(self.counts.num_by_state) <= {"retired"}
+        assert self.staging is None or self.staging.num_lent == 0
+        started, committed = self.counts.events["started"], self.counts.events["committed"]
+        failed = sum(number for event, number in self.counts.events.items() if event.startswith("failed:"))
+        assert started == committed + failed
+        for task in self.pool._opened.values():
+            if task.done() and not task.cancelled() and task.exception() is None:
+                assert task.result().num_claims == 0
+
+
+
+
+
+async def send_all(claim: PromptClaim, wanted: Prompt, *, until: int | None = None) -> None:
+    """Each chunk of tokens in two pieces, kept layers and projected ones, as prefill computes them."""
+    end = len(claim.token_ids) - 1 if until is None else until
+    for start in range(claim.num_present, end, CHUNK_TOKENS):
+        stop = min(start + CHUNK_TOKENS, end)
+        for first, last in ((0, NUM_SHALLOW), (NUM_SHALLOW, NUM_LAYERS)):
+            kv = np.ascontiguousarray(wanted.kv[first:last, start:stop])
+            await claim.send(start, stop, first, last, memoryview(kv).cast("B"))
+
+
+@asynccontextmanager
+async def rig(
+    kind: str = "memory",
+    *,
+    prefill_sends: Rule = deliver,
+    decode_sends: Rule = deliver,
+    clock: Clock | None = None,
+    times: LeaseTimes = TIMES,
+    credit_bytes: int = CREDIT_BYTES,
+    prefill_plans: tuple[str, ...] = (PLAN,),
+    staging: StagingSlots | None = None,
+) -> AsyncIterator[Rig]:
+    """Both sides, closed afterwards; fails if anything is held then."""
+    counts, sink = Counts(), ArraySink()
+    desk = HandoffDesk(
+        sink, SHAPE, times=times, credit_bytes=credit_bytes, clock=clock, observer=counts, staging=staging
+    )
+    server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), peer="decode"))
+    channels: list[Channel] = []
+    serving: set[asyncio.Task[None]] = set()
+    address = "memory" if kind == "memory" else await server.listen("127.0.0.1", *PORTS)
+
+    async def connect(address: str) -> Channel:
+        if kind == "memory":
+            channel, other = memory_pair(prefill_sends=prefill_sends, decode_sends=decode_sends)
+            serving.add(asyncio.ensure_future(_serve(server, other)))
+        else:
+            channel = await dial(address)
+        channels.append(channel)
+        return channel
+
+    identity = Identity(new_incarnation(), prefill_plans, peer="prefill")
+    pool = SessionPool(connect, identity, ttl_s=times.ttl_s, max_frame_bytes=MAX_FRAME_BYTES, clock=clock)
+    both = Rig(desk, server, sink, pool, counts, address, connect, staging, channels)
+    try:
+        yield both
+    finally:
+        await pool.close()
+        await server.close()
+        if serving:
+            await asyncio.wait(serving)
+    both.assert_nothing_held()
+
+
+async def _serve(server: HandoffServer, channel: Channel) -> None:
+    try:
+        await server.serve(channel)
+    except ShoalError:
+        pass
+
+
+class RawPeer:
+    """A prefill process that sends whatever a test wants. ``frames`` is what decode answered, without beats."""
+
+    def __init__(self, channel: Channel, incarnation: int = 77) -> None:
+        self.channel = channel
+        self.incarnation = incarnation
+
+    async def greet(self, *, version: int = PROTOCOL_VERSION, plans: tuple[str, ...] = (PLAN,)) -> Hello:
+        await self.send(Hello(version, plans, peer="raw"))
+        answer = await self.receive()
+        assert isinstance(answer, Hello)
+        return answer
+
+    async def send(self, *frames: Frame, incarnation: int | None = None) -> None:
+        for frame in frames:
+            await self.channel.send(Envelope(self.incarnation if incarnation is None else incarnation, frame))
+
+    async def receive(self) -> Frame:
+        """The next frame that isn't a beat."""
+        while True:
+            frame = (await asyncio.wait_for(self.channel.receive(), 10)).frame
+            if type(frame).__name__ != "Beat":
+                return frame
+
+    async def expect(self, kind: type[F]) -> F:
+        frame = await self.receive()
+        assert isinstance(frame, kind), frame
+        return frame
+
+    async def until_gone(self) -> ShoalError:
+        """Read until decode ends the channel; returns why."""
+        while True:
+            try:
+                await self.receive()
+            except (PeerGone, HandoffError) as error:
+                return error
+
+
+def chunk(
+    new_id: bytes, seq: int, tokens: tuple[int, int], layers: tuple[int, int] = (0, NUM_LAYERS), **changes: object
+) -> Chunk:
+    """A well-formed chunk of zeros, or with ``changes``."""
+    payload = bytes(TOKEN_BYTES * (tokens[1] - tokens[0]) * (layers[1] - layers[0]))
+    fields = {"crc32c": crc32c(payload), "payload": payload} | changes
+    return Chunk(new_id, seq, *tokens, *layers, **fields)  # type: ignore[arg-type]

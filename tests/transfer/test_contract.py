@@ -176,8 +176,7 @@ async def test_cancel_after_the_seal_but_before_the_commit_publishes_nothing(kin
         both.sink.gate.clear()
         async with both.open(new_id, wanted) as lease:
             prefill = asyncio.ensure_future(_outcome(both.prefill(new_id, wanted)))
-            while both.desk.table.counts != {LeaseState.SEALED: 1}:
-                await asyncio.sleep(0.01)
+            await both.counts.reached(LeaseState.SEALED)
             asyncio.get_running_loop().call_soon(both.sink.gate.set)
             await lease.cancel("the client left")
             with pytest.raises(Cancelled):
@@ -221,10 +220,10 @@ async def test_when_decode_dies_prefill_holds_nothing_and_finds_the_next_one(kin
         new_id, wanted = lease_id(), prompt()
         session = await both.pool.get(both.address)
         async with both.open(new_id, wanted) as lease:
-            with pytest.raises(PeerGone):
-                async with session.claim(new_id) as claim:
-                    await both.channels[0].close()
-                    await asyncio.wait_for(claim.cancelled.wait(), 5)
+            async with session.claim(new_id) as claim:
+                await both.channels[0].close()
+                await asyncio.wait_for(claim.cancelled.wait(), 5)
+                with pytest.raises(PeerGone):
                     await claim.seal(boundary_token_id=0, queue_s=0, prefill_s=0)
             with pytest.raises(PeerGone):
                 await lease.arrived()
@@ -303,9 +302,9 @@ async def test_decode_cancels_what_does_not_finish_within_the_drain(kind: str) -
         new_id = lease_id()
         session = await both.pool.get(both.address)
         async with both.open(new_id, prompt()) as lease:
-            with pytest.raises(ShoalError):
-                async with session.claim(new_id) as claim:
-                    await both.server.drain(0.05)
+            async with session.claim(new_id) as claim:
+                await both.server.drain(0.05)
+                with pytest.raises(ShoalError):
                     await claim.seal(boundary_token_id=0, queue_s=0, prefill_s=0)
             with pytest.raises(Unavailable, match="has shut down"):
                 await lease.arrived()
@@ -338,8 +337,7 @@ async def test_prefill_stops_what_does_not_finish_within_the_drain(kind: str) ->
 
         async with both.open(new_id, prompt()) as lease:
             working = asyncio.ensure_future(_outcome(work()))
-            while both.desk.table.counts != {LeaseState.STREAMING: 1}:
-                await asyncio.sleep(0.01)
+            await both.counts.reached(LeaseState.STREAMING)
             await both.pool.drain(0.05)
             assert isinstance(await working, Cancelled)
             with pytest.raises((HandoffError, PeerGone)):

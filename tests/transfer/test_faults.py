@@ -54,7 +54,10 @@ async def outcome(both: Rig, clock: FakeClock, *, within_s: float = END_S) -> Sh
 
 
 def rules(side: str, fault: Fault) -> dict[str, Rule]:
-    return {"prefill_sends": fault if side == "prefill" else deliver, "decode_sends": fault if side == "decode" else deliver}
+    return {
+        "prefill_sends": fault if side == "prefill" else deliver,
+        "decode_sends": fault if side == "decode" else deliver,
+    }
 
 
 # --- what is repaired -----------------------------------------------------------------------------------

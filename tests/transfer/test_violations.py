@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -25,13 +24,13 @@ from shoal.messages import (
 )
 from shoal.transfer.base import prompt_hash
 from shoal.transfer.lease import LeaseState
-from transfer_helpers import PLAN, TOKEN_BYTES, RawPeer, Rig, chunk, lease_id, prompt, rig
+from transfer_helpers import PLAN, TOKEN_BYTES, RawPeer, Rig, chunk, lease_id, prompt, rig, settle
 
 WANTED = prompt(21)
 
 
-def seal(new_id: bytes, num_chunks: int, **changes: object) -> Seal:
-    return replace(Seal(new_id, num_chunks, prompt_hash(WANTED.token_ids), WANTED.token_ids[-1], 0.0, 0.0), **changes)
+def seal(new_id: bytes, num_chunks: int) -> Seal:
+    return Seal(new_id, num_chunks, prompt_hash(WANTED.token_ids), WANTED.token_ids[-1], 0.0, 0.0)
 
 
 @pytest.fixture
@@ -52,7 +51,6 @@ async def claimed(peer: RawPeer, new_id: bytes) -> None:
     await peer.send(Claim(new_id))
     accepted = await peer.expect(Accepted)
     assert accepted.token_ids == WANTED.token_ids
-
 
 
 @pytest.mark.parametrize(
@@ -99,7 +97,7 @@ async def test_a_seal_that_does_not_match_publishes_nothing(
         await claimed(peer, new_id)
         await peer.send(chunk(new_id, 0, (0, 20)))
         await peer.expect(Credit)
-        await peer.send(seal(new_id, 1, **changes))
+        await peer.send(replace(seal(new_id, 1), **changes))  # type: ignore[arg-type]
         await peer.expect(Cancel)
         with pytest.raises(ProtocolViolation):
             await lease.arrived()
@@ -108,9 +106,7 @@ async def test_a_seal_that_does_not_match_publishes_nothing(
 
 
 @pytest.mark.parametrize("gap", [[(0, 19)], [(1, 20)], [(0, 9), (10, 20)]])
-async def test_chunks_that_leave_a_gap_publish_nothing(
-    both: Rig, peer: RawPeer, gap: list[tuple[int, int]]
-) -> None:
+async def test_chunks_that_leave_a_gap_publish_nothing(both: Rig, peer: RawPeer, gap: list[tuple[int, int]]) -> None:
     new_id = lease_id()
     async with both.open(new_id, WANTED) as lease:
         await claimed(peer, new_id)
@@ -290,6 +286,5 @@ async def test_a_prefill_session_survives_frames_of_leases_that_it_left(both: Ri
 async def test_a_prefill_session_ends_on_a_frame_that_only_prefill_sends(both: Rig) -> None:
     session = await both.pool.get("memory")
     next(iter(both.server._sessions)).post(Claim(bytes(16)))
-    while not session.is_over:
-        await asyncio.sleep(0)
+    await settle()
     assert isinstance(session.error, ProtocolViolation)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from shoal.errors import InternalError
 from shoal.gateway.backend import Backend, GatewayObserver
-from shoal.messages import GenerateRequest, HandoffReport, TokenOutput, TtftStages
+from shoal.messages import Depth, GenerateRequest, HandoffReport, TokenOutput, TtftStages
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,6 @@ class _ChoiceProgress:
     first_s: float
     last_s: float
     token_ids: list[int] = field(default_factory=list)
-    is_done: bool = False
 
 
 class Generation:
@@ -62,6 +61,11 @@ class Generation:
         self._observer = observer
         self._clock = clock
         self._choices: dict[int, _ChoiceProgress] = {}
+
+    @property
+    def depth(self) -> Depth:
+        """How deep the prompts are encoded: one answer for all of them."""
+        return self.requests[0].depth
 
     @property
     def num_choices(self) -> int:
@@ -125,26 +129,27 @@ async def interleave(
             async for output in stream:
                 yield 0, output
         return
-    # One item a stream at a time: a slow client holds the streams back.
-    ready: asyncio.Queue[tuple[int, TokenOutput]] = asyncio.Queue(maxsize=len(streams))
+    ready: asyncio.Queue[tuple[int, TokenOutput | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncGenerator[TokenOutput, None]) -> None:
-        async with aclosing(stream):
-            async for output in stream:
-                await ready.put((index, output))
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    ready.put_nowait((index, output))
+        finally:
+            ready.put_nowait((index, None))  # its end, or the error that its task holds
 
     pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    all_done = asyncio.gather(*pumps)
+    num_running = len(pumps)
     try:
-        while not (all_done.done() and ready.empty()):
-            item = asyncio.ensure_future(ready.get())
-            await asyncio.wait((item, all_done), return_when=asyncio.FIRST_COMPLETED)
-            if item.done():
-                yield item.result()
+        while num_running:
+            index, item = await ready.get()
+            if item is not None:
+                yield index, item
             else:
-                item.cancel()
-                if ready.empty():
-                    await all_done
+                await pumps[index]
+                num_running -= 1
     finally:
-        all_done.cancel()
+        for task in pumps:
+            task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)

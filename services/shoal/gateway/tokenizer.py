@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
 
 from shoal.engine.detokenizer import decode_with
 from shoal.errors import InvalidRequest
 from shoal.gateway.schema import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
 
@@ -59,7 +61,9 @@ class Tokenizer:
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except (TemplateError, ValueError, TypeError) as error:
-            raise InvalidRequest(f"messages: the model's chat template refuses them: {error}", param="messages") from None
+            raise InvalidRequest(
+                f"messages: the model's chat template refuses them: {error}", param="messages"
+            ) from None
         return str(text)
 
     def decode(self, ids: Sequence[int]) -> str:

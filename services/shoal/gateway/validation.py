@@ -71,7 +71,7 @@ def generate_requests(
 
 
 def depth_of(body: Body, model: ServedModel) -> Depth:
-    """What the request asks for, or else the model's default. ``auto`` is shallow: that's what the prefill pool is for."""
+    """What the request asks for, else the model's default. ``auto`` is shallow: the prefill pool is there for it."""
     asked = model.default_depth if body.depth is None else body.depth
     return Depth.SHALLOW if asked is Depth.AUTO else asked
 

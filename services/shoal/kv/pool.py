@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from shoal.kv.layout import KvLayout
@@ -22,8 +23,7 @@ class KvPool:
         self.num_blocks = num_blocks
         self.dtype = dtype
         shape = (num_blocks * layout.block_tokens, 2, layout.num_kv_heads, layout.head_dim)
-        # Zeros, not garbage: a padded read may touch a slot that nobody wrote, and 0 * NaN would spread.
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]
+        self.layers = [_zeros(shape, dtype, device) for _ in range(layout.num_layers)]
 
     @property
     def num_bytes(self) -> int:
@@ -53,3 +53,15 @@ class KvPool:
         for source, target in pairs:
             for held in self.layers:
                 held[target * size : (target + 1) * size] = held[source * size : (source + 1) * size]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, not garbage: a padded read may touch a slot that nobody wrote, and 0 * NaN would spread.
+
+    On the CPU they come from the operating system page by page as they are first used: torch would write them all
+    now, many seconds for a pool of gigabytes.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -17,7 +17,7 @@ from shoal.errors import MalformedWeights
 from shoal.model.tensor_file import MAX_HEADER_BYTES, TensorFile, TensorInfo
 
 # What a model that isn't quantized is stored in.
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def read_safetensors(path: Path) -> TensorFile:
@@ -47,7 +47,7 @@ def _info(path: Path, name: str, row: Any, start: int) -> TensorInfo:
         raise MalformedWeights(f"{path}: the header's entry for tensor {name} is damaged") from error
     if not (isinstance(shape, list) and all(map(_is_count, [*shape, begin, end])) and begin <= end):
         raise MalformedWeights(f"{path}: tensor {name} has no valid shape and place ({shape}, {begin} to {end})")
-    size = DTYPE_BYTES.get(str(dtype))
+    size = _DTYPE_BYTES.get(str(dtype))
     if size is not None and math.prod(shape) * size != end - begin:
         raise MalformedWeights(f"{path}: tensor {name} of shape {shape} in {dtype} can't fill {end - begin} bytes")
     return TensorInfo(name, str(dtype), tuple(shape), start + begin, end - begin)

@@ -17,12 +17,9 @@ from gguf import GGMLQuantizationType, dequantize
 from shoal.errors import MalformedWeights
 from shoal.model.files import ModelFiles, ModelKind
 from shoal.model.gguf_llama import transformers_name, unpermute
-from shoal.model.safetensors_header import DTYPE_BYTES
 from shoal.model.tensor_file import Bytes, TensorFile, TensorInfo
 
-_SAFETENSORS_DTYPES = dict(
-    zip(DTYPE_BYTES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True)
-)  # fmt: skip
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Turns the raw bytes of a tensor, called by its transformers name, into the tensor.
 _Decode = Callable[[str, TensorInfo, Bytes], torch.Tensor]

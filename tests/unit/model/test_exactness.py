@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama
 
 from engines import (
     Ask,
     ModelReader,
+    exact,
     logits_after,
     make_engine,
     one_by_one,
@@ -19,6 +19,7 @@ from engines import (
     run,
     run_handed_off,
 )  # fmt: skip
+from models import tiny_llama
 from reference import pop_generate, pop_logits
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.families import describe
@@ -34,7 +35,7 @@ TOLERANCE = 1e-10
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_llama(layers=LAYERS)[1]
+    return exact(tiny_llama(layers=LAYERS)[1])
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def test_choices_forked_after_the_boundary_step_are_single_requests(model: Any, 
 
 @pytest.mark.parametrize("options", [{"tie": True}, {"attention_bias": True}, {"kv_heads": 4}, {"kv_heads": 1}])
 def test_variants_of_the_family_are_the_plain_model(options: dict[str, Any], prompts: list[list[int]]):
-    model = tiny_llama(layers=4, **options)[1]
+    model = exact(tiny_llama(layers=4, **options)[1])
     engine = make_engine(model, 1)
     for prompt in prompts:
         for depth in (Depth.SHALLOW, Depth.FULL):

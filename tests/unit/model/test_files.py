@@ -260,6 +260,7 @@ def smollm2() -> Any:
     return locate("smollm2").tokenizer()
 
 
+@pytest.mark.slow
 def test_smollm2_tokenizes_as_transformers_does_where_no_digit_follows_spaces(smollm2: Any):
     from transformers import AutoTokenizer
 

@@ -210,7 +210,7 @@ def use(path: Path, data: bytes) -> None:
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
 def test_every_truncation_is_malformed(small: dict[str, Path], kind: str):
     data = small[kind].read_bytes()
-    for length in {*range(0, 64), *range(64, len(data), 997), len(data) - 1}:
+    for length in {*range(64), *range(64, len(data), 997), len(data) - 1}:
         with pytest.raises(MalformedWeights):
             use(small[kind], data[:length])
 
@@ -277,9 +277,6 @@ def test_smollm2_equals_what_transformers_loads_bit_for_bit():
     assert dict(ours.named_parameters()).keys() == expected.keys()
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, expected[name]), name
-    different = {
-        key: (value, ours.config.to_dict()[key])
-        for key, value in theirs.config.to_dict().items()
-        if ours.config.to_dict().get(key) != value
-    }
-    assert different.keys() <= {"_name_or_path", "architectures", "dtype", "quantization_config"}, different
+    mine, reference = ours.config.to_dict(), theirs.config.to_dict()
+    facts = set(mine) - {"_name_or_path", "architectures", "dtype"}
+    assert {key: mine[key] for key in facts} == {key: reference[key] for key in facts}

@@ -246,6 +246,13 @@ def test_the_hand_off_can_tell_its_metrics_everything() -> None:
     assert {state.value for state in LeaseState} == {state.value for state in lease.LeaseState} - {"released"}
 
 
+def test_the_gateway_can_tell_its_metrics_everything() -> None:
+    from shoal.gateway.backend import GatewayObserver
+
+    observer: GatewayObserver = GatewayMetrics(CollectorRegistry(), [])
+    assert {name for name in vars(GatewayObserver) if not name.startswith("_")} <= set(dir(observer))
+
+
 def test_a_new_registry_tells_about_its_process() -> None:
     names = {family.name for family in new_registry().collect()}
     assert {"process_resident_memory_bytes", "python_info", "python_gc_collections"} <= names

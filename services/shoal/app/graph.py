@@ -1,0 +1,122 @@
+"""From a configuration to the graph of deployments: gateway -> decode -> prefill.
+
+Each deployment gets ``ShoalConfig`` as a plain dict, and the handle of the one that it calls.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from shoal.config import ShoalConfig, StageConfig, load_config
+
+# Each pool bounds its own queue and says Overloaded at once. Serve's limit would make calls wait in the caller, where
+# nobody counts them, so it must never be the one that is reached.
+MAX_ONGOING_REQUESTS = 1_000_000
+# What a replica may need, beyond what its open requests may, to close its servers and its engine.
+CLOSE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The three classes that serve.
+
+    ``gateway(config, decode)`` has ``__serve_build_asgi_app__``, which returns the HTTP application;
+    ``decode(config, prefill)``; ``prefill(config)``. Each may have ``async def check_health`` (an exception has the
+    replica replaced) and ``async def __del__`` (runs once, when no request is left, before the process ends).
+    """
+
+    gateway: type
+    decode: type
+    prefill: type
+
+    @classmethod
+    def shipped(cls) -> Replicas:
+        from shoal.decode.deployment import DecodeReplica
+        from shoal.gateway.deployment import GatewayReplica
+        from shoal.prefill.deployment import PrefillReplica
+
+        return cls(GatewayReplica, DecodeReplica, PrefillReplica)
+
+
+def build(config: ShoalConfig | Mapping[str, Any]) -> Application:
+    """The application, bound but not deployed. A Ray Serve config file may name it as ``shoal.app:build``."""
+    return bind(config if isinstance(config, ShoalConfig) else load_config(**config), Replicas.shipped())
+
+
+def bind(config: ShoalConfig, replicas: Replicas) -> Application:
+    plain = config.model_dump(mode="json")
+    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill))
+    decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode))
+    gateway = _deployment(
+        serve.ingress()(replicas.gateway),
+        "gateway",
+        config,
+        {"ray_actor_options": {"num_cpus": config.gateway.num_cpus, "resources": _placed("gateway", config)}},
+    )
+    return gateway.bind(plain, decode.bind(plain, prefill.bind(plain)))
+
+
+def demand(config: ShoalConfig) -> dict[str, float]:
+    """What Ray must have in all, as its resource names: CPU, GPU, prefill, decode, gateway."""
+    stages = (config.prefill, config.decode)
+    wanted = {
+        "CPU": config.gateway.num_cpus + sum(stage.replicas * stage.num_cpus for stage in stages),
+        "GPU": sum(stage.replicas * stage.num_gpus for stage in stages),
+        "prefill": float(config.prefill.replicas),
+        "decode": float(config.decode.replicas),
+        **_placed("gateway", config),
+    }
+    return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def is_private(config: ShoalConfig) -> bool:
+    """A cluster of this machine and this process alone, rather than one that is joined."""
+    return config.ray.address is None
+
+
+def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, Any]) -> serve.Deployment:
+    return serve.deployment(cls).options(
+        name=name,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        health_check_period_s=1,
+        # Open requests may finish within drain_s; then the replica closes, and drains its hand-offs once more.
+        graceful_shutdown_timeout_s=2 * config.handoff.drain_s + CLOSE_S,
+        graceful_shutdown_wait_loop_s=0.05,
+        # On a machine of one's own, what failed once fails again; elsewhere a host may just have gone away.
+        max_constructor_retry_count=1 if is_private(config) else 3,
+        **options,
+    )
+
+
+def _of_stage(name: str, config: ShoalConfig, stage: StageConfig) -> dict[str, Any]:
+    return {
+        "num_replicas": stage.replicas,
+        "ray_actor_options": {
+            "num_cpus": stage.num_cpus,
+            "num_gpus": stage.num_gpus,
+            "resources": {name: 1},
+            "runtime_env": {"env_vars": _environment(config, stage)},
+        },
+    }
+
+
+def _placed(name: str, config: ShoalConfig) -> dict[str, float]:
+    # On a cluster that is joined, the gateway may run anywhere: there need be no node that says "gateway".
+    return {name: 1.0} if is_private(config) else {}
+
+
+def _environment(config: ShoalConfig, stage: StageConfig) -> dict[str, str]:
+    """Variables that count only if they are there before torch loads."""
+    # The two pools of one machine take turns on its cores; OpenMP's spinning threads would starve the other one.
+    variables = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    num_threads = stage.num_threads or (len(os.sched_getaffinity(0)) if is_private(config) else None)
+    if num_threads is not None:
+        # Ray sets 1 where num_cpus is 1 or less.
+        variables["OMP_NUM_THREADS"] = str(num_threads)
+    return variables

@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM, at a moment that suits.
+
+A half-started Ray can't be stopped cleanly: processes of it would stay behind, or this one would crash. So what comes
+while Ray starts or stops is noted, and raised after. In between both signals raise KeyboardInterrupt.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Made by ``caught``. Lives in the main thread, as signals do; elsewhere it does nothing."""
+
+    def __init__(self) -> None:
+        self._num_holds = 0
+        self._noted = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note signals within the block; raise KeyboardInterrupt after it if there was one. May be nested.
+
+        An exception of the block goes first: the signal is then dropped, for things end anyway.
+        """
+        self._num_holds += 1
+        try:
+            yield
+        finally:
+            self._num_holds -= 1
+        if self._noted and self._num_holds == 0:
+            self._noted = False
+            raise KeyboardInterrupt
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._num_holds:
+            self._noted = True
+        else:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def caught() -> Iterator[Interrupts]:
+    """Take both signals for the block, and give them back to whoever had them."""
+    interrupts = Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    before = {number: signal.signal(number, interrupts._handle) for number in _SIGNALS}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,144 @@
+"""Who serves: replicas publish themselves in the Ray cluster's own key-value store, and others list the living.
+
+::
+
+    <app>/loading/<role>/<replica_id>     while weights load        report_loading
+    <app>/entry/<role>/<replica_id>       from ready to draining    register, unregister
+
+Values are JSON. A replica that dies can't take its entry back, so a reader compares with the names of the actors that
+live, which Ray keeps right, and removes what a dead one left.
+
+All functions block for a round trip to the head node (about a millisecond): on an event loop call them in a thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import ray
+from ray import serve
+from ray.experimental import internal_kv
+
+Role = Literal["gateway", "prefill", "decode"]
+
+_NAMESPACE = "shoal"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One replica that is ready. Addresses are ``host:port``; ``handoff_address`` is decode's alone."""
+
+    app: str
+    role: Role
+    replica_id: str
+    actor_name: str
+    node_ip: str
+    pid: int
+    metrics_address: str
+    handoff_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How far a replica has come with its weights, in whatever parts its loader counts."""
+
+    app: str
+    role: Role
+    replica_id: str
+    actor_name: str
+    num_done: int
+    num_total: int
+
+
+_Record = TypeVar("_Record", Entry, Loading)
+
+
+def entry_of_this_replica(role: Role, *, metrics_address: str, handoff_address: str | None = None) -> Entry:
+    """The entry of the Serve replica that calls; elsewhere Serve raises RayServeException."""
+    replica_id = serve.get_replica_context().replica_id
+    return Entry(
+        app=replica_id.deployment_id.app_name,
+        role=role,
+        replica_id=replica_id.unique_id,
+        actor_name=replica_id.to_full_id_str(),
+        node_ip=ray.util.get_node_ip_address(),
+        pid=os.getpid(),
+        metrics_address=metrics_address,
+        handoff_address=handoff_address,
+    )
+
+
+def register(entry: Entry) -> None:
+    """Publish a replica as ready. Doing it again replaces the entry."""
+    _put("entry", entry)
+    _delete("loading", entry)
+
+
+def unregister(entry: Entry) -> None:
+    """Take a replica back before it drains. Twice is a no-op."""
+    _delete("entry", entry)
+
+
+def report_loading(role: Role, num_done: int, num_total: int) -> None:
+    """Tell whoever waits for this replica how far its weights are."""
+    replica_id = serve.get_replica_context().replica_id
+    app, unique_id = replica_id.deployment_id.app_name, replica_id.unique_id
+    _put("loading", Loading(app, role, unique_id, replica_id.to_full_id_str(), num_done, num_total))
+
+
+def living(app: str, role: Role | None = None) -> tuple[Entry, ...]:
+    """All ready replicas of ``app`` (of one role) whose process lives, sorted by role and id."""
+    return _living("entry", Entry, app, role)
+
+
+def loading(app: str) -> tuple[Loading, ...]:
+    """The replicas of ``app`` that load their weights now, sorted by role and id."""
+    return _living("loading", Loading, app, None)
+
+
+def _living(kind: str, record: type[_Record], app: str, role: Role | None) -> tuple[_Record, ...]:
+    # The store is read before the names: an actor has its name before its entry, so an entry without one is dead.
+    prefix = f"{app}/{kind}/" if role is None else f"{app}/{kind}/{role}/"
+    found = [_get(key, record) for key in sorted(_keys(prefix))]
+    alive = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    records = []
+    for entry in found:
+        if entry is None:
+            continue
+        if entry.actor_name in alive:
+            records.append(entry)
+        else:
+            _delete(kind, entry)
+    return tuple(records)
+
+
+def _key(kind: str, record: Entry | Loading) -> str:
+    return f"{record.app}/{kind}/{record.role}/{record.replica_id}"
+
+
+def _keys(prefix: str) -> list[bytes]:
+    keys: list[bytes] = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
+    return keys
+
+
+def _put(kind: str, record: Entry | Loading) -> None:
+    value = json.dumps(dataclasses.asdict(record))
+    internal_kv._internal_kv_put(_key(kind, record), value, namespace=_NAMESPACE)
+
+
+def _delete(kind: str, record: Entry | Loading) -> None:
+    internal_kv._internal_kv_del(_key(kind, record), namespace=_NAMESPACE)
+
+
+def _get(key: bytes, record: type[_Record]) -> _Record | None:
+    """``None`` if its replica took it back meanwhile. Fields that this version doesn't know are left out."""
+    value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    if value is None:
+        return None
+    fields: dict[str, Any] = json.loads(value)
+    known = {field.name for field in dataclasses.fields(record)}
+    return record(**{name: field for name, field in fields.items() if name in known})

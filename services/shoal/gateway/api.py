@@ -1,0 +1,126 @@
+"""The HTTP API: routes, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+import shoal
+from shoal.config import GatewayConfig
+from shoal.errors import InternalError, RequestError, Unavailable
+from shoal.gateway.backend import Backend, GatewayObserver, NullObserver
+from shoal.gateway.edge import RequestEdge
+from shoal.gateway.endpoint import Services, chat_completions, completions
+from shoal.gateway.refusals import MethodNotAllowed, RouteNotFound, error_response
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.gateway.validation import ServedModel, find_model
+
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def _no_targets() -> list[Any]:
+    return []
+
+
+def create_app(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    models: Iterable[ServedModel],
+    config: GatewayConfig,
+    observer: GatewayObserver | None = None,
+    *,
+    metrics_text: Callable[[], bytes | str] = bytes,
+    metrics_targets: Callable[[], Awaitable[list[Any]]] = _no_targets,
+) -> FastAPI:
+    """The gateway as an ASGI application; works under uvicorn and as an ingress of Ray Serve.
+
+    ``metrics_text`` gives this process' metrics in Prometheus' text format, ``metrics_targets`` the document of
+    Prometheus' HTTP service discovery.
+    """
+    served = tuple(models)
+    services = Services(backend, tokenizer, served, config, observer or NullObserver())
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        tokenizer.close()
+
+    app = FastAPI(title="Shoal", openapi_url=None, lifespan=lifespan)
+    app.add_middleware(RequestEdge)
+    app.add_exception_handler(HTTPException, _routing_error)
+    app.router.routes += [
+        Route("/v1/completions", completions(services), methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions(services), methods=["POST"]),
+    ]
+    _add_models(app, served)
+    _add_health(app, backend)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(metrics_text(), headers={"content-type": METRICS_MEDIA_TYPE})
+
+    @app.get("/metrics/targets")
+    async def targets() -> Response:
+        return JSONResponse(await metrics_targets())
+
+    return app
+
+
+def _add_models(app: FastAPI, models: tuple[ServedModel, ...]) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model_document(model) for model in models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Response:
+        return JSONResponse(_model_document(find_model(models, name)))
+
+
+def _add_health(app: FastAPI, backend: Backend) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """This process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz")
+    async def ready() -> Response:
+        """Somebody behind it does, too."""
+        now = await backend.readiness()
+        document = {"status": now.status, "num_decode": now.num_decode, "num_prefill": now.num_prefill}
+        if now.is_ready:
+            return JSONResponse(document)
+        refusal = error_response(Unavailable("no decode replica is ready: try again in a moment"))
+        return JSONResponse(document, status_code=503, headers={"retry-after": refusal.headers["retry-after"]})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": shoal.__version__})
+
+
+def _model_document(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_s,
+        "owned_by": "shoal",
+        "max_model_len": model.max_context_tokens,
+    }
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses itself, in our shape."""
+    if not isinstance(error, HTTPException):
+        return error_response(InternalError(str(error)))
+    headers = dict(error.headers or {})
+    match error.status_code:
+        case 404:
+            return error_response(RouteNotFound(f"there is no {request.url.path[:200]} here"), headers)
+        case 405:
+            return error_response(MethodNotAllowed(f"{request.method} isn't allowed here"), headers)
+    return error_response(RequestError(str(error.detail)), headers)

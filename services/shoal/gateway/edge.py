@@ -1,0 +1,126 @@
+"""The outermost layer of the HTTP API: a request's id, and an answer to every error.
+
+Also what it takes to know that a client went away: an answer is worked on only as long as someone waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shoal.errors import Cancelled, InternalError, RequestTooLarge, ShoalError
+from shoal.gateway.refusals import error_response
+from shoal.telemetry import bind_request
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REQUEST_ID = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+# A client that sent a little too much should get to read why; one that sends for ever should not be listened to.
+_MAX_DISCARDED_BODIES = 8
+
+
+class RequestEdge:
+    """ASGI middleware. Every answer carries ``x-request-id``: the client's own if it's a sane one, else a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else secrets.token_hex(16)
+        scope["shoal.request_id"] = request_id
+        has_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        with bind_request(request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception as error:  # noqa: BLE001 - the process' edge: no defect may end the server
+                known = as_shoal_error(error)
+                # An answer that has begun can't be taken back: its end says what happened.
+                if not has_started and not isinstance(known, Cancelled):
+                    await error_response(known)(scope, receive, send_with_id)
+
+
+def as_shoal_error(error: Exception) -> ShoalError:
+    """The error itself if we raised it on purpose; anything else is a defect, which is logged here."""
+    if isinstance(error, ShoalError):
+        return error
+    _log.error("a request failed", exc_info=error)
+    return InternalError(f"{type(error).__name__}")
+
+
+def request_id_of(scope: Scope) -> str:
+    value: str = scope["shoal.request_id"]
+    return value
+
+
+def traceparent_of(headers: Headers) -> str | None:
+    """The W3C trace context that a client sent, if it is one."""
+    value = headers.get("traceparent", "")
+    return value if _TRACEPARENT.fullmatch(value) else None
+
+
+async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
+    """The request's body. Raises RequestTooLarge beyond ``max_bytes``, Cancelled if the client leaves meanwhile."""
+    too_large = RequestTooLarge(f"the body has more than {max_bytes} bytes: send less text in one request")
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes * _MAX_DISCARDED_BODIES:
+        raise too_large
+    body, num_bytes, more = bytearray(), 0, True
+    while more and num_bytes <= max_bytes * _MAX_DISCARDED_BODIES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Cancelled("the client went away while it sent its request")
+        piece: bytes = message.get("body", b"")
+        num_bytes += len(piece)
+        if num_bytes <= max_bytes:
+            body += piece
+        more = message.get("more_body", False)
+    if num_bytes > max_bytes:
+        raise too_large
+    return bytes(body)
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``. Raises Cancelled if the client goes away first; ``work`` has then ended, too.
+
+    The request's body must have been read: what comes next from ``receive`` is the disconnect.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

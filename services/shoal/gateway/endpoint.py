@@ -1,0 +1,159 @@
+"""The generating endpoints: one HTTP request from its body to its last byte.
+
+::
+
+    body ─> schema ─> limits ─> token ids ─> requests ─> first output ─┬─> stream of chunks
+                                                                       └─> one body, at the end
+
+Nothing is sent before the first output, so whatever goes wrong until then is a proper HTTP status.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from shoal.config import GatewayConfig
+from shoal.errors import InvalidRequest
+from shoal.gateway.answers import Answer, AnswerFormat, ChatFormat, CompletionFormat, error_event, stream_end
+from shoal.gateway.backend import Backend, GatewayObserver
+from shoal.gateway.edge import as_shoal_error, read_body, request_id_of, traceparent_of, unless_disconnected
+from shoal.gateway.exchange import Exchange
+from shoal.gateway.generation import Generation
+from shoal.gateway.schema import Body, ChatBody, CompletionBody, parse
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.gateway.validation import ServedModel, check_limits, find_model, generate_requests
+from shoal.messages import Depth, RequestContext
+
+DEPTH_HEADER = "x-shoal-depth"
+TIMING_HEADER = "x-shoal-timing"
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # or nginx would collect the tokens
+]
+
+B = TypeVar("B", bound=Body)
+Encode = Callable[[Tokenizer, B], Awaitable[Sequence[Sequence[int]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What all requests share. ``clock`` is monotonic seconds."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    models: tuple[ServedModel, ...]
+    config: GatewayConfig
+    observer: GatewayObserver
+    clock: Callable[[], float] = time.monotonic
+
+
+class Endpoint(Generic[B]):
+    """An ASGI application for one route. ``name`` is the metrics' label, ``encode`` gives each prompt's token ids."""
+
+    def __init__(
+        self, name: str, kind: type[B], answer_format: AnswerFormat, encode: Encode[B], services: Services
+    ) -> None:
+        self._name = name
+        self._kind = kind
+        self._format = answer_format
+        self._encode = encode
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services = self._services
+        with Exchange(self._name, services.observer, services.clock) as exchange:
+            raw = await read_body(Headers(scope=scope), receive, services.config.max_body_bytes)
+            await unless_disconnected(receive, self._answer(scope, raw, receive, send, exchange))
+
+    async def _answer(self, scope: Scope, raw: bytes, receive: Receive, send: Send, exchange: Exchange) -> None:
+        answer = await self._prepare(scope, raw, exchange)
+        if answer.body.stream:
+            await _send_stream(answer, send, exchange)
+        else:
+            await JSONResponse(await answer.whole())(scope, receive, send)
+
+    async def _prepare(self, scope: Scope, raw: bytes, exchange: Exchange) -> Answer:
+        """Everything that can be refused before a pool hears of the request."""
+        services, headers = self._services, Headers(scope=scope)
+        body = parse(self._kind, raw)
+        body = _with_depth_header(body, headers)
+        exchange.model = body.model
+        model = find_model(services.models, body.model)
+        check_limits(body, services.config)
+        prompts = await self._encode(services.tokenizer, body)
+        request_id = request_id_of(scope)
+        context = RequestContext(
+            request_id=request_id,
+            timeout_s=services.config.deadline_s - (services.clock() - exchange.arrived_s),
+            traceparent=traceparent_of(headers),
+        )
+        generation = exchange.generation = Generation(
+            services.backend,
+            generate_requests(body, prompts, model, context),
+            arrived_s=exchange.arrived_s,
+            observer=services.observer,
+            clock=services.clock,
+        )
+        wants_timing = headers.get(TIMING_HEADER) == "1"
+        return Answer(self._format, body, generation, request_id, wants_timing=wants_timing)
+
+
+def completions(services: Services) -> Endpoint[CompletionBody]:
+    """POST /v1/completions"""
+
+    async def encode(tokenizer: Tokenizer, body: CompletionBody) -> list[Sequence[int]]:
+        return [await tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+
+    return Endpoint("completions", CompletionBody, CompletionFormat(), encode, services)
+
+
+def chat_completions(services: Services) -> Endpoint[ChatBody]:
+    """POST /v1/chat/completions"""
+
+    async def encode(tokenizer: Tokenizer, body: ChatBody) -> list[Sequence[int]]:
+        return [await tokenizer.encode_chat(body.messages)]
+
+    return Endpoint("chat_completions", ChatBody, ChatFormat(), encode, services)
+
+
+async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> None:
+    """Server-sent events. An error after the first one becomes a last event, without the usual end."""
+    async with aclosing(answer.events()) as events:
+        first = await anext(events)
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await _send_event(send, first)
+        try:
+            async for event in events:
+                await _send_event(send, event)
+        except Exception as error:  # noqa: BLE001 - the process' edge: the status is sent, so the stream says it
+            known = as_shoal_error(error)
+            exchange.failed(known)
+            last = error_event(known)
+        else:
+            last = stream_end()
+    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _send_event(send: Send, event: bytes) -> None:
+    await send({"type": "http.response.body", "body": event, "more_body": True})
+
+
+def _with_depth_header(body: B, headers: Headers) -> B:
+    """The header is for clients that can't add a field; the field wins."""
+    value = headers.get(DEPTH_HEADER)
+    if value is None or body.depth is not None:
+        return body
+    try:
+        return body.model_copy(update={"depth": Depth(value)})
+    except ValueError:
+        raise InvalidRequest(f"{DEPTH_HEADER}: must be auto, shallow or full", param=DEPTH_HEADER) from None

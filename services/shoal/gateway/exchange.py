@@ -1,0 +1,51 @@
+"""One HTTP request as the observer sees it, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from shoal.errors import Cancelled, DeadlineExceeded, InternalError, ShoalError
+from shoal.gateway.backend import GatewayObserver
+from shoal.gateway.generation import Generation
+
+
+class Exchange:
+    """Open for as long as a request is being answered. ``model`` and ``generation`` are set once they're known."""
+
+    def __init__(self, endpoint: str, observer: GatewayObserver, clock: Callable[[], float]) -> None:
+        self.arrived_s = clock()
+        self.model = ""
+        self.generation: Generation | None = None
+        self._endpoint = endpoint
+        self._observer = observer
+        self._clock = clock
+        self._error: ShoalError | None = None
+
+    def __enter__(self) -> Self:
+        self._observer.request_started()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self._error = Cancelled("the server stopped this request")
+        elif error is not None:
+            self._error = error if isinstance(error, ShoalError) else InternalError("")
+        self._tell()
+
+    def failed(self, error: ShoalError) -> None:
+        """The answer had begun, and its stream ends with ``error``."""
+        self._error = error
+
+    def _tell(self) -> None:
+        error, has_output = self._error, self.generation is not None and bool(self.generation.timings)
+        if isinstance(error, Cancelled):
+            self._observer.cancelled("streaming" if has_output else "waiting")
+        elif error is not None and not has_output and not isinstance(error, InternalError | DeadlineExceeded):
+            self._observer.rejected(error.code)
+        status, error_type = (200, "none") if error is None else (error.http_status, error.type)
+        self._observer.request_finished(self.model, self._endpoint, status, self._clock() - self.arrived_s, error_type)

@@ -1,0 +1,117 @@
+"""One server for all tests of the gateway, with SmolLM2's tokenizer and a backend that each test scripts anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import httpx
+import openai
+import pytest
+from fake_backend import FakeBackend
+from http_server import serving
+
+from shoal.config import GatewayConfig
+from shoal.gateway.api import create_app
+from shoal.gateway.backend import GatewayObserver
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.gateway.validation import ServedModel
+from shoal.messages import TtftStages
+from shoal.model.files import locate
+
+CONTEXT = 400
+CONFIG = GatewayConfig(max_body_bytes=200_000, max_prompts=4)
+
+
+@dataclass
+class Recorder(GatewayObserver):
+    """Keeps what it is told, newest last."""
+
+    started: int = 0
+    finished: list[tuple[str, str, int, str]] = field(default_factory=list)
+    first: list[tuple[float, float, TtftStages]] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    last: list[tuple[float, int]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+
+    def request_started(self) -> None:
+        self.started += 1
+
+    def request_finished(
+        self, model: str, endpoint: str, status: int, duration_s: float, error_type: str = "none"
+    ) -> None:
+        assert duration_s >= 0
+        self.finished.append((model, endpoint, status, error_type))
+
+    def first_token(self, ttft_s: float, gateway_s: float, stages: TtftStages) -> None:
+        self.first.append((ttft_s, gateway_s, stages))
+
+    def next_token(self, since_last_s: float) -> None:
+        self.gaps.append(since_last_s)
+
+    def last_token(self, since_first_s: float, num_tokens: int) -> None:
+        self.last.append((since_first_s, num_tokens))
+
+    def rejected(self, reason: str) -> None:
+        self.refusals.append(reason)
+
+    def cancelled(self, stage: str) -> None:
+        self.gone.append(stage)
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway and what stands behind it."""
+
+    url: str
+    backend: FakeBackend
+    observer: Recorder
+    http: httpx.Client
+    openai: openai.OpenAI
+
+    def post(self, path: str, body: object = None, **options: object) -> httpx.Response:
+        return self.http.post(path, json=body, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Iterator[Tokenizer]:
+    smollm2 = Tokenizer(locate("smollm2").tokenizer())
+    yield smollm2
+    smollm2.close()
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: Tokenizer) -> ServedModel:
+    return ServedModel("smollm2", CONTEXT, tokenizer.vocab_size, created_s=1_750_000_000)
+
+
+@pytest.fixture(scope="session")
+def running(tokenizer: Tokenizer, model: ServedModel) -> Iterator[Gateway]:
+    def encode(text: str) -> list[int]:
+        return list(tokenizer._encode(text, add_special_tokens=False))
+
+    backend, observer = FakeBackend(encode, tokenizer.decode), Recorder()
+
+    async def targets() -> list[object]:
+        return [{"targets": ["127.0.0.1:22001"], "labels": {"role": "decode"}}]
+
+    app = create_app(
+        backend, tokenizer, [model], CONFIG, observer,
+        metrics_text=lambda: b"shoal_requests_in_flight 0\n", metrics_targets=targets,
+    )  # fmt: skip
+    with serving(app) as url, httpx.Client(base_url=url, timeout=20) as http:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+        yield Gateway(url, backend, observer, http, client)
+        client.close()
+
+
+@pytest.fixture
+def gateway(running: Gateway) -> Iterator[Gateway]:
+    """The server with a backend and an observer as if new. Nothing may run when a test is over."""
+    fresh = FakeBackend(running.backend.encode, running.backend.decode)
+    for one in fields(FakeBackend):
+        setattr(running.backend, one.name, getattr(fresh, one.name))
+    running.observer.__init__()  # type: ignore[misc]
+    yield running
+    assert running.backend.num_running == 0

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import InternalError
+from shoal.transfer.base import crc32c
+from shoal.transfer.frames import cut
+
+
+@given(
+    num_tokens=st.integers(1, 20),
+    num_layers=st.integers(1, 6),
+    token_bytes=st.integers(1, 9),
+    max_frame_bytes=st.integers(9, 400),
+)
+def test_the_pieces_put_together_are_the_whole(
+    num_tokens: int, num_layers: int, token_bytes: int, max_frame_bytes: int
+) -> None:
+    whole = np.random.default_rng(0).integers(1, 256, (num_layers, num_tokens, token_bytes), dtype=np.uint8)
+    tokens, layers = (7, 7 + num_tokens), (2, 2 + num_layers)
+    pieces = list(cut(b"id", 5, tokens, layers, memoryview(whole), max_frame_bytes))
+
+    rebuilt = np.zeros_like(whole)
+    for piece in pieces:
+        at = (slice(piece.layer_start - 2, piece.layer_end - 2), slice(piece.token_start - 7, piece.token_end - 7))
+        assert not rebuilt[at].any()
+        rebuilt[at] = np.frombuffer(piece.payload, np.uint8).reshape(rebuilt[at].shape)
+        assert len(piece.payload) <= max_frame_bytes
+        assert piece.crc32c == crc32c(piece.payload)
+    np.testing.assert_array_equal(rebuilt, whole)
+    assert [piece.seq for piece in pieces] == list(range(5, 5 + len(pieces)))
+
+
+@pytest.mark.parametrize(
+    ("max_frame_bytes", "num_frames"), [(800, 1), (799, 2), (400, 2), (399, 4), (200, 4), (100, 8)]
+)
+def test_whole_layers_go_together_where_they_fit(max_frame_bytes: int, num_frames: int) -> None:
+    payload = memoryview(bytes(4 * 10 * 20))
+    assert len(list(cut(b"id", 0, (0, 10), (0, 4), payload, max_frame_bytes))) == num_frames
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "num_bytes", "max_frame_bytes"),
+    [
+        ((0, 3), (0, 1), 10, 100),
+        ((0, 0), (0, 1), 10, 100),
+        ((0, 1), (1, 1), 10, 100),
+        ((0, 2), (0, 2), 0, 100),
+        ((0, 2), (0, 1), 40, 19),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    tokens: tuple[int, int], layers: tuple[int, int], num_bytes: int, max_frame_bytes: int
+) -> None:
+    with pytest.raises(InternalError):
+        list(cut(b"id", 0, tokens, layers, memoryview(bytes(num_bytes)), max_frame_bytes))

@@ -32,7 +32,7 @@ class FakeBackend:
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
     text: str = "The pools hand the prompt over."
-    readiness_now: Readiness = Readiness(num_decode=1, num_prefill=1)
+    readiness_now: Readiness = field(default_factory=lambda: Readiness(num_decode=1, num_prefill=1))
     hold_after: int | None = None
     fail_after: int | None = None
     error: Exception | None = None
@@ -41,7 +41,7 @@ class FakeBackend:
     num_running: int = 0
     held: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    _gate: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+    _gates: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=list)
 
     async def readiness(self) -> Readiness:
         return self.readiness_now
@@ -65,16 +65,16 @@ class FakeBackend:
         return [choice[step] for step in range(steps) for choice in choices if step < len(choice)]
 
     def release(self) -> None:
-        """Let a held request go on."""
-        assert self._gate is not None
-        loop, gate = self._gate
-        loop.call_soon_threadsafe(gate.set)
+        """Let all held requests go on."""
+        for loop, gate in self._gates:
+            loop.call_soon_threadsafe(gate.set)
 
     async def _interrupt(self, count: int) -> None:
         if count == self.hold_after:
-            self._gate = (asyncio.get_running_loop(), asyncio.Event())
+            gate = asyncio.Event()
+            self._gates.append((asyncio.get_running_loop(), gate))
             self.held.release()
-            await self._gate[1].wait()
+            await gate.wait()
         if count == self.fail_after and self.error is not None:
             raise self.error
 

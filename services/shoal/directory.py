@@ -65,7 +65,7 @@ def entry_of_this_replica(role: Role, *, metrics_address: str, handoff_address: 
         role=role,
         replica_id=replica_id.unique_id,
         actor_name=replica_id.to_full_id_str(),
-        node_ip=ray.util.get_node_ip_address(),
+        node_ip=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         pid=os.getpid(),
         metrics_address=metrics_address,
         handoff_address=handoff_address,

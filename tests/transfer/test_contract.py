@@ -249,7 +249,6 @@ async def test_another_plan_is_refused_on_both_sides_and_named(kind: str) -> Non
     async with rig(kind, prefill_plans=("plan-b",)) as both:
         with pytest.raises(PlanMismatch, match=r"plan-b here, plan-a at decode"):
             await both.pool.get(both.address)
-        assert both.server.num_sessions == 0
 
 
 async def test_another_version_is_refused_before_plans_are_looked_at(kind: str) -> None:

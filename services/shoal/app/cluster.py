@@ -2,8 +2,8 @@
 
 ::
 
-    ports free? ─> Ray ─> resources there? ─> Serve ─> deploy, load weights ─> serve ─> drain ─> Ray down, files gone
-                   └────────── signals are noted only ──────────┘                        └─ noted only ─┘
+    port free? ─> Ray ─> resources there? ─> Serve ─> deploy, load weights ─> serve ─> drain ─> Ray down, files gone
+                  └───────── signals are noted ─────┘                                  └──── signals are noted ────┘
 
 A private cluster's processes end with this one, however it ends; a cluster that was joined only loses our application.
 """
@@ -20,23 +20,235 @@ from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shoal.app.interrupts import Interrupts, caught
+from shoal.app.failures import explain, missing_resources
+from shoal.app.graph import Replicas, bind, demand, grace_s, is_private, num_replicas
+from shoal.app.interrupts import caught
 from shoal.app.ports import free_port, require_free, url_of
 from shoal.app.progress import OnProgress, Progress
 from shoal.app.ray_thread import RayThread
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, Unavailable
 
-# Read by Ray when it's imported, so they are set before. What the user has set wins.
+if TYPE_CHECKING:
+    from shoal.directory import Entry, Role
+
+# Ray reads some of these when it's imported, so Ray is imported in functions here. What the user has set wins.
 _PRIVATE_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Log lines of replicas arrive as they were written: JSON stays JSON.
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_DEDUP_LOGS": "0",
-    # Some of Ray's ports listen on all interfaces. A token of our own keeps others out, and the home folder clean.
-    "RAY_AUTH_MODE": "token",
+    # Some of Ray's ports listen on all interfaces, guarded by a token. One of our own keeps the home folder clean.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
-STATUS_PERIOD_S = 0.2
+_WATCH_PERIOD_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+class Cluster:
+    """The pools, ready to serve, within ``running``."""
+
+    def __init__(self, app: str, url: str) -> None:
+        self.app = app
+        self.url = url
+
+    def replica_entries(self, role: Role | None = None) -> tuple[Entry, ...]:
+        """The replicas that are ready now, of one role or all. Blocks for about a millisecond."""
+        from shoal import directory
+
+        return directory.living(self.app, role)
+
+    def wait(self) -> None:
+        """Serve until Ctrl-C or SIGTERM (KeyboardInterrupt). Raises Unavailable if Ray itself ends."""
+        never: Future[None] = Future()
+        while _daemons_live():
+            futures.wait([never], timeout=1)
+        raise Unavailable("Ray has ended: one of its processes was killed; start again")
+
+
+@contextmanager
+def running(
+    config: ShoalConfig,
+    on_progress: OnProgress | None = None,
+    *,
+    replicas: Replicas | None = None,
+    show_logs: bool = False,
+) -> Iterator[Cluster]:
+    """Everything that ``config`` describes, from the first process to the last.
+
+    Enter it in the main thread: within it, Ctrl-C and SIGTERM raise KeyboardInterrupt. On the way out open requests may
+    finish within ``handoff.drain_s``; a second signal skips that. ``show_logs`` passes the replicas' logs on to stderr.
+
+    Raises ConfigError before anything starts if the port is taken or the cluster lacks resources, and the replica's own
+    ShoalError (or Unavailable with its traceback) if one can't start.
+    """
+    cluster = _Start(config, replicas or Replicas.shipped(), on_progress or (lambda _progress: None), show_logs)
+    with caught() as interrupts:
+        try:
+            with interrupts.held():
+                cluster.start_ray()
+            cluster.deploy()
+            yield Cluster(config.ray.app_name, cluster.url)
+        finally:
+            try:
+                cluster.drain()
+            finally:
+                with interrupts.held():
+                    cluster.stop_ray()
+
+
+class _Start:
+    """What has been started, and so must be ended."""
+
+    def __init__(self, config: ShoalConfig, replicas: Replicas, on_progress: OnProgress, show_logs: bool) -> None:
+        self._config = config
+        self._replicas = replicas
+        self._on_progress = on_progress
+        self._show_logs = show_logs
+        self._app = config.ray.app_name
+        self._home = RayThread("ray")
+        self._folder: Path | None = None
+        self._is_deployed = False
+        self._port = config.gateway.port
+        if is_private(config):
+            self._port = self._port or free_port(config.gateway.host)
+            require_free(config.gateway.host, self._port)
+
+    @property
+    def url(self) -> str:
+        return url_of(self._config.gateway.host, self._port)
+
+    def start_ray(self) -> None:
+        """Ray and Serve, without an application. Takes 5 to 10 s; not to be interrupted."""
+        self._on_progress(Progress("ray", 0, 1))
+        if is_private(self._config):
+            for name, value in _PRIVATE_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            # Short: Linux allows a socket's path, which Ray makes in it, 107 characters.
+            self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+        self._home.submit(self._start_ray).result()
+        self._on_progress(Progress("ray", 1, 1))
+
+    def _start_ray(self) -> None:
+        import ray
+        from ray import serve
+
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            ray.init(log_to_driver=self._show_logs, logging_level=logging.ERROR, **self._cluster_options())
+        except ConnectionError as error:
+            raise ConfigError(
+                f"there is no Ray cluster at {self._config.ray.address}: start one with 'ray start --head', or leave "
+                "--address (ray.address) out to get a private one"
+            ) from error
+        missing = missing_resources(demand(self._config), ray.cluster_resources())  # type: ignore[no-untyped-call]
+        if missing is not None:
+            raise ConfigError(missing)
+        if self._app in serve.status().applications:
+            raise ConfigError(f"the cluster already serves {self._app!r}: choose another name with ray.app_name")
+        serve.start(
+            http_options={"host": self._config.gateway.host, "port": self._port}, logging_config=_quiet(self._config)
+        )
+
+    def _cluster_options(self) -> dict[str, Any]:
+        if not is_private(self._config):
+            return {"address": self._config.ray.address}
+        # Logical amounts: what the pools ask for is there, however small the machine is.
+        resources = demand(self._config)
+        num_cpus = resources.pop("CPU", 0.0)
+        num_gpus = resources.pop("GPU", 0.0)
+        return {
+            "address": "local",
+            "_node_ip_address": "127.0.0.1",
+            "_temp_dir": str(self._folder),
+            "include_dashboard": False,
+            "num_cpus": max(1, -int(-num_cpus // 1)),
+            # Ray looks for real ones unless it's told that there are none to look for.
+            **({} if num_gpus else {"num_gpus": 0}),
+            "resources": resources,
+        }
+
+    def deploy(self) -> None:
+        """Returns when every replica is ready and the HTTP server answers."""
+        from ray import serve
+
+        self._is_deployed = True
+        target = serve.RunTarget(
+            bind(self._config, self._replicas), name=self._app, route_prefix="/", logging_config=_quiet(self._config)
+        )
+        deployed = self._home.submit(serve.run_many, [target])
+        shown: set[Progress] = set()
+        # Serve tells nobody of its progress; it has to be asked.
+        while not futures.wait([deployed], timeout=_WATCH_PERIOD_S).done:
+            self._show(shown)
+        try:
+            deployed.result()
+        except RuntimeError as error:
+            raise explain(self._messages() or str(error)) from error
+        self._show(shown)
+
+    def _show(self, shown: set[Progress]) -> None:
+        from ray import serve
+        from ray.serve._private.common import ReplicaState
+
+        from shoal import directory
+
+        now = [Progress(f"{it.role} {it.replica_id}", it.num_done, it.num_total) for it in directory.loading(self._app)]
+        status = serve.status().applications.get(self._app)
+        if status is not None:
+            num_ready = sum(one.replica_states.get(ReplicaState.RUNNING, 0) for one in status.deployments.values())
+            now.append(Progress("replicas", num_ready, num_replicas(self._config)))
+        for progress in now:
+            if progress not in shown:
+                shown.add(progress)
+                self._on_progress(progress)
+
+    def _messages(self) -> str:
+        """What Serve heard from the deployments that failed."""
+        from ray import serve
+
+        status = serve.status().applications.get(self._app)
+        deployments = status.deployments.values() if status is not None else ()
+        return "\n".join(one.message for one in deployments if one.status == "DEPLOY_FAILED")
+
+    def drain(self) -> None:
+        """Take the application back and let its requests finish, for as long as the three deployments may take."""
+        import ray
+        from ray import serve
+
+        if not (self._is_deployed and ray.is_initialized()):
+            return
+        deleted = RayThread("drain").submit(serve.delete, self._app)
+        for _ in range(int(3 * grace_s(self._config) / _WATCH_PERIOD_S)):
+            if futures.wait([deleted], timeout=_WATCH_PERIOD_S).done or not _daemons_live():
+                break
+        if not deleted.done() or deleted.exception() is not None:
+            log.warning("open requests were cut off: Ray did not drain in time")
+
+    def stop_ray(self) -> None:
+        """End Ray's processes, if they are ours. Not to be interrupted."""
+        import ray
+
+        ray.shutdown(wait_for_processes=True)
+        self._home.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _daemons_live() -> bool:
+    """Whether all processes that Ray started here live. Ray itself says so only to those who ask its node."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return node is not None and not node.dead_processes()
+
+
+def _quiet(config: ShoalConfig) -> Any:
+    """Serve's own logs; the replicas' are Shoal's, which name every request already."""
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="DEBUG" if config.log.level == "debug" else "WARNING", enable_access_log=False)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from ray import serve
-from ray.serve import Application
+from typing import TYPE_CHECKING, Any
 
 from shoal.config import ShoalConfig, StageConfig, load_config
+
+if TYPE_CHECKING:
+    from ray.serve import Application, Deployment
 
 # Each pool bounds its own queue and says Overloaded at once. Serve's limit would make calls wait in the caller, where
 # nobody counts them, so it must never be the one that is reached.
@@ -50,6 +50,8 @@ def build(config: ShoalConfig | Mapping[str, Any]) -> Application:
 
 
 def bind(config: ShoalConfig, replicas: Replicas) -> Application:
+    from ray import serve
+
     plain = config.model_dump(mode="json")
     prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill))
     decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode))
@@ -75,23 +77,34 @@ def demand(config: ShoalConfig) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
+def num_replicas(config: ShoalConfig) -> int:
+    """Processes in all, the gateway included."""
+    return 1 + config.prefill.replicas + config.decode.replicas
+
+
 def is_private(config: ShoalConfig) -> bool:
     """A cluster of this machine and this process alone, rather than one that is joined."""
     return config.ray.address is None
 
 
-def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, Any]) -> serve.Deployment:
-    return serve.deployment(cls).options(
+def grace_s(config: ShoalConfig) -> float:
+    """How long one replica may take to end: its open requests may finish, then it drains its hand-offs and closes."""
+    return 2 * config.handoff.drain_s + CLOSE_S
+
+
+def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, Any]) -> Deployment:
+    from ray import serve
+
+    return serve.deployment(
         name=name,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=1,
-        # Open requests may finish within drain_s; then the replica closes, and drains its hand-offs once more.
-        graceful_shutdown_timeout_s=2 * config.handoff.drain_s + CLOSE_S,
+        graceful_shutdown_timeout_s=2.0 if name == "gateway" else grace_s(config),
         graceful_shutdown_wait_loop_s=0.05,
         # On a machine of one's own, what failed once fails again; elsewhere a host may just have gone away.
         max_constructor_retry_count=1 if is_private(config) else 3,
         **options,
-    )
+    )(cls)
 
 
 def _of_stage(name: str, config: ShoalConfig, stage: StageConfig) -> dict[str, Any]:

@@ -102,4 +102,3 @@ def _on_step(metrics: DecodeMetrics) -> Callable[[StepOutput], None]:
             metrics.step(output.ended_s - output.started_s, output.num_sequences)
 
     return on_step
-

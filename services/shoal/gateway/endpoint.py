@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal.config import GatewayConfig
 from shoal.errors import InvalidRequest
@@ -73,14 +73,16 @@ class Endpoint(Generic[B]):
         services = self._services
         with Exchange(self._name, services.observer, services.clock) as exchange:
             raw = await read_body(Headers(scope=scope), receive, services.config.max_body_bytes)
-            await unless_disconnected(receive, self._answer(scope, raw, receive, send, exchange))
+            rest = await unless_disconnected(receive, self._answer(scope, raw, send, exchange))
+            # All is generated: from here on, a client that hangs up has merely stopped listening.
+            await rest(scope, receive, send)
 
-    async def _answer(self, scope: Scope, raw: bytes, receive: Receive, send: Send, exchange: Exchange) -> None:
+    async def _answer(self, scope: Scope, raw: bytes, send: Send, exchange: Exchange) -> ASGIApp:
+        """Everything that takes time; what is left to send comes back."""
         answer = await self._prepare(scope, raw, exchange)
         if answer.body.stream:
-            await _send_stream(answer, send, exchange)
-        else:
-            await JSONResponse(await answer.whole())(scope, receive, send)
+            return _last_event(await _send_stream(answer, send, exchange))
+        return JSONResponse(await answer.whole())
 
     async def _prepare(self, scope: Scope, raw: bytes, exchange: Exchange) -> Answer:
         """Everything that can be refused before a pool hears of the request."""
@@ -126,8 +128,8 @@ def chat_completions(services: Services) -> Endpoint[ChatBody]:
     return Endpoint("chat_completions", ChatBody, ChatFormat(), encode, services)
 
 
-async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> None:
-    """Server-sent events. An error after the first one becomes a last event, without the usual end."""
+async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> bytes:
+    """Server-sent events, all but the last, which is returned: an error, or else the usual end."""
     async with aclosing(answer.events()) as events:
         first = await anext(events)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
@@ -138,14 +140,19 @@ async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> None:
         except Exception as error:  # noqa: BLE001 - the process' edge: the status is sent, so the stream says it
             known = as_shoal_error(error)
             exchange.failed(known)
-            last = error_event(known)
-        else:
-            last = stream_end()
-    await send({"type": "http.response.body", "body": last, "more_body": False})
+            return error_event(known)
+    return stream_end()
 
 
-async def _send_event(send: Send, event: bytes) -> None:
-    await send({"type": "http.response.body", "body": event, "more_body": True})
+async def _send_event(send: Send, event: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": event, "more_body": more})
+
+
+def _last_event(event: bytes) -> ASGIApp:
+    async def send_last(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await _send_event(send, event, more=False)
+
+    return send_last
 
 
 def _with_depth_header(body: B, headers: Headers) -> B:

@@ -69,9 +69,7 @@ def _placed(path: Path, name: str, row: tuple[tuple[int, ...], int, int], start:
     except (ValueError, KeyError) as error:
         raise MalformedWeights(f"{path}: tensor {name} has the unknown type {type_number}") from error
     if not shape or 0 in shape or shape[-1] % block:
-        raise MalformedWeights(
-            f"{path}: tensor {name} of shape {shape} doesn't divide into {kind.name} blocks of {block}"
-        )
+        raise MalformedWeights(f"{path}: tensor {name} {shape} doesn't divide into {kind.name} blocks of {block}")
     return TensorInfo(name, kind.name, shape, start + offset, math.prod(shape) // block * block_bytes)
 
 

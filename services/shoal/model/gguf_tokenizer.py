@@ -66,6 +66,7 @@ def _splits() -> dict[str, Any]:
 
 def _converted(file: TensorFile, model: Any, pre: Any) -> PreTrainedTokenizerFast:
     if model == "gpt2":
+        _bpe(file, _strings(file, "tokens"), whole_words=False)  # names damage that tokenizers raises as bare Exception
         _log.warning("unknown pre-tokenizer %r in a GGUF file: text may be split otherwise than in training", pre)
     try:
         folder, name = str(file.path.parent), file.path.name
@@ -74,6 +75,8 @@ def _converted(file: TensorFile, model: Any, pre: Any) -> PreTrainedTokenizerFas
         raise MalformedWeights(
             f"{file.path}: no tokenizer can be made from its {model!r} vocabulary: {error}"
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedModel(f"{file.path}: transformers gives no fast tokenizer for its {model!r} vocabulary")
     return tokenizer
 
 

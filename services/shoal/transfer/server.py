@@ -18,6 +18,9 @@ from shoal.transfer.decode_session import DecodeSession
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.session import Identity
 
+_STOP_GRACE_S = 1.0
+"""The sessions have ended by then; this only lets their last frames out."""
+
 
 class HandoffServer:
     """Serves the leases of ``desk``. ``listen`` for other processes, ``connect`` within this one."""
@@ -92,7 +95,7 @@ class HandoffServer:
         if self._local:
             await asyncio.wait(self._local)
         if self._server is not None:
-            await self._server.stop(grace=None)
+            await self._server.stop(_STOP_GRACE_S)
 
     async def _serve_local(self, channel: Channel) -> None:
         try:

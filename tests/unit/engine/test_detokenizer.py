@@ -15,8 +15,8 @@ from shoal.engine.detokenizer import Detokenizer
 # Every byte, so that any text can be written; then pieces that begin, end or span characters.
 BYTE_LEVEL = [bytes([value]) for value in range(256)] + [
     b"hello", b" world", b"the", b" ", b"\n", "é".encode(), "你".encode(), "你好".encode(), "👋".encode(),
-    "你".encode()[:2], "你".encode()[2:] + b"a", "👋".encode()[:3], "👋".encode()[1:], "好".encode()[1:] + "你".encode()[:1],
-    "\ufffd".encode(), b"",
+    "你".encode()[:2], "你".encode()[2:] + b"a", "👋".encode()[:3], "👋".encode()[1:],
+    "好".encode()[1:] + "你".encode()[:1], "\ufffd".encode(), b"",
 ]  # fmt: skip
 
 

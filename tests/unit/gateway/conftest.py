@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import httpx
 import openai
@@ -34,6 +35,11 @@ class Recorder(GatewayObserver):
     last: list[tuple[float, int]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    _is_finished: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def wait_finished(self, timeout_s: float) -> None:
+        """A client has its answer a moment before the observer hears of it."""
+        assert self._is_finished.acquire(timeout=timeout_s)
 
     def request_started(self) -> None:
         self.started += 1
@@ -43,6 +49,7 @@ class Recorder(GatewayObserver):
     ) -> None:
         assert duration_s >= 0
         self.finished.append((model, endpoint, status, error_type))
+        self._is_finished.release()
 
     def first_token(self, ttft_s: float, gateway_s: float, stages: TtftStages) -> None:
         self.first.append((ttft_s, gateway_s, stages))
@@ -74,6 +81,12 @@ class Gateway:
         return self.http.post(path, json=body, **options)  # type: ignore[arg-type]
 
 
+def renew(old: object, new: object) -> None:
+    """The running server keeps its objects; each test sees them as they are at the start."""
+    vars(old).clear()
+    vars(old).update(vars(new))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Iterator[Tokenizer]:
     smollm2 = Tokenizer(locate("smollm2").tokenizer())
@@ -89,7 +102,7 @@ def model(tokenizer: Tokenizer) -> ServedModel:
 @pytest.fixture(scope="session")
 def running(tokenizer: Tokenizer, model: ServedModel) -> Iterator[Gateway]:
     def encode(text: str) -> list[int]:
-        return list(tokenizer._encode(text, add_special_tokens=False))
+        return list(asyncio.run(tokenizer.encode(text)))
 
     backend, observer = FakeBackend(encode, tokenizer.decode), Recorder()
 
@@ -109,9 +122,7 @@ def running(tokenizer: Tokenizer, model: ServedModel) -> Iterator[Gateway]:
 @pytest.fixture
 def gateway(running: Gateway) -> Iterator[Gateway]:
     """The server with a backend and an observer as if new. Nothing may run when a test is over."""
-    fresh = FakeBackend(running.backend.encode, running.backend.decode)
-    for one in fields(FakeBackend):
-        setattr(running.backend, one.name, getattr(fresh, one.name))
-    running.observer.__init__()  # type: ignore[misc]
+    renew(running.backend, FakeBackend(running.backend.encode, running.backend.decode))
+    renew(running.observer, Recorder())
     yield running
     assert running.backend.num_running == 0

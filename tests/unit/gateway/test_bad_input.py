@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from shoal.gateway.schema import IGNORED_FIELDS
+from shoal.gateway.schema import IGNORED_FIELDS, Body, Ignored
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
 VOCAB = 49152
 
 
-def completion(**fields: object) -> dict[str, object]:
-    return {"model": "smollm2", "prompt": "Hello", **fields}
+Post = tuple[str, dict[str, object]]
 
 
-def chat(**fields: object) -> dict[str, object]:
-    return {"model": "smollm2", "messages": [USER], **fields}
+def completion(**fields: object) -> Post:
+    return COMPLETIONS, {"model": "smollm2", "prompt": "Hello", **fields}
+
+
+def chat(**fields: object) -> Post:
+    return CHAT, {"model": "smollm2", "messages": [USER], **fields}
 
 
 def assert_refused(gateway: Any, response: Any, status: int, param: str | None, code: str) -> None:
@@ -29,7 +32,7 @@ def assert_refused(gateway: Any, response: Any, status: int, param: str | None, 
     assert len(error["message"]) > 10
     assert response.headers["x-request-id"]
     assert gateway.backend.requests == []
-    assert gateway.post(COMPLETIONS, completion()).status_code == 200
+    assert gateway.post(*completion()).status_code == 200
 
 
 BODIES = [
@@ -55,8 +58,8 @@ BODIES = [
     (completion(prompt=[1] * 390, max_tokens=11), "prompt", "context_length_exceeded"),
     (completion(prompt="word " * 500), "prompt", "context_length_exceeded"),
     (completion(prompt=[[1], [1] * 400]), "prompt", "context_length_exceeded"),
-    ({"model": "smollm2"}, "prompt", "missing_field"),
-    ({"prompt": "a"}, "model", "missing_field"),
+    ((COMPLETIONS, {"model": "smollm2"}), "prompt", "missing_field"),
+    ((COMPLETIONS, {"prompt": "a"}), "model", "missing_field"),
     (completion(model=None), "model", "invalid_value"),
     (completion(model=["smollm2"]), "model", "invalid_value"),
     # --- numbers
@@ -103,7 +106,7 @@ BODIES = [
     (completion(depth=3), "depth", "invalid_value"),
     (completion(ignore_eos="no"), "ignore_eos", "invalid_value"),
     # --- messages
-    ({"model": "smollm2"}, "messages", "missing_field"),
+    ((CHAT, {"model": "smollm2"}), "messages", "missing_field"),
     (chat(messages=[]), "messages", "invalid_value"),
     (chat(messages="Hi"), "messages", "invalid_value"),
     (chat(messages=["Hi"]), "messages[0]", "invalid_value"),
@@ -146,18 +149,24 @@ BODIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "param", "code"), BODIES, ids=lambda value: str(value)[:60])
-def test_a_wrong_field_is_named(gateway: Any, body: dict[str, Any], param: str, code: str) -> None:
-    path = COMPLETIONS if "prompt" in body and "messages" not in body or param == "prompt" else CHAT
-    if code == "unknown_field" and param in {"messages", "prompt"}:
-        path = COMPLETIONS if param == "messages" else CHAT
-    assert_refused(gateway, gateway.post(path, body), 400, param, code)
+@pytest.mark.parametrize(("post", "param", "code"), BODIES, ids=lambda value: str(value)[:70])
+def test_a_wrong_field_is_named(gateway: Any, post: Post, param: str, code: str) -> None:
+    assert_refused(gateway, gateway.post(*post), 400, param, code)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b'{"model": }', b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 5000, b'{"n": ' + b"9" * 6000 + b"}", b"hi"],
+    [
+        b"",
+        b"{",
+        b'{"model": }',
+        b"\xff\xfe",
+        b'{"model": "\\ud800"}',
+        b"[" * 5000,
+        b'{"n": ' + b"9" * 6000 + b"}",
+        b"hi",
+    ],
     ids=lambda raw: repr(raw[:12]),
 )
 def test_bad_json_is_said_to_be_bad_json(gateway: Any, path: str, raw: bytes) -> None:
@@ -176,10 +185,12 @@ def test_a_number_that_is_none_is_refused(gateway: Any, number: str, field: str)
     assert_refused(gateway, gateway.http.post(COMPLETIONS, content=raw), 400, field, "invalid_value")
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_an_unknown_model_is_not_found(gateway: Any, path: str) -> None:
-    body = completion(model="gpt-5") if path == COMPLETIONS else chat(model="gpt-5")
-    assert_refused(gateway, gateway.post(path, body), 404, "model", "model_not_found")
+@pytest.mark.parametrize("post", [completion(model="gpt-5"), chat(model="gpt-5"), completion(model="")])
+def test_an_unknown_model_is_not_found(gateway: Any, post: Post) -> None:
+    assert_refused(gateway, gateway.post(*post), 404, "model", "model_not_found")
+
+
+def test_an_unknown_model_has_no_description(gateway: Any) -> None:
     assert_refused(gateway, gateway.http.get("/v1/models/gpt-5"), 404, "model", "model_not_found")
 
 
@@ -214,19 +225,21 @@ def test_a_method_that_isnt_allowed_is_refused(gateway: Any, method: str, path: 
 
 
 def test_a_wrong_depth_header_is_refused(gateway: Any) -> None:
-    response = gateway.post(COMPLETIONS, completion(), headers={"x-shoal-depth": "abyss"})
+    response = gateway.post(*completion(), headers={"x-shoal-depth": "abyss"})
     assert_refused(gateway, response, 400, "x-shoal-depth", "invalid_value")
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED_FIELDS))
 def test_a_field_that_changes_nothing_is_ignored(gateway: Any, name: str) -> None:
-    assert gateway.post(COMPLETIONS, completion(**{name: {"any": ["thing"]}})).status_code == 200
+    assert gateway.post(*completion(**{name: {"any": ["thing"]}})).status_code == 200
 
 
 NEUTRAL = [
     completion(best_of=1, echo=False, suffix=None, min_p=0.0, logit_bias={}, repetition_penalty=1.0, cache_salt=None),
     completion(presence_penalty=0.0, frequency_penalty=0, top_k=-1, stop=None, n=None, seed=None, temperature=None),
-    completion(max_tokens=None, top_p=None, stream=None, stream_options=None, ignore_eos=None, depth=None, logprobs=None),
+    completion(
+        max_tokens=None, top_p=None, stream=None, stream_options=None, ignore_eos=None, depth=None, logprobs=None
+    ),
     chat(tools=[], tool_choice="auto", response_format={"type": "text"}, modalities=["text"], logprobs=False),
     chat(tools=None, functions=None, tool_choice=None, top_logprobs=None, max_completion_tokens=None),
     chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]),
@@ -236,8 +249,12 @@ NEUTRAL = [
 ]
 
 
-@pytest.mark.parametrize("body", NEUTRAL, ids=lambda body: str(sorted(body))[:60])
-def test_fields_at_their_neutral_values_and_limits_are_accepted(gateway: Any, body: dict[str, Any]) -> None:
-    path = COMPLETIONS if "prompt" in body else CHAT
-    response = gateway.post(path, body)
+@pytest.mark.parametrize("post", NEUTRAL, ids=lambda post: str(post)[:70])
+def test_fields_at_their_neutral_values_and_limits_are_accepted(gateway: Any, post: Post) -> None:
+    response = gateway.post(*post)
     assert response.status_code == 200, response.text
+
+
+def test_the_ignored_fields_are_the_ones_listed() -> None:
+    ignored = {name for name, one in Body.model_fields.items() if list(one.metadata) == list(get_args(Ignored)[1:])}
+    assert ignored == IGNORED_FIELDS

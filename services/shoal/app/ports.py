@@ -1,0 +1,50 @@
+"""The port that clients come in by."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from shoal.errors import ConfigError
+
+_EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises ConfigError unless ``host:port`` can be bound. Serve would start, and only its log would tell."""
+    _bind(host, port)
+
+
+def free_port(host: str) -> int:
+    """A port of ``host`` that nothing listens on now."""
+    return _bind(host, 0)
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a client of this machine finds a server that binds ``host``."""
+    reached = _EVERY_INTERFACE.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def _bind(host: str, port: int) -> int:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            # Listening, too: two sockets that set SO_REUSEADDR may both bind.
+            probe.listen()
+            bound: int = probe.getsockname()[1]
+            return bound
+    except OSError as error:
+        raise ConfigError(_refusal(host, port, error), param="gateway.port") from error
+
+
+def _refusal(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is taken: stop what listens there, or choose another (--port, gateway.port)"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host} isn't ours to take: choose one above 1023 (--port, gateway.port)"
+    return f"can't listen on {host}:{port}: {error.strerror}; set --host (gateway.host) to an address of this machine"

@@ -1,0 +1,231 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from shoal.errors import ShoalError
+
+app = typer.Typer(
+    help="""Serve language models with a shallow prefill pool and a deep decode pool.
+
+    Prefill workers run only the first layers of a prompt and project the K/V of the others; decode workers run every
+    token from the last prompt token on at full depth.
+
+    Start with [bold]shoal doctor[/bold] (what can this machine run?), then [bold]shoal demo[/bold] (see it work once),
+    then [bold]shoal serve[/bold] (OpenAI-compatible HTTP on 127.0.0.1:8000).
+    """,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+err = Console(stderr=True)
+
+
+class DepthOption(StrEnum):
+    AUTO = "auto"
+    SHALLOW = "shallow"
+    FULL = "full"
+
+
+class DtypeOption(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A known name (smollm2), a folder with safetensors, or a .gguf file.", metavar="NAME|DIR|FILE.gguf"
+    ),
+]
+SkipLayers = Annotated[
+    int | None,
+    typer.Option(min=0, help="How many of the last layers a shallow prompt skips. Default: a third. 0: none."),
+]
+Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; options win over it.", metavar="[CONFIG.yaml]")
+    ] = None,
+    model: Model = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP. Default: 8000; 0: any free one.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="gRPC (grpc.health.v1). Default: 9000; 0: none.")
+    ] = None,
+    depth: Annotated[DepthOption | None, typer.Option(help="What a request gets that asks for none.")] = None,
+    skip_layers: SkipLayers = None,
+    prefill_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
+    decode_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
+    dtype: Dtype = None,
+    address: Annotated[
+        str | None, typer.Option(help="auto joins the running Ray cluster. Default: a private one.")
+    ] = None,
+) -> None:
+    """Serve a model until Ctrl-C: OpenAI-compatible HTTP in front of the two pools.
+
+    Each replica is a process of its own. Ctrl-C lets open requests finish, then takes everything down.
+    """
+    from shoal.config import load_config
+
+    settings = load_config(
+        config,
+        model={"name": model, "skip_layers": skip_layers, "dtype": dtype, "depth": depth},
+        gateway={"host": host, "port": port, "grpc_port": grpc_port},
+        prefill={"replicas": prefill_replicas},
+        decode={"replicas": decode_replicas},
+        ray={"address": address},
+    )
+    _serve(settings)
+
+
+def _serve(settings: Any) -> None:
+    from shoal.app.cluster import running
+
+    try:
+        with (
+            progress_bars() as on_progress,
+            running(
+                settings, lambda step: on_progress(step.name, step.num_done, step.num_total), show_logs=True
+            ) as cluster,
+        ):
+            on_progress("", 0, 0)
+            err.print(f"serving on [bold]{cluster.url}[/bold]; stop with Ctrl-C. Try:")
+            err.print(
+                f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' "
+                f"-d '{{\"model\": \"{settings.model.served_name or settings.model.name}\", \"prompt\": \"Whales are\"}}'",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
+            cluster.wait()
+    except KeyboardInterrupt:
+        err.print("stopped")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer. '-' reads standard input.")],
+    model: Model = None,
+    depth: Annotated[DepthOption, typer.Option(help="How deep the prompt is encoded.")] = DepthOption.AUTO,
+    skip_layers: SkipLayers = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    dtype: Dtype = None,
+) -> None:
+    """Answer once, in this process: both stages, joined by a channel in memory."""
+    from shoal.config import load_config
+    from shoal.telemetry import configure_logging
+
+    settings = load_config(model={"name": model, "skip_layers": skip_layers, "dtype": dtype})
+    configure_logging("warning", "console")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    asyncio.run(_generate(settings, text, str(depth), max_tokens, temperature, raw=raw))
+
+
+async def _generate(settings: Any, text: str, depth: str, max_tokens: int, temperature: float, *, raw: bool) -> None:
+    from shoal.errors import ContextLengthExceeded, InvalidRequest
+    from shoal.local import open_local
+    from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
+
+    with progress_bars() as on_progress:
+        async with open_local(settings, on_progress) as local:
+            on_progress("", 0, 0)
+            served = local.decode.served
+            tokenizer = served.files.tokenizer()
+            if raw or tokenizer.chat_template is None:
+                ids = tokenizer.encode(text)
+            else:
+                ids = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+                )
+            if not ids:
+                raise InvalidRequest("the prompt is empty: there is nothing to continue", param="prompt")
+            room = served.max_context_tokens - len(ids)
+            if room < 1:
+                raise ContextLengthExceeded(
+                    f"the prompt has {len(ids)} tokens, the model holds {served.max_context_tokens}"
+                )
+            request = GenerateRequest(
+                RequestContext("generate", timeout_s=settings.gateway.deadline_s),
+                served.name,
+                tuple(ids),
+                Depth.FULL if depth == "full" else Depth.SHALLOW,
+                SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature),
+            )
+            async for output in local.decode.worker.generate(request):
+                sys.stdout.write(output.text)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run: cores, bfloat16, compiler, GPU, NIXL, ports. Exits 1 if serving can't work."""
+    from shoal.doctor import Level, examine, render, worst
+
+    findings = examine()
+    Console().print(render(findings))
+    if worst(findings) is Level.FAIL:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    skip_layers: SkipLayers = None,
+    dtype: Dtype = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest answer.")] = 64,
+    show_logs: Annotated[bool, typer.Option("--show-logs", help="Also print the replicas' logs.")] = False,
+) -> None:
+    """See it work once: both pools as processes, a real document, a question, and where the time went."""
+    from shoal.config import load_config
+    from shoal.demo import run_demo
+
+    settings = load_config(model={"skip_layers": skip_layers, "dtype": dtype}, gateway={"port": 0, "grpc_port": 0})
+    with progress_bars() as on_progress:
+        run_demo(settings, on_progress, max_tokens=max_tokens, show_logs=show_logs)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr, one a name; the name '' takes them down."""
+    bars = Progress(
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,
+        transient=not err.is_terminal,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def on_progress(name: str, num_done: int, num_total: int) -> None:
+        if not name:
+            bars.stop()
+            return
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=num_total)
+        bars.update(tasks[name], completed=num_done, total=num_total)
+
+    with bars:
+        yield on_progress
+
+
+def main() -> None:
+    """Entry point. A ShoalError is a sentence for people, not a traceback."""
+    try:
+        app()
+    except ShoalError as error:
+        err.print(f"[red]error:[/red] {error.message}", soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,110 @@
+"""The gateway's Ray Serve deployment: the HTTP API in front of the decode pool."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import generate_latest
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from shoal import directory
+from shoal.config import ShoalConfig
+from shoal.errors import PeerGone, ShoalError
+from shoal.gateway.api import create_app
+from shoal.gateway.backend import Readiness
+from shoal.gateway.health import HealthServer
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.gateway.validation import ServedModel
+from shoal.messages import Depth, GenerateRequest, TokenOutput
+from shoal.model.families import describe
+from shoal.model.files import locate
+from shoal.telemetry import (
+    GatewayMetrics, Target, configure_logging, new_registry, serve_metrics, targets_document
+)  # fmt: skip
+
+
+class PoolBackend:
+    """The decode pool, through its Serve handle."""
+
+    def __init__(self, app_name: str, decode: DeploymentHandle) -> None:
+        self._app_name = app_name
+        self._decode = decode.options(stream=True)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        outputs = self._decode.generate.remote(request)
+        try:
+            async for output in outputs:
+                yield output
+        except (RayError, RayServeException) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if isinstance(cause, ShoalError):
+                raise cause from error
+            raise PeerGone("the decode replica went away", retry_after_s=1.0) from error
+        finally:
+            # However this ends: decode stops at once, and what it held on both pools is free again.
+            outputs.cancel()
+
+    async def readiness(self) -> Readiness:
+        entries = await asyncio.to_thread(directory.living, self._app_name)
+        roles = [entry.role for entry in entries]
+        return Readiness(num_decode=roles.count("decode"), num_prefill=roles.count("prefill"))
+
+
+class GatewayReplica:
+    """Validates and tokenizes once; knows no device."""
+
+    async def __init__(self, config: dict[str, Any], decode: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._settings = settings = ShoalConfig(**config)
+        configure_logging(settings.log.level, settings.log.format)
+        self._exits = AsyncExitStack()
+        self._registry = new_registry()
+        files = locate(settings.model.name)
+        spec = describe(files.config())
+        self._model = ServedModel(
+            name=settings.model.served_name or files.model_id,
+            max_context_tokens=settings.model.max_context_tokens or spec.max_context_tokens,
+            vocab_size=spec.vocab_size,
+            default_depth=Depth(settings.model.depth),
+            created_s=int(time.time()),
+        )
+        self._metrics = GatewayMetrics(self._registry, [self._model.name])
+        ports = settings.metrics.port_range
+        server = serve_metrics(self._registry, settings.metrics.host, ports.first, ports.last)
+        self._exits.callback(server.close)
+        self._tokenizer = Tokenizer(files.tokenizer())
+        self._exits.callback(self._tokenizer.close)
+        self._backend = PoolBackend(settings.ray.app_name, decode)
+        health = HealthServer(self._backend.readiness)
+        await health.start(settings.gateway.host, settings.gateway.grpc_port)
+        self._exits.push_async_callback(health.stop)
+        self._entry = directory.entry_of_this_replica(
+            "gateway", metrics_address=f"{settings.metrics.host}:{server.port}"
+        )
+        await asyncio.to_thread(directory.register, self._entry)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's name for it
+        return create_app(
+            self._backend,
+            self._tokenizer,
+            [self._model],
+            self._settings.gateway,
+            self._metrics,
+            metrics_text=lambda: generate_latest(self._registry),
+            metrics_targets=self._targets,
+        )
+
+    async def _targets(self) -> list[Any]:
+        entries = await asyncio.to_thread(directory.living, self._settings.ray.app_name)
+        return list(targets_document(Target(entry.metrics_address, entry.role, entry.replica_id) for entry in entries))
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_entry"):
+            await asyncio.to_thread(directory.unregister, self._entry)
+        await self._exits.aclose()

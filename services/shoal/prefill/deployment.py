@@ -1,0 +1,63 @@
+"""The prefill pool's Ray Serve deployment: one process, one replica."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+from shoal import directory
+from shoal.config import ShoalConfig
+from shoal.errors import Unavailable
+from shoal.messages import Grant, HandoffOutcome
+from shoal.prefill.stage import open_prefill
+from shoal.telemetry import configure_logging, new_registry, serve_metrics
+
+
+class PrefillReplica:
+    """Called by decode replicas alone, through their Serve handle."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = ShoalConfig(**config)
+        configure_logging(settings.log.level, settings.log.format)
+        self._exits = AsyncExitStack()
+        registry = new_registry()
+        ports = settings.metrics.port_range
+        metrics = serve_metrics(registry, settings.metrics.host, ports.first, ports.last)
+        self._exits.callback(metrics.close)
+        self._stage = await self._exits.enter_async_context(
+            open_prefill(settings, registry, on_progress=_report_loading)
+        )
+        self._entry = directory.entry_of_this_replica(
+            "prefill", metrics_address=f"{settings.metrics.host}:{metrics.port}"
+        )
+        await asyncio.to_thread(directory.register, self._entry)
+
+    async def prefill(self, grant: Grant) -> HandoffOutcome:
+        """Compute and ship one prompt; returns when its lease has ended."""
+        return await self._stage.worker.prefill(grant)
+
+    async def describe(self) -> dict[str, Any]:
+        """What this live replica holds: for operators, the demo and the tests."""
+        stage = self._stage
+        return {
+            "num_layers": stage.served.plan.num_layers,
+            "layers": [stage.served.plan.kept.start, stage.served.plan.kept.stop],
+            "parameter_bytes": stage.parameter_bytes,
+            "full_model_bytes": stage.full_model_bytes,
+            "parameters": list(stage.parameter_names),
+            "plan_hash": stage.served.plan_hash,
+        }
+
+    async def check_health(self) -> None:
+        if not self._stage.engine.is_alive:
+            raise Unavailable("the engine thread has ended")
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_entry"):
+            await asyncio.to_thread(directory.unregister, self._entry)
+        await self._exits.aclose()
+
+
+def _report_loading(num_done: int, num_total: int) -> None:
+    directory.report_loading("prefill", num_done, num_total)

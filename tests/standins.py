@@ -1,0 +1,124 @@
+"""Stand-ins for the three deployments: they answer, publish themselves, and write down what happens to them.
+
+They hold no model, so that a test of the life cycle starts in seconds. What they write goes, a line an event, into the
+folder that ``config["model"]["name"]`` names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray.serve.handle import DeploymentHandle
+
+from shoal import directory
+from shoal.errors import InvalidRequest, ModelError, ShoalError
+
+FAIL = "fail"
+
+
+class Diary:
+    """Events of all replicas, in one file each line of which is ``<who> <what>``."""
+
+    def __init__(self, folder: str, who: str) -> None:
+        self._file = Path(folder) / "diary"
+        self._who = who
+
+    def write(self, what: str) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(f"{self._who} {what}\n")
+
+
+class StandInPrefill:
+    def __init__(self, config: dict[str, Any]) -> None:
+        folder = config["model"]["name"]
+        self._diary = Diary(folder, "prefill")
+        if (Path(folder) / FAIL).exists():
+            raise ModelError("there is no model here: put one there")
+        directory.report_loading("prefill", 1, 2)
+        self._diary.write(f"threads {os.environ['OMP_NUM_THREADS']} {os.environ['OMP_WAIT_POLICY']}")
+        self._entry = directory.entry_of_this_replica("prefill", metrics_address="127.0.0.1:1")
+        directory.register(self._entry)
+
+    async def prefill(self) -> None:
+        try:
+            self._diary.write("started")
+            await asyncio.Event().wait()
+        finally:
+            self._diary.write("ended")
+
+    async def __del__(self) -> None:
+        directory.unregister(self._entry)
+        self._diary.write("closed")
+
+
+class StandInDecode:
+    def __init__(self, config: dict[str, Any], prefill: DeploymentHandle) -> None:
+        self._diary = Diary(config["model"]["name"], "decode")
+        self._prefill = prefill
+        self._entry = directory.entry_of_this_replica(
+            "decode", metrics_address="127.0.0.1:2", handoff_address="127.0.0.1:3"
+        )
+        directory.register(self._entry)
+
+    async def generate(self, mode: str) -> AsyncIterator[int]:
+        try:
+            if mode == "refuse":
+                raise InvalidRequest("no such mode", param="mode")
+            if mode == "prefill":
+                await self._prefill.prefill.remote()
+            yield 0
+            if mode == "stay":
+                await asyncio.Event().wait()
+            yield 1
+        finally:
+            self._diary.write("ended")
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def __del__(self) -> None:
+        directory.unregister(self._entry)
+        self._diary.write("closed")
+
+
+class StandInGateway:
+    def __init__(self, config: dict[str, Any], decode: DeploymentHandle) -> None:
+        self._diary = Diary(config["model"]["name"], "gateway")
+        self._app_name = config["ray"]["app_name"]
+        self._decode = decode
+        self._entry = directory.entry_of_this_replica("gateway", metrics_address="127.0.0.1:4")
+        directory.register(self._entry)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's name
+        app = FastAPI()
+
+        @app.get("/collect", response_model=None)
+        async def collect(mode: str = "short") -> list[int] | JSONResponse:
+            try:
+                return [token async for token in self._tokens(mode)]
+            except ShoalError as error:
+                return JSONResponse({"param": error.param, "message": error.message}, error.http_status)
+
+        @app.get("/stream")
+        async def stream(mode: str = "short") -> StreamingResponse:
+            return StreamingResponse((f"data: {token}\n\n" async for token in self._tokens(mode)))
+
+        @app.get("/replicas")
+        async def replicas() -> list[str]:
+            return [entry.role for entry in await asyncio.to_thread(directory.living, self._app_name)]
+
+        return app
+
+    async def _tokens(self, mode: str) -> AsyncIterator[int]:
+        async for token in self._decode.options(stream=True).generate.remote(mode):
+            yield token
+
+    async def __del__(self) -> None:
+        directory.unregister(self._entry)
+        self._diary.write("closed")

@@ -1,0 +1,116 @@
+"""Sessions of a prefill process: opened once, shared fairly, opened again after a death."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from shoal.errors import InternalError, PeerGone
+from shoal.messages import Chunk, Envelope
+from shoal.transfer.channels.grpc import dial
+from shoal.transfer.session import Identity
+from shoal.transfer.session_pool import SessionPool
+from transfer_helpers import MAX_FRAME_BYTES, PLAN, FakeClock, lease_id, prompt, rig, settle
+
+
+@pytest.mark.parametrize("kind", ["memory", "grpc"])
+async def test_all_who_ask_at_once_share_one_session(kind: str) -> None:
+    async with rig(kind) as both:
+        sessions = await asyncio.gather(*(both.pool.get(both.address) for _ in range(5)))
+        assert len(set(sessions)) == len(both.channels) == 1
+
+
+async def test_who_asked_first_may_leave_without_harm_to_the_others() -> None:
+    async with rig() as both:
+        first, second = (asyncio.ensure_future(both.pool.get("memory")) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert not (await second).is_over
+
+
+async def test_nobody_there_is_peer_gone_and_is_tried_again() -> None:
+    dialled = []
+
+    async def connect(address: str) -> object:
+        dialled.append(address)
+        return await dial(address)
+
+    pool = SessionPool(connect, Identity(1, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024)  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(PeerGone, match=r"127\.0\.0\.1:1\b"):
+            await asyncio.wait_for(pool.get("127.0.0.1:1"), 5)
+    assert len(dialled) == 2
+    await pool.close()
+
+
+async def test_a_long_prompt_does_not_hold_up_a_short_one() -> None:
+    order: list[bytes] = []
+
+    def note(envelope: Envelope) -> tuple[Envelope]:
+        if isinstance(envelope.frame, Chunk):
+            order.append(envelope.frame.lease_id)
+        return (envelope,)
+
+    async with rig(prefill_sends=note, credit_bytes=1 << 20) as both:
+        long, short = prompt(401, seed=1), prompt(41, seed=2)
+        session = await both.pool.get("memory")
+        ids = lease_id(), lease_id()
+
+        async def ship(new_id: bytes, wanted: object, num_tokens: int) -> None:
+            async with session.claim(new_id) as claim:
+                payload = wanted.kv.tobytes()  # type: ignore[attr-defined]
+                await claim.send(0, num_tokens, 0, 4, memoryview(payload))
+                await claim.seal(boundary_token_id=claim.token_ids[-1], queue_s=0, prefill_s=0)
+
+        async with both.open(ids[0], long) as first, both.open(ids[1], short) as second:
+            await asyncio.gather(ship(ids[0], long, 400), ship(ids[1], short, 40))
+            await asyncio.gather(first.arrived(), second.arrived())
+        both.assert_arrived(long)
+        both.assert_arrived(short)
+    num_short = order.count(ids[1])
+    assert order.count(ids[0]) >= 5 * num_short >= 40
+    last_short = max(place for place, new_id in enumerate(order) if new_id == ids[1])
+    assert last_short <= 2 * num_short + 2  # each had its turn after one of the other's
+
+
+async def test_a_frame_is_never_larger_than_the_credit() -> None:
+    async with rig(credit_bytes=MAX_FRAME_BYTES // 4) as both:
+        await both.hand_off(prompt())
+        both.assert_arrived(prompt())
+
+
+async def test_a_payload_that_is_not_what_its_ranges_say_is_a_defect_of_ours() -> None:
+    async with rig() as both:
+        new_id = lease_id()
+        session = await both.pool.get("memory")
+        async with both.open(new_id, prompt()), session.claim(new_id) as claim:
+            with pytest.raises(InternalError):
+                await claim.send(0, 3, 0, 4, memoryview(bytes(100)))
+
+
+async def test_a_session_that_is_over_leaves_no_task_and_no_timer() -> None:
+    clock = FakeClock()
+    before = asyncio.all_tasks()
+    async with rig(clock=clock) as both:
+        await both.hand_off(prompt())
+        await both.channels[0].close()
+        await settle()
+        assert not {task for task in asyncio.all_tasks() - before if "Session" in repr(task.get_coro())}
+        assert not [timer for _, _, timer in clock._due if timer.callback and "Session" in repr(timer.callback)]
+
+
+async def test_connect_serves_a_channel_within_the_process() -> None:
+    async with rig() as both:
+
+        async def connect(address: str) -> object:
+            return await both.server.connect()
+
+        pool = SessionPool(connect, Identity(1, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024)  # type: ignore[arg-type]
+        new_id, wanted = lease_id(), prompt()
+        both.pool = pool
+        async with both.open(new_id, wanted) as lease:
+            await both.prefill(new_id, wanted)
+            await lease.arrived()
+        both.assert_arrived(wanted)
+        await pool.close()

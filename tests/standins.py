@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from shoal import directory
 from shoal.errors import InvalidRequest, ModelError, ShoalError
+from shoal.gateway.draining import DrainingBackend
 
 FAIL = "fail"
 
@@ -87,27 +88,41 @@ class StandInDecode:
         self._diary.write("closed")
 
 
+class _Backend:
+    def __init__(self, decode: DeploymentHandle) -> None:
+        self._decode = decode
+
+    async def generate(self, mode: str) -> AsyncGenerator[int, None]:
+        outputs = self._decode.options(stream=True).generate.remote(mode)
+        try:
+            async for token in outputs:
+                yield token
+        finally:
+            outputs.cancel()
+
+
 class StandInGateway:
     def __init__(self, config: dict[str, Any], decode: DeploymentHandle) -> None:
         self._diary = Diary(config["model"]["name"], "gateway")
         self._app_name = config["ray"]["app_name"]
-        self._decode = decode
+        self._backend = DrainingBackend(_Backend(decode))
+        self._drain_s = config["handoff"]["drain_s"]
         self._entry = directory.entry_of_this_replica("gateway", metrics_address="127.0.0.1:4")
         directory.register(self._entry)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's name
+    def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI()
 
         @app.get("/collect", response_model=None)
         async def collect(mode: str = "short") -> list[int] | JSONResponse:
             try:
-                return [token async for token in self._tokens(mode)]
+                return [token async for token in self._backend.generate(mode)]
             except ShoalError as error:
                 return JSONResponse({"param": error.param, "message": error.message}, error.http_status)
 
         @app.get("/stream")
         async def stream(mode: str = "short") -> StreamingResponse:
-            return StreamingResponse((f"data: {token}\n\n" async for token in self._tokens(mode)))
+            return StreamingResponse(self._events(mode))
 
         @app.get("/replicas")
         async def replicas() -> list[str]:
@@ -115,9 +130,15 @@ class StandInGateway:
 
         return app
 
-    async def _tokens(self, mode: str) -> AsyncIterator[int]:
-        async for token in self._decode.options(stream=True).generate.remote(mode):
-            yield token
+    async def _events(self, mode: str) -> AsyncIterator[str]:
+        try:
+            async for token in self._backend.generate(mode):
+                yield f"data: {token}\n\n"
+        except ShoalError as error:
+            yield f"data: {error.code}\n\n"
+
+    async def drain(self) -> None:
+        await self._backend.drain(self._drain_s)
 
     async def __del__(self) -> None:
         directory.unregister(self._entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,9 +108,9 @@ def _serve(settings: Any) -> None:
         ):
             on_progress("", 0, 0)
             err.print(f"serving on [bold]{cluster.url}[/bold]; stop with Ctrl-C. Try:")
+            body = json.dumps({"model": settings.model.served_name or settings.model.name, "prompt": "Whales are"})
             err.print(
-                f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' "
-                f"-d '{{\"model\": \"{settings.model.served_name or settings.model.name}\", \"prompt\": \"Whales are\"}}'",
+                f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' -d '{body}'",
                 markup=False, soft_wrap=True,
             )  # fmt: skip
             cluster.wait()

@@ -36,7 +36,7 @@ class Entry:
     role: Role
     replica_id: str
     actor_name: str
-    node_ip: str
+    node_id: str
     pid: int
     metrics_address: str
     handoff_address: str | None = None
@@ -65,7 +65,7 @@ def entry_of_this_replica(role: Role, *, metrics_address: str, handoff_address: 
         role=role,
         replica_id=replica_id.unique_id,
         actor_name=replica_id.to_full_id_str(),
-        node_ip=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+        node_id=ray.get_runtime_context().get_node_id(),
         pid=os.getpid(),
         metrics_address=metrics_address,
         handoff_address=handoff_address,

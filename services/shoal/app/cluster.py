@@ -32,6 +32,8 @@ from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
     from shoal.directory import Entry, Role
 
 # Ray reads some of these when it's imported, so Ray is imported in functions here. What the user has set wins.
@@ -60,6 +62,13 @@ class Cluster:
         from shoal import directory
 
         return directory.living(self.app, role)
+
+    def describe(self) -> dict[str, Any]:
+        """What a live decode replica, and a live prefill replica behind it, hold: layers, bytes, plan."""
+        from ray import serve
+
+        described: dict[str, Any] = serve.get_deployment_handle("decode", self.app).describe.remote().result()
+        return described
 
     def wait(self) -> None:
         """Serve until Ctrl-C or SIGTERM (KeyboardInterrupt). Raises Unavailable if Ray itself ends."""
@@ -112,6 +121,7 @@ class _Start:
         self._home = RayThread("ray")
         self._folder: Path | None = None
         self._is_deployed = False
+        self._gateway: DeploymentHandle[Any] | None = None
         self._port = config.gateway.port
         if is_private(config):
             self._port = self._port or free_port(config.gateway.host)
@@ -186,7 +196,7 @@ class _Start:
         while not futures.wait([deployed], timeout=_WATCH_PERIOD_S).done:
             self._show(shown)
         try:
-            deployed.result()
+            [self._gateway] = deployed.result()
         except RuntimeError as error:
             raise explain(self._messages() or str(error)) from error
         self._show(shown)
@@ -216,18 +226,28 @@ class _Start:
         return "\n".join(one.message for one in deployments if one.status == "DEPLOY_FAILED")
 
     def drain(self) -> None:
-        """Take the application back and let its requests finish, for as long as the three deployments may take."""
+        """Refuse new requests, let the open ones finish or cut them, then take the application back."""
         import ray
-        from ray import serve
 
         if not (self._is_deployed and ray.is_initialized()):
             return
-        deleted = RayThread("drain").submit(serve.delete, self._app)
-        for _ in range(int(3 * grace_s(self._config) / _WATCH_PERIOD_S)):
-            if futures.wait([deleted], timeout=_WATCH_PERIOD_S).done or not _daemons_live():
+        drained = RayThread("drain").submit(self._take_back)
+        limit_s = 2 * grace_s(self._config)
+        # A Ray that was killed doesn't answer, so it can't be waited for alone.
+        for _ in range(int(limit_s / _WATCH_PERIOD_S)):
+            if futures.wait([drained], timeout=_WATCH_PERIOD_S).done or not _daemons_live():
                 break
-        if not deleted.done() or deleted.exception() is not None:
-            log.warning("open requests were cut off: Ray did not drain in time")
+        if not drained.done() or drained.exception() is not None:
+            log.warning("open requests were cut off: the cluster did not drain")
+
+    def _take_back(self) -> None:
+        from ray import serve
+
+        try:
+            if self._gateway is not None:
+                self._gateway.drain.remote().result(timeout_s=grace_s(self._config))
+        finally:
+            serve.delete(self._app)
 
     def stop_ray(self) -> None:
         """End Ray's processes, if they are ours. Not to be interrupted."""

@@ -26,9 +26,10 @@ CLOSE_S = 2.0
 class Replicas:
     """The three classes that serve.
 
-    ``gateway(config, decode)`` has ``__serve_build_asgi_app__``, which returns the HTTP application;
-    ``decode(config, prefill)``; ``prefill(config)``. Each may have ``async def check_health`` (an exception has the
-    replica replaced) and ``async def __del__`` (runs once, when no request is left, before the process ends).
+    ``gateway(config, decode)`` has ``__serve_build_asgi_app__``, which returns the HTTP application, and
+    ``async def drain``, which refuses new requests and returns when none is open; ``decode(config, prefill)``;
+    ``prefill(config)``. Each may have ``async def check_health`` (an exception has the replica replaced) and
+    ``async def __del__`` (runs before the process ends, but only if no request is left by then).
     """
 
     gateway: type
@@ -99,7 +100,7 @@ def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, An
         name=name,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=1,
-        graceful_shutdown_timeout_s=2.0 if name == "gateway" else grace_s(config),
+        graceful_shutdown_timeout_s=grace_s(config),
         graceful_shutdown_wait_loop_s=0.05,
         # On a machine of one's own, what failed once fails again; elsewhere a host may just have gone away.
         max_constructor_retry_count=1 if is_private(config) else 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -22,10 +23,10 @@ from shoal.telemetry import bind_request, configure_logging, new_registry, serve
 class DecodeReplica:
     """Called by the gateway through its Serve handle; calls prefill replicas through ``prefill``."""
 
-    async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         settings = ShoalConfig(**config)
         configure_logging(settings.log.level, settings.log.format)
-        self._prefill = prefill
+        self._prefill: Any = prefill
         self._exits = AsyncExitStack()
         registry = new_registry()
         ports = settings.metrics.port_range
@@ -57,6 +58,7 @@ class DecodeReplica:
         """What this live replica holds: for operators, the demo and the tests."""
         stage = self._stage
         return {
+            "pid": os.getpid(),
             "num_layers": stage.served.plan.num_layers,
             "layers": [0, stage.served.plan.num_layers],
             "parameter_bytes": stage.parameter_bytes,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -67,7 +67,7 @@ class DecodeWorker:
         self._metrics = metrics
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """One output a step and choice. Closing the iterator, or cancelling it, frees everything."""
         # Not the client's id: a retry of the same request must not meet its predecessor.
         key = f"{request.context.request_id}-{secrets.token_hex(4)}"
@@ -105,7 +105,9 @@ class DecodeWorker:
             )
         )
         if not hold:
-            return _Begun(HandoffReport(request.depth, transferred=False), submitted_s, submitted_s, submitted_s)
+            return _Begun(
+                HandoffReport(self._depth_run(request), transferred=False), submitted_s, submitted_s, submitted_s
+            )
         blocks = (await inbox.reserved()).blocks
         reserved_s = time.monotonic()
         try:
@@ -117,7 +119,7 @@ class DecodeWorker:
         num_present = len(request.prompt_token_ids) - 1
         await self._engine.call(lambda engine: engine.start(key, num_computed=num_present))
         report = HandoffReport(
-            request.depth,
+            self._depth_run(request),
             transferred=True,
             num_prefill_layers=self._plan.num_kept,
             shallow_bytes=arrived.shallow_bytes,
@@ -125,6 +127,11 @@ class DecodeWorker:
             boundary_bytes=BOUNDARY_TOKEN_BYTES,
         )
         return _Begun(report, submitted_s, reserved_s, time.monotonic(), arrived)
+
+    def _depth_run(self, request: GenerateRequest) -> Depth:
+        """Shallow only if some token is: not for a one-token prompt, nor in a plan that skips nothing."""
+        num_shallow = self._plan.num_shallow_tokens(len(request.prompt_token_ids), request.depth)
+        return Depth.SHALLOW if num_shallow else Depth.FULL
 
     def _wants_handoff(self, request: GenerateRequest) -> bool:
         """Through the prefill pool if its plan is the one asked for. With nothing skipped, both depths are one."""
@@ -175,7 +182,7 @@ class DecodeWorker:
     ) -> _Begun:
         self._metrics.fell_back("local", error.code)
         await self._engine.call(lambda engine: engine.start(key))
-        report = HandoffReport(request.depth, transferred=False, fallback=error.code)
+        report = HandoffReport(self._depth_run(request), transferred=False, fallback=error.code)
         return _Begun(report, submitted_s, reserved_s, time.monotonic())
 
 

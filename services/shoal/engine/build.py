@@ -17,7 +17,7 @@ from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
-from shoal.messages import Stage
+from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
@@ -25,6 +25,7 @@ from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.weights import open_weights
 
+_WARM_UP = "warm-up"
 POOL_SHARE_OF_FREE_MEMORY = 0.25
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -87,7 +88,7 @@ def build_engine(
     *,
     device: torch.device,
 ) -> Engine:
-    """An engine of ``stage`` with an empty pool."""
+    """An engine of ``stage`` with an empty pool, warm."""
     limits = config.prefill if stage is Stage.PREFILL else config.decode
     layout = layout_of(served, stage, limits.block_tokens)
     pool = KvPool(layout, num_blocks_for(limits, layout, served, device), dtype=served.kv_dtype, device=device)
@@ -100,7 +101,28 @@ def build_engine(
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
     )
     decoder = Decoder(served.spec, served.plan, stage, parameters, attend)
-    return Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
+    engine = Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
+    warm_up(engine, stage)
+    return engine
+
+
+def warm_up(engine: Engine, stage: Stage) -> None:
+    """Run each kind of step once: kernels are chosen, threads started and memory touched before a client waits."""
+    scheduler = engine.scheduler
+    num_tokens = min(scheduler.max_step_tokens, scheduler.allocator.num_blocks * scheduler.layout.block_tokens - 2)
+    if num_tokens < 2:
+        return
+    if stage is Stage.PREFILL:
+        engine.submit_prefill(_WARM_UP, num_tokens)
+        engine.step()
+        engine.start(_WARM_UP)
+        engine.step()
+    else:
+        for depth in (Depth.SHALLOW, Depth.FULL):
+            engine.submit_generate(_WARM_UP, (0,) * num_tokens, depth, SamplingParams(max_tokens=2, temperature=0.0))
+            while not engine.step().is_idle:
+                pass
+    engine.finish(_WARM_UP)
 
 
 def layout_of(served: Served, stage: Stage, block_tokens: int) -> KvLayout:

@@ -70,7 +70,7 @@ class Scheduler:
         self.reserved: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._max_step_tokens = max_step_tokens
+        self.max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
         self._max_queued = max_queued
         self._max_reserved_blocks = max(1, int(num_blocks * max_reserved_ratio))
@@ -150,7 +150,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Choose the next step's rows; empty if nothing can run now."""
-        budget = self._max_step_tokens
+        budget = self.max_step_tokens
         rows: list[ScheduledRows] = []
         copies: list[tuple[int, int]] = []
         for sequence in self._in_order():

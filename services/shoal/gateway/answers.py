@@ -228,12 +228,12 @@ def usage(generation: Generation) -> Json:
 def timing(generation: Generation) -> Json:
     """What a request that sends ``x-shoal-timing: 1`` gets beside its answer. Times are milliseconds.
 
-    ``prompts[i]`` has ``ttft_ms`` on the gateway's clock, of which ``stages_ms`` and ``gateway_ms`` are known parts;
+    ``prompts[i]`` has ``ttft_ms`` on the gateway's clock, of which ``stages_ms`` are the parts;
     ``choices[i].token_ids`` is what was generated, the end token included.
     """
     prompts = []
     for index, one in sorted(generation.timings.items()):
-        stages = {} if one.stages is None else dataclasses.asdict(one.stages)
+        stages = {} if one.stages is None else {"gateway_s": one.gateway_s, **dataclasses.asdict(one.stages)}
         prompts.append(
             {
                 "index": index,
@@ -243,7 +243,7 @@ def timing(generation: Generation) -> Json:
             }
         )
     choices = [{"index": index, "token_ids": ids} for index, ids in generation.token_ids.items()]
-    return {"gateway_ms": generation.gateway_s * 1e3, "prompts": prompts, "choices": choices}
+    return {"prompts": prompts, "choices": choices}
 
 
 def _finite(logprob: float) -> float:

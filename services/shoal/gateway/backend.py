@@ -53,7 +53,7 @@ class GatewayObserver(Protocol):
         ...
 
     def first_token(self, ttft_s: float, gateway_s: float, stages: TtftStages) -> None:
-        """Once a prompt. ``gateway_s``: from the request's arrival to handing its prompts to the backend."""
+        """Once a prompt. ``gateway_s`` is the rest of ``ttft_s``, beside decode's ``stages``."""
         ...
 
     def next_token(self, since_last_s: float) -> None:

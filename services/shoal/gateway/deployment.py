@@ -26,16 +26,21 @@ from shoal.messages import Depth, GenerateRequest, TokenOutput
 from shoal.model.families import describe
 from shoal.model.files import locate
 from shoal.telemetry import (
-    GatewayMetrics, Target, configure_logging, new_registry, serve_metrics, targets_document
+    GatewayMetrics,
+    Target,
+    configure_logging,
+    new_registry,
+    serve_metrics,
+    targets_document,
 )  # fmt: skip
 
 
 class PoolBackend:
     """The decode pool, through its Serve handle."""
 
-    def __init__(self, app_name: str, decode: DeploymentHandle) -> None:
+    def __init__(self, app_name: str, decode: DeploymentHandle[Any]) -> None:
         self._app_name = app_name
-        self._decode = decode.options(stream=True)
+        self._decode: Any = decode.options(stream=True)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         outputs = self._decode.generate.remote(request)
@@ -60,7 +65,7 @@ class PoolBackend:
 class GatewayReplica:
     """Validates and tokenizes once; knows no device."""
 
-    async def __init__(self, config: dict[str, Any], decode: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(self, config: dict[str, Any], decode: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         self._settings = settings = ShoalConfig(**config)
         configure_logging(settings.log.level, settings.log.format)
         self._exits = AsyncExitStack()
@@ -89,7 +94,7 @@ class GatewayReplica:
         )
         await asyncio.to_thread(directory.register, self._entry)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(
             self._backend,
             self._tokenizer,

@@ -33,6 +33,11 @@ class PromptTiming:
     stages: TtftStages | None
     handoff: HandoffReport | None
 
+    @property
+    def gateway_s(self) -> float:
+        """What is the gateway's of it: validation, tokens, and the way to decode and back."""
+        return self.ttft_s - (self.stages.total_s if self.stages is not None else 0.0)
+
 
 @dataclass(slots=True)
 class _ChoiceProgress:
@@ -54,7 +59,6 @@ class Generation:
         clock: Callable[[], float],
     ) -> None:
         self.requests = tuple(requests)
-        self.gateway_s = 0.0
         self.timings: dict[int, PromptTiming] = {}
         self._backend = backend
         self._arrived_s = arrived_s
@@ -64,8 +68,9 @@ class Generation:
 
     @property
     def depth(self) -> Depth:
-        """How deep the prompts are encoded: one answer for all of them."""
-        return self.requests[0].depth
+        """How deep the prompts are encoded, one answer for all; what decode reports wins over what was asked."""
+        reports = [timing.handoff for timing in self.timings.values() if timing.handoff is not None]
+        return reports[0].depth if reports else self.requests[0].depth
 
     @property
     def num_choices(self) -> int:
@@ -86,7 +91,6 @@ class Generation:
 
     async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
         """Everything until the last choice is complete. Closing it cancels what still runs."""
-        self.gateway_s = self._clock() - self._arrived_s
         num_open = self.num_choices
         async with aclosing(interleave([self._backend.generate(request) for request in self.requests])) as merged:
             async for prompt_index, output in merged:
@@ -103,9 +107,9 @@ class Generation:
         now_s = self._clock()
         if prompt_index not in self.timings:
             ttft_s = now_s - self._arrived_s
-            self.timings[prompt_index] = PromptTiming(ttft_s, output.stages, output.handoff)
+            timing = self.timings[prompt_index] = PromptTiming(ttft_s, output.stages, output.handoff)
             if output.stages is not None:
-                self._observer.first_token(ttft_s, self.gateway_s, output.stages)
+                self._observer.first_token(ttft_s, timing.gateway_s, output.stages)
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = _ChoiceProgress(now_s, now_s)

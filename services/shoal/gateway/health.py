@@ -48,12 +48,12 @@ class HealthServer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no 
         if self._server is not None:
             await self._server.stop(grace=None)
 
-    async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802 - gRPC's name
         if request.service:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
         return _Status(status=await self._status())
 
-    async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802
         if request.service:
             await context.write(_Status(status=_Status.SERVICE_UNKNOWN))
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -41,6 +42,7 @@ class PrefillReplica:
         """What this live replica holds: for operators, the demo and the tests."""
         stage = self._stage
         return {
+            "pid": os.getpid(),
             "num_layers": stage.served.plan.num_layers,
             "layers": [stage.served.plan.kept.start, stage.served.plan.kept.stop],
             "parameter_bytes": stage.parameter_bytes,

@@ -74,7 +74,7 @@ class GatewayMetrics:
         self._duration.observe(duration_s)
 
     def first_token(self, ttft_s: float, gateway_s: float, stages: TtftStages) -> None:
-        """``gateway_s`` is what the gateway itself took: from arrival to handing the request to decode."""
+        """``gateway_s`` is the gateway's own part, the way to decode and back included; all add up to ``ttft_s``."""
         self._ttft.observe(ttft_s)
         for stage, seconds in (
             (TtftStage.GATEWAY, gateway_s),

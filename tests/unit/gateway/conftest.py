@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import openai
 import pytest
+
 from fake_backend import FakeBackend
 from http_server import serving
-
 from shoal.config import GatewayConfig
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import GatewayObserver
@@ -88,10 +89,16 @@ def renew(old: object, new: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Iterator[Tokenizer]:
-    smollm2 = Tokenizer(locate("smollm2").tokenizer())
-    yield smollm2
-    smollm2.close()
+def smollm2() -> Any:
+    """transformers' tokenizer."""
+    return locate("smollm2").tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Any) -> Iterator[Tokenizer]:
+    ours = Tokenizer(smollm2)
+    yield ours
+    ours.close()
 
 
 @pytest.fixture(scope="session")
@@ -100,9 +107,10 @@ def model(tokenizer: Tokenizer) -> ServedModel:
 
 
 @pytest.fixture(scope="session")
-def running(tokenizer: Tokenizer, model: ServedModel) -> Iterator[Gateway]:
+def running(smollm2: Any, tokenizer: Tokenizer, model: ServedModel) -> Iterator[Gateway]:
     def encode(text: str) -> list[int]:
-        return list(asyncio.run(tokenizer.encode(text)))
+        ids: list[int] = smollm2.encode(text, add_special_tokens=False)
+        return ids
 
     backend, observer = FakeBackend(encode, tokenizer.decode), Recorder()
 

@@ -1,0 +1,110 @@
+"""SmolLM2's tokenizer through ours: the same ids as transformers', and text that streams exactly."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.engine.detokenizer import Detokenizer
+from shoal.errors import InvalidRequest
+from shoal.gateway.schema import Message
+from shoal.gateway.tokenizer import Tokenizer
+
+TURNS = [
+    Message(role="system", content="Be brief."),
+    Message(role="user", content="Hello!", name="Ann"),
+    Message(role="assistant", content="Hello."),
+    Message(role="user", content="你好 👋"),
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Hello, world", "  two  spaces\n", "naïve 你好 👋", "<|im_start|>user", "a" * 9000]
+)
+async def test_text_has_the_ids_transformers_gives(tokenizer: Tokenizer, smollm2: Any, text: str) -> None:
+    assert list(await tokenizer.encode(text)) == smollm2.encode(text)
+
+
+async def test_a_conversation_has_the_ids_transformers_gives(tokenizer: Tokenizer, smollm2: Any) -> None:
+    turns = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+    expected = smollm2.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert list(await tokenizer.encode_chat(TURNS)) == expected
+
+
+async def test_long_texts_are_encoded_beside_the_event_loop(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(smollm2, max_inline_chars=10)
+    threads: list[str] = []
+    encode = tokenizer._encode
+
+    def spy(text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        threads.append(threading.current_thread().name)
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "_encode", spy)
+    short, long = await asyncio.gather(tokenizer.encode("a" * 10), tokenizer.encode("a" * 11))
+    tokenizer.close()
+    assert short and long
+    assert [name.startswith("tokenizer") for name in threads] == [False, True]
+
+
+async def test_texts_encoded_at_once_dont_disturb_each_other(smollm2: Any) -> None:
+    tokenizer = Tokenizer(smollm2, max_inline_chars=0)
+    texts = [f"text number {index} " * index for index in range(1, 20)]
+    ids = await asyncio.gather(*map(tokenizer.encode, texts))
+    tokenizer.close()
+    assert [tokenizer.decode(one) for one in ids] == texts
+
+
+async def test_a_model_without_a_template_refuses_conversations(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "chat_template", None)
+    with pytest.raises(InvalidRequest, match="use /v1/completions"):
+        await Tokenizer(smollm2).encode_chat(TURNS)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9].content.x }}"])
+async def test_a_template_that_refuses_is_the_clients_fault(
+    smollm2: Any, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(smollm2, "chat_template", template)
+    with pytest.raises(InvalidRequest, match="chat template refuses") as refused:
+        await Tokenizer(smollm2).encode_chat(TURNS)
+    assert refused.value.param == "messages"
+
+
+def test_a_prompt_is_never_cut_or_filled_up(smollm2: Any) -> None:
+    backend = smollm2.backend_tokenizer
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    tokenizer = Tokenizer(smollm2)
+    assert len(asyncio.run(tokenizer.encode("one two three four five"))) == 5
+
+
+def test_every_id_is_below_the_vocabulary_size(tokenizer: Tokenizer, smollm2: Any) -> None:
+    assert tokenizer.vocab_size == max(smollm2.get_vocab().values()) + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 49_151), max_size=30))
+def test_any_ids_stream_to_their_text(tokenizer: Tokenizer, ids: list[int]) -> None:
+    detokenizer = Detokenizer(tokenizer.decode)
+    assert "".join(map(detokenizer.add, ids)) + detokenizer.flush() == tokenizer.decode(ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_streams_through_the_tokenizer_unchanged(tokenizer: Tokenizer, text: str) -> None:
+    ids = asyncio.run(tokenizer.encode(text))
+    detokenizer = Detokenizer(tokenizer.decode)
+    streamed = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
+    assert streamed == tokenizer.decode(ids)
+
+
+def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
+    end_of_turn = 2
+    detokenizer = Detokenizer(tokenizer.decode)
+    assert detokenizer.add(end_of_turn) + detokenizer.flush() == ""

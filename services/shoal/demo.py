@@ -18,7 +18,7 @@ from shoal.app.cluster import running
 from shoal.config import ShoalConfig
 from shoal.errors import InternalError
 
-QUESTION = "In two sentences: which tokens of a prompt run through all layers, and why only those?"
+QUESTION = "Which part of the prompt runs through all layers?"
 _STAGES = ("gateway", "queue", "reserve", "prefill", "transfer_exposed", "boundary_step")
 
 

@@ -309,6 +309,21 @@ async def test_decode_cancels_what_does_not_finish_within_the_drain(kind: str) -
                 await lease.arrived()
 
 
+async def test_closing_waits_for_the_copy_under_way(kind: str) -> None:
+    async with rig(kind) as both:
+        both.sink.gate.clear()
+        task = asyncio.ensure_future(both.hand_off(prompt()))
+        await both.sink.started.wait()
+        close = asyncio.ensure_future(both.server.close())
+        await asyncio.sleep(0.05)
+        assert not close.done()  # whoever closes frees the pool next
+        both.sink.gate.set()
+        await close
+        assert not +both.sink.writing
+        with pytest.raises((HandoffError, Cancelled, Unavailable)):
+            await task
+
+
 async def test_prefill_drains_open_claims_and_takes_no_more(kind: str) -> None:
     async with rig(kind) as both:
         both.sink.gate.clear()

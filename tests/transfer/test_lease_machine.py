@@ -368,19 +368,22 @@ class LeaseMachine(RuleBasedStateMachine):
 
 
 class QuickLeaseMachine(LeaseMachine):
-    """Starts with a lease that is claimed and half sent, so that short runs get to the interesting states."""
+    """Starts with a lease whose chunks are all on their way, and some there, so that short runs get far."""
 
-    @initialize(data=st.data(), one_sided=st.booleans(), num_tokens=st.integers(2, 6))
-    def begin(self, data: st.DataObject, one_sided: bool, num_tokens: int) -> None:
+    @initialize(data=st.data(), one_sided=st.booleans(), num_tokens=st.integers(2, 6), seal_first=st.booleans())
+    def begin(self, data: st.DataObject, one_sided: bool, num_tokens: int, seal_first: bool) -> None:
         self.reserve(num_tokens, 0, one_sided)
         self.claim(data, 0)
-        for _ in range(12):
+        for _ in range(2 * num_tokens):
             self.begin_write(data)
             self.end_write(data)
         self.seal(data)
-        for _ in range(data.draw(st.integers(0, 8))):
-            if self.network:
-                self.deliver(data, False)
+        if seal_first:  # then every chunk is asked for once more, though none was lost
+            self._receive(*self.network.pop())
+        for _ in range(data.draw(st.integers(0, len(self.network)))):
+            self.deliver(data, False)
+        for _ in range(data.draw(st.integers(0, len(self.copying)))):
+            self.finish_copy(data)
 
 
 for machine in (LeaseMachine, QuickLeaseMachine):

@@ -1,0 +1,61 @@
+"""Twenty real prompts, what the references say to them, and how answers are compared token for token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from models import smollm2_reference
+from reference import Generated, full_generate, pop_generate
+from shoal.model.files import locate
+from texts import prompts
+
+NUM_TOKENS = 64
+NUM_SKIPPED = 10
+# A first difference is excused only where the reference itself was undecided.
+MAX_EXCUSED_GAP = 1e-4
+
+
+@dataclass(frozen=True)
+class RealPrompt:
+    """A prompt's ids, and 64 greedy tokens in float32: transformers' own, and the paper's at ten skipped layers."""
+
+    name: str
+    token_ids: tuple[int, ...]
+    full: Generated
+    shallow: Generated
+
+
+@functools.cache
+def real_prompts() -> tuple[RealPrompt, ...]:
+    """All twenty with their references; computed once a run (about two minutes), so share it."""
+    model = smollm2_reference()
+    tokenizer = locate("smollm2").tokenizer()
+    found = []
+    for name, text in prompts().items():
+        ids = tuple(tokenizer.encode(text))
+        found.append(
+            RealPrompt(
+                name, ids, full_generate(model, ids, NUM_TOKENS), pop_generate(model, ids, NUM_TOKENS, NUM_SKIPPED)
+            )
+        )
+    return tuple(found)
+
+
+def assert_same_tokens(answers: Mapping[str, Sequence[int]], references: Mapping[str, Generated]) -> list[str]:
+    """Every answer equals its reference, or first differs where the reference's two best logits were closer than
+    ``MAX_EXCUSED_GAP``. Returns (and prints) what was excused."""
+    assert answers.keys() == references.keys()
+    excused, wrong = [], []
+    for name, reference in references.items():
+        ours, theirs = list(answers[name]), list(reference.token_ids)
+        assert len(ours) == len(theirs), f"{name}: {len(ours)} tokens for {len(theirs)}"
+        first = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if first is not None:
+            line = f"{name}: token {first} is {ours[first]}, not {theirs[first]} (gap {reference.gaps[first]:.2e})"
+            (excused if reference.gaps[first] < MAX_EXCUSED_GAP else wrong).append(line)
+    assert not wrong, "\n".join(wrong)
+    for line in excused:
+        print("excused:", line)
+    return excused

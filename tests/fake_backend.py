@@ -23,7 +23,7 @@ STAGES = TtftStages(reserve_s=0.001, queue_s=0.002, prefill_s=0.003, transfer_ex
 
 @dataclass
 class FakeBackend:
-    """Every choice continues with ``text``, one token an output, the choices taking turns.
+    """Every choice continues with ``text``, or what ``text_of`` says, one token an output, the choices taking turns.
 
     With ``hold_after`` outputs it waits until ``release`` is called from any thread; with ``fail_after`` it raises
     ``error``. ``ended`` is released once for each request that let go of all it had.
@@ -32,6 +32,7 @@ class FakeBackend:
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
     text: str = "The pools hand the prompt over."
+    text_of: Callable[[GenerateRequest, int], str] | None = None
     readiness_now: Readiness = field(default_factory=lambda: Readiness(num_decode=1, num_prefill=1))
     hold_after: int | None = None
     fail_after: int | None = None
@@ -80,7 +81,7 @@ class FakeBackend:
 
     def _choice(self, request: GenerateRequest, choice: int) -> list[TokenOutput]:
         sampling = request.sampling
-        ids = list(self.encode(self.text))
+        ids = list(self.encode(self.text if self.text_of is None else self.text_of(request, choice)))
         ids = (ids * (sampling.max_tokens // len(ids) + 1))[: sampling.max_tokens] if sampling.ignore_eos else ids
         detokenizer = Detokenizer(self.decode, stop=sampling.stop, min_tokens=sampling.min_tokens)
         outputs = []

@@ -51,12 +51,12 @@ def pop_generate(
 ) -> Generated:
     """The paper's shallow prefill, then greedy decoding at full depth. ``num_skipped == 0`` is the plain model."""
     cache: Cache = {}
-    _encode(model, ids[:-1], num_skipped, cache)
+    encode_shallow(model, ids[:-1], num_skipped, cache)
     token_ids: list[int] = []
     gaps: list[float] = []
     token_id = ids[-1]
     for position in range(len(ids) - 1, len(ids) - 1 + max_new_tokens):
-        logits = _head(model, _run(model, [token_id], position, _layers(model), cache))[0]
+        logits = logits_of(model, run_layers(model, [token_id], position, all_layers(model), cache))[0]
         token_id = int(logits.argmax())
         token_ids.append(token_id)
         gaps.append(_gap(logits))
@@ -85,11 +85,11 @@ def pop_logits(
     cache: Cache = {}
     if remove_everywhere:
         kept = range(len(model.model.layers) - num_skipped)
-        return _head(model, _run(model, ids, 0, kept, cache)[num_prompt_tokens - 1 :])
+        return logits_of(model, run_layers(model, ids, 0, kept, cache)[num_prompt_tokens - 1 :])
     num_shallow = num_prompt_tokens - 1 if boundary else num_prompt_tokens
-    shallow = _encode(model, ids[:num_shallow], num_skipped, cache, project=project)
-    deep = _run(model, ids[num_shallow:], num_shallow, _layers(model), cache)
-    return _head(model, deep if boundary else torch.cat([shallow[-1:], deep]))
+    shallow = encode_shallow(model, ids[:num_shallow], num_skipped, cache, project=project)
+    deep = run_layers(model, ids[num_shallow:], num_shallow, all_layers(model), cache)
+    return logits_of(model, deep if boundary else torch.cat([shallow[-1:], deep]))
 
 
 def token_nlls(logits: Tensor, ids: Sequence[int]) -> Tensor:
@@ -97,10 +97,10 @@ def token_nlls(logits: Tensor, ids: Sequence[int]) -> Tensor:
     return F.cross_entropy(logits[: len(ids)].double(), torch.tensor(list(ids)), reduction="none")
 
 
-def _encode(model: Any, ids: Sequence[int], num_skipped: int, cache: Cache, *, project: bool = True) -> Tensor:
+def encode_shallow(model: Any, ids: Sequence[int], num_skipped: int, cache: Cache, *, project: bool = True) -> Tensor:
     """Shallow prefill of the tokens ``0..len(ids)-1`` into ``cache``; their states after the last kept layer."""
     num_kept = len(model.model.layers) - num_skipped
-    states = _run(model, ids, 0, range(num_kept), cache)
+    states = run_layers(model, ids, 0, range(num_kept), cache)
     if project:
         rope = _rope(model, states, 0)
         for index in range(num_kept, len(model.model.layers)):
@@ -109,7 +109,7 @@ def _encode(model: Any, ids: Sequence[int], num_skipped: int, cache: Cache, *, p
     return states
 
 
-def _run(model: Any, ids: Sequence[int], start: int, layers: Iterable[int], cache: Cache) -> Tensor:
+def run_layers(model: Any, ids: Sequence[int], start: int, layers: Iterable[int], cache: Cache) -> Tensor:
     """Run ``ids``, at positions ``start..``, through ``layers``; K/V go to ``cache``. States ``[tokens, hidden]``."""
     states = model.model.embed_tokens(torch.tensor([list(ids)], dtype=torch.long))
     rope = _rope(model, states[0], start)
@@ -154,11 +154,11 @@ def _rotate(heads: Tensor, rope: Rope) -> Tensor:
     return heads * rope[0] + torch.cat([-high, low], dim=-1) * rope[1]
 
 
-def _head(model: Any, states: Tensor) -> Tensor:
+def logits_of(model: Any, states: Tensor) -> Tensor:
     return model.lm_head(model.model.norm(states))
 
 
-def _layers(model: Any) -> range:
+def all_layers(model: Any) -> range:
     return range(len(model.model.layers))
 
 

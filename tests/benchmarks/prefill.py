@@ -29,12 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import smollm2_reference
 
 from reference import pop_logits
+from texts import passages
 from shoal.config import load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
-
-PASSAGES = Path(__file__).parents[1] / "passages.json"
 
 
 def main() -> None:
@@ -115,7 +114,7 @@ def _measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
 
 
 def _prompt(served: Served, num_tokens: int) -> tuple[int, ...]:
-    text = "\n\n".join(json.loads(PASSAGES.read_text()))
+    text = "\n\n".join(passages().values())
     ids: list[int] = served.files.tokenizer().encode(text)
     return tuple((ids * (1 + num_tokens // len(ids)))[:num_tokens])
 
@@ -125,7 +124,7 @@ def _quality(served: Served) -> dict[str, float]:
     model = smollm2_reference(torch.float32)
     tokenizer = served.files.tokenizer()
     losses: dict[str, list[float]] = {"full": [], "shallow": []}
-    for passage in track(json.loads(PASSAGES.read_text()), description="quality"):
+    for passage in track(list(passages().values()), description="quality"):
         ids = tokenizer.encode(passage)
         split = len(ids) - 64
         for name, num_skipped in (("full", 0), ("shallow", served.plan.num_skipped)):

@@ -278,6 +278,16 @@ async def test_hello_once_more_changes_nothing(kind: str) -> None:
         await peer.channel.close()
 
 
+async def test_decode_can_end_a_session_by_itself(kind: str) -> None:
+    async with rig(kind) as both:
+        peer = RawPeer(await both.connect(both.address))
+        await peer.greet()
+        for session in tuple(both.server._sessions):
+            await session.close()
+        assert isinstance(await asyncio.wait_for(peer.until_gone(), 5), PeerGone)
+        await peer.channel.close()
+
+
 # --- shutting down --------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future
@@ -37,11 +38,15 @@ if TYPE_CHECKING:
     from shoal.directory import Entry, Role
 
 # Ray reads some of these when it's imported, so Ray is imported in functions here. What the user has set wins.
-_PRIVATE_ENVIRONMENT = {
+_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A call that comes late, after Ray is down, would start another Ray.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Log lines of replicas arrive as they were written: JSON stays JSON.
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_DEDUP_LOGS": "0",
+}
+_PRIVATE_ENVIRONMENT = {
     # Some of Ray's ports listen on all interfaces, guarded by a token. One of our own keeps the home folder clean.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
@@ -99,6 +104,8 @@ def running(
         try:
             with interrupts.held():
                 cluster.start_ray()
+            with interrupts.held():
+                cluster.start_serve()
             cluster.deploy()
             yield Cluster(config.ray.app_name, cluster.url)
         finally:
@@ -121,6 +128,7 @@ class _Start:
         self._home = RayThread("ray")
         self._folder: Path | None = None
         self._is_deployed = False
+        self._is_over = threading.Event()
         self._gateway: DeploymentHandle[Any] | None = None
         self._port = config.gateway.port
         if is_private(config):
@@ -132,19 +140,20 @@ class _Start:
         return url_of(self._config.gateway.host, self._port)
 
     def start_ray(self) -> None:
-        """Ray and Serve, without an application. Takes 5 to 10 s; not to be interrupted."""
-        self._on_progress(Progress("ray", 0, 1))
+        """Takes about 5 s; not to be interrupted."""
+        self._on_progress(Progress("ray", 0, 2))
+        environment = dict(_ENVIRONMENT)
         if is_private(self._config):
-            for name, value in _PRIVATE_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
+            environment |= _PRIVATE_ENVIRONMENT
             # Short: Linux allows a socket's path, which Ray makes in it, 107 characters.
             self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
         self._home.submit(self._start_ray).result()
-        self._on_progress(Progress("ray", 1, 1))
+        self._on_progress(Progress("ray", 1, 2))
 
     def _start_ray(self) -> None:
         import ray
-        from ray import serve
 
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -158,6 +167,15 @@ class _Start:
         missing = missing_resources(demand(self._config), ray.cluster_resources())  # type: ignore[no-untyped-call]
         if missing is not None:
             raise ConfigError(missing)
+
+    def start_serve(self) -> None:
+        """The controller and the HTTP server, if the cluster has none yet. Takes about 3 s; not to be interrupted."""
+        self._home.submit(self._start_serve).result()
+        self._on_progress(Progress("ray", 2, 2))
+
+    def _start_serve(self) -> None:
+        from ray import serve
+
         if self._app in serve.status().applications:
             raise ConfigError(f"the cluster already serves {self._app!r}: choose another name with ray.app_name")
         serve.start(
@@ -247,12 +265,14 @@ class _Start:
             if self._gateway is not None:
                 self._gateway.drain.remote().result(timeout_s=grace_s(self._config))
         finally:
-            serve.delete(self._app)
+            if not self._is_over.is_set():
+                serve.delete(self._app)
 
     def stop_ray(self) -> None:
         """End Ray's processes, if they are ours. Not to be interrupted."""
         import ray
 
+        self._is_over.set()
         ray.shutdown(wait_for_processes=True)
         self._home.close()
         if self._folder is not None:

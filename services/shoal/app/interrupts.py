@@ -31,11 +31,21 @@ class Interrupts:
         self._num_holds += 1
         try:
             yield
+        except BaseException:
+            self._noted = False
+            raise
         finally:
+            self._take()
             self._num_holds -= 1
         if self._noted and self._num_holds == 0:
             self._noted = False
             raise KeyboardInterrupt
+
+    def _take(self) -> None:
+        """Again, too: Ray's native code takes SIGTERM when it starts."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._handle)
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self._num_holds:
@@ -51,7 +61,8 @@ def caught() -> Iterator[Interrupts]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    before = {number: signal.signal(number, interrupts._handle) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    interrupts._take()
     try:
         yield interrupts
     finally:

@@ -63,7 +63,7 @@ class DecodeWorker:
         self._plan_hash = plan_hash
         self._config = config
         self._decode_text = decode_text
-        self._ask_prefill = ask_prefill
+        self.ask_prefill = ask_prefill
         self._metrics = metrics
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
 
@@ -116,6 +116,7 @@ class DecodeWorker:
             if isinstance(error, Cancelled | DeadlineExceeded):
                 raise
             return await self._fall_back(key, request, error, submitted_s, reserved_s)
+        ready_s = time.monotonic()  # before the engine is told: it may be done with the step before we hear of it
         num_present = len(request.prompt_token_ids) - 1
         await self._engine.call(lambda engine: engine.start(key, num_computed=num_present))
         report = HandoffReport(
@@ -126,7 +127,7 @@ class DecodeWorker:
             deep_bytes=arrived.deep_bytes,
             boundary_bytes=BOUNDARY_TOKEN_BYTES,
         )
-        return _Begun(report, submitted_s, reserved_s, time.monotonic(), arrived)
+        return _Begun(report, submitted_s, reserved_s, ready_s, arrived)
 
     def _depth_run(self, request: GenerateRequest) -> Depth:
         """Shallow only if some token is: not for a one-token prompt, nor in a plan that skips nothing."""
@@ -136,12 +137,12 @@ class DecodeWorker:
     def _wants_handoff(self, request: GenerateRequest) -> bool:
         """Through the prefill pool if its plan is the one asked for. With nothing skipped, both depths are one."""
         served = request.depth is Depth.SHALLOW or self._plan.num_skipped == 0
-        return served and self._ask_prefill is not None and len(request.prompt_token_ids) >= self._config.min_tokens
+        return served and self.ask_prefill is not None and len(request.prompt_token_ids) >= self._config.min_tokens
 
     async def _hand_off(self, request: GenerateRequest, blocks: tuple[int, ...], deadline_s: float) -> Arrived:
         """Grant a lease, ask prefill, and wait until the K/V are verified. On return or error the lease is over and
         nobody writes into ``blocks`` any more."""
-        if self._ask_prefill is None:
+        if self.ask_prefill is None:
             raise Unavailable("there is no prefill pool")
         lease_id = secrets.token_bytes(16)
         async with self._desk.open(lease_id, request.prompt_token_ids, blocks) as lease:
@@ -155,7 +156,7 @@ class DecodeWorker:
                 claim_timeout_s=self._config.claim_timeout_s,
                 context=replace(request.context, timeout_s=max(0.0, deadline_s - time.monotonic())),
             )
-            call = asyncio.ensure_future(self._ask_prefill(grant))
+            call = asyncio.ensure_future(self.ask_prefill(grant))
             arrived = asyncio.ensure_future(lease.arrived())
             try:
                 await asyncio.wait((call, arrived), return_when=asyncio.FIRST_COMPLETED)

@@ -95,7 +95,7 @@ class TextStream:
         text = self._decode(self._window)
         whole = text.rstrip(_REPLACEMENT)
         is_open = len(whole) < len(text)
-        self._num_open = self._num_open + 1 if is_open else 0
+        self._num_open = self._num_open + self._is_visible(token_id) if is_open else 0
         if len(whole) > self._num_sent:
             return self._send(whole, moves=not is_open)
         if self._num_open > _MAX_CHARACTER_TOKENS:
@@ -122,11 +122,16 @@ class TextStream:
     def _give_up(self, text: str) -> str:
         """These bytes are no character, whatever follows: only the last of them may still begin one."""
         new = text[self._num_sent : -1]
-        self._window = self._window[-(_MAX_CHARACTER_TOKENS - 1) :]
+        visible = [token_id for token_id in self._window if self._is_visible(token_id)]
+        self._window = visible[-(_MAX_CHARACTER_TOKENS - 1) :]
         self._num_settled = 0
         self._num_sent = len(self._decode(self._window)) - 1
         self._num_open = 1
         return new
+
+    def _is_visible(self, token_id: int) -> bool:
+        """A special token is none, and is no part of a character."""
+        return self._decode([token_id]) != ""
 
 
 class StopStrings:

@@ -19,6 +19,7 @@ from shoal.config import ShoalConfig
 from shoal.errors import PeerGone, ShoalError
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
+from shoal.gateway.draining import DrainingBackend
 from shoal.gateway.health import HealthServer
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
@@ -85,7 +86,7 @@ class GatewayReplica:
         self._exits.callback(server.close)
         self._tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(self._tokenizer.close)
-        self._backend = PoolBackend(settings.ray.app_name, decode)
+        self._backend = DrainingBackend(PoolBackend(settings.ray.app_name, decode))
         health = HealthServer(self._backend.readiness)
         await health.start(settings.gateway.host, settings.gateway.grpc_port)
         self._exits.push_async_callback(health.stop)
@@ -108,6 +109,10 @@ class GatewayReplica:
     async def _targets(self) -> list[Any]:
         entries = await asyncio.to_thread(directory.living, self._settings.ray.app_name)
         return list(targets_document(Target(entry.metrics_address, entry.role, entry.replica_id) for entry in entries))
+
+    async def drain(self) -> None:
+        """Refuse what is new; return when all that is open has finished, or was ended after ``handoff.drain_s``."""
+        await self._backend.drain(self._settings.handoff.drain_s)
 
     async def __del__(self) -> None:
         if hasattr(self, "_entry"):

@@ -181,17 +181,19 @@ def test_stop_strings_complete_before_min_tokens_are_text(text: str, stop: list[
     assert (got, detokenizer.stop_reason) == cut(text, stop, num_exempt=min_tokens)
 
 
-@given(st.text("ab", max_size=20), st.lists(short, min_size=1, max_size=3))
-def test_what_is_sent_could_not_have_been_part_of_a_stop_string(text: str, stop: list[str]) -> None:
-    detokenizer = Detokenizer(byte_level, stop=stop)
-    sent = ""
+@given(st.text("ab", max_size=20), st.lists(short, min_size=1, max_size=3), st.integers(0, 20))
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop_string(
+    text: str, stop: list[str], min_tokens: int
+) -> None:
+    detokenizer = Detokenizer(byte_level, stop=stop, min_tokens=min_tokens)
+    beginnings = {string[:size] for string in stop for size in range(len(string))}
+    num_sent = 0
     for position, token_id in enumerate(ids_of_bytes(text), start=1):
-        sent += detokenizer.add(token_id)
+        num_sent += len(detokenizer.add(token_id))
         if detokenizer.stop_reason is not None:
             break
-        held = text[len(sent) : position]
-        assert held == max((string[:size] for string in stop for size in range(len(string))
-                            if text[:position].endswith(string[:size])), key=len)  # fmt: skip
+        held = text[num_sent:position]
+        assert held == max((one for one in beginnings if text[:position].endswith(one)), key=len)
 
 
 def test_the_stop_string_that_completes_first_wins() -> None:
@@ -229,3 +231,9 @@ def test_a_stop_string_in_the_middle_of_a_token_cuts_the_token() -> None:
 @pytest.mark.parametrize("decode", [byte_level, byte_fallback])
 def test_no_tokens_are_no_text(decode: Callable[[Sequence[int]], str]) -> None:
     assert pieces(decode, []) == [""]
+
+
+def test_special_tokens_are_no_part_of_an_open_character() -> None:
+    special = BYTE_LEVEL.index(b"")
+    ids = [0xE4, *[special] * 8, 0xBD, special, 0xA0, 0x80, 0x80, *[special] * 6]
+    assert "".join(pieces(byte_level, ids)) == byte_level(ids) == "你\ufffd\ufffd"

@@ -36,11 +36,12 @@ class Recorder(GatewayObserver):
     last: list[tuple[float, int]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
-    _is_finished: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def wait_finished(self, timeout_s: float) -> None:
-        """A client has its answer a moment before the observer hears of it."""
-        assert self._is_finished.acquire(timeout=timeout_s)
+    def wait_finished(self, timeout_s: float = 10) -> None:
+        """Clients have their answers a moment before the observer hears of it: wait until it has, at least once."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: 0 < len(self.finished) == self.started, timeout_s)
 
     def request_started(self) -> None:
         self.started += 1
@@ -49,8 +50,9 @@ class Recorder(GatewayObserver):
         self, model: str, endpoint: str, status: int, duration_s: float, error_type: str = "none"
     ) -> None:
         assert duration_s >= 0
-        self.finished.append((model, endpoint, status, error_type))
-        self._is_finished.release()
+        with self._changed:
+            self.finished.append((model, endpoint, status, error_type))
+            self._changed.notify_all()
 
     def first_token(self, ttft_s: float, gateway_s: float, stages: TtftStages) -> None:
         self.first.append((ttft_s, gateway_s, stages))
@@ -133,4 +135,6 @@ def gateway(running: Gateway) -> Iterator[Gateway]:
     renew(running.backend, FakeBackend(running.backend.encode, running.backend.decode))
     renew(running.observer, Recorder())
     yield running
+    if running.observer.started:
+        running.observer.wait_finished()
     assert running.backend.num_running == 0

@@ -105,14 +105,22 @@ def test_each_of_n_choices_is_answered(gateway: Any, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_of_several_prompts_are_numbered_by_prompt(gateway: Any, stream: bool) -> None:
+    gateway.backend.text_of = lambda request, choice: f"prompt {request.prompt_token_ids} choice {choice}"
     answer = gateway.openai.completions.create(
-        model="smollm2", prompt=["One", "Two", "Three"], n=2, max_tokens=50, stream=stream
+        model="smollm2", prompt=[[7], [8], [9]], n=2, max_tokens=50, stream=stream
     )
     texts: dict[int, str] = {}
     for chunk in answer if stream else [answer]:
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + choice.text
-    assert texts == dict.fromkeys(range(6), TEXT)
+    assert texts == {
+        0: "prompt (7,) choice 0",
+        1: "prompt (7,) choice 1",
+        2: "prompt (8,) choice 0",
+        3: "prompt (8,) choice 1",
+        4: "prompt (9,) choice 0",
+        5: "prompt (9,) choice 1",
+    }
     assert len({request.context.request_id for request in gateway.backend.requests}) == 3
 
 

@@ -206,7 +206,7 @@ def test_leaving_while_sending_reaches_no_pool(gateway: Any) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
         connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{"model"')
-    gateway.observer.wait_finished(WAIT_S)
+    gateway.observer.wait_finished()
     assert gateway.observer.finished == [("", "completions", 499, "cancelled_error")]
     assert gateway.backend.requests == []
 
@@ -227,7 +227,7 @@ def test_one_client_leaving_leaves_the_others(gateway: Any, leaving: httpx.Clien
 def test_a_finished_request_is_told_once_with_its_times(gateway: Any) -> None:
     gateway.post(COMPLETIONS, {**PROMPT, "n": 2})
     observer = gateway.observer
-    observer.wait_finished(WAIT_S)
+    observer.wait_finished()
     assert observer.started == 1
     assert observer.finished == [("smollm2", "completions", 200, "none")]
     [(ttft_s, gateway_s, stages)] = observer.first
@@ -256,7 +256,7 @@ REFUSED = [
 @pytest.mark.parametrize(("body", "named", "status", "code"), REFUSED)
 def test_a_refused_request_is_told_with_its_reason(gateway: Any, body: Any, named: str, status: int, code: str) -> None:
     gateway.post(COMPLETIONS, body)
-    gateway.observer.wait_finished(WAIT_S)
+    gateway.observer.wait_finished()
     assert gateway.observer.finished == [(named, "completions", status, "invalid_request_error")]
     assert gateway.observer.refusals == [code]
     assert gateway.observer.first == []
@@ -268,7 +268,7 @@ def test_an_overloaded_pool_refuses_only_what_it_has_not_begun(
 ) -> None:
     gateway.backend.fail_after, gateway.backend.error = fail_after, Overloaded("full")
     gateway.post(COMPLETIONS, {**PROMPT, "stream": True})
-    gateway.observer.wait_finished(WAIT_S)
+    gateway.observer.wait_finished()
     assert gateway.observer.finished == [("smollm2", "completions", 429, "overloaded_error")]
     assert gateway.observer.refusals == refusals
 
@@ -278,7 +278,7 @@ def test_a_client_that_left_is_told_with_what_it_had_seen(gateway: Any, hold_aft
     gateway.backend.hold_after = hold_after
     with posted(gateway.url, COMPLETIONS, {**PROMPT, "stream": True}):
         assert gateway.backend.held.acquire(timeout=WAIT_S)
-    gateway.observer.wait_finished(WAIT_S)
+    gateway.observer.wait_finished()
     assert gateway.observer.finished == [("smollm2", "completions", 499, "cancelled_error")]
     assert gateway.observer.gone == [stage]
 

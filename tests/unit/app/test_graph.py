@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from shoal.app.graph import Replicas, bind, demand
+from shoal.config import ShoalConfig
+
+
+class Plain:
+    def __init__(self, config: dict[str, Any], handle: Any = None) -> None:
+        pass
+
+
+class Ingress(Plain):
+    def __serve_build_asgi_app__(self) -> None:
+        pass
+
+
+def chain(config: ShoalConfig) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Gateway, decode, prefill as deployed: (deployment, what it is given)."""
+    found = []
+    application = bind(config, Replicas(Ingress, Plain, Plain))
+    while application is not None:
+        bound = application._bound_deployment
+        found.append((bound, bound.init_args))
+        application = next((each for each in bound.init_args if hasattr(each, "_bound_deployment")), None)
+    return found
+
+
+def test_gateway_calls_decode_and_decode_calls_prefill():
+    assert [deployment.name for deployment, _ in chain(ShoalConfig())] == ["gateway", "decode", "prefill"]
+
+
+def test_each_replica_gets_the_whole_configuration_as_plain_data():
+    config = ShoalConfig(decode={"replicas": 3})
+    for _, arguments in chain(config):
+        assert ShoalConfig(**arguments[0]) == config
+
+
+def test_the_pools_lie_on_resources_of_their_own():
+    _, decode, prefill = (one for one, _ in chain(ShoalConfig(decode={"replicas": 3, "num_gpus": 0.5})))
+    assert decode.ray_actor_options["resources"] == {"decode": 1}
+    assert prefill.ray_actor_options["resources"] == {"prefill": 1}
+    assert (decode.num_replicas, prefill.num_replicas) == (3, 1)
+    assert (decode.ray_actor_options["num_gpus"], prefill.ray_actor_options["num_gpus"]) == (0.5, 0)
+
+
+def variables(config: ShoalConfig) -> dict[str, str]:
+    _, (decode, _), _ = chain(config)
+    found: dict[str, str] = decode.ray_actor_options["runtime_env"]["env_vars"]
+    return found
+
+
+def test_waiting_threads_leave_the_cores_to_the_other_pool():
+    assert variables(ShoalConfig())["OMP_WAIT_POLICY"] == "passive"
+
+
+@pytest.mark.parametrize(
+    ("config", "num_threads"),
+    [
+        (ShoalConfig(), str(len(os.sched_getaffinity(0)))),
+        (ShoalConfig(decode={"num_threads": 3}), "3"),
+        (ShoalConfig(ray={"address": "auto"}, decode={"num_threads": 3}), "3"),
+        (ShoalConfig(ray={"address": "auto"}), None),
+    ],
+    ids=["this machine's cores", "as configured", "as configured elsewhere", "the other machine's own"],
+)
+def test_threads_are_set_before_torch_loads(config: ShoalConfig, num_threads: str | None):
+    assert variables(config).get("OMP_NUM_THREADS") == num_threads
+
+
+def test_the_demand_is_what_all_replicas_need():
+    config = ShoalConfig(prefill={"replicas": 2, "num_cpus": 0.5}, decode={"replicas": 3, "num_cpus": 2, "num_gpus": 1})
+    assert demand(config) == {"CPU": 7, "GPU": 3, "prefill": 2, "decode": 3, "gateway": 1}
+
+
+def test_on_a_cluster_that_is_joined_the_gateway_may_run_anywhere():
+    assert "gateway" not in demand(ShoalConfig(ray={"address": "auto"}))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from shoal.app.interrupts import caught
+
+
+def send(number: signal.Signals) -> None:
+    """To this process; Python runs the handler before the next statement of the main thread."""
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_both_signals_raise_keyboard_interrupt(number: signal.Signals):
+    with caught(), pytest.raises(KeyboardInterrupt):
+        send(number)
+        threading.Event().wait(5)
+
+
+def test_a_signal_in_a_held_block_is_raised_after_it():
+    reached_the_end = False
+    with caught() as interrupts, pytest.raises(KeyboardInterrupt):
+        with interrupts.held():
+            send(signal.SIGTERM)
+            reached_the_end = True
+        pytest.fail("the signal was lost")
+    assert reached_the_end
+
+
+def test_a_held_signal_is_raised_once():
+    with caught() as interrupts:
+        with pytest.raises(KeyboardInterrupt), interrupts.held():
+            send(signal.SIGINT)
+            send(signal.SIGTERM)
+        with interrupts.held():
+            pass
+
+
+def test_the_error_of_a_held_block_goes_first_and_the_signal_is_dropped():
+    with caught() as interrupts:
+        with pytest.raises(ValueError, match="of the block"), interrupts.held():
+            send(signal.SIGINT)
+            raise ValueError("of the block")
+        with interrupts.held():
+            pass
+
+
+def test_signals_are_taken_again_from_who_took_them_in_a_held_block():
+    with caught() as interrupts:
+        with interrupts.held():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGTERM)
+            threading.Event().wait(5)
+
+
+def test_the_former_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with caught():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_off_the_main_thread_signals_stay_with_whoever_has_them():
+    before = signal.getsignal(signal.SIGINT)
+    within: list[object] = []
+
+    def run() -> None:
+        with caught() as interrupts, interrupts.held():
+            within.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert within == [before]

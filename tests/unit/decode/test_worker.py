@@ -1,0 +1,208 @@
+"""Both stages in one process over a tiny model: what a request goes through, and what it gives back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import save_tiny
+from reference import full_generate, pop_generate
+from shoal.config import load_config
+from shoal.errors import DeadlineExceeded, InvalidRequest, LeaseLost, Overloaded, ShoalError, Unavailable
+from shoal.local import LocalShoal, open_local
+from shoal.messages import (
+    Depth, FinishReason, GenerateRequest, Grant, HandoffOutcome, RequestContext, SamplingParams, TokenOutput,
+)  # fmt: skip
+
+SKIPPED = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return save_tiny(folder, dtype=torch.float32, layers=6)
+
+
+@pytest.fixture
+def opened(model: Any, folder: Path) -> Callable[..., Any]:
+    @asynccontextmanager
+    async def open_it(**overrides: Any) -> AsyncIterator[LocalShoal]:
+        stage = {"num_blocks": 64, "block_tokens": 4, "max_step_tokens": 16, "num_threads": 1}
+        config = load_config(
+            model={"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"},
+            prefill=stage | overrides.pop("prefill", {}),
+            decode=stage | overrides.pop("decode", {}),
+            **overrides,
+        )
+        async with open_local(config) as local:
+            yield local
+            await assert_nothing_held(local)
+
+    return open_it
+
+
+async def assert_nothing_held(local: LocalShoal) -> None:
+    """Leases end a moment after their request; the desk says when the last one has."""
+    await asyncio.wait_for(local.decode.desk.idle.wait(), 5)
+    while (await local.prefill.counts()).num_running:
+        await asyncio.sleep(0)
+    for stage in (local.prefill, local.decode):
+        counts = await stage.counts()
+        assert (counts.num_waiting, counts.num_reserved, counts.num_running) == (0, 0, 0)
+        assert counts.num_free_blocks == counts.num_blocks and counts.num_reserved_blocks == 0
+
+
+def request(prompt: list[int], depth: Depth = Depth.SHALLOW, timeout_s: float = 30.0, **sampling: Any) -> GenerateRequest:
+    params = SamplingParams(**{"max_tokens": 10, "temperature": 0.0, "ignore_eos": True} | sampling)
+    return GenerateRequest(RequestContext("test", timeout_s), "tiny", tuple(prompt), depth, params)
+
+
+async def collect(local: LocalShoal, asked: GenerateRequest) -> list[TokenOutput]:
+    return [output async for output in local.decode.worker.generate(asked)]
+
+
+def ids(outputs: list[TokenOutput], choice: int = 0) -> tuple[int, ...]:
+    return tuple(token for output in outputs if output.choice == choice for token in output.token_ids)
+
+
+PROMPT = [5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52, 33, 71, 28, 90, 14, 66, 8, 41, 25]
+
+
+async def test_a_shallow_prompt_goes_through_both_stages(opened: Any, model: Any):
+    async with opened() as local:
+        outputs = await collect(local, request(PROMPT))
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    report, stages = outputs[0].handoff, outputs[0].stages
+    assert report is not None and report.transferred and report.fallback is None
+    token_layer_bytes = 2 * 2 * 16 * 4
+    assert report.shallow_bytes == 3 * (len(PROMPT) - 1) * token_layer_bytes
+    assert report.deep_bytes == SKIPPED * (len(PROMPT) - 1) * token_layer_bytes and report.boundary_bytes == 4
+    assert stages is not None and stages.prefill_s > 0 and stages.boundary_step_s > 0
+    assert stages.transfer_exposed_s >= 0
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert all(output.handoff is None for output in outputs[1:])
+
+
+async def test_full_depth_and_one_token_prompts_are_prefilled_by_decode(opened: Any, model: Any):
+    async with opened() as local:
+        for prompt, depth in ((PROMPT, Depth.FULL), ([7], Depth.SHALLOW)):
+            outputs = await collect(local, request(prompt, depth))
+            assert ids(outputs) == full_generate(model, prompt, 10).token_ids
+            report = outputs[0].handoff
+            assert report is not None and not report.transferred and report.fallback is None
+            assert report.depth is Depth.FULL
+
+
+async def test_many_at_once_are_one_by_one(opened: Any, model: Any):
+    prompts = [PROMPT[:length] for length in range(2, 24)]
+    async with opened() as local:
+        answers = await asyncio.gather(*(collect(local, request(prompt)) for prompt in prompts))
+    for prompt, outputs in zip(prompts, answers, strict=True):
+        assert ids(outputs) == pop_generate(model, prompt, 10, SKIPPED).token_ids
+        assert outputs[0].handoff is not None and outputs[0].handoff.transferred
+
+
+async def test_choices_share_one_transfer(opened: Any, model: Any):
+    async with opened() as local:
+        outputs = await collect(local, request(PROMPT, num_choices=3))
+    for choice in range(3):
+        assert ids(outputs, choice) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    assert sum(output.handoff is not None for output in outputs) == 1
+
+
+@pytest.mark.parametrize(
+    "failure", [LeaseLost("gone"), Overloaded("full"), Unavailable("no replica"), None], ids=lambda error: str(error)
+)
+async def test_a_failed_hand_off_is_prefilled_locally_at_the_same_depth(
+    opened: Any, model: Any, failure: ShoalError | None
+):
+    async def ask_prefill(grant: Grant) -> HandoffOutcome:
+        if failure is not None:
+            raise failure
+        return HandoffOutcome(grant.lease_id, committed=False, reason="prefill_queue_timeout")
+
+    async with opened() as local:
+        local.decode.worker.ask_prefill = ask_prefill
+        outputs = await collect(local, request(PROMPT))
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    report = outputs[0].handoff
+    assert report is not None and not report.transferred and report.depth is Depth.SHALLOW
+    assert report.fallback == (failure.code if failure else "handoff_failed")
+
+
+async def test_the_deadline_ends_a_request_that_waits_for_prefill(opened: Any):
+    started = asyncio.Event()
+
+    async def never(_grant: Grant) -> HandoffOutcome:
+        started.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with opened() as local:
+        local.decode.worker.ask_prefill = never
+        with pytest.raises(DeadlineExceeded):
+            await collect(local, request(PROMPT, timeout_s=0.2))
+        assert started.is_set()
+
+
+@pytest.mark.parametrize("num_outputs", [0, 1, 3])
+async def test_leaving_after_some_outputs_frees_everything(opened: Any, num_outputs: int):
+    async with opened() as local:
+        outputs = local.decode.worker.generate(request(PROMPT, max_tokens=100))
+        for _ in range(num_outputs):
+            await anext(outputs)
+        await outputs.aclose()
+
+
+async def test_leaving_while_prefill_works_frees_both_stages(opened: Any):
+    async with opened(prefill={"max_step_tokens": 1}) as local:
+        task = asyncio.create_task(collect(local, request(PROMPT * 8, max_tokens=4)))
+        while not local.decode.desk.table.counts.get("streaming"):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_what_never_fits_is_refused_and_a_full_queue_says_so(opened: Any):
+    async with opened(decode={"max_queued": 2, "max_sequences": 1}) as local:
+        with pytest.raises(InvalidRequest, match="KV"):
+            await collect(local, request(PROMPT, max_tokens=400))
+        asked = [asyncio.create_task(collect(local, request(PROMPT, max_tokens=40))) for _ in range(8)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+        assert refused and len(refused) < 8
+        assert all(isinstance(answer, list | Overloaded) for answer in answers)
+
+
+async def test_a_stop_string_ends_one_choice_and_the_engine_stops_working_on_it(opened: Any):
+    async with opened() as local:
+        free = "".join(output.text for output in await collect(local, request(PROMPT, max_tokens=30)))
+        stop = free[5:7]
+        outputs = await collect(local, request(PROMPT, max_tokens=30, stop=(stop,)))
+    assert "".join(output.text for output in outputs) == free[: free.index(stop)]
+    assert outputs[-1].finish_reason is FinishReason.STOP and outputs[-1].stop_reason == stop
+
+
+async def test_min_tokens_holds_back_the_end_token(opened: Any, model: Any):
+    eos = model.config.eos_token_id
+    async with opened() as local:
+        hot = [request([1, seed], temperature=5.0, max_tokens=60, seed=seed, ignore_eos=False) for seed in range(2, 30)]
+        answers = await asyncio.gather(*(collect(local, one) for one in hot))
+        ended = [(one, ids(outputs)) for one, outputs in zip(hot, answers, strict=True) if ids(outputs)[-1] == eos]
+        assert ended, "no answer ended by itself: nothing is tested"
+        for one, tokens in ended:
+            longer = replace(one, sampling=replace(one.sampling, min_tokens=len(tokens) + 1))
+            again = ids(await collect(local, longer))
+            assert len(again) > len(tokens) and eos not in again[: len(tokens)]

@@ -1,6 +1,7 @@
-"""A program that serves the stand-ins until a signal ends it, as ``shoal serve`` does: ``standin_cluster.py FOLDER``.
+"""A program that serves the stand-ins until a signal ends it, as ``shoal serve`` does.
 
-Prints ``starting``, then ``ready URL``, and ``stopped`` at the end. FOLDER gets the stand-ins' diary.
+``standin_cluster.py FOLDER [PORT]`` prints ``starting``, then ``ready URL``, and ``stopped`` at the end. FOLDER gets
+the stand-ins' diary.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ def stand_ins() -> Replicas:
     return Replicas(StandInGateway, StandInDecode, StandInPrefill)
 
 
-def small_config(folder: str) -> ShoalConfig:
-    return ShoalConfig(model={"name": folder}, gateway={"port": 0}, handoff={"drain_s": 1})
+def small_config(folder: str, port: int = 0) -> ShoalConfig:
+    return ShoalConfig(model={"name": folder}, gateway={"port": port}, handoff={"drain_s": 1})
 
 
 def main() -> None:
     try:
         print("starting", flush=True)
-        with running(small_config(sys.argv[1]), replicas=stand_ins()) as cluster:
+        with running(small_config(*sys.argv[1:2], *map(int, sys.argv[2:])), replicas=stand_ins()) as cluster:
             print("ready", cluster.url, flush=True)
             cluster.wait()
     except KeyboardInterrupt:

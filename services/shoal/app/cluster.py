@@ -11,8 +11,6 @@ A private cluster's processes end with this one, however it ends; a cluster that
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -28,6 +26,7 @@ from shoal.app.graph import Replicas, bind, demand, grace_s, is_private, num_rep
 from shoal.app.interrupts import caught
 from shoal.app.ports import free_port, require_free, url_of
 from shoal.app.progress import OnProgress, Progress
+from shoal.app.ray_settings import init_options, serve_logging, set_environment
 from shoal.app.ray_thread import RayThread
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, Unavailable
@@ -37,19 +36,6 @@ if TYPE_CHECKING:
 
     from shoal.directory import Entry, Role
 
-# Ray reads some of these when it's imported, so Ray is imported in functions here. What the user has set wins.
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A call that comes late, after Ray is down, would start another Ray.
-    "RAY_ENABLE_AUTO_CONNECT": "0",
-    # Log lines of replicas arrive as they were written: JSON stays JSON.
-    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-    "RAY_DEDUP_LOGS": "0",
-}
-_PRIVATE_ENVIRONMENT = {
-    # Some of Ray's ports listen on all interfaces, guarded by a token. One of our own keeps the home folder clean.
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-}
 _WATCH_PERIOD_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -99,6 +85,7 @@ def running(
     Raises ConfigError before anything starts if the port is taken or the cluster lacks resources, and the replica's own
     ShoalError (or Unavailable with its traceback) if one can't start.
     """
+    set_environment(config)
     cluster = _Start(config, replicas or Replicas.shipped(), on_progress or (lambda _progress: None), show_logs)
     with caught() as interrupts:
         try:
@@ -120,12 +107,15 @@ class _Start:
     """What has been started, and so must be ended."""
 
     def __init__(self, config: ShoalConfig, replicas: Replicas, on_progress: OnProgress, show_logs: bool) -> None:
+        import ray
+
+        if ray.is_initialized():
+            raise ConfigError("Ray runs in this process already: leave that cluster before you start another")
         self._config = config
         self._replicas = replicas
         self._on_progress = on_progress
         self._show_logs = show_logs
         self._app = config.ray.app_name
-        self._home = RayThread("ray")
         self._folder: Path | None = None
         self._is_deployed = False
         self._is_over = threading.Event()
@@ -134,6 +124,11 @@ class _Start:
         if is_private(config):
             self._port = self._port or free_port(config.gateway.host)
             require_free(config.gateway.host, self._port)
+        elif not self._port:
+            raise ConfigError(
+                "say which port: a cluster that is joined has no free one of its own (--port, gateway.port)"
+            )
+        self._home = RayThread("ray")
 
     @property
     def url(self) -> str:
@@ -142,13 +137,9 @@ class _Start:
     def start_ray(self) -> None:
         """Takes about 5 s; not to be interrupted."""
         self._on_progress(Progress("ray", 0, 2))
-        environment = dict(_ENVIRONMENT)
         if is_private(self._config):
-            environment |= _PRIVATE_ENVIRONMENT
             # Short: Linux allows a socket's path, which Ray makes in it, 107 characters.
             self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
-        for name, value in environment.items():
-            os.environ.setdefault(name, value)
         self._home.submit(self._start_ray).result()
         self._on_progress(Progress("ray", 1, 2))
 
@@ -158,7 +149,9 @@ class _Start:
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            ray.init(log_to_driver=self._show_logs, logging_level=logging.ERROR, **self._cluster_options())
+            ray.init(
+                log_to_driver=self._show_logs, logging_level=logging.ERROR, **init_options(self._config, self._folder)
+            )
         except ConnectionError as error:
             raise ConfigError(
                 f"there is no Ray cluster at {self._config.ray.address}: start one with 'ray start --head', or leave "
@@ -175,30 +168,17 @@ class _Start:
 
     def _start_serve(self) -> None:
         from ray import serve
+        from ray.serve.context import _get_global_client
 
         if self._app in serve.status().applications:
             raise ConfigError(f"the cluster already serves {self._app!r}: choose another name with ray.app_name")
         serve.start(
-            http_options={"host": self._config.gateway.host, "port": self._port}, logging_config=_quiet(self._config)
+            http_options={"host": self._config.gateway.host, "port": self._port},
+            logging_config=serve_logging(self._config),
         )
-
-    def _cluster_options(self) -> dict[str, Any]:
-        if not is_private(self._config):
-            return {"address": self._config.ray.address}
-        # Logical amounts: what the pools ask for is there, however small the machine is.
-        resources = demand(self._config)
-        num_cpus = resources.pop("CPU", 0.0)
-        num_gpus = resources.pop("GPU", 0.0)
-        return {
-            "address": "local",
-            "_node_ip_address": "127.0.0.1",
-            "_temp_dir": str(self._folder),
-            "include_dashboard": False,
-            "num_cpus": max(1, -int(-num_cpus // 1)),
-            # Ray looks for real ones unless it's told that there are none to look for.
-            **({} if num_gpus else {"num_gpus": 0}),
-            "resources": resources,
-        }
+        if (client := _get_global_client()) is not None:
+            # A cluster that has an HTTP server already keeps it as it is.
+            self._port = client.http_config.port
 
     def deploy(self) -> None:
         """Returns when every replica is ready and the HTTP server answers."""
@@ -206,7 +186,10 @@ class _Start:
 
         self._is_deployed = True
         target = serve.RunTarget(
-            bind(self._config, self._replicas), name=self._app, route_prefix="/", logging_config=_quiet(self._config)
+            bind(self._config, self._replicas),
+            name=self._app,
+            route_prefix="/",
+            logging_config=serve_logging(self._config),
         )
         deployed = self._home.submit(serve.run_many, [target])
         shown: set[Progress] = set()
@@ -285,10 +268,3 @@ def _daemons_live() -> bool:
 
     node = worker._global_node
     return node is not None and not node.dead_processes()
-
-
-def _quiet(config: ShoalConfig) -> Any:
-    """Serve's own logs; the replicas' are Shoal's, which name every request already."""
-    from ray.serve.schema import LoggingConfig
-
-    return LoggingConfig(log_level="DEBUG" if config.log.level == "debug" else "WARNING", enable_access_log=False)

@@ -149,11 +149,16 @@ def _keep_top_p(scaled: Tensor, limits: list[float]) -> None:
     if not restricted:
         return
     at = torch.tensor(restricted, device=scaled.device)
-    values, order = scaled[at].sort(dim=-1, descending=True, stable=True)
-    probabilities = values.softmax(dim=-1)
-    removed = probabilities.cumsum(dim=-1) - probabilities >= _column([limits[i] for i in restricted], scaled)
-    removed[:, 0] = False
-    scaled[at] = torch.empty_like(values).scatter_(1, order, values.masked_fill(removed, -torch.inf))
+    limit = _column([limits[i] for i in restricted], scaled)
+    probabilities = scaled[at].softmax(dim=-1)
+    # All tokens below (1 - p) / vocab hold less than 1 - p together, so p is reached without them: few are sorted.
+    num_likely = max(1, int((probabilities >= (1 - limit) / scaled.shape[-1]).sum(dim=-1).amax()))
+    likely = probabilities.topk(num_likely, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = probabilities.gather(1, likely).sort(dim=-1, descending=True, stable=True)
+    kept = values.cumsum(dim=-1) - values < limit
+    kept[:, 0] = True
+    removed = torch.ones_like(probabilities, dtype=torch.bool).scatter_(1, likely.gather(1, order), ~kept)
+    scaled[at] = scaled[at].masked_fill(removed, -torch.inf)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -100,6 +100,14 @@ def test_draws_are_those_of_the_plain_sampler(params: SamplingParams):
     assert [one.token_id for one in sample(logits, rows)] == expected
 
 
+@pytest.mark.parametrize("top_p", [0.1, 0.6, 0.95, 0.9999])
+def test_top_p_of_many_tokens_with_equals_is_that_of_the_plain_sampler(top_p: float):
+    logits = (3 * random_logits(12, 2000)).bfloat16()
+    params = replace(FREE, top_p=top_p)
+    expected = [plain_draw(plain_distribution(row.tolist(), params), uniform(7, 0, i)) for i, row in enumerate(logits)]
+    assert [one.token_id for one in sample(logits, [SampleRow(params, 0, i, i) for i in range(12)])] == expected
+
+
 @pytest.mark.parametrize("params", OPTIONS, ids=str)
 def test_draws_have_the_distribution_of_the_options(params: SamplingParams):
     num_draws = 4000

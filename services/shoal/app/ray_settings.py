@@ -1,0 +1,61 @@
+"""How Ray and Serve are set up: their environment, the private cluster's size, and what they may say."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.app.graph import demand, is_private
+from shoal.config import ShoalConfig
+
+if TYPE_CHECKING:
+    from ray.serve.schema import LoggingConfig
+
+# Ray reads some of these when it's imported, so it's imported after they are set. What the user has set wins.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A call that comes late, after Ray is down, would start another Ray.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # Log lines of replicas arrive as they were written: JSON stays JSON.
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    "RAY_DEDUP_LOGS": "0",
+}
+_PRIVATE_ENVIRONMENT = {
+    # Some of Ray's ports listen on all interfaces, guarded by a token. One of our own keeps the home folder clean.
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
+
+
+def set_environment(config: ShoalConfig) -> None:
+    for name, value in (_ENVIRONMENT | (_PRIVATE_ENVIRONMENT if is_private(config) else {})).items():
+        os.environ.setdefault(name, value)
+
+
+def init_options(config: ShoalConfig, folder: Path | None) -> dict[str, Any]:
+    """Arguments of ``ray.init``. ``folder`` is where a private cluster keeps its sockets and logs."""
+    if not is_private(config):
+        return {"address": config.ray.address}
+    # Logical amounts: what the pools ask for is there, however small the machine is.
+    resources = demand(config)
+    num_cpus = resources.pop("CPU", 0.0)
+    num_gpus = resources.pop("GPU", 0.0)
+    return {
+        "address": "local",
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": str(folder),
+        "include_dashboard": False,
+        "num_cpus": max(1, math.ceil(num_cpus)),
+        # Ray looks for real ones unless it's told that there are none to look for.
+        **({} if num_gpus else {"num_gpus": 0}),
+        "resources": resources,
+    }
+
+
+def serve_logging(config: ShoalConfig) -> LoggingConfig:
+    """Serve's own logs; the replicas' are Shoal's, which name every request already."""
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="DEBUG" if config.log.level == "debug" else "WARNING", enable_access_log=False)

@@ -28,7 +28,9 @@ class TestCluster:
 
     def complete(self, prompts: Mapping[str, Sequence[int]], **fields: Any) -> dict[str, list[int]]:
         """All prompts at once, each a request of its own; the first choice's token ids."""
-        return {name: answer["shoal"]["choices"][0]["token_ids"] for name, answer in self.ask(prompts, **fields).items()}
+        return {
+            name: answer["shoal"]["choices"][0]["token_ids"] for name, answer in self.ask(prompts, **fields).items()
+        }
 
     def ask(self, prompts: Mapping[str, Sequence[int]], **fields: Any) -> dict[str, dict[str, Any]]:
         """The same with whole answers."""

@@ -27,13 +27,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import smollm2_reference
-
 from reference import pop_logits
-from texts import passages
 from shoal.config import load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
+from texts import passages
 
 
 def main() -> None:

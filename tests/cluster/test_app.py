@@ -250,4 +250,4 @@ def test_a_killed_program_takes_all_its_processes_with_it(tmp_path: Path):
     with program(tmp_path) as one:
         one.read("ready")
         one.process.kill()
-        assert eventually(lambda: one._pids() == [], within_s=15)
+        assert eventually(lambda: one._pids() == [], within_s=40)

@@ -88,7 +88,9 @@ def test_log_probabilities_name_the_token_taken_first(client: openai.OpenAI):
     assert len(content) == answer.usage.completion_tokens
     for token in content:
         assert token.token == token.top_logprobs[0].token and token.logprob == token.top_logprobs[0].logprob
-        assert [top.logprob for top in token.top_logprobs] == sorted((t.logprob for t in token.top_logprobs), reverse=True)
+        assert [top.logprob for top in token.top_logprobs] == sorted(
+            (t.logprob for t in token.top_logprobs), reverse=True
+        )
         assert token.logprob <= 0
     legacy = client.completions.create(model="smollm2", prompt=TEXT, max_tokens=5, logprobs=2, temperature=0)
     assert len(legacy.choices[0].logprobs.token_logprobs) == 5

@@ -18,7 +18,14 @@ from shoal.config import load_config
 from shoal.errors import DeadlineExceeded, InvalidRequest, LeaseLost, Overloaded, ShoalError, Unavailable
 from shoal.local import LocalShoal, open_local
 from shoal.messages import (
-    Depth, FinishReason, GenerateRequest, Grant, HandoffOutcome, RequestContext, SamplingParams, TokenOutput,
+    Depth,
+    FinishReason,
+    GenerateRequest,
+    Grant,
+    HandoffOutcome,
+    RequestContext,
+    SamplingParams,
+    TokenOutput,
 )  # fmt: skip
 
 SKIPPED = 3
@@ -63,7 +70,9 @@ async def assert_nothing_held(local: LocalShoal) -> None:
         assert counts.num_free_blocks == counts.num_blocks and counts.num_reserved_blocks == 0
 
 
-def request(prompt: list[int], depth: Depth = Depth.SHALLOW, timeout_s: float = 30.0, **sampling: Any) -> GenerateRequest:
+def request(
+    prompt: list[int], depth: Depth = Depth.SHALLOW, timeout_s: float = 30.0, **sampling: Any
+) -> GenerateRequest:
     params = SamplingParams(**{"max_tokens": 10, "temperature": 0.0, "ignore_eos": True} | sampling)
     return GenerateRequest(RequestContext("test", timeout_s), "tiny", tuple(prompt), depth, params)
 

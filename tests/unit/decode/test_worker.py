@@ -131,7 +131,7 @@ async def test_choices_share_one_transfer(opened: Any, model: Any):
 
 
 @pytest.mark.parametrize(
-    "failure", [LeaseLost("gone"), Overloaded("full"), Unavailable("no replica"), None], ids=lambda error: str(error)
+    "failure", [LeaseLost("gone"), Overloaded("full"), Unavailable("no replica"), None], ids=str
 )
 async def test_a_failed_hand_off_is_prefilled_locally_at_the_same_depth(
     opened: Any, model: Any, failure: ShoalError | None

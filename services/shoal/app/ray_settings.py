@@ -24,8 +24,8 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
 }
 _PRIVATE_ENVIRONMENT = {
-    # If its head is killed, nobody starts it again: the rest shall not wait a minute for that.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
+    # Ray replaces 127.0.0.1 by the address of another interface unless it thinks that this is such a system.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Some of Ray's ports listen on all interfaces, guarded by a token. One of our own keeps the home folder clean.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }

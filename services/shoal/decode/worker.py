@@ -17,6 +17,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import structlog
+
 from shoal.config import HandoffConfig
 from shoal.decode.stream import ChoiceStreams
 from shoal.engine.client import EngineClient, Inbox, TokenSampled
@@ -28,6 +30,7 @@ from shoal.transfer.decode_side import Arrived, HandoffDesk
 
 AskPrefill = Callable[[Grant], Awaitable[HandoffOutcome]]
 BOUNDARY_TOKEN_BYTES = 4
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,7 @@ class DecodeWorker:
         self, key: str, request: GenerateRequest, error: ShoalError, submitted_s: float, reserved_s: float
     ) -> _Begun:
         self._metrics.fell_back("local", error.code)
+        _log.warning("a hand-off failed: decode computes the prompt itself", reason=error.code)
         await self._engine.call(lambda engine: engine.start(key))
         report = HandoffReport(self._depth_run(request), transferred=False, fallback=error.code)
         return _Begun(report, submitted_s, reserved_s, time.monotonic())

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import structlog
 
 from shoal.errors import Cancelled, DeadlineExceeded, InternalError, ShoalError
 from shoal.gateway.backend import GatewayObserver
 from shoal.gateway.generation import Generation
+
+_log = structlog.get_logger(__name__)
 
 
 class Exchange:
@@ -48,4 +52,21 @@ class Exchange:
         elif error is not None and not has_output and not isinstance(error, InternalError | DeadlineExceeded):
             self._observer.rejected(error.code)
         status, error_type = (200, "none") if error is None else (error.http_status, error.type)
-        self._observer.request_finished(self.model, self._endpoint, status, self._clock() - self.arrived_s, error_type)
+        duration_s = self._clock() - self.arrived_s
+        self._observer.request_finished(self.model, self._endpoint, status, duration_s, error_type)
+        _log.info("request answered", endpoint=self._endpoint, status=status, duration_s=duration_s, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """For the log: sizes and times, and nothing that a client wrote."""
+        code = {} if self._error is None else {"code": self._error.code}
+        if self.generation is None:
+            return code
+        ttft_s = min((timing.ttft_s for timing in self.generation.timings.values()), default=None)
+        return {
+            **code,
+            "model": self.model,
+            "depth": str(self.generation.depth),
+            "num_prompt_tokens": self.generation.num_prompt_tokens,
+            "num_output_tokens": self.generation.num_completion_tokens,
+            "ttft_s": ttft_s,
+        }

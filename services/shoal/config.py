@@ -72,7 +72,7 @@ class StageConfig(_Frozen):
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(512, description="Tokens one forward may run.")
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
-    max_queued: Annotated[int, Field(ge=0)] = Field(256, description="Requests that may wait; more get 429.")
+    max_queued: Annotated[int, Field(ge=1)] = Field(256, description="Requests that may wait; more get 429.")
     skip_layers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Must agree between the two pools; leave it to model.skip_layers."
     )

@@ -55,6 +55,7 @@ class SamplingParams:
     ``temperature == 0`` is greedy. ``top_k == 0`` and ``top_p == 1`` mean no restriction.
     ``seed`` is always set: the gateway fixes it, so that a re-run continues identically.
     ``num_logprobs`` is ``None`` for no log-probabilities, else how many alternatives to report.
+    ``may_shorten``: nobody asked for ``max_tokens``, so it may be cut to what the KV pool holds.
     """
 
     max_tokens: int
@@ -68,6 +69,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
+    may_shorten: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.app.failures import explain, missing_resources
 from shoal.app.graph import Replicas, bind, demand, grace_s, is_private, num_replicas
-from shoal.app.interrupts import caught
+from shoal.app.interrupts import Interrupts, caught
 from shoal.app.ports import free_port, require_free, url_of
 from shoal.app.progress import OnProgress, Progress
 from shoal.app.ray_settings import init_options, serve_logging, set_environment
@@ -32,11 +32,12 @@ from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
     from shoal.directory import Entry, Role
 
-_WATCH_PERIOD_S = 0.2
+_WATCH_PERIOD_S = 0.1
+_GIVE_UP_S = 3.0
 
 log = logging.getLogger(__name__)
 
@@ -89,18 +90,14 @@ def running(
     cluster = _Start(config, replicas or Replicas.shipped(), on_progress or (lambda _progress: None), show_logs)
     with caught() as interrupts:
         try:
-            with interrupts.held():
-                cluster.start_ray()
-            with interrupts.held():
-                cluster.start_serve()
+            cluster.start(interrupts)
             cluster.deploy()
             yield Cluster(config.ray.app_name, cluster.url)
         finally:
             try:
                 cluster.drain()
             finally:
-                with interrupts.held():
-                    cluster.stop_ray()
+                cluster.stop(interrupts)
 
 
 class _Start:
@@ -119,6 +116,7 @@ class _Start:
         self._folder: Path | None = None
         self._is_deployed = False
         self._is_over = threading.Event()
+        self._calls: list[Future[Any]] = []
         self._gateway: DeploymentHandle[Any] | None = None
         self._port = config.gateway.port
         if is_private(config):
@@ -134,14 +132,16 @@ class _Start:
     def url(self) -> str:
         return url_of(self._config.gateway.host, self._port)
 
-    def start_ray(self) -> None:
-        """Takes about 5 s; not to be interrupted."""
+    def start(self, interrupts: Interrupts) -> None:
+        """Ray, then Serve: 5 to 10 s, in two steps that are not to be interrupted."""
         self._on_progress(Progress("ray", 0, 2))
         if is_private(self._config):
             # Short: Linux allows a socket's path, which Ray makes in it, 107 characters.
             self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
-        self._home.submit(self._start_ray).result()
+        interrupts.wait(self._home.submit(self._start_ray))
         self._on_progress(Progress("ray", 1, 2))
+        interrupts.wait(self._home.submit(self._start_serve))
+        self._on_progress(Progress("ray", 2, 2))
 
     def _start_ray(self) -> None:
         import ray
@@ -161,15 +161,12 @@ class _Start:
         if missing is not None:
             raise ConfigError(missing)
 
-    def start_serve(self) -> None:
-        """The controller and the HTTP server, if the cluster has none yet. Takes about 3 s; not to be interrupted."""
-        self._home.submit(self._start_serve).result()
-        self._on_progress(Progress("ray", 2, 2))
-
     def _start_serve(self) -> None:
         from ray import serve
-        from ray.serve.context import _get_global_client
+        from ray.serve.context import _get_global_client, _set_global_client
 
+        # Serve remembers its controller beyond Ray's end; a cluster that this process had before had another one.
+        _set_global_client(None)  # type: ignore[no-untyped-call]
         if self._app in serve.status().applications:
             raise ConfigError(f"the cluster already serves {self._app!r}: choose another name with ray.app_name")
         serve.start(
@@ -192,6 +189,7 @@ class _Start:
             logging_config=serve_logging(self._config),
         )
         deployed = self._home.submit(serve.run_many, [target])
+        self._calls.append(deployed)
         shown: set[Progress] = set()
         # Serve tells nobody of its progress; it has to be asked.
         while not futures.wait([deployed], timeout=_WATCH_PERIOD_S).done:
@@ -232,37 +230,52 @@ class _Start:
 
         if not (self._is_deployed and ray.is_initialized()):
             return
-        drained = RayThread("drain").submit(self._take_back)
-        limit_s = 2 * grace_s(self._config)
-        # A Ray that was killed doesn't answer, so it can't be waited for alone.
-        for _ in range(int(limit_s / _WATCH_PERIOD_S)):
+        drained = RayThread("ray-drain").submit(self._take_back)
+        self._calls.append(drained)
+        # A Ray that was killed doesn't answer, so the answer can't be waited for alone.
+        for _ in range(int(2 * grace_s(self._config) / _WATCH_PERIOD_S)):
             if futures.wait([drained], timeout=_WATCH_PERIOD_S).done or not _daemons_live():
                 break
         if not drained.done() or drained.exception() is not None:
             log.warning("open requests were cut off: the cluster did not drain")
 
     def _take_back(self) -> None:
+        """Ends soon after ``_is_over``: Ray ends the process in which a call outlives it."""
         from ray import serve
 
         try:
             if self._gateway is not None:
-                self._gateway.drain.remote().result(timeout_s=grace_s(self._config))
+                drained: Any = self._gateway.drain.remote()
+                while not (_has_result(drained, _WATCH_PERIOD_S) or self._is_over.is_set()):
+                    pass
         finally:
             if not self._is_over.is_set():
-                serve.delete(self._app)
+                serve.delete(self._app, _blocking=False)
+        while self._app in serve.status().applications and not self._is_over.wait(_WATCH_PERIOD_S):
+            pass
 
-    def stop_ray(self) -> None:
-        """End Ray's processes, if they are ours. Not to be interrupted."""
-        import ray
-        from ray.serve.context import _set_global_client
-
+    def stop(self, interrupts: Interrupts) -> None:
+        """End Ray's processes, if they are ours: 1 to 3 s, not to be interrupted."""
         self._is_over.set()
+        interrupts.wait(RayThread("ray-stop").submit(self._stop))
+
+    def _stop(self) -> None:
+        import ray
+
+        futures.wait(self._calls, timeout=_GIVE_UP_S)
         ray.shutdown(wait_for_processes=True)
-        # Serve remembers its controller beyond Ray's end; the next cluster of this process has another one.
-        _set_global_client(None)  # type: ignore[no-untyped-call]
         self._home.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _has_result(response: DeploymentResponse[Any], within_s: float) -> bool:
+    """Whether a call has returned; raises what it raised."""
+    try:
+        response.result(timeout_s=within_s)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _daemons_live() -> bool:

@@ -9,10 +9,16 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TAKE_PERIOD_S = 0.02
 
 
 class Interrupts:
@@ -41,8 +47,15 @@ class Interrupts:
             self._noted = False
             raise KeyboardInterrupt
 
+    def wait(self, future: Future[T]) -> T:
+        """The result of ``future``, with signals held until it's there."""
+        with self.held():
+            while not futures.wait([future], timeout=_TAKE_PERIOD_S).done:
+                # Ray's native code takes SIGTERM when it starts, and gives it to the system when it ends.
+                self._take()
+            return future.result()
+
     def _take(self) -> None:
-        """Again, too: Ray's native code takes SIGTERM when it starts."""
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._handle)

@@ -26,6 +26,8 @@ _ENVIRONMENT = {
 _PRIVATE_ENVIRONMENT = {
     # Ray replaces 127.0.0.1 by the address of another interface unless it thinks that this is such a system.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # On a small machine a busy replica may take longer than 0.1 s to say how busy it is.
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
     # Some of Ray's ports listen on all interfaces, guarded by a token. One of our own keeps the home folder clean.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -33,7 +35,13 @@ class DecodeReplica:
         metrics = serve_metrics(registry, settings.metrics.host, ports.first, ports.last)
         self._exits.callback(metrics.close)
         self._stage = await self._exits.enter_async_context(
-            open_decode(settings, registry, self._ask_prefill, on_progress=_report_loading)
+            open_decode(
+                settings,
+                registry,
+                self._ask_prefill,
+                has_prefill=LivingPool(settings.ray.app_name, "prefill").is_there,
+                on_progress=_report_loading,
+            )
         )
         handoff = settings.handoff
         address = await self._stage.server.listen(
@@ -67,8 +75,8 @@ class DecodeReplica:
         }
 
     async def check_health(self) -> None:
-        if not self._stage.engine.is_alive:
-            raise Unavailable("the engine thread has ended")
+        if not self._stage.engine.is_healthy:
+            raise Unavailable("the engine has stopped, or all of its last steps failed")
 
     async def __del__(self) -> None:
         if hasattr(self, "_entry"):
@@ -85,6 +93,32 @@ class DecodeReplica:
         except (RayError, RayServeException) as error:
             raise known_error(error) from error
         return outcome
+
+
+class LivingPool:
+    """Whether any replica of a pool lives. A yes is believed for ``BELIEVED_S``, and asked for again beside it."""
+
+    BELIEVED_S = 1.0
+
+    def __init__(self, app_name: str, role: directory.Role) -> None:
+        self._app_name = app_name
+        self._role = role
+        self._seen_s = -math.inf
+        self._asking: asyncio.Task[bool] | None = None
+
+    async def is_there(self) -> bool:
+        now_s = time.monotonic()
+        if now_s - self._seen_s < self.BELIEVED_S:
+            return True
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        # A pool that was just there most likely still is: nobody waits for the answer.
+        return True if now_s - self._seen_s < 2 * self.BELIEVED_S else await asyncio.shield(self._asking)
+
+    async def _ask(self) -> bool:
+        there = bool(await asyncio.to_thread(directory.living, self._app_name, self._role))
+        self._seen_s = time.monotonic() if there else -math.inf
+        return there
 
 
 def known_error(error: Exception) -> ShoalError:

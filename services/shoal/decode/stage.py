@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -47,6 +47,7 @@ async def open_decode(
     registry: CollectorRegistry,
     ask_prefill: AskPrefill | None,
     *,
+    has_prefill: Callable[[], Awaitable[bool]] | None = None,
     transport: Transport = Transport.GRPC,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[DecodeStage]:
@@ -60,7 +61,16 @@ async def open_decode(
         held_bytes=parameters.num_bytes, full_model_bytes=served.spec.num_parameters * served.dtype.itemsize
     )
     core = build_engine(config, Stage.DECODE, served, parameters, device=device)
-    engine = EngineClient(core, name="shoal-decode", on_step=_on_step(metrics))
+    meter = StepMeter(metrics)
+
+    def on_step(output: StepOutput) -> None:
+        meter(output)
+        if output.num_rows:
+            metrics.step(output.ended_s - output.started_s, output.num_sequences)
+        if output.wants_blocks:
+            worker.give_up_youngest()
+
+    engine = EngineClient(core, name="shoal-decode", on_step=on_step)
     sink = PoolSink(core.runner.pool)
     desk = HandoffDesk(
         sink,
@@ -78,6 +88,7 @@ async def open_decode(
         config=config.handoff,
         decode_text=decode_with(served.files.tokenizer()),
         ask_prefill=ask_prefill,
+        has_prefill=has_prefill,
         metrics=metrics,
     )
     try:
@@ -91,14 +102,3 @@ async def open_decode(
 def _kv_shape(served: Served) -> KvShape:
     token_layer_bytes = layout_of(served, Stage.DECODE, block_tokens=1).token_layer_bytes
     return KvShape(served.plan_hash, served.plan.num_layers, served.plan.num_kept, token_layer_bytes)
-
-
-def _on_step(metrics: DecodeMetrics) -> Callable[[StepOutput], None]:
-    meter = StepMeter(metrics)
-
-    def on_step(output: StepOutput) -> None:
-        meter(output)
-        if output.num_rows:
-            metrics.step(output.ended_s - output.started_s, output.num_sequences)
-
-    return on_step

@@ -22,11 +22,12 @@ import structlog
 from shoal.config import HandoffConfig
 from shoal.decode.stream import ChoiceStreams
 from shoal.engine.client import EngineClient, Inbox, TokenSampled
-from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, ShoalError, Unavailable
+from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, OutOfBlocks, ShoalError, Unavailable
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
 from shoal.telemetry import DecodeMetrics
 from shoal.transfer.decode_side import Arrived, HandoffDesk
+from shoal.transfer.lease import ENDED, Lease
 
 AskPrefill = Callable[[Grant], Awaitable[HandoffOutcome]]
 BOUNDARY_TOKEN_BYTES = 4
@@ -46,7 +47,7 @@ class _Begun:
 
 class DecodeWorker:
     """``ask_prefill`` sends a grant to some prefill replica and returns when its lease has ended; ``None`` where
-    there is no prefill pool."""
+    there is no prefill pool. ``has_prefill`` says whether a replica of it lives: a call to none would just wait."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class DecodeWorker:
         decode_text: Callable[[Sequence[int]], str],
         ask_prefill: AskPrefill | None,
         metrics: DecodeMetrics,
+        has_prefill: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._engine = engine
         self._desk = desk
@@ -68,6 +70,8 @@ class DecodeWorker:
         self._decode_text = decode_text
         self.ask_prefill = ask_prefill
         self._metrics = metrics
+        self._has_prefill = has_prefill
+        self._given_up: Lease | None = None
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
@@ -102,15 +106,17 @@ class DecodeWorker:
     async def _begin(self, key: str, request: GenerateRequest, inbox: Inbox, deadline_s: float) -> _Begun:
         submitted_s = time.monotonic()
         hold = self._wants_handoff(request)
+        fallback = None
+        if hold and self._has_prefill is not None and not await self._has_prefill():
+            hold, fallback = False, self._count_fallback("no_prefill")
         await self._engine.call(
             lambda engine: engine.submit_generate(
                 key, request.prompt_token_ids, request.depth, request.sampling, hold=hold
             )
         )
         if not hold:
-            return _Begun(
-                HandoffReport(self._depth_run(request), transferred=False), submitted_s, submitted_s, submitted_s
-            )
+            report = HandoffReport(self._depth_run(request), transferred=False, fallback=fallback)
+            return _Begun(report, submitted_s, submitted_s, submitted_s)
         blocks = (await inbox.reserved()).blocks
         reserved_s = time.monotonic()
         try:
@@ -176,6 +182,19 @@ class DecodeWorker:
                 self._calls.add(call)
                 call.add_done_callback(self._call_ended)
 
+    def give_up_youngest(self) -> None:
+        """A running sequence wants blocks: the youngest lease that no prefill works on yet gives up its own."""
+        if self._given_up is not None and self._given_up.state not in ENDED:
+            return  # one at a time
+        self._given_up = self._desk.table.youngest_unclaimed
+        if self._given_up is not None:
+            self._given_up.cancel(OutOfBlocks("an older sequence needs the blocks"))
+
+    def _count_fallback(self, reason: str) -> str:
+        self._metrics.fell_back("local", reason)
+        _log.warning("no hand-off: decode computes the prompt itself", reason=reason)
+        return reason
+
     def _call_ended(self, call: asyncio.Future[HandoffOutcome]) -> None:
         self._calls.discard(call)
         if not call.cancelled():
@@ -184,9 +203,11 @@ class DecodeWorker:
     async def _fall_back(
         self, key: str, request: GenerateRequest, error: ShoalError, submitted_s: float, reserved_s: float
     ) -> _Begun:
-        self._metrics.fell_back("local", error.code)
-        _log.warning("a hand-off failed: decode computes the prompt itself", reason=error.code)
-        await self._engine.call(lambda engine: engine.start(key))
+        self._count_fallback(error.code)
+        if isinstance(error, OutOfBlocks):  # an older sequence wants them
+            await self._engine.call(lambda engine: engine.requeue(key))
+        else:
+            await self._engine.call(lambda engine: engine.start(key))
         report = HandoffReport(self._depth_run(request), transferred=False, fallback=error.code)
         return _Begun(report, submitted_s, reserved_s, time.monotonic())
 

@@ -11,7 +11,7 @@ import torch
 
 from shoal.config import Dtype, ShoalConfig, StageConfig
 from shoal.engine.attention import attend
-from shoal.engine.engine import Engine
+from shoal.engine.engine import Engine, StepOutput
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
@@ -115,14 +115,21 @@ def warm_up(engine: Engine, stage: Stage) -> None:
     if stage is Stage.PREFILL:
         engine.submit_prefill(_WARM_UP, num_tokens)
         engine.step()
-        engine.start(_WARM_UP)
-        engine.step()
+        engine.start(_WARM_UP, prompt=(0,) * num_tokens)
+        _checked(engine.step())
     else:
         for depth in (Depth.SHALLOW, Depth.FULL):
             engine.submit_generate(_WARM_UP, (0,) * num_tokens, depth, SamplingParams(max_tokens=2, temperature=0.0))
-            while not engine.step().is_idle:
+            while not _checked(engine.step()).is_idle:
                 pass
     engine.finish(_WARM_UP)
+
+
+def _checked(output: StepOutput) -> StepOutput:
+    """A replica whose first step fails must not become ready."""
+    for failure in output.failures:
+        raise failure.error
+    return output
 
 
 def layout_of(served: Served, stage: Stage, block_tokens: int) -> KvLayout:

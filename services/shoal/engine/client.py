@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,8 @@ from shoal.engine.thread import EngineThread
 from shoal.errors import InternalError, ShoalError, Unavailable
 
 T = TypeVar("T")
+# A replica whose steps fail so often in a row is replaced: it isn't the requests' fault any more.
+MAX_FAILED_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,13 @@ class EngineClient:
         self._inboxes: dict[str, Inbox] = {}
         self._on_step = on_step
         self._first_step_s: dict[str, float] = {}
+        self._num_failed_in_a_row = 0
         self._thread = EngineThread(engine, asyncio.get_running_loop(), self._deliver, self._died, name=name)
 
     @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive
+    def is_healthy(self) -> bool:
+        """The thread lives, and its last steps did not all fail."""
+        return self._thread.is_alive and self._num_failed_in_a_row < MAX_FAILED_STEPS
 
     @contextmanager
     def open(self, request_id: str) -> Iterator[Inbox]:
@@ -97,7 +101,7 @@ class EngineClient:
         finally:
             del self._inboxes[request_id]
             self._first_step_s.pop(request_id, None)
-            if self._thread.is_alive:
+            with suppress(Unavailable):  # an engine that has stopped holds nothing any more
                 self._thread.post(lambda engine: engine.finish(request_id))
 
     async def call(self, command: Callable[[Engine], T]) -> T:
@@ -122,6 +126,10 @@ class EngineClient:
             self._put(token.request_id, TokenSampled(token, output.ended_s))
         for failure in output.failures:
             self._put(failure.request_id, failure)
+        if output.failures:
+            self._num_failed_in_a_row += 1
+        elif output.num_rows:
+            self._num_failed_in_a_row = 0
         if self._on_step is not None:
             self._on_step(output)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,6 +64,7 @@ class StepOutput:
     """What one step brought. Times are monotonic seconds of this process.
 
     ``reserved`` are the requests that now hold blocks for their whole prompt, with their block tables.
+    ``wants_blocks``: a running sequence waits for blocks that reserved ones hold, and the youngest should be given up.
     """
 
     started_s: float
@@ -75,6 +76,7 @@ class StepOutput:
     tokens: tuple[TokenEvent, ...] = ()
     chunks: tuple[PrefillChunk, ...] = ()
     failures: tuple[FailureEvent, ...] = ()
+    wants_blocks: bool = False
 
     @property
     def is_idle(self) -> bool:
@@ -106,6 +108,9 @@ class Engine:
     ) -> None:
         """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``."""
         num_shallow = self.runner.decoder.plan.num_shallow_tokens(len(prompt), depth)
+        room = self.scheduler.num_tokens_held - len(prompt) + 1
+        if sampling.may_shorten and 0 < room < sampling.max_tokens:
+            sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         self._submit(Sequence(request_id, prompt, num_shallow, sampling, hold=hold))
 
     def submit_prefill(self, request_id: str, num_prompt_tokens: int) -> None:
@@ -128,6 +133,11 @@ class Engine:
                 raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
             sequence.prompt = prompt
         self.scheduler.start(sequence, num_computed)
+
+    def requeue(self, request_id: str) -> None:
+        """A held request gives up its blocks; it will compute its prompt here when its turn comes."""
+        for sequence in self._sequences.get(request_id, {}).values():
+            self.scheduler.requeue(sequence)
 
     def chunk_sent(self, request_id: str) -> None:
         """A chunk is on its way: the next may be computed."""
@@ -160,24 +170,37 @@ class Engine:
         reserved = tuple((item.request_id, tuple(item.blocks)) for item in self.scheduler.admit())
         plan = self.scheduler.schedule()
         if not plan.rows:
-            return StepOutput(started_s, self._clock(), self.counts(), reserved=reserved)
+            return StepOutput(
+                started_s, self._clock(), self.counts(), reserved=reserved, wants_blocks=plan.wants_blocks
+            )
         for item in plan.rows:
             if item.sequence.first_step_s is None:
                 item.sequence.first_step_s = started_s
         try:
             logits, chunks = self.runner.run(plan)
-            tokens = self._advance(plan, logits)
+            tokens, failures = self._advance(plan, logits)
         except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along
             _log.exception("a step failed")
             failed = [self._fail(item.sequence, error) for item in plan.rows]
+            for item in plan.rows:  # choices that this very step forked
+                self.finish(item.sequence.request_id)
             return StepOutput(
                 started_s, self._clock(), self.counts(), plan.num_rows, reserved=reserved, failures=tuple(failed)
             )
         return StepOutput(
-            started_s, self._clock(), self.counts(), plan.num_rows, len(plan.rows), reserved, tokens, tuple(chunks)
+            started_s,
+            self._clock(),
+            self.counts(),
+            plan.num_rows,
+            len(plan.rows),
+            reserved,
+            tuple(tokens),
+            tuple(chunks),
+            tuple(failures),
+            plan.wants_blocks,
         )
 
-    def _advance(self, plan: StepPlan, logits: torch.Tensor | None) -> tuple[TokenEvent, ...]:
+    def _advance(self, plan: StepPlan, logits: torch.Tensor | None) -> tuple[list[TokenEvent], list[FailureEvent]]:
         """Note what is computed and sample where a sequence is complete."""
         wanted: list[tuple[Sequence, SampleRow]] = []
         row_index = 0
@@ -190,9 +213,18 @@ class Engine:
                 wanted += [(choice, self._sample_row(choice, row_index)) for choice in self._choices(item)]
                 row_index += 1
         if logits is None or not wanted:
-            return ()
-        sampled = sample(logits, [row for _, row in wanted])
-        return tuple(self._accept(sequence, one) for (sequence, _), one in zip(wanted, sampled, strict=True))
+            return [], []
+        try:
+            sampled: list[Sampled | InternalError] = [*sample(logits, [row for _, row in wanted])]
+        except InternalError:
+            sampled = [_sample_alone(logits, row) for _, row in wanted]
+        tokens, failures = [], []
+        for (sequence, _), one in zip(wanted, sampled, strict=True):
+            if isinstance(one, InternalError):
+                failures.append(self._fail(sequence, one))
+            else:
+                tokens.append(self._accept(sequence, one))
+        return tokens, failures
 
     def _choices(self, item: ScheduledRows) -> list[Sequence]:
         """The sequence itself and, right after its boundary step, the forks of its other choices."""
@@ -248,3 +280,11 @@ class Engine:
             self._finish(sequence)
         known = error if isinstance(error, ShoalError) else InternalError("the engine failed on this request")
         return FailureEvent(sequence.request_id, sequence.choice, known)
+
+
+def _sample_alone(logits: torch.Tensor, row: SampleRow) -> Sampled | InternalError:
+    """A row that can't be sampled, say because its logits are NaN, must not take the others along."""
+    try:
+        return sample(logits, [row])[0]
+    except InternalError as error:
+        return error

@@ -3,7 +3,7 @@
 First in, first out. Every step, running sequences get one token each (or the next chunk of their prompt), oldest
 first, within a token budget; what is left of it admits waiting ones. When a running sequence needs a block and none is
 free, the youngest running one gives up all of its blocks and goes back to the head of the queue; it is recomputed from
-its tokens, each with the depth it had.
+its tokens, each with the depth it had. While reserved ones hold blocks, the last one running waits for those instead.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ class ScheduledRows:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first copy blocks ``(source, target)``, then run the rows."""
+    """One step: first copy blocks ``(source, target)``, then run the rows.
+
+    ``wants_blocks`` says that a running sequence waits for blocks which reserved ones hold.
+    """
 
     rows: tuple[ScheduledRows, ...]
     copies: tuple[tuple[int, int], ...]
+    wants_blocks: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -70,6 +74,7 @@ class Scheduler:
         self.reserved: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._wants_blocks = False
         self.max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
         self._max_queued = max_queued
@@ -82,10 +87,16 @@ class Scheduler:
         if len(self.waiting) >= self._max_queued:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after_s=1.0)
         most = self.num_tokens_at_end(sequence)
-        if self.layout.num_blocks_for(most) > self.allocator.num_blocks:
-            limit = self.allocator.num_blocks * self.layout.block_tokens
-            raise InvalidRequest(f"prompt and answer need {most} tokens of KV, this pool holds {limit}", param="prompt")
+        if most > self.num_tokens_held:
+            raise InvalidRequest(
+                f"prompt and answer need {most} tokens of KV, this pool holds {self.num_tokens_held}", param="prompt"
+            )
         self.waiting.append(sequence)
+
+    @property
+    def num_tokens_held(self) -> int:
+        """How many tokens' K/V the whole pool holds."""
+        return self.allocator.num_blocks * self.layout.block_tokens
 
     def num_tokens_at_end(self, sequence: Sequence) -> int:
         """K/V slots a sequence holds when it is done: the last token sampled is never run."""
@@ -100,6 +111,13 @@ class Scheduler:
         self.reserved.remove(sequence)
         sequence.num_computed = num_computed
         self._run(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """A reserved sequence gives up its blocks, and will compute its prompt here when its turn comes."""
+        if sequence.phase is not Phase.RESERVED:
+            raise InternalError(f"{sequence.request_id} is {sequence.phase.name}, not RESERVED")
+        self.reserved.remove(sequence)
+        self._back_to_waiting(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Give back everything; a second time is a no-op."""
@@ -131,7 +149,7 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Move waiting sequences on while the head of the queue fits; return those that are now reserved."""
         reserved = []
-        while self.waiting and len(self.running) + len(self.reserved) < self._max_sequences:
+        while self.waiting and self._has_place_for(self.waiting[0]):
             head = self.waiting[0]
             # One token more than is known: else a sequence could come back only to give way again at once.
             tokens = min(head.num_to_compute + 1, self.num_tokens_at_end(head))
@@ -151,6 +169,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Choose the next step's rows; empty if nothing can run now."""
         budget = self.max_step_tokens
+        self._wants_blocks = False
         rows: list[ScheduledRows] = []
         copies: list[tuple[int, int]] = []
         for sequence in self._in_order():
@@ -164,7 +183,7 @@ class Scheduler:
                 continue
             rows.append(ScheduledRows(sequence, sequence.num_computed, end))
             budget -= wanted
-        return StepPlan(tuple(rows), tuple(copies))
+        return StepPlan(tuple(rows), tuple(copies), self._wants_blocks)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -185,6 +204,11 @@ class Scheduler:
     def _run(self, sequence: Sequence) -> None:
         sequence.phase = Phase.RUNNING
         self.running.append(sequence)
+
+    def _has_place_for(self, head: Sequence) -> bool:
+        """Choices that are yet to fork count already. One with more choices than places may run alone."""
+        taken = sum(sequence.num_places for sequence in (*self.running, *self.reserved))
+        return taken == 0 or taken + head.num_places <= self._max_sequences
 
     def _may_reserve(self, num_blocks: int) -> bool:
         # A prompt larger than the share may still go alone, or it would wait for ever.
@@ -223,17 +247,24 @@ class Scheduler:
         Rows that this very step already gave to the victim are taken back with their copies.
         """
         victim = self.running[-1]
+        if self.reserved:
+            self._wants_blocks = True
+            if victim is asking:
+                return False  # reserved ones are younger: it keeps what it has until one of them gives way
         self.num_preemptions += 1
         mine = set(victim.blocks)
         rows[:] = [item for item in rows if item.sequence is not victim]
         copies[:] = [pair for pair in copies if pair[1] not in mine]
         self.running.remove(victim)
-        self._give_up_blocks(victim)
-        victim.phase = Phase.WAITING
-        victim.num_computed = 0
-        victim.hold = False
-        self.waiting.appendleft(victim)
+        self._back_to_waiting(victim)
         return victim is not asking
+
+    def _back_to_waiting(self, sequence: Sequence) -> None:
+        self._give_up_blocks(sequence)
+        sequence.phase = Phase.WAITING
+        sequence.num_computed = 0
+        sequence.hold = False
+        self.waiting.appendleft(sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.blocks)

@@ -4,7 +4,7 @@
 
     WAITING ──admit──> RESERVED ──start──> RUNNING ──> FINISHED
        │                 (hold)               │  ^
-       └──────────admit───────────────────────┘  └── preempt: back to WAITING, blocks given up
+       └──────────admit───────────────────────┘  └── preempt, requeue: back to WAITING, blocks given up
 
 ``RESERVED`` holds blocks for the whole prompt while someone else decides: decode waits for K/V to arrive, prefill for
 its claim to be accepted. Everything that can be computed is a property.
@@ -56,6 +56,11 @@ class Sequence:
     def num_to_compute(self) -> int:
         """Tokens whose K/V must exist before the next one can be sampled (or the prompt is ready to ship)."""
         return len(self.prompt) + len(self.output) if self.sampled else len(self.prompt) - 1
+
+    @property
+    def num_places(self) -> int:
+        """How many sequences this is, or will be once its choices fork."""
+        return self.sampling.num_choices if not self.choice and not self.output else 1
 
     @property
     def num_pending(self) -> int:

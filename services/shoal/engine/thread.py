@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shoal.engine.engine import Engine, StepOutput
 from shoal.errors import Unavailable
@@ -41,6 +41,7 @@ class EngineThread:
         self._deliver = deliver
         self._died = died
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -52,6 +53,8 @@ class EngineThread:
     async def call(self, command: Callable[[Engine], T]) -> T:
         """Run ``command`` between two steps and return (or raise) what it does."""
         future: asyncio.Future[T] = self._loop.create_future()
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
 
         def run(engine: Engine) -> None:
             try:
@@ -93,11 +96,20 @@ class EngineThread:
             while self._obey(wait=not may_run):
                 output = self._engine.step()
                 may_run = not output.is_idle
-                if may_run or output.counts != counts:
+                if may_run or output.wants_blocks or output.counts != counts:
                     counts = output.counts
                     self._on_loop(self._deliver, output)
+        except Exception:  # noqa: BLE001 - the thread's edge: whoever waits is told below
+            _log.exception("the engine thread failed")
         finally:
-            self._on_loop(self._died)
+            self._on_loop(self._ended)
+
+    def _ended(self) -> None:
+        """Whoever still waits for a command would wait for ever."""
+        self._closed = True
+        for future in tuple(self._pending):
+            _set_exception(future, Unavailable("this replica's engine has stopped"))
+        self._died()
 
     def _obey(self, *, wait: bool) -> bool:
         """Run all commands that are here (waiting for one first if told to). False once closed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +19,7 @@ from shoal.config import ShoalConfig
 from shoal.errors import PeerGone, ShoalError
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
+from shoal.gateway.deadline import until_deadline
 from shoal.gateway.draining import DrainingBackend
 from shoal.gateway.health import HealthServer
 from shoal.gateway.tokenizer import Tokenizer
@@ -36,6 +37,10 @@ from shoal.telemetry import (
 )  # fmt: skip
 
 
+# Decode ends a request at its deadline and says so; only if nothing is heard of it does the gateway.
+_GRACE_S = 1.0
+
+
 class PoolBackend:
     """The decode pool, through its Serve handle."""
 
@@ -46,8 +51,9 @@ class PoolBackend:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         outputs = self._decode.generate.remote(request)
         try:
-            async for output in outputs:
-                yield output
+            async with aclosing(until_deadline(outputs, request.context.timeout_s + _GRACE_S)) as timely:
+                async for output in timely:
+                    yield output
         except (RayError, RayServeException) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             if isinstance(cause, ShoalError):

@@ -42,7 +42,7 @@ _STREAM_HEADERS = [
 ]
 
 B = TypeVar("B", bound=Body)
-Encode = Callable[[Tokenizer, B], Awaitable[Sequence[Sequence[int]]]]
+Encode = Callable[[Tokenizer, B, int], Awaitable[Sequence[Sequence[int]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,10 @@ class Services:
 
 
 class Endpoint(Generic[B]):
-    """An ASGI application for one route. ``name`` is the metrics' label, ``encode`` gives each prompt's token ids."""
+    """An ASGI application for one route. ``name`` is the metrics' label, ``encode`` gives each prompt's token ids.
+
+    ``encode`` is told the model's context in tokens, and may refuse what can't fit it.
+    """
 
     def __init__(
         self, name: str, kind: type[B], answer_format: AnswerFormat, encode: Encode[B], services: Services
@@ -91,8 +94,8 @@ class Endpoint(Generic[B]):
         body = _with_depth_header(body, headers)
         exchange.model = body.model
         model = find_model(services.models, body.model)
-        check_limits(body, services.config)
-        prompts = await self._encode(services.tokenizer, body)
+        check_limits(body, model, services.config)
+        prompts = await self._encode(services.tokenizer, body, model.max_context_tokens)
         request_id = request_id_of(scope)
         context = RequestContext(
             request_id=request_id,
@@ -113,8 +116,11 @@ class Endpoint(Generic[B]):
 def completions(services: Services) -> Endpoint[CompletionBody]:
     """POST /v1/completions"""
 
-    async def encode(tokenizer: Tokenizer, body: CompletionBody) -> list[Sequence[int]]:
-        return [await tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+    async def encode(tokenizer: Tokenizer, body: CompletionBody, max_tokens: int) -> list[Sequence[int]]:
+        return [
+            await tokenizer.encode(prompt, max_tokens=max_tokens) if isinstance(prompt, str) else prompt
+            for prompt in body.prompt
+        ]
 
     return Endpoint("completions", CompletionBody, CompletionFormat(), encode, services)
 
@@ -122,8 +128,8 @@ def completions(services: Services) -> Endpoint[CompletionBody]:
 def chat_completions(services: Services) -> Endpoint[ChatBody]:
     """POST /v1/chat/completions"""
 
-    async def encode(tokenizer: Tokenizer, body: ChatBody) -> list[Sequence[int]]:
-        return [await tokenizer.encode_chat(body.messages)]
+    async def encode(tokenizer: Tokenizer, body: ChatBody, max_tokens: int) -> list[Sequence[int]]:
+        return [await tokenizer.encode_chat(body.messages, max_tokens=max_tokens)]
 
     return Endpoint("chat_completions", ChatBody, ChatFormat(), encode, services)
 

@@ -11,18 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import TemplateError
+from tokenizers.decoders import ByteLevel
 
 from shoal.engine.detokenizer import decode_with
-from shoal.errors import InvalidRequest
+from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.gateway.schema import Message
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
 
 # About a millisecond's work.
 MAX_INLINE_CHARS = 4096
+# What the template does for a message takes as long as encoding so many characters.
+_MESSAGE_CHARS = 64
 
 
 class Tokenizer:
@@ -35,6 +39,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._decode = decode_with(tokenizer)
+        self._longest_token_bytes = _longest_token_bytes(self._backend)
         self._max_inline_chars = max_inline_chars
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
@@ -43,15 +48,32 @@ class Tokenizer:
         """Token ids are below this; added tokens count."""
         return len(self._tokenizer)
 
-    async def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of ``text`` with the special tokens that the tokenizer puts around a text."""
-        return await self._run(len(text), lambda: self._encode(text, add_special_tokens=True))
+    async def encode(self, text: str, *, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Ids of ``text`` with the special tokens that the tokenizer puts around a text.
 
-    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of a conversation up to where the assistant speaks. Raises InvalidRequest if the template refuses it."""
-        # The template writes the special tokens itself.
-        size = sum(len(message.content) for message in messages)
-        return await self._run(size, lambda: self._encode(self.render(messages), add_special_tokens=False))
+        Raises ContextLengthExceeded, without encoding it, for a text of more bytes than ``max_tokens`` could stand
+        for. A shorter one may still have more tokens.
+        """
+
+        def work() -> tuple[int, ...]:
+            self._check_fits(text, max_tokens, "prompt")
+            return self._encode(text, add_special_tokens=True)
+
+        return await self._run(len(text), work)
+
+    async def encode_chat(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Ids of a conversation up to where the assistant speaks. ``max_tokens`` is as for ``encode``.
+
+        Raises InvalidRequest if the template refuses it.
+        """
+
+        def work() -> tuple[int, ...]:
+            text = self.render(messages)
+            self._check_fits(text, max_tokens, "messages")
+            return self._encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+
+        num_chars = sum(len(message.content) + len(message.name or "") + _MESSAGE_CHARS for message in messages)
+        return await self._run(num_chars, work)
 
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation as the text that the model was trained on."""
@@ -75,9 +97,37 @@ class Tokenizer:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Not ``encode``, which would hold the interpreter's lock, and so the event loop, all along.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
+
+    def _check_fits(self, text: str, max_tokens: int | None, param: str) -> None:
+        if max_tokens is None or self._longest_token_bytes is None:
+            return
+        num_bytes = len(text.encode())
+        if num_bytes > max_tokens * self._longest_token_bytes:
+            raise ContextLengthExceeded(
+                f"{param}: {num_bytes} bytes are more than the model's context of {max_tokens} tokens can hold: "
+                "shorten the prompt",
+                param=param,
+            )
 
     async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
         if num_chars <= self._max_inline_chars:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _longest_token_bytes(backend: Backend) -> int | None:
+    """The most bytes of text that one token stands for; ``None`` where that isn't known.
+
+    It is where a text's bytes become tokens as they are: no normalizer that shortens it, no token for all unknown
+    ones, none that takes the spaces around it too. Bytes that the vocabulary lacks count, though they are dropped.
+    """
+    added = backend.get_added_tokens_decoder().values()
+    is_plain = backend.normalizer is None and isinstance(backend.decoder, ByteLevel)
+    if not is_plain or any(token.lstrip or token.rstrip for token in added):
+        return None
+    # A byte-level vocabulary writes each byte as one character; added tokens are the text itself.
+    written = map(len, backend.get_vocab(with_added_tokens=False))
+    return max(*written, *(len(token.content.encode()) for token in added))

@@ -36,7 +36,7 @@ def find_model(models: Iterable[ServedModel], name: str) -> ServedModel:
     raise ModelNotFound("this model isn't served here: GET /v1/models lists those that are", param="model")
 
 
-def check_limits(body: Body, config: GatewayConfig) -> None:
+def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
     """What can be refused before a text is tokenized. Raises InvalidRequest that names the field."""
     _at_most(body.n, config.max_choices, "n")
     _at_most(len(body.stop), config.max_stop_strings, "stop", "strings")
@@ -47,6 +47,8 @@ def check_limits(body: Body, config: GatewayConfig) -> None:
         _at_most(len(body.prompt), config.max_prompts, "prompt", "prompts")
         _at_most(body.logprobs, config.max_logprobs, "logprobs")
     if isinstance(body, ChatBody):
+        # Each is a token at least, and none is free to render.
+        _at_most(len(body.messages), model.max_context_tokens, "messages", "messages fit the model's context")
         _at_most(body.top_logprobs, config.max_logprobs, "top_logprobs")
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("top_logprobs: only allowed with logprobs: true", param="top_logprobs")
@@ -114,4 +116,5 @@ def _sampling(body: Body, num_prompt_tokens: int, model: ServedModel) -> Samplin
         stop=body.stop,
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
+        may_shorten=body.max_new_tokens is None,
     )

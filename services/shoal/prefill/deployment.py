@@ -12,7 +12,7 @@ from shoal.config import ShoalConfig
 from shoal.errors import Unavailable
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
-from shoal.telemetry import configure_logging, new_registry, serve_metrics
+from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
 
 
 class PrefillReplica:
@@ -36,7 +36,8 @@ class PrefillReplica:
 
     async def prefill(self, grant: Grant) -> HandoffOutcome:
         """Compute and ship one prompt; returns when its lease has ended."""
-        return await self._stage.worker.prefill(grant)
+        with bind_request(grant.context.request_id):
+            return await self._stage.worker.prefill(grant)
 
     async def describe(self) -> dict[str, Any]:
         """What this live replica holds: for operators, the demo and the tests."""
@@ -52,8 +53,8 @@ class PrefillReplica:
         }
 
     async def check_health(self) -> None:
-        if not self._stage.engine.is_alive:
-            raise Unavailable("the engine thread has ended")
+        if not self._stage.engine.is_healthy:
+            raise Unavailable("the engine has stopped, or all of its last steps failed")
 
     async def __del__(self) -> None:
         if hasattr(self, "_entry"):

@@ -13,6 +13,7 @@ from shoal.engine.build import Served, build_engine, choose_device, load_paramet
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine, EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
+from shoal.errors import ConfigError
 from shoal.messages import Stage
 from shoal.prefill.worker import PrefillWorker
 from shoal.telemetry import PrefillMetrics
@@ -57,6 +58,11 @@ async def open_prefill(
     metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
     core = build_engine(config, Stage.PREFILL, served, parameters, device=device)
     engine = EngineClient(core, name="shoal-prefill", on_step=_on_step(metrics, core.scheduler.layout.block_bytes))
+    if config.handoff.max_frame_bytes < core.scheduler.layout.token_layer_bytes:
+        raise ConfigError(
+            f"handoff.max_frame_bytes is {config.handoff.max_frame_bytes}, but one token's K/V in one layer are "
+            f"{core.scheduler.layout.token_layer_bytes} bytes: raise it"
+        )
     sessions = SessionPool(
         connect,
         Identity(new_incarnation(), (served.plan_hash,), peer="prefill"),

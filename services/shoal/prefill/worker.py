@@ -112,8 +112,9 @@ async def _unless_cancelled(claim: PromptClaim, inbox: Inbox) -> ChunkComputed:
             raise Cancelled("decode no longer wants this prompt")
         event = chunk.result()
     finally:
-        chunk.cancel()
         cancelled.cancel()
+        if not chunk.cancel() and not chunk.cancelled():
+            chunk.exception()  # looked at: both may have come at once
     if not isinstance(event, ChunkComputed):
         raise InternalError(f"expected a chunk, the engine sent {type(event).__name__}")
     return event

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from concurrent.futures import Future
 
 import pytest
 
@@ -84,3 +85,20 @@ def test_off_the_main_thread_signals_stay_with_whoever_has_them():
     thread.start()
     thread.join()
     assert within == [before]
+
+
+def test_waiting_notes_signals_though_others_take_them_meanwhile():
+    future: Future[int] = Future()
+
+    def elsewhere() -> None:
+        threading.Event().wait(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(0.1)
+        future.set_result(1)
+
+    with caught() as interrupts:
+        threading.Thread(target=elsewhere).start()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.wait(future)
+    assert future.result() == 1

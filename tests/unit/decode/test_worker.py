@@ -115,7 +115,7 @@ async def test_full_depth_and_one_token_prompts_are_prefilled_by_decode(opened: 
 
 async def test_many_at_once_are_one_by_one(opened: Any, model: Any):
     prompts = [PROMPT[:length] for length in range(2, 24)]
-    async with opened() as local:
+    async with opened(decode={"num_blocks": 256}) as local:
         answers = await asyncio.gather(*(collect(local, request(prompt)) for prompt in prompts))
     for prompt, outputs in zip(prompts, answers, strict=True):
         assert ids(outputs) == pop_generate(model, prompt, 10, SKIPPED).token_ids
@@ -130,9 +130,7 @@ async def test_choices_share_one_transfer(opened: Any, model: Any):
     assert sum(output.handoff is not None for output in outputs) == 1
 
 
-@pytest.mark.parametrize(
-    "failure", [LeaseLost("gone"), Overloaded("full"), Unavailable("no replica"), None], ids=str
-)
+@pytest.mark.parametrize("failure", [LeaseLost("gone"), Overloaded("full"), Unavailable("no replica"), None], ids=str)
 async def test_a_failed_hand_off_is_prefilled_locally_at_the_same_depth(
     opened: Any, model: Any, failure: ShoalError | None
 ):
@@ -148,6 +146,38 @@ async def test_a_failed_hand_off_is_prefilled_locally_at_the_same_depth(
     report = outputs[0].handoff
     assert report is not None and not report.transferred and report.depth is Depth.SHALLOW
     assert report.fallback == (failure.code if failure else "handoff_failed")
+
+
+async def test_without_a_prefill_replica_nobody_waits_for_one(opened: Any, model: Any):
+    async def nobody() -> bool:
+        return False
+
+    async with opened() as local:
+        local.decode.worker._has_prefill = nobody
+        outputs = await collect(local, request(PROMPT))
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    report = outputs[0].handoff
+    assert report is not None and report.fallback == "no_prefill" and report.depth is Depth.SHALLOW
+
+
+async def test_a_lease_that_nobody_claims_gives_its_blocks_to_an_older_sequence(opened: Any, model: Any):
+    """The old one needs more blocks than are free; the young one's lease is never claimed."""
+
+    async def never(_grant: Grant) -> HandoffOutcome:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with opened(decode={"num_blocks": 12}) as local:
+        prefill, local.decode.worker.ask_prefill = local.decode.worker.ask_prefill, never
+        old = asyncio.create_task(collect(local, request(PROMPT[:8], Depth.FULL, max_tokens=30)))
+        while not (await local.decode.counts()).num_running:
+            await asyncio.sleep(0)
+        young = await collect(local, request(PROMPT, max_tokens=4))
+        assert ids(await old) == full_generate(model, PROMPT[:8], 30).token_ids
+        assert prefill is not None
+    report = young[0].handoff
+    assert report is not None and report.fallback == "out_of_blocks"
+    assert ids(young) == pop_generate(model, PROMPT, 4, SKIPPED).token_ids
 
 
 async def test_the_deadline_ends_a_request_that_waits_for_prefill(opened: Any):

@@ -169,6 +169,36 @@ def test_a_fork_shares_blocks_and_copies_only_the_one_it_writes():
     assert scheduler.allocator.num_used == 0
 
 
+def test_while_reserved_ones_hold_blocks_the_last_running_one_waits_for_them():
+    scheduler = make_scheduler(num_blocks=6)
+    old = sequence("old", 7, max_tokens=12)
+    scheduler.submit(old)
+    step(scheduler)
+    young = sequence("young", 14, max_tokens=1, hold=True)
+    scheduler.submit(young)
+    while not (plan := step(scheduler)).wants_blocks:
+        assert rows_of(plan), "the old one must run until it needs a block"
+    assert young.phase is Phase.RESERVED and old.phase is Phase.RUNNING and scheduler.num_preemptions == 0
+    scheduler.requeue(young)
+    assert young.blocks == [] and not young.hold
+    assert rows_of(step(scheduler)) and not scheduler.schedule().wants_blocks
+    while scheduler.sequences:
+        step(scheduler)
+    assert scheduler.allocator.num_used == 0
+
+
+def test_choices_that_will_fork_take_their_places_at_admission():
+    scheduler = make_scheduler(max_sequences=4)
+    scheduler.submit(sequence("three", 3, choices=3))
+    scheduler.submit(sequence("two", 3, choices=2))
+    scheduler.admit()
+    assert [item.request_id for item in scheduler.running] == ["three"]
+    many = make_scheduler(max_sequences=4)
+    many.submit(sequence("nine", 3, choices=9))
+    many.admit()
+    assert [item.request_id for item in many.running] == ["nine"]
+
+
 def test_finishing_twice_is_a_no_op_in_every_phase():
     scheduler = make_scheduler()
     waiting, held, running = sequence("w", 4), sequence("h", 4, hold=True), sequence("r", 4)

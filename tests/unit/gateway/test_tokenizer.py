@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 
 from shoal.engine.detokenizer import Detokenizer
-from shoal.errors import InvalidRequest
+from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.gateway.schema import Message
 from shoal.gateway.tokenizer import Tokenizer
+from shoal.model.files import locate
 
 TURNS = [
     Message(role="system", content="Be brief."),
@@ -28,6 +31,12 @@ TURNS = [
 )
 async def test_text_has_the_ids_transformers_gives(tokenizer: Tokenizer, smollm2: Any, text: str) -> None:
     assert list(await tokenizer.encode(text)) == smollm2.encode(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.sampled_from("ab 1.\n\x00é你👋\u0301"), max_size=300), st.sampled_from(["", "<|im_end|>", " <|im_start|> "]))
+def test_any_text_has_the_ids_transformers_gives(tokenizer: Tokenizer, smollm2: Any, text: str, special: str) -> None:
+    assert list(asyncio.run(tokenizer.encode(text + special + text))) == smollm2.encode(text + special + text)
 
 
 async def test_a_conversation_has_the_ids_transformers_gives(tokenizer: Tokenizer, smollm2: Any) -> None:
@@ -50,6 +59,64 @@ async def test_long_texts_are_encoded_beside_the_event_loop(smollm2: Any, monkey
     tokenizer.close()
     assert short and long
     assert [name.startswith("tokenizer") for name in threads] == [False, True]
+
+
+async def test_a_conversation_is_as_long_as_its_messages_are_many(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def render(messages: object) -> str:
+        threads.append(threading.current_thread().name)
+        return ""
+
+    monkeypatch.setattr(tokenizer, "render", render)
+    await tokenizer.encode_chat([Message(role="user", content="")])
+    await tokenizer.encode_chat([Message(role="user", content="")] * 1000)
+    await tokenizer.encode_chat([Message(role="user", content="", name="a" * 9000)])
+    assert [name.startswith("tokenizer") for name in threads] == [False, True, True]
+
+
+async def test_the_event_loop_keeps_turning_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    encoding = asyncio.create_task(tokenizer.encode("Read me aloud. " * 60_000))
+    longest_s, start_s = 0.0, time.perf_counter()
+    last_s = start_s
+    while not encoding.done():
+        await asyncio.sleep(0)
+        now_s = time.perf_counter()
+        longest_s, last_s = max(longest_s, now_s - last_s), now_s
+    assert len(await encoding) == 4 * 60_000 + 1
+    assert longest_s < (last_s - start_s) / 2
+
+
+async def test_a_text_of_the_longest_tokens_is_encoded_and_one_byte_more_refused(tokenizer: Tokenizer) -> None:
+    longest = "\n" + " " * 80
+    assert len(await tokenizer.encode(longest, max_tokens=1)) == 1
+    with pytest.raises(ContextLengthExceeded, match="82 bytes are more than .* 1 tokens can hold") as refused:
+        await tokenizer.encode(longest + "a", max_tokens=1)
+    assert refused.value.param == "prompt"
+    with pytest.raises(ContextLengthExceeded) as refused:
+        await tokenizer.encode_chat([Message(role="user", content="a" * 810)], max_tokens=10)
+    assert refused.value.param == "messages"
+
+
+async def test_what_cant_fit_is_refused_before_it_is_encoded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Tokenizer, "_encode")
+    with pytest.raises(ContextLengthExceeded):
+        await tokenizer.encode("你" * 2800, max_tokens=100)  # bytes count, not characters
+
+
+@pytest.mark.parametrize("shortener", [normalizers.Strip(), AddedToken("<gap>", rstrip=True)])
+async def test_a_tokenizer_that_shortens_a_text_encodes_it_first(shortener: Any) -> None:
+    fast = locate("smollm2").tokenizer()
+    if isinstance(shortener, AddedToken):
+        fast.backend_tokenizer.add_tokens([shortener])
+    else:
+        fast.backend_tokenizer.normalizer = shortener
+    ids = await Tokenizer(fast).encode("<gap>" + " " * 2000, max_tokens=4)
+    assert len(ids) <= 4
 
 
 async def test_texts_encoded_at_once_dont_disturb_each_other(smollm2: Any) -> None:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from shoal.config import GatewayConfig
 from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from shoal.gateway.schema import ChatBody, CompletionBody, parse
-from shoal.gateway.validation import ServedModel, depth_of, find_model, generate_requests
+from shoal.gateway.validation import ServedModel, check_limits, depth_of, find_model, generate_requests
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 MODEL = ServedModel("tiny", max_context_tokens=100, vocab_size=50)
@@ -113,6 +114,14 @@ def test_a_chat_must_leave_room_for_one_token() -> None:
     assert request_of(chat(), num_prompt_tokens=99).sampling.max_tokens == 1
     with pytest.raises(ContextLengthExceeded):
         request_of(chat(), num_prompt_tokens=100)
+
+
+def test_a_chat_has_at_most_a_message_for_each_token_of_the_context() -> None:
+    messages = [{"role": "user", "content": ""}] * 100
+    check_limits(chat(messages=messages), MODEL, GatewayConfig())
+    with pytest.raises(InvalidRequest, match="at most 100 messages") as refused:
+        check_limits(chat(messages=[*messages, messages[0]]), MODEL, GatewayConfig())
+    assert refused.value.param == "messages"
 
 
 @pytest.mark.parametrize("ids", [[50], [-1], [0, 49, 10**30]])

@@ -1,0 +1,134 @@
+"""Faults inside the engine stay with the request that had them; nothing is held afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+
+from engines import Ask, assert_nothing_held, make_engine, run
+from models import tiny_llama
+from shoal.engine.build import warm_up
+from shoal.engine.client import EngineClient
+from shoal.engine.engine import Engine
+from shoal.errors import InternalError, Unavailable
+from shoal.messages import Depth, SamplingParams, Stage
+
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama(torch.float32, layers=2)[1]
+
+
+def spoil_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    run_step = engine.runner.run
+
+    def run_and_spoil(plan: Any) -> Any:
+        logits, chunks = run_step(plan)
+        if logits is not None:
+            logits = logits.clone()
+            logits[row] = torch.nan
+        return logits, chunks
+
+    monkeypatch.setattr(engine.runner, "run", run_and_spoil)
+
+
+def test_logits_that_are_no_numbers_end_their_own_request_alone(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = make_engine(model, 0)
+    for name in "abc":
+        engine.submit_generate(name, (3, 4, 5), Depth.FULL, GREEDY)
+    with monkeypatch.context() as patched:
+        spoil_logits(engine, patched, row=1)
+        output = engine.step()
+    assert [failure.request_id for failure in output.failures] == ["b"]
+    assert [token.request_id for token in output.tokens] == ["a", "c"]
+    while not engine.step().is_idle:
+        pass
+    assert_nothing_held(engine)
+
+
+def test_a_step_that_fails_ends_its_requests_with_their_forks_and_the_engine_goes_on(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    engine = make_engine(model, 0)
+    engine.submit_generate("forks", (3, 4, 5), Depth.FULL, SamplingParams(max_tokens=4, num_choices=3))
+    with monkeypatch.context() as patched:
+        patched.setattr("shoal.engine.engine.sample", broken)
+        output = engine.step()
+    assert {failure.request_id for failure in output.failures} == {"forks"}
+    assert isinstance(output.failures[0].error, InternalError)
+    assert "secret" not in output.failures[0].error.message
+    assert_nothing_held(engine)
+    assert len(run(engine, [Ask([1, 2, 3], 4)])[0]) == 4
+
+
+def broken(*_args: Any) -> Any:
+    raise RuntimeError("secret details")
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_a_replica_whose_first_step_fails_does_not_become_ready(
+    model: Any, monkeypatch: pytest.MonkeyPatch, stage: Stage
+):
+    engine = make_engine(model, 1, stage=stage)
+    monkeypatch.setattr("shoal.model.decoder.Decoder.forward", broken)
+    with pytest.raises(InternalError):
+        warm_up(engine, stage)
+
+
+def test_a_warm_engine_holds_nothing(model: Any):
+    for stage in Stage:
+        engine = make_engine(model, 1, stage=stage)
+        warm_up(engine, stage)
+        assert_nothing_held(engine)
+
+
+def test_an_answer_without_a_limit_ends_where_the_pool_does(model: Any):
+    engine = make_engine(model, 0, num_blocks=3)
+    params = SamplingParams(max_tokens=500, temperature=0.0, may_shorten=True)
+    assert len(run(engine, [Ask([1, 2, 3], sampling=params)])[0]) == 3 * 4 - 3 + 1
+
+
+async def test_an_engine_that_dies_tells_all_who_wait(model: Any):
+    client = EngineClient(make_engine(model, 0), name="test")
+    called = threading.Event()
+
+    def die() -> Any:
+        called.wait(10)
+        raise RuntimeError("a defect of the scheduler")
+
+    with client.open("waits") as inbox:
+        await client.call(lambda engine: engine.submit_generate("waits", (1, 2), Depth.FULL, GREEDY, hold=True))
+        await inbox.reserved()
+        await client.call(lambda engine: setattr(engine.scheduler, "admit", die))
+        client.post(Engine.counts)  # so that there is another step
+        waits = asyncio.create_task(client.call(Engine.counts))
+        await asyncio.sleep(0)  # the call is queued now
+        called.set()
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(inbox.next(), 10)
+        with suppress(Unavailable):  # it may have been in time
+            await asyncio.wait_for(waits, 10)
+        with pytest.raises(Unavailable):
+            await client.call(Engine.counts)
+        assert not client.is_healthy
+    client.close()
+
+
+async def test_an_engine_whose_steps_all_fail_is_not_healthy(model: Any, monkeypatch: pytest.MonkeyPatch):
+    client = EngineClient(make_engine(model, 0), name="test")
+    monkeypatch.setattr("shoal.model.decoder.Decoder.forward", broken)
+    for name in "abc":
+        assert client.is_healthy
+        with client.open(name) as inbox:
+            await client.call(lambda engine, name=name: engine.submit_generate(name, (1, 2), Depth.FULL, GREEDY))
+            with pytest.raises(InternalError):
+                await inbox.next()
+    assert not client.is_healthy
+    client.close()

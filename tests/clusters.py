@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -14,16 +15,86 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.app.cluster import running
 from shoal.config import load_config
+from shoal.telemetry.labels import BlockState, LeaseState
 
-IDLE_WITHIN_S = 10.0
+# After a client left: two seconds, and a little for looking.
+IDLE_WITHIN_S = 3.0
+# At a cluster's end, when much may have run.
+END_WITHIN_S = 10.0
+
+# What a family's samples are called, by its type; a labelled one that was never touched has none to show it.
+_SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
+
+
+@dataclass(frozen=True)
+class Scraped:
+    """One process' metrics. ``names`` are those its samples may have, whether there are any yet or not."""
+
+    role: str
+    replica_id: str
+    names: frozenset[str]
+    samples: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, role: str, replica_id: str, text: str) -> Scraped:
+        families = list(text_string_to_metric_families(text))
+        names = {family.name + suffix for family in families for suffix in _SUFFIXES.get(family.type, ("",))}
+        samples = tuple(sample for family in families for sample in family.samples)
+        return cls(role, replica_id, frozenset(names), samples)
+
+    def sum(self, name: str, labels: Mapping[str, str]) -> float:
+        return sum(
+            sample.value for sample in self.samples if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+@dataclass(frozen=True)
+class Look:
+    """All processes' metrics, each read once."""
+
+    processes: tuple[Scraped, ...]
+
+    def metric(self, name: str, role: str | None = None, **labels: str) -> float:
+        """The sum of a metric's samples over all processes (of a role). KeyError if none of them has the metric."""
+        return sum(self.each(name, role, **labels).values())
+
+    def each(self, name: str, role: str | None = None, **labels: str) -> dict[str, float]:
+        """The same sum for each process that has the metric, by its replica id."""
+        found = {
+            process.replica_id: process.sum(name, labels)
+            for process in self.processes
+            if role in (None, process.role) and name in process.names
+        }
+        if not found:
+            raise KeyError(f"no {role or 'process'} has a metric {name}")
+        return found
+
+    def held(self) -> dict[str, float]:
+        """What isn't free, over all processes."""
+        leases = {f"{state} leases": self.metric("shoal_kv_leases", state=state) for state in LeaseState}
+        blocks = {
+            f"{state} blocks": self.metric("shoal_kv_blocks", state=state)
+            for state in BlockState
+            if state is not BlockState.FREE
+        }
+        others = {
+            "pinned bytes": self.metric("shoal_kv_pinned_bytes"),
+            "transfers in flight": self.metric("shoal_kv_transfers_in_flight"),
+            "requests waiting": self.metric("shoal_queue_depth"),
+            "requests in flight": self.metric("shoal_requests_in_flight"),
+        }
+        return {name: value for name, value in {**leases, **blocks, **others}.items() if value}
 
 
 @dataclass(frozen=True)
 class TestCluster:
-    """A live cluster by its URL."""
+    """A live cluster by its URL. ``num_by_role`` says how many processes it has, ``describe`` what replicas hold."""
 
     url: str
+    num_by_role: Mapping[str, int]
+    describe: Callable[[], dict[str, Any]]
     model: str = "smollm2"
+    _num_blocks: dict[str, float] = field(default_factory=dict)
     __test__ = False
 
     def complete(self, prompts: Mapping[str, Sequence[int]], **fields: Any) -> dict[str, list[int]]:
@@ -50,20 +121,25 @@ class TestCluster:
             answers = await asyncio.gather(*(one(ids) for ids in prompts.values()))
         return dict(zip(prompts, answers, strict=True))
 
-    def metric(self, name: str, role: str | None = None, **labels: str) -> float:
-        """The sum of a metric's samples over all processes (of a role), as Prometheus would find and read them."""
-        return sum(
-            sample.value
-            for sample in self._samples(role)
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+    def look(self) -> Look:
+        """Every process' metrics, found and read as Prometheus would; each process must be there."""
+        with httpx.Client() as client:
+            groups = client.get(f"{self.url}/metrics/targets").json()
+            processes = tuple(
+                Scraped.of(
+                    group["labels"]["role"],
+                    group["labels"]["replica"],
+                    client.get(f"http://{target}/metrics").raise_for_status().text,
+                )
+                for group in groups
+                for target in group["targets"]
+            )
+        assert Counter(process.role for process in processes) == self.num_by_role
+        return Look(processes)
 
-    def _samples(self, role: str | None) -> Iterable[Any]:
-        for group in httpx.get(f"{self.url}/metrics/targets").json():
-            if role is None or group["labels"]["role"] == role:
-                for target in group["targets"]:
-                    for family in text_string_to_metric_families(httpx.get(f"http://{target}/metrics").text):
-                        yield from family.samples
+    def metric(self, name: str, role: str | None = None, **labels: str) -> float:
+        """One metric of a look of its own."""
+        return self.look().metric(name, role, **labels)
 
     @property
     def num_transfers(self) -> int:
@@ -73,27 +149,20 @@ class TestCluster:
     def num_fallbacks(self) -> int:
         return int(self.metric("shoal_kv_fallback_total"))
 
-    def held(self) -> dict[str, float]:
-        """What isn't free right now, over all processes."""
-        leases = {
-            state: self.metric("shoal_kv_leases", state=state)
-            for state in ("reserved", "streaming", "sealed", "committed", "cancelling", "quarantined", "retired")
-        }
-        blocks = {f"{state} blocks": self.metric("shoal_kv_blocks", state=state) for state in ("used", "reserved")}
-        others = {
-            "pinned bytes": self.metric("shoal_kv_pinned_bytes"),
-            "transfers in flight": self.metric("shoal_kv_transfers_in_flight"),
-            "requests waiting": self.metric("shoal_queue_depth"),
-            "requests in flight": self.metric("shoal_requests_in_flight"),
-        }
-        return {name: value for name, value in {**leases, **blocks, **others}.items() if value}
-
     def assert_nothing_held(self, within_s: float = IDLE_WITHIN_S) -> None:
         """Zero leases, zero pinned or reserved blocks, all blocks free as at the start; soon, if not at once."""
         deadline_s = time.monotonic() + within_s
-        while (held := self.held()) and time.monotonic() < deadline_s:
+        while (held := (look := self.look()).held()) and time.monotonic() < deadline_s:
             pass  # each look is a few HTTP requests: no need to sleep between them
         assert not held, held
+        self._assert_same_pools(look)
+
+    def _assert_same_pools(self, look: Look) -> None:
+        """No replica's pool has grown or shrunk. One that never ran a step doesn't say yet how large it is."""
+        totals = {replica: total for replica, total in look.each("shoal_kv_blocks").items() if total}
+        for replica, total in totals.items():
+            assert total == self._num_blocks.setdefault(replica, total), replica
+        assert self._num_blocks.keys() <= totals.keys()
 
 
 @contextmanager
@@ -101,7 +170,10 @@ def cluster(**overrides: Any) -> Iterator[TestCluster]:
     """A private cluster on free ports, in float32 with ten skipped layers unless ``overrides`` say otherwise."""
     model = {"dtype": "float32", "skip_layers": 10} | overrides.pop("model", {})
     gateway = {"port": 0, "grpc_port": 0} | overrides.pop("gateway", {})
-    with running(load_config(model=model, gateway=gateway, **overrides)) as live:
-        found = TestCluster(live.url)
-        yield found
+    config = load_config(model=model, gateway=gateway, **overrides)
+    num_by_role = {"gateway": 1, "prefill": config.prefill.replicas, "decode": config.decode.replicas}
+    with running(config) as live:
+        found = TestCluster(live.url, num_by_role, live.describe)
         found.assert_nothing_held()
+        yield found
+        found.assert_nothing_held(END_WITHIN_S)

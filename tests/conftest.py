@@ -1,4 +1,4 @@
-"""For all tests: what must be set before torch loads."""
+"""For all tests: what must be set before torch loads, the references they share, and what was excused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Mapping  # noqa: E402 - after the environment
+import sys
+from collections.abc import Mapping
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,14 @@ def known() -> Mapping[str, object]:
     lengths = sorted(len(prompt.token_ids) for prompt in found.values())
     assert len(lengths) == 20 and lengths[0] >= 20 and lengths[-1] <= 1500 and lengths[-4] > 1000
     return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Every difference from a reference that was excused, whatever the run's verbosity."""
+    # Looked up, not imported: a run without these tests needn't load torch.
+    compared = sys.modules.get("real_prompts")
+    excused = [] if compared is None else compared.EXCUSED
+    if excused:
+        terminalreporter.section(f"excused differences from the references: {len(excused)}", yellow=True)
+        for line in excused:
+            terminalreporter.line(line)

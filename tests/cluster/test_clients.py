@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from clusters import TestCluster, cluster
+from clusters import IDLE_WITHIN_S, Look, TestCluster, cluster
 from texts import prompts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 TEXT = "The whale is the largest animal that has ever lived, and it"
+# Few enough that one request with as many choices takes a decode replica's every place.
+MAX_SEQUENCES = 2
 
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[TestCluster]:
-    with cluster(model={"dtype": "auto"}, decode={"replicas": 2}, prefill={"replicas": 2}) as found:
+    decode = {"replicas": 2, "max_sequences": MAX_SEQUENCES}
+    with cluster(model={"dtype": "auto"}, decode=decode, prefill={"replicas": 2}) as found:
         yield found
 
 
@@ -149,36 +153,101 @@ def assert_alive(live: TestCluster) -> None:
     assert httpx.get(f"{live.url}/readyz").json() == {"status": "ready", "num_decode": 2, "num_prefill": 2}
 
 
-@pytest.mark.parametrize("after", ["at once", "while prefill computes", "first token", "several tokens"])
+@pytest.mark.parametrize(
+    "after", ["at once", "queued for a reservation", "while prefill computes", "first token", "several tokens"]
+)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_everything(live: TestCluster, after: str, stream: bool):
-    asyncio.run(leave(live, after, stream))
+    before = live.look()
+    num_left = asyncio.run(leave(live, before, after, stream))
     live.assert_nothing_held()
-    assert live.metric("shoal_kv_blocks", state="free") == live.metric("shoal_kv_blocks")
-    assert live.num_fallbacks == 0
+    look = live.look()
+    assert look.metric("shoal_kv_blocks", state="free") == look.metric("shoal_kv_blocks")
+    assert look.metric("shoal_kv_fallback_total") == 0
+    assert rise(before, look, "shoal_cancelled_total") == num_left
+    had_output = after.endswith("token") or after.endswith("tokens")
+    if not after.startswith("queued"):
+        assert rise(before, look, "shoal_cancelled_total", stage="streaming" if had_output else "waiting") == 1
+        assert bool(rise(before, look, "shoal_decode_tokens_total")) == had_output
 
 
-async def leave(live: TestCluster, after: str, stream: bool) -> None:
+async def leave(live: TestCluster, before: Look, after: str, stream: bool) -> int:
+    """Ask, and hang up at the stage ``after``. Returns how many requests were given up in all."""
     long = prompts()["20-handbook"] * 3
     body = {"model": "smollm2", "prompt": long, "max_tokens": 400, "ignore_eos": True, "stream": stream}
     async with httpx.AsyncClient(base_url=live.url, timeout=120) as client:
-        request = asyncio.create_task(read(client, body, 1 if after == "first token" else 8))
-        if after == "at once":
-            while not live_metric(live, "shoal_requests_in_flight") and not request.done():
-                await asyncio.sleep(0)
-        elif after == "while prefill computes" or not stream:
-            while not live_metric(live, "shoal_kv_transfers_in_flight") and not request.done():
-                await asyncio.sleep(0)
-        else:
-            await request
-            return
-        assert not request.done(), "the answer was there before the client could leave"
-        request.cancel()
-        await asyncio.gather(request, return_exceptions=True)
+        match after:
+            case "at once":
+                await hang_up(live, client, body, lambda look: look.metric("shoal_requests_in_flight") > 0)
+            case "queued for a reservation":
+                return await hang_up_while_queued(live, client, body)
+            case "while prefill computes":
+                await hang_up(live, client, body, lambda look: look.metric("shoal_kv_transfers_in_flight") > 0)
+            case "first token" | "several tokens":
+                num_tokens = 1 if after == "first token" else 8
+                if stream:
+                    await read(client, body, num_tokens)
+                else:
+                    await hang_up(live, client, body, lambda look: has_output(before, look, num_tokens))
+    return 1
 
 
-def live_metric(live: TestCluster, name: str) -> float:
-    return live.metric(name)
+def has_output(before: Look, look: Look, num_tokens: int) -> bool:
+    """So many tokens were decoded since ``before``, and the gateway has seen the first."""
+    has_first = rise(before, look, "shoal_time_to_first_token_seconds_count") > 0
+    return has_first and rise(before, look, "shoal_decode_tokens_total") >= num_tokens
+
+
+def rise(before: Look, after: Look, name: str, **labels: str) -> float:
+    return after.metric(name, **labels) - before.metric(name, **labels)
+
+
+async def hang_up_while_queued(live: TestCluster, client: httpx.AsyncClient, body: dict[str, Any]) -> int:
+    """Leave the queue of a decode pool without a free place; those that hold the places go on, and leave at last."""
+    holders: list[asyncio.Task[None]] = []
+    look = await asyncio.to_thread(live.look)
+    while num_busy(look) < live.num_by_role["decode"]:
+        assert len(holders) < 6, "one replica gets all requests"
+        hold = {"model": "smollm2", "prompt": TEXT, "max_tokens": 2000, "ignore_eos": True, "n": MAX_SEQUENCES}
+        holders.append(asyncio.create_task(read(client, hold, 1)))
+        num_holders = len(holders)
+        look = await until(live, lambda look: num_busy(look) + num_queued(look) == num_holders)
+    num_before = num_queued(look)
+    await hang_up(live, client, body, lambda look: num_queued(look) == num_before + 1)
+    look = await until(live, lambda look: num_queued(look) == num_before, within_s=IDLE_WITHIN_S)
+    assert num_busy(look) == live.num_by_role["decode"] and not any(holder.done() for holder in holders)
+    for holder in holders:
+        holder.cancel()
+    await asyncio.gather(*holders, return_exceptions=True)
+    return len(holders) + 1
+
+
+def num_busy(look: Look) -> int:
+    """Decode replicas on which some request holds blocks."""
+    return sum(usage > 0 for usage in look.each("shoal_kv_cache_usage_ratio", role="decode").values())
+
+
+def num_queued(look: Look) -> int:
+    return int(look.metric("shoal_queue_depth", pool="decode"))
+
+
+async def hang_up(
+    live: TestCluster, client: httpx.AsyncClient, body: dict[str, Any], when: Callable[[Look], bool]
+) -> None:
+    """Ask, and leave as soon as the cluster looks like ``when``."""
+    request = asyncio.create_task(read(client, body, num_chunks=body["max_tokens"]))
+    await until(live, lambda look: when(look) or request.done())
+    assert not request.done(), "the answer was there before the client could leave"
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+
+
+async def until(live: TestCluster, condition: Callable[[Look], bool], within_s: float = 60) -> Look:
+    """The first look for which ``condition`` holds; looking takes a while, so there is no sleep."""
+    deadline_s = time.monotonic() + within_s
+    while not condition(look := await asyncio.to_thread(live.look)):
+        assert time.monotonic() < deadline_s, look.held()
+    return look
 
 
 async def read(client: httpx.AsyncClient, body: dict[str, Any], num_chunks: int) -> None:
@@ -193,7 +262,21 @@ async def read(client: httpx.AsyncClient, body: dict[str, Any], num_chunks: int)
 
 
 def test_every_replica_holds_what_its_stage_needs_and_no_more(live: TestCluster):
-    held = live.metric("shoal_parameter_bytes", role="prefill") / 2
-    whole = live.metric("shoal_full_model_parameter_bytes", role="prefill") / 2
+    look = live.look()
+    [held] = set(look.each("shoal_parameter_bytes", role="prefill").values())
+    [whole] = set(look.each("shoal_full_model_parameter_bytes", role="prefill").values())
     assert 0.5 < held / whole < 0.8
-    assert live.metric("shoal_parameter_bytes", role="decode") / 2 >= whole
+    assert min(look.each("shoal_parameter_bytes", role="decode").values()) >= whole
+
+
+def test_a_prefill_replica_holds_no_deep_layer_and_no_head(live: TestCluster):
+    decode = live.describe()
+    prefill = decode["prefill"]
+    first, end = prefill["layers"]
+    assert first == 0 and 0 < end < prefill["num_layers"] == decode["num_layers"]
+    layers = {name: int(name.split(".")[1]) for name in prefill["parameters"] if name.startswith("layers.")}
+    assert set(layers.values()) == set(range(end)), "whole layers are the kept ones"
+    others = set(prefill["parameters"]) - layers.keys()
+    assert {"embedding", "projection.weight"} <= others <= {"embedding", "projection.weight", "projection.bias"}
+    assert {prefill["parameter_bytes"]} == set(live.look().each("shoal_parameter_bytes", role="prefill").values())
+    assert prefill["plan_hash"] == decode["plan_hash"] and prefill["pid"] != decode["pid"]

@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 async def until_deadline(outputs: AsyncIterator[T], timeout_s: float) -> AsyncGenerator[T, None]:
-    """``outputs`` as they come. Raises DeadlineExceeded when they still go on ``timeout_s`` after the first was asked for.
+    """``outputs`` as they come. Raises DeadlineExceeded for one that isn't there ``timeout_s`` after the start.
 
-    An output that is there already comes even then. Ending what makes ``outputs`` is left to the caller.
+    Ending whatever makes ``outputs`` is left to the caller.
     """
     deadline_s = asyncio.get_running_loop().time() + timeout_s
     while True:

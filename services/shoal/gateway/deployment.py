@@ -36,7 +36,6 @@ from shoal.telemetry import (
     targets_document,
 )  # fmt: skip
 
-
 # Decode ends a request at its deadline and says so; only if nothing is heard of it does the gateway.
 _GRACE_S = 1.0
 

@@ -34,7 +34,7 @@ async def test_text_has_the_ids_transformers_gives(tokenizer: Tokenizer, smollm2
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(st.sampled_from("ab 1.\n\x00é你👋\u0301"), max_size=300), st.sampled_from(["", "<|im_end|>", " <|im_start|> "]))
+@given(st.text("ab 1.\n\x00é你👋\u0301", max_size=300), st.sampled_from(["", "<|im_end|>", " <|im_start|> "]))
 def test_any_text_has_the_ids_transformers_gives(tokenizer: Tokenizer, smollm2: Any, text: str, special: str) -> None:
     assert list(asyncio.run(tokenizer.encode(text + special + text))) == smollm2.encode(text + special + text)
 
@@ -92,7 +92,7 @@ async def test_the_event_loop_keeps_turning_while_a_long_text_is_encoded(tokeniz
 async def test_a_text_of_the_longest_tokens_is_encoded_and_one_byte_more_refused(tokenizer: Tokenizer) -> None:
     longest = "\n" + " " * 80
     assert len(await tokenizer.encode(longest, max_tokens=1)) == 1
-    with pytest.raises(ContextLengthExceeded, match="82 bytes are more than .* 1 tokens can hold") as refused:
+    with pytest.raises(ContextLengthExceeded, match="82 bytes are more than the model's context of 1 tokens") as refused:
         await tokenizer.encode(longest + "a", max_tokens=1)
     assert refused.value.param == "prompt"
     with pytest.raises(ContextLengthExceeded) as refused:

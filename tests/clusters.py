@@ -43,8 +43,11 @@ class Scraped:
         return cls(role, replica_id, frozenset(names), samples)
 
     def sum(self, name: str, labels: Mapping[str, str]) -> float:
+        """Over the samples of ``name`` that have ``labels``."""
         return sum(
-            sample.value for sample in self.samples if sample.name == name and labels.items() <= sample.labels.items()
+            float(sample.value)
+            for sample in self.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
         )
 
 

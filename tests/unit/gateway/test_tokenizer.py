@@ -92,7 +92,7 @@ async def test_the_event_loop_keeps_turning_while_a_long_text_is_encoded(tokeniz
 async def test_a_text_of_the_longest_tokens_is_encoded_and_one_byte_more_refused(tokenizer: Tokenizer) -> None:
     longest = "\n" + " " * 80
     assert len(await tokenizer.encode(longest, max_tokens=1)) == 1
-    with pytest.raises(ContextLengthExceeded, match="82 bytes are more than the model's context of 1 tokens") as refused:
+    with pytest.raises(ContextLengthExceeded, match="82 bytes are more than the model's context") as refused:
         await tokenizer.encode(longest + "a", max_tokens=1)
     assert refused.value.param == "prompt"
     with pytest.raises(ContextLengthExceeded) as refused:

@@ -70,7 +70,10 @@ class StageConfig(_Frozen):
     kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(None, description="By default 25 % of free memory.")
     num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="Instead of kv_pool_bytes.")
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
-    max_step_tokens: Annotated[int, Field(ge=1)] = Field(512, description="Tokens one forward may run.")
+    max_step_tokens: Annotated[int, Field(ge=1)] = Field(
+        2048,
+        description="Tokens one forward may run: longer prompts come in chunks. Half a second of work is a good size.",
+    )
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
     max_queued: Annotated[int, Field(ge=1)] = Field(256, description="Requests that may wait; more get 429.")
     skip_layers: Annotated[int, Field(ge=0)] | None = Field(

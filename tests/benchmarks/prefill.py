@@ -156,7 +156,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-layers", type=int, default=None)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--chunk", type=int, default=512, help="tokens a forward runs at most")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens a forward runs at most")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", help="write the raw figures here")
     return parser.parse_args()

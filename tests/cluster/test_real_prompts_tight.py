@@ -17,7 +17,7 @@ NUM_BLOCKS = 120
 
 
 def test_small_chunks_and_forced_preemption_change_nothing(known: Mapping[str, RealPrompt]):
-    with cluster(prefill={"max_step_tokens": 100}, decode={"num_blocks": NUM_BLOCKS}) as tight:
+    with cluster(prefill={"max_step_tokens": 100}, decode={"max_step_tokens": 100, "num_blocks": NUM_BLOCKS}) as tight:
         tokens = tight.complete(ids_of(known), depth="shallow", max_tokens=NUM_TOKENS)
         assert_same_tokens(tokens, references(known, "shallow"))
         assert tight.metric("shoal_preemptions_total", role="decode") > 0

@@ -91,7 +91,7 @@ class EngineThread:
         self._commands.put(command)
 
     def _run(self) -> None:
-        may_run, counts = False, self._engine.counts()
+        may_run, counts = True, None  # the first look tells what an idle engine has
         try:
             while self._obey(wait=not may_run):
                 output = self._engine.step()

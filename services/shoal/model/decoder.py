@@ -18,6 +18,7 @@ from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan, StepBatch
 from shoal.model.families import ModelSpec
+from shoal.model.norm import rms_norm
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
@@ -96,7 +97,7 @@ class Decoder:
         return F.linear(mixed.reshape(rows, spec.q_size), layer.out, layer.out_bias)
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, (self.spec.hidden_size,), weight, self.spec.norm_eps)
+        return rms_norm(hidden, weight, self.spec.norm_eps)
 
     def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
         norm, head = self.parameters.final_norm, self.parameters.lm_head

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.model.families import ModelSpec
+from shoal.model.norm import rms_norm
 from shoal.model.rope import Rope
 
 
@@ -47,7 +48,7 @@ class KvProjection:
     def __call__(self, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """``hidden`` ``[tokens, hidden]`` -> K/V ``[S, tokens, 2, kv_heads, head_dim]`` (a strided view)."""
         spec = self._spec
-        flat = F.linear(F.rms_norm(hidden, (spec.hidden_size,), eps=spec.norm_eps), self.weight, self.bias)
+        flat = F.linear(rms_norm(hidden, None, spec.norm_eps), self.weight, self.bias)
         kv = flat.view(hidden.shape[0], self.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         rope.rotate_(kv[:, :, 0])
         return kv.transpose(0, 1)
@@ -59,7 +60,7 @@ def project_unfolded(
     """The same, layer by layer as the paper writes it: the exact check of the folded matrix."""
     projected = []
     for layer in layers:
-        normed = F.rms_norm(hidden, (spec.hidden_size,), layer.norm, spec.norm_eps)
+        normed = rms_norm(hidden, layer.norm, spec.norm_eps)
         kv = F.linear(normed, layer.kv, layer.bias).view(hidden.shape[0], 2, spec.num_kv_heads, spec.head_dim)
         rope.rotate_(kv[:, 0])
         projected.append(kv)

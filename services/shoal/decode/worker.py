@@ -96,10 +96,24 @@ class DecodeWorker:
                     choice = output.choice
                     self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
                 if first:
-                    output = replace(output, stages=_stages(begun, event), handoff=begun.report)
+                    stages = _stages(begun, event)
+                    self._count_prompt(request, begun.report, stages)
+                    output = replace(output, stages=stages, handoff=begun.report)
                     first = False
                 self._metrics.decoded(len(output.token_ids))
                 yield output
+
+    def _count_prompt(self, request: GenerateRequest, report: HandoffReport, stages: TtftStages) -> None:
+        if report.transferred:
+            self._metrics.queued(stages.reserve_s)
+            return
+        self._metrics.queued(stages.queue_s)
+        self._metrics.prefilled(
+            report.depth,
+            stages.prefill_s,
+            num_layers=len(self._plan.layers_run(report.depth)),
+            computed_tokens=len(request.prompt_token_ids),
+        )
 
     # --- until the first step -------------------------------------------------------------------------
 

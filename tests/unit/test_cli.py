@@ -1,0 +1,61 @@
+"""The command line as people meet it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import save_tiny
+
+
+def shoal(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    code = "from shoal.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_help_teaches_where_to_start():
+    said = shoal("--help")
+    assert said.returncode == 0
+    for word in ("doctor", "demo", "serve", "generate", "prefill", "decode"):
+        assert word in said.stdout
+
+
+def test_serve_names_every_option_that_the_readme_promises():
+    said = shoal("serve", "--help").stdout
+    for option in (
+        "--model", "--host", "--port", "--grpc-port", "--depth", "--skip-layers", "--prefill-replicas",
+        "--decode-replicas", "--dtype", "--address",
+    ):  # fmt: skip
+        assert option in said, option
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("serve", "missing.yaml"), "missing.yaml"),
+        (("generate", "hello", "--model", "no-such-model"), "no-such-model"),
+        (("generate", "hello", "--skip-layers", "30"), "skip_layers is 30"),
+        (("generate", "--raw", ""), "prompt is empty"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_error_is_a_sentence_and_not_a_traceback(arguments: tuple[str, ...], says: str):
+    said = shoal(*arguments)
+    assert said.returncode == 2
+    assert "error:" in said.stderr and says in said.stderr.replace("\n", " ")
+    assert "Traceback" not in said.stderr
+
+
+def test_generate_answers_in_one_process(tmp_path: Path):
+    save_tiny(tmp_path, dtype=torch.float32, layers=3)
+    said = shoal("generate", "-", "--model", str(tmp_path), "--max-tokens", "5", "--dtype", "float32", stdin="hello")
+    assert said.returncode == 0, said.stderr
+    assert len(said.stdout.rstrip("\n")) > 0
+    again = shoal("generate", "hello", "--model", str(tmp_path), "--max-tokens", "5", "--dtype", "float32")
+    assert again.stdout == said.stdout

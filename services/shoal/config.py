@@ -82,12 +82,6 @@ class StageConfig(_Frozen):
     kv_dtype: Dtype | None = Field(None, description="Must agree between the two pools; leave it to model.kv_dtype.")
 
 
-class PrefillConfig(StageConfig):
-    """The prefill pool: shorter steps, so that one chunk is on the wire while the next is computed."""
-
-    max_step_tokens: Annotated[int, Field(ge=1)] = Field(512, description="Tokens in a chunk of a prompt.")
-
-
 class HandoffConfig(_Frozen):
     """How a prompt's KV passes from prefill to decode (docs/architecture.md)."""
 
@@ -149,7 +143,7 @@ class ShoalConfig(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SHOAL_", env_nested_delimiter="__")
 
     model: ModelConfig = ModelConfig()
-    prefill: PrefillConfig = PrefillConfig()
+    prefill: StageConfig = StageConfig()
     decode: StageConfig = StageConfig()
     handoff: HandoffConfig = HandoffConfig()
     gateway: GatewayConfig = GatewayConfig()

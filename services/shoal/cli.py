@@ -81,7 +81,8 @@ def serve(
 ) -> None:
     """Serve a model until Ctrl-C: OpenAI-compatible HTTP in front of the two pools.
 
-    Each replica is a process of its own. Ctrl-C lets open requests finish, then takes everything down.
+    Each replica is a process of its own. Ctrl-C gives open requests a moment (handoff.drain_s) to finish, then takes
+    everything down; a second Ctrl-C doesn't wait for them.
     """
     from shoal.config import load_config
 
@@ -113,7 +114,11 @@ def _serve(settings: Any) -> None:
                 f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' -d '{body}'",
                 markup=False, soft_wrap=True,
             )  # fmt: skip
-            cluster.wait()
+            try:
+                cluster.wait()
+            except KeyboardInterrupt:
+                err.print(f"stopping: open requests have {settings.handoff.drain_s:g} s to finish")
+                raise
     except KeyboardInterrupt:
         err.print("stopped")
 
@@ -207,7 +212,6 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Bars on stderr, one a name; the name '' takes them down."""
     bars = Progress(
         TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,
-        transient=not err.is_terminal,
     )  # fmt: skip
     tasks: dict[str, Any] = {}
 
@@ -219,6 +223,19 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             tasks[name] = bars.add_task(name, total=num_total)
         bars.update(tasks[name], completed=num_done, total=num_total)
 
+    lines: set[str] = set()
+
+    def on_progress_in_lines(name: str, num_done: int, num_total: int) -> None:
+        """Where nothing can be redrawn: a line when a thing begins, and one when it is done."""
+        line = f"{name}: {num_done} of {num_total}"
+        if name and (num_done == num_total or not any(said.startswith(f"{name}:") for said in lines)):
+            if line not in lines:
+                err.print(line, highlight=False)
+            lines.add(line)
+
+    if not err.is_terminal:
+        yield on_progress_in_lines
+        return
     with bars:
         yield on_progress
 

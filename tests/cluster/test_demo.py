@@ -27,5 +27,5 @@ def test_the_demo_shows_what_it_measured_and_leaves_no_process():
     assert "20 of 30" in said.stdout and "30 of 30" in said.stdout
     assert "boundary token 4 bytes" in said.stdout and "NOT transferred" not in said.stdout
     assert "tokens agreed" in said.stdout
-    left = subprocess.run(["pgrep", "-f", "shoal-[a-z0-9_]{8}/session"], capture_output=True, text=True, check=False)
+    left = subprocess.run(["pgrep", "-f", "shoal-[a-z0-9_]{8}/r/session"], capture_output=True, text=True, check=False)
     assert left.stdout == ""

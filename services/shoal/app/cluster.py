@@ -129,6 +129,11 @@ class _Start:
         self._home = RayThread("ray")
 
     @property
+    def _ray_folder(self) -> Path | None:
+        """Below the folder that is ours alone: Ray opens its own to everybody."""
+        return None if self._folder is None else self._folder / "r"
+
+    @property
     def url(self) -> str:
         return url_of(self._config.gateway.host, self._port)
 
@@ -150,7 +155,9 @@ class _Start:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             ray.init(
-                log_to_driver=self._show_logs, logging_level=logging.ERROR, **init_options(self._config, self._folder)
+                log_to_driver=self._show_logs,
+                logging_level=logging.ERROR,
+                **init_options(self._config, self._ray_folder),
             )
         except ConnectionError as error:
             raise ConfigError(

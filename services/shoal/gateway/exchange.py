@@ -54,7 +54,9 @@ class Exchange:
         status, error_type = (200, "none") if error is None else (error.http_status, error.type)
         duration_s = self._clock() - self.arrived_s
         self._observer.request_finished(self.model, self._endpoint, status, duration_s, error_type)
-        _log.info("request answered", endpoint=self._endpoint, status=status, duration_s=duration_s, **self._facts())
+        _log.info(
+            "request answered", endpoint=self._endpoint, status=status, duration_s=round(duration_s, 4), **self._facts()
+        )
 
     def _facts(self) -> dict[str, Any]:
         """For the log: sizes and times, and nothing that a client wrote."""
@@ -68,5 +70,5 @@ class Exchange:
             "depth": str(self.generation.depth),
             "num_prompt_tokens": self.generation.num_prompt_tokens,
             "num_output_tokens": self.generation.num_completion_tokens,
-            "ttft_s": ttft_s,
+            "ttft_s": None if ttft_s is None else round(ttft_s, 4),
         }

@@ -60,7 +60,7 @@ async def test_prefill_waits_for_credit_and_goes_on_when_it_comes(kind: str) -> 
         both.sink.gate.clear()
         task = asyncio.ensure_future(both.hand_off(wanted))
         await both.sink.started.wait()
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # a while in which it must not go on
         written = sum(both.sink.writing.values())
         assert 0 < written * 1024 <= 2 * 4096  # frames are 320 or 960 bytes, the credit is 4096
         both.sink.gate.set()
@@ -297,7 +297,7 @@ async def test_decode_drains_open_leases_and_opens_no_more(kind: str) -> None:
         task = asyncio.ensure_future(both.hand_off(prompt()))
         await both.sink.started.wait()
         drain = asyncio.ensure_future(both.server.drain(5))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # its first step refuses what is new
         with pytest.raises(Unavailable, match="shutting down"):
             await both.hand_off(prompt(seed=1))
         both.sink.gate.set()
@@ -325,7 +325,7 @@ async def test_closing_waits_for_the_copy_under_way(kind: str) -> None:
         task = asyncio.ensure_future(both.hand_off(prompt()))
         await both.sink.started.wait()
         close = asyncio.ensure_future(both.server.close())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # a while in which it must not end
         assert not close.done()  # whoever closes frees the pool next
         both.sink.gate.set()
         await close
@@ -340,7 +340,7 @@ async def test_prefill_drains_open_claims_and_takes_no_more(kind: str) -> None:
         task = asyncio.ensure_future(both.hand_off(prompt()))
         await both.sink.started.wait()
         drain = asyncio.ensure_future(both.pool.drain(5))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # its first step refuses what is new
         with pytest.raises(Unavailable, match="shutting down"):
             await both.pool.get(both.address)
         both.sink.gate.set()

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format types imports generated generate unit bench clean
+.PHONY: help install demo serve test lint format types imports generated generate tools unit bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -42,7 +42,7 @@ demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep de
 serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
 	$(BIN)/shoal serve $(ARGS)
 
-test: lint types imports generated ## Everything that CI runs: the checks, then all tests
+test: lint types imports generated tools ## Everything that CI runs: the checks, then all tests
 	$(BIN)/pytest $(ARGS)
 
 lint: $(STAMP) ## Style and formatting (ruff)
@@ -59,11 +59,21 @@ types: $(STAMP) ## Types (mypy, strict)
 imports: $(STAMP) ## Import contracts: imports point down (import-linter)
 	$(BIN)/lint-imports --no-logo
 
-generated: $(STAMP) ## Protos: lint, no breaking change, generated files as they must be
+generated: $(STAMP) ## Protos: lint, no breaking change; all generated files as they must be
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python helm/generate.py --check
 
-generate: $(STAMP) ## Write services/shoal/v1 from the protos
+generate: $(STAMP) ## Write services/shoal/v1 from the protos; docs/configuration.md and the chart's schema from the classes
 	$(BIN)/python proto/generate.py
+	$(BIN)/python docs/generate.py
+	$(BIN)/python helm/generate.py
+
+tools: .tools/.complete ## Real helm, kubectl, promtool and prometheus for the tests, in .tools
+
+# Without the stamp something couldn't be had: that is said, the tests that need it are skipped, and the next run tries again.
+.tools/.complete: $(STAMP) tests/tools.py
+	@$(BIN)/python tests/tools.py
 
 unit: $(STAMP) ## The quick tests only
 	$(BIN)/pytest -m 'not slow and not cluster' $(ARGS)
@@ -72,5 +82,5 @@ bench: $(STAMP) ## Measure the speed floor, as ratios in one run
 	$(BIN)/python tests/benchmarks/prefill.py $(ARGS)
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +16,9 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.app.cluster import running
-from shoal.config import load_config
+from shoal.app import Cluster, Replicas, running
+from shoal.app.graph import bind
+from shoal.config import ShoalConfig, load_config
 from shoal.telemetry.labels import BlockState, LeaseState
 
 # After a client left: two seconds, and a little for looking.
@@ -91,14 +95,44 @@ class Look:
 
 @dataclass(frozen=True)
 class TestCluster:
-    """A live cluster by its URL. ``num_by_role`` says how many processes it has, ``describe`` what replicas hold."""
+    """A live cluster by its URL. ``num_by_role`` says how many processes it has."""
 
     url: str
-    num_by_role: Mapping[str, int]
-    describe: Callable[[], dict[str, Any]]
+    config: ShoalConfig
+    num_by_role: dict[str, int]
+    live: Cluster
     model: str = "smollm2"
     _num_blocks: dict[str, float] = field(default_factory=dict)
     __test__ = False
+
+    def describe(self) -> dict[str, Any]:
+        """What live replicas hold."""
+        return self.live.describe()
+
+    def kill(self, replica_id: str) -> None:
+        """SIGKILL to the replica's process."""
+        [entry] = [entry for entry in self.live.replica_entries() if entry.replica_id == replica_id]
+        os.kill(entry.pid, signal.SIGKILL)
+        self._num_blocks.pop(replica_id, None)
+
+    def scale(self, role: str, replicas: int) -> None:
+        """Let Serve add replicas to a pool, or stop some as it does on any shutdown; returns when it's done."""
+        from ray import serve  # not before the cluster has set Ray's environment
+
+        config = self.config.model_copy(
+            update={role: getattr(self.config, role).model_copy(update={"replicas": replicas})}
+        )
+        serve.run_many([serve.RunTarget(bind(config, Replicas.shipped()), name=self.live.app, route_prefix="/")])
+        self.num_by_role[role] = replicas
+        self._num_blocks.clear()
+        self.await_whole()
+
+    def await_whole(self, within_s: float = 60) -> None:
+        """Until every pool has all its replicas again: after one was killed, Serve starts another."""
+        deadline_s = time.monotonic() + within_s
+        while Counter(entry.role for entry in self.live.replica_entries()) != self.num_by_role:
+            assert time.monotonic() < deadline_s, self.live.replica_entries()
+            threading.Event().wait(0.1)  # nobody tells
 
     def complete(self, prompts: Mapping[str, Sequence[int]], **fields: Any) -> dict[str, list[int]]:
         """All prompts at once, each a request of its own; the first choice's token ids."""
@@ -176,7 +210,7 @@ def cluster(**overrides: Any) -> Iterator[TestCluster]:
     config = load_config(model=model, gateway=gateway, **overrides)
     num_by_role = {"gateway": 1, "prefill": config.prefill.replicas, "decode": config.decode.replicas}
     with running(config) as live:
-        found = TestCluster(live.url, num_by_role, live.describe)
+        found = TestCluster(live.url, config, num_by_role, live)
         found.assert_nothing_held()
         yield found
         found.assert_nothing_held(END_WITHIN_S)

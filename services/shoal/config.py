@@ -33,14 +33,33 @@ class _Frozen(BaseModel):
 class PortRange(_Frozen):
     """Ports ``first..last``, both included. A process takes the first free one."""
 
-    first: Annotated[int, Field(ge=1, le=65535)]
-    last: Annotated[int, Field(ge=1, le=65535)]
+    first: Annotated[int, Field(ge=1, le=65535)] = Field(description="The lowest port; set it together with last.")
+    last: Annotated[int, Field(ge=1, le=65535)] = Field(
+        description="The highest port; a process takes the first free one."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> PortRange:
         if self.last < self.first:
             raise ValueError(f"last ({self.last}) is below first ({self.first})")
         return self
+
+
+class RateConfig(_Frozen):
+    """A token bucket: ``burst`` at once, ``per_s`` on average. What comes too often is refused, not queued."""
+
+    per_s: Annotated[float, Field(gt=0)] = Field(10.0, description="On average; what comes more often is refused.")
+    burst: Annotated[int, Field(ge=1)] = Field(100, description="At once, after a quiet while.")
+
+
+class TlsConfig(_Frozen):
+    """PEM files of a server: its certificate chain and key; with ``client_ca_file``, clients must have one, too."""
+
+    cert_file: Path = Field(description="The server's certificate, and those between it and the root.")
+    key_file: Path = Field(description="The certificate's private key, without a passphrase.")
+    client_ca_file: Path | None = Field(
+        None, description="Whose certificates clients must show; without it, they need none."
+    )
 
 
 class ModelConfig(_Frozen):
@@ -62,13 +81,15 @@ class ModelConfig(_Frozen):
 class StageConfig(_Frozen):
     """One pool: how many replicas, on which resources, with how much memory."""
 
-    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    replicas: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Processes, each with its own weights.")
     num_cpus: Annotated[float, Field(ge=0)] = Field(1, description="CPUs that Ray sets aside for a replica.")
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs that Ray sets aside for a replica.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …; auto is cuda where num_gpus > 0.")
-    num_threads: Annotated[int, Field(ge=1)] | None = Field(None, description="Compute threads; default all cores.")
-    kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(None, description="By default 25 % of free memory.")
-    num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="Instead of kv_pool_bytes.")
+    num_threads: Annotated[int, Field(ge=1)] | None = Field(None, description="Compute threads; by default all cores.")
+    kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Memory for K/V; by default 25 % of what is free."
+    )
+    num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="The pool in blocks, instead of bytes.")
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
         2048,
@@ -85,20 +106,37 @@ class StageConfig(_Frozen):
 class HandoffConfig(_Frozen):
     """How a prompt's KV passes from prefill to decode (docs/architecture.md)."""
 
-    host: str = Field("127.0.0.1", description="Address that decode's hand-off server binds; loopback by default.")
-    advertised_host: str | None = Field(None, description="Address told to prefill; by default the same as host.")
-    port_range: PortRange = PortRange(first=21000, last=21999)
-    wire_mode: Literal["kv"] = "kv"
-    ttl_s: Annotated[float, Field(gt=0)] = Field(5.0, description="A lease's life without a beat.")
+    host: str = Field(
+        "127.0.0.1", description="Address that decode's hand-off server binds; auto is that of the replica's Ray node."
+    )
+    advertised_host: str | None = Field(
+        None, description="Address told to prefill; by default host, or the node's where host is every interface."
+    )
+    port_range: PortRange = Field(PortRange(first=21000, last=21999), description="Where decode replicas listen.")
+    wire_mode: Literal["kv"] = Field("kv", description="What is shipped for the skipped layers: their K/V.")
+    ttl_s: Annotated[float, Field(gt=0)] = Field(5.0, description="How long a lease outlives its last sign of life.")
     drain_s: Annotated[float, Field(gt=0)] = Field(2.0, description="How long open leases may finish on shutdown.")
-    claim_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    credit_bytes: Annotated[int, Field(ge=1 << 20)] = Field(16 << 20, description="Unacknowledged bytes a lease.")
-    max_frame_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 20)] = Field(1 << 20, description="Payload a frame.")
+    claim_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="How long decode waits for a prefill replica with room; then it computes the prompt itself."
+    )
+    credit_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
+        16 << 20, description="Bytes of a lease on their way at once."
+    )
+    max_frame_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 20)] = Field(1 << 20, description="Payload of a frame.")
     min_tokens: Annotated[int, Field(ge=2)] = Field(
         2, description="Shorter prompts are prefilled by decode itself: nothing is won by shipping them."
     )
     max_reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="Share of decode's pool that prompts on their way may hold."
+    )
+    max_attempts: Annotated[int, Field(ge=1, le=16)] = Field(
+        3, description="Attempts at one request, those of the gateway and of decode together."
+    )
+    other_replica: RateConfig = Field(
+        RateConfig(), description="How often a decode replica may turn to another prefill replica after a failure."
+    )
+    local: RateConfig = Field(
+        RateConfig(), description="How often a decode replica may compute a prompt itself after a failure."
     )
 
 
@@ -106,35 +144,48 @@ class GatewayConfig(_Frozen):
     """Where clients come in, and what they may ask."""
 
     host: str = Field("127.0.0.1", description="Address of the HTTP and gRPC servers; loopback by default.")
-    port: Port = 8000
-    grpc_port: Port = 9000
-    num_cpus: Annotated[float, Field(ge=0)] = 0
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 << 20
+    port: Port = Field(8000, description="HTTP. 0: any free one, on a private cluster.")
+    grpc_port: Port = Field(9000, description="gRPC. 0: none.")
+    tls: TlsConfig | None = Field(None, description="Of the gRPC server; without it, it speaks plain text.")
+    reflection: bool = Field(True, description="Whether the gRPC server tells clients its schema; off in production.")
+    retry: RateConfig = Field(RateConfig(), description="How often a request may go to another decode replica.")
+    resource: str | None = Field(
+        None, description="A Ray resource that the gateway's node must have; a private cluster's is gateway."
+    )
+    num_cpus: Annotated[float, Field(ge=0)] = Field(0, description="CPUs that Ray sets aside for the gateway.")
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(4 << 20, description="Largest request; more gets 413.")
     max_choices: Annotated[int, Field(ge=1)] = Field(16, description="Largest n.")
-    max_logprobs: Annotated[int, Field(ge=0)] = 20
-    max_stop_strings: Annotated[int, Field(ge=0)] = 4
-    max_stop_chars: Annotated[int, Field(ge=1)] = 256
+    max_logprobs: Annotated[int, Field(ge=0)] = Field(20, description="Most alternatives that are told for a token.")
+    max_stop_strings: Annotated[int, Field(ge=0)] = Field(4, description="Most strings in stop.")
+    max_stop_chars: Annotated[int, Field(ge=1)] = Field(256, description="Characters in one of them.")
     max_prompts: Annotated[int, Field(ge=1)] = Field(64, description="Prompts in one completions request.")
-    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    deadline_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="How long a request may take in all; a gRPC client may ask for less."
+    )
 
 
 class MetricsConfig(_Frozen):
     """Every process serves its own metrics; the gateway's /metrics/targets lists them for Prometheus."""
 
-    host: str = "127.0.0.1"
-    port_range: PortRange = PortRange(first=22000, last=22999)
+    host: str = Field("127.0.0.1", description="Address that each process binds; auto is that of its Ray node.")
+    port_range: PortRange = Field(PortRange(first=22000, last=22999), description="Where processes listen, one each.")
 
 
 class RayConfig(_Frozen):
     """The Ray cluster that carries the pools."""
 
     address: str | None = Field(None, description="auto joins the running cluster; by default a private one starts.")
-    app_name: str = "shoal"
+    join_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="How long to wait until a joined cluster has the nodes that the pools need."
+    )
+    app_name: str = Field("shoal", description="The Ray Serve application; two on one cluster need two names.")
 
 
 class LogConfig(_Frozen):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["console", "json"] = "json"
+    """What each process writes to its standard error. Never prompts, answers or token ids."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is written.")
+    format: Literal["console", "json"] = Field("json", description="json: one object a line; console: for people.")
 
 
 class ShoalConfig(BaseSettings):

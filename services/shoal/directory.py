@@ -8,14 +8,18 @@
 Values are JSON. A replica that dies can't take its entry back, so a reader compares with the names of the actors that
 live, which Ray keeps right, and removes what a dead one left.
 
-All functions block for a round trip to the head node (about a millisecond): on an event loop call them in a thread.
+All functions block for a round trip to the head node (about a millisecond): on an event loop call them in a thread, or
+ask a ``LivingPool``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import math
 import os
+import time
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -142,3 +146,34 @@ def _get(key: bytes, record: type[_Record]) -> _Record | None:
     fields: dict[str, Any] = json.loads(value)
     known = {field.name for field in dataclasses.fields(record)}
     return record(**{name: field for name, field in fields.items() if name in known})
+
+
+class LivingPool:
+    """Who of a pool lives. An answer is believed for ``BELIEVED_S``, and asked for again beside it."""
+
+    BELIEVED_S = 1.0
+
+    def __init__(self, app: str, role: Role) -> None:
+        self._app = app
+        self._role: Role = role
+        self._ids: frozenset[str] = frozenset()
+        self._seen_s = -math.inf
+        self._asking: asyncio.Task[frozenset[str]] | None = None
+
+    async def ids(self, *, now: bool = False) -> frozenset[str]:
+        """Ids of the replicas that are ready, at most two seconds old; of an empty pool, or if asked to, ``now``."""
+        if now:
+            return await self._ask()
+        age_s = time.monotonic() - self._seen_s
+        if self._ids and age_s < self.BELIEVED_S:
+            return self._ids
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        # A pool that was just there most likely still is: nobody waits for the answer.
+        return self._ids if self._ids and age_s < 2 * self.BELIEVED_S else await asyncio.shield(self._asking)
+
+    async def _ask(self) -> frozenset[str]:
+        entries = await asyncio.to_thread(living, self._app, self._role)
+        self._ids = frozenset(entry.replica_id for entry in entries)
+        self._seen_s = time.monotonic()
+        return self._ids

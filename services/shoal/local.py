@@ -28,9 +28,6 @@ class LocalShoal:
 async def open_local(config: ShoalConfig, on_progress: Progress | None = None) -> AsyncIterator[LocalShoal]:
     """Load both stages. ``on_progress`` is called with (stage, layers done, layers in all)."""
 
-    async def ask_prefill(grant: Grant) -> HandoffOutcome:
-        return await prefill.worker.prefill(grant)
-
     async def connect(_address: str) -> Channel:
         return await decode.server.connect()
 
@@ -38,8 +35,27 @@ async def open_local(config: ShoalConfig, on_progress: Progress | None = None) -
         return None if on_progress is None else lambda done, total: on_progress(stage, done, total)
 
     async with open_decode(
-        config, new_registry(), ask_prefill, transport=Transport.MEMORY, on_progress=told("decode")
+        config, new_registry(), None, transport=Transport.MEMORY, on_progress=told("decode")
     ) as decode:
         decode.desk.address = "memory"
         async with open_prefill(config, new_registry(), connect=connect, on_progress=told("prefill")) as prefill:
+            decode.worker.prefill = OneReplica(prefill)
             yield LocalShoal(prefill, decode)
+
+
+class OneReplica:
+    """A prefill pool of the one stage beside us."""
+
+    ID = "prefill"
+
+    def __init__(self, stage: PrefillStage) -> None:
+        self._stage = stage
+
+    async def living(self, *, now: bool = False) -> frozenset[str]:
+        return frozenset({self.ID})
+
+    async def ask(self, grant: Grant) -> HandoffOutcome:
+        return await self._stage.worker.prefill(grant)
+
+    def asked(self, _grant: Grant) -> str:
+        return self.ID

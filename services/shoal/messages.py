@@ -151,9 +151,12 @@ class TokenOutput:
 # --- the hand-off ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Grant:
-    """Decode's invitation to prefill one prompt; goes over the Serve handle, so it holds no token ids."""
+    """Decode's invitation to prefill one prompt; goes over the Serve handle, so it holds no token ids.
+
+    ``excluded`` are ids of prefill replicas that have failed this prompt: it goes to another one.
+    """
 
     lease_id: bytes
     handoff_address: str
@@ -163,6 +166,7 @@ class Grant:
     ttl_s: float
     claim_timeout_s: float
     context: RequestContext
+    excluded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

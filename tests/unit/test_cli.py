@@ -13,7 +13,7 @@ from models import save_tiny
 
 
 def shoal(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    code = "from shoal.cli import main; main()"
+    code = "from shoal.command import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False
     )
@@ -50,6 +50,12 @@ def test_an_error_is_a_sentence_and_not_a_traceback(arguments: tuple[str, ...], 
     assert said.returncode == 2
     assert "error:" in said.stderr and says in said.stderr.replace("\n", " ")
     assert "Traceback" not in said.stderr
+
+
+def test_with_the_client_alone_the_command_says_what_to_install():
+    code = "import importlib.util as util; util.find_spec = lambda name: None; import shoal.command as c; c.main()"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert said.returncode == 1 and "pip install" in said.stderr and "Traceback" not in said.stderr
 
 
 def test_generate_answers_in_one_process(tmp_path: Path):

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
 
+from shoal.cli import app
+from shoal.config import ShoalConfig
 from shoal.telemetry import DecodeMetrics, GatewayMetrics, PrefillMetrics, TransferMetrics, Transport
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FOLDERS = ("docs", "deploy", "helm")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+
+
+def code(document: Path) -> str:
+    """What a document sets in code, a line a piece: the insides of backticks, and its shell blocks."""
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return "\n".join([*blocks, *spans]).replace("\\\n", " ") + "\n"
 
 
 def test_all_documents_are_looked_at() -> None:
@@ -19,17 +37,81 @@ def test_all_documents_are_looked_at() -> None:
     assert {"README.md", "CONTRIBUTING.md", "SECURITY.md", "architecture.md", "shallow-prefill.md"} <= names
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@each_document
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8"))
     assert [target for target in targets if not (document.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@each_document
+def test_anchors_lead_somewhere(document: Path) -> None:
+    missing = [
+        f"{target}#{anchor}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", document.read_text(encoding="utf-8"))
+        if anchor not in anchors(document.parent / target if target else document)
+    ]
+    assert missing == []
+
+
+def anchors(document: Path) -> set[str]:
+    """A heading's anchor is its words in small letters, joined by hyphens."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
 def test_make_targets_exist(document: Path) -> None:
-    targets = set(re.findall(r"`make ([a-z]+)", document.read_text(encoding="utf-8")))
+    targets = set(re.findall(r"^make ([a-z]+)", code(document), re.MULTILINE))
     known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert targets <= known
+
+
+@each_document
+def test_paths_exist(document: Path) -> None:
+    paths = re.findall(r"(?<![\w./-])((?:docs|deploy|helm|proto|services|tests)/[\w./-]*)", code(document))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@each_document
+def test_commands_and_options_exist(document: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
+    for name, options in shoal_commands(document):
+        assert name in commands
+        known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+        assert set(options) <= known, name
+
+
+def shoal_commands(document: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each ``shoal …`` that is told to be typed: its subcommand and its options; ``make serve ARGS='…'``, too."""
+    for line in re.findall(r"^(?:\S*/)?(?:shoal|make) [a-z].*$", code(document), re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            words = [words[1], *(option for word in words[2:] for option in word.removeprefix("ARGS=").split())]
+        else:
+            words = words[1:]
+        options = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
+        if options or words[0] in ("serve", "generate", "doctor", "demo"):
+            yield words[0], options
+
+
+@each_document
+def test_configuration_keys_and_variables_exist(document: Path) -> None:
+    if "helm" in document.relative_to(ROOT).parts:
+        return  # a chart's values have names like these, too
+    known = set(keys(ShoalConfig))
+    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(ShoalConfig.model_fields)})\.[a-z_.]+[a-z_])\b", code(document))
+    variables = re.findall(r"\bSHOAL_([A-Z_]+__[A-Z_]+)", document.read_text(encoding="utf-8"))
+    named += [variable.lower().replace("__", ".") for variable in variables]
+    assert [key for key in named if key not in known] == []
+
+
+def keys(kind: type[BaseModel], path: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        yield path + name
+        below: list[Any] = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for part in below:
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from keys(part, f"{path}{name}.")
 
 
 def test_metrics_that_are_named_exist() -> None:

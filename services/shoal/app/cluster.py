@@ -14,6 +14,7 @@ import logging
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future
@@ -145,6 +146,7 @@ class _Start:
             self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
         interrupts.wait(self._home.submit(self._start_ray))
         self._on_progress(Progress("ray", 1, 2))
+        self._wait_for_nodes()
         interrupts.wait(self._home.submit(self._start_serve))
         self._on_progress(Progress("ray", 2, 2))
 
@@ -164,9 +166,20 @@ class _Start:
                 f"there is no Ray cluster at {self._config.ray.address}: start one with 'ray start --head', or leave "
                 "--address (ray.address) out to get a private one"
             ) from error
-        missing = missing_resources(demand(self._config), ray.cluster_resources())  # type: ignore[no-untyped-call]
-        if missing is not None:
-            raise ConfigError(missing)
+
+    def _wait_for_nodes(self) -> None:
+        """Until the cluster has what the pools need. Ray tells nobody of a node that joined; it has to be asked."""
+        import ray
+
+        wanted = demand(self._config)
+        deadline_s = time.monotonic() + self._config.ray.join_timeout_s
+        never: Future[None] = Future()
+        while (missing := missing_resources(wanted, there := ray.cluster_resources())) is not None:  # type: ignore[no-untyped-call]
+            if time.monotonic() >= deadline_s:
+                raise ConfigError(missing)
+            num_there = sum(there.get(name, 0) >= amount for name, amount in wanted.items())
+            self._on_progress(Progress("resources", num_there, len(wanted)))
+            futures.wait([never], timeout=_WATCH_PERIOD_S)
 
     def _start_serve(self) -> None:
         from ray import serve
@@ -177,6 +190,8 @@ class _Start:
         if self._app in serve.status().applications:
             raise ConfigError(f"the cluster already serves {self._app!r}: choose another name with ray.app_name")
         serve.start(
+            # One way in: a proxy on each node would open a port on each.
+            proxy_location="HeadOnly",
             http_options={"host": self._config.gateway.host, "port": self._port},
             logging_config=serve_logging(self._config),
         )

@@ -47,20 +47,32 @@ class Replicas:
 
 def build(config: ShoalConfig | Mapping[str, Any]) -> Application:
     """The application, bound but not deployed. A Ray Serve config file may name it as ``shoal.app:build``."""
-    return bind(config if isinstance(config, ShoalConfig) else load_config(**config), Replicas.shipped())
+    if not isinstance(config, ShoalConfig):
+        # Whoever deploys a file does it on a cluster that is there already.
+        config = load_config(**_joining(config))
+    return bind(config, Replicas.shipped())
+
+
+def _joining(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, "ray": {"address": "auto", **config.get("ray", {})}}
 
 
 def bind(config: ShoalConfig, replicas: Replicas) -> Application:
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
 
-    plain = config.model_dump(mode="json")
-    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill))
+    from shoal import router
+
+    # What a pool's size is, is no replica's business: were it told, all would restart when one is added.
+    plain = config.model_dump(mode="json", exclude={"prefill": {"replicas"}, "decode": {"replicas"}})
+    routed = {"request_router_config": RequestRouterConfig(request_router_class=router.PATH)}  # type: ignore[arg-type]
+    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill) | routed)
     decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode))
     gateway = _deployment(
         serve.ingress()(replicas.gateway),
         "gateway",
         config,
-        {"ray_actor_options": {"num_cpus": config.gateway.num_cpus, "resources": _placed("gateway", config)}},
+        {"ray_actor_options": {"num_cpus": config.gateway.num_cpus, "resources": _gateway_resource(config)}},
     )
     return gateway.bind(plain, decode.bind(plain, prefill.bind(plain)))
 
@@ -73,7 +85,7 @@ def demand(config: ShoalConfig) -> dict[str, float]:
         "GPU": sum(stage.replicas * stage.num_gpus for stage in stages),
         "prefill": float(config.prefill.replicas),
         "decode": float(config.decode.replicas),
-        **_placed("gateway", config),
+        **_gateway_resource(config),
     }
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
@@ -120,9 +132,10 @@ def _of_stage(name: str, config: ShoalConfig, stage: StageConfig) -> dict[str, A
     }
 
 
-def _placed(name: str, config: ShoalConfig) -> dict[str, float]:
-    # On a cluster that is joined, the gateway may run anywhere: there need be no node that says "gateway".
-    return {name: 1.0} if is_private(config) else {}
+def _gateway_resource(config: ShoalConfig) -> dict[str, float]:
+    # On a cluster that is joined there need be no node for it: without a resource, the gateway may run anywhere.
+    name = config.gateway.resource or ("gateway" if is_private(config) else None)
+    return {} if name is None else {name: 1.0}
 
 
 def _environment(config: ShoalConfig, stage: StageConfig) -> dict[str, str]:

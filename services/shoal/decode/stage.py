@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
 from shoal.config import ShoalConfig
+from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.sink import PoolSink
-from shoal.decode.worker import AskPrefill, DecodeWorker
+from shoal.decode.worker import DecodeWorker
 from shoal.engine.build import Served, build_engine, choose_device, layout_of, load_parameters, set_num_threads
 from shoal.engine.client import EngineClient
 from shoal.engine.detokenizer import decode_with
@@ -36,6 +37,7 @@ class DecodeStage:
     desk: HandoffDesk
     server: HandoffServer
     parameter_bytes: int
+    registry: CollectorRegistry
 
     async def counts(self) -> EngineCounts:
         return await self.engine.call(Engine.counts)
@@ -45,9 +47,8 @@ class DecodeStage:
 async def open_decode(
     config: ShoalConfig,
     registry: CollectorRegistry,
-    ask_prefill: AskPrefill | None,
+    prefill: PrefillPool | None,
     *,
-    has_prefill: Callable[[], Awaitable[bool]] | None = None,
     transport: Transport = Transport.GRPC,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[DecodeStage]:
@@ -87,12 +88,11 @@ async def open_decode(
         plan_hash=served.plan_hash,
         config=config.handoff,
         decode_text=decode_with(served.files.tokenizer()),
-        ask_prefill=ask_prefill,
-        has_prefill=has_prefill,
+        prefill=prefill,
         metrics=metrics,
     )
     try:
-        yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes)
+        yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes, registry)
     finally:
         await server.drain(config.handoff.drain_s)
         engine.close()

@@ -4,8 +4,8 @@
 
     submit (hold) ─> blocks reserved ─> grant a lease, ask prefill ─> K/V verified and committed ─> boundary step ─> …
                                               │
-                                              └─ any failure: the lease ends, the same blocks are filled by a local
-                                                 prefill of the same depth. A fault never changes depth.
+                                              └─ any failure: the lease ends, and the ladder says who fills the same
+                                                 blocks instead (ladder.py). A fault never changes depth.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import structlog
 
 from shoal.config import HandoffConfig
+from shoal.decode.ladder import Ladder
+from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams
 from shoal.engine.client import EngineClient, Inbox, TokenSampled
 from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, OutOfBlocks, ShoalError, Unavailable
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
 from shoal.telemetry import DecodeMetrics
+from shoal.telemetry.labels import FallbackRung
 from shoal.transfer.decode_side import Arrived, HandoffDesk
 from shoal.transfer.lease import ENDED, Lease
 
-AskPrefill = Callable[[Grant], Awaitable[HandoffOutcome]]
 BOUNDARY_TOKEN_BYTES = 4
 _log = structlog.get_logger(__name__)
 
@@ -45,9 +47,16 @@ class _Begun:
     arrived: Arrived | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """Decode is to compute the prompt itself; first of all, or, if it ``stands_back``, when there is room again."""
+
+    reason: str
+    stands_back: bool = False
+
+
 class DecodeWorker:
-    """``ask_prefill`` sends a grant to some prefill replica and returns when its lease has ended; ``None`` where
-    there is no prefill pool. ``has_prefill`` says whether a replica of it lives: a call to none would just wait."""
+    """``prefill`` is the pool that prompts are handed to, if there is one."""
 
     def __init__(
         self,
@@ -58,9 +67,8 @@ class DecodeWorker:
         plan_hash: str,
         config: HandoffConfig,
         decode_text: Callable[[Sequence[int]], str],
-        ask_prefill: AskPrefill | None,
+        prefill: PrefillPool | None,
         metrics: DecodeMetrics,
-        has_prefill: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._engine = engine
         self._desk = desk
@@ -68,9 +76,9 @@ class DecodeWorker:
         self._plan_hash = plan_hash
         self._config = config
         self._decode_text = decode_text
-        self.ask_prefill = ask_prefill
+        self.prefill = prefill
         self._metrics = metrics
-        self._has_prefill = has_prefill
+        self._ladder = Ladder(config)
         self._given_up: Lease | None = None
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
 
@@ -119,26 +127,24 @@ class DecodeWorker:
 
     async def _begin(self, key: str, request: GenerateRequest, inbox: Inbox, deadline_s: float) -> _Begun:
         submitted_s = time.monotonic()
-        hold = self._wants_handoff(request)
+        pool = self._pool_for(request)
         fallback = None
-        if hold and self._has_prefill is not None and not await self._has_prefill():
-            hold, fallback = False, self._count_fallback("no_prefill")
+        if pool is not None and not await pool.living():
+            # A call to nobody would just wait.
+            pool, fallback = None, self._count_fallback(FallbackRung.LOCAL, "no_prefill")
         await self._engine.call(
             lambda engine: engine.submit_generate(
-                key, request.prompt_token_ids, request.depth, request.sampling, hold=hold
+                key, request.prompt_token_ids, request.depth, request.sampling, hold=pool is not None
             )
         )
-        if not hold:
+        if pool is None:
             report = HandoffReport(self._depth_run(request), transferred=False, fallback=fallback)
             return _Begun(report, submitted_s, submitted_s, submitted_s)
         blocks = (await inbox.reserved()).blocks
         reserved_s = time.monotonic()
-        try:
-            arrived = await self._hand_off(request, blocks, deadline_s)
-        except ShoalError as error:
-            if isinstance(error, Cancelled | DeadlineExceeded):
-                raise
-            return await self._fall_back(key, request, error, submitted_s, reserved_s)
+        arrived = await self._descend(pool, request, blocks, deadline_s)
+        if isinstance(arrived, _Local):
+            return await self._prefill_locally(key, request, arrived, submitted_s, reserved_s)
         ready_s = time.monotonic()  # before the engine is told: it may be done with the step before we hear of it
         num_present = len(request.prompt_token_ids) - 1
         await self._engine.call(lambda engine: engine.start(key, num_computed=num_present))
@@ -152,40 +158,71 @@ class DecodeWorker:
         )
         return _Begun(report, submitted_s, reserved_s, ready_s, arrived)
 
+    async def _descend(
+        self, pool: PrefillPool, request: GenerateRequest, blocks: tuple[int, ...], deadline_s: float
+    ) -> Arrived | _Local:
+        """Hand the prompt off, down the ladder as far as it takes. Raises Unavailable below the last rung."""
+        excluded: frozenset[str] = frozenset()
+        attempt = request.context.attempt
+        while True:
+            grant = self._grant(request, deadline_s, attempt, excluded)
+            try:
+                return await self._hand_off(pool, grant, request.prompt_token_ids, blocks)
+            except (Cancelled, DeadlineExceeded):
+                raise
+            except OutOfBlocks as error:  # nobody failed: an older sequence wants the blocks, so it stands back
+                return _Local(self._count_fallback(FallbackRung.LOCAL, error.code), stands_back=True)
+            except ShoalError as error:
+                failed = pool.asked(grant)
+                excluded |= frozenset(() if failed is None else (failed,))
+                rung = self._ladder.after(attempt, has_other_replica=bool(await pool.living(now=True) - excluded))
+                reason = self._count_fallback(rung, error.reason if isinstance(error, _GivenUp) else error.code)
+                if rung is FallbackRung.LOCAL:
+                    return _Local(reason)
+                if rung is FallbackRung.UNAVAILABLE:
+                    raise Unavailable(
+                        "the prompt could not be handed from prefill to decode: try again in a moment",
+                        retry_after_s=self._ladder.retry_after_s,
+                    ) from error
+                attempt += 1
+
     def _depth_run(self, request: GenerateRequest) -> Depth:
         """Shallow only if some token is: not for a one-token prompt, nor in a plan that skips nothing."""
         num_shallow = self._plan.num_shallow_tokens(len(request.prompt_token_ids), request.depth)
         return Depth.SHALLOW if num_shallow else Depth.FULL
 
-    def _wants_handoff(self, request: GenerateRequest) -> bool:
-        """Through the prefill pool if its plan is the one asked for. With nothing skipped, both depths are one."""
+    def _pool_for(self, request: GenerateRequest) -> PrefillPool | None:
+        """The prefill pool if its plan is the one asked for. With nothing skipped, both depths are one."""
         served = request.depth is Depth.SHALLOW or self._plan.num_skipped == 0
-        return served and self.ask_prefill is not None and len(request.prompt_token_ids) >= self._config.min_tokens
+        return self.prefill if served and len(request.prompt_token_ids) >= self._config.min_tokens else None
 
-    async def _hand_off(self, request: GenerateRequest, blocks: tuple[int, ...], deadline_s: float) -> Arrived:
-        """Grant a lease, ask prefill, and wait until the K/V are verified. On return or error the lease is over and
+    def _grant(self, request: GenerateRequest, deadline_s: float, attempt: int, excluded: frozenset[str]) -> Grant:
+        timeout_s = max(0.0, deadline_s - time.monotonic())
+        return Grant(
+            lease_id=secrets.token_bytes(16),
+            handoff_address=self._desk.address,
+            plan_hash=self._plan_hash,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_present=0,
+            ttl_s=self._config.ttl_s,
+            claim_timeout_s=self._config.claim_timeout_s,
+            context=replace(request.context, timeout_s=timeout_s, attempt=attempt),
+            excluded=excluded,
+        )
+
+    async def _hand_off(
+        self, pool: PrefillPool, grant: Grant, token_ids: tuple[int, ...], blocks: tuple[int, ...]
+    ) -> Arrived:
+        """Open the lease, ask prefill, and wait until the K/V are verified. On return or error the lease is over and
         nobody writes into ``blocks`` any more."""
-        if self.ask_prefill is None:
-            raise Unavailable("there is no prefill pool")
-        lease_id = secrets.token_bytes(16)
-        async with self._desk.open(lease_id, request.prompt_token_ids, blocks) as lease:
-            grant = Grant(
-                lease_id=lease_id,
-                handoff_address=self._desk.address,
-                plan_hash=self._plan_hash,
-                num_prompt_tokens=len(request.prompt_token_ids),
-                num_present=0,
-                ttl_s=self._config.ttl_s,
-                claim_timeout_s=self._config.claim_timeout_s,
-                context=replace(request.context, timeout_s=max(0.0, deadline_s - time.monotonic())),
-            )
-            call = asyncio.ensure_future(self.ask_prefill(grant))
+        async with self._desk.open(grant.lease_id, token_ids, blocks) as lease:
+            call = asyncio.ensure_future(pool.ask(grant))
             arrived = asyncio.ensure_future(lease.arrived())
             try:
                 await asyncio.wait((call, arrived), return_when=asyncio.FIRST_COMPLETED)
                 if not arrived.done():
                     # Prefill's call ends after its lease did, so either it is committed or it never will be.
-                    _raise_if_refused(await call)
+                    _raise_if_given_up(await call)
                 return await arrived
             except BaseException:
                 call.cancel()
@@ -204,9 +241,9 @@ class DecodeWorker:
         if self._given_up is not None:
             self._given_up.cancel(OutOfBlocks("an older sequence needs the blocks"))
 
-    def _count_fallback(self, reason: str) -> str:
-        self._metrics.fell_back("local", reason)
-        _log.warning("no hand-off: decode computes the prompt itself", reason=reason)
+    def _count_fallback(self, rung: FallbackRung, reason: str) -> str:
+        self._metrics.fell_back(rung, reason)
+        _log.warning("the hand-off takes another way", rung=str(rung), reason=reason)
         return reason
 
     def _call_ended(self, call: asyncio.Future[HandoffOutcome]) -> None:
@@ -214,21 +251,28 @@ class DecodeWorker:
         if not call.cancelled():
             call.exception()  # looked at, so that asyncio doesn't report it: the lease has told us already
 
-    async def _fall_back(
-        self, key: str, request: GenerateRequest, error: ShoalError, submitted_s: float, reserved_s: float
+    async def _prefill_locally(
+        self, key: str, request: GenerateRequest, local: _Local, submitted_s: float, reserved_s: float
     ) -> _Begun:
-        self._count_fallback(error.code)
-        if isinstance(error, OutOfBlocks):  # an older sequence wants them
+        if local.stands_back:
             await self._engine.call(lambda engine: engine.requeue(key))
         else:
             await self._engine.call(lambda engine: engine.start(key))
-        report = HandoffReport(self._depth_run(request), transferred=False, fallback=error.code)
+        report = HandoffReport(self._depth_run(request), transferred=False, fallback=local.reason)
         return _Begun(report, submitted_s, reserved_s, time.monotonic())
 
 
-def _raise_if_refused(outcome: HandoffOutcome) -> None:
+class _GivenUp(HandoffError):
+    """Prefill's own word for why it gave a lease up is ``reason``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"prefill gave up: {reason}")
+        self.reason = reason
+
+
+def _raise_if_given_up(outcome: HandoffOutcome) -> None:
     if not outcome.committed:
-        raise HandoffError(f"prefill gave up: {outcome.reason}")
+        raise _GivenUp(outcome.reason or HandoffError.code)
 
 
 @asynccontextmanager

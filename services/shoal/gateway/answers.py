@@ -40,6 +40,15 @@ class Choice:
         self.stop_reason = output.stop_reason
 
 
+async def whole_choices(generation: Generation) -> list[Choice]:
+    """All choices of ``generation``, complete, by index."""
+    choices = [Choice(index) for index in range(generation.num_choices)]
+    async with aclosing(generation.outputs()) as outputs:
+        async for one in outputs:
+            choices[one.index].add(one.output)
+    return choices
+
+
 class AnswerFormat(Protocol):
     """How one endpoint writes choices."""
 
@@ -150,10 +159,7 @@ class Answer:
 
     async def whole(self) -> Json:
         """The body of an answer that isn't streamed."""
-        choices = [Choice(index) for index in range(self._generation.num_choices)]
-        async with aclosing(self._generation.outputs()) as outputs:
-            async for one in outputs:
-                choices[one.index].add(one.output)
+        choices = await whole_choices(self._generation)
         document = self._document(self._format.body_object, [self._format.whole(choice) for choice in choices])
         document["usage"] = usage(self._generation)
         return self._with_timing(document)

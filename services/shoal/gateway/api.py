@@ -16,7 +16,8 @@ from shoal.config import GatewayConfig
 from shoal.errors import InternalError, RequestError, Unavailable
 from shoal.gateway.backend import Backend, GatewayObserver, NullObserver
 from shoal.gateway.edge import RequestEdge
-from shoal.gateway.endpoint import Services, chat_completions, completions
+from shoal.gateway.endpoint import chat_completions, completions
+from shoal.gateway.intake import Services
 from shoal.gateway.refusals import MethodNotAllowed, RouteNotFound, error_response
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel, find_model

@@ -72,6 +72,10 @@ class GatewayObserver(Protocol):
         """The client went away: ``waiting`` for its first token, or ``streaming``."""
         ...
 
+    def retried(self, reason: str) -> None:
+        """Another decode replica runs a prompt again. ``reason`` is ``ShoalError.code`` of what ended the first run."""
+        ...
+
 
 class NullObserver:
     """Looks away."""
@@ -97,4 +101,7 @@ class NullObserver:
         pass
 
     def cancelled(self, stage: str) -> None:
+        pass
+
+    def retried(self, reason: str) -> None:
         pass

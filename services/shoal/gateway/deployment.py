@@ -10,23 +10,28 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import generate_latest
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from shoal import directory
 from shoal.config import ShoalConfig
-from shoal.errors import PeerGone, ShoalError
+from shoal.errors import Unavailable
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.draining import DrainingBackend
-from shoal.gateway.health import HealthServer
+from shoal.gateway.grpc_server import GrpcServer
+from shoal.gateway.intake import Services
+from shoal.gateway.retrying import RetryingBackend
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
 from shoal.messages import Depth, GenerateRequest, TokenOutput
 from shoal.model.families import describe
 from shoal.model.files import locate
+from shoal.rate import RateLimit
+from shoal.replica import host_of_this_node, known_error
+from shoal.rpc.ports import join_address
 from shoal.telemetry import (
     GatewayMetrics,
     Target,
@@ -45,19 +50,20 @@ class PoolBackend:
 
     def __init__(self, app_name: str, decode: DeploymentHandle[Any]) -> None:
         self._app_name = app_name
+        self._living = directory.LivingPool(app_name, "decode")
         self._decode: Any = decode.options(stream=True)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        if not await self._living.ids():
+            # A call to nobody would wait for as long as the request may.
+            raise Unavailable("no decode replica is ready: try again in a moment", retry_after_s=1.0)
         outputs = self._decode.generate.remote(request)
         try:
             async with aclosing(until_deadline(outputs, request.context.timeout_s + _GRACE_S)) as timely:
                 async for output in timely:
                     yield output
         except (RayError, RayServeException) as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            if isinstance(cause, ShoalError):
-                raise cause from error
-            raise PeerGone("the decode replica went away", retry_after_s=1.0) from error
+            raise known_error(error, "decode") from error
         finally:
             # However this ends: decode stops at once, and what it held on both pools is free again.
             outputs.cancel()
@@ -86,17 +92,27 @@ class GatewayReplica:
             created_s=int(time.time()),
         )
         self._metrics = GatewayMetrics(self._registry, [self._model.name])
+        host = host_of_this_node(settings.metrics.host)
         ports = settings.metrics.port_range
-        server = serve_metrics(self._registry, settings.metrics.host, ports.first, ports.last)
+        server = serve_metrics(self._registry, host.bound, ports.first, ports.last)
         self._exits.callback(server.close)
         self._tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(self._tokenizer.close)
-        self._backend = DrainingBackend(PoolBackend(settings.ray.app_name, decode))
-        health = HealthServer(self._backend.readiness)
-        await health.start(settings.gateway.host, settings.gateway.grpc_port)
-        self._exits.push_async_callback(health.stop)
+        self._backend = DrainingBackend(
+            RetryingBackend(
+                PoolBackend(settings.ray.app_name, decode),
+                max_attempts=settings.handoff.max_attempts,
+                limit=RateLimit(settings.gateway.retry),
+                retried=self._metrics.retried,
+            )
+        )
+        if settings.gateway.grpc_port:
+            services = Services(self._backend, self._tokenizer, (self._model,), settings.gateway, self._metrics)
+            grpc_server = GrpcServer(services)
+            await grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)
+            self._exits.push_async_callback(grpc_server.stop)
         self._entry = directory.entry_of_this_replica(
-            "gateway", metrics_address=f"{settings.metrics.host}:{server.port}"
+            "gateway", metrics_address=join_address(host.advertised, server.port)
         )
         await asyncio.to_thread(directory.register, self._entry)
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -41,8 +41,7 @@ class RequestEdge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else secrets.token_hex(16)
+        request_id = sane_request_id(Headers(scope=scope).get(REQUEST_ID, ""))
         scope["shoal.request_id"] = request_id
         has_started = False
 
@@ -76,7 +75,12 @@ def request_id_of(scope: Scope) -> str:
     return value
 
 
-def traceparent_of(headers: Headers) -> str | None:
+def sane_request_id(asked: str) -> str:
+    """The id that a client asked for if it's a sane one, else a new one."""
+    return asked if _REQUEST_ID.fullmatch(asked) else secrets.token_hex(16)
+
+
+def traceparent_of(headers: Mapping[str, str]) -> str | None:
     """The W3C trace context that a client sent, if it is one."""
     value = headers.get("traceparent", "")
     return value if _TRACEPARENT.fullmatch(value) else None

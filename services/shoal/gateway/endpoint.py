@@ -10,27 +10,20 @@ Nothing is sent before the first output, so whatever goes wrong until then is a 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal.config import GatewayConfig
 from shoal.errors import InvalidRequest
 from shoal.gateway.answers import Answer, AnswerFormat, ChatFormat, CompletionFormat, error_event, stream_end
-from shoal.gateway.backend import Backend, GatewayObserver
 from shoal.gateway.edge import as_shoal_error, read_body, request_id_of, traceparent_of, unless_disconnected
 from shoal.gateway.exchange import Exchange
-from shoal.gateway.generation import Generation
-from shoal.gateway.schema import Body, ChatBody, CompletionBody, parse
-from shoal.gateway.tokenizer import Tokenizer
-from shoal.gateway.validation import ServedModel, check_limits, find_model, generate_requests
-from shoal.messages import Depth, RequestContext
+from shoal.gateway.intake import Services, take_in
+from shoal.gateway.schema import ChatBody, CompletionBody, parse
+from shoal.messages import Depth
 
 DEPTH_HEADER = "x-shoal-depth"
 TIMING_HEADER = "x-shoal-timing"
@@ -41,35 +34,16 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),  # or nginx would collect the tokens
 ]
 
-B = TypeVar("B", bound=Body)
-Encode = Callable[[Tokenizer, B, int], Awaitable[Sequence[Sequence[int]]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What all requests share. ``clock`` is monotonic seconds."""
-
-    backend: Backend
-    tokenizer: Tokenizer
-    models: tuple[ServedModel, ...]
-    config: GatewayConfig
-    observer: GatewayObserver
-    clock: Callable[[], float] = time.monotonic
+B = TypeVar("B", CompletionBody, ChatBody)
 
 
 class Endpoint(Generic[B]):
-    """An ASGI application for one route. ``name`` is the metrics' label, ``encode`` gives each prompt's token ids.
+    """An ASGI application for one route. ``name`` is the metrics' label."""
 
-    ``encode`` is told the model's context in tokens, and may refuse what can't fit it.
-    """
-
-    def __init__(
-        self, name: str, kind: type[B], answer_format: AnswerFormat, encode: Encode[B], services: Services
-    ) -> None:
+    def __init__(self, name: str, kind: type[B], answer_format: AnswerFormat, services: Services) -> None:
         self._name = name
-        self._kind = kind
+        self._kind: type[B] = kind
         self._format = answer_format
-        self._encode = encode
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,25 +63,10 @@ class Endpoint(Generic[B]):
 
     async def _prepare(self, scope: Scope, raw: bytes, exchange: Exchange) -> Answer:
         """Everything that can be refused before a pool hears of the request."""
-        services, headers = self._services, Headers(scope=scope)
-        body = parse(self._kind, raw)
-        body = _with_depth_header(body, headers)
-        exchange.model = body.model
-        model = find_model(services.models, body.model)
-        check_limits(body, model, services.config)
-        prompts = await self._encode(services.tokenizer, body, model.max_context_tokens)
-        request_id = request_id_of(scope)
-        context = RequestContext(
-            request_id=request_id,
-            timeout_s=services.config.deadline_s - (services.clock() - exchange.arrived_s),
-            traceparent=traceparent_of(headers),
-        )
-        generation = exchange.generation = Generation(
-            services.backend,
-            generate_requests(body, prompts, model, context),
-            arrived_s=exchange.arrived_s,
-            observer=services.observer,
-            clock=services.clock,
+        headers, request_id = Headers(scope=scope), request_id_of(scope)
+        body = _with_depth_header(parse(self._kind, raw), headers)
+        generation = await take_in(
+            body, self._services, exchange, request_id=request_id, traceparent=traceparent_of(headers)
         )
         wants_timing = headers.get(TIMING_HEADER) == "1"
         return Answer(self._format, body, generation, request_id, wants_timing=wants_timing)
@@ -115,23 +74,12 @@ class Endpoint(Generic[B]):
 
 def completions(services: Services) -> Endpoint[CompletionBody]:
     """POST /v1/completions"""
-
-    async def encode(tokenizer: Tokenizer, body: CompletionBody, max_tokens: int) -> list[Sequence[int]]:
-        return [
-            await tokenizer.encode(prompt, max_tokens=max_tokens) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
-
-    return Endpoint("completions", CompletionBody, CompletionFormat(), encode, services)
+    return Endpoint("completions", CompletionBody, CompletionFormat(), services)
 
 
 def chat_completions(services: Services) -> Endpoint[ChatBody]:
     """POST /v1/chat/completions"""
-
-    async def encode(tokenizer: Tokenizer, body: ChatBody, max_tokens: int) -> list[Sequence[int]]:
-        return [await tokenizer.encode_chat(body.messages, max_tokens=max_tokens)]
-
-    return Endpoint("chat_completions", ChatBody, ChatFormat(), encode, services)
+    return Endpoint("chat_completions", ChatBody, ChatFormat(), services)
 
 
 async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> bytes:

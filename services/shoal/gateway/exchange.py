@@ -1,4 +1,4 @@
-"""One HTTP request as the observer sees it, however it ends."""
+"""One request as the observer sees it, through whatever door it came and however it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""grpc.health.v1 on the gateway's own gRPC server, with reflection, so that probes and people can ask."""
+"""grpc.health.v1: what probes and load balancers ask."""
 
 from __future__ import annotations
 
@@ -9,52 +9,32 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from shoal.errors import ConfigError
 from shoal.gateway.backend import Readiness
-from shoal.rpc.options import server_options
-from shoal.rpc.ports import join_address
 
-MAX_MESSAGE_BYTES = 1 << 20
+SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
 _WATCH_PERIOD_S = 1.0
 _Status = health_pb2.HealthCheckResponse
 
 
-class HealthServer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no stubs
-    """SERVING while a decode replica is ready. The empty service name is the whole server."""
+class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no stubs
+    """SERVING while a decode replica is ready: the server as a whole, whose name is empty, and ``service``."""
 
-    def __init__(self, readiness: Callable[[], Awaitable[Readiness]]) -> None:
+    def __init__(self, readiness: Callable[[], Awaitable[Readiness]], service: str) -> None:
         self._readiness = readiness
-        self._server: grpc.aio.Server | None = None
+        self._names = frozenset({"", service})
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen. Raises ConfigError if the port is taken; port 0 doesn't listen at all."""
-        if port == 0:
-            return
-        server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
+    def add_to(self, server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
-        name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((name, reflection.SERVICE_NAME), server)
-        address = join_address(host, port)
-        try:
-            server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ConfigError(f"{address} can't be bound: choose another --grpc-port, or 0 for none") from error
-        await server.start()
-        self._server = server
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.stop(grace=None)
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802 - gRPC's name
-        if request.service:
+        if request.service not in self._names:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
         return _Status(status=await self._status())
 
     async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802
-        if request.service:
+        if request.service not in self._names:
             await context.write(_Status(status=_Status.SERVICE_UNKNOWN))
             return
         last = None

@@ -11,9 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from shoal.errors import InternalError, InvalidRequest, RequestError, ShoalError
-
-_DEFAULT_RETRY_AFTER_S = 1.0
-_MAX_RETRY_AFTER_S = 119.0  # clients that are told more give up
+from shoal.rpc.statuses import retry_delay_s
 
 
 class InvalidJson(InvalidRequest):
@@ -54,7 +52,7 @@ def error_document(error: ShoalError) -> dict[str, Any]:
 def error_response(error: ShoalError, headers: dict[str, str] | None = None) -> JSONResponse:
     """``error`` as an HTTP answer; with Retry-After where a later try may succeed."""
     headers = dict(headers or {})
-    if error.http_status in (429, 503):
-        seconds = _DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
-        headers["retry-after"] = str(math.ceil(min(max(seconds, 1.0), _MAX_RETRY_AFTER_S)))
+    delay_s = retry_delay_s(error)
+    if delay_s is not None:
+        headers["retry-after"] = str(math.ceil(max(delay_s, 1.0)))
     return JSONResponse(error_document(error), status_code=error.http_status, headers=headers)

@@ -1,4 +1,4 @@
-"""The bodies of ``/v1/completions`` and ``/v1/chat/completions``, checked field by field.
+"""The bodies of ``/v1/completions`` and ``/v1/chat/completions``, checked field by field; gRPC's requests become such.
 
 Types are strict (``"1"`` is no number, ``true`` no integer) and a field that isn't here is refused. ``null`` means
 the same as a field that is left out. What depends on the configuration or the model is in validation.py.
@@ -78,6 +78,12 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
     if types == {list} and all(set(map(type, ids)) == {int} for ids in value):
         return tuple(tuple(ids) for ids in value)
     raise _wrong("prompt")
+
+
+def _one_prompt(value: str | list[int]) -> tuple[Prompt, ...]:
+    if not value:
+        raise PydanticCustomError("wrong_type", "must not be empty")
+    return (value if isinstance(value, str) else tuple(value),)
 
 
 def _content(value: object) -> str:
@@ -192,6 +198,16 @@ class CompletionBody(Body):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+
+class GenerateBody(CompletionBody):
+    """Text or token ids that come by gRPC: one prompt, and an answer as long as the context allows by default."""
+
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_one_prompt)]
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
 
 
 class ChatBody(Body):

@@ -33,7 +33,9 @@ def find_model(models: Iterable[ServedModel], name: str) -> ServedModel:
     for model in models:
         if model.name == name:
             return model
-    raise ModelNotFound("this model isn't served here: GET /v1/models lists those that are", param="model")
+    raise ModelNotFound(
+        "this model isn't served here: ask GET /v1/models or ListModels for those that are", param="model"
+    )
 
 
 def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:

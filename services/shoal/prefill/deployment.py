@@ -12,6 +12,8 @@ from shoal.config import ShoalConfig
 from shoal.errors import Unavailable
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
+from shoal.replica import host_of_this_node
+from shoal.rpc.ports import join_address
 from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
 
 
@@ -23,14 +25,15 @@ class PrefillReplica:
         configure_logging(settings.log.level, settings.log.format)
         self._exits = AsyncExitStack()
         registry = new_registry()
+        host = host_of_this_node(settings.metrics.host)
         ports = settings.metrics.port_range
-        metrics = serve_metrics(registry, settings.metrics.host, ports.first, ports.last)
+        metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)
         self._stage = await self._exits.enter_async_context(
             open_prefill(settings, registry, on_progress=_report_loading)
         )
         self._entry = directory.entry_of_this_replica(
-            "prefill", metrics_address=f"{settings.metrics.host}:{metrics.port}"
+            "prefill", metrics_address=join_address(host.advertised, metrics.port)
         )
         await asyncio.to_thread(directory.register, self._entry)
 

@@ -18,8 +18,14 @@ from google.rpc.status_pb2 import Status
 
 from shoal import errors
 
+Metadata = tuple[tuple[str, str | bytes], ...]
+
 DOMAIN = "shoal"
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""What gRPC's own retry takes as the time to wait, whatever its back-off says (gRFC A6)."""
+MAX_RETRY_DELAY_S = 119.0
+"""Clients that are told more give up."""
 MAX_MESSAGE_CHARS = 1024
 """gRPC lets 8 KiB of metadata pass, and a message travels twice in it."""
 
@@ -69,6 +75,7 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.ShoalError]] = {
     grpc.StatusCode.DATA_LOSS: errors.ChecksumMismatch,
 }
 
+_DEFAULT_RETRY_DELAY_S = 1.0
 _HIDDEN = "internal error; the server's log says more"
 
 
@@ -132,11 +139,25 @@ def _told(metadata: Any, number: int) -> errors.ShoalError | None:
     return None
 
 
-async def abort(context: grpc.aio.ServicerContext[object, object], error: Exception) -> NoReturn:
-    """End a served call with ``error``. Log an INTERNAL one before: its text isn't sent."""
+def retry_delay_s(error: errors.ShoalError) -> float | None:
+    """Seconds to wait before another try, at most ``MAX_RETRY_DELAY_S``; ``None`` where none would go better."""
+    if error.http_status not in (429, 503):
+        return None
+    return _DEFAULT_RETRY_DELAY_S if error.retry_after_s is None else min(error.retry_after_s, MAX_RETRY_DELAY_S)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, metadata: Metadata = ()) -> NoReturn:
+    """End a served call with ``error``, and ``metadata`` beside it. Log an INTERNAL one before: its text isn't sent.
+
+    Where another try may go better, the client's gRPC is told when to make it.
+    """
     status = to_status(error)
-    details = ((DETAILS_KEY, status.SerializeToString()),)
-    await context.abort(status_code(error), status.message, trailing_metadata=details)
+    trailing: list[tuple[str, str | bytes]] = [*metadata, (DETAILS_KEY, status.SerializeToString())]
+    delay_s = retry_delay_s(error) if isinstance(error, errors.ShoalError) else None
+    if delay_s is not None:
+        # 0 would leave the time to the client's own back-off.
+        trailing.append((PUSHBACK_KEY, str(max(1, round(delay_s * 1000)))))
+    await context.abort(status_code(error), status.message, trailing_metadata=tuple(trailing))
 
 
 def _of_number(number: int) -> type[errors.ShoalError]:

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shoal.messages import TtftStages
-from shoal.telemetry.labels import CancelStage, Endpoint, ErrorType, RejectReason, TtftStage, status_label
+from shoal.telemetry.labels import (
+    CancelStage,
+    Endpoint,
+    ErrorType,
+    HandoffReason,
+    RejectReason,
+    TtftStage,
+    status_label,
+)  # fmt: skip
 from shoal.telemetry.registry import LATENCY_S, TOKEN_S
 
 
@@ -60,6 +68,9 @@ class GatewayMetrics:
         self._cancelled = Counter(
             "shoal_cancelled_total", "Requests whose client went away.", ("stage",), registry=registry
         )
+        self._retries = Counter(
+            "shoal_retries_total", "Prompts that another decode replica ran again.", ("reason",), registry=registry
+        )
 
     def request_started(self) -> None:
         self._in_flight.inc()
@@ -100,3 +111,7 @@ class GatewayMetrics:
 
     def cancelled(self, stage: str) -> None:
         self._cancelled.labels(CancelStage(stage)).inc()
+
+    def retried(self, reason: str) -> None:
+        """``reason`` is ``ShoalError.code``."""
+        self._retries.labels(HandoffReason(reason)).inc()

@@ -16,6 +16,8 @@ class _OpenEnum(enum.StrEnum):
 class Endpoint(_OpenEnum):
     CHAT_COMPLETIONS = "chat_completions"
     COMPLETIONS = "completions"
+    GENERATE = "generate"
+    GENERATE_STREAM = "generate_stream"
     MODELS = "models"
     OTHER = "other"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shoal.app.graph import Replicas, bind, demand
+from shoal.app.graph import Replicas, bind, build, demand
 from shoal.config import ShoalConfig
 
 
@@ -35,9 +35,25 @@ def test_gateway_calls_decode_and_decode_calls_prefill():
 
 
 def test_each_replica_gets_the_whole_configuration_as_plain_data():
-    config = ShoalConfig(decode={"replicas": 3})
+    config = ShoalConfig(decode={"max_sequences": 3}, handoff={"ttl_s": 2})
     for _, arguments in chain(config):
         assert ShoalConfig(**arguments[0]) == config
+
+
+def test_a_pool_that_grows_leaves_its_replicas_as_they_are():
+    small, large = (chain(ShoalConfig(decode={"replicas": number})) for number in (1, 3))
+    assert [arguments[0] for _, arguments in small] == [arguments[0] for _, arguments in large]
+    assert [one.num_replicas for one, _ in large] == [1, 3, 1]
+
+
+def test_prefill_replicas_are_chosen_by_the_router_that_heeds_exclusions():
+    _, decode, prefill = (one for one, _ in chain(ShoalConfig()))
+    assert router_of(prefill) == "shoal.router.GrantRouter" != router_of(decode)
+
+
+def router_of(deployment: Any) -> str:
+    found: str = deployment._deployment_config.request_router_config.request_router_class
+    return found
 
 
 def test_the_pools_lie_on_resources_of_their_own():
@@ -79,3 +95,17 @@ def test_the_demand_is_what_all_replicas_need():
 
 def test_on_a_cluster_that_is_joined_the_gateway_may_run_anywhere():
     assert "gateway" not in demand(ShoalConfig(ray={"address": "auto"}))
+
+
+def test_the_gateway_goes_where_its_resource_is():
+    config = ShoalConfig(ray={"address": "auto"}, gateway={"resource": "front"})
+    gateway, _, _ = (one for one, _ in chain(config))
+    assert gateway.ray_actor_options["resources"] == {"front": 1}
+    assert demand(config)["front"] == 1
+
+
+def test_a_serve_configuration_file_joins_the_cluster_that_it_is_deployed_on():
+    gateway = build({"gateway": {"resource": "gateway"}})
+    assert ShoalConfig(**gateway._bound_deployment.init_args[0]).ray.address == "auto"
+    named = build({"ray": {"address": "10.0.0.1:6379"}})
+    assert ShoalConfig(**named._bound_deployment.init_args[0]).ray.address == "10.0.0.1:6379"

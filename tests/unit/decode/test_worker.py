@@ -15,8 +15,18 @@ import torch
 from models import save_tiny
 from reference import full_generate, pop_generate
 from shoal.config import load_config
-from shoal.errors import DeadlineExceeded, InvalidRequest, LeaseLost, Overloaded, ShoalError, Unavailable
-from shoal.local import LocalShoal, open_local
+from shoal.decode.prefill_pool import PrefillPool
+from shoal.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseLost,
+    Overloaded,
+    PeerGone,
+    PlanMismatch,
+    ShoalError,
+    Unavailable,
+)  # fmt: skip
+from shoal.local import LocalShoal, OneReplica, open_local
 from shoal.messages import (
     Depth,
     FinishReason,
@@ -71,10 +81,10 @@ async def assert_nothing_held(local: LocalShoal) -> None:
 
 
 def request(
-    prompt: list[int], depth: Depth = Depth.SHALLOW, timeout_s: float = 30.0, **sampling: Any
+    prompt: list[int], depth: Depth = Depth.SHALLOW, timeout_s: float = 30.0, attempt: int = 1, **sampling: Any
 ) -> GenerateRequest:
     params = SamplingParams(**{"max_tokens": 10, "temperature": 0.0, "ignore_eos": True} | sampling)
-    return GenerateRequest(RequestContext("test", timeout_s), "tiny", tuple(prompt), depth, params)
+    return GenerateRequest(RequestContext("test", timeout_s, attempt=attempt), "tiny", tuple(prompt), depth, params)
 
 
 async def collect(local: LocalShoal, asked: GenerateRequest) -> list[TokenOutput]:
@@ -130,69 +140,150 @@ async def test_choices_share_one_transfer(opened: Any, model: Any):
     assert sum(output.handoff is not None for output in outputs) == 1
 
 
-@pytest.mark.parametrize("failure", [LeaseLost("gone"), Overloaded("full"), Unavailable("no replica"), None], ids=str)
-async def test_a_failed_hand_off_is_prefilled_locally_at_the_same_depth(
-    opened: Any, model: Any, failure: ShoalError | None
-):
-    async def ask_prefill(grant: Grant) -> HandoffOutcome:
-        if failure is not None:
-            raise failure
-        return HandoffOutcome(grant.lease_id, committed=False, reason="prefill_queue_timeout")
+class ScriptedPool:
+    """Prefill replicas ``a``, ``b``, … of which each but the last does what its script says, once; the last one serves.
 
+    A script raises an error, or gives the lease up for a reason. ``None`` in place of ``behind``: there is no last one.
+    """
+
+    def __init__(self, behind: PrefillPool | None, *scripts: ShoalError | str) -> None:
+        self.grants: list[Grant] = []
+        self._behind = behind
+        self._scripts = scripts
+        self._asked: dict[bytes, str] = {}
+
+    async def living(self, *, now: bool = False) -> frozenset[str]:
+        return frozenset("abcdef"[: len(self._scripts) + (self._behind is not None)])
+
+    async def ask(self, grant: Grant) -> HandoffOutcome:
+        self.grants.append(grant)
+        replica = min(await self.living() - grant.excluded)
+        self._asked[grant.lease_id] = replica
+        index = "abcdef".index(replica)
+        if index == len(self._scripts):
+            assert self._behind is not None
+            return await self._behind.ask(grant)
+        script = self._scripts[index]
+        if isinstance(script, ShoalError):
+            raise script
+        return HandoffOutcome(grant.lease_id, committed=False, reason=script)
+
+    def asked(self, grant: Grant) -> str | None:
+        return self._asked.get(grant.lease_id)
+
+
+class NobodyAnswers(OneReplica):
+    """A prefill replica that takes every grant and never claims."""
+
+    def __init__(self) -> None:
+        self.has_asked = asyncio.Event()
+
+    async def ask(self, _grant: Grant) -> HandoffOutcome:
+        self.has_asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+FAILURES = [LeaseLost("gone"), Overloaded("full"), PeerGone("died"), PlanMismatch("other"), "prefill_queue_timeout"]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+async def test_a_failed_hand_off_goes_to_another_replica(opened: Any, model: Any, failure: ShoalError | str):
     async with opened() as local:
-        local.decode.worker.ask_prefill = ask_prefill
+        local.decode.worker.prefill = pool = ScriptedPool(local.decode.worker.prefill, failure)
         outputs = await collect(local, request(PROMPT))
+        assert fallbacks(local) == {("other_replica", reason_of(failure)): 1}
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    report = outputs[0].handoff
+    assert report is not None and report.transferred and report.fallback is None
+    first, second = pool.grants
+    assert (first.excluded, second.excluded) == (frozenset(), frozenset("a"))
+    assert (first.context.attempt, second.context.attempt) == (1, 2) and first.lease_id != second.lease_id
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+async def test_without_another_replica_decode_prefills_at_the_same_depth(
+    opened: Any, model: Any, failure: ShoalError | str
+):
+    async with opened() as local:
+        local.decode.worker.prefill = ScriptedPool(None, failure)
+        outputs = await collect(local, request(PROMPT))
+        assert fallbacks(local) == {("local", reason_of(failure)): 1}
     assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
     report = outputs[0].handoff
     assert report is not None and not report.transferred and report.depth is Depth.SHALLOW
-    assert report.fallback == (failure.code if failure else "handoff_failed")
+    assert report.fallback == reason_of(failure)
+
+
+async def test_the_last_attempt_is_decodes_own(opened: Any, model: Any):
+    async with opened() as local:
+        local.decode.worker.prefill = pool = ScriptedPool(local.decode.worker.prefill, *FAILURES[:3])
+        outputs = await collect(local, request(PROMPT))
+        assert fallbacks(local) == {("other_replica", "lease_lost"): 1, ("local", "overloaded"): 1}
+    assert len(pool.grants) == 2
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+
+
+@pytest.mark.parametrize(
+    ("attempt", "handoff"), [(3, {}), (1, {"max_attempts": 1}), (2, {"local": {"per_s": 0.001, "burst": 1}})]
+)
+async def test_below_the_last_rung_the_request_is_refused_for_now(opened: Any, attempt: int, handoff: dict[str, Any]):
+    """The gateway has made the attempts, or there are none, or decode did it too often of late."""
+    async with opened(handoff=handoff) as local:
+        local.decode.worker.prefill = ScriptedPool(None, PeerGone("died"))
+        if "local" in handoff:
+            await collect(local, request(PROMPT, attempt=attempt))
+        with pytest.raises(Unavailable, match="try again") as refused:
+            await collect(local, request(PROMPT, attempt=attempt))
+        assert fallbacks(local)["unavailable", "peer_gone"] == 1
+    assert refused.value.retry_after_s is not None and refused.value.retry_after_s >= 1
 
 
 async def test_without_a_prefill_replica_nobody_waits_for_one(opened: Any, model: Any):
-    async def nobody() -> bool:
-        return False
-
     async with opened() as local:
-        local.decode.worker._has_prefill = nobody
+        local.decode.worker.prefill = pool = ScriptedPool(None)
         outputs = await collect(local, request(PROMPT))
     assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
     report = outputs[0].handoff
     assert report is not None and report.fallback == "no_prefill" and report.depth is Depth.SHALLOW
+    assert pool.grants == []
+
+
+def fallbacks(local: LocalShoal) -> dict[tuple[str, str], int]:
+    """How often each rung was taken, by reason."""
+    families = local.decode.registry.collect()
+    return {
+        (sample.labels["rung"], sample.labels["reason"]): int(sample.value)
+        for family in families
+        for sample in family.samples
+        if sample.name == "shoal_kv_fallback_total"
+    }
+
+
+def reason_of(failure: ShoalError | str) -> str:
+    return failure.code if isinstance(failure, ShoalError) else failure
 
 
 async def test_a_lease_that_nobody_claims_gives_its_blocks_to_an_older_sequence(opened: Any, model: Any):
     """The old one needs more blocks than are free; the young one's lease is never claimed."""
-
-    async def never(_grant: Grant) -> HandoffOutcome:
-        await asyncio.Event().wait()
-        raise AssertionError
-
     async with opened(decode={"num_blocks": 12}) as local:
-        prefill, local.decode.worker.ask_prefill = local.decode.worker.ask_prefill, never
+        local.decode.worker.prefill = NobodyAnswers()
         old = asyncio.create_task(collect(local, request(PROMPT[:8], Depth.FULL, max_tokens=30)))
         while not (await local.decode.counts()).num_running:
             await asyncio.sleep(0)
         young = await collect(local, request(PROMPT, max_tokens=4))
         assert ids(await old) == full_generate(model, PROMPT[:8], 30).token_ids
-        assert prefill is not None
     report = young[0].handoff
     assert report is not None and report.fallback == "out_of_blocks"
     assert ids(young) == pop_generate(model, PROMPT, 4, SKIPPED).token_ids
 
 
 async def test_the_deadline_ends_a_request_that_waits_for_prefill(opened: Any):
-    started = asyncio.Event()
-
-    async def never(_grant: Grant) -> HandoffOutcome:
-        started.set()
-        await asyncio.Event().wait()
-        raise AssertionError
-
     async with opened() as local:
-        local.decode.worker.ask_prefill = never
+        local.decode.worker.prefill = pool = NobodyAnswers()
         with pytest.raises(DeadlineExceeded):
             await collect(local, request(PROMPT, timeout_s=0.2))
-        assert started.is_set()
+        assert pool.has_asked.is_set()
 
 
 @pytest.mark.parametrize("num_outputs", [0, 1, 3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,11 @@ import pytest
 
 from fake_backend import FakeBackend
 from http_server import serving
+from inference_server import Inference, client_of
 from shoal.config import GatewayConfig
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import GatewayObserver
+from shoal.gateway.intake import Services
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
 from shoal.messages import TtftStages
@@ -138,3 +140,19 @@ def gateway(running: Gateway) -> Iterator[Gateway]:
     if running.observer.started:
         running.observer.wait_finished()
     assert running.backend.num_running == 0
+
+
+@pytest.fixture
+def services(smollm2: Any, tokenizer: Tokenizer, model: ServedModel) -> Services:
+    """Of a gateway with a backend and an observer of its own."""
+    backend = FakeBackend(lambda text: list(smollm2.encode(text, add_special_tokens=False)), tokenizer.decode)
+    return Services(backend, tokenizer, (model,), CONFIG, Recorder())
+
+
+@pytest.fixture
+async def inference(services: Services) -> AsyncIterator[Inference]:
+    """A gRPC server and its client. Nothing may run when a test is over."""
+    async with client_of(services) as client:
+        yield client
+    assert client.backend.num_running == 0
+    assert len(client.observer.finished) == client.observer.started

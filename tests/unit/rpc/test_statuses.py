@@ -179,3 +179,28 @@ async def test_a_blocking_channel_raises_the_same_error() -> None:
         back = await asyncio.to_thread(call, address)
     assert type(back) is errors.Overloaded
     assert back.retry_after_s == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "delay_s", "pushback_ms"),
+    [
+        (errors.Overloaded("full", retry_after_s=2.5), 2.5, "2500"),
+        (errors.Unavailable("gone"), 1.0, "1000"),
+        (errors.Unavailable("gone", retry_after_s=900), 119.0, "119000"),
+        (errors.OutOfBlocks("none left", retry_after_s=0), 0, "1"),
+        (errors.DeadlineExceeded("late", retry_after_s=5), None, None),
+        (errors.InvalidRequest("wrong"), None, None),
+    ],
+    ids=repr,
+)
+async def test_grpc_is_told_when_to_try_again_where_that_may_help(
+    error: errors.ShoalError, delay_s: float | None, pushback_ms: str | None
+) -> None:
+    async def fail(request: bytes, context: Any) -> bytes:
+        await statuses.abort(context, error, (("x-request-id", "order-66"),))
+
+    assert statuses.retry_delay_s(error) == delay_s
+    async with serving(fail) as address, grpc.aio.insecure_channel(address) as channel:
+        trailing = dict(await channel.unary_unary("/test.Errors/Fail")(b"", timeout=10).trailing_metadata())
+    assert trailing.get(statuses.PUSHBACK_KEY) == pushback_ms
+    assert trailing["x-request-id"] == "order-66"

@@ -1,0 +1,43 @@
+"""One completion; then a hand-off must have been counted. `helm test` runs it in Shoal's image: see the README."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+
+COUNTED = "shoal_kv_transfer_seconds_count"
+TIMEOUT_S = 120
+
+
+def fetch(url: str, body: object = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})  # noqa: S310 - our own URLs
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+        return str(response.read().decode())
+
+
+def transfers(gateway: str) -> float:
+    """How many hand-offs all processes have counted."""
+    total = 0.0
+    for group in json.loads(fetch(f"{gateway}/metrics/targets")):
+        for address in group["targets"]:
+            lines = fetch(f"http://{address}/metrics").splitlines()
+            total += sum(float(line.split()[-1]) for line in lines if line.startswith(COUNTED))
+    return total
+
+
+def main(gateway: str) -> None:
+    model = json.loads(fetch(f"{gateway}/v1/models"))["data"][0]["id"]
+    before = transfers(gateway)
+    asked = {"model": model, "prompt": "Fish swim in schools because", "max_tokens": 8}
+    answer = json.loads(fetch(f"{gateway}/v1/completions", asked))
+    print(answer["choices"][0]["text"])
+    counted = transfers(gateway) - before
+    if counted < 1:
+        sys.exit(f"{COUNTED} didn't move: the prompt never passed from prefill to decode")
+    print(f"{counted:.0f} counted")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

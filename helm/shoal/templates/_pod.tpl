@@ -1,0 +1,194 @@
+{{/*
+A worker group of KubeRay's from one pool's values: (dict "root" . "pool" "prefill"). Both pools come out of this.
+*/}}
+{{- define "shoal.workerGroup" -}}
+{{- $values := index .root.Values .pool -}}
+groupName: {{ .pool }}
+replicas: {{ $values.replicas }}
+minReplicas: {{ $values.replicas }}
+maxReplicas: {{ $values.replicas }}
+rayStartParams:
+  # One replica a pod, so that a pool is as many pods as replicas.
+  num-cpus: {{ ceil $values.num_cpus | int | quote }}
+  num-gpus: {{ $values.num_gpus | quote }}
+  object-store-memory: {{ include "shoal.objectStore" . | quote }}
+  resources: {{ dict .pool 1 | toJson | quote | squote }}
+template:
+  {{- include "shoal.pod" (dict "root" .root "component" .pool "values" $values) | nindent 2 }}
+{{- end -}}
+
+{{/* Bytes of /dev/shm for what Ray passes by reference, which is little here. Its own choice is a third of memory. */}}
+{{- define "shoal.objectStore" -}}134217728{{- end -}}
+
+{{/* The pod of the head or of a pool: (dict "root" . "component" "head" "values" .Values.head). */}}
+{{- define "shoal.pod" -}}
+{{- $root := .root -}}
+{{- $values := .values -}}
+{{- $own := dict "app.kubernetes.io/component" .component -}}
+metadata:
+  labels:
+    {{- mergeOverwrite (deepCopy $values.labels) (include "shoal.labels" $root | fromYaml) $own | toYaml | nindent 4 }}
+  {{- with $values.annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  serviceAccountName: {{ include "shoal.serviceAccount" $root }}
+  automountServiceAccountToken: false
+  # Otherwise every Service of the namespace becomes variables of every pod.
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ add $root.Values.drain.deadline_s (include "shoal.grace" $root | int) 10 }}
+  securityContext:
+    runAsNonRoot: true
+    {{- toYaml $root.Values.podSecurityContext | nindent 4 }}
+    # A volume of weights has many files, and they are only read.
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile: {type: RuntimeDefault}
+  {{- with $root.Values.image.pullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $values.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- with $values.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $values.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $values.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $values.topologySpreadConstraints }}
+  topologySpreadConstraints:
+    {{- $selector := dict "matchLabels" (merge (include "shoal.selector" $root | fromYaml) $own) }}
+    {{- range . }}
+    - {{ merge (deepCopy .) (dict "labelSelector" $selector) | toYaml | indent 6 | trim }}
+    {{- end }}
+  {{- end }}
+  containers:
+    {{- include "shoal.container" . | nindent 4 }}
+  volumes:
+    - name: tmp
+      emptyDir: {}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ $values.shmSize }}}
+    {{- with $root.Values.model.existingClaim }}
+    - name: model
+      persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+    {{- end }}
+    {{- if and (eq .component "head") $root.Values.gateway.tls.existingSecret }}
+    - name: tls
+      secret: {secretName: {{ $root.Values.gateway.tls.existingSecret }}}
+    {{- end }}
+{{- end -}}
+
+{{/* KubeRay adds `ray start`, the token, and what else is its own. */}}
+{{- define "shoal.container" -}}
+{{- $head := eq .component "head" -}}
+{{- $shared := include "shoal.shared" .root | fromJson -}}
+- name: ray-{{ .component }}
+  image: {{ include "shoal.image" .root }}
+  imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+  securityContext:
+    {{- include "shoal.securityContext" (dict "capabilities" (and .root.Values.rdma.enabled (not $head))) | nindent 4 }}
+  env:
+    {{- include "shoal.env" . | nindent 4 }}
+    {{- with .values.env }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  ports:
+    {{- if $head }}
+    - {name: gcs-server, containerPort: 6379}
+    - {name: dashboard, containerPort: 8265}
+    # KubeRay makes Services of the ports that begin with "serve".
+    - {name: serve, containerPort: {{ $shared.gateway.port }}}
+    {{- with int $shared.gateway.grpc_port }}
+    - {name: serve-grpc, containerPort: {{ . }}}
+    {{- end }}
+    {{- end }}
+    - {name: health, containerPort: 52365}
+    - {name: shoal-metrics, containerPort: {{ $shared.metrics.port_range.first }}}
+  {{- include "shoal.probes" . | nindent 2 }}
+  {{- if not $head }}
+  lifecycle:
+    preStop:
+      exec:
+        command:
+          {{- include "shoal.drain" .root | nindent 10 }}
+  {{- end }}
+  resources:
+    {{- include "shoal.resources" .values | nindent 4 }}
+  volumeMounts:
+    - {name: tmp, mountPath: /tmp}
+    - {name: shm, mountPath: /dev/shm}
+    {{- if .root.Values.model.existingClaim }}
+    - {name: model, mountPath: {{ .root.Values.model.mountPath }}, readOnly: true}
+    {{- end }}
+    {{- if and $head .root.Values.gateway.tls.existingSecret }}
+    - {name: tls, mountPath: /etc/shoal/tls, readOnly: true}
+    {{- end }}
+{{- end -}}
+
+{{- define "shoal.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+  {{- if .capabilities }}
+  add: [IPC_LOCK]
+  {{- end }}
+{{- end -}}
+
+{{- define "shoal.env" -}}
+# The root file system is read-only, and the user may have no name in the image.
+- {name: HOME, value: /tmp}
+- {name: USER, value: shoal}
+- {name: XDG_CACHE_HOME, value: /tmp/cache}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+{{- end -}}
+
+{{/*
+KubeRay's own readiness probe of a worker asks for a Serve proxy, which no worker has here: it would never be ready.
+Whether the pools serve is what the gateway's /readyz says.
+*/}}
+{{- define "shoal.probes" -}}
+startupProbe:
+  httpGet: {path: /api/healthz, port: health}
+  periodSeconds: 2
+  timeoutSeconds: 5
+  failureThreshold: 150
+readinessProbe:
+  httpGet: {path: /api/healthz, port: health}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 10
+livenessProbe:
+  httpGet: {path: /api/healthz, port: health}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 24
+{{- end -}}
+
+{{/* Serve starts the replica elsewhere and stops it here; the pod stays until it is gone. */}}
+{{- define "shoal.drain" -}}
+- sh
+- -c
+- |
+  ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod goes away' \
+    --deadline-remaining-seconds {{ .Values.drain.deadline_s }} || exit 0
+  while grep -qs '^ray::ServeReplica:shoal:' /proc/[0-9]*/cmdline; do sleep 1; done
+{{- end -}}
+
+{{- define "shoal.resources" -}}
+{{- $resources := deepCopy .resources -}}
+{{- if .num_gpus -}}
+{{- $gpus := dict .gpuResource (toString .num_gpus) -}}
+{{- $resources = merge $resources (dict "limits" $gpus) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}

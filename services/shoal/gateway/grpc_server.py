@@ -1,0 +1,68 @@
+"""The gateway's own gRPC server: inference, health, and reflection where it's wanted.
+
+Ray Serve's proxy could carry gRPC, too, but it listens on every interface, has no TLS, and sends the text of
+unexpected errors to clients.
+"""
+
+from __future__ import annotations
+
+import grpc.aio
+from grpc_reflection.v1alpha import reflection
+
+from shoal.errors import ConfigError
+from shoal.gateway import health, inference
+from shoal.gateway.health import HealthService
+from shoal.gateway.inference import InferenceService
+from shoal.gateway.intake import Services
+from shoal.gateway.tls import server_credentials
+from shoal.rpc.options import Options, server_options
+from shoal.rpc.ports import join_address
+
+_STOP_GRACE_S = 0.5
+"""Whatever was being answered has ended by then; this only lets the last messages out."""
+
+_MAX_READ_BODIES = 2
+"""A client that sent a little too much gets to read why: what gRPC itself refuses looks like an overload."""
+
+
+class GrpcServer:
+    """Serves what ``services`` generate, under ``services.config``."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen on ``port``, or on any free one if it's 0; returns it.
+
+        Raises ConfigError if the port can't be bound or a file of ``config.tls`` isn't what it should be.
+        """
+        config = self._services.config
+        credentials = None if config.tls is None else server_credentials(config.tls)
+        server = grpc.aio.server(options=_options(config.max_body_bytes))
+        InferenceService(self._services).add_to(server)
+        HealthService(self._services.backend.readiness, inference.SERVICE_NAME).add_to(server)
+        if config.reflection:
+            names = (inference.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        address = join_address(host, port)
+        try:
+            if credentials is None:
+                bound = server.add_insecure_port(address)
+            else:
+                bound = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"{address} can't be bound: choose another --grpc-port, or 0 for none") from error
+        await server.start()
+        self._server = server
+        return bound
+
+    async def stop(self) -> None:
+        """End all calls. Twice is a no-op."""
+        if self._server is not None:
+            await self._server.stop(_STOP_GRACE_S)
+
+
+def _options(max_body_bytes: int) -> Options:
+    # gRPC takes the first of two values. An answer is as long as was asked for: clients limit what they read.
+    return (("grpc.max_send_message_length", -1), *server_options(_MAX_READ_BODIES * max_body_bytes))

@@ -1,0 +1,125 @@
+"""``shoal.v1.InferenceService``: one gRPC call from its bytes to its last message.
+
+::
+
+    bytes ─> body ─> limits ─> token ids ─> requests ─> first output ─┬─> stream of messages
+                                                                      └─> one message, at the end
+
+As for HTTP, nothing is sent before the first output. gRPC clients retry until they see response headers, so a call
+that fails before it is answered by trailers alone, and one that fails later has failed for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from shoal.errors import Cancelled, InvalidRequest, RequestTooLarge
+from shoal.gateway.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
+from shoal.gateway.exchange import Exchange
+from shoal.gateway.generation import Generation
+from shoal.gateway.intake import Services, take_in
+from shoal.gateway.protobuf import InferenceAnswer, in_grpc_words, models_response, read_request, to_body
+from shoal.rpc.statuses import abort
+from shoal.telemetry import bind_request
+from shoal.v1 import inference_pb2 as pb
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceService:
+    """Answers calls with what ``services`` generate. It reads messages itself, as no error of that may get out."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        handlers = {
+            "Generate": grpc.unary_unary_rpc_method_handler(
+                self._generate, response_serializer=pb.GenerateResponse.SerializeToString
+            ),
+            "GenerateStream": grpc.unary_stream_rpc_method_handler(
+                self._generate_stream, response_serializer=pb.GenerateStreamResponse.SerializeToString
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                self._list_models, response_serializer=pb.ListModelsResponse.SerializeToString
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+    async def _generate(self, raw: bytes, context: Context) -> pb.GenerateResponse:
+        async with self._answering("generate", raw, context) as answer:
+            response = await answer.whole()
+            await _send_headers(context, answer)
+            return response
+
+    async def _generate_stream(self, raw: bytes, context: Context) -> None:
+        # Messages are written, not yielded: a generator that gRPC no longer reads would be closed late.
+        async with self._answering("generate_stream", raw, context) as answer, aclosing(answer.messages()) as messages:
+            first = await anext(messages)
+            await _send_headers(context, answer)
+            await _send(context, first)
+            async for message in messages:
+                await _send(context, message)
+
+    async def _list_models(self, _raw: bytes, _context: Context) -> pb.ListModelsResponse:
+        return models_response(self._services.models)
+
+    @asynccontextmanager
+    async def _answering(self, endpoint: str, raw: bytes, context: Context) -> AsyncIterator[InferenceAnswer]:
+        """The answer to ``raw``, while it's being made. Whatever goes wrong ends the call with its status."""
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        request_id = sane_request_id(metadata.get(REQUEST_ID, ""))
+        with bind_request(request_id):
+            try:
+                with Exchange(endpoint, self._services.observer, self._services.clock) as exchange:
+                    generation = await self._begin(raw, context, exchange, request_id, traceparent_of(metadata))
+                    yield InferenceAnswer(generation, exchange.model, request_id)
+            except Exception as error:  # noqa: BLE001 - the process' edge: gRPC would send the error's own text
+                await abort(context, as_shoal_error(error), ((REQUEST_ID, request_id),))
+
+    async def _begin(
+        self, raw: bytes, context: Context, exchange: Exchange, request_id: str, traceparent: str | None
+    ) -> Generation:
+        services = self._services
+        max_bytes = services.config.max_body_bytes
+        if len(raw) > max_bytes:
+            raise RequestTooLarge(f"the message has more than {max_bytes} bytes: send less text in one request")
+        request = read_request(raw)
+        try:
+            return await take_in(
+                to_body(request, services.models[0].name),
+                services,
+                exchange,
+                request_id=request_id,
+                traceparent=traceparent,
+                timeout_s=context.time_remaining(),
+            )
+        except InvalidRequest as error:
+            raise in_grpc_words(error, request) from None
+
+
+async def _send_headers(context: Context, answer: InferenceAnswer) -> None:
+    with _unless_gone():
+        await context.send_initial_metadata(((REQUEST_ID, answer.request_id),))
+
+
+async def _send(context: Context, message: pb.GenerateStreamResponse) -> None:
+    with _unless_gone():
+        await context.write(message)
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    """A connection that breaks may be noticed here before gRPC cancels the call."""
+    try:
+        yield
+    except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+        raise Cancelled("the client went away") from error

@@ -1,0 +1,72 @@
+"""From a checked body to a running generation: the steps that every door of the gateway shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.config import GatewayConfig
+from shoal.gateway.backend import Backend, GatewayObserver
+from shoal.gateway.exchange import Exchange
+from shoal.gateway.generation import Generation
+from shoal.gateway.schema import ChatBody, CompletionBody
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.gateway.validation import ServedModel, check_limits, find_model, generate_requests
+from shoal.messages import RequestContext
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What all requests share. ``clock`` is monotonic seconds."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    models: tuple[ServedModel, ...]
+    config: GatewayConfig
+    observer: GatewayObserver
+    clock: Callable[[], float] = time.monotonic
+
+
+async def take_in(
+    body: CompletionBody | ChatBody,
+    services: Services,
+    exchange: Exchange,
+    *,
+    request_id: str,
+    traceparent: str | None = None,
+    timeout_s: float | None = None,
+) -> Generation:
+    """Everything that can be refused before a pool hears of the request; ``exchange`` learns what is known of it.
+
+    ``timeout_s`` is how long the client waits, from the request's arrival; the configured deadline holds if it's
+    sooner. Raises the RequestError that tells what is wrong.
+    """
+    exchange.model = body.model
+    model = find_model(services.models, body.model)
+    check_limits(body, model, services.config)
+    prompts = await _encode(body, services.tokenizer, model.max_context_tokens)
+    deadline_s = services.config.deadline_s if timeout_s is None else min(timeout_s, services.config.deadline_s)
+    context = RequestContext(
+        request_id=request_id,
+        timeout_s=deadline_s - (services.clock() - exchange.arrived_s),
+        traceparent=traceparent,
+    )
+    exchange.generation = Generation(
+        services.backend,
+        generate_requests(body, prompts, model, context),
+        arrived_s=exchange.arrived_s,
+        observer=services.observer,
+        clock=services.clock,
+    )
+    return exchange.generation
+
+
+async def _encode(body: CompletionBody | ChatBody, tokenizer: Tokenizer, max_tokens: int) -> Sequence[Sequence[int]]:
+    """Each prompt's token ids. What can't fit the model's ``max_tokens`` may be refused without encoding it."""
+    if isinstance(body, ChatBody):
+        return [await tokenizer.encode_chat(body.messages, max_tokens=max_tokens)]
+    return [
+        await tokenizer.encode(prompt, max_tokens=max_tokens) if isinstance(prompt, str) else prompt
+        for prompt in body.prompt
+    ]

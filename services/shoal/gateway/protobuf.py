@@ -1,0 +1,173 @@
+"""The messages of ``shoal.v1.InferenceService``: requests to the bodies that HTTP has too, outputs to answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from shoal.errors import InvalidRequest
+from shoal.gateway.answers import Choice, whole_choices
+from shoal.gateway.generation import ChoiceOutput, Generation
+from shoal.gateway.refusals import MissingField
+from shoal.gateway.schema import ChatBody, GenerateBody, parse
+from shoal.gateway.validation import ServedModel
+from shoal.messages import Depth, FinishReason, TokenLogprob
+from shoal.v1 import inference_pb2 as pb
+
+_DEPTHS: dict[Depth, pb.Depth.ValueType] = {
+    Depth.AUTO: pb.DEPTH_AUTO,
+    Depth.SHALLOW: pb.DEPTH_SHALLOW,
+    Depth.FULL: pb.DEPTH_FULL,
+}
+_DEPTHS_BACK = {value: depth for depth, value in _DEPTHS.items()}
+
+_FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+# Fields of bodies that GenerateRequest has under another name.
+_CHAT_NAMES = {"messages": "chat.messages", "top_logprobs": "logprobs"}
+
+
+# --- in -------------------------------------------------------------------------------------------------
+
+
+def read_request(raw: bytes) -> pb.GenerateRequest:
+    """Raises InvalidRequest unless ``raw`` is one."""
+    try:
+        return pb.GenerateRequest.FromString(raw)
+    except DecodeError:
+        raise InvalidRequest("the message isn't a shoal.v1.GenerateRequest: compare the client's .proto") from None
+
+
+def to_body(request: pb.GenerateRequest, default_model: str) -> GenerateBody | ChatBody:
+    """The body that ``request`` stands for. Raises an InvalidRequest in the body's words: see ``in_grpc_words``."""
+    # Whatever is set goes to the validator, so that no field is passed over in silence.
+    fields: dict[str, Any] = {field.name: value for field, value in request.ListFields()}
+    fields["model"] = request.model or default_model
+    fields["stop"] = list(request.stop)
+    if request.depth:
+        fields["depth"] = _DEPTHS_BACK.get(request.depth, request.depth)
+    match request.WhichOneof("prompt"):
+        case "chat":
+            turns = fields.pop("chat").messages
+            fields["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
+            if "logprobs" in fields:
+                fields |= {"logprobs": True, "top_logprobs": request.logprobs}
+            return parse(ChatBody, json.dumps(fields).encode())
+        case "token_ids":
+            fields["prompt"] = list(fields.pop("token_ids").ids)
+        case "text":
+            fields["prompt"] = fields.pop("text")
+        case None:
+            raise MissingField("prompt is missing: set text, token_ids or chat", param="prompt")
+    return parse(GenerateBody, json.dumps(fields).encode())
+
+
+def in_grpc_words(error: InvalidRequest, request: pb.GenerateRequest) -> InvalidRequest:
+    """``error`` with the field named as it is in ``request``."""
+    prompt = request.WhichOneof("prompt")
+    names = _CHAT_NAMES if prompt == "chat" else {"prompt": prompt or "prompt"}
+    old = error.param or ""
+    for name, ours in names.items():
+        if old == name or old.startswith((f"{name}.", f"{name}[")):
+            new = ours + old.removeprefix(name)
+            message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
+            return type(error)(message, param=new)
+    return error
+
+
+# --- out ------------------------------------------------------------------------------------------------
+
+
+class InferenceAnswer:
+    """What one call gets: ``whole`` at once, or ``messages`` as they come. Use one of the two, once."""
+
+    def __init__(self, generation: Generation, model: str, request_id: str) -> None:
+        self._generation = generation
+        self._model = model
+        self.request_id = request_id
+
+    async def whole(self) -> pb.GenerateResponse:
+        """The answer of Generate."""
+        choices = await whole_choices(self._generation)
+        return pb.GenerateResponse(
+            request_id=self.request_id,
+            model=self._model,
+            choices=[_choice(choice, self._generation.token_ids[choice.index]) for choice in choices],
+            usage=_usage(self._generation),
+        )
+
+    async def messages(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """The messages of GenerateStream, one an output."""
+        async with aclosing(self._generation.outputs()) as outputs:
+            async for one in outputs:
+                yield self._message(one)
+
+    def _message(self, one: ChoiceOutput) -> pb.GenerateStreamResponse:
+        output = one.output
+        return pb.GenerateStreamResponse(
+            request_id=self.request_id,
+            model=self._model,
+            index=one.index,
+            text=output.text,
+            token_ids=output.token_ids,
+            finish_reason=_finish_reason(output.finish_reason),
+            stop=_stop(output.stop_reason),
+            logprobs=_logprobs(output.logprobs),
+            usage=_usage(self._generation) if one.is_last else None,
+        )
+
+
+def models_response(models: Iterable[ServedModel]) -> pb.ListModelsResponse:
+    """The answer of ListModels."""
+    return pb.ListModelsResponse(
+        models=[
+            pb.Model(name=model.name, max_context_tokens=model.max_context_tokens, created_s=model.created_s)
+            for model in models
+        ]
+    )
+
+
+def _choice(choice: Choice, token_ids: Iterable[int]) -> pb.Choice:
+    return pb.Choice(
+        index=choice.index,
+        text=choice.text,
+        token_ids=token_ids,
+        finish_reason=_finish_reason(choice.finish_reason),
+        stop=_stop(choice.stop_reason),
+        logprobs=_logprobs(choice.logprobs),
+    )
+
+
+def _finish_reason(reason: FinishReason | None) -> pb.FinishReason.ValueType:
+    return _FINISH_REASONS.get(reason, pb.FINISH_REASON_UNSPECIFIED)
+
+
+def _stop(reason: str | int | None) -> str | None:
+    return reason if isinstance(reason, str) else None  # a token's id says no more than the token itself
+
+
+def _logprobs(tokens: Iterable[TokenLogprob]) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token_id=one.token_id,
+            token=one.token,
+            logprob=one.logprob,
+            top=[pb.TopToken(token_id=id_, token=token, logprob=logprob) for id_, token, logprob in one.top],
+        )
+        for one in tokens
+    ]
+
+
+def _usage(generation: Generation) -> pb.Usage:
+    return pb.Usage(
+        num_prompt_tokens=generation.num_prompt_tokens,
+        num_output_tokens=generation.num_completion_tokens,
+        depth=_DEPTHS[generation.depth],
+    )

@@ -1,0 +1,23 @@
+"""Which prefill replica each of this process' grants went to."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from shoal.messages import Grant
+
+# A grant is forgotten with the grant itself. Serve's router writes in its thread, the replica reads in its own.
+_replica_ids: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
+
+
+def note(grant: Grant, replica_id: str) -> None:
+    _replica_ids[grant] = replica_id
+
+
+def replica_of(grant: Grant) -> str | None:
+    """``None`` if it went nowhere yet."""
+    return _replica_ids.get(grant)
+
+
+def num_noted() -> int:
+    return len(_replica_ids)

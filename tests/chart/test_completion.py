@@ -1,0 +1,82 @@
+"""The script of `helm test`: it passes only if an answer came and a hand-off was counted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import charts
+
+SCRIPT = charts.CHART / "files" / "completion.py"
+
+
+@contextmanager
+def gateway(*, counts: bool) -> Iterator[str]:
+    """A server that is gateway and replica at once; with ``counts``, a completion is one hand-off."""
+    num_transfers = 3
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answers = {
+                "/v1/models": json.dumps({"data": [{"id": "fish"}]}),
+                "/metrics/targets": json.dumps([{"targets": [self.headers["host"]], "labels": {}}]),
+                "/metrics": f'shoal_kv_transfer_seconds_count{{transport="grpc"}} {num_transfers}.0\nother 1.0\n',
+            }
+            self._answer(answers[self.path])
+
+        def do_POST(self) -> None:
+            nonlocal num_transfers
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if (self.path, asked["model"]) == ("/v1/completions", "fish"):
+                num_transfers += counts
+                self._answer(json.dumps({"choices": [{"text": " it is safe."}]}))
+
+        def _answer(self, body: str) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Nothing: the test says what matters."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def run(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, url], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_an_answer_by_way_of_prefill_passes() -> None:
+    with gateway(counts=True) as url:
+        done = run(url)
+    assert (done.returncode, done.stdout) == (0, " it is safe.\n1 counted\n")
+
+
+def test_an_answer_without_a_hand_off_fails() -> None:
+    with gateway(counts=False) as url:
+        done = run(url)
+    assert done.returncode == 1
+    assert "the prompt never passed from prefill to decode" in done.stderr
+
+
+def test_the_pod_runs_this_script_against_the_service() -> None:
+    objects = charts.rendered()
+    (container,) = charts.only(objects, "Pod")["spec"]["containers"]
+    python, flag, script, url = container["command"]
+    assert (python, flag) == ("python", "-c")
+    assert script.strip() == SCRIPT.read_text(encoding="utf-8").strip()
+    service = charts.only(objects, "RayService")["spec"]["serveService"]
+    assert url == f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"

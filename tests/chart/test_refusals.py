@@ -1,0 +1,98 @@
+"""Values that make no sense are refused before anything is installed, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+import charts
+from charts import Refused
+
+TLS = {"gateway": {"tls": {"existingSecret": "tls"}}}
+
+CONTRADICTIONS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "replicas twice": (
+        {"config": {"prefill": {"replicas": 2}}},
+        "config.prefill.replicas: set prefill.replicas instead",
+    ),
+    "gpus twice": ({"config": {"decode": {"num_gpus": 1}}}, "config.decode.num_gpus: set decode.num_gpus instead"),
+    "cpus twice": ({"config": {"decode": {"num_cpus": 1}}}, "config.decode.num_cpus: set decode.num_cpus instead"),
+    "model twice": ({"config": {"model": {"name": "smollm2"}}}, "config.model.name: set model.name instead"),
+    "TLS twice": (
+        {"config": {"gateway": {"tls": {"cert_file": "a", "key_file": "b"}}}},
+        "config.gateway.tls: set gateway.tls.existingSecret instead",
+    ),
+    "the gateway's address": ({"config": {"gateway": {"host": "::"}}}, "config.gateway.host: leave it out"),
+    "the gateway's node": ({"config": {"gateway": {"resource": "x"}}}, "config.gateway.resource: leave it out"),
+    "the gateway's CPUs": ({"config": {"gateway": {"num_cpus": 1}}}, "config.gateway.num_cpus: leave it out"),
+    "hand-off's address": ({"config": {"handoff": {"host": "::"}}}, "config.handoff.host: leave it out"),
+    "hand-off's other address": (
+        {"config": {"handoff": {"advertised_host": "a"}}},
+        "config.handoff.advertised_host: leave it out",
+    ),
+    "metrics' address": ({"config": {"metrics": {"host": "::"}}}, "config.metrics.host: leave it out"),
+    "Ray's address": ({"config": {"ray": {"address": "a"}}}, "config.ray.address: leave it out"),
+    "the application's name": ({"config": {"ray": {"app_name": "a"}}}, "config.ray.app_name: leave it out"),
+    "waiting for nodes": ({"config": {"ray": {"join_timeout_s": 9}}}, "config.ray.join_timeout_s: leave it out"),
+    "autoscaling of prefill": (
+        {"prefill": {"autoscaling": {"max": 4}}},
+        "prefill.autoscaling: pools don't scale by themselves yet: set prefill.replicas",
+    ),
+    "autoscaling of decode": (
+        {"decode": {"autoscaling": {}}},
+        "decode.autoscaling: pools don't scale by themselves yet: set decode.replicas",
+    ),
+    "GPUs as resources": (
+        {"prefill": {"resources": {"limits": {"nvidia.com/gpu": 1}}}},
+        "prefill.resources.limits: set prefill.num_gpus instead of nvidia.com/gpu",
+    ),
+    "a claim without a path": (
+        {"model": {"existingClaim": "weights"}},
+        "model.name: with model.existingClaim it must be a path below /models",
+    ),
+    "client certificates without TLS": (
+        {"gateway": {"tls": {"clientCa": True}}},
+        "gateway.tls.clientCa: needs gateway.tls.existingSecret",
+    ),
+    "TLS without gRPC": (
+        {**TLS, "config": {"gateway": {"grpc_port": 0}}},
+        "gateway.tls.existingSecret: of no use while config.gateway.grpc_port is 0",
+    ),
+    "a password without Redis": (
+        {"gcsFaultTolerance": {"existingSecret": "redis"}},
+        "gcsFaultTolerance.existingSecret: needs gcsFaultTolerance.redisAddress",
+    ),
+    "too short a drain": (
+        {"drain": {"deadline_s": 20}, "config": {"handoff": {"drain_s": 9.5}}},
+        "drain.deadline_s: must be at least 21",
+    ),
+}
+
+MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "an unknown value": ({"prefil": {}}, "additional properties 'prefil' not allowed"),
+    "an unknown key of a pool": ({"decode": {"replica": 2}}, "additional properties 'replica' not allowed"),
+    "an unknown section": ({"config": {"deocde": {}}}, "additional properties 'deocde' not allowed"),
+    "an unknown key": ({"config": {"handoff": {"ttl": 5}}}, "additional properties 'ttl' not allowed"),
+    "no replica": ({"prefill": {"replicas": 0}}, "at '/prefill/replicas'"),
+    "half a GPU": ({"prefill": {"num_gpus": 0.5}}, "at '/prefill/num_gpus'"),
+    "a level that isn't": ({"config": {"log": {"level": "loud"}}}, "at '/config/log/level'"),
+    "root": ({"podSecurityContext": {"runAsUser": 0}}, "at '/podSecurityContext/runAsUser'"),
+    "a Redis without a scheme": ({"gcsFaultTolerance": {"redisAddress": "redis:6379"}}, "redisAddress"),
+    "an unknown upgrade": ({"upgrade": {"type": "Rolling"}}, "at '/upgrade/type'"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_contradictions_say_what_to_set(values: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        charts.rendered(values)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(("values", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_say_where_they_are(values: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        charts.rendered(values)
+    assert message in str(refusal.value)

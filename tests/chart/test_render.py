@@ -1,0 +1,295 @@
+"""What the chart makes of its values."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import charts
+from charts import MONITORING, PRODUCTION, RELEASE, Object
+from shoal.app.graph import demand, grace_s
+from shoal.config import ShoalConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("golden")
+WRITE_GOLDEN = "SHOAL_WRITE_GOLDEN"
+VALUES: Mapping[str, Mapping[str, Any]] = {"defaults": {}, "production": PRODUCTION}
+
+
+with_values = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+
+
+def ray_service(values: Mapping[str, Any] | None = None) -> Object:
+    return charts.only(charts.rendered(values), "RayService")
+
+
+def groups(service: Object) -> dict[str, Object]:
+    return {"head": charts.head(service), **charts.worker_groups(service)}
+
+
+def ports(group: Object) -> dict[str, int]:
+    return {port["name"]: port["containerPort"] for port in charts.container(group)["ports"]}
+
+
+def pods_match(selector: Mapping[str, str], group: Object) -> bool:
+    # KubeRay sets this one.
+    return dict(selector).items() <= {**group["template"]["metadata"]["labels"], "ray.io/serve": "true"}.items()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_objects_are_as_they_were(name: str) -> None:
+    golden = GOLDEN / f"{name}.yaml"
+    text = charts.text_of(VALUES[name])
+    if os.environ.get(WRITE_GOLDEN):
+        golden.write_text(text, encoding="utf-8")
+    was = list(yaml.safe_load_all(golden.read_text(encoding="utf-8")))
+    # As objects: another helm may set its lines otherwise.
+    assert list(yaml.safe_load_all(text)) == was, (
+        f"if that is meant: {WRITE_GOLDEN}=1 pytest tests/chart/test_render.py"
+    )
+
+
+@with_values
+def test_the_configuration_loads(values: Mapping[str, Any]) -> None:
+    config = load_config(**charts.shoal_config(ray_service(values)))
+    assert (config.ray.address, config.gateway.host, config.gateway.resource) == ("auto", "0.0.0.0", "gateway")
+    assert (config.handoff.host, config.metrics.host) == ("auto", "auto")
+    assert config.gateway.reflection is False
+
+
+def test_values_arrive_in_the_configuration() -> None:
+    config = load_config(**charts.shoal_config(ray_service(PRODUCTION)))
+    assert (config.prefill.replicas, config.prefill.num_gpus) == (2, 1)
+    assert (config.decode.replicas, config.decode.num_gpus, config.decode.kv_pool_bytes) == (4, 2, 34359738368)
+    assert (config.model.name, config.handoff.drain_s, config.log.level) == ("/models/llama/8b", 5, "warning")
+
+
+def test_reflection_can_be_had() -> None:
+    config = load_config(**charts.shoal_config(ray_service({"config": {"gateway": {"reflection": True}}})))
+    assert config.gateway.reflection is True
+
+
+@with_values
+def test_ray_serve_takes_the_file(values: Mapping[str, Any]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    service = ray_service(values)
+    schema = ServeDeploySchema.model_validate(charts.serve_config(service))
+    assert schema.proxy_location == "HeadOnly"
+    assert schema.http_options.port == load_config(**charts.shoal_config(service)).gateway.port
+    (application,) = schema.applications
+    assert (application.name, application.import_path) == (ShoalConfig().ray.app_name, "shoal.app:build")
+
+
+@with_values
+def test_nodes_offer_what_the_application_demands(values: Mapping[str, Any]) -> None:
+    service = ray_service(values)
+    offered: dict[str, float] = {"CPU": 0.0, "GPU": 0.0}
+    for group in groups(service).values():
+        start = group["rayStartParams"]
+        node = {"CPU": float(start["num-cpus"]), "GPU": float(start["num-gpus"]), **charts.node_resources(group)}
+        for name, amount in node.items():
+            offered[name] = offered.get(name, 0.0) + amount * group.get("replicas", 1)
+    wanted = demand(load_config(**charts.shoal_config(service)))
+    assert {name: offered.get(name, 0.0) for name in wanted} == wanted
+    assert offered["gateway"] == 1
+
+
+@with_values
+def test_the_head_carries_no_pool(values: Mapping[str, Any]) -> None:
+    head = charts.head(ray_service(values))
+    assert charts.node_resources(head) == {"gateway": 1}
+    assert (head["rayStartParams"]["num-cpus"], head["rayStartParams"]["num-gpus"]) == ("0", "0")
+
+
+def test_twin_values_give_twin_groups() -> None:
+    pool = {"replicas": 3, "num_cpus": 2.5, "num_gpus": 2, "env": [{"name": "A", "value": "b"}], "shmSize": "1Gi"}
+    twins = charts.worker_groups(ray_service({"prefill": pool, "decode": pool}))
+    assert json.loads(json.dumps(twins["prefill"]).replace("prefill", "decode")) == twins["decode"]
+
+
+def test_a_pool_of_gpus() -> None:
+    group = charts.worker_groups(ray_service({"decode": {"num_gpus": 2, "gpuResource": "amd.com/gpu"}}))["decode"]
+    assert charts.container(group)["resources"]["limits"]["amd.com/gpu"] == "2"
+    assert group["rayStartParams"]["num-gpus"] == "2"
+
+
+def test_weights_of_a_claim_are_mounted_read_only_everywhere() -> None:
+    for group in groups(ray_service(PRODUCTION)).values():
+        volumes = group["template"]["spec"]["volumes"]
+        assert {"name": "model", "persistentVolumeClaim": {"claimName": "weights", "readOnly": True}} in volumes
+        mount = {"name": "model", "mountPath": "/models", "readOnly": True}
+        assert mount in charts.container(group)["volumeMounts"]
+
+
+def test_certificates_are_where_the_configuration_says() -> None:
+    service = ray_service(PRODUCTION)
+    tls = load_config(**charts.shoal_config(service)).gateway.tls
+    assert tls is not None
+    assert tls.client_ca_file is not None
+    (mount,) = (each for each in charts.container(charts.head(service))["volumeMounts"] if each["name"] == "tls")
+    assert {str(path.parent) for path in (tls.cert_file, tls.key_file, tls.client_ca_file)} == {mount["mountPath"]}
+    volumes = charts.head(service)["template"]["spec"]["volumes"]
+    assert {"name": "tls", "secret": {"secretName": "tls"}} in volumes
+    for group in charts.worker_groups(service).values():
+        assert "tls" not in {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+
+
+@with_values
+def test_every_container_is_locked_up(values: Mapping[str, Any]) -> None:
+    objects = charts.rendered(values)
+    templates = [group["template"] for group in groups(charts.only(objects, "RayService")).values()]
+    for pod in [*templates, charts.only(objects, "Pod")]:
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        for container in pod["spec"]["containers"]:
+            context = container["securityContext"]
+            assert (context["readOnlyRootFilesystem"], context["allowPrivilegeEscalation"]) == (True, False)
+            assert context["capabilities"]["drop"] == ["ALL"]
+
+
+def test_only_pools_with_rdma_may_lock_memory() -> None:
+    def added(values: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {
+            name: charts.container(group)["securityContext"]["capabilities"].get("add", [])
+            for name, group in groups(ray_service(values)).items()
+        }
+
+    assert added({}) == {"head": [], "prefill": [], "decode": []}
+    assert added({"rdma": {"enabled": True}}) == {"head": [], "prefill": ["IPC_LOCK"], "decode": ["IPC_LOCK"]}
+
+
+@pytest.mark.parametrize("drain_s", [2.0, 7.3])
+def test_a_pod_outlives_its_drain(drain_s: float) -> None:
+    service = ray_service({"config": {"handoff": {"drain_s": drain_s}}, "drain": {"deadline_s": 40}})
+    closing_s = grace_s(load_config(**charts.shoal_config(service)))
+    for group in charts.worker_groups(service).values():
+        assert (
+            "--deadline-remaining-seconds 40 " in charts.container(group)["lifecycle"]["preStop"]["exec"]["command"][2]
+        )
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 40 + closing_s
+
+
+def test_a_worker_is_ready_without_a_proxy_of_serve() -> None:
+    for group in groups(ray_service()).values():
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            asked = charts.container(group)[probe]["httpGet"]
+            assert (asked["path"], ports(group)[asked["port"]]) == ("/api/healthz", 52365)
+
+
+@pytest.mark.parametrize(("port", "grpc_port"), [(8000, 9000), (8080, 9090)])
+def test_ports_are_the_configuration_s_everywhere(port: int, grpc_port: int) -> None:
+    is_default = (port, grpc_port) == (8000, 9000)
+    objects = charts.rendered({} if is_default else {"config": {"gateway": {"port": port, "grpc_port": grpc_port}}})
+    service = charts.only(objects, "RayService")
+    config = load_config(**charts.shoal_config(service)).gateway
+    assert (config.port, config.grpc_port) == (port, grpc_port)
+    head = ports(charts.head(service))
+    assert (head["serve"], head["serve-grpc"]) == (port, grpc_port)
+    assert [each["port"] for each in service["spec"]["serveService"]["spec"]["ports"]] == [port]
+    assert [each["port"] for each in charts.only(objects, "Service")["spec"]["ports"]] == [grpc_port]
+    clients = charts.only(objects, "NetworkPolicy")["spec"]["ingress"][1]
+    assert [each["port"] for each in clients["ports"]] == [port, grpc_port]
+
+
+def test_the_grpc_service_selects_the_gateway_s_pod_alone() -> None:
+    objects = charts.rendered()
+    selector = charts.only(objects, "Service")["spec"]["selector"]
+    matched = [
+        name for name, group in groups(charts.only(objects, "RayService")).items() if pods_match(selector, group)
+    ]
+    assert matched == ["head"]
+
+
+def test_without_grpc_nothing_of_it_is_there() -> None:
+    objects = charts.rendered({"config": {"gateway": {"grpc_port": 0}}})
+    assert "Service" not in {each["kind"] for each in objects}
+    assert "serve-grpc" not in ports(charts.head(charts.only(objects, "RayService")))
+
+
+def test_the_network_policy_holds_for_all_pods_and_lets_prometheus_read() -> None:
+    objects = charts.rendered()
+    policy = charts.only(objects, "NetworkPolicy")["spec"]
+    selector = policy["podSelector"]["matchLabels"]
+    assert all(pods_match(selector, group) for group in groups(charts.only(objects, "RayService")).values())
+    assert selector.items() <= charts.only(objects, "Pod")["metadata"]["labels"].items()
+    among_themselves, _, prometheus, _ = policy["ingress"]
+    assert among_themselves == {"from": [{"podSelector": {"matchLabels": selector}}]}
+    metrics = ShoalConfig().metrics.port_range
+    assert {"protocol": "TCP", "port": metrics.first, "endPort": metrics.last} in prometheus["ports"]
+
+
+def test_only_pools_with_a_replica_to_spare_get_a_disruption_budget() -> None:
+    def budgets(values: Mapping[str, Any]) -> list[str]:
+        kinds = [each for each in charts.rendered(values) if each["kind"] == "PodDisruptionBudget"]
+        return [each["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] for each in kinds]
+
+    assert budgets({}) == []
+    assert budgets({"decode": {"replicas": 2}}) == ["decode"]
+    assert budgets({"decode": {"replicas": 2}, "podDisruptionBudget": {"enabled": False}}) == []
+
+
+@pytest.mark.parametrize(
+    ("enabled", "apis", "is_there"),
+    [("auto", (), False), ("auto", MONITORING, True), (True, (), True), (False, MONITORING, False)],
+)
+def test_monitoring_is_made_where_it_is_wanted(enabled: object, apis: tuple[str, ...], is_there: bool) -> None:
+    monitoring = {name: {"enabled": enabled} for name in ("scrapeConfig", "prometheusRule")}
+    kinds = {each["kind"] for each in charts.rendered({"monitoring": monitoring}, apis=apis)}
+    assert ({"ScrapeConfig", "PrometheusRule"} & kinds == {"ScrapeConfig", "PrometheusRule"}) is is_there
+    assert bool({"ScrapeConfig", "PrometheusRule"} & kinds) is is_there
+
+
+def test_the_dashboard_is_grafana_s() -> None:
+    assert "ConfigMap" not in {each["kind"] for each in charts.rendered()}
+    dashboard = charts.only(charts.rendered({"monitoring": {"dashboard": {"enabled": True}}}), "ConfigMap")
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(dashboard["data"]["shoal.json"])["panels"]
+
+
+def test_prometheus_asks_the_service_that_kuberay_makes() -> None:
+    objects = charts.rendered(apis=MONITORING)
+    (source,) = charts.only(objects, "ScrapeConfig")["spec"]["httpSDConfigs"]
+    name = charts.only(objects, "RayService")["spec"]["serveService"]["metadata"]["name"]
+    assert source["url"] == f"http://{name}.{charts.NAMESPACE}.svc:8000/metrics/targets"
+
+
+def test_alerts_look_for_the_job_that_is_scraped() -> None:
+    objects = charts.rendered(apis=MONITORING)
+    groups = charts.only(objects, "PrometheusRule")["spec"]["groups"]
+    jobs = {job for group in groups for rule in group["rules"] for job in re.findall(r'job="(\w+)"', rule["expr"])}
+    relabelled = {"targetLabel": "job", "replacement": jobs.pop()}
+    assert jobs == set()
+    assert relabelled in charts.only(objects, "ScrapeConfig")["spec"]["relabelings"]
+    assert f"job_name: {relabelled['replacement']}\n" in charts.notes()
+
+
+def test_notes_name_the_services() -> None:
+    assert f"gRPC: {RELEASE}-grpc.{charts.NAMESPACE}.svc:9000 (plain text)" in charts.notes()
+    assert f"{RELEASE}-grpc.{charts.NAMESPACE}.svc:9000 (TLS)" in charts.notes(PRODUCTION)
+    assert "gRPC" not in charts.notes({"config": {"gateway": {"grpc_port": 0}}})
+
+
+def test_names_leave_room_for_what_kuberay_appends() -> None:
+    service = ray_service({"fullnameOverride": "x" * 63})
+    assert len(service["metadata"]["name"]) <= 40
+    assert ray_service()["metadata"]["name"] == RELEASE
+
+
+def test_versions_are_those_of_the_package() -> None:
+    chart = yaml.safe_load((charts.CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert chart["appVersion"] == project["version"]
+    wanted = map(Requirement, project["optional-dependencies"]["serve"])
+    (ray,) = (requirement for requirement in wanted if requirement.name == "ray")
+    assert ray_service()["spec"]["rayClusterConfig"]["rayVersion"] in ray.specifier

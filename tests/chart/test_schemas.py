@@ -1,0 +1,103 @@
+"""What the chart renders is what Kubernetes, KubeRay and the Prometheus operator take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+import charts
+import tools
+from charts import MONITORING, PRODUCTION, Object
+
+# Kubernetes' newest version that the checker knows, and the oldest that Chart.yaml admits.
+VERSIONS = ("1.37", "1.30")
+CORE = ("v1", "policy/v1", "networking.k8s.io/v1")
+OURS = Path(__file__).with_name("rayservice.schema.json")
+# Schemas of custom resources, derived from public ones. They are no part of this repository.
+CRDS = Path(__file__).parents[3] / "shared" / "crds"
+VALUES: Mapping[str, Mapping[str, Any]] = {"defaults": {}, "production": PRODUCTION}
+
+with_values = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+
+
+def core_objects(objects: list[Object]) -> Iterator[Object]:
+    """Kubernetes' own: those that the chart renders, and those that KubeRay makes of its RayService."""
+    yield from (each for each in objects if each["apiVersion"] in CORE)
+    service = charts.only(objects, "RayService")
+    for name, group in {"head": charts.head(service), **charts.worker_groups(service)}.items():
+        metadata = {"name": name, **group["template"]["metadata"]}
+        yield {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": group["template"]["spec"]}
+    yield {"apiVersion": "v1", "kind": "Service", **service["spec"]["serveService"]}
+
+
+def crd(name: str) -> Object:
+    path = CRDS / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"no schema of {name} here: only our own is checked")
+    schema: Object = json.loads(path.read_text(encoding="utf-8"))
+    return closed(schema)
+
+
+def closed(node: Any) -> Any:
+    """The schema, with keys refused that it doesn't know: an API server drops them, and what they said is lost."""
+    if isinstance(node, list):
+        return [closed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    # Patterns are in Go's dialect; one that Python refuses is left out.
+    inner = {key: closed(value) for key, value in node.items() if not (key == "pattern" and "(?i)" in value)}
+    is_object = isinstance(node.get("properties"), dict) and "type" in node
+    return {"additionalProperties": False, **inner} if is_object else inner
+
+
+@with_values
+@pytest.mark.parametrize("version", VERSIONS)
+def test_core_objects_are_valid(values: Mapping[str, Any], version: str) -> None:
+    objects = list(core_objects(charts.rendered(values)))
+    assert {"Pod", "Service", "NetworkPolicy", "ServiceAccount"} <= {each["kind"] for each in objects}
+    for each in objects:
+        kubernetes_validate.validate(each, version, strict=True)
+
+
+@with_values
+def test_ray_service_has_the_fields_that_we_know(values: Mapping[str, Any]) -> None:
+    service = charts.only(charts.rendered(values), "RayService")
+    jsonschema.validate(service, json.loads(OURS.read_text(encoding="utf-8")))
+
+
+@with_values
+def test_ray_service_is_what_kuberay_takes(values: Mapping[str, Any]) -> None:
+    service = charts.only(charts.rendered(values), "RayService")
+    jsonschema.validate(service, crd("rayservice-ray.io-v1"))
+
+
+def test_a_field_that_kuberay_does_not_know_is_found() -> None:
+    service = charts.only(charts.rendered(), "RayService")
+    service["spec"]["rayClusterConfig"]["workerGroups"] = []
+    for schema in (json.loads(OURS.read_text(encoding="utf-8")), crd("rayservice-ray.io-v1")):
+        with pytest.raises(jsonschema.ValidationError, match="workerGroups"):
+            jsonschema.validate(service, schema)
+
+
+def test_alerts_are_what_the_prometheus_operator_takes() -> None:
+    rule = charts.only(charts.rendered(apis=MONITORING), "PrometheusRule")
+    jsonschema.validate(rule, crd("prometheusrule-monitoring.coreos.com-v1"))
+
+
+def test_alerts_are_what_prometheus_takes(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yml"
+    rule = charts.only(charts.rendered(apis=MONITORING), "PrometheusRule")
+    rules.write_text(yaml.safe_dump(rule["spec"]), encoding="utf-8")
+    subprocess.run([tools.promtool(), "check", "rules", rules], check=True, capture_output=True, timeout=60)
+
+
+def test_lint_finds_nothing() -> None:
+    assert "0 chart(s) failed" in charts.run("lint", "--strict", str(charts.CHART))

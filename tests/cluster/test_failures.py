@@ -1,0 +1,248 @@
+"""Replicas die, drain and lose their clients in the midst of work: no wrong token, no lost request, nothing held."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import pytest
+
+from clusters import END_WITHIN_S, Look, TestCluster, cluster
+from real_prompts import RealPrompt, assert_same_tokens
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+
+# Chunks so small that a long prompt takes dozens: there is time to see the first, and to kill before the last.
+PREFILL = {"replicas": 2, "max_step_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[TestCluster]:
+    with cluster(prefill=PREFILL, decode={"replicas": 2}) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def whole(live: TestCluster) -> Iterator[None]:
+    """Each test begins and ends with every replica there, and nothing held."""
+    yield
+    live.await_whole()
+    live.assert_nothing_held(END_WITHIN_S)
+
+
+@pytest.fixture(scope="module")
+def long(known: Mapping[str, RealPrompt]) -> RealPrompt:
+    return max(known.values(), key=lambda prompt: len(prompt.token_ids))
+
+
+@dataclass
+class Answer:
+    """What a client has seen of a stream."""
+
+    prompt: RealPrompt
+    num_tokens: int
+    status: int | None = None
+    chunks: list[dict[str, Any]] = field(default_factory=list)
+    is_done: bool = False
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        return self.chunks[-1].get("error") if self.chunks else None
+
+    def assert_right(self) -> None:
+        """Every token is the reference's."""
+        assert self.status == 200 and self.is_done, (self.status, self.chunks[-1:])
+        [choice] = self.chunks[-1]["shoal"]["choices"]
+        reference = self.prompt.shallow
+        cut = replace(reference, token_ids=reference.token_ids[: self.num_tokens])
+        assert_same_tokens({self.prompt.name: choice["token_ids"]}, {self.prompt.name: cut})
+
+
+@asynccontextmanager
+async def connected(live: TestCluster) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=live.url, timeout=120, limits=limits) as client:
+        yield client
+
+
+async def ask(client: httpx.AsyncClient, answer: Answer, num_chunks: int | None = None) -> Answer:
+    """Read a stream to its end, or hang up after ``num_chunks``."""
+    body = {
+        "model": "smollm2", "prompt": list(answer.prompt.token_ids), "max_tokens": answer.num_tokens, "stream": True,
+        "temperature": 0, "ignore_eos": True, "depth": "shallow",
+    }  # fmt: skip
+    async with client.stream("POST", "/v1/completions", json=body, headers={"x-shoal-timing": "1"}) as response:
+        answer.status = response.status_code
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                answer.is_done = True
+            elif line.startswith("data: "):
+                answer.chunks.append(json.loads(line.removeprefix("data: ")))
+                if len(answer.chunks) == num_chunks:
+                    break
+    return answer
+
+
+async def until(live: TestCluster, asked: asyncio.Task[Answer], holds: Callable[[Look], bool]) -> Look:
+    """The first look for which ``holds``; the answer must not be there before."""
+    while not holds(look := await asyncio.to_thread(live.look)):
+        assert not asked.done(), "it was answered before anything could happen to it"
+    return look
+
+
+def rise(before: Look, after: Look, name: str, **labels: str) -> float:
+    return after.metric(name, **labels) - before.metric(name, **labels)
+
+
+def holders(look: Look, name: str, **labels: str) -> list[str]:
+    """The replicas at which a metric isn't zero."""
+    return [replica for replica, value in look.each(name, **labels).items() if value]
+
+
+def has_first_chunk(before: Look) -> Callable[[Look], bool]:
+    """A chunk has come over, and the lease isn't sealed."""
+    return lambda look: (
+        rise(before, look, "shoal_kv_transfer_bytes_total") > 0
+        and look.metric("shoal_kv_leases", state="streaming") > 0
+    )
+
+
+@pytest.mark.parametrize("num_killed", [1, 2])
+def test_prefill_dies_after_its_first_chunk(live: TestCluster, long: RealPrompt, num_killed: int):
+    """With one dead the other one takes over; with both dead, decode computes the prompt itself."""
+
+    async def run() -> None:
+        async with connected(live) as client:
+            asked = asyncio.create_task(ask(client, Answer(long, num_tokens=16)))
+            look = await until(live, asked, has_first_chunk(before))
+            [working] = holders(look, "shoal_kv_pinned_bytes", role="prefill")
+            idle = look.each("shoal_kv_pinned_bytes", role="prefill").keys() - {working}
+            for replica_id in [*idle, working][-num_killed:]:
+                live.kill(replica_id)
+            (await asked).assert_right()
+
+    before = live.look()
+    asyncio.run(run())
+    live.await_whole()
+    after = live.look()
+    assert rise(before, after, "shoal_kv_transfer_failures_total") >= 1
+    if num_killed == 1:
+        assert rise(before, after, "shoal_kv_fallback_total", rung="other_replica", reason="peer_gone") == 1
+        assert rise(before, after, "shoal_kv_transfer_seconds_count") == 1
+    else:
+        # Decode may hear of the second death only when it turns there, and then find the replica that replaces it.
+        num_local = rise(before, after, "shoal_kv_fallback_total", rung="local")
+        assert num_local + rise(before, after, "shoal_kv_transfer_seconds_count") == 1
+    assert rise(before, after, "shoal_kv_fallback_total", rung="unavailable") == 0
+
+
+def test_decode_dies_before_the_first_token(live: TestCluster, long: RealPrompt):
+    """The other decode replica runs the request again, and the client notices nothing."""
+
+    async def run() -> None:
+        async with connected(live) as client:
+            asked = asyncio.create_task(ask(client, Answer(long, num_tokens=16)))
+            look = await until(live, asked, has_first_chunk(before))
+            [working] = holders(look, "shoal_kv_leases", role="decode", state="streaming")
+            live.kill(working)
+            (await asked).assert_right()
+
+    before = live.look()
+    asyncio.run(run())
+    live.await_whole()
+    assert rise(before, live.look(), "shoal_retries_total", reason="peer_gone") == 1
+
+
+def test_decode_dies_after_the_first_token(live: TestCluster, long: RealPrompt):
+    """What was sent can't be taken back: the stream ends with an error, and not with the usual end."""
+    answer = Answer(long, num_tokens=400)
+
+    async def run() -> None:
+        async with connected(live) as client:
+            asked = asyncio.create_task(ask(client, answer))
+            look = await until(live, asked, lambda _: len(answer.chunks) > 2)
+            [working] = holders(look, "shoal_kv_blocks", role="decode", state="used")
+            live.kill(working)
+            await asked
+
+    before = live.look()
+    asyncio.run(run())
+    assert answer.status == 200 and not answer.is_done
+    assert answer.error is not None and answer.error["code"] == "peer_gone"
+    assert answer.error["type"] == "unavailable_error" and "decode" in answer.error["message"]
+    live.await_whole()
+    after = live.look()
+    assert rise(before, after, "shoal_retries_total") == 0
+    assert rise(before, after, "shoal_requests_total", status="503", error_type="unavailable_error") == 1
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_replica_that_is_shut_down_finishes_what_it_has(
+    live: TestCluster, known: Mapping[str, RealPrompt], role: str
+):
+    """Clients see nothing of it, and no hand-off takes another way."""
+    some = sorted(known.values(), key=lambda prompt: len(prompt.token_ids))[4:12]
+
+    async def run() -> None:
+        async with connected(live) as client:
+            asked = [asyncio.create_task(ask(client, Answer(prompt, num_tokens=12))) for prompt in some]
+            while not holders(await asyncio.to_thread(live.look), "shoal_kv_transfer_seconds_count"):
+                pass
+            # Whatever is asked meanwhile is answered, too.
+            scaling = asyncio.create_task(asyncio.to_thread(live.scale, role, 1))
+            while not scaling.done():
+                asked.append(asyncio.create_task(ask(client, Answer(some[0], num_tokens=2))))
+                await asyncio.wait((scaling, asked[-1]), return_when=asyncio.FIRST_COMPLETED)
+            await scaling
+            for answer in await asyncio.gather(*asked):
+                answer.assert_right()
+
+    before = live.look()
+    asyncio.run(run())
+    after = live.look()
+    assert after.metric("shoal_requests_total", status="503") == before.metric("shoal_requests_total", status="503")
+    if role == "prefill":
+        assert rise(before, after, "shoal_kv_fallback_total") == 0
+    live.scale(role, 2)
+
+
+def test_half_of_64_clients_leave_whenever_they_like(live: TestCluster, known: Mapping[str, RealPrompt]):
+    """The others get what they would have got alone; afterwards everything is back."""
+    chance = random.Random(5)
+    prompts = sorted(known.values(), key=lambda prompt: prompt.name)
+    answers = [Answer(prompts[index % len(prompts)], num_tokens=12) for index in range(64)]
+    chance.shuffle(answers)
+    stayers, leavers = answers[:32], answers[32:]
+    num_left = 0
+
+    async def leave(client: httpx.AsyncClient, answer: Answer, moment: float) -> None:
+        """Hang up after some time, after some chunks, or at the very end, by chance."""
+        nonlocal num_left
+        try:
+            async with asyncio.timeout(moment * 30 if chance.random() < 0.5 else None):
+                await ask(client, answer, num_chunks=1 + int(moment * answer.num_tokens))
+        except TimeoutError:
+            pass
+        num_left += not answer.is_done
+
+    async def run() -> None:
+        async with connected(live) as client:
+            leaving = [asyncio.create_task(leave(client, answer, chance.random())) for answer in leavers]
+            for answer in await asyncio.gather(*(ask(client, answer) for answer in stayers)):
+                answer.assert_right()
+            await asyncio.gather(*leaving)
+
+    before = live.look()
+    asyncio.run(run())
+    after = live.look()
+    assert num_left >= 16, "hardly anybody left"
+    live.assert_nothing_held()
+    assert rise(before, live.look(), "shoal_requests_total") == 64
+    assert rise(before, after, "shoal_kv_fallback_total", rung="unavailable") == 0
+    assert live.look().metric("shoal_kv_blocks", state="free") == live.look().metric("shoal_kv_blocks")

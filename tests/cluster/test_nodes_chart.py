@@ -1,0 +1,66 @@
+"""What the Helm chart renders, carried out: Ray nodes as its groups say, with its Serve config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import kuberay
+from charts import container, head, only, rendered, serve_config, worker_groups
+from netns import network
+from nodes import HOSTS, Client, Question, assert_each_role_has_its_node, assert_hands_off
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+Group = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def groups() -> dict[str, Group]:
+    """By the host that carries a pod of each."""
+    service = only(rendered(), "RayService")
+    return {"gateway": head(service), **worker_groups(service)}
+
+
+@pytest.fixture(scope="module")
+def client(groups: dict[str, Group]) -> Iterator[Client]:
+    with network(*HOSTS) as hosts:
+        kuberay.start_head(hosts, groups["gateway"]["rayStartParams"], environment(groups["gateway"]))
+        for pool in ("prefill", "decode"):
+            kuberay.start_worker(hosts, pool, groups[pool]["rayStartParams"], environment(groups[pool]))
+        found = Client(hosts)
+        kuberay.deploy(found, serve_config(only(rendered(), "RayService")))
+        yield found
+
+
+def environment(group: Group) -> dict[str, str]:
+    # A pod's /tmp is a volume of its own; a host's is below /run.
+    return {entry["name"]: entry["value"].replace("/tmp", "/run") for entry in container(group)["env"]}
+
+
+def test_a_completion_crosses_from_the_prefill_pod_to_the_decode_pod(client: Client):
+    assert_hands_off(client)
+
+
+def test_each_group_carries_its_role(client: Client):
+    assert_each_role_has_its_node(client)
+
+
+def test_grpc_says_that_it_serves(client: Client):
+    assert client.grpc_health() == "SERVING"
+
+
+def test_the_probes_of_every_pod_succeed(client: Client, groups: dict[str, Group]):
+    asked = [
+        Question(f"http://{host}:{ports[probe['port']]}{probe['path']}")
+        for host, group in groups.items()
+        for ports in [{port["name"]: port["containerPort"] for port in container(group)["ports"]}]
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe")
+        for probe in [container(group)[kind]["httpGet"]]
+    ]
+    answers = client.ask(*asked)
+    assert [(question.url, answer.status) for question, answer in zip(asked, answers, strict=True)] == [
+        (question.url, 200) for question in asked
+    ]

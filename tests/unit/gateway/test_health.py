@@ -1,0 +1,68 @@
+"""grpc.health.v1, for probes and load balancers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from inference_server import TIMEOUT_S, Inference
+from shoal.gateway import health
+from shoal.gateway.backend import Readiness
+from shoal.gateway.inference import SERVICE_NAME
+
+Status = health_pb2.HealthCheckResponse
+NAMES = ["", SERVICE_NAME]
+
+
+def asked(name: str) -> Any:
+    return health_pb2.HealthCheckRequest(service=name)
+
+
+@pytest.fixture
+def stub(inference: Inference) -> Any:
+    return health_pb2_grpc.HealthStub(inference.channel)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("now", "status"),
+    [
+        (Readiness(num_decode=1, num_prefill=1), Status.SERVING),
+        (Readiness(num_decode=1, num_prefill=0), Status.SERVING),
+        (Readiness(num_decode=0, num_prefill=1), Status.NOT_SERVING),
+    ],
+    ids=str,
+)
+async def test_the_server_serves_while_decode_is_ready(
+    inference: Inference, stub: Any, name: str, now: Readiness, status: Any
+) -> None:
+    inference.backend.readiness_now = now
+    assert (await stub.Check(asked(name), timeout=TIMEOUT_S)).status == status
+
+
+async def test_another_service_is_not_found(stub: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Check(asked("shoal.v1.HandoffService"), timeout=TIMEOUT_S)
+    assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_another_service_is_watched_as_unknown(stub: Any) -> None:
+    call = stub.Watch(asked("shoal.v1.HandoffService"), timeout=TIMEOUT_S)
+    assert (await call.read()).status == Status.SERVICE_UNKNOWN
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_whoever_watches_is_told_of_changes_alone(
+    inference: Inference, stub: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_WATCH_PERIOD_S", 0.01)
+    call = stub.Watch(asked(name), timeout=TIMEOUT_S)
+    assert (await call.read()).status == Status.SERVING
+    for num_decode, status in [(0, Status.NOT_SERVING), (1, Status.SERVING)]:
+        inference.backend.readiness_now = Readiness(num_decode, num_prefill=1)
+        assert (await call.read()).status == status
+    call.cancel()

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.app import Cluster, Replicas, running
 from shoal.app.graph import bind
+from shoal.app.ray_settings import serve_logging
 from shoal.config import ShoalConfig, load_config
 from shoal.telemetry.labels import BlockState, LeaseState
 
@@ -122,7 +123,14 @@ class TestCluster:
         config = self.config.model_copy(
             update={role: getattr(self.config, role).model_copy(update={"replicas": replicas})}
         )
-        serve.run_many([serve.RunTarget(bind(config, Replicas.shipped()), name=self.live.app, route_prefix="/")])
+        # As it was deployed but for the number, or Serve would start all replicas anew.
+        target = serve.RunTarget(
+            bind(config, Replicas.shipped()),
+            name=self.live.app,
+            route_prefix="/",
+            logging_config=serve_logging(config),
+        )
+        serve.run_many([target])
         self.num_by_role[role] = replicas
         self._num_blocks.clear()
         self.await_whole()

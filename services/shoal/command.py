@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 def main() -> None:
     if find_spec("typer") is None:
-        sys.exit("error: only Shoal's client is installed here; for the command line: pip install '.[serve]' in its repository")
+        sys.exit("error: only Shoal's client is installed here; to serve: pip install '.[serve]' in its repository")
     from shoal.cli import main as run
 
     run()

@@ -98,7 +98,7 @@ def test_all_nodes_have_one_token_and_demand_it(shipped: dict[str, Any]) -> None
 # --- the nodes ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("replicas", [{}, {"SHOAL_PREFILL__REPLICAS": "2", "SHOAL_DECODE__REPLICAS": "3"}])
+@pytest.mark.parametrize("replicas", [{}, {"PREFILL_REPLICAS": "2", "DECODE_REPLICAS": "3"}])
 def test_nodes_offer_exactly_the_resources_that_the_configuration_asks_for(
     replicas: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,14 +12,12 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import shoal
-from shoal.config import GatewayConfig
 from shoal.errors import InternalError, RequestError, Unavailable
-from shoal.gateway.backend import Backend, GatewayObserver, NullObserver
+from shoal.gateway.backend import Backend
 from shoal.gateway.edge import RequestEdge
 from shoal.gateway.endpoint import chat_completions, completions
 from shoal.gateway.intake import Services
 from shoal.gateway.refusals import MethodNotAllowed, RouteNotFound, error_response
-from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel, find_model
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,37 +28,33 @@ async def _no_targets() -> list[Any]:
 
 
 def create_app(
-    backend: Backend,
-    tokenizer: Tokenizer,
-    models: Iterable[ServedModel],
-    config: GatewayConfig,
-    observer: GatewayObserver | None = None,
+    services: Services,
     *,
     metrics_text: Callable[[], bytes | str] = bytes,
     metrics_targets: Callable[[], Awaitable[list[Any]]] = _no_targets,
+    proxy_echoes_id: bool = False,
 ) -> FastAPI:
     """The gateway as an ASGI application; works under uvicorn and as an ingress of Ray Serve.
 
     ``metrics_text`` gives this process' metrics in Prometheus' text format, ``metrics_targets`` the document of
-    Prometheus' HTTP service discovery.
+    Prometheus' HTTP service discovery. With ``proxy_echoes_id``, whoever stands before it puts ``x-request-id`` into
+    the answers already.
     """
-    served = tuple(models)
-    services = Services(backend, tokenizer, served, config, observer or NullObserver())
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
-        tokenizer.close()
+        services.tokenizer.close()
 
     app = FastAPI(title="Shoal", openapi_url=None, lifespan=lifespan)
-    app.add_middleware(RequestEdge)
+    app.add_middleware(RequestEdge, proxy_echoes_id=proxy_echoes_id)
     app.add_exception_handler(HTTPException, _routing_error)
     app.router.routes += [
         Route("/v1/completions", completions(services), methods=["POST"]),
         Route("/v1/chat/completions", chat_completions(services), methods=["POST"]),
     ]
-    _add_models(app, served)
-    _add_health(app, backend)
+    _add_models(app, services.models)
+    _add_health(app, services.backend)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -48,9 +48,9 @@ _GRACE_S = 1.0
 class PoolBackend:
     """The decode pool, through its Serve handle."""
 
-    def __init__(self, app_name: str, decode: DeploymentHandle[Any]) -> None:
+    def __init__(self, app_name: str, decode: DeploymentHandle[Any], living: directory.LivingPool) -> None:
         self._app_name = app_name
-        self._living = directory.LivingPool(app_name, "decode")
+        self._living = living
         self._decode: Any = decode.options(stream=True)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
@@ -84,31 +84,31 @@ class GatewayReplica:
         self._registry = new_registry()
         files = locate(settings.model.name)
         spec = describe(files.config())
-        self._model = ServedModel(
+        model = ServedModel(
             name=settings.model.served_name or files.model_id,
             max_context_tokens=settings.model.max_context_tokens or spec.max_context_tokens,
             vocab_size=spec.vocab_size,
             default_depth=Depth(settings.model.depth),
             created_s=int(time.time()),
         )
-        self._metrics = GatewayMetrics(self._registry, [self._model.name])
+        metrics = GatewayMetrics(self._registry, [model.name])
         host = host_of_this_node(settings.metrics.host)
         ports = settings.metrics.port_range
         server = serve_metrics(self._registry, host.bound, ports.first, ports.last)
         self._exits.callback(server.close)
-        self._tokenizer = Tokenizer(files.tokenizer())
-        self._exits.callback(self._tokenizer.close)
+        tokenizer = Tokenizer(files.tokenizer())
+        self._exits.callback(tokenizer.close)
         self._backend = DrainingBackend(
             RetryingBackend(
-                PoolBackend(settings.ray.app_name, decode),
+                PoolBackend(settings.ray.app_name, decode, directory.LivingPool(settings.ray.app_name, "decode")),
                 max_attempts=settings.handoff.max_attempts,
                 limit=RateLimit(settings.gateway.retry),
-                retried=self._metrics.retried,
+                retried=metrics.retried,
             )
         )
+        self._services = Services(self._backend, tokenizer, (model,), settings.gateway, metrics)
         if settings.gateway.grpc_port:
-            services = Services(self._backend, self._tokenizer, (self._model,), settings.gateway, self._metrics)
-            grpc_server = GrpcServer(services)
+            grpc_server = GrpcServer(self._services)
             await grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)
             self._exits.push_async_callback(grpc_server.stop)
         self._entry = directory.entry_of_this_replica(
@@ -118,13 +118,10 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(
-            self._backend,
-            self._tokenizer,
-            [self._model],
-            self._settings.gateway,
-            self._metrics,
+            self._services,
             metrics_text=lambda: generate_latest(self._registry),
             metrics_targets=self._targets,
+            proxy_echoes_id=True,
         )
 
     async def _targets(self) -> list[Any]:

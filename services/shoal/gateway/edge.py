@@ -34,22 +34,27 @@ _MAX_DISCARDED_BODIES = 8
 class RequestEdge:
     """ASGI middleware. Every answer carries ``x-request-id``: the client's own if it's a sane one, else a new one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, proxy_echoes_id: bool = False) -> None:
         self._app = app
+        self._proxy_echoes_id = proxy_echoes_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = sane_request_id(Headers(scope=scope).get(REQUEST_ID, ""))
+        asked = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = sane_request_id(asked)
         scope["shoal.request_id"] = request_id
         has_started = False
+        # Serve's proxy gives every request an id, and puts it into every answer: once is enough.
+        is_echoed = self._proxy_echoes_id and request_id == asked
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                if not is_echoed:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         with bind_request(request_id):

@@ -71,6 +71,9 @@ class Recorder(GatewayObserver):
     def cancelled(self, stage: str) -> None:
         self.gone.append(stage)
 
+    def retried(self, reason: str) -> None:
+        raise AssertionError("nothing dies here")
+
 
 @dataclass(frozen=True)
 class Gateway:
@@ -122,7 +125,7 @@ def running(smollm2: Any, tokenizer: Tokenizer, model: ServedModel) -> Iterator[
         return [{"targets": ["127.0.0.1:22001"], "labels": {"role": "decode"}}]
 
     app = create_app(
-        backend, tokenizer, [model], CONFIG, observer,
+        Services(backend, tokenizer, (model,), CONFIG, observer),
         metrics_text=lambda: b"shoal_requests_in_flight 0\n", metrics_targets=targets,
     )  # fmt: skip
     with serving(app) as url, httpx.Client(base_url=url, timeout=20) as http:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal.errors import DeadlineExceeded
+from shoal.errors import DeadlineExceeded, Unavailable
 from shoal.gateway import deployment
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.deployment import PoolBackend
@@ -55,8 +55,18 @@ def request(timeout_s: float) -> GenerateRequest:
     return GenerateRequest(RequestContext("id", timeout_s), "tiny", (1,), Depth.FULL, SamplingParams(max_tokens=4))
 
 
-def pool(outputs: Outputs) -> PoolBackend:
-    return PoolBackend("shoal", outputs)  # type: ignore[arg-type]
+class Living:
+    """Who of the decode pool lives."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = frozenset(names)
+
+    async def ids(self) -> frozenset[str]:
+        return self._names
+
+
+def pool(outputs: Outputs, living: Living | None = None) -> PoolBackend:
+    return PoolBackend("shoal", outputs, living or Living("a"))  # type: ignore[arg-type]
 
 
 async def test_outputs_in_time_come_unchanged() -> None:
@@ -109,3 +119,9 @@ async def test_decode_is_cancelled_when_the_answer_is_closed() -> None:
     await anext(answer)
     await answer.aclose()
     assert outputs.is_cancelled
+
+
+async def test_without_a_decode_replica_nobody_waits_for_one() -> None:
+    with pytest.raises(Unavailable, match="no decode replica") as refused:
+        await anext(pool(Outputs(1), Living()).generate(request(timeout_s=60)))
+    assert refused.value.retry_after_s == 1

@@ -74,6 +74,7 @@ ROLES = [
             "shoal_time_per_output_token_seconds": lambda m: m.last_token(0.6, 4),
             "shoal_rejected": lambda m: m.rejected("overloaded"),
             "shoal_cancelled": lambda m: m.cancelled(CancelStage.STREAMING),
+            "shoal_retries": lambda m: m.retried("peer_gone"),
         },
     ),
     Role("prefill", PrefillMetrics, STAGE_MOVES | {"shoal_kv_pinned_bytes": lambda m: m.pinned(4096)}),

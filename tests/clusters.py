@@ -16,9 +16,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.app import Cluster, Replicas, running
-from shoal.app.graph import bind
-from shoal.app.ray_settings import serve_logging
+from shoal.app import Cluster, running
 from shoal.config import ShoalConfig, load_config
 from shoal.telemetry.labels import BlockState, LeaseState
 
@@ -118,19 +116,12 @@ class TestCluster:
 
     def scale(self, role: str, replicas: int) -> None:
         """Let Serve add replicas to a pool, or stop some as it does on any shutdown; returns when it's done."""
-        from ray import serve  # not before the cluster has set Ray's environment
+        import ray  # not before the cluster has set Ray's environment
+        from ray.serve._private.common import DeploymentID
+        from ray.serve.context import _get_global_client
 
-        config = self.config.model_copy(
-            update={role: getattr(self.config, role).model_copy(update={"replicas": replicas})}
-        )
-        # As it was deployed but for the number, or Serve would start all replicas anew.
-        target = serve.RunTarget(
-            bind(config, Replicas.shipped()),
-            name=self.live.app,
-            route_prefix="/",
-            logging_config=serve_logging(config),
-        )
-        serve.run_many([target])
+        controller = _get_global_client()._controller
+        ray.get(controller.update_deployment_replicas.remote(DeploymentID(role, self.live.app), replicas))
         self.num_by_role[role] = replicas
         self._num_blocks.clear()
         self.await_whole()

@@ -57,8 +57,8 @@ def _service(name: str, fields: Mapping[str, Any]) -> Service:
     command = (*_words(fields.get("entrypoint")), *_words(fields.get("command")))
     for volume in volumes:
         if volume["type"] == "volume":
-            # One of Docker's own: a host has /run for what it writes.
-            command = tuple(word.replace(volume["target"], f"/run{volume['target']}") for word in command)
+            # One of Docker's own, named by an option: a host has /run for what it writes.
+            command = tuple(word.replace(f"={volume['target']}", f"=/run{volume['target']}") for word in command)
     mounts = {volume["target"]: Path(volume["source"]) for volume in volumes if volume["type"] == "bind"}
     return Service(name, command, fields.get("environment") or {}, mounts, _words(check[1:]))
 

@@ -1,24 +1,107 @@
-"""The hosts that tests of several nodes run on: what they share, what they don't, and that they leave nothing behind."""
+"""The hosts that tests of several nodes run on: what they share, what they don't, and that nothing of them stays."""
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import os
+import secrets
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from netns import Network, network
+
+TESTS = Path(__file__).parent
+CONNECT = """
+import socket, sys
+try:
+    print(socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5))
+except OSError as error:
+    print(type(error).__name__)
+"""
+# A process, and one that has left its group and session, as daemons do. For how long they sleep tells them from others.
+DAEMONS = ["sh", "-c", 'setsid sleep "$0" & sleep "$0"; :']
+PROGRAM = f"""
+import sys, threading
 from netns import network
+with network("one") as hosts:
+    hosts.start("one", [*{DAEMONS!r}, sys.argv[1]], {{}})
+    threading.Event().wait()
+"""
 
-SERVE = [sys.executable, "-m", "http.server", "8000"]
+
+def connected(hosts: Network, address: str, port: int) -> str:
+    done = hosts.run("one", [sys.executable, "-c", CONNECT, address, str(port)])
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
-def test_hosts_reach_one_another_by_name_and_only_there(tmp_path: Path):
-    (tmp_path / "file").write_text("from outside", encoding="utf-8")
+def num_living(seconds: str) -> int:
+    """Processes of ``DAEMONS`` that were started with ``seconds``."""
+    return sum(command_line.split(b"\0")[:2] == [b"sleep", seconds.encode()] for command_line in command_lines())
+
+
+def command_lines() -> Iterator[bytes]:
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended just now
+            yield file.read_bytes()
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 20) -> bool:
+    deadline_s = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline_s:
+            return False
+        threading.Event().wait(0.02)
+    return True
+
+
+def test_hosts_reach_one_another_by_name():
     with network("one", "two") as hosts:
-        assert hosts.run("one", ["cat", "/etc/hosts"]).stdout.endswith("10.77.0.2 one\n10.77.0.3 two\n")
-        serve = "import socket; s = socket.create_server(('10.77.0.2', 80)); s.accept()[0].sendall(b'hello')"
-        ask = "import socket, sys\nwhile True:\n try: print(socket.create_connection(('one', 80)).recv(9)); break\n except ConnectionError: pass"
-        hosts.start("one", [sys.executable, "-c", serve], {})
-        assert hosts.run("two", [sys.executable, "-c", ask]).stdout == "b'hello'\n"
+        assert connected(hosts, "two", 80) == "ConnectionRefusedError"  # it is there, and nobody listens
+        assert connected(hosts, "three", 80) == "gaierror"
+
+
+def test_hosts_do_not_reach_what_listens_on_this_machine():
+    with socket.create_server(("127.0.0.1", 0)) as server, network("one") as hosts:
+        assert connected(hosts, "127.0.0.1", server.getsockname()[1]) == "ConnectionRefusedError"
+
+
+def test_files_lie_where_a_host_wants_them_and_there_alone(tmp_path: Path):
+    (tmp_path / "given").write_text("from outside", encoding="utf-8")
+    with network("one") as hosts:
+        copy = ["sh", "-c", f"echo mine > /etc/netns-test/other; cat /etc/netns-test/file > {tmp_path}/got; sleep 600"]
+        hosts.start("one", copy, {}, {"/etc/netns-test/file": tmp_path / "given"})
+        assert eventually((tmp_path / "got").exists)
+        assert eventually(lambda: (tmp_path / "got").read_text(encoding="utf-8") == "from outside")
+        assert not Path("/etc/netns-test").exists()
+
+
+def test_all_processes_end_with_the_network():
+    seconds = str(secrets.choice(range(10**8, 10**9)))
+    with network("one") as hosts:
+        hosts.start("one", [*DAEMONS, seconds], {})
+        assert eventually(lambda: num_living(seconds) == 2)
+    assert num_living(seconds) == 0
+
+
+def test_all_processes_end_if_the_test_is_killed(tmp_path: Path):
+    seconds = str(secrets.choice(range(10**8, 10**9)))
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(TESTS), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, seconds], env=environment) as program:
+        assert eventually(lambda: num_living(seconds) == 2)
+        program.kill()
+        assert eventually(lambda: num_living(seconds) == 0)
+
+
+def test_a_host_whose_program_ended_fails_the_test_with_its_log():
+    with network("one") as hosts:
+        hosts.start("one", ["sh", "-c", "echo out of fish >&2; exit 3"], {})
+        with pytest.raises(pytest.fail.Exception, match=r"one ended with 3:\nout of fish"):
+            eventually(lambda: bool(hosts.require_alive()))

@@ -1,4 +1,4 @@
-"""What clients see of a running system: the openai package as it is, bad input, and leaving in the middle."""
+"""What clients see of a running system: the openai package as it is, our own, bad input, leaving in the middle."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ import openai
 import pytest
 
 from clusters import IDLE_WITHIN_S, Look, TestCluster, cluster
+from doc_blocks import Block, live_blocks, run
+from shoal.app.ports import free_port
+from shoal.client import (
+    AsyncClient,
+    Client,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Depth,
+    InvalidRequest,
+    ModelNotFound,
+)  # fmt: skip
 from texts import prompts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -25,7 +36,8 @@ MAX_SEQUENCES = 2
 @pytest.fixture(scope="module")
 def live() -> Iterator[TestCluster]:
     decode = {"replicas": 2, "max_sequences": MAX_SEQUENCES}
-    with cluster(model={"dtype": "auto"}, decode=decode, prefill={"replicas": 2}) as found:
+    gateway = {"grpc_port": free_port("127.0.0.1")}
+    with cluster(model={"dtype": "auto"}, decode=decode, prefill={"replicas": 2}, gateway=gateway) as found:
         yield found
 
 
@@ -117,6 +129,75 @@ def test_errors_reach_the_client_as_its_own_classes(client: openai.OpenAI):
         client.completions.create(model="smollm2", prompt=[1] * 9000, max_tokens=1)
     assert long.value.code == "context_length_exceeded"
 
+
+# --- our own client -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sdk(live: TestCluster) -> Iterator[Client]:
+    with Client(f"127.0.0.1:{live.config.gateway.grpc_port}", timeout_s=60) as found:
+        yield found
+    live.assert_nothing_held()
+
+
+def test_over_grpc_the_answer_is_the_one_over_http(sdk: Client, client: openai.OpenAI, live: TestCluster):
+    before = live.num_transfers
+    ask = {"max_tokens": 16, "temperature": 0}
+    whole = sdk.generate(TEXT, **ask)
+    stream = sdk.stream(TEXT, **ask)
+    assert "".join(delta.text for delta in stream) == whole.text and stream.usage == whole.usage
+    assert whole.text == client.completions.create(model="smollm2", prompt=TEXT, **ask).choices[0].text
+    assert whole.usage.depth is Depth.SHALLOW and whole.usage.num_output_tokens == 16
+    assert live.num_transfers == before + 3
+    assert [(model.name, model.max_context_tokens) for model in sdk.models()] == [("smollm2", 8192)]
+    assert sdk.is_ready()
+
+
+def test_leaving_the_loop_frees_both_pools(sdk: Client, live: TestCluster):
+    before = live.look()
+    for delta in sdk.stream(TEXT, max_tokens=2000, ignore_eos=True):
+        if delta.text:
+            break
+    live.assert_nothing_held()
+    look = live.look()
+    assert rise(before, look, "shoal_cancelled_total", stage="streaming") == 1
+    assert rise(before, look, "shoal_decode_tokens_total") < 2000
+
+
+async def test_a_task_that_is_cancelled_frees_both_pools(live: TestCluster):
+    async with AsyncClient(f"127.0.0.1:{live.config.gateway.grpc_port}") as client:
+        before = await asyncio.to_thread(live.look)
+        asking = asyncio.create_task(client.generate(TEXT, max_tokens=2000, ignore_eos=True))
+        await until(live, lambda look: rise(before, look, "shoal_decode_tokens_total") > 0 or asking.done())
+        assert asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    await asyncio.to_thread(live.assert_nothing_held)
+
+
+def test_a_wrong_field_is_an_error_of_its_own_class(sdk: Client):
+    with pytest.raises(InvalidRequest) as wrong:
+        sdk.generate(TEXT, temperature=3)
+    assert wrong.value.param == "temperature"
+    with pytest.raises(ContextLengthExceeded) as long:
+        sdk.generate([1] * 9000, max_tokens=1)
+    assert long.value.param == "token_ids"
+    with pytest.raises(ModelNotFound):
+        sdk.generate(TEXT, model="gpt-5")
+
+
+def test_a_deadline_of_the_client_ends_the_request_on_both_pools(sdk: Client, live: TestCluster):
+    with pytest.raises(DeadlineExceeded):
+        sdk.generate(TEXT, max_tokens=4000, ignore_eos=True, timeout_s=1.5)
+    live.assert_nothing_held()
+
+
+@pytest.mark.parametrize("block", live_blocks("README.md", "docs/quickstart.md"), ids=str)
+def test_what_the_documents_show_works(block: Block, live: TestCluster):
+    run(block, http_port=int(live.url.rpartition(":")[2]), grpc_port=live.config.gateway.grpc_port)
+    live.assert_nothing_held()
+
+
+# --- bad input, and leaving -----------------------------------------------------------------------------
 
 BAD = [
     ("empty prompt", {"prompt": ""}, 400, "prompt"),

@@ -243,6 +243,7 @@ def test_half_of_64_clients_leave_whenever_they_like(live: TestCluster, known: M
     after = live.look()
     assert num_left >= 16, "hardly anybody left"
     live.assert_nothing_held()
-    assert rise(before, live.look(), "shoal_requests_total") == 64
+    # One that leaves at once may never have been heard of.
+    assert 32 + num_left / 2 <= rise(before, live.look(), "shoal_requests_total") <= 64
     assert rise(before, after, "shoal_kv_fallback_total", rung="unavailable") == 0
     assert live.look().metric("shoal_kv_blocks", state="free") == live.look().metric("shoal_kv_blocks")

@@ -27,6 +27,7 @@ from nodes import (
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
+PROMETHEUS = "http://prometheus:9090"
 DASHBOARD = ROOT / "deploy" / "grafana" / "shoal.json"
 # What Grafana puts in, for a panel of a few hours and the data source's default scrape interval.
 VARIABLES = {"$__rate_interval": "1m", "$__interval": "15s"}
@@ -68,14 +69,14 @@ def test_the_healthcheck_of_a_service_passes(client: Client, name: str):
 def prometheus(client: Client) -> Client:
     """The same client, with the real server beside the nodes."""
     compose.services()["prometheus"].start(client.network, program=tools.prometheus())
+    client.until(lambda: client.get(f"{PROMETHEUS}/-/ready").status == 200, within_s=30)
     return client
 
 
 def query(client: Client, *expressions: str) -> list[list[Any]]:
     """What Prometheus answers now: for each expression its samples, each with ``metric`` and ``value``."""
-    urls = [f"http://prometheus:9090/api/v1/query?{urlencode({'query': one})}" for one in expressions]
-    answers = client.ask(*map(Question, urls))
-    return [answer.json()["data"]["result"] if answer.status else [] for answer in answers]
+    urls = [f"{PROMETHEUS}/api/v1/query?{urlencode({'query': one})}" for one in expressions]
+    return [answer.json()["data"]["result"] for answer in client.ask(*map(Question, urls))]
 
 
 def test_prometheus_finds_and_reads_every_role(prometheus: Client):

@@ -209,6 +209,8 @@ class _Start:
             name=self._app,
             route_prefix="/",
             logging_config=serve_logging(self._config),
+            # Whoever runs it may change a pool's size by Serve's own API, without a restart.
+            external_scaler_enabled=True,
         )
         deployed = self._home.submit(serve.run_many, [target])
         self._calls.append(deployed)

@@ -82,6 +82,15 @@ class Process:
         if self._popen.poll() is not None:
             pytest.fail(f"{self.name} ended with {self._popen.returncode}:\n{self.tail()}")
 
+    @property
+    def pid(self) -> int:
+        """Of the host's first process, as this machine counts: below those that made its namespaces."""
+        pid = self._popen.pid
+        while _status(pid, "NSpid")[-1] != "1":
+            [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+            pid = int(child)
+        return pid
+
     def tail(self, num_lines: int = 40) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
@@ -126,9 +135,22 @@ class Network:
     def run(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """A short command with the host's network, beside whatever runs there."""
+        """A short command with the host's network, and nothing else of what runs there."""
+        return self._run(self._on(name, command, {}), environment, stdin)
+
+    def execute(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A command in the midst of what the running host has: its processes, its files, as ``docker exec``."""
+        [host] = (process for process in self._processes if process.name == name)
+        enter = ("nsenter", "--target", str(host.pid), *_ENTER, "--mount", "--pid", "--net", "--ipc")
+        return self._run([*enter, *command], environment)
+
+    def _run(
+        self, command: Sequence[str], environment: Mapping[str, str] | None, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self._on(name, command, {}),
+            command,
             env=self._environment(environment or {}),
             input=stdin,
             capture_output=True,
@@ -195,6 +217,13 @@ def network(*names: str) -> Iterator[Network]:
             switch.wait(_END_WITHIN_S)
             switch.stdout.close()
             hosts.close()
+
+
+def _status(pid: int, name: str) -> list[str]:
+    """The words of a line of a process' status."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    [words] = (line.split()[1:] for line in lines if line.startswith(f"{name}:"))
+    return words
 
 
 def _mounted(target: str, source: Path) -> str:

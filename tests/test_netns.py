@@ -105,3 +105,11 @@ def test_a_host_whose_program_ended_fails_the_test_with_its_log():
         hosts.start("one", ["sh", "-c", "echo out of fish >&2; exit 3"], {})
         with pytest.raises(pytest.fail.Exception, match=r"one ended with 3:\nout of fish"):
             eventually(lambda: bool(hosts.require_alive()))
+
+
+def test_a_command_can_join_the_processes_of_a_host(tmp_path: Path):
+    with network("one") as hosts:
+        hosts.start("one", ["sh", "-c", f"echo here > /run/file; : > {tmp_path}/ready; exec sleep 600"], {})
+        assert eventually((tmp_path / "ready").exists)
+        assert hosts.execute("one", ["cat", "/run/file"]).stdout == "here\n"
+        assert eventually(lambda: hosts.execute("one", ["cat", "/proc/1/cmdline"]).stdout == "sleep\x00600\x00")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import pytest
 import kuberay
 from charts import container, head, only, rendered, serve_config, worker_groups
 from netns import network
-from nodes import HOSTS, Client, Question, assert_each_role_has_its_node, assert_hands_off
+from nodes import ENVIRONMENT, HOSTS, Client, Question, assert_each_role_has_its_node, assert_hands_off
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 Group = dict[str, Any]
+OTHER = "prefill-2"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def groups() -> dict[str, Group]:
 
 @pytest.fixture(scope="module")
 def client(groups: dict[str, Group]) -> Iterator[Client]:
-    with network(*HOSTS) as hosts:
+    with network(*HOSTS, OTHER) as hosts:
         kuberay.start_head(hosts, groups["gateway"]["rayStartParams"], environment(groups["gateway"]))
         for pool in ("prefill", "decode"):
             kuberay.start_worker(hosts, pool, groups[pool]["rayStartParams"], environment(groups[pool]))
@@ -64,3 +66,24 @@ def test_the_probes_of_every_pod_succeed(client: Client, groups: dict[str, Group
     assert [(question.url, answer.status) for question, answer in zip(asked, answers, strict=True)] == [
         (question.url, 200) for question in asked
     ]
+
+
+def test_a_pod_that_goes_away_hands_its_replica_over_first(client: Client, groups: dict[str, Group]):
+    """The hook that Kubernetes awaits: clients notice nothing, and then the pod may end."""
+    group, hosts = groups["prefill"], client.network
+    kuberay.start_worker(hosts, OTHER, group["rayStartParams"], environment(group))
+    command = container(group)["lifecycle"]["preStop"]["exec"]["command"]
+    before = client.look()
+    num_answered = 0
+    with ThreadPoolExecutor() as other_thread:
+        hook = other_thread.submit(hosts.execute, "prefill", command, {**ENVIRONMENT, **environment(group)})
+        while not hook.done():
+            assert client.complete()["choices"][0]["text"]
+            num_answered += 1
+    assert hook.result().returncode == 0, hook.result().stderr
+    assert num_answered > 3
+    assert ("prefill", hosts.addresses[OTHER]) in client.addresses_by_role()
+    assert ("prefill", hosts.addresses["prefill"]) not in client.addresses_by_role()
+    after = client.look()
+    for name in ("shoal_kv_fallback_total", "shoal_retries_total"):
+        assert after.metric(name) == before.metric(name)

@@ -68,7 +68,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP. Default: 8000; 0: any free one.")] = None,
     grpc_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="gRPC (grpc.health.v1). Default: 9000; 0: none.")
+        int | None, typer.Option(min=0, max=65535, help="gRPC (shoal.v1.InferenceService). Default: 9000; 0: none.")
     ] = None,
     depth: Annotated[DepthOption | None, typer.Option(help="What a request gets that asks for none.")] = None,
     skip_layers: SkipLayers = None,
@@ -79,7 +79,7 @@ def serve(
         str | None, typer.Option(help="auto joins the running Ray cluster. Default: a private one.")
     ] = None,
 ) -> None:
-    """Serve a model until Ctrl-C: OpenAI-compatible HTTP in front of the two pools.
+    """Serve a model until Ctrl-C: OpenAI-compatible HTTP, and gRPC, in front of the two pools.
 
     Each replica is a process of its own. Ctrl-C gives open requests a moment (handoff.drain_s) to finish, then takes
     everything down; a second Ctrl-C doesn't wait for them.
@@ -108,7 +108,9 @@ def _serve(settings: Any) -> None:
             ) as cluster,
         ):
             on_progress("", 0, 0)
-            err.print(f"serving on [bold]{cluster.url}[/bold]; stop with Ctrl-C. Try:")
+            gateway = settings.gateway
+            grpc = f", gRPC on [bold]{gateway.host}:{gateway.grpc_port}[/bold]" if gateway.grpc_port else ""
+            err.print(f"serving on [bold]{cluster.url}[/bold]{grpc}; stop with Ctrl-C. Try:")
             body = json.dumps({"model": settings.model.served_name or settings.model.name, "prompt": "Whales are"})
             err.print(
                 f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' -d '{body}'",

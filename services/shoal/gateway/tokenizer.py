@@ -78,7 +78,7 @@ class Tokenizer:
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation as the text that the model was trained on."""
         if not self._tokenizer.chat_template:
-            raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
+            raise InvalidRequest("this model has no chat template: send a prompt instead of messages", param="messages")
         turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -178,6 +178,11 @@ class RayConfig(_Frozen):
     join_timeout_s: Annotated[float, Field(ge=0)] = Field(
         0.0, description="How long to wait until a joined cluster has the nodes that the pools need."
     )
+    stop_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        60.0,
+        description="How long a replica that is stopped (a drained node, a smaller pool) may finish its answers; "
+        "where all of it ends, that is handoff.drain_s.",
+    )
     app_name: str = Field("shoal", description="The Ray Serve application; two on one cluster need two names.")
 
 

@@ -74,13 +74,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One prompt to be continued. ``prompt_token_ids`` has ``N >= 1`` ids; the last is the boundary token."""
+    """One prompt to be continued. ``prompt_token_ids`` has ``N >= 1`` ids; the last is the boundary token.
+
+    Of an answer that ``is_whole`` its client sees nothing before the end.
+    """
 
     context: RequestContext
     model: str
     prompt_token_ids: tuple[int, ...]
     depth: Depth
     sampling: SamplingParams
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

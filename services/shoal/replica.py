@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import RayTaskError
+import structlog
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
-from shoal.errors import PeerGone, ShoalError
+from shoal.errors import InternalError, PeerGone, ShoalError
+
+_log = structlog.get_logger(__name__)
 
 AUTO = "auto"
 _EVERY_INTERFACE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - nothing is bound here
@@ -31,10 +35,14 @@ def host_of_this_node(configured: str, advertised: str | None = None) -> Host:
 
 
 def known_error(error: Exception, pool: str) -> ShoalError:
-    """The error that a replica of ``pool`` raised, as it was; anything of Ray's own means that it went away."""
+    """What a failed call to ``pool`` means: its replica's own error as it was, a defect of it, or that it went away."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, ShoalError):
         return cause
+    if isinstance(error, RayTaskError) and not isinstance(cause, RayError | RayServeException):
+        # It lives, and would fail again: no other replica is to be tried.
+        _log.error("a replica failed", exc_info=error)
+        return InternalError(f"the {pool} replica failed")
     return PeerGone(f"the {pool} replica went away ({type(error).__name__})", retry_after_s=1.0)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import httpx
@@ -15,6 +17,8 @@ import pytest
 
 from clusters import END_WITHIN_S, Look, TestCluster, cluster
 from real_prompts import RealPrompt, assert_same_tokens
+from shoal.app.ports import free_port
+from shoal.client import AsyncClient, Depth
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,7 +28,8 @@ PREFILL = {"replicas": 2, "max_step_tokens": 32}
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[TestCluster]:
-    with cluster(prefill=PREFILL, decode={"replicas": 2}) as found:
+    gateway = {"grpc_port": free_port("127.0.0.1")}
+    with cluster(prefill=PREFILL, decode={"replicas": 2}, gateway=gateway) as found:
         yield found
 
 
@@ -49,6 +54,7 @@ class Answer:
     num_tokens: int
     status: int | None = None
     chunks: list[dict[str, Any]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     is_done: bool = False
 
     @property
@@ -58,10 +64,9 @@ class Answer:
     def assert_right(self) -> None:
         """Every token is the reference's."""
         assert self.status == 200 and self.is_done, (self.status, self.chunks[-1:])
-        [choice] = self.chunks[-1]["shoal"]["choices"]
         reference = self.prompt.shallow
         cut = replace(reference, token_ids=reference.token_ids[: self.num_tokens])
-        assert_same_tokens({self.prompt.name: choice["token_ids"]}, {self.prompt.name: cut})
+        assert_same_tokens({self.prompt.name: self.token_ids}, {self.prompt.name: cut})
 
 
 @asynccontextmanager
@@ -71,21 +76,48 @@ async def connected(live: TestCluster) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def ask(client: httpx.AsyncClient, answer: Answer, num_chunks: int | None = None) -> Answer:
-    """Read a stream to its end, or hang up after ``num_chunks``."""
-    body = {
-        "model": "smollm2", "prompt": list(answer.prompt.token_ids), "max_tokens": answer.num_tokens, "stream": True,
+def body_of(answer: Answer) -> dict[str, Any]:
+    return {
+        "model": "smollm2", "prompt": list(answer.prompt.token_ids), "max_tokens": answer.num_tokens,
         "temperature": 0, "ignore_eos": True, "depth": "shallow",
     }  # fmt: skip
+
+
+async def ask(client: httpx.AsyncClient, answer: Answer, num_chunks: int | None = None) -> Answer:
+    """Read a stream to its end, or hang up after ``num_chunks``."""
+    body = body_of(answer) | {"stream": True}
     async with client.stream("POST", "/v1/completions", json=body, headers={"x-shoal-timing": "1"}) as response:
         answer.status = response.status_code
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
-                answer.is_done = True
+                [choice] = answer.chunks[-1]["shoal"]["choices"]
+                answer.token_ids, answer.is_done = choice["token_ids"], True
             elif line.startswith("data: "):
                 answer.chunks.append(json.loads(line.removeprefix("data: ")))
                 if len(answer.chunks) == num_chunks:
                     break
+    return answer
+
+
+async def ask_whole(client: httpx.AsyncClient, answer: Answer) -> Answer:
+    """The same answer in one piece."""
+    response = await client.post("/v1/completions", json=body_of(answer), headers={"x-shoal-timing": "1"})
+    answer.status = response.status_code
+    [choice] = response.json()["shoal"]["choices"]
+    answer.token_ids, answer.is_done = choice["token_ids"], True
+    return answer
+
+
+async def ask_grpc(client: AsyncClient, answer: Answer, num_chunks: int | None = None) -> Answer:
+    """The same stream over gRPC."""
+    options = {"max_tokens": answer.num_tokens, "temperature": 0, "ignore_eos": True, "depth": Depth.SHALLOW}
+    num_read = 0
+    async for delta in client.stream(list(answer.prompt.token_ids), **options):  # type: ignore[arg-type]
+        answer.token_ids += delta.token_ids
+        num_read += 1
+        if num_read == num_chunks:
+            return answer
+    answer.status, answer.is_done = 200, True
     return answer
 
 
@@ -159,6 +191,23 @@ def test_decode_dies_before_the_first_token(live: TestCluster, long: RealPrompt)
     assert rise(before, live.look(), "shoal_retries_total", reason="peer_gone") == 1
 
 
+def test_decode_dies_in_the_midst_of_an_answer_that_is_sent_whole(live: TestCluster, long: RealPrompt):
+    """Its client has seen nothing yet: the other replica does the same again, and goes on."""
+
+    async def run() -> None:
+        async with connected(live) as client:
+            asked = asyncio.create_task(ask_whole(client, Answer(long, num_tokens=60)))
+            look = await until(live, asked, lambda look: rise(before, look, "shoal_decode_tokens_total") > 4)
+            [working] = holders(look, "shoal_kv_blocks", role="decode", state="used")
+            live.kill(working)
+            (await asked).assert_right()
+
+    before = live.look()
+    asyncio.run(run())
+    live.await_whole()
+    assert rise(before, live.look(), "shoal_retries_total", reason="peer_gone") == 1
+
+
 def test_decode_dies_after_the_first_token(live: TestCluster, long: RealPrompt):
     """What was sent can't be taken back: the stream ends with an error, and not with the usual end."""
     answer = Answer(long, num_tokens=400)
@@ -186,14 +235,16 @@ def test_decode_dies_after_the_first_token(live: TestCluster, long: RealPrompt):
 def test_a_replica_that_is_shut_down_finishes_what_it_has(
     live: TestCluster, known: Mapping[str, RealPrompt], role: str
 ):
-    """Clients see nothing of it, and no hand-off takes another way."""
-    some = sorted(known.values(), key=lambda prompt: len(prompt.token_ids))[4:12]
+    """Clients see nothing of it, however long their answers are, and none is asked for again."""
+    some = sorted(known.values(), key=lambda prompt: len(prompt.token_ids))[8:16]
+
+    def both_work(look: Look) -> bool:
+        return len(holders(look, "shoal_kv_blocks", role=role, state="used")) == 2
 
     async def run() -> None:
         async with connected(live) as client:
-            asked = [asyncio.create_task(ask(client, Answer(prompt, num_tokens=12))) for prompt in some]
-            while not holders(await asyncio.to_thread(live.look), "shoal_kv_transfer_seconds_count"):
-                pass
+            asked = [asyncio.create_task(ask(client, Answer(prompt, num_tokens=64))) for prompt in some]
+            await until(live, asked[-1], both_work)
             # Whatever is asked meanwhile is answered, too.
             scaling = asyncio.create_task(asyncio.to_thread(live.scale, role, 1))
             while not scaling.done():
@@ -206,14 +257,13 @@ def test_a_replica_that_is_shut_down_finishes_what_it_has(
     before = live.look()
     asyncio.run(run())
     after = live.look()
-    assert after.metric("shoal_requests_total", status="503") == before.metric("shoal_requests_total", status="503")
-    if role == "prefill":
-        assert rise(before, after, "shoal_kv_fallback_total") == 0
+    for name in ("shoal_retries_total", "shoal_kv_fallback_total"):
+        assert rise(before, after, name) == 0
     live.scale(role, 2)
 
 
 def test_half_of_64_clients_leave_whenever_they_like(live: TestCluster, known: Mapping[str, RealPrompt]):
-    """The others get what they would have got alone; afterwards everything is back."""
+    """By HTTP and by gRPC. The others get what they would have got alone; afterwards everything is back."""
     chance = random.Random(5)
     prompts = sorted(known.values(), key=lambda prompt: prompt.name)
     answers = [Answer(prompts[index % len(prompts)], num_tokens=12) for index in range(64)]
@@ -221,20 +271,22 @@ def test_half_of_64_clients_leave_whenever_they_like(live: TestCluster, known: M
     stayers, leavers = answers[:32], answers[32:]
     num_left = 0
 
-    async def leave(client: httpx.AsyncClient, answer: Answer, moment: float) -> None:
+    async def leave(read: Callable[..., Awaitable[Answer]], answer: Answer, moment: float) -> None:
         """Hang up after some time, after some chunks, or at the very end, by chance."""
         nonlocal num_left
         try:
             async with asyncio.timeout(moment * 30 if chance.random() < 0.5 else None):
-                await ask(client, answer, num_chunks=1 + int(moment * answer.num_tokens))
+                await read(answer, num_chunks=1 + int(moment * answer.num_tokens))
         except TimeoutError:
             pass
         num_left += not answer.is_done
 
     async def run() -> None:
-        async with connected(live) as client:
-            leaving = [asyncio.create_task(leave(client, answer, chance.random())) for answer in leavers]
-            for answer in await asyncio.gather(*(ask(client, answer) for answer in stayers)):
+        target = f"127.0.0.1:{live.config.gateway.grpc_port}"
+        async with connected(live) as http, AsyncClient(target, timeout_s=120) as grpc:
+            doors = itertools.cycle((partial(ask, http), partial(ask_grpc, grpc)))
+            leaving = [asyncio.create_task(leave(next(doors), answer, chance.random())) for answer in leavers]
+            for answer in await asyncio.gather(*(next(doors)(answer) for answer in stayers)):
                 answer.assert_right()
             await asyncio.gather(*leaving)
 

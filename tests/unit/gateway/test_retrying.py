@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -27,15 +28,22 @@ class Clock:
 
 
 class Pool:
-    """Run ``i`` ends with ``failures[i]`` after ``num_before`` outputs, after ``lasts_s``; a later one succeeds."""
+    """Run ``i`` ends with ``failures[i]`` after ``num_before`` outputs and ``lasts_s``; a later one brings ``last``."""
 
-    def __init__(self, *failures: ShoalError, num_before: int = 0, lasts_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        *failures: ShoalError,
+        num_before: int = 0,
+        lasts_s: float = 1.0,
+        last: Sequence[TokenOutput] = OUTPUTS,
+    ) -> None:
         self.clock = Clock()
         self.requests: list[GenerateRequest] = []
         self.num_open = 0
         self._failures = list(failures)
         self._num_before = num_before
         self._lasts_s = lasts_s
+        self._last = last
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert self.num_open == 0, "the one before isn't over"
@@ -44,7 +52,7 @@ class Pool:
         try:
             self.clock.now_s += self._lasts_s
             failure = self._failures.pop(0) if self._failures else None
-            for output in OUTPUTS if failure is None else OUTPUTS[: self._num_before]:
+            for output in self._last if failure is None else OUTPUTS[: self._num_before]:
                 yield output
             if failure is not None:
                 raise failure
@@ -66,8 +74,8 @@ class Run:
             pool, max_attempts=max_attempts, limit=limit, retried=self.retried.append, clock=pool.clock
         )
 
-    async def __call__(self) -> Run:
-        async for output in self.backend.generate(REQUEST):
+    async def __call__(self, *, is_whole: bool = False) -> Run:
+        async for output in self.backend.generate(replace(REQUEST, is_whole=is_whole)):
             self.outputs.append(output)
         return self
 
@@ -87,6 +95,27 @@ async def test_after_the_first_output_the_error_stands():
     with pytest.raises(PeerGone):
         await run()
     assert run.outputs == OUTPUTS[:1] and len(pool.requests) == 1 and not run.retried
+
+
+@pytest.mark.parametrize("num_before", [1, 2])
+async def test_a_whole_answer_goes_on_where_the_dead_replica_stopped(num_before: int):
+    run = await Run(pool := Pool(PeerGone("died"), num_before=num_before))(is_whole=True)
+    assert run.outputs == OUTPUTS and len(pool.requests) == 2 and run.retried == ["peer_gone"]
+
+
+async def test_a_whole_answer_of_several_choices_goes_on_in_each():
+    others = [replace(output, choice=1) for output in OUTPUTS]
+    mixed = [OUTPUTS[0], others[0], others[1], OUTPUTS[1]]
+    run = await Run(Pool(PeerGone("died"), num_before=1, last=mixed))(is_whole=True)
+    assert run.outputs == mixed
+
+
+async def test_a_whole_answer_is_never_made_of_two():
+    other = [replace(OUTPUTS[0], token_ids=(9,)), OUTPUTS[1]]
+    run = Run(pool := Pool(PeerGone("died"), num_before=1, last=other))
+    with pytest.raises(PeerGone, match="another turn"):
+        await run(is_whole=True)
+    assert run.outputs == OUTPUTS[:1] and len(pool.requests) == 3
 
 
 async def test_attempts_are_bounded():

@@ -25,6 +25,7 @@ from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
 from shoal.gateway.intake import Services, take_in
 from shoal.gateway.protobuf import InferenceAnswer, in_grpc_words, models_response, read_request, to_body
+from shoal.gateway.validation import find_model
 from shoal.rpc.statuses import abort
 from shoal.telemetry import bind_request
 from shoal.v1 import inference_pb2 as pb
@@ -93,9 +94,11 @@ class InferenceService:
         if len(raw) > max_bytes:
             raise RequestTooLarge(f"the message has more than {max_bytes} bytes: send less text in one request")
         request = read_request(raw)
+        exchange.model = request.model or services.models[0].name
+        model = find_model(services.models, exchange.model)
         try:
             return await take_in(
-                to_body(request, services.models[0].name),
+                to_body(request, model, services.config),
                 services,
                 exchange,
                 request_id=request_id,

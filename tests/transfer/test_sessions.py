@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
@@ -27,6 +28,13 @@ async def test_who_asked_first_may_leave_without_harm_to_the_others() -> None:
         await asyncio.sleep(0)
         first.cancel()
         assert not (await second).is_over
+
+
+async def test_decode_listens_on_its_address_alone() -> None:
+    async with rig("grpc") as both:
+        port = int(both.address.removeprefix("127.0.0.1:"))
+        with socket.create_connection(("127.0.0.1", port)), pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port))
 
 
 async def test_nobody_there_is_peer_gone_and_is_tried_again() -> None:

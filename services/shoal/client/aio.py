@@ -24,7 +24,7 @@ from shoal.client.connection import (
 from shoal.client.requests import GenerateOptions, Prompt, to_request
 from shoal.client.tls import Tls
 from shoal.client.values import Completion, Delta, Model
-from shoal.errors import Cancelled, Unavailable
+from shoal.errors import Cancelled, DeadlineExceeded, Unavailable
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -87,13 +87,13 @@ class AsyncClient:
         return to_models(response)
 
     async def is_ready(self, *, timeout_s: float | None = None) -> bool:
-        """Whether the server is there and can answer."""
+        """Whether the server is there and can answer; one that says nothing for ``timeout_s`` can't."""
         check = self._channel.unary_unary(HEALTH_METHOD, None, None)
         call = self._connection.call(timeout_s)
         try:
             with _typed_errors(call):
                 response: bytes = await check(HEALTH_REQUEST, timeout=call.timeout_s, metadata=call.metadata)
-        except Unavailable:
+        except (Unavailable, DeadlineExceeded):
             return False
         return response == HEALTH_SERVING
 

@@ -36,6 +36,9 @@ HEALTH_REQUEST = b""
 HEALTH_SERVING = b"\x08\x01"
 """Bytes of a HealthCheckRequest for the whole server and of an answer SERVING: too little for a dependency."""
 
+_MAX_TIMEOUT_S = 365 * 24 * 3600.0
+"""gRPC takes a deadline that is centuries away for one that has passed."""
+
 _SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _API_KEY = re.compile(r"[!-~]+")
@@ -100,8 +103,8 @@ class Connection:
             raise ConfigError(f"the target must be host:port, such as {DEFAULT_TARGET}, not {self.target!r}")
         if not _is_timeout(self.timeout_s):
             raise ConfigError(f"timeout_s must be a number of seconds above 0, not {self.timeout_s}")
-        if not 1 <= self.max_attempts <= MAX_ATTEMPTS:
-            raise ConfigError(f"max_attempts must be 1 to {MAX_ATTEMPTS}, which is gRPC's own limit")
+        if not _is_num_attempts(self.max_attempts):
+            raise ConfigError(f"max_attempts must be a whole number, 1 to {MAX_ATTEMPTS}: gRPC makes no more")
         if self.api_key is not None:
             self._check_key(self.api_key)
 
@@ -131,7 +134,7 @@ class Connection:
         metadata = [("x-request-id", request_id)]
         if self.api_key is not None:
             metadata.append(("authorization", f"Bearer {self.api_key}"))
-        return Call(self.target, timeout_s or self.timeout_s, request_id, tuple(metadata))
+        return Call(self.target, min(timeout_s or self.timeout_s, _MAX_TIMEOUT_S), request_id, tuple(metadata))
 
 
 def is_loopback(target: str) -> bool:
@@ -147,6 +150,10 @@ def is_loopback(target: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_num_attempts(value: Any) -> bool:
+    return isinstance(value, int) and 1 <= value <= MAX_ATTEMPTS
 
 
 def _is_timeout(value: Any) -> bool:

@@ -6,7 +6,8 @@ the model and its own limits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -96,7 +97,8 @@ def _set_option(request: pb.GenerateRequest, name: str, value: Any) -> None:
 
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        request.text = prompt
+        with _encoding("prompt"):
+            request.text = prompt
         return
     given: object = prompt  # typed or not, callers err
     if not isinstance(given, Sequence) or isinstance(given, (bytes, bytearray, memoryview)):
@@ -125,7 +127,16 @@ def _turn(turn: Any, at: int) -> pb.ChatMessage:
         raise InvalidRequest(f"prompt[{at}] must have role and content, and nothing else", param=f"prompt[{at}]")
     if not all(isinstance(value, str) for value in turn.values()):
         raise TypeError(f"prompt[{at}]: role and content must be str")
-    return pb.ChatMessage(role=turn["role"], content=turn["content"])
+    with _encoding(f"prompt[{at}]"):
+        return pb.ChatMessage(role=turn["role"], content=turn["content"])
+
+
+@contextmanager
+def _encoding(param: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{param} is no text at {error.start}: {error.reason}", param=param) from error
 
 
 def _no_prompt(instead: str) -> TypeError:

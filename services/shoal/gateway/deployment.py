@@ -23,6 +23,7 @@ from shoal.gateway.deadline import until_deadline
 from shoal.gateway.draining import DrainingBackend
 from shoal.gateway.grpc_server import GrpcServer
 from shoal.gateway.intake import Services
+from shoal.gateway.poll import SharedPoll
 from shoal.gateway.retrying import RetryingBackend
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
@@ -52,6 +53,7 @@ class PoolBackend:
         self._app_name = app_name
         self._living = living
         self._decode: Any = decode.options(stream=True)
+        self._readiness = SharedPoll(self._ask_readiness)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if not await self._living.ids():
@@ -69,6 +71,10 @@ class PoolBackend:
             outputs.cancel()
 
     async def readiness(self) -> Readiness:
+        """Up to a second old, however many probe or watch: Ray's head is asked no more often."""
+        return await self._readiness.answer()
+
+    async def _ask_readiness(self) -> Readiness:
         entries = await asyncio.to_thread(directory.living, self._app_name)
         roles = [entry.role for entry in entries]
         return Readiness(num_decode=roles.count("decode"), num_prefill=roles.count("prefill"))

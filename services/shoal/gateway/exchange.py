@@ -35,14 +35,16 @@ class Exchange:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        if self._error is not None:
+            pass  # what ends it now is only how
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
             self._error = Cancelled("the server stopped this request")
         elif error is not None:
             self._error = error if isinstance(error, ShoalError) else InternalError("")
         self._tell()
 
     def failed(self, error: ShoalError) -> None:
-        """The answer had begun, and its stream ends with ``error``."""
+        """``error`` is why it ends, though not with that exception: its stream tells it, or nobody listens any more."""
         self._error = error
 
     def _tell(self) -> None:

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from shoal.errors import ConfigError
 from shoal.gateway import health, inference
+from shoal.gateway.grpc_edge import GrpcEdge
 from shoal.gateway.health import HealthService
 from shoal.gateway.inference import InferenceService
 from shoal.gateway.intake import Services
@@ -39,7 +40,7 @@ class GrpcServer:
         """
         config = self._services.config
         credentials = None if config.tls is None else server_credentials(config.tls)
-        server = grpc.aio.server(options=_options(config.max_body_bytes))
+        server = grpc.aio.server(interceptors=(GrpcEdge(),), options=_options(config.max_body_bytes))
         InferenceService(self._services).add_to(server)
         HealthService(self._services.backend.readiness, inference.SERVICE_NAME).add_to(server)
         if config.reflection:

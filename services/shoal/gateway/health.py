@@ -8,9 +8,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.gateway.backend import Readiness
+
+_log = structlog.get_logger(__name__)
 
 SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -47,4 +50,9 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no
             await asyncio.sleep(_WATCH_PERIOD_S)
 
     async def _status(self) -> Any:
-        return _Status.SERVING if (await self._readiness()).is_ready else _Status.NOT_SERVING
+        try:
+            now = await self._readiness()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody is known to be ready
+            _log.error("readiness isn't known", exc_info=error)
+            return _Status.NOT_SERVING
+        return _Status.SERVING if now.is_ready else _Status.NOT_SERVING

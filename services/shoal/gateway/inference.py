@@ -19,12 +19,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from shoal.errors import Cancelled, InvalidRequest, RequestTooLarge
+from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, RequestTooLarge
 from shoal.gateway.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
 from shoal.gateway.intake import Services, take_in
 from shoal.gateway.protobuf import InferenceAnswer, in_grpc_words, models_response, read_request, to_body
+from shoal.gateway.validation import find_model
 from shoal.rpc.statuses import abort
 from shoal.telemetry import bind_request
 from shoal.v1 import inference_pb2 as pb
@@ -32,6 +33,8 @@ from shoal.v1 import inference_pb2 as pb
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_MAX_ROUNDING = 0.02
 
 
 class InferenceService:
@@ -77,11 +80,17 @@ class InferenceService:
         """The answer to ``raw``, while it's being made. Whatever goes wrong ends the call with its status."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = sane_request_id(metadata.get(REQUEST_ID, ""))
+        timeout_s = context.time_remaining()
         with bind_request(request_id):
             try:
                 with Exchange(endpoint, self._services.observer, self._services.clock) as exchange:
-                    generation = await self._begin(raw, context, exchange, request_id, traceparent_of(metadata))
-                    yield InferenceAnswer(generation, exchange.model, request_id)
+                    try:
+                        generation = await self._begin(raw, context, exchange, request_id, traceparent_of(metadata))
+                        yield InferenceAnswer(generation, exchange.model, request_id)
+                    except (asyncio.CancelledError, Cancelled):
+                        if _is_late(context, timeout_s):
+                            exchange.failed(DeadlineExceeded("the client's deadline has passed"))
+                        raise
             except Exception as error:  # noqa: BLE001 - the process' edge: gRPC would send the error's own text
                 await abort(context, as_shoal_error(error), ((REQUEST_ID, request_id),))
 
@@ -93,9 +102,11 @@ class InferenceService:
         if len(raw) > max_bytes:
             raise RequestTooLarge(f"the message has more than {max_bytes} bytes: send less text in one request")
         request = read_request(raw)
+        exchange.model = request.model or services.models[0].name
+        model = find_model(services.models, exchange.model)
         try:
             return await take_in(
-                to_body(request, services.models[0].name),
+                to_body(request, model, services.config),
                 services,
                 exchange,
                 request_id=request_id,
@@ -104,6 +115,14 @@ class InferenceService:
             )
         except InvalidRequest as error:
             raise in_grpc_words(error, request) from None
+
+
+def _is_late(context: Context, timeout_s: float | None) -> bool:
+    """Whether a call of ``timeout_s`` that was ended is one whose deadline passed.
+
+    The client's gRPC ends it by the client's clock, and has told the server a time rounded up, by up to a hundredth.
+    """
+    return timeout_s is not None and context.time_remaining() <= _MAX_ROUNDING * timeout_s
 
 
 async def _send_headers(context: Context, answer: InferenceAnswer) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from shoal.config import GatewayConfig
 from shoal.errors import InvalidRequest
 from shoal.gateway.answers import Choice, whole_choices
 from shoal.gateway.generation import ChoiceOutput, Generation
-from shoal.gateway.refusals import MissingField
+from shoal.gateway.refusals import MissingField, UnknownField
 from shoal.gateway.schema import ChatBody, GenerateBody, parse
-from shoal.gateway.validation import ServedModel
+from shoal.gateway.validation import ServedModel, check_num_messages, check_num_stops, check_num_tokens
 from shoal.messages import Depth, FinishReason, TokenLogprob
 from shoal.v1 import inference_pb2 as pb
 
@@ -45,11 +46,16 @@ def read_request(raw: bytes) -> pb.GenerateRequest:
         raise InvalidRequest("the message isn't a shoal.v1.GenerateRequest: compare the client's .proto") from None
 
 
-def to_body(request: pb.GenerateRequest, default_model: str) -> GenerateBody | ChatBody:
-    """The body that ``request`` stands for. Raises an InvalidRequest in the body's words: see ``in_grpc_words``."""
-    # Whatever is set goes to the validator, so that no field is passed over in silence.
+def to_body(request: pb.GenerateRequest, model: ServedModel, config: GatewayConfig) -> GenerateBody | ChatBody:
+    """The body that ``request`` to ``model`` stands for.
+
+    Raises an InvalidRequest in the body's words: see ``in_grpc_words``.
+    """
+    _check_counts(request, model, config)
+    _check_known(request)
+    # Whatever is set goes to the validator: no field is passed over in silence.
     fields: dict[str, Any] = {field.name: value for field, value in request.ListFields()}
-    fields["model"] = request.model or default_model
+    fields["model"] = model.name
     fields["stop"] = list(request.stop)
     if request.depth:
         fields["depth"] = _DEPTHS_BACK.get(request.depth, request.depth)
@@ -67,6 +73,27 @@ def to_body(request: pb.GenerateRequest, default_model: str) -> GenerateBody | C
         case None:
             raise MissingField("prompt is missing: set text, token_ids or chat", param="prompt")
     return parse(GenerateBody, json.dumps(fields).encode())
+
+
+def _check_counts(request: pb.GenerateRequest, model: ServedModel, config: GatewayConfig) -> None:
+    """What the validator would refuse for its length: a message holds millions of items, and none is converted."""
+    check_num_stops(len(request.stop), config)
+    check_num_messages(len(request.chat.messages), model)
+    if len(request.token_ids.ids) >= model.max_context_tokens:
+        check_num_tokens(len(request.token_ids.ids), max(request.max_tokens, 1), model, "prompt")
+
+
+def _check_known(request: pb.GenerateRequest) -> None:
+    """Raises UnknownField for one that this version's .proto doesn't have, in ``request`` or what it holds."""
+    known = pb.GenerateRequest()
+    known.CopyFrom(request)
+    known.DiscardUnknownFields()
+    # By their bytes: a message holds a million unknown fields, and listing them would make an object of each.
+    if known.ByteSize() != request.ByteSize():
+        raise UnknownField(
+            "the message has a field that this server's shoal.v1.GenerateRequest lacks: compare the client's .proto, "
+            "or leave the field out"
+        )
 
 
 def in_grpc_words(error: InvalidRequest, request: pb.GenerateRequest) -> InvalidRequest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from shoal.errors import InvalidRequest
@@ -215,7 +215,8 @@ class ChatBody(Body):
 
     prompt_field = "messages"
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    # A body holds two million wrong turns, and only the first is told: no errors are built for the others.
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None

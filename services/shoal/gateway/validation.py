@@ -41,7 +41,7 @@ def find_model(models: Iterable[ServedModel], name: str) -> ServedModel:
 def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
     """What can be refused before a text is tokenized. Raises InvalidRequest that names the field."""
     _at_most(body.n, config.max_choices, "n")
-    _at_most(len(body.stop), config.max_stop_strings, "stop", "strings")
+    check_num_stops(len(body.stop), config)
     _at_most(max(map(len, body.stop), default=0), config.max_stop_chars, "stop", "characters in one")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: only allowed with stream: true", param="stream_options")
@@ -49,11 +49,30 @@ def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
         _at_most(len(body.prompt), config.max_prompts, "prompt", "prompts")
         _at_most(body.logprobs, config.max_logprobs, "logprobs")
     if isinstance(body, ChatBody):
-        # Each is a token at least, and none is free to render.
-        _at_most(len(body.messages), model.max_context_tokens, "messages", "messages fit the model's context")
+        check_num_messages(len(body.messages), model)
         _at_most(body.top_logprobs, config.max_logprobs, "top_logprobs")
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("top_logprobs: only allowed with logprobs: true", param="top_logprobs")
+
+
+def check_num_stops(num: int, config: GatewayConfig) -> None:
+    """Raises InvalidRequest if so many stop strings are more than are allowed."""
+    _at_most(num, config.max_stop_strings, "stop", "strings")
+
+
+def check_num_messages(num: int, model: ServedModel) -> None:
+    """Raises InvalidRequest if so many turns can't fit the model: each is a token at least, and none free to render."""
+    _at_most(num, model.max_context_tokens, "messages", "messages fit the model's context")
+
+
+def check_num_tokens(num: int, num_new: int, model: ServedModel, param: str) -> None:
+    """Raises ContextLengthExceeded unless the model holds a prompt of ``num`` tokens and ``num_new`` more."""
+    if num + num_new > model.max_context_tokens:
+        raise ContextLengthExceeded(
+            f"{param}: {num} tokens and an answer of up to {num_new} are more than the model's context of "
+            f"{model.max_context_tokens} tokens: shorten the prompt or lower max_tokens",
+            param=param,
+        )
 
 
 def generate_requests(
@@ -90,13 +109,7 @@ def _check_ids(body: Body, ids: Sequence[int], model: ServedModel) -> None:
     if not ids:
         raise InvalidRequest(f"{param}: there is nothing to continue, it has no tokens", param=param)
     # Length first: a megabyte of numbers needn't be looked at one by one.
-    num_new = body.max_new_tokens or 1
-    if len(ids) + num_new > model.max_context_tokens:
-        raise ContextLengthExceeded(
-            f"{param}: {len(ids)} tokens and an answer of up to {num_new} are more than the model's context of "
-            f"{model.max_context_tokens} tokens: shorten the prompt or lower max_tokens",
-            param=param,
-        )
+    check_num_tokens(len(ids), body.max_new_tokens or 1, model, param)
     if min(ids) < 0 or max(ids) >= model.vocab_size:
         raise InvalidRequest(f"{param}: token ids must be 0 to {model.vocab_size - 1}", param=param)
 

@@ -4,6 +4,7 @@ isort:skip_file
 The public API over gRPC: what a client needs, and no more.
 
 The fields of a request have the names, the meaning and the limits of the HTTP API's; one validator checks both.
+A field that the server doesn't know is refused, as it is there: nothing that a client asks is passed over.
 Errors are `google.rpc.Status`: ErrorInfo names the error, BadRequest the field, RetryInfo when to come back.
 Health is `grpc.health.v1`, on the same port.
 """

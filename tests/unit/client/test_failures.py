@@ -98,6 +98,19 @@ def test_a_server_that_comes_back_is_found(nobody: str, service: FakeInference) 
             assert client.generate("The sea is").text == TEXT
 
 
+def test_a_server_that_says_nothing_isnt_ready(kind: type[Caller]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts for it
+        assert not kind(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.3).is_ready()
+
+
+def test_a_deadline_that_is_far_away_hasnt_passed(
+    kind: type[Caller], ask: Callable[..., Any], target: str, service: FakeInference
+) -> None:
+    ask(kind(target, timeout_s=1e10, max_attempts=1))
+    ask(kind(target, max_attempts=1), timeout_s=1e300)
+    assert service.num_attempts == 2
+
+
 def test_an_absent_server_isnt_ready(kind: type[Caller], nobody: str) -> None:
     assert not kind(nobody, timeout_s=20).is_ready()
 

@@ -35,6 +35,9 @@ def test_what_is_no_prompt_is_a_type_error(prompt: Any) -> None:
     [
         ([], "prompt"),
         ([2**31], "prompt"),
+        ("half a pair: \ud800", "prompt"),
+        ([{"role": "user", "content": "Hi"}, {"role": "user", "content": "\ud800"}], "prompt[1]"),
+        ([Message("\udfff", "Hi")], "prompt[0]"),
         ([{"role": "user"}], "prompt[0]"),
         ([Message("user", "Hi"), {"role": "user", "content": "Hi", "name": "Ann"}], "prompt[1]"),
     ],
@@ -60,7 +63,9 @@ def test_an_option_of_another_type_is_named(name: str, value: Any) -> None:
         to_request("The sea is", {name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_tokens", 2**31), ("seed", 2**63), ("depth", "deep"), ("depth", 7)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_tokens", 2**31), ("seed", 2**63), ("depth", "deep"), ("depth", 7), ("stop", "\ud800")]
+)
 def test_an_option_that_cant_be_sent_is_refused(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         to_request("The sea is", {name: value})

@@ -142,6 +142,8 @@ def test_not_plainly_this_machine(target: str) -> None:
         ("127.0.0.1:9000", {"timeout_s": None}),
         ("127.0.0.1:9000", {"max_attempts": 0}),
         ("127.0.0.1:9000", {"max_attempts": 6}),
+        ("127.0.0.1:9000", {"max_attempts": 2.0}),
+        ("127.0.0.1:9000", {"max_attempts": 2.5}),
     ],
 )
 def test_settings_that_cant_work_are_refused(target: str, settings: dict[str, Any]) -> None:

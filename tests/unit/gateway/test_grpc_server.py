@@ -13,13 +13,15 @@ import grpc.aio
 import pytest
 import trustme
 from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from inference_server import TIMEOUT_S, client_of, request, serving_inference
 from shoal.config import TlsConfig
 from shoal.errors import ConfigError
 from shoal.gateway.grpc_server import GrpcServer
-from shoal.gateway.inference import SERVICE_NAME
+from shoal.gateway.health import HealthService
+from shoal.gateway.inference import SERVICE_NAME, InferenceService
 from shoal.gateway.intake import Services
 from shoal.v1 import inference_pb2 as pb
 
@@ -117,6 +119,13 @@ async def test_a_port_that_is_taken_is_named_at_the_start(services: Services) ->
             await GrpcServer(services).start("127.0.0.1", port)
 
 
+async def test_it_listens_on_its_address_alone(services: Services) -> None:
+    async with serving_inference(services) as address:
+        port = int(address.removeprefix("127.0.0.1:"))
+        with socket.create_connection(("127.0.0.1", port)), pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port))
+
+
 async def test_a_port_is_free_again_once_the_server_has_stopped(services: Services) -> None:
     server = GrpcServer(services)
     port = await server.start("127.0.0.1", 0)
@@ -150,3 +159,54 @@ async def test_without_reflection_nothing_is_told(services: Services) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             await asyncio.to_thread(described, address)
     assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]
+
+
+# --- what it tells of errors ----------------------------------------------------------------------------
+
+ONE_MESSAGE = ["grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch", f"{SERVICE_NAME}/Generate"]
+REFLECT = f"{reflection.SERVICE_NAME}/ServerReflectionInfo"
+
+
+async def assert_tells_nothing(call: Any, code: grpc.StatusCode) -> None:
+    assert await call.code() == code
+    told = f"{await call.details()}{await call.trailing_metadata()}"
+    assert not any(secret in told for secret in ("Unexpected", "DecodeError", "ZeroDivision", "secret")), told
+
+
+@pytest.mark.parametrize("method", [*ONE_MESSAGE, REFLECT])
+async def test_bytes_that_no_method_can_read_are_refused_without_internals(services: Services, method: str) -> None:
+    async with client_of(configured(services, reflection=True)) as inference:
+        if method == REFLECT:
+            call = inference.channel.stream_stream(f"/{method}")(iter([b"\xff"]), timeout=TIMEOUT_S)
+        else:
+            call = inference.channel.unary_stream(f"/{method}")(b"\xff", timeout=TIMEOUT_S)
+        await assert_tells_nothing(call, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def fails(*_: object) -> None:
+    raise ZeroDivisionError("secret detail")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "method"),
+    [
+        (HealthService, "Check", "grpc.health.v1.Health/Check"),
+        (HealthService, "Watch", "grpc.health.v1.Health/Watch"),
+        (InferenceService, "_list_models", f"{SERVICE_NAME}/ListModels"),
+        (InferenceService, "_generate", f"{SERVICE_NAME}/Generate"),
+        (InferenceService, "_generate_stream", f"{SERVICE_NAME}/GenerateStream"),
+    ],
+)
+async def test_a_defect_of_any_method_keeps_its_text_to_itself(
+    services: Services, owner: type, name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, fails)
+    async with client_of(services) as inference:
+        call = inference.channel.unary_stream(f"/{method}")(b"", timeout=TIMEOUT_S)
+        await assert_tells_nothing(call, grpc.StatusCode.INTERNAL)
+
+
+async def test_a_method_that_isnt_there_is_unimplemented(services: Services) -> None:
+    async with client_of(services) as inference:
+        call = inference.channel.unary_unary(f"/{SERVICE_NAME}/Guess")(b"", timeout=TIMEOUT_S)
+        assert await call.code() == grpc.StatusCode.UNIMPLEMENTED

@@ -9,10 +9,11 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_server import TIMEOUT_S, Inference
+from inference_server import TIMEOUT_S, Inference, client_of
 from shoal.gateway import health
 from shoal.gateway.backend import Readiness
 from shoal.gateway.inference import SERVICE_NAME
+from shoal.gateway.intake import Services
 
 Status = health_pb2.HealthCheckResponse
 NAMES = ["", SERVICE_NAME]
@@ -66,3 +67,24 @@ async def test_whoever_watches_is_told_of_changes_alone(
         inference.backend.readiness_now = Readiness(num_decode, num_prefill=1)
         assert (await call.read()).status == status
     call.cancel()
+
+
+async def test_while_readiness_isnt_known_nothing_serves(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_WATCH_PERIOD_S", 0.01)
+    answers: list[Readiness | Exception] = [ConnectionError("secret detail"), Readiness(1, 1)]
+
+    async def readiness() -> Readiness:
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
+
+    monkeypatch.setattr(services.backend, "readiness", readiness)
+    async with client_of(services) as inference:
+        stub = health_pb2_grpc.HealthStub(inference.channel)
+        watch = stub.Watch(asked(""), timeout=TIMEOUT_S)
+        assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.NOT_SERVING
+        assert (await watch.read()).status == Status.NOT_SERVING
+        answers.pop(0)
+        assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.SERVING
+        assert (await watch.read()).status == Status.SERVING
+        watch.cancel()

@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
+import inference_server
 from fake_backend import STAGES
 from inference_server import TIMEOUT_S, Inference, client_of, request, told
 from shoal.gateway.draining import DrainingBackend
@@ -248,12 +249,33 @@ async def test_a_client_that_does_not_read_on_can_still_leave(inference: Inferen
     assert inference.backend.num_running == 0
 
 
-async def test_a_call_past_its_deadline_frees_the_pool(inference: Inference) -> None:
+# gRPC rounds the second one up on its way to the server, which has time left when the client ends the call.
+@pytest.mark.parametrize("timeout_s", [0.2, 1.001])
+@pytest.mark.parametrize(("method", "endpoint"), [("generate", "generate"), ("stream", "generate_stream")])
+async def test_a_call_past_its_deadline_frees_the_pool_and_is_told_as_late(
+    inference: Inference, method: str, endpoint: str, timeout_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_server, "TIMEOUT_S", timeout_s)
     inference.backend.hold_after = 1
     with pytest.raises(grpc.aio.AioRpcError) as late:
-        await inference.stub.Generate(request(), timeout=0.2)
+        await getattr(inference, method)()
     assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await ended(inference)
+    await asyncio.to_thread(inference.observer.wait_finished)
+    assert inference.observer.finished == [("smollm2", endpoint, 504, "timeout_error")]
+    assert (inference.observer.gone, inference.observer.refusals) == ([], [])
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_a_client_that_leaves_before_its_deadline_is_told_as_gone(inference: Inference, method: str) -> None:
+    inference.backend.hold_after = 0
+    call = getattr(inference.stub, method)(request(), timeout=TIMEOUT_S)
+    await held(inference)
+    call.cancel()
+    await ended(inference)
+    await asyncio.to_thread(inference.observer.wait_finished)
+    assert [finished[2:] for finished in inference.observer.finished] == [(499, "cancelled_error")]
+    assert inference.observer.gone == ["waiting"]
 
 
 async def test_a_server_that_stops_ends_its_calls(services: Services) -> None:

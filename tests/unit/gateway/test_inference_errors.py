@@ -153,6 +153,30 @@ async def test_bytes_that_are_no_request_are_refused_without_internals(
     assert (await inference.generate()).choices
 
 
+UNKNOWN = b"\x98\x06\x01"  # number 99
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        request().SerializeToString() + UNKNOWN,
+        request(n=2).SerializeToString() + UNKNOWN * 1000,
+        b"\x1a\x06\x0a\x01\x05" + UNKNOWN,
+        b"\x22\x0f\x0a\x0a\x0a\x04user\x12\x02Hi" + UNKNOWN,
+        b"\x22\x0f\x0a\x0d\x0a\x04user\x12\x02Hi" + UNKNOWN,
+    ],
+    ids=["GenerateRequest", "many", "TokenIds", "Chat", "ChatMessage"],
+)
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_a_field_that_isnt_known_is_refused_as_by_http(inference: Inference, method: str, raw: bytes) -> None:
+    call = inference.channel.unary_stream(f"/{SERVICE_NAME}/{method}")(raw, timeout=TIMEOUT_S)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call.read()
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert told(refused.value) == (400, "unknown_field", None)
+    assert inference.backend.requests == []
+
+
 async def test_a_huge_message_is_too_large(inference: Inference) -> None:
     assert told(await refusal(inference, text="a" * 200_000)) == (413, "request_too_large", None)
     assert inference.backend.requests == []

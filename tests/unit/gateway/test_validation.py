@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from shoal.config import GatewayConfig
 from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
@@ -145,3 +146,13 @@ def test_a_model_is_found_by_its_exact_name() -> None:
 def test_text_parts_of_a_message_become_lines() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].content == "one\ntwo"
+
+
+def test_of_many_wrong_turns_one_error_is_built() -> None:
+    raw = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "a"}, *[1] * 1000]}).encode()
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate_json(raw)
+    assert [error["loc"] for error in caught.value.errors()] == [("messages", 1)]
+    with pytest.raises(InvalidRequest) as refused:
+        parse(ChatBody, raw)
+    assert refused.value.param == "messages[1]"

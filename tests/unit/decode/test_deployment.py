@@ -77,7 +77,6 @@ async def test_who_stops_waiting_cancels_the_replicas_work() -> None:
         TaskCancelledError(),
         BackPressureError(1, 1),
         DeploymentUnavailableError(None),  # type: ignore[arg-type]
-        RayTaskError("prefill", "traceback", ZeroDivisionError("of the replica's own")),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -92,3 +91,9 @@ async def test_what_the_replica_raised_is_raised_as_it_was() -> None:
     with pytest.raises(InternalError) as caught:
         await pool(Prefill(RayTaskError("prefill", "traceback", raised))).ask(GRANT)
     assert caught.value is raised
+
+
+async def test_a_defect_of_the_replica_s_is_an_internal_error() -> None:
+    defect = RayTaskError("prefill", "traceback", ZeroDivisionError("secret"))
+    with pytest.raises(InternalError, match="the prefill replica failed"):
+        await pool(Prefill(defect)).ask(GRANT)

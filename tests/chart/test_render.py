@@ -111,6 +111,18 @@ def test_the_head_carries_no_pool(values: Mapping[str, Any]) -> None:
     assert (head["rayStartParams"]["num-cpus"], head["rayStartParams"]["num-gpus"]) == ("0", "0")
 
 
+def test_a_spread_counts_the_pools_pods_unless_it_says_itself_what() -> None:
+    spread = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
+    of_its_own = {**spread, "labelSelector": {"matchExpressions": [{"key": "app", "operator": "Exists"}]}}
+    group = charts.worker_groups(ray_service({"decode": {"topologySpreadConstraints": [spread, of_its_own]}}))["decode"]
+    completed, untouched = group["template"]["spec"]["topologySpreadConstraints"]
+    assert untouched == of_its_own
+    selector = completed.pop("labelSelector")["matchLabels"]
+    assert completed == spread
+    assert pods_match(selector, group)
+    assert selector["app.kubernetes.io/component"] == "decode"
+
+
 def test_twin_values_give_twin_groups() -> None:
     pool = {"replicas": 3, "num_cpus": 2.5, "num_gpus": 2, "env": [{"name": "A", "value": "b"}], "shmSize": "1Gi"}
     twins = charts.worker_groups(ray_service({"prefill": pool, "decode": pool}))

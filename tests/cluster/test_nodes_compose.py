@@ -128,3 +128,31 @@ def flat(panels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def has_numbers(samples: Sequence[dict[str, Any]]) -> bool:
     # Nothing divided by nothing is a sample, too, but nothing to draw.
     return any(not math.isnan(float(sample["value"][1])) for sample in samples)
+
+
+# --- what ends, Compose starts again: `restart: unless-stopped` -----------------------------------------
+
+
+def test_nodes_of_the_pools_that_were_killed_join_again(client: Client):
+    pools = ("prefill", "decode")
+    gone = {replica for replica in client.replicas() if replica[0] in pools}
+    for name in pools:
+        compose.services()[name].start(client.network)
+
+    def all_are_new(seen: set[tuple[str, str]]) -> bool:
+        return not seen & gone and {role for role, _ in seen} == {"gateway", *pools}
+
+    client.until(client.replicas, all_are_new)
+    assert_hands_off(client)
+
+
+# The last one: no cluster is left.
+def test_a_gateway_whose_ray_died_ends_and_so_do_nodes_that_lost_their_head(client: Client):
+    hosts = client.network
+    killed = hosts.execute("gateway", ["pkill", "-KILL", "-x", "raylet"])
+    assert killed.returncode == 0, killed.stderr
+    assert hosts.process("gateway").ended(within_s=60) != 0
+    assert "Ray has ended" in hosts.process("gateway").tail()
+    compose.services()["gateway"].start(hosts)
+    for name in ("prefill", "decode"):
+        assert hosts.process(name).ended(within_s=120) != 0

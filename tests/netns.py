@@ -94,6 +94,10 @@ class Process:
     def tail(self, num_lines: int = 40) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
+    def ended(self, within_s: float) -> int:
+        """Its exit status, as soon as it has ended by itself."""
+        return self._popen.wait(within_s)
+
     def kill(self) -> None:
         """The host's first process, and so all of them, as if its machine were gone. Twice is a no-op."""
         if self._popen.poll() is None:
@@ -117,7 +121,13 @@ class Network:
         environment: Mapping[str, str],
         mounts: Mapping[str, Path] | None = None,
     ) -> Process:
-        """Begin a host's main process. ``mounts`` lay files and folders of this machine below its /etc and /run."""
+        """Begin a host's main process; one that it has is killed first, as if its machine had lost power.
+
+        ``mounts`` lay files and folders of this machine below its /etc and /run.
+        """
+        for process in [one for one in self._processes if one.name == name]:
+            process.kill()
+            self._processes.remove(process)
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
             popen = subprocess.Popen(
@@ -132,6 +142,11 @@ class Network:
         self._processes.append(process)
         return process
 
+    def process(self, name: str) -> Process:
+        """The main process of a host that has one."""
+        [found] = (process for process in self._processes if process.name == name)
+        return found
+
     def run(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
@@ -142,8 +157,7 @@ class Network:
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """A command in the midst of what the running host has: its processes, its files, as ``docker exec``."""
-        [host] = (process for process in self._processes if process.name == name)
-        enter = ("nsenter", "--target", str(host.pid), *_ENTER, "--mount", "--pid", "--net", "--ipc")
+        enter = ("nsenter", "--target", str(self.process(name).pid), *_ENTER, "--mount", "--pid", "--net", "--ipc")
         return self._run([*enter, *command], environment)
 
     def _run(

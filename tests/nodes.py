@@ -139,6 +139,10 @@ class Client:
             )
         )
 
+    def replicas(self) -> set[tuple[str, str]]:
+        """Role and id of each process that the gateway lists."""
+        return {(group["labels"]["role"], group["labels"]["replica"]) for group in self._targets()}
+
     def addresses_by_role(self) -> list[tuple[str, str]]:
         """On which host each replica serves its metrics."""
         return sorted(

@@ -85,7 +85,9 @@ class StageConfig(_Frozen):
     num_cpus: Annotated[float, Field(ge=0)] = Field(1, description="CPUs that Ray sets aside for a replica.")
     num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs that Ray sets aside for a replica.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …; auto is cuda where num_gpus > 0.")
-    num_threads: Annotated[int, Field(ge=1)] | None = Field(None, description="Compute threads; by default all cores.")
+    num_threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Compute threads; by default all cores that the process may use."
+    )
     kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Memory for K/V; by default 25 % of what is free."
     )

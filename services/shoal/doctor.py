@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.errors import ModelError
+from shoal.machine import available_memory_bytes, usable_cores
 
 GIB = 1 << 30
 _SHM = "/dev/shm"  # noqa: S108  looked at, not written to
@@ -164,24 +165,6 @@ def judge_port(port: int, *, free: bool) -> Finding:
 # --- measuring ------------------------------------------------------------------------------------------
 
 
-def usable_cores() -> float:
-    """Cores that this process may run on: its affinity, or its cgroup's quota if that is less."""
-    cores = float(len(os.sched_getaffinity(0)))
-    quota, _, period = _first_line(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
-    return min(cores, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else cores
-
-
-def available_memory_bytes() -> int:
-    """What the system could still give, or what the cgroup leaves if that is less."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit = _first_line(Path("/sys/fs/cgroup/memory.max"))
-    used = _first_line(Path("/sys/fs/cgroup/memory.current"))
-    return min(available, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else available
-
-
 def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
         # A port whose last connections are in TIME_WAIT is free to a server.
@@ -262,13 +245,6 @@ def _free_bytes(folder: Path) -> int | None:
         return shutil.disk_usage(folder).free
     except OSError:
         return None
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text().partition("\n")[0]
-    except OSError:
-        return ""
 
 
 def _seconds(run: Callable[[], object]) -> float:

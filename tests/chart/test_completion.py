@@ -17,7 +17,7 @@ SCRIPT = charts.CHART / "files" / "completion.py"
 
 @contextmanager
 def gateway(*, counts: bool) -> Iterator[str]:
-    """A server that is gateway and replica at once; with ``counts``, a completion is one hand-off."""
+    """A server that is gateway and replica at once; with ``counts``, a completion of a long prompt is one hand-off."""
     num_transfers = 3
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,7 +33,7 @@ def gateway(*, counts: bool) -> Iterator[str]:
             nonlocal num_transfers
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if (self.path, asked["model"]) == ("/v1/completions", "fish"):
-                num_transfers += counts
+                num_transfers += counts and len(asked["prompt"].split()) > 300
                 self._answer(json.dumps({"choices": [{"text": " it is safe."}]}))
 
         def _answer(self, body: str) -> None:

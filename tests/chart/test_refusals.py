@@ -64,6 +64,52 @@ CONTRADICTIONS: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"gcsFaultTolerance": {"existingSecret": "redis"}},
         "gcsFaultTolerance.existingSecret: needs gcsFaultTolerance.redisAddress",
     ),
+    "a Redis that nothing may reach": (
+        {"gcsFaultTolerance": {"redisAddress": "redis://redis:6379"}},
+        "gcsFaultTolerance.redisAddress: the network policy would keep the head from it",
+    ),
+    "any free port": ({"config": {"gateway": {"port": 0}}}, "config.gateway.port: must not be 0"),
+    "HTTP and gRPC on one port": (
+        {"config": {"gateway": {"grpc_port": 8000}}},
+        "config.gateway.grpc_port: config.gateway.port listens on 8000 already",
+    ),
+    "HTTP on Ray's port": (
+        {"config": {"gateway": {"port": 8265}}},
+        "config.gateway.port: Ray's dashboard listens on 8265 already",
+    ),
+    "gRPC on Ray's port": (
+        {"config": {"gateway": {"grpc_port": 6379}}},
+        "config.gateway.grpc_port: Ray's GCS listens on 6379 already",
+    ),
+    "gRPC on the agent's port": (
+        {"config": {"gateway": {"grpc_port": 52365}}},
+        "config.gateway.grpc_port: Ray's agent listens on 52365 already",
+    ),
+    "an empty range of metrics": (
+        {"config": {"metrics": {"port_range": {"first": 23000, "last": 22000}}}},
+        "config.metrics.port_range: last (22000) is below first (23000)",
+    ),
+    "an empty range of hand-offs": (
+        {"config": {"handoff": {"port_range": {"first": 23000, "last": 22000}}}},
+        "config.handoff.port_range: last (22000) is below first (23000)",
+    ),
+    "two plans": (
+        {"config": {"prefill": {"skip_layers": 4}, "decode": {"skip_layers": 5}}},
+        "config.prefill.skip_layers, config.decode.skip_layers: the pools must agree: set config.model.skip_layers",
+    ),
+    "a plan of one pool": (
+        {"config": {"model": {"skip_layers": 4}, "prefill": {"skip_layers": 0}}},
+        "the pools must agree: set config.model.skip_layers",
+    ),
+    "two kinds of K/V": (
+        {"config": {"decode": {"kv_dtype": "float32"}}},
+        "the pools must agree: set config.model.kv_dtype",
+    ),
+    "too little shared memory of a pool": (
+        {"decode": {"shmSize": "127Mi"}},
+        "decode.shmSize: must be at least 134217728 bytes",
+    ),
+    "too little shared memory of the head": ({"head": {"shmSize": 1e8}}, "head.shmSize: must be at least"),
     "too short a drain": (
         {"drain": {"deadline_s": 20}, "config": {"handoff": {"drain_s": 9.5}}},
         "drain.deadline_s: must be at least 21",
@@ -80,6 +126,8 @@ MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "a level that isn't": ({"config": {"log": {"level": "loud"}}}, "at '/config/log/level'"),
     "root": ({"podSecurityContext": {"runAsUser": 0}}, "at '/podSecurityContext/runAsUser'"),
     "a Redis without a scheme": ({"gcsFaultTolerance": {"redisAddress": "redis:6379"}}, "redisAddress"),
+    "no quantity": ({"prefill": {"shmSize": "half a gig"}}, "at '/prefill/shmSize'"),
+    "no quantity of memory": ({"head": {"resources": {"limits": {"memory": "4 GB"}}}}, "at '/head/resources/limits"),
     "an unknown upgrade": ({"upgrade": {"type": "Rolling"}}, "at '/upgrade/type'"),
 }
 
@@ -96,3 +144,34 @@ def test_mistakes_say_where_they_are(values: Mapping[str, Any], message: str) ->
     with pytest.raises(Refused) as refusal:
         charts.rendered(values)
     assert message in str(refusal.value)
+
+
+FINE: Mapping[str, Mapping[str, Any]] = {
+    "no gRPC": {"config": {"gateway": {"grpc_port": 0}}},
+    "a Redis that may be reached": {
+        "gcsFaultTolerance": {"redisAddress": "redis://redis:6379"},
+        "networkPolicy": {"egress": [{"ports": [{"port": 6379}]}]},
+    },
+    "a Redis and no policy": {
+        "gcsFaultTolerance": {"redisAddress": "redis://redis:6379"},
+        "networkPolicy": {"enabled": False},
+    },
+    "one plan, said twice": {"config": {"prefill": {"skip_layers": 0}, "decode": {"skip_layers": 0}}},
+    "one plan, said by the model and a pool": {"config": {"model": {"skip_layers": 4}, "decode": {"skip_layers": 4}}},
+    "just enough shared memory": {"head": {"shmSize": "128Mi"}, "decode": {"shmSize": "0.125Gi"}},
+    "sizes of all kinds": {"head": {"shmSize": 2e8}, "prefill": {"shmSize": "135M"}, "decode": {"shmSize": "1Ti"}},
+    "quantities of all kinds": {"head": {"resources": {"limits": {"cpu": "500m", "memory": "1e9"}}}},
+    "no limits": {"head": {"resources": {"limits": None}}},
+}
+
+
+@pytest.mark.parametrize("values", FINE.values(), ids=FINE)
+def test_what_goes_together_is_taken(values: Mapping[str, Any]) -> None:
+    assert charts.rendered(values)
+
+
+@pytest.mark.parametrize("path", ["config", "prefill.resources", "head.labels", "gateway.tls", "drain.deadline_s"])
+def test_a_default_that_was_taken_away_is_named(path: str) -> None:
+    section, _, key = path.partition(".")
+    with pytest.raises(Refused, match=f"missing property '{key or section}'"):
+        charts.rendered({section: {key: None} if key else None})

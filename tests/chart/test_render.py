@@ -111,6 +111,18 @@ def test_the_head_carries_no_pool(values: Mapping[str, Any]) -> None:
     assert (head["rayStartParams"]["num-cpus"], head["rayStartParams"]["num-gpus"]) == ("0", "0")
 
 
+def test_a_spread_counts_the_pools_pods_unless_it_says_itself_what() -> None:
+    spread = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
+    of_its_own = {**spread, "labelSelector": {"matchExpressions": [{"key": "app", "operator": "Exists"}]}}
+    group = charts.worker_groups(ray_service({"decode": {"topologySpreadConstraints": [spread, of_its_own]}}))["decode"]
+    completed, untouched = group["template"]["spec"]["topologySpreadConstraints"]
+    assert untouched == of_its_own
+    selector = completed.pop("labelSelector")["matchLabels"]
+    assert completed == spread
+    assert pods_match(selector, group)
+    assert selector["app.kubernetes.io/component"] == "decode"
+
+
 def test_twin_values_give_twin_groups() -> None:
     pool = {"replicas": 3, "num_cpus": 2.5, "num_gpus": 2, "env": [{"name": "A", "value": "b"}], "shmSize": "1Gi"}
     twins = charts.worker_groups(ray_service({"prefill": pool, "decode": pool}))
@@ -196,7 +208,7 @@ def test_ports_are_the_configuration_s_everywhere(port: int, grpc_port: int) -> 
     assert (config.port, config.grpc_port) == (port, grpc_port)
     head = ports(charts.head(service))
     assert (head["serve"], head["serve-grpc"]) == (port, grpc_port)
-    assert [each["port"] for each in service["spec"]["serveService"]["spec"]["ports"]] == [port]
+    assert [each["port"] for each in service["spec"]["serveService"]["spec"]["ports"]] == [port, grpc_port]
     assert [each["port"] for each in charts.only(objects, "Service")["spec"]["ports"]] == [grpc_port]
     clients = charts.only(objects, "NetworkPolicy")["spec"]["ingress"][1]
     assert [each["port"] for each in clients["ports"]] == [port, grpc_port]
@@ -211,8 +223,20 @@ def test_the_grpc_service_selects_the_gateway_s_pod_alone() -> None:
     assert matched == ["head"]
 
 
+@with_values
+def test_the_service_that_kuberay_turns_at_an_upgrade_carries_grpc_too(values: Mapping[str, Any]) -> None:
+    objects = charts.rendered(values)
+    service = charts.only(objects, "RayService")
+    # KubeRay 1.6 keeps those of our ports that the head's container names, as serve or serve-….
+    http, grpc = service["spec"]["serveService"]["spec"]["ports"]
+    assert {http["name"], grpc["name"]} == {name for name in ports(charts.head(service)) if name.startswith("serve")}
+    assert [grpc] == charts.only(objects, "Service")["spec"]["ports"]
+    assert ("appProtocol" in grpc) is (load_config(**charts.shoal_config(service)).gateway.tls is None)
+
+
 def test_without_grpc_nothing_of_it_is_there() -> None:
     objects = charts.rendered({"config": {"gateway": {"grpc_port": 0}}})
+    assert len(charts.only(objects, "RayService")["spec"]["serveService"]["spec"]["ports"]) == 1
     assert "Service" not in {each["kind"] for each in objects}
     assert "serve-grpc" not in ports(charts.head(charts.only(objects, "RayService")))
 
@@ -275,8 +299,8 @@ def test_alerts_look_for_the_job_that_is_scraped() -> None:
 
 
 def test_notes_name_the_services() -> None:
-    assert f"gRPC: {RELEASE}-grpc.{charts.NAMESPACE}.svc:9000 (plain text)" in charts.notes()
-    assert f"{RELEASE}-grpc.{charts.NAMESPACE}.svc:9000 (TLS)" in charts.notes(PRODUCTION)
+    assert f"gRPC: {RELEASE}.{charts.NAMESPACE}.svc:9000 (plain text)" in charts.notes()
+    assert f"{RELEASE}.{charts.NAMESPACE}.svc:9000 (TLS)" in charts.notes(PRODUCTION)
     assert "gRPC" not in charts.notes({"config": {"gateway": {"grpc_port": 0}}})
 
 

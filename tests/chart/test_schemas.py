@@ -20,9 +20,13 @@ from charts import MONITORING, PRODUCTION, Object
 # Kubernetes' newest version that the checker knows, and the oldest that Chart.yaml admits.
 VERSIONS = ("1.37", "1.30")
 CORE = ("v1", "policy/v1", "networking.k8s.io/v1")
-OURS = Path(__file__).with_name("rayservice.schema.json")
 # Schemas of custom resources, derived from public ones. They are no part of this repository.
 CRDS = Path(__file__).parents[3] / "shared" / "crds"
+OTHERS = {
+    "RayService": "rayservice-ray.io-v1",
+    "PrometheusRule": "prometheusrule-monitoring.coreos.com-v1",
+    "ScrapeConfig": "scrapeconfig-monitoring.coreos.com-v1alpha1",
+}
 VALUES: Mapping[str, Mapping[str, Any]] = {"defaults": {}, "production": PRODUCTION}
 
 with_values = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
@@ -36,6 +40,12 @@ def core_objects(objects: list[Object]) -> Iterator[Object]:
         metadata = {"name": name, **group["template"]["metadata"]}
         yield {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": group["template"]["spec"]}
     yield {"apiVersion": "v1", "kind": "Service", **service["spec"]["serveService"]}
+
+
+def ours(kind: str) -> Object:
+    """The fields that the chart renders, and no others."""
+    schema: Object = json.loads(Path(__file__).with_name(f"{kind.lower()}.schema.json").read_text(encoding="utf-8"))
+    return schema
 
 
 def crd(name: str) -> Object:
@@ -68,28 +78,34 @@ def test_core_objects_are_valid(values: Mapping[str, Any], version: str) -> None
 
 
 @with_values
-def test_ray_service_has_the_fields_that_we_know(values: Mapping[str, Any]) -> None:
-    service = charts.only(charts.rendered(values), "RayService")
-    jsonschema.validate(service, json.loads(OURS.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_objects_have_the_fields_that_we_know(values: Mapping[str, Any], kind: str) -> None:
+    jsonschema.validate(charts.only(charts.rendered(values, apis=MONITORING), kind), ours(kind))
 
 
 @with_values
-def test_ray_service_is_what_kuberay_takes(values: Mapping[str, Any]) -> None:
-    service = charts.only(charts.rendered(values), "RayService")
-    jsonschema.validate(service, crd("rayservice-ray.io-v1"))
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_objects_are_what_their_operators_take(values: Mapping[str, Any], kind: str) -> None:
+    jsonschema.validate(charts.only(charts.rendered(values, apis=MONITORING), kind), crd(OTHERS[kind]))
 
 
-def test_a_field_that_kuberay_does_not_know_is_found() -> None:
-    service = charts.only(charts.rendered(), "RayService")
-    service["spec"]["rayClusterConfig"]["workerGroups"] = []
-    for schema in (json.loads(OURS.read_text(encoding="utf-8")), crd("rayservice-ray.io-v1")):
-        with pytest.raises(jsonschema.ValidationError, match="workerGroups"):
-            jsonschema.validate(service, schema)
+def with_an_unknown_field(kind: str) -> Object:
+    found = charts.only(charts.rendered(apis=MONITORING), kind)
+    found["spec"]["fieldOfNobody"] = []
+    return found
 
 
-def test_alerts_are_what_the_prometheus_operator_takes() -> None:
-    rule = charts.only(charts.rendered(apis=MONITORING), "PrometheusRule")
-    jsonschema.validate(rule, crd("prometheusrule-monitoring.coreos.com-v1"))
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_field_that_we_do_not_know_is_found(kind: str) -> None:
+    with pytest.raises(jsonschema.ValidationError, match="fieldOfNobody"):
+        jsonschema.validate(with_an_unknown_field(kind), ours(kind))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_field_that_its_operator_does_not_know_is_found(kind: str) -> None:
+    schema = crd(OTHERS[kind])
+    with pytest.raises(jsonschema.ValidationError, match="fieldOfNobody"):
+        jsonschema.validate(with_an_unknown_field(kind), schema)
 
 
 def test_alerts_are_what_prometheus_takes(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def other_than(value: Any) -> Any:
             return not value
         case int():
             return value + 7
+        case str() if value[:1].isdigit():  # a quantity
+            return "7G"
         case str():
             return "other"
         case list():

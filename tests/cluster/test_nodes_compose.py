@@ -31,6 +31,9 @@ PROMETHEUS = "http://prometheus:9090"
 DASHBOARD = ROOT / "deploy" / "grafana" / "shoal.json"
 # What Grafana puts in, for a panel of a few hours and the data source's default scrape interval.
 VARIABLES = {"$__rate_interval": "1m", "$__interval": "15s"}
+# What a panel draws while nothing happens, and what does happen here, so that it needs data of its own.
+OTHERWISE = " or on () vector(0)"
+HAPPENS = ("(shoal_requests_total[", "(shoal_kv_transfer_seconds_count[", "(shoal_kv_transfer_bytes_total[")
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +91,9 @@ def test_prometheus_finds_and_reads_every_role(prometheus: Client):
 
 
 def test_every_query_of_the_dashboard_returns_data(prometheus: Client):
-    expressions = dashboard_queries()
+    expressions = [needing_data(expression) for expression in dashboard_queries()]
     assert len(expressions) > 20
+    assert len({*expressions} - {*dashboard_queries()}) == len(HAPPENS)
 
     def without_data() -> list[str]:
         # A rate needs something that happens between two looks of Prometheus'.
@@ -110,6 +114,10 @@ def dashboard_queries() -> list[str]:
     return found
 
 
+def needing_data(expression: str) -> str:
+    return expression.removesuffix(OTHERWISE) if any(name in expression for name in HAPPENS) else expression
+
+
 def flat(panels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows that are folded hold their panels."""
     for panel in panels:
@@ -120,3 +128,31 @@ def flat(panels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def has_numbers(samples: Sequence[dict[str, Any]]) -> bool:
     # Nothing divided by nothing is a sample, too, but nothing to draw.
     return any(not math.isnan(float(sample["value"][1])) for sample in samples)
+
+
+# --- what ends, Compose starts again: `restart: unless-stopped` -----------------------------------------
+
+
+def test_nodes_of_the_pools_that_were_killed_join_again(client: Client):
+    pools = ("prefill", "decode")
+    gone = {replica for replica in client.replicas() if replica[0] in pools}
+    for name in pools:
+        compose.services()[name].start(client.network)
+
+    def all_are_new(seen: set[tuple[str, str]]) -> bool:
+        return not seen & gone and {role for role, _ in seen} == {"gateway", *pools}
+
+    client.until(client.replicas, all_are_new)
+    assert_hands_off(client)
+
+
+# The last one: no cluster is left.
+def test_a_gateway_whose_ray_died_ends_and_so_do_nodes_that_lost_their_head(client: Client):
+    hosts = client.network
+    killed = hosts.execute("gateway", ["pkill", "-KILL", "-x", "raylet"])
+    assert killed.returncode == 0, killed.stderr
+    assert hosts.process("gateway").ended(within_s=60) != 0
+    assert "Ray has ended" in hosts.process("gateway").tail()
+    compose.services()["gateway"].start(hosts)
+    for name in ("prefill", "decode"):
+        assert hosts.process(name).ended(within_s=120) != 0

@@ -64,9 +64,7 @@ def test_a_port_that_somebody_listens_on_is_not_free() -> None:
     assert doctor.is_port_free(port)
 
 
-def test_the_machine_is_measured_within_what_is_possible() -> None:
-    assert 0 < doctor.usable_cores() <= torch.multiprocessing.cpu_count()
-    assert GIB // 4 < doctor.available_memory_bytes() < 1 << 50
+def test_speed_is_measured_within_what_is_possible() -> None:
     assert 1e8 < doctor.gemm_flops(torch, torch.float32, size=128) < 1e16
 
 

@@ -8,6 +8,8 @@ import urllib.request
 
 COUNTED = "shoal_kv_transfer_seconds_count"
 TIMEOUT_S = 120
+# Long enough to be worth a hand-off, whatever config.handoff.min_tokens is in practice.
+PROMPT = " ".join(["Fish swim in schools because it is safe, and they eat what the current brings."] * 25)
 
 
 def fetch(url: str, body: object = None) -> str:
@@ -30,7 +32,7 @@ def transfers(gateway: str) -> float:
 def main(gateway: str) -> None:
     model = json.loads(fetch(f"{gateway}/v1/models"))["data"][0]["id"]
     before = transfers(gateway)
-    asked = {"model": model, "prompt": "Fish swim in schools because", "max_tokens": 8}
+    asked = {"model": model, "prompt": PROMPT, "max_tokens": 8}
     answer = json.loads(fetch(f"{gateway}/v1/completions", asked))
     print(answer["choices"][0]["text"])
     counted = transfers(gateway) - before

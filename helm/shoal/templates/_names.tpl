@@ -35,3 +35,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 yes
 {{- end -}}
 {{- end -}}
+
+{{/* The gRPC port of a Service: (dict "root" . "port" 9000). */}}
+{{- define "shoal.grpcPort" -}}
+name: serve-grpc
+port: {{ .port }}
+targetPort: serve-grpc
+{{- if not .root.Values.gateway.tls.existingSecret }}
+appProtocol: kubernetes.io/h2c
+{{- end }}
+{{- end -}}

@@ -67,7 +67,7 @@ spec:
   topologySpreadConstraints:
     {{- $selector := dict "matchLabels" (merge (include "shoal.selector" $root | fromYaml) $own) }}
     {{- range . }}
-    - {{ merge (deepCopy .) (dict "labelSelector" $selector) | toYaml | indent 6 | trim }}
+    - {{ ternary . (merge (dict "labelSelector" $selector) .) (hasKey . "labelSelector") | toYaml | indent 6 | trim }}
     {{- end }}
   {{- end }}
   containers:

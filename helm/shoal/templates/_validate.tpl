@@ -10,6 +10,23 @@
     {{- end -}}
   {{- end -}}
 {{- end -}}
+{{- include "shoal.validatePorts" . -}}
+{{- range $key := list "skip_layers" "kv_dtype" -}}
+  {{- $model := get (default dict $.Values.config.model) $key -}}
+  {{- $ours := dict -}}
+  {{- range $pool := list "prefill" "decode" -}}
+    {{- $own := get (default dict (get $.Values.config $pool)) $key -}}
+    {{- $_ := set $ours $pool (toString (ternary $model $own (or (kindIs "invalid" $own) (eq (toString $own) "")))) -}}
+  {{- end -}}
+  {{- if ne $ours.prefill $ours.decode -}}
+    {{- fail (printf "config.prefill.%[1]s, config.decode.%[1]s: the pools must agree: set config.model.%[1]s" $key) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $part := list "head" "prefill" "decode" -}}
+  {{- if lt (include "shoal.bytes" (get $.Values $part).shmSize | float64) (include "shoal.objectStore" $ | float64) -}}
+    {{- fail (printf "%s.shmSize: must be at least %s bytes, the size of Ray's object store" $part (include "shoal.objectStore" $)) -}}
+  {{- end -}}
+{{- end -}}
 {{- $shared := include "shoal.shared" . | fromJson -}}
 {{- range $pool := list "prefill" "decode" -}}
   {{- $values := index $.Values $pool -}}
@@ -39,6 +56,9 @@
   {{- if and .existingSecret (not .redisAddress) -}}
     {{- fail "gcsFaultTolerance.existingSecret: needs gcsFaultTolerance.redisAddress" -}}
   {{- end -}}
+  {{- if and .redisAddress $.Values.networkPolicy.enabled (not $.Values.networkPolicy.egress) -}}
+    {{- fail "gcsFaultTolerance.redisAddress: the network policy would keep the head from it: allow it with networkPolicy.egress" -}}
+  {{- end -}}
 {{- end -}}
 {{- $grace := include "shoal.grace" . | int -}}
 {{- if lt (int .Values.drain.deadline_s) $grace -}}
@@ -50,4 +70,39 @@
 {{- define "shoal.grace" -}}
 {{- $shared := include "shoal.shared" . | fromJson -}}
 {{- addf (mulf 2 $shared.handoff.drain_s) 2 | ceil -}}
+{{- end -}}
+
+{{/* Each process must be able to listen. */}}
+{{- define "shoal.validatePorts" -}}
+{{- $shared := include "shoal.shared" . | fromJson -}}
+{{- if not (int $shared.gateway.port) -}}
+  {{- fail "config.gateway.port: must not be 0: a Service has to know it" -}}
+{{- end -}}
+{{- $taken := dict "6379" "Ray's GCS" "8265" "Ray's dashboard" "52365" "Ray's agent" -}}
+{{- range $key := list "port" "grpc_port" -}}
+  {{- $port := get $shared.gateway $key | int | toString -}}
+  {{- with get $taken $port -}}
+    {{- fail (printf "config.gateway.%s: %s listens on %s already" $key . $port) -}}
+  {{- end -}}
+  {{- $_ := set $taken $port (printf "config.gateway.%s" $key) -}}
+{{- end -}}
+{{- range $section := list "metrics" "handoff" -}}
+  {{- with get (default dict (get $.Values.config $section)) "port_range" -}}
+    {{- if lt (int .last) (int .first) -}}
+      {{- fail (printf "config.%s.port_range: last (%d) is below first (%d)" $section (int .last) (int .first)) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A size as Kubernetes writes it, in bytes. */}}
+{{- define "shoal.bytes" -}}
+{{- $units := dict
+  "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776
+-}}
+{{- if kindIs "string" . -}}
+{{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[a-zA-Z]*$" .)) -}}
+{{- else -}}
+{{- . -}}
+{{- end -}}
 {{- end -}}

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.app.daemons import Daemons
 from shoal.app.failures import explain, missing_resources
 from shoal.app.graph import Replicas, bind, demand, grace_s, is_private, num_replicas
 from shoal.app.interrupts import Interrupts, caught
@@ -46,9 +47,10 @@ log = logging.getLogger(__name__)
 class Cluster:
     """The pools, ready to serve, within ``running``."""
 
-    def __init__(self, app: str, url: str) -> None:
+    def __init__(self, app: str, url: str, daemons: Daemons) -> None:
         self.app = app
         self.url = url
+        self._daemons = daemons
 
     def replica_entries(self, role: Role | None = None) -> tuple[Entry, ...]:
         """The replicas that are ready now, of one role or all. Blocks for about a millisecond."""
@@ -66,7 +68,7 @@ class Cluster:
     def wait(self) -> None:
         """Serve until Ctrl-C or SIGTERM (KeyboardInterrupt). Raises Unavailable if Ray itself ends."""
         never: Future[None] = Future()
-        while _daemons_live():
+        while self._daemons.live():
             futures.wait([never], timeout=1)
         raise Unavailable("Ray has ended: one of its processes was killed; start again")
 
@@ -93,7 +95,7 @@ def running(
         try:
             cluster.start(interrupts)
             cluster.deploy()
-            yield Cluster(config.ray.app_name, cluster.url)
+            yield Cluster(config.ray.app_name, cluster.url, cluster.daemons)
         finally:
             try:
                 cluster.drain()
@@ -128,6 +130,7 @@ class _Start:
                 "say which port: a cluster that is joined has no free one of its own (--port, gateway.port)"
             )
         self._home = RayThread("ray")
+        self.daemons = Daemons()
 
     @property
     def _ray_folder(self) -> Path | None:
@@ -166,6 +169,7 @@ class _Start:
                 f"there is no Ray cluster at {self._config.ray.address}: start one with 'ray start --head', or leave "
                 "--address (ray.address) out to get a private one"
             ) from error
+        self.daemons.watch()
 
     def _wait_for_nodes(self) -> None:
         """Until the cluster has what the pools need. Ray tells nobody of a node that joined; it has to be asked."""
@@ -258,7 +262,7 @@ class _Start:
         self._calls.append(drained)
         # A Ray that was killed doesn't answer, so the answer can't be waited for alone.
         for _ in range(int(2 * grace_s(self._config) / _WATCH_PERIOD_S)):
-            if futures.wait([drained], timeout=_WATCH_PERIOD_S).done or not _daemons_live():
+            if futures.wait([drained], timeout=_WATCH_PERIOD_S).done or not self.daemons.live():
                 break
         if not drained.done() or drained.exception() is not None:
             log.warning("open requests were cut off: the cluster did not drain")
@@ -287,6 +291,7 @@ class _Start:
         import ray
 
         futures.wait(self._calls, timeout=_GIVE_UP_S)
+        self.daemons.close()
         ray.shutdown(wait_for_processes=True)
         self._home.close()
         if self._folder is not None:
@@ -300,11 +305,3 @@ def _has_result(response: DeploymentResponse[Any], within_s: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _daemons_live() -> bool:
-    """Whether all processes that Ray started here live. Ray itself says so only to those who ask its node."""
-    from ray._private import worker
-
-    node = worker._global_node
-    return node is not None and not node.dead_processes()

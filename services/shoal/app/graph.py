@@ -5,12 +5,12 @@ Each deployment gets ``ShoalConfig`` as a plain dict, and the handle of the one 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shoal.config import ShoalConfig, StageConfig, load_config
+from shoal.machine import usable_threads
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
@@ -142,7 +142,7 @@ def _environment(config: ShoalConfig, stage: StageConfig) -> dict[str, str]:
     """Variables that count only if they are there before torch loads."""
     # The two pools of one machine take turns on its cores; OpenMP's spinning threads would starve the other one.
     variables = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-    num_threads = stage.num_threads or (len(os.sched_getaffinity(0)) if is_private(config) else None)
+    num_threads = stage.num_threads or (usable_threads() if is_private(config) else None)
     if num_threads is not None:
         # Ray sets 1 where num_cpus is 1 or less.
         variables["OMP_NUM_THREADS"] = str(num_threads)

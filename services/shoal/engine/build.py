@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,6 +15,7 @@ from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
+from shoal.machine import available_memory_bytes, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
@@ -160,15 +159,12 @@ def num_blocks_for(limits: StageConfig, layout: KvLayout, served: Served, device
 def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return available_memory_bytes()
 
 
 def set_num_threads(limits: StageConfig) -> int:
     """Before the first operation: Ray would leave a replica with one compute thread."""
-    num_threads = limits.num_threads or len(os.sched_getaffinity(0))
+    num_threads = limits.num_threads or usable_threads()
     torch.set_num_threads(num_threads)
     return num_threads
 

@@ -1,0 +1,71 @@
+"""What this process may use of its machine. A container's limits are its cgroup's; /proc tells of the whole machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# In a container, this is its own cgroup. Version 1 has a folder for each controller.
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> float:
+    """Cores that this process may run on: its affinity, or its cgroup's quota if that is less."""
+    cores = float(len(os.sched_getaffinity(0)))
+    if (quota := _cpu_quota()) is not None:
+        return min(cores, quota)
+    return cores
+
+
+def usable_threads() -> int:
+    """As many as whole cores, so that none is throttled; at least one."""
+    return max(1, int(usable_cores()))
+
+
+def available_memory_bytes() -> int:
+    """What the machine could still give, or what the cgroup leaves if that is less."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _numbers(Path("/proc/meminfo")).get("MemAvailable:", available // 1024) * 1024
+    if (left := _memory_left()) is not None:
+        return min(available, left)
+    return available
+
+
+def _cpu_quota() -> float | None:
+    """In cores; ``None`` without one."""
+    quota, _, period = _line(CGROUP / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _line(CGROUP / "cpu/cpu.cfs_quota_us"), _line(CGROUP / "cpu/cpu.cfs_period_us")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _memory_left() -> int | None:
+    """In bytes; ``None`` without a limit."""
+    folder, names, prefix = CGROUP, ("memory.max", "memory.current"), ""
+    if not (folder / names[0]).exists():
+        folder, names, prefix = CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+    limit, used = (_line(folder / name) for name in names)
+    if not (limit.isdigit() and used.isdigit()):
+        return None
+    # Files that were read, such as weights, count as used until somebody needs the room.
+    stat = _numbers(folder / "memory.stat")
+    cached = sum(stat.get(f"{prefix}{name}_file", 0) for name in ("active", "inactive"))
+    return max(0, int(limit) - int(used) + cached)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The lines ``name number …`` of a file; none where there's no such file."""
+    lines = (line.split() for line in _text(path).splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def _line(path: Path) -> str:
+    return _text(path).strip()
+
+
+def _text(path: Path) -> str:
+    """Of a small file; empty where it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

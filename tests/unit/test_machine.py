@@ -1,0 +1,96 @@
+"""What a process may use: the machine's, or less where its cgroup says so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import doctor, machine
+from shoal.config import StageConfig
+from shoal.engine import build
+
+CORES = len(os.sched_getaffinity(0))
+MIB = 1 << 20
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a cgroup that says nothing yet."""
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{text}\n", encoding="ascii")
+
+
+def memory_v2(limit: str, used: int, stat: str = "") -> dict[str, str]:
+    return {"memory.max": limit, "memory.current": str(used), "memory.stat": stat}
+
+
+def memory_v1(limit: str, used: int, stat: str = "") -> dict[str, str]:
+    names = {"limit_in_bytes": limit, "usage_in_bytes": str(used), "stat": stat}
+    return {f"memory/memory.{name}": text for name, text in names.items()}
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        (memory_v2(str(100 * MIB), 30 * MIB), 70 * MIB),
+        (memory_v1(str(100 * MIB), 30 * MIB), 70 * MIB),
+        (memory_v2(str(100 * MIB), 90 * MIB, f"active_file {20 * MIB}\ninactive_file {40 * MIB}"), 70 * MIB),
+        (memory_v1(str(100 * MIB), 90 * MIB, f"inactive_file 1\ntotal_inactive_file {60 * MIB}"), 70 * MIB),
+        (memory_v2(str(100 * MIB), 101 * MIB), 0),
+    ],
+    ids=["version 2", "version 1", "read files make room", "read files make room, version 1", "none left"],
+)
+def test_a_cgroup_leaves_what_it_leaves(cgroup: Path, files: Mapping[str, str], left: int) -> None:
+    write(cgroup, files)
+    assert machine.available_memory_bytes() == left
+    assert build.free_memory_bytes(torch.device("cpu")) == doctor.available_memory_bytes() == left
+
+
+@pytest.mark.parametrize(
+    "files", [{}, memory_v2("max", 30 * MIB), memory_v1("9223372036854771712", 30 * MIB)], ids=["none", "2", "1"]
+)
+def test_without_a_limit_memory_is_the_machines(cgroup: Path, files: Mapping[str, str]) -> None:
+    write(cgroup, files)
+    assert 256 * MIB < machine.available_memory_bytes() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "50000 100000"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        ({"cpu.max": "max 100000"}, CORES),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, CORES),
+        ({"cpu.max": f"{CORES + 1}00000 100000"}, CORES),
+        ({}, CORES),
+    ],
+    ids=["version 2", "version 1", "no quota", "no quota, version 1", "more than there is", "no cgroup"],
+)
+def test_cores_are_those_of_the_quota(cgroup: Path, files: Mapping[str, str], cores: float) -> None:
+    write(cgroup, files)
+    assert machine.usable_cores() == cores
+
+
+@pytest.mark.parametrize(("quota", "num_threads"), [(0.5, 1), (1.0, 1), (1.9, 1), (2.0, 2), (2.7, 2)])
+def test_threads_are_whole_cores(monkeypatch: pytest.MonkeyPatch, quota: float, num_threads: int) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: quota)
+    assert machine.usable_threads() == num_threads
+
+
+def test_a_replica_computes_with_the_containers_share(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    write(cgroup, {"cpu.max": "100000 100000"})
+    build.set_num_threads(StageConfig())
+    build.set_num_threads(StageConfig(num_threads=3))
+    assert used == [1, 3]

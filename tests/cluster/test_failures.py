@@ -72,7 +72,7 @@ class Answer:
 @asynccontextmanager
 async def connected(live: TestCluster) -> AsyncIterator[httpx.AsyncClient]:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=live.url, timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=live.url, timeout=280, limits=limits) as client:
         yield client
 
 
@@ -287,7 +287,7 @@ def test_half_of_64_clients_leave_whenever_they_like(live: TestCluster, known: M
 
     async def run() -> None:
         target = f"127.0.0.1:{live.config.gateway.grpc_port}"
-        async with connected(live) as http, AsyncClient(target, timeout_s=120) as grpc:
+        async with connected(live) as http, AsyncClient(target, timeout_s=280) as grpc:
             doors = itertools.cycle((partial(ask, http), partial(ask_grpc, grpc)))
             leaving = [asyncio.create_task(leave(next(doors), answer, chance.random())) for answer in leavers]
             for answer in await asyncio.gather(*(next(doors)(answer) for answer in stayers)):

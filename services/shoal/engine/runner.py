@@ -42,10 +42,11 @@ class Runner:
         """Logits ``[completing sequences, vocab]`` in the order of ``plan.rows``, and what is to be shipped."""
         self.pool.copy_blocks(plan.copies)
         rows = plan.rows
-        tensors = self.decoder.forward(self._batch(rows), self.pool)
+        tensors = self.decoder.forward(self.batch(rows), self.pool)
         return tensors.logits, list(self._chunks(rows, tensors.projected))
 
-    def _batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
+    def batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
+        """The tensors of a step; logits are wanted of the last row of each sequence that it completes."""
         token_ids: list[int] = []
         positions: list[int] = []
         shallow: list[int] = []

@@ -21,9 +21,11 @@
     │   └── ProtocolViolation              frames that don't tile, don't match, or break a limit
     ├── OutOfBlocks                   503  the KV pool has no block left (the scheduler preempts)
     ├── ConfigError                        refused before anything starts
-    └── ModelError                         the model can't be loaded
-        ├── UnsupportedModel
-        └── MalformedWeights
+    ├── ModelError                         the model can't be loaded
+    │   ├── UnsupportedModel
+    │   ├── MalformedWeights
+    │   └── ProjectorMismatch              a projector of another model or plan
+    └── CalibrationError                   text or settings from which nothing can be learnt
 
 ``http_status`` and ``code`` are what the HTTP API answers; rpc/statuses.py holds the one table to gRPC statuses.
 """
@@ -152,3 +154,11 @@ class UnsupportedModel(ModelError):
 
 class MalformedWeights(ModelError):
     code = "malformed_weights"
+
+
+class ProjectorMismatch(ModelError):
+    code = "projector_mismatch"
+
+
+class CalibrationError(ShoalError):
+    code = "calibration_error"

@@ -70,6 +70,11 @@ class ModelFiles:
     kind: ModelKind
     model_id: str
 
+    @property
+    def is_packaged(self) -> bool:
+        """Whether it's a known name: then its folder is a package's, and nothing may be put there."""
+        return self.model_id in _PACKAGED
+
     @cached_property
     def tensor_files(self) -> tuple[TensorFile, ...]:
         """The parsed headers of all weight files. Raises ModelError."""

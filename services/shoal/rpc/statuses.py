@@ -52,6 +52,8 @@ STATUS_CODES: dict[type[errors.ShoalError], grpc.StatusCode] = {
     errors.ModelError: grpc.StatusCode.INTERNAL,
     errors.UnsupportedModel: grpc.StatusCode.INTERNAL,
     errors.MalformedWeights: grpc.StatusCode.INTERNAL,
+    errors.ProjectorMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.CalibrationError: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 _BY_REASON: dict[str, type[errors.ShoalError]] = {

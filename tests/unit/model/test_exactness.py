@@ -1,4 +1,4 @@
-"""What must hold exactly (to rounding), in float64 on tiny random models."""
+"""What must hold exactly (to rounding), in float64 on tiny random models of every family."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from engines import (
     run,
     run_handed_off,
 )  # fmt: skip
-from models import tiny_llama
-from reference import pop_generate, pop_logits
+from models import WINDOW, tiny_llama, tiny_model
+from reference import full_generate, pop_generate, pop_logits
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.families import describe
+from shoal.model.families import FAMILIES, describe
 from shoal.model.parameters import ParameterLoader
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, project_unfolded
@@ -33,9 +33,9 @@ LENGTHS = (1, 2, 3, 5, 16, 17, 33, 64)
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return exact(tiny_llama(layers=LAYERS)[1])
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return exact(tiny_model(request.param, layers=LAYERS))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ def exact(model: Any) -> Any:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_exact_norm, module)
-    model.set_attn_implementation("exact" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa")
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "exact")
     return model
 
 
@@ -45,11 +46,12 @@ def _exact_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _exact_attention(
     module: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, **given: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention with a softcap, which transformers has in eager form only. It leaves Gemma 3's out by oversight: its
-    configuration has one, its attention doesn't hand it on."""
+    """Attention that may have a softcap, which transformers has in eager form only. Gemma 3's configuration may have
+    one too, but its attention in transformers doesn't hand it on; here it counts."""
     cap = module.config.attn_logit_softcapping
     keys, values = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (keys, values))
-    scores = cap * torch.tanh(queries @ keys.transpose(2, 3) * given["scaling"] / cap)
+    scores = queries @ keys.transpose(2, 3) * given["scaling"]
+    scores = cap * torch.tanh(scores / cap) if cap else scores
     return ((scores + mask).softmax(dim=-1) @ values).transpose(1, 2).contiguous(), None
 
 

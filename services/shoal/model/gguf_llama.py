@@ -112,7 +112,7 @@ class _Values:
         if architecture != ARCHITECTURE:
             raise UnsupportedModel(
                 f"{self._file.path} holds a model of architecture {architecture!r}; of GGUF files only "
-                f"{ARCHITECTURE!r} is supported"
+                f"{ARCHITECTURE!r} is supported, for other families give a folder with safetensors"
             )
         if self._metadata.get("llama.expert_count"):
             raise UnsupportedModel(f"{self._file.path} is a mixture of experts; only dense Llama models are supported")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shoal.model.files import locate
 from shoal.model.norm import rms_norm
 from shoal.quality.subject import Subject, Treatment
 
+ROOT = Path(__file__).parents[3]
 IDS = tuple(7 + index * 31 % 83 for index in range(4 * WINDOW))
 BOTH_BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -92,6 +94,13 @@ def test_every_treatment_of_every_family_is_the_references(
 def test_the_number_of_parameters_is_transformers(family: str):
     model = tiny_model(family, layers=3)
     assert describe(model.config).num_parameters == model.num_parameters()
+
+
+def test_the_guide_names_every_family_and_shows_a_file_as_it_is():
+    guide = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    assert [name for name in FAMILIES if f"| `{name}` |" not in guide] == []
+    (shown,) = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    assert shown in (ROOT / "services/shoal/model/families/mistral.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

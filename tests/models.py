@@ -140,28 +140,34 @@ def save_tiny_gguf(
     ``extra`` are metadata values that are added or, with the value ``None``, left out.
     """
     config = model.config
+    gemma = config.model_type == "gemma3_text"
+    family = "gemma3" if gemma else "llama"
+    rope = config.rope_parameters["full_attention"] if gemma else config.rope_parameters
     values = {
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": config.rope_parameters["rope_theta"],
+        f"{family}.context_length": config.max_position_embeddings,
+        f"{family}.embedding_length": config.hidden_size,
+        f"{family}.block_count": config.num_hidden_layers,
+        f"{family}.feed_forward_length": config.intermediate_size,
+        f"{family}.attention.head_count": config.num_attention_heads,
+        f"{family}.attention.head_count_kv": config.num_key_value_heads,
+        f"{family}.attention.key_length": config.head_dim,
+        f"{family}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{family}.rope.dimension_count": config.head_dim,
+        f"{family}.rope.freq_base": rope["rope_theta"],
         "tokenizer.ggml.bos_token_id": BOS,
         "tokenizer.ggml.eos_token_id": EOS,
     }
-    writer = GGUFWriter(path, "llama")
+    if gemma:
+        values["gemma3.attention.sliding_window"] = config.sliding_window
+    writer = GGUFWriter(path, family)
     for key, value in {**values, **extra}.items():
         _ADDERS[type(value)](writer, key, value)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not config.tie_word_embeddings:
-            rows = _permuted(name, tensor.float(), config).numpy()
+            rows = _as_converted(name, tensor.float(), config).numpy()
             stored = kind if rows.ndim == 2 else GGMLQuantizationType.F32
-            writer.add_tensor(_gguf_name(name), quantize(rows, stored), raw_dtype=stored)
+            parts = _GGUF_GEMMA_PARTS if gemma else _GGUF_PARTS
+            writer.add_tensor(_gguf_name(name, parts), quantize(rows, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -184,12 +190,22 @@ _GGUF_PARTS = {
 }  # fmt: skip
 
 
-def _gguf_name(name: str) -> str:
-    return functools.reduce(lambda done, part: done.replace(part, _GGUF_PARTS[part]), _GGUF_PARTS, name)
+_GGUF_GEMMA_PARTS = {
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    **{part: its for part, its in _GGUF_PARTS.items() if part != "post_attention_layernorm"},
+}  # fmt: skip
 
 
-def _permuted(name: str, rows: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
-    """As in llama.cpp's convert_hf_to_gguf.py, ``LlamaModel.permute``."""
+def _gguf_name(name: str, parts: dict[str, str]) -> str:
+    return functools.reduce(lambda done, part: done.replace(part, parts[part]), parts, name)
+
+
+def _as_converted(name: str, rows: torch.Tensor, config: Any) -> torch.Tensor:
+    """As in llama.cpp's convert_hf_to_gguf.py: ``LlamaModel.permute``, and what ``Gemma3Model`` adds to norms."""
+    if config.model_type == "gemma3_text":
+        return rows + 1 if name.endswith("norm.weight") else rows
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     number = heads.get(name.split(".")[-2])
     if number is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from engines import exact, logits_after, make_engine
-from models import WINDOW, save_tiny, tiny_model
+from models import WINDOW, save_tiny, save_tiny_gguf, tiny_model
 from reference import pop_logits
 from shoal.errors import UnsupportedModel
 from shoal.messages import Depth
@@ -88,6 +89,20 @@ def test_every_treatment_of_every_family_is_the_references(
     subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=len(IDS))
     found = subject.logits(IDS, 20, treatment, num_skipped=3)
     torch.testing.assert_close(found, pop_logits(model, IDS, 20, 3, **options), atol=1e-10, rtol=0)
+
+
+def test_gemma_3_from_a_gguf_is_the_model_that_was_converted(tmp_path: Path):
+    """Its window pattern and its local RoPE base are every Gemma 3's: the file doesn't hold them."""
+    bases = {"sliding_attention": {"rope_theta": 10_000.0}, "full_attention": {"rope_theta": 1_000_000.0}}
+    options = {"sliding_window_pattern": 6, "query_pre_attn_scalar": 24, "rope_parameters": bases}
+    model = tiny_model("gemma3_text", torch.float32, layers=7, **options)
+    save_tiny_gguf(tmp_path / "tiny.gguf", model)
+    subject = Subject.load(locate(str(tmp_path / "tiny.gguf")), dtype=torch.float32, max_tokens=len(IDS))
+    expected = describe(model.config)
+    assert replace(subject.spec, norm_eps=expected.norm_eps) == expected  # it's float32 in the file
+    assert subject.spec.norm_eps == pytest.approx(expected.norm_eps)
+    found = subject.logits(IDS, 1, Treatment.FULL, num_skipped=2)
+    torch.testing.assert_close(found, forward(model), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

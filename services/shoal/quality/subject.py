@@ -17,7 +17,6 @@ from shoal.errors import InternalError, InvalidRequest
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import SamplingParams, Stage
-from shoal.model.batch import PromptSegment
 from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles
@@ -81,13 +80,8 @@ class Subject:
 
     def projections(self, num_skipped: int) -> list[LayerProjection]:
         """The norms and K/V matrices of the last ``num_skipped`` layers, views of the loaded ones."""
-        q_size = self.spec.q_size
-        return [
-            LayerProjection(
-                layer.input_norm, layer.qkv[q_size:], None if layer.qkv_bias is None else layer.qkv_bias[q_size:]
-            )
-            for layer in self.parameters.layers[LayerPlan(self.spec.num_layers, num_skipped).num_kept :]
-        ]
+        skipped = LayerPlan(self.spec.num_layers, num_skipped).skipped
+        return [self.parameters.layers[index].projection(self.spec, index) for index in skipped]
 
     @torch.inference_mode()
     def logits(
@@ -158,8 +152,8 @@ class Subject:
         wanted = torch.arange(num_prompt_tokens - 1 - num_shallow, num_full, device=batch.token_ids.device)
         if hides_prompt and batch.deep is not None:
             # As if the text began at the first full-depth token: positions stay, the deep layers' prompt K/V don't.
-            own = PromptSegment(0, num_full, slice(num_shallow, len(ids)), None)
-            batch = replace(batch, deep=replace(batch.deep, prompts=(own,), groups=()))
+            own = runner.reads.plan((ScheduledRows(rows, num_shallow, len(ids)),), first=num_shallow)
+            batch = replace(batch, deep=own)
         logits = decoder.forward(replace(batch, logit_rows=wanted), self._pool).logits
         if logits is None:
             raise InternalError("a whole model gave no logits")

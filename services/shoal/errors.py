@@ -20,6 +20,8 @@
     │   ├── ChecksumMismatch               a chunk stayed corrupt or lost after one resend
     │   └── ProtocolViolation              frames that don't tile, don't match, or break a limit
     ├── OutOfBlocks                   503  the KV pool has no block left (the scheduler preempts)
+    ├── DataError                          text to learn from or to measure on can't be used
+    │   └── TooLittleText
     ├── ConfigError                        refused before anything starts
     ├── ModelError                         the model can't be loaded
     │   ├── UnsupportedModel
@@ -138,6 +140,14 @@ class OutOfBlocks(ShoalError):
     http_status = 503
     type = "overloaded_error"
     code = "out_of_blocks"
+
+
+class DataError(ShoalError):
+    code = "data_error"
+
+
+class TooLittleText(DataError):
+    code = "too_little_text"
 
 
 class ConfigError(ShoalError):

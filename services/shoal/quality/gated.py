@@ -88,7 +88,8 @@ class GatedModel:
         config: Any = files.config()
         describe(config)
         with no_init_weights(), torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            make: Any = AutoModelForCausalLM.from_config
+            model = make(config, dtype=dtype, attn_implementation="sdpa")
         model.tie_weights()
         with open_weights(files) as reader:
             _fill(model, reader, on_progress or (lambda done, total: None))
@@ -156,7 +157,7 @@ class GatedModel:
             self._token_gates = None
 
     def _gate_of(self, index: int) -> Callable[..., Any]:
-        def hook(module: Any, arguments: Any, output: Any) -> Any:
+        def hook(_module: Any, _arguments: Any, output: Any) -> Any:
             if self._token_gates is None:
                 return None
             gate = self._token_gates[index, :, None]

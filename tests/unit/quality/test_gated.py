@@ -174,5 +174,5 @@ def test_weights_that_are_not_finite_are_refused_before_anything_runs(tmp_path):
 def test_a_family_without_gates_is_refused_by_name():
     model = tiny("llama")
     model.config.model_type = "mamba"
-    with pytest.raises(UnsupportedModel, match="mamba.*gemma3_text, llama"):
+    with pytest.raises(UnsupportedModel, match=r"mamba.*gemma3_text, llama"):
         GatedModel(model)

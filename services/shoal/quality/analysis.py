@@ -1,0 +1,215 @@
+"""``shoal analyze``: draw responses, ask the gates, then measure what skipping would really cost.
+
+Three quantities for each number of skipped layers: what the gates predict, the divergence from full depth, and what
+the model's own responses lose. Only the first comes from the samples that the gates saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from shoal.errors import ConfigError
+from shoal.model.families import describe
+from shoal.model.files import ModelFiles
+from shoal.model.plan import LayerPlan
+from shoal.quality.gated import GatedModel
+from shoal.quality.importance import GateGradients, Importance
+from shoal.quality.losses import Loss, measure_losses
+from shoal.quality.prompts import Prompt, digest_of, held_out, read_prompts, shipped_prompts
+from shoal.quality.responses import draw_response
+from shoal.quality.samples import Sample, SampleLog, SampleSettings
+from shoal.quality.subject import Subject
+
+SAMPLES_FILE = "samples.jsonl"
+_DEFAULT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+_MIN_SAMPLES = 8
+# Held-out responses are drawn as other choices than those that the gates saw.
+_FIRST_HELD_OUT_CHOICE = 1 << 32
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisOptions:
+    """``num_samples`` responses for the gates, and a quarter as many held out, to measure with.
+
+    ``candidates`` are numbers of skipped layers; ``max_loss`` (nats a token of divergence) is what may be lost.
+    """
+
+    output: Path
+    data: Path | None = None
+    num_samples: int = 200
+    response_tokens: int = 64
+    prompt_tokens: int = 512
+    seed: int = 0
+    candidates: tuple[int, ...] = ()
+    max_loss: float = 0.02
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What skipping the last ``num_skipped`` layers is predicted to cost (nats a token), and what it costs."""
+
+    num_skipped: int
+    predicted_loss: float
+    measured: Loss
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The result, as ``analysis.json`` has it. ``response_tokens`` is the mean length of what the gates saw."""
+
+    settings: SampleSettings
+    num_layers: int
+    num_samples: int
+    num_held_out: int
+    response_tokens: float
+    importance: Importance
+    candidates: tuple[Candidate, ...]
+    max_loss: float
+    recommended_skip_layers: int
+
+    @property
+    def contrast(self) -> float:
+        """How many times as much the last third of the layers matters to the answer as to the prompt."""
+        return self.importance.decode.last_third() / max(self.importance.prefill.last_third(), 1e-300)
+
+    def to_json(self) -> str:
+        return _ANALYSIS.dump_json(self, indent=2).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Analysis:
+        return _ANALYSIS.validate_json(text)
+
+
+_ANALYSIS = TypeAdapter(Analysis)
+
+
+def analyze(files: ModelFiles, options: AnalysisOptions, on_progress: Progress) -> Analysis:
+    """Goes on with the samples that ``options.output`` holds already. Raises ConfigError or ModelError."""
+    num_layers = describe(files.config()).num_layers
+    counts = tuple(sorted(set(options.candidates))) or default_candidates(num_layers)
+    for num_skipped in counts:
+        LayerPlan(num_layers, num_skipped)
+    if options.num_samples < _MIN_SAMPLES:
+        raise ConfigError(f"{options.num_samples} samples tell nothing: ask for {_MIN_SAMPLES} or more")
+    prompts = _prompts(files, options)
+    settings = SampleSettings(
+        model=files.model_id,
+        model_digest=files.digest,
+        data=digest_of(prompts),
+        seed=options.seed,
+        response_tokens=options.response_tokens,
+        dtype=str(options.dtype).removeprefix("torch."),
+    )
+    seen, checked = _draw(files, options, settings, prompts, on_progress)
+    importance = Importance.of([sample.gradients for sample in seen if sample.gradients is not None])
+    response_tokens = sum(len(sample.response) for sample in seen) / len(seen)
+    candidates = tuple(
+        Candidate(num_skipped, importance.predicted_loss(num_skipped) / response_tokens, loss)
+        for num_skipped, loss in zip(
+            counts, _losses(files, options, prompts, checked, counts, on_progress), strict=True
+        )
+    )
+    fitting = [found.num_skipped for found in candidates if found.measured.divergence.mean <= options.max_loss]
+    return Analysis(
+        settings=settings,
+        num_layers=num_layers,
+        num_samples=len(seen),
+        num_held_out=len(checked),
+        response_tokens=response_tokens,
+        importance=importance,
+        candidates=candidates,
+        max_loss=options.max_loss,
+        recommended_skip_layers=max(fitting, default=0),
+    )
+
+
+def default_candidates(num_layers: int) -> tuple[int, ...]:
+    """A handful, up to half of the layers; a third, which is what serving skips by default, is one of them."""
+    counts = {num_layers // 3, *(int(num_layers * share) for share in _DEFAULT_SHARES)}
+    return tuple(sorted(counts - {0}))
+
+
+def _prompts(files: ModelFiles, options: AnalysisOptions) -> list[Prompt]:
+    tokenizer = files.tokenizer()
+    room = describe(files.config()).max_context_tokens - options.response_tokens
+    max_tokens = min(options.prompt_tokens, room)
+    if options.data is not None:
+        return read_prompts(options.data, tokenizer, max_tokens=max_tokens)
+    prompts = [prompt for prompt in shipped_prompts(tokenizer) if len(prompt) <= max_tokens]
+    if len(prompts) < 2:
+        raise ConfigError(f"no shipped prompt fits {max_tokens} tokens: raise --prompt-tokens, or give --data")
+    return prompts
+
+
+def _draw(
+    files: ModelFiles,
+    options: AnalysisOptions,
+    settings: SampleSettings,
+    prompts: Sequence[Prompt],
+    on_progress: Progress,
+) -> tuple[list[Sample], list[Sample]]:
+    """(samples with gradients, samples held out). The weights are read only if a sample is missing."""
+    to_learn, to_check = held_out(prompts)
+    num_held_out = options.num_samples // 4
+    eos_token_ids = files.eos_token_ids()
+
+    @cache
+    def model() -> GatedModel:
+        return GatedModel.load(
+            files, dtype=options.dtype, device=options.device, on_progress=partial(on_progress, "weights")
+        )
+
+    def respond(prompt: Prompt, choice: int) -> tuple[int, ...]:
+        return draw_response(
+            model(), prompt, choice=choice, seed=options.seed, max_tokens=options.response_tokens,
+            eos_token_ids=eos_token_ids,
+        )  # fmt: skip
+
+    def learn(index: int) -> Sample:
+        prompt = to_learn[index % len(to_learn)]
+        response = respond(prompt, index)
+        found = model().gradients(prompt, response)
+        return Sample(index, response, GateGradients(tuple(found.prefill.tolist()), tuple(found.decode.tolist())))
+
+    def check(index: int) -> Sample:
+        return Sample(index, respond(to_check[index % len(to_check)], _FIRST_HELD_OUT_CHOICE + index), None)
+
+    tasks = [(index, learn, False) for index in range(options.num_samples)]
+    tasks += [(index, check, True) for index in range(num_held_out)]
+    found = []
+    with SampleLog(options.output / SAMPLES_FILE, settings) as log:
+        for number, (index, make, is_held_out) in enumerate(tasks):
+            on_progress("responses", number, len(tasks))
+            found.append(log.get_or_add(index, partial(make, index), is_held_out=is_held_out))
+        on_progress("responses", len(tasks), len(tasks))
+    return found[: options.num_samples], found[options.num_samples :]
+
+
+def _losses(
+    files: ModelFiles,
+    options: AnalysisOptions,
+    prompts: Sequence[Prompt],
+    checked: Sequence[Sample],
+    counts: Sequence[int],
+    on_progress: Progress,
+) -> list[Loss]:
+    _, to_check = held_out(prompts)
+    texts = [(to_check[sample.index % len(to_check)], sample.response) for sample in checked]
+    subject = Subject.load(
+        files,
+        dtype=options.dtype,
+        device=options.device,
+        max_tokens=max(len(prompt) + len(response) for prompt, response in texts),
+        on_progress=partial(on_progress, "layers"),
+    )
+    return measure_losses(subject, texts, counts, partial(on_progress, "held-out responses"))

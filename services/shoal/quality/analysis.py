@@ -6,6 +6,7 @@ the model's own responses lose. Only the first comes from the samples that the g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -80,7 +81,8 @@ class Analysis:
     @property
     def contrast(self) -> float:
         """How many times as much the last third of the layers matters to the answer as to the prompt."""
-        return self.importance.decode.last_third() / max(self.importance.prefill.last_third(), 1e-300)
+        on_prompt = self.importance.prefill.last_third()
+        return self.importance.decode.last_third() / on_prompt if on_prompt else math.inf
 
     def to_json(self) -> str:
         return _ANALYSIS.dump_json(self, indent=2).decode() + "\n"

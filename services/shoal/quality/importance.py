@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.errors import InvalidRequest
+from shoal.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Importance:
 
     @classmethod
     def of(cls, samples: Sequence[GateGradients]) -> Importance:
-        """Raises InvalidRequest for fewer than two samples: one has no error to tell."""
+        """Raises ConfigError for fewer than two samples: one has no error to tell."""
         if len(samples) < 2:
-            raise InvalidRequest(f"{len(samples)} samples are too few for a standard error: ask for 2 or more")
+            raise ConfigError(f"{len(samples)} samples are too few for a standard error: ask for 2 or more")
         return cls(
             _mean_of_squares(np.array([sample.prefill for sample in samples])),
             _mean_of_squares(np.array([sample.decode for sample in samples])),

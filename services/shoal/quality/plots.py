@@ -47,7 +47,8 @@ def line_plot(lines: Sequence[Line], *, x_label: str, y_label: str, logarithmic:
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(visible=True, axis="y", color=_INK, alpha=0.15, linewidth=0.6)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _embeddable(text.getvalue())
@@ -68,9 +69,8 @@ def _draw(axes: Axes, line: Line, color: str, *, logarithmic: bool) -> None:
 
 
 def _embeddable(document: str) -> str:
-    """The svg element alone, in the ink of its surroundings, as wide as there is room."""
+    """The svg element alone, in the ink of its surroundings."""
     element = document[document.index("<svg") :].replace(_INK, "currentColor")
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     head, _, body = element.partition(">")
-    head = re.sub(r' (?:width|height)="[^"]*pt"', "", head)
     return f"{head}>{_STYLE}{body}"

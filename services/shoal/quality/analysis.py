@@ -6,10 +6,11 @@ the model's own responses lose. Only the first comes from the samples that the g
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -97,34 +98,18 @@ _ANALYSIS = TypeAdapter(Analysis)
 
 def analyze(files: ModelFiles, options: AnalysisOptions, on_progress: Progress) -> Analysis:
     """Goes on with the samples that ``options.output`` holds already. Raises ConfigError or ModelError."""
-    num_layers = describe(files.config()).num_layers
-    counts = tuple(sorted(set(options.candidates))) or default_candidates(num_layers)
-    for num_skipped in counts:
-        LayerPlan(num_layers, num_skipped)
-    if options.num_samples < _MIN_SAMPLES:
-        raise ConfigError(f"{options.num_samples} samples tell nothing: ask for {_MIN_SAMPLES} or more")
-    prompts = _prompts(files, options)
-    settings = SampleSettings(
-        model=files.model_id,
-        model_digest=files.digest,
-        data=digest_of(prompts),
-        seed=options.seed,
-        response_tokens=options.response_tokens,
-        dtype=str(options.dtype).removeprefix("torch."),
-    )
-    seen, checked = _draw(files, options, settings, prompts, on_progress)
+    run = _Run(files, options, on_progress)
+    seen, checked = run.samples()
     importance = Importance.of([sample.gradients for sample in seen if sample.gradients is not None])
     response_tokens = sum(len(sample.response) for sample in seen) / len(seen)
     candidates = tuple(
         Candidate(num_skipped, importance.predicted_loss(num_skipped) / response_tokens, loss)
-        for num_skipped, loss in zip(
-            counts, _losses(files, options, prompts, checked, counts, on_progress), strict=True
-        )
+        for num_skipped, loss in zip(run.candidates, run.losses(checked), strict=True)
     )
     fitting = [found.num_skipped for found in candidates if found.measured.divergence.mean <= options.max_loss]
     return Analysis(
-        settings=settings,
-        num_layers=num_layers,
+        settings=run.settings,
+        num_layers=run.num_layers,
         num_samples=len(seen),
         num_held_out=len(checked),
         response_tokens=response_tokens,
@@ -141,77 +126,96 @@ def default_candidates(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(counts - {0}))
 
 
-def _prompts(files: ModelFiles, options: AnalysisOptions) -> list[Prompt]:
+class _Run:
+    """What the two passes over a model share. All that can be refused without its weights is refused here."""
+
+    def __init__(self, files: ModelFiles, options: AnalysisOptions, on_progress: Progress) -> None:
+        spec = describe(files.config())
+        self.num_layers = spec.num_layers
+        self.candidates = tuple(sorted(set(options.candidates))) or default_candidates(spec.num_layers)
+        for num_skipped in self.candidates:
+            LayerPlan(spec.num_layers, num_skipped)
+        if options.num_samples < _MIN_SAMPLES:
+            raise ConfigError(f"{options.num_samples} samples tell nothing: ask for {_MIN_SAMPLES} or more")
+        self._files, self._options, self._on_progress = files, options, on_progress
+        prompts = _prompts(
+            files, options, min(options.prompt_tokens, spec.max_context_tokens - options.response_tokens)
+        )
+        self._to_learn, self._to_check = held_out(prompts)
+        self._eos_token_ids = files.eos_token_ids()
+        self.settings = SampleSettings(
+            model=files.model_id,
+            model_digest=files.digest,
+            data=digest_of(prompts),
+            seed=options.seed,
+            response_tokens=options.response_tokens,
+            dtype=str(options.dtype).removeprefix("torch."),
+        )
+
+    def samples(self) -> tuple[list[Sample], list[Sample]]:
+        """(those with gradients, those held out), a quarter as many. Weights are read only if one is missing."""
+        num_held_out = self._options.num_samples // 4
+        total = self._options.num_samples + num_held_out
+        with SampleLog(self._options.output / SAMPLES_FILE, self.settings) as log:
+
+            def collect(count: int, make: Callable[[int], Sample], *, is_held_out: bool) -> list[Sample]:
+                samples = []
+                for index in range(count):
+                    self._on_progress("responses", index + is_held_out * self._options.num_samples, total)
+                    samples.append(log.get_or_add(index, make, is_held_out=is_held_out))
+                return samples
+
+            seen = collect(self._options.num_samples, self._learn, is_held_out=False)
+            checked = collect(num_held_out, self._check, is_held_out=True)
+        self._on_progress("responses", total, total)
+        return seen, checked
+
+    def losses(self, checked: Sequence[Sample]) -> list[Loss]:
+        """One for each of ``candidates``."""
+        self.__dict__.pop("_gated", None)
+        gc.collect()  # its hooks and modules hold one another, and there may be no room for two models
+        texts = [(self._prompt(self._to_check, sample.index), sample.response) for sample in checked]
+        subject = Subject.load(
+            self._files,
+            dtype=self._options.dtype,
+            device=self._options.device,
+            max_tokens=max(len(prompt) + len(response) for prompt, response in texts),
+            on_progress=partial(self._on_progress, "layers"),
+        )
+        return measure_losses(subject, texts, self.candidates, partial(self._on_progress, "held-out responses"))
+
+    @cached_property
+    def _gated(self) -> GatedModel:
+        options, on_progress = self._options, partial(self._on_progress, "weights")
+        return GatedModel.load(self._files, dtype=options.dtype, device=options.device, on_progress=on_progress)
+
+    def _learn(self, index: int) -> Sample:
+        prompt = self._prompt(self._to_learn, index)
+        response = self._respond(prompt, index)
+        found = self._gated.gradients(prompt, response)
+        return Sample(index, response, GateGradients(tuple(found.prefill.tolist()), tuple(found.decode.tolist())))
+
+    def _check(self, index: int) -> Sample:
+        prompt = self._prompt(self._to_check, index)
+        return Sample(index, self._respond(prompt, _FIRST_HELD_OUT_CHOICE + index), None)
+
+    def _respond(self, prompt: Prompt, choice: int) -> tuple[int, ...]:
+        options = self._options
+        return draw_response(
+            self._gated, prompt, choice=choice, seed=options.seed, max_tokens=options.response_tokens,
+            eos_token_ids=self._eos_token_ids,
+        )  # fmt: skip
+
+    @staticmethod
+    def _prompt(prompts: Sequence[Prompt], index: int) -> Prompt:
+        return prompts[index % len(prompts)]
+
+
+def _prompts(files: ModelFiles, options: AnalysisOptions, max_tokens: int) -> list[Prompt]:
     tokenizer = files.tokenizer()
-    room = describe(files.config()).max_context_tokens - options.response_tokens
-    max_tokens = min(options.prompt_tokens, room)
     if options.data is not None:
         return read_prompts(options.data, tokenizer, max_tokens=max_tokens)
     prompts = [prompt for prompt in shipped_prompts(tokenizer) if len(prompt) <= max_tokens]
     if len(prompts) < 2:
         raise ConfigError(f"no shipped prompt fits {max_tokens} tokens: raise --prompt-tokens, or give --data")
     return prompts
-
-
-def _draw(
-    files: ModelFiles,
-    options: AnalysisOptions,
-    settings: SampleSettings,
-    prompts: Sequence[Prompt],
-    on_progress: Progress,
-) -> tuple[list[Sample], list[Sample]]:
-    """(samples with gradients, samples held out). The weights are read only if a sample is missing."""
-    to_learn, to_check = held_out(prompts)
-    num_held_out = options.num_samples // 4
-    eos_token_ids = files.eos_token_ids()
-
-    @cache
-    def model() -> GatedModel:
-        return GatedModel.load(
-            files, dtype=options.dtype, device=options.device, on_progress=partial(on_progress, "weights")
-        )
-
-    def respond(prompt: Prompt, choice: int) -> tuple[int, ...]:
-        return draw_response(
-            model(), prompt, choice=choice, seed=options.seed, max_tokens=options.response_tokens,
-            eos_token_ids=eos_token_ids,
-        )  # fmt: skip
-
-    def learn(index: int) -> Sample:
-        prompt = to_learn[index % len(to_learn)]
-        response = respond(prompt, index)
-        found = model().gradients(prompt, response)
-        return Sample(index, response, GateGradients(tuple(found.prefill.tolist()), tuple(found.decode.tolist())))
-
-    def check(index: int) -> Sample:
-        return Sample(index, respond(to_check[index % len(to_check)], _FIRST_HELD_OUT_CHOICE + index), None)
-
-    tasks = [(index, learn, False) for index in range(options.num_samples)]
-    tasks += [(index, check, True) for index in range(num_held_out)]
-    found = []
-    with SampleLog(options.output / SAMPLES_FILE, settings) as log:
-        for number, (index, make, is_held_out) in enumerate(tasks):
-            on_progress("responses", number, len(tasks))
-            found.append(log.get_or_add(index, partial(make, index), is_held_out=is_held_out))
-        on_progress("responses", len(tasks), len(tasks))
-    return found[: options.num_samples], found[options.num_samples :]
-
-
-def _losses(
-    files: ModelFiles,
-    options: AnalysisOptions,
-    prompts: Sequence[Prompt],
-    checked: Sequence[Sample],
-    counts: Sequence[int],
-    on_progress: Progress,
-) -> list[Loss]:
-    _, to_check = held_out(prompts)
-    texts = [(to_check[sample.index % len(to_check)], sample.response) for sample in checked]
-    subject = Subject.load(
-        files,
-        dtype=options.dtype,
-        device=options.device,
-        max_tokens=max(len(prompt) + len(response) for prompt, response in texts),
-        on_progress=partial(on_progress, "layers"),
-    )
-    return measure_losses(subject, texts, counts, partial(on_progress, "held-out responses"))

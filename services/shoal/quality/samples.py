@@ -46,8 +46,11 @@ class SampleLog:
         """Raises ConfigError if the file is of other settings, or damaged other than by a stop in mid-line."""
         self._path = path
         self._samples: dict[tuple[int, bool], Sample] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            raise ConfigError(f"{path} can't be written ({error.strerror}): choose another --output") from error
         whole, newline, _ = path.read_bytes().rpartition(b"\n")
         lines = whole.split(b"\n") if newline else []
         if lines:
@@ -71,14 +74,11 @@ class SampleLog:
     ) -> None:
         self._file.close()
 
-    def get(self, index: int, *, is_held_out: bool) -> Sample | None:
-        return self._samples.get((index, is_held_out))
-
-    def get_or_add(self, index: int, make: Callable[[], Sample], *, is_held_out: bool) -> Sample:
-        """The sample as it was written, else as ``make`` makes it, which is written down before it's used."""
-        found = self.get(index, is_held_out=is_held_out)
+    def get_or_add(self, index: int, make: Callable[[int], Sample], *, is_held_out: bool) -> Sample:
+        """The sample as it was written, else as ``make(index)`` gives it, which is written down before it's used."""
+        found = self._samples.get((index, is_held_out))
         if found is None:
-            found = make()
+            found = make(index)
             self._keep(found)
             self._write(_SAMPLE.dump_json(found))
         return found

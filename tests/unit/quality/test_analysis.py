@@ -131,6 +131,12 @@ def test_a_file_that_holds_something_else_is_refused_and_kept(files, options, li
     assert (options.output / SAMPLES_FILE).read_text() == line + "\n"
 
 
+def test_an_output_that_is_no_folder_is_refused(files, options):
+    options.output.write_text("in the way")
+    with pytest.raises(ConfigError, match="choose another --output"):
+        analyze(files, options, ignore)
+
+
 def test_a_damaged_sample_is_named(files, options):
     with pytest.raises(Stopped):
         analyze(files, options, stop_after(2))

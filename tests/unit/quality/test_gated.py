@@ -80,6 +80,15 @@ def test_gates_at_one_are_the_plain_model(family):
     torch.testing.assert_close(gated.logits(IDS, N, gates()), expected, atol=1e-12, rtol=0)
 
 
+def test_token_by_token_is_the_plain_model_also_beyond_a_window(family):
+    plain, gated = family
+    with torch.no_grad():
+        expected = plain(torch.tensor([IDS])).logits[0, N - 1 :]
+    cache = gated.new_cache()
+    found = [gated.next_logits(PROMPT, cache), *(gated.next_logits([token], cache) for token in RESPONSE)]
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-10, rtol=0)
+
+
 def test_with_all_gates_at_zero_no_layer_says_anything(family):
     plain, gated = family
     model = plain.model

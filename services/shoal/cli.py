@@ -183,6 +183,44 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
 
 
 @app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
+    output: Annotated[Path, typer.Option(help="Folder for the results, and for going on after a stop.")] = Path(
+        "analysis"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts: .txt, or .jsonl with prompt or messages. Default: Shoal's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to draw and ask.")] = 200,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; a .txt is cut to this.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same responses.")] = 0,
+    candidates: Annotated[
+        str | None, typer.Option(help="Numbers of layers to skip: 4,8,10. Default: up to half of them.")
+    ] = None,
+    max_loss: Annotated[float, typer.Option(min=0.0, help="Nats a token that the recommended number may lose.")] = 0.02,
+    dtype: Dtype = DtypeOption.FLOAT32,
+) -> None:
+    """Which layers does a prompt need? Asks each layer with a virtual gate, and measures what skipping costs.
+
+    Writes analysis.json, report.html and importance.svg. Stopped, the same command goes on where it was.
+    """
+    from shoal.quality.commands import run_analyze
+
+    try:
+        with progress_bars() as on_progress:
+            said = run_analyze(
+                model, on_progress, output=output, data=data, num_samples=samples, response_tokens=response_tokens,
+                prompt_tokens=prompt_tokens, seed=seed, candidates=candidates, max_loss=max_loss,
+                dtype=dtype or DtypeOption.FLOAT32,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    print(said)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can run: cores, bfloat16, compiler, GPU, NIXL, ports. Exits 1 if serving can't work."""
     from shoal.doctor import Level, examine, render, worst

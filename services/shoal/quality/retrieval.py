@@ -2,12 +2,13 @@
 
 ::
 
-    The code of Alice is 58.  filler …  The code of Hugo is 31.  filler …  The code of Maria is 94.
-    What is the code of Hugo?                                            answer begun: The code of Hugo is → 31
+    The code of Alice is 583.  filler …  The code of Hugo is 314.  filler …  The code of Maria is 940.
+    What is the code of Hugo?                                            answer begun: The code of Hugo is → 314
 
 A shallow prompt keeps its facts only in projected K/V, so this is where it is expected to lose most. Facts are spread
 evenly, and the asked one's place is its depth: 0 is the prompt's beginning, 1 its end. The others are what a model
-that remembers codes, but not whose, would say.
+that remembers codes, but not whose, would say. Five facts of three digits are hard enough for a shallow prompt to lose
+many, and easy enough for a model of 135M parameters to find most at full depth.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def retrieval_cases(
     lengths: Sequence[int] = LENGTHS,
     depths: Sequence[float] = DEPTHS,
     num_facts: int = 5,
-    num_digits: int = 2,
+    num_digits: int = 3,
 ) -> list[RetrievalCase]:
     """Cases of every length with every depth; by default 500. The same arguments give the same cases.
 

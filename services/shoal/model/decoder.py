@@ -7,6 +7,8 @@ full-depth rows run on, reading what was just stored.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,17 +69,27 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepTensors:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
-        hidden = self._embed(batch.token_ids)
         rope = Rope.at(self.spec, batch.positions, self.dtype)
+        hidden = deque(self.states(batch, rope, pool), maxlen=1).pop()
+        return self.deepen(batch, hidden, rope, pool)
+
+    def states(self, batch: StepBatch, rope: Rope, pool: KvPool) -> Iterator[torch.Tensor]:
+        """The states ``[rows, hidden]`` that enter the first kept layer, and those that leave each of them."""
+        hidden = self._embed(batch.token_ids)
+        yield hidden
         for layer in self.plan.kept:
             hidden = self._layer(layer, hidden, rope, pool, batch.kept)
+            yield hidden
+
+    def deepen(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> StepTensors:
+        """The rest of a step from the states that left the last kept layer; can be differentiated."""
         projected = self._project(batch, hidden, rope, pool)
         if batch.full_rows is not None:
             hidden, rope = hidden[batch.full_rows], rope.rows(batch.full_rows)
         if batch.deep is not None:
             for layer in self.plan.skipped:
                 hidden = self._layer(layer, hidden, rope, pool, batch.deep)
-        return StepTensors(self._logits(hidden, batch.logit_rows), projected)
+        return StepTensors(self.logits(hidden, batch.logit_rows), projected)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         hidden = F.embedding(token_ids, self.parameters.embedding)
@@ -135,7 +147,8 @@ class Decoder:
     def _norm_if(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         return hidden if weight is None else self._norm(hidden, weight)
 
-    def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """``[len(rows), vocab]`` of states that left the last layer; ``None`` where the stage holds no lm_head."""
         norm, head = self.parameters.final_norm, self.parameters.lm_head
         if norm is None or head is None or rows.numel() == 0:
             return None

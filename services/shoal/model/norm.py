@@ -14,7 +14,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor | None, eps: float) -> t
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=wide)
-    scale = torch.rsqrt(length.square_() / hidden.shape[-1] + eps)
+    scale = torch.rsqrt(length.square() / hidden.shape[-1] + eps)
     if weight is not None and weight.dtype != hidden.dtype:
         return (hidden * scale).mul_(weight).to(hidden.dtype)
     scaled = hidden * scale.to(hidden.dtype)

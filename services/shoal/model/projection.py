@@ -9,6 +9,7 @@ its own RoPE, as in the layer itself.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,6 +48,12 @@ class KvProjection:
         k_norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
         self.k_norm = torch.stack(k_norms)[:, None] if k_norms else None  # [S, 1, head_dim]
         self._runs = _runs([layer.rope for layer in layers])
+
+    def replaced(self, weight: torch.Tensor) -> KvProjection:
+        """The same with another matrix ``[S * 2 * kv_size, hidden]``: a calibrated one (model/projector.py)."""
+        other = copy.copy(self)
+        other.weight = weight
+        return other
 
     def __call__(self, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """``hidden`` ``[tokens, hidden]`` -> K/V ``[S, tokens, 2, kv_heads, head_dim]`` (a strided view)."""

@@ -1,9 +1,9 @@
 """A calibrated K/V projection on disk: what ``shoal calibrate`` writes, and both pools load.
 
 One safetensors file. Its ``weight`` ``[S * 2 * kv_size, hidden]`` takes the place of the paper's folded matrix
-(model/projection.py): it maps ``n(h)``, the state that left the last kept layer without its scale, onto ``k_proj|v_proj``
-of every skipped layer, before bias, k_norm and RoPE. The header says which model and plan it was made for, and from
-what; a file that doesn't fit is refused before anything starts.
+(model/projection.py): it maps ``n(h)``, the state that left the last kept layer without its scale, onto
+``k_proj|v_proj`` of every skipped layer, before bias, k_norm and RoPE. The header says which model and plan it was
+made for, and from what; a file that doesn't fit is refused before anything starts.
 """
 
 from __future__ import annotations

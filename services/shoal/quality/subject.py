@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -17,6 +17,7 @@ from shoal.errors import InternalError, InvalidRequest
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import SamplingParams, Stage
+from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles
@@ -56,7 +57,8 @@ class Subject:
         )  # fmt: skip
         embedding = parameters.embedding
         num_blocks = layout.num_blocks_for(max_tokens)
-        self._pool = KvPool(layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
+        self.new_pool = partial(KvPool, layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
+        self.pool = self.new_pool()
         self._blocks = list(range(num_blocks))
         self.projection = lru_cache(maxsize=None)(self._paper_projection)
 
@@ -115,6 +117,32 @@ class Subject:
         hides = treatment is Treatment.NO_PROJECTION
         return self._run(ids, num_prompt_tokens, num_shallow, num_skipped, projection, hides_prompt=hides)
 
+    def step(
+        self,
+        plan: LayerPlan,
+        parameters: Parameters,
+        ids: Sequence[int],
+        num_prompt_tokens: int,
+        num_shallow: int,
+        *,
+        hides_prompt: bool = False,
+    ) -> tuple[Decoder, StepBatch]:
+        """A decoder, and one step of all of ``ids``, whose logits are wanted after each of the tokens ``N-1..``.
+
+        Where it ``hides_prompt``, the skipped layers read no K/V of shallow tokens.
+        """
+        decoder = Decoder(self.spec, plan, Stage.DECODE, parameters, attend)
+        runner = Runner(decoder, self.pool)
+        rows = Rows("text", tuple(ids), num_shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
+        batch = runner.batch((ScheduledRows(rows, 0, len(ids)),))
+        wanted = torch.arange(num_prompt_tokens - 1 - num_shallow, len(ids) - num_shallow)
+        batch = replace(batch, logit_rows=wanted.to(batch.token_ids.device))
+        if hides_prompt and batch.deep is not None:
+            # As if the text began at the first full-depth token: positions stay, the deep layers' prompt K/V don't.
+            own = runner.reads.plan((ScheduledRows(rows, num_shallow, len(ids)),), first=num_shallow)
+            batch = replace(batch, deep=own)
+        return decoder, batch
+
     def _run(
         self,
         ids: Sequence[int],
@@ -144,17 +172,10 @@ class Subject:
         num_shallow: int,
         hides_prompt: bool,
     ) -> torch.Tensor:
-        decoder = Decoder(self.spec, plan, Stage.DECODE, parameters, attend)
-        runner = Runner(decoder, self._pool)
-        rows = Rows("text", tuple(ids), num_shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
-        batch = runner.batch((ScheduledRows(rows, 0, len(ids)),))
-        num_full = len(ids) - num_shallow
-        wanted = torch.arange(num_prompt_tokens - 1 - num_shallow, num_full, device=batch.token_ids.device)
-        if hides_prompt and batch.deep is not None:
-            # As if the text began at the first full-depth token: positions stay, the deep layers' prompt K/V don't.
-            own = runner.reads.plan((ScheduledRows(rows, num_shallow, len(ids)),), first=num_shallow)
-            batch = replace(batch, deep=own)
-        logits = decoder.forward(replace(batch, logit_rows=wanted), self._pool).logits
+        decoder, batch = self.step(
+            plan, parameters, ids, num_prompt_tokens, num_shallow, hides_prompt=hides_prompt
+        )
+        logits = decoder.forward(batch, self.pool).logits
         if logits is None:
             raise InternalError("a whole model gave no logits")
         return logits

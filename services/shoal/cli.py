@@ -56,6 +56,10 @@ SkipLayers = Annotated[
     int | None,
     typer.Option(min=0, help="How many of the last layers a shallow prompt skips. Default: a third. 0: none."),
 ]
+Projector = Annotated[
+    str | None,
+    typer.Option(help="What shoal calibrate made. Default: the one beside the model, if any.", metavar="FILE|paper"),
+]
 Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]
 
 
@@ -72,6 +76,7 @@ def serve(
     ] = None,
     depth: Annotated[DepthOption | None, typer.Option(help="What a request gets that asks for none.")] = None,
     skip_layers: SkipLayers = None,
+    projector: Projector = None,
     prefill_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
     decode_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
     dtype: Dtype = None,
@@ -88,7 +93,7 @@ def serve(
 
     settings = load_config(
         config,
-        model={"name": model, "skip_layers": skip_layers, "dtype": dtype, "depth": depth},
+        model={"name": model, "skip_layers": skip_layers, "projector": projector, "dtype": dtype, "depth": depth},
         gateway={"host": host, "port": port, "grpc_port": grpc_port},
         prefill={"replicas": prefill_replicas},
         decode={"replicas": decode_replicas},
@@ -131,6 +136,7 @@ def generate(
     model: Model = None,
     depth: Annotated[DepthOption, typer.Option(help="How deep the prompt is encoded.")] = DepthOption.AUTO,
     skip_layers: SkipLayers = None,
+    projector: Projector = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
@@ -140,7 +146,7 @@ def generate(
     from shoal.config import load_config
     from shoal.telemetry import configure_logging
 
-    settings = load_config(model={"name": model, "skip_layers": skip_layers, "dtype": dtype})
+    settings = load_config(model={"name": model, "skip_layers": skip_layers, "projector": projector, "dtype": dtype})
     configure_logging("warning", "console")
     text = sys.stdin.read() if prompt == "-" else prompt
     asyncio.run(_generate(settings, text, str(depth), max_tokens, temperature, raw=raw))
@@ -234,6 +240,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     skip_layers: SkipLayers = None,
+    projector: Projector = None,
     dtype: Dtype = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest answer.")] = 64,
     show_logs: Annotated[bool, typer.Option("--show-logs", help="Also print the replicas' logs.")] = False,
@@ -242,7 +249,9 @@ def demo(
     from shoal.config import load_config
     from shoal.demo import run_demo
 
-    settings = load_config(model={"skip_layers": skip_layers, "dtype": dtype}, gateway={"port": 0, "grpc_port": 0})
+    settings = load_config(
+        model={"skip_layers": skip_layers, "projector": projector, "dtype": dtype}, gateway={"port": 0, "grpc_port": 0}
+    )
     with progress_bars() as on_progress:
         run_demo(settings, on_progress, max_tokens=max_tokens, show_logs=show_logs)
 

@@ -116,8 +116,8 @@ class ParameterLoader:
         self._device = device
         self._on_progress = on_progress or (lambda done, total: None)
 
-    def load(self, plan: LayerPlan, stage: Stage) -> Parameters:
-        """All that ``stage`` needs to serve ``plan``."""
+    def load(self, plan: LayerPlan, stage: Stage, projector: torch.Tensor | None = None) -> Parameters:
+        """All that ``stage`` needs to serve ``plan``; ``projector`` takes the place of the paper's matrix."""
         spec = self._spec
         embedding = self._tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         held = plan.layers_held(stage)
@@ -130,6 +130,11 @@ class ParameterLoader:
                 skipped.append(self._skipped(index, layers[index] if index in held else None))
             self._on_progress(index + 1, plan.num_layers)
         projection = KvProjection(spec, skipped) if skipped else None
+        if projection is not None and projector is not None:
+            if projector.shape != projection.weight.shape:
+                shape, wanted = tuple(projector.shape), tuple(projection.weight.shape)
+                raise MalformedWeights(f"the projector has shape {shape}, this plan wants {wanted}: calibrate again")
+            projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype))
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
         head = (

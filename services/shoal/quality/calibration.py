@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from shoal.errors import CalibrationError
+from shoal.errors import CalibrationError, InternalError
 from shoal.model.norm import rms_norm
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection
@@ -128,8 +128,9 @@ class Calibrator:
         shallow = decoder.deepen(batch, example.state, rope, self.subject.new_pool()).logits
         with torch.no_grad():
             full = decoder.logits(example.final, torch.arange(len(example.final), device=example.final.device))
-        assert shallow is not None and full is not None
-        ours, theirs = shallow.float().log_softmax(-1), full.float().log_softmax(-1)
+        if shallow is None or full is None:
+            raise InternalError("a whole model gave no logits")
+        ours, theirs = (_wide(logits).log_softmax(-1) for logits in (shallow, full))
         return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class Calibrator:
         """The ridge solution that diverges least on ``held_out``, and its ridge."""
         found: tuple[float, torch.Tensor, float] | None = None
         for index, ridge in enumerate(self.options.ridges):
-            weight = self._exact_first(sums.solve(self.paper.weight, ridge).float())
+            weight = self._exact_first(sums.solve(self.paper.weight, ridge).to(_wide(self.paper.weight).dtype))
             divergence = self.mean_divergence(weight, held_out)
             if found is None or divergence < found[0]:
                 found = divergence, weight, ridge
@@ -165,12 +166,10 @@ class Calibrator:
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _schedule(step, options.num_steps)
             loss = self.divergence(moved, learnt[order.pop()])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            assert moved.grad is not None
             if not math.isfinite(loss.item()):
                 raise CalibrationError("the refinement diverged: lower --learning-rate")
-            self._exact_first(moved.grad, 0.0)
+            (gradient,) = torch.autograd.grad(loss, moved)
+            moved.grad = self._exact_first(gradient, 0.0)
             optimizer.step()
             if on_step is not None:
                 on_step(step, loss.item())
@@ -182,6 +181,10 @@ class Calibrator:
         rows = slice(0, self.paper.weight.shape[0] // self.options.num_skipped)
         weight[rows] = self.paper.weight[rows].to(weight.dtype) if value is None else value
         return weight
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _schedule(step: int, num_steps: int) -> float:

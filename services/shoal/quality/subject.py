@@ -172,9 +172,7 @@ class Subject:
         num_shallow: int,
         hides_prompt: bool,
     ) -> torch.Tensor:
-        decoder, batch = self.step(
-            plan, parameters, ids, num_prompt_tokens, num_shallow, hides_prompt=hides_prompt
-        )
+        decoder, batch = self.step(plan, parameters, ids, num_prompt_tokens, num_shallow, hides_prompt=hides_prompt)
         logits = decoder.forward(batch, self.pool).logits
         if logits is None:
             raise InternalError("a whole model gave no logits")

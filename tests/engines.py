@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
@@ -28,14 +30,33 @@ def exact(model: Any) -> Any:
     """Let transformers compute in the model's own dtype all through: its norms and its eager softmax would take
     float32 even in a float64 model."""
     for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_exact_norm, module)
-    model.set_attn_implementation("sdpa")
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "exact")
     return model
 
 
 def _exact_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    gemma = hasattr(norm, "eps")  # Gemma's classes call it so
+    weight = 1 + norm.weight if gemma else norm.weight
+    return F.rms_norm(hidden, weight.shape, weight, norm.eps if gemma else norm.variance_epsilon)
+
+
+def _exact_attention(
+    module: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, **given: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention that may have a softcap, which transformers has in eager form only. Gemma 3's configuration may have
+    one too, but its attention in transformers doesn't hand it on; here it counts."""
+    cap = module.config.attn_logit_softcapping
+    keys, values = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (keys, values))
+    scores = queries @ keys.transpose(2, 3) * given["scaling"]
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    return ((scores + mask).softmax(dim=-1) @ values).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("exact", _exact_attention)
+AttentionMaskInterface.register("exact", eager_mask)
 
 
 class ModelReader:
@@ -49,10 +70,12 @@ class ModelReader:
         return self._state[name]
 
 
-def parameters_of(model: Any, num_skipped: int, stage: Stage = Stage.DECODE) -> Parameters:
+def parameters_of(
+    model: Any, num_skipped: int, stage: Stage = Stage.DECODE, projector: torch.Tensor | None = None
+) -> Parameters:
     spec = describe(model.config)
     loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
-    return loader.load(LayerPlan(spec.num_layers, num_skipped), stage)
+    return loader.load(LayerPlan(spec.num_layers, num_skipped), stage, projector)
 
 
 def make_engine(

@@ -1,8 +1,8 @@
 """Plain, slow references that Shoal is compared with: transformers' own generation, and the paper's shallow prefill.
 
-Built on the modules of a transformers Llama model (norms, projections, MLP, rotary table); nothing of Shoal's own
-model or engine is used. One prompt at a time, any dtype; every K/V is computed once, so a 1,500-token prompt of
-SmolLM2-135M takes seconds.
+Built on the modules of a transformers model (embedding, norms, projections, MLP, rotary tables) of any family that
+Shoal runs; nothing of Shoal's own model or engine is used. One prompt at a time, any dtype; every K/V is computed once,
+so a 1,500-token prompt of SmolLM2-135M takes seconds.
 
 The paper: POP (arXiv 2602.03295). With K layers kept of L, prompt tokens 0..N-2 run layers 0..K-1; a skipped layer's
 K/V come from the state that left layer K-1, by that layer's own input norm, projections and RoPE; the boundary token
@@ -102,9 +102,9 @@ def encode_shallow(model: Any, ids: Sequence[int], num_skipped: int, cache: Cach
     num_kept = len(model.model.layers) - num_skipped
     states = run_layers(model, ids, 0, range(num_kept), cache)
     if project:
-        rope = _rope(model, states, 0)
         for index in range(num_kept, len(model.model.layers)):
             layer = model.model.layers[index]
+            rope = _rope(model, layer.self_attn, states[None], 0)
             _append_kv(layer.self_attn, layer.input_layernorm(states[None]), rope, index, cache)
     return states
 
@@ -112,40 +112,72 @@ def encode_shallow(model: Any, ids: Sequence[int], num_skipped: int, cache: Cach
 def run_layers(model: Any, ids: Sequence[int], start: int, layers: Iterable[int], cache: Cache) -> Tensor:
     """Run ``ids``, at positions ``start..``, through ``layers``; K/V go to ``cache``. States ``[tokens, hidden]``."""
     states = model.model.embed_tokens(torch.tensor([list(ids)], dtype=torch.long))
-    rope = _rope(model, states[0], start)
     for index in layers:
         layer = model.model.layers[index]
-        states = states + _attend(layer.self_attn, layer.input_layernorm(states), rope, index, cache)
-        states = states + layer.mlp(layer.post_attention_layernorm(states))
+        rope = _rope(model, layer.self_attn, states, start)
+        mixed = _attend(layer.self_attn, layer.input_layernorm(states), rope, index, cache)
+        if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma norms what is added, too
+            states = states + layer.post_attention_layernorm(mixed)
+            added = layer.mlp(layer.pre_feedforward_layernorm(states))
+            states = states + layer.post_feedforward_layernorm(added)
+        else:
+            states = states + mixed
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
     return states[0]
 
 
 def _attend(attention: Any, normed: Tensor, rope: Rope, index: int, cache: Cache) -> Tensor:
-    """Causal attention of the newest tokens over all K/V that the layer holds, their own included."""
+    """Causal attention of the newest tokens over what they may see of the K/V that the layer holds."""
     keys, values = _append_kv(attention, normed, rope, index, cache)
-    queries = _rotate(_heads(attention.q_proj(normed), attention), rope)
+    queries = _rotate(_heads(attention, "q", normed), rope)
     num_queries, num_keys = queries.shape[2], keys.shape[2]
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=True)
+    newest = num_keys - num_queries
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(newest)
+    window = _window(attention)
+    if window is not None:
+        visible = visible.triu(newest - window + 1)
+    mixed = _mix(attention, queries, keys, values, visible)
     return attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
+def _mix(attention: Any, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    cap = getattr(attention.config, "attn_logit_softcapping", None)
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible, enable_gqa=True, scale=attention.scaling
+        )
+    keys, values = (part.repeat_interleave(queries.shape[1] // part.shape[1], dim=1) for part in (keys, values))
+    scores = cap * torch.tanh(queries @ keys.transpose(2, 3) * attention.scaling / cap)
+    return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1) @ values
+
+
+def _window(attention: Any) -> int | None:
+    """Mistral has one window for all layers, in its configuration; the others say it layer by layer."""
+    everywhere = attention.config.sliding_window if attention.config.model_type == "mistral" else None
+    return getattr(attention, "sliding_window", everywhere)
+
+
 def _append_kv(attention: Any, normed: Tensor, rope: Rope, index: int, cache: Cache) -> tuple[Tensor, Tensor]:
-    keys = _rotate(_heads(attention.k_proj(normed), attention), rope)
-    values = _heads(attention.v_proj(normed), attention)
+    keys = _rotate(_heads(attention, "k", normed), rope)
+    values = _heads(attention, "v", normed)
     if index in cache:
         keys, values = torch.cat([cache[index][0], keys], dim=2), torch.cat([cache[index][1], values], dim=2)
     cache[index] = keys, values
     return keys, values
 
 
-def _heads(flat: Tensor, attention: Any) -> Tensor:
-    return flat.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+def _heads(attention: Any, part: str, normed: Tensor) -> Tensor:
+    """Queries, keys or values ``[1, heads, tokens, head_dim]``, through the head norm if there is one for them."""
+    heads = getattr(attention, f"{part}_proj")(normed).unflatten(2, (-1, attention.head_dim))
+    return getattr(attention, f"{part}_norm", lambda same: same)(heads).transpose(1, 2)
 
 
-def _rope(model: Any, states: Tensor, start: int) -> Rope:
-    positions = torch.arange(start, start + len(states))
-    cos, sin = model.model.rotary_emb(states, positions[None])
+def _rope(model: Any, attention: Any, states: Tensor, start: int) -> Rope:
+    """Cosines and sines of ``states`` ``[1, tokens, hidden]``, by the table of this layer where there are several."""
+    positions = torch.arange(start, start + states.shape[1])[None]
+    rotary = model.model.rotary_emb
+    of_type = [attention.layer_type] if hasattr(rotary, "layer_types") else []
+    cos, sin = rotary(states, positions, *of_type)
     return cos[:, None], sin[:, None]
 
 
@@ -155,7 +187,9 @@ def _rotate(heads: Tensor, rope: Rope) -> Tensor:
 
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
-    return model.lm_head(model.model.norm(states))
+    logits = model.lm_head(model.model.norm(states))
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def all_layers(model: Any) -> range:

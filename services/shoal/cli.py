@@ -56,6 +56,10 @@ SkipLayers = Annotated[
     int | None,
     typer.Option(min=0, help="How many of the last layers a shallow prompt skips. Default: a third. 0: none."),
 ]
+Projector = Annotated[
+    str | None,
+    typer.Option(help="What shoal calibrate made. Default: the one beside the model, if any.", metavar="FILE|paper"),
+]
 Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]
 
 
@@ -72,6 +76,7 @@ def serve(
     ] = None,
     depth: Annotated[DepthOption | None, typer.Option(help="What a request gets that asks for none.")] = None,
     skip_layers: SkipLayers = None,
+    projector: Projector = None,
     prefill_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
     decode_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
     dtype: Dtype = None,
@@ -88,7 +93,7 @@ def serve(
 
     settings = load_config(
         config,
-        model={"name": model, "skip_layers": skip_layers, "dtype": dtype, "depth": depth},
+        model={"name": model, "skip_layers": skip_layers, "projector": projector, "dtype": dtype, "depth": depth},
         gateway={"host": host, "port": port, "grpc_port": grpc_port},
         prefill={"replicas": prefill_replicas},
         decode={"replicas": decode_replicas},
@@ -131,6 +136,7 @@ def generate(
     model: Model = None,
     depth: Annotated[DepthOption, typer.Option(help="How deep the prompt is encoded.")] = DepthOption.AUTO,
     skip_layers: SkipLayers = None,
+    projector: Projector = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
@@ -140,7 +146,7 @@ def generate(
     from shoal.config import load_config
     from shoal.telemetry import configure_logging
 
-    settings = load_config(model={"name": model, "skip_layers": skip_layers, "dtype": dtype})
+    settings = load_config(model={"name": model, "skip_layers": skip_layers, "projector": projector, "dtype": dtype})
     configure_logging("warning", "console")
     text = sys.stdin.read() if prompt == "-" else prompt
     asyncio.run(_generate(settings, text, str(depth), max_tokens, temperature, raw=raw))
@@ -183,6 +189,79 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
 
 
 @app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
+    output: Annotated[Path, typer.Option(help="Folder for the results, and for going on after a stop.")] = Path(
+        "analysis"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts: .txt, or .jsonl with prompt or messages. Default: Shoal's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to draw and ask.")] = 200,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; a .txt is cut to this.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same responses.")] = 0,
+    candidates: Annotated[
+        str | None, typer.Option(help="Numbers of layers to skip: 4,8,10. Default: up to half of them.")
+    ] = None,
+    max_loss: Annotated[float, typer.Option(min=0.0, help="Nats a token that the recommended number may lose.")] = 0.02,
+    dtype: Dtype = DtypeOption.FLOAT32,
+) -> None:
+    """Which layers does a prompt need? Asks each layer with a virtual gate, and measures what skipping costs.
+
+    Writes analysis.json, report.html and importance.svg. Stopped, the same command goes on where it was.
+    """
+    from shoal.quality.commands import run_analyze
+
+    try:
+        with progress_bars() as on_progress:
+            said = run_analyze(
+                model, on_progress, output=output, data=data, num_samples=samples, response_tokens=response_tokens,
+                prompt_tokens=prompt_tokens, seed=seed, candidates=candidates, max_loss=max_loss,
+                dtype=dtype or DtypeOption.FLOAT32,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    print(said)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
+    skip_layers: Annotated[int, typer.Option(min=2, help="How many of the last layers a shallow prompt will skip.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file. Default: beside the model, where serve finds it.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Of Shoal's own text: prose,technical,dialogue,code. Default: all.")
+    ] = None,
+    passages: Annotated[int, typer.Option(min=1, help="At most so many of 640 tokens from each text.")] = 200,
+    steps: Annotated[int, typer.Option(min=0, help="Refinement, a passage a step; 0: the closed form alone.")] = 1200,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the refinement.")] = 3e-4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which passages come.")] = 0,
+    dtype: Dtype = DtypeOption.FLOAT32,
+) -> None:
+    """Learn a K/V projection that loses less than the paper's, at the same cost of serving.
+
+    Writes a projector, which serve takes by itself if it lies beside the model, or by --projector.
+    """
+    from shoal.quality.calibration import CalibrationOptions
+    from shoal.quality.commands import run_calibrate
+
+    options = CalibrationOptions(skip_layers, num_steps=steps, learning_rate=learning_rate, seed=seed)
+    with progress_bars() as on_progress:
+        said = run_calibrate(
+            model, on_progress, output=output, data=data or (), kinds=kinds, num_passages=passages,
+            dtype=dtype or DtypeOption.FLOAT32, options=options,
+        )  # fmt: skip
+    print(said)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can run: cores, bfloat16, compiler, GPU, NIXL, ports. Exits 1 if serving can't work."""
     from shoal.doctor import Level, examine, render, worst
@@ -196,6 +275,7 @@ def doctor() -> None:
 @app.command()
 def demo(
     skip_layers: SkipLayers = None,
+    projector: Projector = None,
     dtype: Dtype = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest answer.")] = 64,
     show_logs: Annotated[bool, typer.Option("--show-logs", help="Also print the replicas' logs.")] = False,
@@ -204,7 +284,9 @@ def demo(
     from shoal.config import load_config
     from shoal.demo import run_demo
 
-    settings = load_config(model={"skip_layers": skip_layers, "dtype": dtype}, gateway={"port": 0, "grpc_port": 0})
+    settings = load_config(
+        model={"skip_layers": skip_layers, "projector": projector, "dtype": dtype}, gateway={"port": 0, "grpc_port": 0}
+    )
     with progress_bars() as on_progress:
         run_demo(settings, on_progress, max_tokens=max_tokens, show_logs=show_logs)
 

@@ -72,6 +72,9 @@ class ModelConfig(_Frozen):
     skip_layers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="How many of the last layers a shallow prompt skips; by default a third."
     )
+    projector: str = Field(
+        "auto", description="A file of shoal calibrate's; auto: the one beside the model, if any; paper: none."
+    )
     depth: Literal["auto", "shallow", "full"] = Field("auto", description="What a request gets that asks for none.")
     max_context_tokens: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Longest prompt plus answer; by default what the model was trained for."

@@ -20,10 +20,14 @@
     │   ├── ChecksumMismatch               a chunk stayed corrupt or lost after one resend
     │   └── ProtocolViolation              frames that don't tile, don't match, or break a limit
     ├── OutOfBlocks                   503  the KV pool has no block left (the scheduler preempts)
+    ├── DataError                          text to learn from or to measure on can't be used
+    │   └── TooLittleText
     ├── ConfigError                        refused before anything starts
-    └── ModelError                         the model can't be loaded
-        ├── UnsupportedModel
-        └── MalformedWeights
+    ├── ModelError                         the model can't be loaded
+    │   ├── UnsupportedModel
+    │   ├── MalformedWeights
+    │   └── ProjectorMismatch              a projector of another model or plan
+    └── CalibrationError                   text or settings from which nothing can be learnt
 
 ``http_status`` and ``code`` are what the HTTP API answers; rpc/statuses.py holds the one table to gRPC statuses.
 """
@@ -138,6 +142,14 @@ class OutOfBlocks(ShoalError):
     code = "out_of_blocks"
 
 
+class DataError(ShoalError):
+    code = "data_error"
+
+
+class TooLittleText(DataError):
+    code = "too_little_text"
+
+
 class ConfigError(ShoalError):
     code = "config_error"
 
@@ -152,3 +164,11 @@ class UnsupportedModel(ModelError):
 
 class MalformedWeights(ModelError):
     code = "malformed_weights"
+
+
+class ProjectorMismatch(ModelError):
+    code = "projector_mismatch"
+
+
+class CalibrationError(ShoalError):
+    code = "calibration_error"

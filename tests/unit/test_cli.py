@@ -22,7 +22,7 @@ def shoal(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 def test_help_teaches_where_to_start():
     said = shoal("--help")
     assert said.returncode == 0
-    for word in ("doctor", "demo", "serve", "generate", "prefill", "decode"):
+    for word in ("doctor", "demo", "serve", "generate", "analyze", "prefill", "decode"):
         assert word in said.stdout
 
 
@@ -42,6 +42,9 @@ def test_serve_names_every_option_that_the_readme_promises():
         (("generate", "hello", "--model", "no-such-model"), "no-such-model"),
         (("generate", "hello", "--skip-layers", "30"), "skip_layers is 30"),
         (("generate", "--raw", ""), "prompt is empty"),
+        (("analyze", "no-such-model"), "no-such-model"),
+        (("analyze", "smollm2", "--candidates", "4;8"), "commas"),
+        (("analyze", "smollm2", "--data", "missing.txt"), "missing.txt can't be read"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -65,3 +68,16 @@ def test_generate_answers_in_one_process(tmp_path: Path):
     assert len(said.stdout.rstrip("\n")) > 0
     again = shoal("generate", "hello", "--model", str(tmp_path), "--max-tokens", "5", "--dtype", "float32")
     assert again.stdout == said.stdout
+
+
+def test_analyze_leaves_a_result_a_page_and_a_plot(tmp_path: Path):
+    save_tiny(tmp_path / "model", dtype=torch.float32, layers=4)
+    output = tmp_path / "out"
+    command = ("analyze", str(tmp_path / "model"), "--samples", "8", "--response-tokens", "4", "--output", str(output))
+    said = shoal(*command)
+    assert said.returncode == 0, said.stderr
+    assert "recommended: --skip-layers" in said.stdout and "report.html" in said.stdout
+    names = {path.name for path in output.iterdir()}
+    assert names == {"analysis.json", "importance.svg", "report.html", "samples.jsonl"}
+    again = shoal(*command)
+    assert again.stdout == said.stdout and "responses: 10 of 10" in again.stderr

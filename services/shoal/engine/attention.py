@@ -13,23 +13,34 @@ from shoal.kv.pool import KvPool
 from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
 
 
-def attend(queries: torch.Tensor, pool: KvPool, layer: int, reads: AttentionPlan) -> torch.Tensor:
+def attend(
+    queries: torch.Tensor,
+    pool: KvPool,
+    layer: int,
+    reads: AttentionPlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """Mix what each row may see: ``queries`` ``[rows, heads, head_dim]`` -> the same shape.
 
-    Scores are scaled by ``head_dim ** -0.5``. The rows' own K/V must already be in the pool.
+    Scores ``q k`` are multiplied by ``scale``, then, with a ``softcap`` c, turned into ``c tanh(score / c)``. The rows'
+    own K/V must already be in the pool.
     """
     if len(reads.prompts) == 1 and not reads.groups:
-        return _prompt(queries, pool, layer, reads.prompts[0])
+        return _prompt(queries, pool, layer, reads.prompts[0], scale, softcap)
     mixed = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for segment in reads.prompts:
         rows = slice(segment.row_start, segment.row_end)
-        mixed[rows] = _prompt(queries[rows], pool, layer, segment)
+        mixed[rows] = _prompt(queries[rows], pool, layer, segment, scale, softcap)
     for group in reads.groups:
-        mixed[group.rows] = _decode(queries[group.rows], pool, layer, group)
+        mixed[group.rows] = _decode(queries[group.rows], pool, layer, group, scale, softcap)
     return mixed
 
 
-def _prompt(queries: torch.Tensor, pool: KvPool, layer: int, segment: PromptSegment) -> torch.Tensor:
+def _prompt(
+    queries: torch.Tensor, pool: KvPool, layer: int, segment: PromptSegment, scale: float, softcap: float | None
+) -> torch.Tensor:
     """Many rows of one sequence: batch = K/V heads, heads = the queries that share one."""
     rows, num_heads, head_dim = queries.shape
     kv = pool.read(layer, segment.context).to(queries.dtype)
@@ -39,18 +50,39 @@ def _prompt(queries: torch.Tensor, pool: KvPool, layer: int, segment: PromptSegm
     keys, values = (
         kv[:, part].transpose(0, 1).unsqueeze(1).expand(kv_heads, shared, num_context, head_dim) for part in (0, 1)
     )
-    mixed = F.scaled_dot_product_attention(
-        grouped, keys, values, attn_mask=segment.mask, is_causal=segment.mask is None
-    )
+    mixed = _mix(grouped, keys, values, segment.mask, segment.mask is None, scale, softcap)
     return mixed.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim)
 
 
-def _decode(queries: torch.Tensor, pool: KvPool, layer: int, group: DecodeGroup) -> torch.Tensor:
+def _decode(
+    queries: torch.Tensor, pool: KvPool, layer: int, group: DecodeGroup, scale: float, softcap: float | None
+) -> torch.Tensor:
     """One row each of many sequences: batch = sequences, heads = K/V heads, rows = the queries that share one."""
     batch, num_heads, head_dim = queries.shape
     kv = pool.read(layer, group.context).to(queries.dtype)
     kv_heads = kv.shape[2]
     kv = kv.view(batch, group.longest, 2, kv_heads, head_dim).permute(2, 0, 3, 1, 4)
     grouped = queries.view(batch, kv_heads, num_heads // kv_heads, head_dim)
-    mixed = F.scaled_dot_product_attention(grouped, kv[0], kv[1], attn_mask=group.mask)
+    mixed = _mix(grouped, kv[0], kv[1], group.mask, False, scale, softcap)
     return mixed.reshape(batch, num_heads, head_dim)
+
+
+def _mix(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """All ``[batch, heads, rows or context, head_dim]``. torch's kernels know no softcap: with one it's written out."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal, scale=scale)
+    scores = (queries @ keys.transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, float("-inf"))
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=wide).to(values.dtype) @ values

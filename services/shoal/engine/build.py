@@ -22,6 +22,7 @@ from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
+from shoal.model.projector import PAPER, Projector, find_projector
 from shoal.model.weights import open_weights
 
 _WARM_UP = "warm-up"
@@ -38,6 +39,7 @@ class Served:
     plan: LayerPlan
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    projector: Projector | None
     plan_hash: str
     name: str
     max_context_tokens: int
@@ -53,8 +55,14 @@ class Served:
         most = config.model.max_context_tokens or spec.max_context_tokens
         if most > spec.max_context_tokens:
             raise ConfigError(f"max_context_tokens is {most}, but the model was trained for {spec.max_context_tokens}")
-        plan_hash = plan.digest(model_digest=files.digest, kv_dtype=str(kv_dtype).removeprefix("torch."))
-        return cls(files, spec, plan, dtype, kv_dtype, plan_hash, config.model.served_name or files.model_id, most)
+        projector = find_projector(config.model.projector, files, plan)
+        plan_hash = plan.digest(
+            model_digest=files.digest,
+            kv_dtype=str(kv_dtype).removeprefix("torch."),
+            projector=PAPER if projector is None else projector.digest,
+        )
+        name = config.model.served_name or files.model_id
+        return cls(files, spec, plan, dtype, kv_dtype, projector, plan_hash, name, most)
 
 
 def choose_device(stage: StageConfig) -> torch.device:
@@ -76,7 +84,7 @@ def load_parameters(
 ) -> Parameters:
     with open_weights(served.files) as reader:
         loader = ParameterLoader(reader, served.spec, dtype=served.dtype, device=device, on_progress=on_progress)
-        return loader.load(served.plan, stage)
+        return loader.load(served.plan, stage, None if served.projector is None else served.projector.weight)
 
 
 def build_engine(

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shoal.engine.reads import ReadPlanner
 from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.kv.pool import KvPool
-from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment, StepBatch
+from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
 
 
@@ -37,15 +38,17 @@ class Runner:
         self.decoder = decoder
         self.pool = pool
         self._device = decoder.parameters.embedding.device
+        self.reads = ReadPlanner(pool.layout, self._device, decoder.spec.windows)
 
     def run(self, plan: StepPlan) -> tuple[torch.Tensor | None, list[PrefillChunk]]:
         """Logits ``[completing sequences, vocab]`` in the order of ``plan.rows``, and what is to be shipped."""
         self.pool.copy_blocks(plan.copies)
         rows = plan.rows
-        tensors = self.decoder.forward(self._batch(rows), self.pool)
+        tensors = self.decoder.forward(self.batch(rows), self.pool)
         return tensors.logits, list(self._chunks(rows, tensors.projected))
 
-    def _batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
+    def batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
+        """The tensors of a step; logits are wanted of the last row of each sequence that it completes."""
         token_ids: list[int] = []
         positions: list[int] = []
         shallow: list[int] = []
@@ -64,7 +67,7 @@ class Runner:
                 deep.append(ScheduledRows(sequence, first_full, item.end))
                 if item.completes and sequence.sampled:
                     wanted.append(len(full) - 1)
-        kept = self._reads(rows)
+        kept = self.reads.plan(rows)
         mixed = bool(shallow)
         # Layers that nobody skips (or a stage that has none) need no second reading plan.
         has_deep = bool(deep) and bool(self.decoder.plan.num_skipped)
@@ -72,57 +75,11 @@ class Runner:
             token_ids=self._index(token_ids),
             positions=self._index(positions),
             kept=kept,
-            deep=(self._reads(deep) if mixed else kept) if has_deep else None,
+            deep=(self.reads.plan(deep) if mixed else kept) if has_deep else None,
             shallow_rows=self._index(shallow) if full else None,
             full_rows=self._index(full) if mixed else None,
             logit_rows=self._index(wanted),
         )
-
-    def _reads(self, rows: Iterable[ScheduledRows]) -> AttentionPlan:
-        slots: list[npt.NDArray[np.int64]] = []
-        num_rows = 0
-        prompts: list[PromptSegment] = []
-        singles: list[tuple[int, ScheduledRows]] = []
-        for item in rows:
-            slots.append(self.pool.layout.slots(item.sequence.blocks, item.start, item.end))
-            if item.num_rows == 1:
-                singles.append((num_rows, item))
-            else:
-                prompts.append(self._prompt_segment(num_rows, item))
-            num_rows += item.num_rows
-        return AttentionPlan(num_rows, self._index(np.concatenate(slots)), tuple(prompts), tuple(self._groups(singles)))
-
-    def _prompt_segment(self, offset: int, item: ScheduledRows) -> PromptSegment:
-        mask = None
-        if item.start:
-            mask = torch.ones(item.num_rows, item.end, dtype=torch.bool, device=self._device).tril(item.start)
-        slots = self.pool.layout.slots(item.sequence.blocks, 0, item.end)
-        return PromptSegment(offset, offset + item.num_rows, self._context(slots), mask)
-
-    def _groups(self, singles: list[tuple[int, ScheduledRows]]) -> Iterable[DecodeGroup]:
-        """Sequences of like length (within a factor of two) together, so that padding stays small."""
-        by_length: dict[int, list[tuple[int, ScheduledRows]]] = {}
-        for single in singles:
-            by_length.setdefault(single[1].end.bit_length(), []).append(single)
-        for members in by_length.values():
-            longest = max(item.end for _, item in members)
-            lengths = [item.end for _, item in members]
-            context = np.zeros((len(members), longest), dtype=np.int64)
-            for row, (_, item) in enumerate(members):
-                context[row, : item.end] = self.pool.layout.slots(item.sequence.blocks, 0, item.end)
-            mask = None
-            if min(lengths) < longest:
-                limits = torch.tensor(lengths, device=self._device)
-                mask = (torch.arange(longest, device=self._device) < limits[:, None])[:, None, None, :]
-            yield DecodeGroup(
-                self._index([row for row, _ in members]), self._context(context.reshape(-1)), longest, mask
-            )
-
-    def _context(self, slots: npt.NDArray[np.int64]) -> torch.Tensor | slice:
-        """A slice where the slots lie in one run, which saves the gather."""
-        first, last = int(slots[0]), int(slots[-1])
-        in_one_run = last - first == len(slots) - 1 and bool((np.diff(slots) == 1).all())
-        return slice(first, last + 1) if in_one_run else self._index(slots)
 
     def _index(self, values: list[int] | npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)

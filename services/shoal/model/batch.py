@@ -6,7 +6,8 @@ sequences) are gathered in groups of similar length, because one by one they wou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,8 +16,8 @@ import torch
 class PromptSegment:
     """Rows ``[row_start, row_end)`` of one sequence: they see its context up to and including themselves.
 
-    ``context`` addresses the context's slots in position order. ``mask`` is ``[rows, num_context]`` (True = may
-    look), or ``None`` where plain causality from the first position on says it all.
+    ``context`` addresses the slots of what they may see, in position order. ``mask`` is ``[rows, num_context]`` (True =
+    may look), or ``None`` where plain causality from the first of them on says it all.
     """
 
     row_start: int
@@ -38,12 +39,21 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """How the ``num_rows`` rows that run a layer read the pool, and the ``slots`` ``[num_rows]`` they write."""
+    """How the ``num_rows`` rows that run a layer read the pool, and the ``slots`` ``[num_rows]`` they write.
+
+    ``windowed`` holds, by its window, how layers with a sliding window read instead, where that differs: built once a
+    step, and only if some context is longer than the window.
+    """
 
     num_rows: int
     slots: torch.Tensor
     prompts: tuple[PromptSegment, ...]
     groups: tuple[DecodeGroup, ...]
+    windowed: Mapping[int, AttentionPlan] = field(default_factory=dict)
+
+    def within(self, window: int | None) -> AttentionPlan:
+        """How a layer reads that sees the last ``window`` positions only (``None``: all of them)."""
+        return self if window is None else self.windowed.get(window, self)
 
 
 @dataclass(frozen=True, slots=True)

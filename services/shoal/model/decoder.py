@@ -7,8 +7,10 @@ full-depth rows run on, reading what was just stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +19,26 @@ from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan, StepBatch
-from shoal.model.families import ModelSpec
+from shoal.model.families import Activation, ModelSpec
 from shoal.model.norm import rms_norm
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
 
-# (queries [rows, heads, head_dim], pool, layer, how to read it) -> [rows, heads, head_dim]
-Attend = Callable[[torch.Tensor, KvPool, int, AttentionPlan], torch.Tensor]
+
+class Attend(Protocol):
+    """Attention over the pool (engine/attention.py): ``queries`` ``[rows, heads, head_dim]`` -> the same shape."""
+
+    def __call__(
+        self,
+        queries: torch.Tensor,
+        pool: KvPool,
+        layer: int,
+        reads: AttentionPlan,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,8 @@ class Decoder:
         self.stage = stage
         self.parameters = parameters
         self._attend = attend
+        # Through float32 to the activations' dtype, as transformers rounds it.
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,17 +69,31 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepTensors:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
-        hidden = F.embedding(batch.token_ids, self.parameters.embedding)
         rope = Rope.at(self.spec, batch.positions, self.dtype)
+        hidden = deque(self.states(batch, rope, pool), maxlen=1).pop()
+        return self.deepen(batch, hidden, rope, pool)
+
+    def states(self, batch: StepBatch, rope: Rope, pool: KvPool) -> Iterator[torch.Tensor]:
+        """The states ``[rows, hidden]`` that enter the first kept layer, and those that leave each of them."""
+        hidden = self._embed(batch.token_ids)
+        yield hidden
         for layer in self.plan.kept:
             hidden = self._layer(layer, hidden, rope, pool, batch.kept)
+            yield hidden
+
+    def deepen(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> StepTensors:
+        """The rest of a step from the states that left the last kept layer; can be differentiated."""
         projected = self._project(batch, hidden, rope, pool)
         if batch.full_rows is not None:
             hidden, rope = hidden[batch.full_rows], rope.rows(batch.full_rows)
         if batch.deep is not None:
             for layer in self.plan.skipped:
                 hidden = self._layer(layer, hidden, rope, pool, batch.deep)
-        return StepTensors(self._logits(hidden, batch.logit_rows), projected)
+        return StepTensors(self.logits(hidden, batch.logit_rows), projected)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        hidden = F.embedding(token_ids, self.parameters.embedding)
+        return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
     def _project(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> torch.Tensor | None:
         rows = batch.shallow_rows
@@ -82,30 +112,45 @@ class Decoder:
 
     def _layer(self, index: int, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
         layer = self.parameters.layers[index]
-        hidden = hidden + self._attention(index, layer, self._norm(hidden, layer.input_norm), rope, pool, reads)
-        return hidden + _mlp(layer, self._norm(hidden, layer.post_norm))
+        mixed = self._attention(index, layer, self._norm(hidden, layer.input_norm), rope, pool, reads)
+        hidden = hidden + self._norm_if(mixed, layer.attention_post_norm)
+        return hidden + self._norm_if(self._mlp(layer, self._norm(hidden, layer.mlp_norm)), layer.mlp_post_norm)
 
     def _attention(
         self, index: int, layer: LayerParameters, normed: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan
     ) -> torch.Tensor:
         spec, rows = self.spec, normed.shape[0]
+        looks = spec.layers[index]
         heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(rows, -1, spec.head_dim)
-        rope.rotate_(heads[:, : spec.num_heads + spec.num_kv_heads])
+        queries = heads[:, : spec.num_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            keys = heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]
+            queries.copy_(self._norm(queries, layer.q_norm))
+            keys.copy_(self._norm(keys, layer.k_norm))
+        rope.rotate_(heads[:, : spec.num_heads + spec.num_kv_heads], looks.rope)
         kv = heads[:, spec.num_heads :].view(rows, 2, spec.num_kv_heads, spec.head_dim)
         pool.write(index, reads.slots, kv)
-        mixed = self._attend(heads[:, : spec.num_heads], pool, index, reads)
+        mixed = self._attend(
+            queries, pool, index, reads.within(looks.window), scale=spec.attention_scale, softcap=spec.attention_softcap
+        )
         return F.linear(mixed.reshape(rows, spec.q_size), layer.out, layer.out_bias)
+
+    def _mlp(self, layer: LayerParameters, normed: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        silu = self.spec.activation is Activation.SILU
+        gate = F.silu(gate) if silu else F.gelu(gate, approximate="tanh")
+        return F.linear(gate.mul_(up), layer.down, layer.down_bias)
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, weight, self.spec.norm_eps)
 
-    def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    def _norm_if(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return hidden if weight is None else self._norm(hidden, weight)
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """``[len(rows), vocab]`` of states that left the last layer; ``None`` where the stage holds no lm_head."""
         norm, head = self.parameters.final_norm, self.parameters.lm_head
         if norm is None or head is None or rows.numel() == 0:
             return None
-        return F.linear(self._norm(hidden[rows], norm), head)
-
-
-def _mlp(layer: LayerParameters, normed: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        logits, cap = F.linear(self._norm(hidden[rows], norm), head), self.spec.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

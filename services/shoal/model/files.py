@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
 from shoal.model.gguf_header import read_gguf
-from shoal.model.gguf_llama import llama_config
+from shoal.model.gguf_model import gguf_config
 from shoal.model.safetensors_header import read_safetensors
 from shoal.model.tensor_file import TensorFile
 
@@ -70,6 +70,11 @@ class ModelFiles:
     kind: ModelKind
     model_id: str
 
+    @property
+    def is_packaged(self) -> bool:
+        """Whether it's a known name: then its folder is a package's, and nothing may be put there."""
+        return self.model_id in _PACKAGED
+
     @cached_property
     def tensor_files(self) -> tuple[TensorFile, ...]:
         """The parsed headers of all weight files. Raises ModelError."""
@@ -101,7 +106,7 @@ class ModelFiles:
     def config(self) -> PreTrainedConfig:
         """The model's configuration. Raises UnsupportedModel or MalformedWeights."""
         if self.kind is ModelKind.GGUF:
-            return llama_config(self.tensor_files[0])
+            return gguf_config(self.tensor_files[0])
         return _folder_config(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:

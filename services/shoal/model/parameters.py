@@ -30,18 +30,32 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerParameters:
-    """One whole layer. ``qkv`` is ``[q_size + 2 * kv_size, hidden]``, ``gate_up`` ``[2 * intermediate, hidden]``."""
+    """One whole layer. ``qkv`` is ``[q_size + 2 * kv_size, hidden]``, ``gate_up`` ``[2 * intermediate, hidden]``.
+
+    ``input_norm`` and ``mlp_norm`` stand before attention and MLP; ``attention_post_norm`` and ``mlp_post_norm``, where
+    a family has them, after. ``q_norm`` and ``k_norm`` are ``[head_dim]``. A family's norm offset is added already.
+    """
 
     input_norm: torch.Tensor
     qkv: torch.Tensor
     qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
     out: torch.Tensor
     out_bias: torch.Tensor | None
-    post_norm: torch.Tensor
+    attention_post_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor
     gate_up: torch.Tensor
     gate_up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
+    mlp_post_norm: torch.Tensor | None
+
+    def projection(self, spec: ModelSpec, index: int) -> LayerProjection:
+        """What a token that skips this layer, number ``index``, needs of it: views, nothing is copied."""
+        bias = None if self.qkv_bias is None else self.qkv_bias[spec.q_size :]
+        rope = spec.layers[index].rope
+        return LayerProjection(self.input_norm, self.qkv[spec.q_size :], bias, self.k_norm, rope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +80,10 @@ class Parameters:
                 if value is not None:
                     yield f"layers.{index}.{field}", value
         if self.projection is not None:
-            yield "projection.weight", self.projection.weight
-            if self.projection.bias is not None:
-                yield "projection.bias", self.projection.bias
+            for field in ("weight", "bias", "k_norm"):
+                value = getattr(self.projection, field)
+                if value is not None:
+                    yield f"projection.{field}", value
         if self.final_norm is not None:
             yield "final_norm", self.final_norm
         if self.lm_head is not None and self.lm_head is not self.embedding:
@@ -101,8 +116,8 @@ class ParameterLoader:
         self._device = device
         self._on_progress = on_progress or (lambda done, total: None)
 
-    def load(self, plan: LayerPlan, stage: Stage) -> Parameters:
-        """All that ``stage`` needs to serve ``plan``."""
+    def load(self, plan: LayerPlan, stage: Stage, projector: torch.Tensor | None = None) -> Parameters:
+        """All that ``stage`` needs to serve ``plan``; ``projector`` takes the place of the paper's matrix."""
         spec = self._spec
         embedding = self._tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         held = plan.layers_held(stage)
@@ -115,6 +130,11 @@ class ParameterLoader:
                 skipped.append(self._skipped(index, layers[index] if index in held else None))
             self._on_progress(index + 1, plan.num_layers)
         projection = KvProjection(spec, skipped) if skipped else None
+        if projection is not None and projector is not None:
+            if projector.shape != projection.weight.shape:
+                shape, wanted = tuple(projector.shape), tuple(projection.weight.shape)
+                raise MalformedWeights(f"the projector has shape {shape}, this plan wants {wanted}: calibrate again")
+            projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype))
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
         head = (
@@ -128,36 +148,53 @@ class ParameterLoader:
 
     def _layer(self, index: int) -> LayerParameters:
         spec, name = self._spec, f"model.layers.{index}."
+        attention, mlp = name + "self_attn.", name + "mlp."
         hidden, inner = spec.hidden_size, spec.intermediate_size
         qkv = [("q_proj", spec.q_size), ("k_proj", spec.kv_size), ("v_proj", spec.kv_size)]
         gate_up = [("gate_proj", inner), ("up_proj", inner)]
+        # Where a norm follows attention, it has the name that elsewhere the norm before the MLP has.
+        before_mlp = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
         return LayerParameters(
             input_norm=self._norm(name + "input_layernorm.weight"),
-            qkv=self._fused(name + "self_attn.", qkv, hidden),
-            qkv_bias=self._fused_bias(name + "self_attn.", qkv) if spec.attention_bias else None,
-            out=self._tensor(name + "self_attn.o_proj.weight", (hidden, spec.q_size)),
-            out_bias=self._tensor(name + "self_attn.o_proj.bias", (hidden,)) if spec.attention_bias else None,
-            post_norm=self._norm(name + "post_attention_layernorm.weight"),
-            gate_up=self._fused(name + "mlp.", gate_up, hidden),
-            gate_up_bias=self._fused_bias(name + "mlp.", gate_up) if spec.mlp_bias else None,
-            down=self._tensor(name + "mlp.down_proj.weight", (hidden, inner)),
-            down_bias=self._tensor(name + "mlp.down_proj.bias", (hidden,)) if spec.mlp_bias else None,
+            qkv=self._fused(attention, qkv, hidden),
+            qkv_bias=self._fused_bias(attention, qkv) if spec.qkv_bias else None,
+            q_norm=self._head_norm(attention + "q_norm.weight"),
+            k_norm=self._head_norm(attention + "k_norm.weight"),
+            out=self._tensor(attention + "o_proj.weight", (hidden, spec.q_size)),
+            out_bias=self._tensor(attention + "o_proj.bias", (hidden,)) if spec.out_bias else None,
+            attention_post_norm=self._post_norm(name + "post_attention_layernorm.weight"),
+            mlp_norm=self._norm(f"{name}{before_mlp}.weight"),
+            gate_up=self._fused(mlp, gate_up, hidden),
+            gate_up_bias=self._fused_bias(mlp, gate_up) if spec.mlp_bias else None,
+            down=self._tensor(mlp + "down_proj.weight", (hidden, inner)),
+            down_bias=self._tensor(mlp + "down_proj.bias", (hidden,)) if spec.mlp_bias else None,
+            mlp_post_norm=self._post_norm(name + "post_feedforward_layernorm.weight"),
         )
 
     def _skipped(self, index: int, layer: LayerParameters | None) -> LayerProjection:
         spec, name = self._spec, f"model.layers.{index}."
-        if layer is not None:  # decode already holds the whole layer: K and V are the tail of its fused matrix
-            bias = None if layer.qkv_bias is None else layer.qkv_bias[spec.q_size :]
-            return LayerProjection(layer.input_norm, layer.qkv[spec.q_size :], bias)
+        if layer is not None:  # decode already holds the whole layer
+            return layer.projection(spec, index)
         parts = [("k_proj", spec.kv_size), ("v_proj", spec.kv_size)]
         return LayerProjection(
             norm=self._norm(name + "input_layernorm.weight"),
             kv=self._fused(name + "self_attn.", parts, spec.hidden_size),
-            bias=self._fused_bias(name + "self_attn.", parts) if spec.attention_bias else None,
+            bias=self._fused_bias(name + "self_attn.", parts) if spec.qkv_bias else None,
+            k_norm=self._head_norm(name + "self_attn.k_norm.weight"),
+            rope=spec.layers[index].rope,
         )
 
-    def _norm(self, name: str) -> torch.Tensor:
-        return self._tensor(name, (self._spec.hidden_size,))
+    def _norm(self, name: str, width: int | None = None) -> torch.Tensor:
+        """A norm's weight. With an offset it's kept in float32 at least: around 1, bfloat16 has 8 bits."""
+        weight = self._tensor(name, (width or self._spec.hidden_size,))
+        offset = self._spec.norm_offset
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset if offset else weight
+
+    def _head_norm(self, name: str) -> torch.Tensor | None:
+        return self._norm(name, self._spec.head_dim) if self._spec.qk_norm else None
+
+    def _post_norm(self, name: str) -> torch.Tensor | None:
+        return self._norm(name) if self._spec.post_norms else None
 
     def _fused(self, prefix: str, parts: list[tuple[str, int]], width: int) -> torch.Tensor:
         return torch.cat([self._tensor(f"{prefix}{part}.weight", (rows, width)) for part, rows in parts])

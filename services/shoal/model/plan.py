@@ -84,10 +84,11 @@ class LayerPlan:
         """The layers whose whole weights (and K/V) a stage holds."""
         return self.kept if stage is Stage.PREFILL else range(self.num_layers)
 
-    def digest(self, *, model_digest: str, kv_dtype: str) -> str:
+    def digest(self, *, model_digest: str, kv_dtype: str, projector: str = "paper") -> str:
         """Plan hash: two replicas may exchange K/V only if it's equal.
 
-        Weight dtype, kernels and block size don't count: an int8 decode may pair with a bfloat16 prefill.
+        ``projector`` is the digest of a calibrated one. Weight dtype, kernels and block size don't count: an int8
+        decode may pair with a bfloat16 prefill.
         """
         facts = {
             "format": 1,
@@ -96,7 +97,7 @@ class LayerPlan:
             "kept": self.num_kept,
             "tokens": "prompt shallow, boundary full",
             "visibility": "all",
-            "projector": "paper",
+            "projector": projector,
             "kv_dtype": kv_dtype,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

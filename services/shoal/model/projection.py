@@ -3,13 +3,16 @@
 For a skipped layer ``l`` and ``h = x_K``: ``k_l = RoPE(LN_l(h) W_l^K)``, ``v_l = LN_l(h) W_l^V``. RMSNorm is a
 per-token scale times a per-channel weight, so the channel weight folds into the matrix and what is left of the norm is
 the same for all layers: ``n(h) = h / sqrt(mean h^2 + eps)``. All skipped layers' K/V are then one GEMM,
-``[tokens, hidden] x [hidden, S * 2 * kv_size]``.
+``[tokens, hidden] x [hidden, S * 2 * kv_size]``. Where a family has them, the layer's bias and ``k_norm`` come before
+its own RoPE, as in the layer itself.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +24,14 @@ from shoal.model.rope import Rope
 
 @dataclass(frozen=True, slots=True)
 class LayerProjection:
-    """One skipped layer's own parameters: input norm ``[hidden]``, ``k_proj|v_proj`` ``[2 * kv_size, hidden]``, and
-    their bias ``[2 * kv_size]`` or ``None``."""
+    """One skipped layer's own parameters: input norm ``[hidden]``, ``k_proj|v_proj`` ``[2 * kv_size, hidden]``, their
+    bias ``[2 * kv_size]`` or ``None``, ``k_norm`` ``[head_dim]`` or ``None``, and the number of its RoPE table."""
 
     norm: torch.Tensor
     kv: torch.Tensor
     bias: torch.Tensor | None
+    k_norm: torch.Tensor | None = None
+    rope: int = 0
 
 
 class KvProjection:
@@ -40,17 +45,25 @@ class KvProjection:
         self.weight = torch.cat(wide).to(layers[0].kv.dtype)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
+        k_norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
+        self.k_norm = torch.stack(k_norms)[:, None] if k_norms else None  # [S, 1, head_dim]
+        self._runs = _runs([layer.rope for layer in layers])
 
-    @property
-    def num_bytes(self) -> int:
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+    def replaced(self, weight: torch.Tensor) -> KvProjection:
+        """The same with another matrix ``[S * 2 * kv_size, hidden]``: a calibrated one (model/projector.py)."""
+        other = copy.copy(self)
+        other.weight = weight
+        return other
 
     def __call__(self, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """``hidden`` ``[tokens, hidden]`` -> K/V ``[S, tokens, 2, kv_heads, head_dim]`` (a strided view)."""
         spec = self._spec
         flat = F.linear(rms_norm(hidden, None, spec.norm_eps), self.weight, self.bias)
         kv = flat.view(hidden.shape[0], self.num_layers, 2, spec.num_kv_heads, spec.head_dim)
-        rope.rotate_(kv[:, :, 0])
+        if self.k_norm is not None:
+            kv[:, :, 0] = rms_norm(kv[:, :, 0], self.k_norm, spec.norm_eps)
+        for layers, table in self._runs:
+            rope.rotate_(kv[:, layers, 0], table)
         return kv.transpose(0, 1)
 
 
@@ -62,9 +75,21 @@ def project_unfolded(
     for layer in layers:
         normed = rms_norm(hidden, layer.norm, spec.norm_eps)
         kv = F.linear(normed, layer.kv, layer.bias).view(hidden.shape[0], 2, spec.num_kv_heads, spec.head_dim)
-        rope.rotate_(kv[:, 0])
+        if layer.k_norm is not None:
+            kv[:, 0] = rms_norm(kv[:, 0], layer.k_norm, spec.norm_eps)
+        rope.rotate_(kv[:, 0], layer.rope)
         projected.append(kv)
     return torch.stack(projected)
+
+
+def _runs(tables: Sequence[int]) -> list[tuple[slice, int]]:
+    """Neighbouring layers that share a RoPE table are rotated at once."""
+    runs, first = [], 0
+    for table, members in groupby(tables):
+        last = first + len(list(members))
+        runs.append((slice(first, last), table))
+        first = last
+    return runs
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

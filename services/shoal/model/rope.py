@@ -11,26 +11,33 @@ from shoal.model.families import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Cosines and sines ``[tokens, head_dim / 2]`` of the rows' positions, in the activations' dtype."""
+    """Of each of the model's RoPE tables the cosines and sines ``[tokens, head_dim / 2]`` of the rows' positions, in
+    the activations' dtype."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: tuple[torch.Tensor, ...]
+    sin: tuple[torch.Tensor, ...]
 
     @classmethod
     def at(cls, spec: ModelSpec, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Angles are taken in float32, as the models were trained, whatever ``dtype`` is."""
-        inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=positions.device)
-        angles = positions.to(torch.float32)[:, None] * inv_freq
-        return cls((angles.cos() * spec.rope_scale).to(dtype), (angles.sin() * spec.rope_scale).to(dtype))
+        cos, sin = [], []
+        for table in spec.rope_tables:
+            inv_freq = torch.tensor(table.inv_freq, dtype=torch.float32, device=positions.device)
+            angles = positions.to(torch.float32)[:, None] * inv_freq
+            cos.append((angles.cos() * table.scale).to(dtype))
+            sin.append((angles.sin() * table.scale).to(dtype))
+        return cls(tuple(cos), tuple(sin))
 
     def rows(self, index: torch.Tensor | None) -> Rope:
         """The same for some of the rows (``None``: all)."""
-        return self if index is None else Rope(self.cos[index], self.sin[index])
+        if index is None:
+            return self
+        return Rope(tuple(cos[index] for cos in self.cos), tuple(sin[index] for sin in self.sin))
 
-    def rotate_(self, x: torch.Tensor) -> None:
+    def rotate_(self, x: torch.Tensor, table: int = 0) -> None:
         """Rotate ``x`` ``[tokens, ..., head_dim]`` in place: halves ``(a, b) -> (a cos - b sin, b cos + a sin)``."""
         shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (-1,)
-        cos, sin = self.cos.view(shape), self.sin.view(shape)
+        cos, sin = self.cos[table].view(shape), self.sin[table].view(shape)
         half = x.shape[-1] // 2
         first, second = x[..., :half], x[..., half:]
         rotated = first * cos - second * sin

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, dequantize
 
 from shoal.errors import MalformedWeights
 from shoal.model.files import ModelFiles, ModelKind
-from shoal.model.gguf_llama import transformers_name, unpermute
+from shoal.model.gguf_model import gguf_architecture
 from shoal.model.tensor_file import Bytes, TensorFile, TensorInfo
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,7 +77,7 @@ def open_weights(files: ModelFiles) -> Iterator[WeightReader]:
         for file in files.tensor_files:
             handle = stack.enter_context(file.path.open("rb"))
             for info in file.tensors.values():
-                name = transformers_name(info.name) if is_gguf else info.name
+                name = gguf_architecture(file).transformers_name(info.name) if is_gguf else info.name
                 if name in places:
                     raise MalformedWeights(f"{files.path} holds tensor {name} twice")
                 places[name] = _Place(file, handle, info)
@@ -94,19 +94,13 @@ def _from_safetensors(name: str, info: TensorInfo, data: Bytes) -> torch.Tensor:
 
 def _gguf_decoder(files: ModelFiles) -> _Decode:
     config = files.config()
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    architecture = gguf_architecture(files.tensor_files[0])
 
     def decode(name: str, info: TensorInfo, data: Bytes) -> torch.Tensor:
         try:
             values = dequantize(data.reshape(*info.shape[:-1], -1), GGMLQuantizationType[info.dtype])
         except NotImplementedError as error:
             raise MalformedWeights(f"tensor {name} is stored as {info.dtype}, which can't be read") from error
-        tensor = torch.from_numpy(values).reshape(info.shape)
-        num_heads = next((number for part, number in heads.items() if part in name), None)
-        if num_heads is None:
-            return tensor
-        if info.shape[0] % (2 * num_heads):
-            raise MalformedWeights(f"tensor {name} has {info.shape[0]} rows, which {num_heads} heads can't share")
-        return unpermute(tensor, num_heads)
+        return architecture.restore(config, name, torch.from_numpy(values).reshape(info.shape))
 
     return decode

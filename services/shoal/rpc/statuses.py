@@ -48,10 +48,14 @@ STATUS_CODES: dict[type[errors.ShoalError], grpc.StatusCode] = {
     errors.ChecksumMismatch: grpc.StatusCode.DATA_LOSS,
     errors.ProtocolViolation: grpc.StatusCode.INVALID_ARGUMENT,
     errors.OutOfBlocks: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DataError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TooLittleText: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelError: grpc.StatusCode.INTERNAL,
     errors.UnsupportedModel: grpc.StatusCode.INTERNAL,
     errors.MalformedWeights: grpc.StatusCode.INTERNAL,
+    errors.ProjectorMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.CalibrationError: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 _BY_REASON: dict[str, type[errors.ShoalError]] = {

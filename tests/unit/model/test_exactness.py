@@ -1,4 +1,4 @@
-"""What must hold exactly (to rounding), in float64 on tiny random models."""
+"""What must hold exactly (to rounding), in float64 on tiny random models of every family."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from engines import (
     run,
     run_handed_off,
 )  # fmt: skip
-from models import tiny_llama
-from reference import pop_generate, pop_logits
+from models import WINDOW, tiny_llama, tiny_model
+from reference import full_generate, pop_generate, pop_logits
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.families import describe
+from shoal.model.families import FAMILIES, describe
 from shoal.model.parameters import ParameterLoader
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, project_unfolded
@@ -33,9 +33,9 @@ LENGTHS = (1, 2, 3, 5, 16, 17, 33, 64)
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return exact(tiny_llama(layers=LAYERS)[1])
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return exact(tiny_model(request.param, layers=LAYERS))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,12 @@ def test_full_depth_is_the_plain_model(model: Any, prompts: list[list[int]], num
     engine = make_engine(model, num_skipped)
     for prompt in prompts:
         assert close(logits_after(engine, prompt, depth), plain_logits(model, prompt))
+
+
+def test_full_depth_generates_what_transformers_generates(model: Any, prompts: list[list[int]]):
+    """Greedy token ids; the answers alone are longer than a window."""
+    asks = [Ask(prompt, 2 * WINDOW, Depth.FULL) for prompt in prompts]
+    assert run(make_engine(model, 3), asks) == [list(full_generate(model, ask.prompt, 16).token_ids) for ask in asks]
 
 
 def test_skipping_one_layer_is_lossless_and_skipping_two_is_not(model: Any, prompts: list[list[int]]):
@@ -163,9 +169,11 @@ def test_preemption_after_a_hand_off_recomputes_the_same(model: Any, prompts: li
     assert tight.counts().num_preemptions > 0
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_one_folded_gemm_is_the_per_layer_projections(bias: bool):
-    model = tiny_llama(layers=LAYERS, attention_bias=bias)[1]
+@pytest.mark.parametrize(
+    ("family", "options"), [*((family, {}) for family in FAMILIES), ("llama", {"attention_bias": True})]
+)
+def test_one_folded_gemm_is_the_per_layer_projections(family: str, options: dict[str, Any]):
+    model = tiny_model(family, layers=LAYERS, **options)
     spec, plan = describe(model.config), LayerPlan(LAYERS, 4)
     loader = ParameterLoader(ModelReader(model), spec, dtype=torch.float64, device=torch.device("cpu"))
     layers = loader.projections(plan)
@@ -203,5 +211,5 @@ def test_prefill_holds_no_deep_layer_and_no_head(model: Any):
     assert len(parameters.layers) == 4 and parameters.projection is not None
     spec = describe(model.config)
     kept = 4 * sum(tensor.nbytes for name, tensor in parameters.tensors() if name.startswith("layers.0."))
-    projections = 2 * 2 * spec.kv_size * spec.hidden_size * 8
+    projections = 2 * (2 * spec.kv_size * (spec.hidden_size + spec.qkv_bias) + spec.head_dim * spec.qk_norm) * 8
     assert parameters.num_bytes == kept + projections + parameters.embedding.nbytes

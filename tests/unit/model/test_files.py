@@ -177,7 +177,7 @@ def test_a_ggufs_metadata_give_the_configuration_back(tmp_path: Path, options: d
 @pytest.mark.parametrize(
     ("extra", "error", "message"),
     [
-        ({"general.architecture": "gemma3"}, UnsupportedModel, "gemma3.*'llama'"),
+        ({"general.architecture": "gemma2"}, UnsupportedModel, "gemma2.*'gemma3' and 'llama'.*safetensors"),
         ({"llama.expert_count": 8}, UnsupportedModel, "experts"),
         ({"split.count": 3}, UnsupportedModel, "join"),
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, "RoPE"),

@@ -1,0 +1,117 @@
+"""A calibrated K/V projection on disk: what ``shoal calibrate`` writes, and both pools load.
+
+One safetensors file. Its ``weight`` ``[S * 2 * kv_size, hidden]`` takes the place of the paper's folded matrix
+(model/projection.py): it maps ``n(h)``, the state that left the last kept layer without its scale, onto
+``k_proj|v_proj`` of every skipped layer, before bias, k_norm and RoPE. The header says which model and plan it was
+made for, and from what; a file that doesn't fit is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.errors import ModelError, ProjectorMismatch
+from shoal.model.files import ModelFiles, ModelKind
+from shoal.model.plan import LayerPlan
+
+PAPER = "paper"
+_FORMAT = 1
+_KEY = "shoal_projector"
+_SHIPPED = Path(__file__).parents[1] / "data" / "projectors"
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorHeader:
+    """What a projector was made for (``model_digest``, ``num_layers``, ``num_kept``) and from (the rest).
+
+    ``scores`` are figures of held-out calibration text, by name; ``settings`` what the calibration was told.
+    """
+
+    model_digest: str
+    num_layers: int
+    num_kept: int
+    data_digest: str
+    settings: Mapping[str, Any]
+    scores: Mapping[str, float]
+
+    def require_fit(self, path: Path, files: ModelFiles, plan: LayerPlan) -> None:
+        """Raises ProjectorMismatch that says what differs."""
+        if (self.num_layers, self.num_kept) != (plan.num_layers, plan.num_kept):
+            raise ProjectorMismatch(
+                f"{path} keeps {self.num_kept} of {self.num_layers} layers, this plan {plan.num_kept} of "
+                f"{plan.num_layers}: say --skip-layers {self.num_layers - self.num_kept}, or calibrate again"
+            )
+        if self.model_digest != files.digest:
+            raise ProjectorMismatch(f"{path} was made for another model than {files.path}: calibrate again")
+
+
+@dataclass(frozen=True, slots=True)
+class Projector:
+    """A projector in memory. ``digest`` is SHA-256 (hex) of its file: a part of the plan hash."""
+
+    header: ProjectorHeader
+    weight: torch.Tensor
+    digest: str
+
+
+def save_projector(path: Path, header: ProjectorHeader, weight: torch.Tensor) -> None:
+    """Write a file; a reader never sees half of it."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    said = json.dumps({"format": _FORMAT, **asdict(header)}, sort_keys=True)
+    save_file({"weight": weight.contiguous()}, part, metadata={_KEY: said})
+    part.replace(path)
+
+
+def load_projector(path: Path, files: ModelFiles, plan: LayerPlan) -> Projector:
+    """Read a projector and hold it against model and plan. Raises ModelError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header(path, (file.metadata() or {}).get(_KEY))
+            header.require_fit(path, files, plan)
+            weight = file.get_tensor("weight")
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no projector {path}: make it with shoal calibrate") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no projector that can be read ({error}): calibrate again") from error
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(f"{path} holds numbers that aren't finite: calibrate again")
+    return Projector(header, weight, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def find_projector(wanted: str, files: ModelFiles, plan: LayerPlan) -> Projector | None:
+    """``wanted`` is a path, ``paper`` for the paper's own projection, or ``auto``: the one beside the model, if any."""
+    if wanted == PAPER or not plan.num_skipped:
+        return None
+    if wanted != "auto":
+        return load_projector(Path(wanted).expanduser(), files, plan)
+    path = projector_beside(files, plan)
+    return load_projector(path, files, plan) if path.is_file() else None
+
+
+def projector_beside(files: ModelFiles, plan: LayerPlan) -> Path:
+    """Where a model's projector is looked for, and ``shoal calibrate`` puts it unless told otherwise."""
+    name = f"projector-{plan.num_skipped}.safetensors"
+    if files.is_packaged:
+        return _SHIPPED / f"{files.model_id}-{name}"
+    return files.path.with_name(f"{files.path.stem}.{name}") if files.kind is ModelKind.GGUF else files.path / name
+
+
+def _header(path: Path, said: str | None) -> ProjectorHeader:
+    try:
+        tree = json.loads(said or "")
+        if tree.pop("format") != _FORMAT:
+            raise ModelError(f"{path} has a format that this release doesn't know: calibrate again")
+        return ProjectorHeader(**tree)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{path} is no projector: make one with shoal calibrate") from error

@@ -1,0 +1,145 @@
+"""The commands of this package, from what was typed to what is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from shoal.engine.build import choose_dtype
+from shoal.errors import ConfigError
+from shoal.model.families import describe
+from shoal.model.files import ModelFiles, locate
+from shoal.model.plan import LayerPlan
+from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
+from shoal.quality.analysis import Analysis, AnalysisOptions, Progress, analyze
+from shoal.quality.calibration import CalibrationOptions, Calibrator
+from shoal.quality.subject import Subject
+from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
+
+if TYPE_CHECKING:
+    from shoal.config import Dtype
+
+# Prompt and continuation of a passage, as quality is measured on them, too.
+PASSAGE_TOKENS = (512, 128)
+MIN_PASSAGES = 20
+
+
+def run_analyze(
+    model: str, on_progress: Progress, *, output: Path, dtype: str, candidates: str | None, **options: Any
+) -> str:
+    """Write analysis.json, report.html and importance.svg to ``output``; what to tell the user. Raises ShoalError."""
+    require_plots()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = parse_counts(candidates) if candidates else ()
+    asked = AnalysisOptions(
+        output=output, device=device, dtype=choose_dtype(cast("Dtype", dtype), device), candidates=counts, **options
+    )
+    found = analyze(locate(model), asked, on_progress)
+    on_progress("", 0, 0)
+    _write(found, output)
+    lines = [
+        f"skip {item.num_skipped:>3}: predicted {item.predicted_loss:.4f}, "
+        f"measured {item.measured.divergence.mean:.4f} ± {item.measured.divergence.standard_error:.4f} nats a token"
+        for item in found.candidates
+    ]
+    return "\n".join(
+        [
+            *lines,
+            f"recommended: --skip-layers {found.recommended_skip_layers} (at most {found.max_loss:g} nats a token)",
+            f"report: {output / 'report.html'}",
+        ]
+    )
+
+
+def run_calibrate(
+    model: str,
+    on_progress: Progress,
+    *,
+    output: Path | None,
+    data: Sequence[Path],
+    kinds: str | None,
+    num_passages: int,
+    dtype: str,
+    options: CalibrationOptions,
+) -> str:
+    """Write a projector; what to tell the user. Raises ShoalError."""
+    files = locate(model)
+    plan = LayerPlan(describe(files.config()).num_layers, options.num_skipped)
+    tokenizer = files.tokenizer()
+    texts = _texts(data, kinds, tokenizer)
+    cut = [passage for text in texts for passage in _passages(text, tokenizer, num_passages)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_dtype(cast("Dtype", dtype), device)
+    loading = partial(on_progress, "loading")
+    subject = Subject.load(files, dtype=chosen, max_tokens=sum(PASSAGE_TOKENS), device=device, on_progress=loading)
+    found = Calibrator(subject, options, on_progress).run(cut)
+    header = ProjectorHeader(
+        model_digest=files.digest,
+        num_layers=plan.num_layers,
+        num_kept=plan.num_kept,
+        data_digest=sha256("".join(text.digest for text in texts).encode()).hexdigest(),
+        settings={
+            **asdict(options), "ridge": found.ridge, "texts": [text.kind for text in texts],
+            "num_passages": len(cut), "dtype": str(chosen).removeprefix("torch."),
+        },
+        scores=found.scores,
+    )  # fmt: skip
+    path = output or _beside(files, plan)
+    save_projector(path, header, found.weight.to(torch.bfloat16).cpu())
+    on_progress("", 0, 0)
+    lines = [f"{name:>8}: {score:.4f} nats a token from full depth" for name, score in found.scores.items()]
+    return "\n".join([f"on held-out passages of {', '.join(text.kind for text in texts)}:", *lines, f"written: {path}"])
+
+
+def _texts(data: Sequence[Path], kinds: str | None, tokenizer: Any) -> list[Text]:
+    """Users' own, else of what ships the calibration split of ``kinds``. Raises DataError or ConfigError."""
+    if data:
+        return [read(path, tokenizer) for path in data]
+    wanted = kinds.split(",") if kinds else list(Kind)
+    unknown = sorted(set(wanted) - set(Kind))
+    if unknown:
+        raise ConfigError(f"no text of kind {', '.join(unknown)} ships: choose of {', '.join(Kind)}")
+    return [load(Kind(kind), Split.CALIBRATION) for kind in wanted]
+
+
+def _passages(text: Text, tokenizer: Any, limit: int) -> list[Passage]:
+    num_prompt, num_continuation = PASSAGE_TOKENS
+    return passages(
+        text.kind, text.token_ids(tokenizer), num_prompt=num_prompt, num_continuation=num_continuation, limit=limit,
+        at_least=MIN_PASSAGES, opening=opening(tokenizer),
+    )  # fmt: skip
+
+
+def _beside(files: ModelFiles, plan: LayerPlan) -> Path:
+    """Beside the model, where it is found without being named; a package's folder isn't the user's to write to."""
+    path = projector_beside(files, plan)
+    return Path(path.name) if files.is_packaged else path
+
+
+def require_plots() -> None:
+    """Before hours are spent on a report that can't be drawn. Raises ConfigError."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("reports need matplotlib: pip install '.[serve,quality]' in Shoal's repository")
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them. Raises ConfigError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"candidates are {text!r}: write numbers with commas between them, like 4,8,10") from None
+
+
+def _write(found: Analysis, output: Path) -> None:
+    from shoal.quality.analysis_page import importance_plot, render_analysis
+
+    (output / "analysis.json").write_text(found.to_json(), encoding="utf-8")
+    (output / "importance.svg").write_text(importance_plot(found) + "\n", encoding="utf-8")
+    (output / "report.html").write_text(render_analysis(found), encoding="utf-8")

@@ -1,0 +1,182 @@
+"""A model under examination: what it says of given text, at any depth, and with parts of the method taken away."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import torch
+
+from shoal.engine.attention import attend
+from shoal.engine.runner import Runner
+from shoal.engine.scheduler import ScheduledRows
+from shoal.engine.sequence import Sequence as Rows
+from shoal.errors import InternalError, InvalidRequest
+from shoal.kv.layout import stage_layout
+from shoal.kv.pool import KvPool
+from shoal.messages import SamplingParams, Stage
+from shoal.model.batch import StepBatch
+from shoal.model.decoder import Decoder
+from shoal.model.families import ModelSpec, describe
+from shoal.model.files import ModelFiles
+from shoal.model.parameters import ParameterLoader, Parameters
+from shoal.model.plan import LayerPlan
+from shoal.model.projection import KvProjection, LayerProjection
+from shoal.model.weights import open_weights
+
+_BLOCK_TOKENS = 16
+
+
+class Treatment(enum.StrEnum):
+    """How a prompt is encoded. The last three are negative controls: each takes away one part of the method."""
+
+    FULL = "full"
+    SHALLOW = "shallow"
+    NO_PROJECTION = "no_projection"
+    NO_BOUNDARY = "no_boundary"
+    REMOVED = "removed"
+
+
+class Subject:
+    """All layers of a model in memory, once, and views of them for every number of skipped layers.
+
+    ``max_tokens`` is the longest text, prompt and continuation together, that it is asked about.
+    """
+
+    def __init__(self, files: ModelFiles, spec: ModelSpec, parameters: Parameters, *, max_tokens: int) -> None:
+        self.files = files
+        self.spec = spec
+        self.parameters = parameters
+        self.max_tokens = max_tokens
+        layout = stage_layout(
+            num_layers=spec.num_layers, num_kept=spec.num_layers, num_held=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+            dtype_bytes=parameters.embedding.dtype.itemsize, block_tokens=_BLOCK_TOKENS,
+        )  # fmt: skip
+        embedding = parameters.embedding
+        num_blocks = layout.num_blocks_for(max_tokens)
+        self.new_pool = partial(KvPool, layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
+        self.pool = self.new_pool()
+        self._blocks = list(range(num_blocks))
+        self.projection = lru_cache(maxsize=None)(self._paper_projection)
+
+    @classmethod
+    def load(
+        cls,
+        files: ModelFiles,
+        *,
+        dtype: torch.dtype,
+        max_tokens: int,
+        device: torch.device | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Subject:
+        """``on_progress`` is called with (layers done, layers in all). Raises ModelError."""
+        spec = describe(files.config())
+        device = device or torch.device("cpu")
+        with open_weights(files) as reader:
+            loader = ParameterLoader(reader, spec, dtype=dtype, device=device, on_progress=on_progress)
+            parameters = loader.load(LayerPlan(spec.num_layers, 0), Stage.DECODE)
+        return cls(files, spec, parameters, max_tokens=max_tokens)
+
+    def projections(self, num_skipped: int) -> list[LayerProjection]:
+        """The norms and K/V matrices of the last ``num_skipped`` layers, views of the loaded ones."""
+        skipped = LayerPlan(self.spec.num_layers, num_skipped).skipped
+        return [self.parameters.layers[index].projection(self.spec, index) for index in skipped]
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        ids: Sequence[int],
+        num_prompt_tokens: int,
+        treatment: Treatment = Treatment.SHALLOW,
+        *,
+        num_skipped: int,
+        num_boundary_tokens: int = 1,
+        projection: KvProjection | None = None,
+    ) -> torch.Tensor:
+        """Logits ``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, with ``ids`` given, not generated.
+
+        ``projection`` stands for the paper's. The last ``num_boundary_tokens`` of the prompt run at full depth.
+        Raises InvalidRequest if the text is longer than ``max_tokens``, or has no prompt.
+        """
+        if not 1 <= num_prompt_tokens <= len(ids) <= self.max_tokens:
+            raise InvalidRequest(f"{num_prompt_tokens} prompt tokens of {len(ids)}, and at most {self.max_tokens}")
+        if treatment is Treatment.FULL or num_skipped == 0:
+            return self._run(ids, num_prompt_tokens, 0, 0, None)
+        if treatment is Treatment.REMOVED:
+            return self._truncated(ids, num_prompt_tokens, num_skipped)
+        projection = projection or self.projection(num_skipped)
+        if treatment is Treatment.NO_BOUNDARY:
+            first = self._truncated(ids[:num_prompt_tokens], num_prompt_tokens, num_skipped)
+            if len(ids) == num_prompt_tokens:
+                return first
+            return torch.cat([first, self._run(ids, num_prompt_tokens + 1, num_prompt_tokens, num_skipped, projection)])
+        num_shallow = max(0, num_prompt_tokens - num_boundary_tokens)
+        hides = treatment is Treatment.NO_PROJECTION
+        return self._run(ids, num_prompt_tokens, num_shallow, num_skipped, projection, hides_prompt=hides)
+
+    def step(
+        self,
+        plan: LayerPlan,
+        parameters: Parameters,
+        ids: Sequence[int],
+        num_prompt_tokens: int,
+        num_shallow: int,
+        *,
+        hides_prompt: bool = False,
+    ) -> tuple[Decoder, StepBatch]:
+        """A decoder, and one step of all of ``ids``, whose logits are wanted after each of the tokens ``N-1..``.
+
+        Where it ``hides_prompt``, the skipped layers read no K/V of shallow tokens.
+        """
+        decoder = Decoder(self.spec, plan, Stage.DECODE, parameters, attend)
+        runner = Runner(decoder, self.pool)
+        rows = Rows("text", tuple(ids), num_shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
+        batch = runner.batch((ScheduledRows(rows, 0, len(ids)),))
+        wanted = torch.arange(num_prompt_tokens - 1 - num_shallow, len(ids) - num_shallow)
+        batch = replace(batch, logit_rows=wanted.to(batch.token_ids.device))
+        if hides_prompt and batch.deep is not None:
+            # As if the text began at the first full-depth token: positions stay, the deep layers' prompt K/V don't.
+            own = runner.reads.plan((ScheduledRows(rows, num_shallow, len(ids)),), first=num_shallow)
+            batch = replace(batch, deep=own)
+        return decoder, batch
+
+    def _run(
+        self,
+        ids: Sequence[int],
+        num_prompt_tokens: int,
+        num_shallow: int,
+        num_skipped: int,
+        projection: KvProjection | None,
+        *,
+        hides_prompt: bool = False,
+    ) -> torch.Tensor:
+        plan = LayerPlan(self.spec.num_layers, num_skipped)
+        parameters = replace(self.parameters, projection=projection)
+        return self._forward(plan, parameters, ids, num_prompt_tokens, num_shallow, hides_prompt)
+
+    def _truncated(self, ids: Sequence[int], num_prompt_tokens: int, num_skipped: int) -> torch.Tensor:
+        """The model without its last layers, at both stages."""
+        layers = self.parameters.layers[: self.spec.num_layers - num_skipped]
+        plan = LayerPlan(len(layers), 0)
+        return self._forward(plan, replace(self.parameters, layers=layers), ids, num_prompt_tokens, 0, False)
+
+    def _forward(
+        self,
+        plan: LayerPlan,
+        parameters: Parameters,
+        ids: Sequence[int],
+        num_prompt_tokens: int,
+        num_shallow: int,
+        hides_prompt: bool,
+    ) -> torch.Tensor:
+        decoder, batch = self.step(plan, parameters, ids, num_prompt_tokens, num_shallow, hides_prompt=hides_prompt)
+        logits = decoder.forward(batch, self.pool).logits
+        if logits is None:
+            raise InternalError("a whole model gave no logits")
+        return logits
+
+    def _paper_projection(self, num_skipped: int) -> KvProjection:
+        return KvProjection(self.spec, self.projections(num_skipped))

@@ -1,0 +1,67 @@
+"""What a model says of given text under each treatment, held against transformers and the plain reference."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from models import save_tiny
+from reference import pop_logits
+from shoal.errors import InvalidRequest
+from shoal.model.files import locate
+from shoal.quality.subject import Subject, Treatment
+
+IDS = tuple(7 + index * 31 % 83 for index in range(60))
+OPTIONS = {
+    Treatment.SHALLOW: {},
+    Treatment.NO_PROJECTION: {"project": False},
+    Treatment.NO_BOUNDARY: {"boundary": False},
+    Treatment.REMOVED: {"remove_everywhere": True},
+}
+
+close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tiny")
+    model = save_tiny(folder, dtype=torch.float64, attention_bias=True)
+    return model, Subject.load(locate(str(folder)), dtype=torch.float64, max_tokens=64)
+
+
+@pytest.mark.parametrize("num_skipped", [1, 2, 4])
+@pytest.mark.parametrize("treatment", OPTIONS)
+def test_a_treatment_is_the_reference_s(tiny, treatment: Treatment, num_skipped: int):
+    model, subject = tiny
+    found = subject.logits(IDS, 40, treatment, num_skipped=num_skipped)
+    close(found, pop_logits(model, IDS, 40, num_skipped, **OPTIONS[treatment]))
+
+
+def test_full_depth_is_the_model(tiny):
+    model, subject = tiny
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0, 39:]
+    close(subject.logits(IDS, 40, Treatment.FULL, num_skipped=4), expected)
+    close(subject.logits(IDS, 40, Treatment.SHALLOW, num_skipped=0), expected)
+
+
+def test_with_every_prompt_token_a_boundary_token_nothing_is_shallow(tiny):
+    _, subject = tiny
+    full = subject.logits(IDS, 40, Treatment.FULL, num_skipped=4)
+    close(subject.logits(IDS, 40, num_skipped=4, num_boundary_tokens=40), full)
+    assert not torch.allclose(subject.logits(IDS, 40, num_skipped=4, num_boundary_tokens=39), full)
+
+
+@pytest.mark.parametrize("treatment", OPTIONS)
+def test_a_text_may_end_with_its_prompt(tiny, treatment: Treatment):
+    _, subject = tiny
+    whole = subject.logits(IDS, 40, treatment, num_skipped=2)
+    close(subject.logits(IDS[:40], 40, treatment, num_skipped=2), whole[:1])
+
+
+@pytest.mark.parametrize(("num_ids", "num_prompt"), [(65, 40), (10, 0), (10, 11)])
+def test_text_that_can_not_be_asked_about_is_refused(tiny, num_ids: int, num_prompt: int):
+    with pytest.raises(InvalidRequest):
+        tiny[1].logits((5,) * num_ids, num_prompt, num_skipped=2)

@@ -226,6 +226,41 @@ def analyze(
     print(said)
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation"),
+    tasks: Annotated[str, typer.Option(help="Some of text,greedy,retrieval,instructions.")] = "text,greedy,retrieval",
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Numbers of layers: 10,4,6. Controls come with the first. Default: a third.")
+    ] = None,
+    projector: Projector = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text: .txt, or .jsonl with prompt or messages. Default: four kinds of our own.")
+    ] = None,
+    passages: Annotated[
+        int, typer.Option(min=2, help="A kind of text; an eighth of it are greedy answers a kind, facts a cell.")
+    ] = 200,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Length of each passage's prompt.")] = 512,
+    continuation_tokens: Annotated[int, typer.Option(min=2, help="How much of what follows is scored.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the facts, and of the intervals.")] = 0,
+    dtype: Dtype = DtypeOption.FLOAT32,
+) -> None:
+    """What does a shallow prompt cost? Side by side with full depth, a calibrated projection, and negative controls.
+
+    Writes evaluation.json and report.html: perplexity and divergence on text, shared greedy output, facts found.
+    """
+    from shoal.quality.commands import run_eval
+
+    with progress_bars() as on_progress:
+        said = run_eval(
+            model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers, projector=projector or "auto",
+            data=data, num_passages=passages, prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens,
+            seed=seed, dtype=dtype or DtypeOption.FLOAT32,
+        )  # fmt: skip
+    print(said)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine can run: cores, bfloat16, compiler, GPU, NIXL, ports. Exits 1 if serving can't work."""

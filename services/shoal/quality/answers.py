@@ -45,8 +45,9 @@ def greedy_answers(
             raise failure.error
         for token in output.tokens:
             answers[int(token.request_id)].append(token.token_id)
-            num_done += token.finish_reason is not None
-        on_progress(num_done)
+            if token.finish_reason is not None:
+                num_done += 1
+                on_progress(num_done)
     return [tuple(answer) for answer in answers]
 
 

@@ -43,13 +43,13 @@ def arms_of(subject: Subject, counts: Sequence[int], projectors: Mapping[int, Pr
     the calibrated one. The negative controls come with the first number alone."""
     arms = [FULL]
     for count in counts:
-        arms.append(Arm(Treatment.SHALLOW, count, Treatment.SHALLOW))
+        arms.append(Arm(Treatment.SHALLOW.value, count, Treatment.SHALLOW))
         if count in projectors:
             paper = subject.projection(count)
             weight = projectors[count].weight.to(paper.weight)
             arms.append(Arm(CALIBRATED, count, Treatment.SHALLOW, paper.replaced(weight)))
         if count == counts[0]:
-            arms += [Arm(control, count, control) for control in _CONTROLS]
+            arms += [Arm(control.value, count, control) for control in _CONTROLS]
     return arms
 
 

@@ -33,7 +33,6 @@ from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passa
 
 # Greedy answers a kind, and retrieval cases a cell: this share of the passages a kind, as each takes longer.
 _SHARE_OF_PASSAGES = 8
-_INSTRUCTION_ANSWER_TOKENS = 256
 _LONGEST_CODE_TOKENS = 16
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +53,8 @@ DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
     """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip; the negative controls
-    come with the first. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped texts."""
+    come with the first. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped texts.
+    ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions."""
 
     skip_layers: tuple[int, ...] = ()
     projector: str = "auto"
@@ -64,6 +64,7 @@ class EvaluationOptions:
     prompt_tokens: int = 512
     continuation_tokens: int = 128
     greedy_tokens: int = 64
+    instruction_tokens: int = 256
     retrieval_lengths: tuple[int, ...] = LENGTHS
     seed: int = 0
     dtype: torch.dtype = torch.float32
@@ -96,6 +97,7 @@ class EvaluationSettings:
     prompt_tokens: int
     continuation_tokens: int
     greedy_tokens: int
+    instruction_tokens: int
     seed: int
     dtype: str
     device: str
@@ -166,6 +168,7 @@ class _Run:
             prompt_tokens=options.prompt_tokens,
             continuation_tokens=options.continuation_tokens,
             greedy_tokens=options.greedy_tokens,
+            instruction_tokens=options.instruction_tokens,
             seed=options.seed,
             dtype=str(options.dtype).removeprefix("torch."),
             device=options.device.type,
@@ -218,9 +221,13 @@ class _Run:
         if Task.INSTRUCTIONS not in self._options.tasks:
             return []
         return score_instructions(
-            self._subject, self._arms, INSTRUCTIONS, max_tokens=_INSTRUCTION_ANSWER_TOKENS, seed=self._options.seed,
+            self._subject,
+            self._arms,
+            INSTRUCTIONS,
+            max_tokens=self._options.instruction_tokens,
+            seed=self._options.seed,
             on_progress=partial(self._on_progress, "instructions"),
-        )  # fmt: skip
+        )
 
     def prefill(self) -> list[PrefillTime]:
         if Task.TEXT not in self._options.tasks:

@@ -156,8 +156,8 @@ def _retrieval(evaluation: Evaluation) -> Iterable[Part]:
     yield Paragraph(
         "Five facts stand in a prompt, one is asked for at its end. An answer is right if each of its tokens is the "
         f"likeliest. {counting} of {len(evaluation.retrieval[0].cells)} cells (a length and a depth) count: those "
-        "where full depth is right at least half of the time on cases of another seed. The difference is in points, paired case "
-        f"by case. By length, all cells are there. {_INTERVALS}"
+        "where full depth is right at least half of the time on cases of another seed. The difference is in points, "
+        f"paired case by case. By length, all cells are there. {_INTERVALS}"
     )
     rows = []
     for score in evaluation.retrieval:

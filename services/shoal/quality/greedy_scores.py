@@ -43,14 +43,16 @@ def score_greedy(
     on_progress: Callable[[int, int], None],
 ) -> list[GreedyScore]:
     """One score an arm. ``prompts`` with ``max_tokens`` more must fit the subject."""
+    total = 2 * len(prompts)  # each is answered, then read
     answers = greedy_answers(
-        subject, FULL, prompts, max_tokens=max_tokens, on_progress=lambda done: on_progress(done, len(prompts))
+        subject, FULL, prompts, max_tokens=max_tokens, on_progress=lambda num_done: on_progress(num_done, total)
     )
     prefixes = np.empty((len(arms), len(prompts)))
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         reading = Reading(subject, (*prompt, *answer[:-1]), len(prompt), {arm.num_skipped for arm in arms})
         for row, arm in enumerate(arms):
             prefixes[row, index] = shared_prefix(reading.logits(arm).argmax(dim=-1).tolist(), answer)
+        on_progress(len(prompts) + index + 1, total)
     lengths = np.array([len(answer) for answer in answers], dtype=np.float64)
     bootstrap = Bootstrap([len(prompts)], seed=seed)
     return [

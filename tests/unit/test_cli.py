@@ -45,10 +45,7 @@ def test_serve_names_every_option_that_the_readme_promises():
         (("analyze", "no-such-model"), "no-such-model"),
         (("analyze", "smollm2", "--candidates", "4;8"), "commas"),
         (("analyze", "smollm2", "--data", "missing.txt"), "missing.txt can't be read"),
-        (("eval", "no-such-model"), "no-such-model"),
         (("eval", "smollm2", "--tasks", "text,reading"), "'reading' is not a valid Task"),
-        (("eval", "smollm2", "--skip-layers", "10;4"), "commas"),
-        (("eval", "smollm2", "--projector", "missing.safetensors"), "there is no projector missing.safetensors"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -239,8 +239,9 @@ def evaluate(
         Path | None, typer.Option(help="Text: .txt, or .jsonl with prompt or messages. Default: four kinds of our own.")
     ] = None,
     passages: Annotated[
-        int, typer.Option(min=2, help="A kind of text; an eighth of it are greedy answers a kind, facts a cell.")
+        int, typer.Option(min=2, help="Of each kind of text. Every eighth is also answered greedily.")
     ] = 200,
+    cases: Annotated[int, typer.Option(min=2, help="Retrieval cases of each length and depth.")] = 25,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Length of each passage's prompt.")] = 512,
     continuation_tokens: Annotated[int, typer.Option(min=2, help="How much of what follows is scored.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the facts, and of the intervals.")] = 0,
@@ -255,8 +256,8 @@ def evaluate(
     with progress_bars() as on_progress:
         said = run_eval(
             model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers, projector=projector or "auto",
-            data=data, num_passages=passages, prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens,
-            seed=seed, dtype=dtype or DtypeOption.FLOAT32,
+            data=data, num_passages=passages, num_cases=cases, prompt_tokens=prompt_tokens,
+            continuation_tokens=continuation_tokens, seed=seed, dtype=dtype or DtypeOption.FLOAT32,
         )  # fmt: skip
     print(said)
 

@@ -31,8 +31,7 @@ from shoal.quality.subject import Subject
 from shoal.quality.text_scores import TextScore, measure_passages, score_texts
 from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
 
-# Greedy answers a kind, and retrieval cases a cell: this share of the passages a kind, as each takes longer.
-_SHARE_OF_PASSAGES = 8
+_PASSAGES_PER_GREEDY_ANSWER = 8
 _LONGEST_CODE_TOKENS = 16
 
 Progress = Callable[[str, int, int], None]
@@ -54,6 +53,7 @@ DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 class EvaluationOptions:
     """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip; the negative controls
     come with the first. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped texts.
+    ``num_passages`` are of each kind of text, ``num_cases`` of each length and depth of retrieval;
     ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions."""
 
     skip_layers: tuple[int, ...] = ()
@@ -61,6 +61,7 @@ class EvaluationOptions:
     data: Path | None = None
     tasks: tuple[Task, ...] = DEFAULT_TASKS
     num_passages: int = 200
+    num_cases: int = 25
     prompt_tokens: int = 512
     continuation_tokens: int = 128
     greedy_tokens: int = 64
@@ -71,9 +72,9 @@ class EvaluationOptions:
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
 
     @property
-    def num_cases(self) -> int:
-        """Greedy answers a kind, and retrieval cases a cell."""
-        return max(2, self.num_passages // _SHARE_OF_PASSAGES)
+    def num_greedy(self) -> int:
+        """Answers a kind of text."""
+        return max(2, self.num_passages // _PASSAGES_PER_GREEDY_ANSWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class EvaluationSettings:
     skip_layers: tuple[int, ...]
     tasks: tuple[Task, ...]
     num_passages: int
+    num_cases: int
     prompt_tokens: int
     continuation_tokens: int
     greedy_tokens: int
@@ -165,6 +167,7 @@ class _Run:
             skip_layers=self._counts,
             tasks=options.tasks,
             num_passages=options.num_passages,
+            num_cases=options.num_cases,
             prompt_tokens=options.prompt_tokens,
             continuation_tokens=options.continuation_tokens,
             greedy_tokens=options.greedy_tokens,
@@ -202,7 +205,7 @@ class _Run:
         if Task.GREEDY not in self._options.tasks:
             return []
         prompts = [
-            passage.prompt for found in self._passages.values() for passage in _spread(found, self._options.num_cases)
+            passage.prompt for found in self._passages.values() for passage in _spread(found, self._options.num_greedy)
         ]
         return score_greedy(
             self._subject, self._arms, prompts, max_tokens=self._options.greedy_tokens, seed=self._options.seed,
@@ -277,6 +280,8 @@ def _checked(
         raise ConfigError("--skip-layers names a number twice: name each once")
     if options.num_passages < 2:
         raise ConfigError(f"{options.num_passages} passages tell no interval: ask for 2 or more")
+    if options.num_cases < 2:
+        raise ConfigError(f"{options.num_cases} retrieval cases tell no interval: ask for 2 or more")
     if options.prompt_tokens < 2 or options.continuation_tokens < 2:
         raise ConfigError("prompts and continuations need 2 tokens or more")
     longest = options.prompt_tokens + max(options.continuation_tokens, options.greedy_tokens)

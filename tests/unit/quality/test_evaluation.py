@@ -23,9 +23,8 @@ from shoal.quality.subject import Subject
 
 LAYERS = 6
 OPTIONS = EvaluationOptions(
-    skip_layers=(3, 2), tasks=tuple(Task), num_passages=3, prompt_tokens=24, continuation_tokens=6, greedy_tokens=5,
-    instruction_tokens=4,
-    retrieval_lengths=(400,), dtype=torch.float64,
+    skip_layers=(3, 2), tasks=tuple(Task), num_passages=3, num_cases=2, prompt_tokens=24, continuation_tokens=6,
+    greedy_tokens=5, instruction_tokens=4, retrieval_lengths=(400,), dtype=torch.float64,
 )  # fmt: skip
 CONTROLS = [("no_projection", 3), ("no_boundary", 3), ("removed", 3)]
 ARMS = [("full", 0), ("shallow", 3), ("calibrated", 3), *CONTROLS, ("shallow", 2)]
@@ -135,6 +134,7 @@ def test_figures_are_written_with_their_intervals():
         ({"skip_layers": (0,)}, ConfigError, "choose 1 to 5"),
         ({"skip_layers": (2, 2)}, ConfigError, "twice"),
         ({"num_passages": 1}, ConfigError, "2 or more"),
+        ({"num_cases": 1}, ConfigError, "2 or more"),
         ({"continuation_tokens": 1}, ConfigError, "2 tokens or more"),
         ({"prompt_tokens": 510}, ConfigError, "lower --prompt-tokens"),
         ({"retrieval_lengths": (700,)}, ConfigError, "leave it out of --tasks"),

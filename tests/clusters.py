@@ -203,8 +203,8 @@ class TestCluster:
 
 @contextmanager
 def cluster(**overrides: Any) -> Iterator[TestCluster]:
-    """A private cluster on free ports, in float32 with ten skipped layers unless ``overrides`` say otherwise."""
-    model = {"dtype": "float32", "skip_layers": 10} | overrides.pop("model", {})
+    """A private cluster on free ports: float32, ten skipped layers, the paper's projection, or as ``overrides`` say."""
+    model = {"dtype": "float32", "skip_layers": 10, "projector": "paper"} | overrides.pop("model", {})
     gateway = {"port": 0, "grpc_port": 0} | overrides.pop("gateway", {})
     config = load_config(model=model, gateway=gateway, **overrides)
     num_by_role = {"gateway": 1, "prefill": config.prefill.replicas, "decode": config.decode.replicas}

@@ -70,10 +70,12 @@ class ModelReader:
         return self._state[name]
 
 
-def parameters_of(model: Any, num_skipped: int, stage: Stage = Stage.DECODE) -> Parameters:
+def parameters_of(
+    model: Any, num_skipped: int, stage: Stage = Stage.DECODE, projector: torch.Tensor | None = None
+) -> Parameters:
     spec = describe(model.config)
     loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
-    return loader.load(LayerPlan(spec.num_layers, num_skipped), stage)
+    return loader.load(LayerPlan(spec.num_layers, num_skipped), stage, projector)
 
 
 def make_engine(

@@ -20,7 +20,7 @@ HALF_THE_LOAD_BLOCKS = 350
 
 async def test_decode_alone_with_half_the_blocks_it_wants_changes_nothing(known: Mapping[str, RealPrompt]):
     config = load_config(
-        model={"dtype": "float32", "skip_layers": NUM_SKIPPED},
+        model={"dtype": "float32", "skip_layers": NUM_SKIPPED, "projector": "paper"},
         decode={"max_step_tokens": 2048, "num_blocks": HALF_THE_LOAD_BLOCKS},
         handoff={"min_tokens": 1 << 20},
     )

@@ -39,7 +39,8 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     config = load_config(
-        model={"skip_layers": options.skip_layers, "dtype": options.dtype}, decode={"max_step_tokens": options.chunk}
+        model={"skip_layers": options.skip_layers, "dtype": options.dtype, "projector": "paper"},
+        decode={"max_step_tokens": options.chunk},
     )
     served = Served.of(config)
     engine = build_engine(

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from shoal.errors import CalibrationError, InternalError
+from shoal.errors import CalibrationError, ConfigError, InternalError, TooLittleText
 from shoal.model.norm import rms_norm
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection
@@ -42,7 +42,7 @@ class CalibrationOptions:
     """``ridges`` are tried on held-out passages, in units of the inputs' mean square. A step sees one passage."""
 
     num_skipped: int
-    ridges: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     num_sinks: int = 4
     num_steps: int = 1000
     learning_rate: float = 3e-4
@@ -68,6 +68,15 @@ class Example:
         return len(self.passage.prompt) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What was learnt: ``weight`` ``[S * 2 * kv_size, hidden]``, and divergences on held-out passages by its stages."""
+
+    weight: torch.Tensor
+    ridge: float
+    scores: dict[str, float]
+
+
 class Calibrator:
     """Learns for one number of skipped layers of ``subject``."""
 
@@ -75,8 +84,23 @@ class Calibrator:
         self.subject = subject
         self.options = options
         self.plan = LayerPlan(subject.spec.num_layers, options.num_skipped)
+        if options.num_skipped < 2:
+            raise ConfigError("with fewer than two skipped layers a shallow prompt loses nothing: skip more")
         self.paper: KvProjection = subject.projection(options.num_skipped)
         self._on_progress = on_progress
+
+    def run(self, passages: Sequence[Passage]) -> Calibrated:
+        """Everything, on ``passages``. Raises CalibrationError."""
+        learnt, held_out, sums = self.observe(passages)
+        if not (learnt and held_out):
+            every = self.options.held_out_every
+            raise TooLittleText(f"{len(passages)} passages, and {every} are the least: give more text")
+        weight, ridge = self.solve(sums, held_out)
+        refined = self.refine(weight, learnt)
+        stages = {"paper": self.paper.weight, "ridge": weight, "refined": refined}
+        scores = {name: self.mean_divergence(stage, held_out) for name, stage in stages.items()}
+        best = refined if scores["refined"] <= scores["ridge"] else weight
+        return Calibrated(best, ridge, scores)
 
     def observe(self, passages: Sequence[Passage]) -> tuple[list[Example], list[Example], NormalEquations]:
         """One full-depth pass over ``passages``: those to learn from, those held out, and the sums of the former."""
@@ -105,6 +129,8 @@ class Calibrator:
                 first = (layer - num_kept) * per_layer
                 own = F.linear(self._normed(hidden)[rows], self.paper.weight[first : first + per_layer])
                 sums.add_outputs(inputs, first, own)
+        if not bool(torch.isfinite(hidden).all()):
+            raise CalibrationError("the model's states on this text aren't finite: are its weights damaged?")
         return Example(passage, state.clone(), hidden[len(passage.prompt) - 1 :].clone())
 
     def _states(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:

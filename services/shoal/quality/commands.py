@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,12 +14,22 @@ import torch
 
 from shoal.engine.build import choose_dtype
 from shoal.errors import ConfigError
-from shoal.model.files import locate
+from shoal.model.families import describe
+from shoal.model.files import ModelFiles, locate
+from shoal.model.plan import LayerPlan
+from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
 from shoal.quality.analysis import Analysis, AnalysisOptions, Progress, analyze
+from shoal.quality.calibration import CalibrationOptions, Calibrator
 from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
+from shoal.quality.subject import Subject
+from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
 
 if TYPE_CHECKING:
     from shoal.config import Dtype
+
+# Prompt and continuation of a passage, as quality is measured on them, too.
+PASSAGE_TOKENS = (512, 128)
+MIN_PASSAGES = 20
 
 
 def run_analyze(
@@ -65,6 +79,71 @@ def run_eval(
     found = evaluate(locate(model), asked, on_progress)
     on_progress("", 0, 0)
     return _write_evaluation(found, output)
+
+
+def run_calibrate(
+    model: str,
+    on_progress: Progress,
+    *,
+    output: Path | None,
+    data: Sequence[Path],
+    kinds: str | None,
+    num_passages: int,
+    dtype: str,
+    options: CalibrationOptions,
+) -> str:
+    """Write a projector; what to tell the user. Raises ShoalError."""
+    files = locate(model)
+    plan = LayerPlan(describe(files.config()).num_layers, options.num_skipped)
+    tokenizer = files.tokenizer()
+    texts = _texts(data, kinds, tokenizer)
+    cut = [passage for text in texts for passage in _passages(text, tokenizer, num_passages)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_dtype(cast("Dtype", dtype), device)
+    loading = partial(on_progress, "loading")
+    subject = Subject.load(files, dtype=chosen, max_tokens=sum(PASSAGE_TOKENS), device=device, on_progress=loading)
+    found = Calibrator(subject, options, on_progress).run(cut)
+    header = ProjectorHeader(
+        model_digest=files.digest,
+        num_layers=plan.num_layers,
+        num_kept=plan.num_kept,
+        data_digest=sha256("".join(text.digest for text in texts).encode()).hexdigest(),
+        settings={
+            **asdict(options), "ridge": found.ridge, "texts": [text.kind for text in texts],
+            "num_passages": len(cut), "dtype": str(chosen).removeprefix("torch."),
+        },
+        scores=found.scores,
+    )  # fmt: skip
+    path = output or _beside(files, plan)
+    save_projector(path, header, found.weight.to(torch.bfloat16).cpu())
+    on_progress("", 0, 0)
+    lines = [f"{name:>8}: {score:.4f} nats a token from full depth" for name, score in found.scores.items()]
+    return "\n".join([f"on held-out passages of {', '.join(text.kind for text in texts)}:", *lines, f"written: {path}"])
+
+
+def _texts(data: Sequence[Path], kinds: str | None, tokenizer: Any) -> list[Text]:
+    """Users' own, else of what ships the calibration split of ``kinds``. Raises DataError or ConfigError."""
+    if data:
+        return [read(path, tokenizer) for path in data]
+    wanted = kinds.split(",") if kinds else list(Kind)
+    unknown = sorted(set(wanted) - set(Kind))
+    if unknown:
+        raise ConfigError(f"no text of kind {', '.join(unknown)} ships: choose of {', '.join(Kind)}")
+    return [load(Kind(kind), Split.CALIBRATION) for kind in wanted]
+
+
+def _passages(text: Text, tokenizer: Any, limit: int) -> list[Passage]:
+    num_prompt, num_continuation = PASSAGE_TOKENS
+    return passages(
+        text.kind, text.token_ids(tokenizer), num_prompt=num_prompt, num_continuation=num_continuation, limit=limit,
+        at_least=MIN_PASSAGES, opening=opening(tokenizer),
+    )  # fmt: skip
+
+
+def _beside(files: ModelFiles, plan: LayerPlan) -> Path:
+    """Beside the model, where it is found without being named; a package's folder isn't the user's to write to."""
+    path = projector_beside(files, plan)
+    return Path(path.name) if files.is_packaged else path
 
 
 def require_plots() -> None:

@@ -9,9 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from shoal.errors import ConfigError
+from shoal.errors import DataError, TooLittleText
+from shoal.quality.texts import opening, read
 
 Prompt = tuple[int, ...]
 
@@ -32,20 +31,24 @@ def shipped_prompts(tokenizer: Any) -> list[Prompt]:
 def read_prompts(path: Path, tokenizer: Any, *, max_tokens: int) -> list[Prompt]:
     """A .txt file is cut into windows of ``max_tokens``; a .jsonl file has a ``prompt`` or ``messages`` a line.
 
-    Raises ConfigError that names the line, and what to change.
+    Raises DataError that names the place, and what to change.
     """
-    read = {".txt": _windows, ".jsonl": _lines}.get(path.suffix)
-    if read is None:
-        raise ConfigError(f"{path} is neither .txt nor .jsonl: give one text, or a JSON object with prompt a line")
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (at byte {error.start}): convert it") from error
-    prompts = read(path, text, tokenizer, max_tokens)
+    start = opening(tokenizer)
+    documents = [
+        ids if tuple(ids[: len(start)]) == start else [*start, *ids]
+        for ids in read(path, tokenizer).token_ids(tokenizer)
+    ]
+    prompts = _windows(documents[0], start, max_tokens) if path.suffix == ".txt" else [*map(tuple, documents)]
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) > max_tokens:
+            raise DataError(
+                f"{path}, prompt {number}: {len(prompt)} tokens, and {max_tokens} are allowed: shorten it, or raise "
+                "--prompt-tokens"
+            )
     if len(prompts) < 2:
-        raise ConfigError(f"{path} gives {len(prompts)} prompts, and 2 are the least: one to learn from, one to check")
+        raise TooLittleText(
+            f"{path} gives {len(prompts)} prompts, and 2 are the least: one to learn from, one to check"
+        )
     return prompts
 
 
@@ -61,41 +64,10 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
-def _windows(_path: Path, text: str, tokenizer: Any, max_tokens: int) -> list[Prompt]:
-    begin = tokenizer.encode("")  # what the tokenizer puts before any text
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    size = max(_MIN_WINDOW_TOKENS, max_tokens - len(begin))
-    windows = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [(*begin, *window) for window in windows if len(window) >= _MIN_WINDOW_TOKENS]
-
-
-def _lines(path: Path, text: str, tokenizer: Any, max_tokens: int) -> list[Prompt]:
-    prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = _prompt(json.loads(line), tokenizer)
-        except (ValueError, TypeError, KeyError, TemplateError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from error
-        if not 1 <= len(prompt) <= max_tokens:
-            raise ConfigError(
-                f"{path}, line {number}: a prompt of {len(prompt)} tokens, but 1 to {max_tokens} are allowed: "
-                "shorten it, or raise --prompt-tokens"
-            )
-        prompts.append(prompt)
-    return prompts
-
-
-def _prompt(entry: Any, tokenizer: Any) -> Prompt:
-    match entry:
-        case {"prompt": str(text)}:
-            return tuple(tokenizer.encode(text))
-        case {"messages": [*messages]} if messages and tokenizer.chat_template:
-            return _chat(tokenizer, messages)
-        case {"messages": [*messages]} if messages:
-            raise ValueError("the model has no chat template: give prompt instead of messages")
-    raise ValueError('must be {"prompt": "…"} or {"messages": [{"role": …, "content": …}, …]}')
+def _windows(ids: Sequence[int], start: Prompt, max_tokens: int) -> list[Prompt]:
+    body, size = ids[len(start) :], max(_MIN_WINDOW_TOKENS, max_tokens - len(start))
+    windows = [body[first : first + size] for first in range(0, len(body), size)]
+    return [(*start, *window) for window in windows if len(window) >= _MIN_WINDOW_TOKENS]
 
 
 def _chat(tokenizer: Any, messages: list[Any]) -> Prompt:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import save_tiny
+from engines import Ask, make_engine, parameters_of, run, run_handed_off
+from models import save_tiny, tiny_llama
+from reference import Cache, all_layers, encode_shallow, logits_of, run_layers
 from shoal.config import load_config
 from shoal.engine.build import Served, load_parameters
 from shoal.errors import MalformedWeights, ModelError, ProjectorMismatch
@@ -131,3 +135,44 @@ def test_a_projector_of_the_wrong_shape_is_refused(tmp_path: Path, files: ModelF
     model = {"name": str(files.path), "skip_layers": 2, "projector": str(tmp_path / "p.safetensors")}
     with pytest.raises(MalformedWeights, match="calibrate again"):
         load_parameters(Served.of(load_config(model=model)), Stage.PREFILL, torch.device("cpu"))
+
+
+# --- what it computes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama(attention_bias=True)[1]
+
+
+def expected(model: Any, projector: torch.Tensor, ids: list[int], num_tokens: int) -> list[int]:
+    """Greedy tokens after a shallow prompt whose K/V ``projector`` makes, by the slow reference.
+
+    The paper's projection of a model whose skipped layers have this matrix, and a norm without weight, is it.
+    """
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, part in zip(other.model.layers[4:], projector.chunk(2), strict=True):
+            layer.input_layernorm.weight.fill_(1)
+            layer.self_attn.k_proj.weight.copy_(part[:32])
+            layer.self_attn.v_proj.weight.copy_(part[32:])
+    with torch.no_grad():
+        cache: Cache = {}
+        encode_shallow(other, ids[:-1], 2, cache)
+        tokens = [ids[-1]]
+        for position in range(len(ids) - 1, len(ids) - 1 + num_tokens):
+            logits = logits_of(model, run_layers(model, tokens[-1:], position, all_layers(model), cache))
+            tokens.append(int(logits[0].argmax()))
+    return tokens[1:]
+
+
+def test_served_alone_or_handed_off_it_computes_what_it_says(model: Any):
+    projector, ask = weight().double(), Ask([5 + 7 * index % 80 for index in range(30)], num_tokens=10)
+    decode, prefill = (
+        make_engine(model, 2, stage=stage, parameters=parameters_of(model, 2, stage, projector), max_step_tokens=9)
+        for stage in (Stage.DECODE, Stage.PREFILL)
+    )
+    tokens = expected(model, projector, ask.prompt, 10)
+    assert run(decode, [ask]) == [tokens]
+    assert run_handed_off(prefill, decode, [ask]) == [tokens]
+    assert run(make_engine(model, 2), [ask]) != [tokens], "the paper's projection happens to say the same"

@@ -1,0 +1,101 @@
+"""``shoal calibrate`` as a user runs it, on a tiny model and little text."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import save_tiny
+from shoal.errors import CalibrationError, ConfigError, DataError, TooLittleText
+from shoal.model.files import locate
+from shoal.model.plan import LayerPlan
+from shoal.model.projector import find_projector
+from shoal.quality.calibration import CalibrationOptions
+from shoal.quality.commands import run_calibrate
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "model", dtype=torch.float32, context=1024)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    chance = random.Random(1)
+    path = tmp_path / "mine.txt"
+    path.write_text("".join(chance.choices(string.ascii_letters + " ", k=640 * 24)), encoding="utf-8")
+    return path
+
+
+def calibrate(folder: Path, *data: Path, num_skipped: int = 2, num_steps: int = 4, **fields: Any) -> str:
+    options = CalibrationOptions(num_skipped, num_steps=num_steps, ridges=(0.1,))
+    asked = {"output": None, "kinds": None, "num_passages": 30, "dtype": "float32"} | fields
+    return run_calibrate(str(folder), lambda *_: None, data=data, options=options, **asked)
+
+
+def test_what_it_writes_is_found_beside_the_model(folder: Path, text: Path):
+    said = calibrate(folder, text)
+    files = locate(str(folder))
+    found = find_projector("auto", files, LayerPlan(6, 2))
+    assert found is not None and str(folder) in said
+    assert found.header.settings["texts"] == ["mine"] and found.header.settings["num_passages"] == 24
+    assert set(found.header.scores) == {"paper", "ridge", "refined"}
+    assert f"{found.header.scores['refined']:.4f}" in said
+    assert found.header.scores["ridge"] < found.header.scores["paper"]
+
+
+def test_another_place_may_be_named(folder: Path, text: Path, tmp_path: Path):
+    calibrate(folder, text, output=tmp_path / "here.safetensors", num_steps=0)
+    assert (tmp_path / "here.safetensors").is_file()
+    assert find_projector("auto", locate(str(folder)), LayerPlan(6, 2)) is None
+
+
+def test_other_text_has_another_digest(folder: Path, text: Path, tmp_path: Path):
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    digests = set()
+    for data in (text, other):
+        calibrate(folder, data, num_steps=0)
+        found = find_projector("auto", locate(str(folder)), LayerPlan(6, 2))
+        assert found is not None
+        digests.add(found.header.data_digest)
+    assert len(digests) == 2
+
+
+def test_too_little_text_is_said(folder: Path, tmp_path: Path):
+    (tmp_path / "short.txt").write_text("a few words", encoding="utf-8")
+    with pytest.raises(TooLittleText, match="short"):
+        calibrate(folder, tmp_path / "short.txt")
+
+
+def test_bad_data_is_said(folder: Path, tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "no"}), encoding="utf-8")
+    with pytest.raises(DataError, match="line 1"):
+        calibrate(folder, tmp_path / "bad.jsonl")
+
+
+def test_an_unknown_kind_names_those_there_are(folder: Path):
+    with pytest.raises(ConfigError, match="prose, technical, dialogue, code"):
+        calibrate(folder, kinds="prose,poems")
+
+
+@pytest.mark.parametrize("num_skipped", [1, 6, 60])
+def test_layers_that_can_not_be_skipped_are_refused(folder: Path, text: Path, num_skipped: int):
+    with pytest.raises(ConfigError):
+        calibrate(folder, text, num_skipped=num_skipped)
+
+
+def test_damaged_weights_are_said_before_anything_is_learnt(tmp_path: Path, text: Path):
+    model = save_tiny(tmp_path / "broken", dtype=torch.float32, context=1024)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    save_tiny(tmp_path / "broken", model)
+    with pytest.raises(CalibrationError, match="damaged"):
+        calibrate(tmp_path / "broken", text)

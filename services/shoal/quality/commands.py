@@ -60,7 +60,15 @@ def run_analyze(
 
 
 def run_eval(
-    model: str, on_progress: Progress, *, output: Path, dtype: str, skip_layers: str | None, tasks: str, **options: Any
+    model: str,
+    on_progress: Progress,
+    *,
+    output: Path,
+    dtype: str,
+    skip_layers: str | None,
+    tasks: str,
+    kinds: str | None,
+    **options: Any,
 ) -> str:
     """Write evaluation.json and report.html to ``output``; what to tell the user. Raises ShoalError."""
     require_plots()
@@ -70,6 +78,7 @@ def run_eval(
         dtype=choose_dtype(cast("Dtype", dtype), device),
         skip_layers=parse_counts(skip_layers, "--skip-layers") if skip_layers else (),
         tasks=parse_tasks(tasks),
+        kinds=parse_kinds(kinds),
         **options,
     )
     try:
@@ -125,11 +134,7 @@ def _texts(data: Sequence[Path], kinds: str | None, tokenizer: Any) -> list[Text
     """Users' own, else of what ships the calibration split of ``kinds``. Raises DataError or ConfigError."""
     if data:
         return [read(path, tokenizer) for path in data]
-    wanted = kinds.split(",") if kinds else list(Kind)
-    unknown = sorted(set(wanted) - set(Kind))
-    if unknown:
-        raise ConfigError(f"no text of kind {', '.join(unknown)} ships: choose of {', '.join(Kind)}")
-    return [load(Kind(kind), Split.CALIBRATION) for kind in wanted]
+    return [load(kind, Split.CALIBRATION) for kind in parse_kinds(kinds)]
 
 
 def _passages(text: Text, tokenizer: Any, limit: int) -> list[Passage]:
@@ -150,6 +155,15 @@ def require_plots() -> None:
     """Before hours are spent on a report that can't be drawn. Raises ConfigError."""
     if find_spec("matplotlib") is None:
         raise ConfigError("reports need matplotlib: pip install '.[serve,quality]' in Shoal's repository")
+
+
+def parse_kinds(text: str | None) -> tuple[Kind, ...]:
+    """Names with commas between them, each once; all kinds if there are none. Raises ConfigError."""
+    wanted = list(dict.fromkeys(part.strip() for part in text.split(","))) if text else list(Kind)
+    unknown = sorted(set(wanted) - set(Kind))
+    if unknown:
+        raise ConfigError(f"no text of kind {', '.join(unknown)} ships: choose of {', '.join(Kind)}")
+    return tuple(Kind(kind) for kind in wanted)
 
 
 def parse_tasks(text: str) -> tuple[Task, ...]:

@@ -52,13 +52,14 @@ DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
     """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip; the negative controls
-    come with the first. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped texts.
+    come with the first. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``.
     ``num_passages`` are of each kind of text, ``num_cases`` of each length and depth of retrieval;
     ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions."""
 
     skip_layers: tuple[int, ...] = ()
     projector: str = "auto"
-    data: Path | None = None
+    data: tuple[Path, ...] = ()
+    kinds: tuple[Kind, ...] = tuple(Kind)
     tasks: tuple[Task, ...] = DEFAULT_TASKS
     num_passages: int = 200
     num_cases: int = 25
@@ -78,11 +79,20 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Something that was read: a kind of text, or the projector for so many skipped layers; SHA-256 (hex)."""
+class TextRead:
+    """A kind of text, and the SHA-256 (hex) of what was read."""
 
-    name: str
+    kind: str
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorUsed:
+    """The projector for so many skipped layers, SHA-256 (hex) of its file, and the kinds of text it learnt from."""
+
+    num_skipped: int
+    digest: str
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +113,8 @@ class EvaluationSettings:
     seed: int
     dtype: str
     device: str
-    texts: tuple[Source, ...]
-    projectors: tuple[Source, ...]
+    texts: tuple[TextRead, ...]
+    projectors: tuple[ProjectorUsed, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +185,11 @@ class _Run:
             seed=options.seed,
             dtype=str(options.dtype).removeprefix("torch."),
             device=options.device.type,
-            texts=tuple(Source(text.kind, text.digest) for text in texts),
-            projectors=tuple(Source(str(count), found.digest) for count, found in self._projectors.items()),
+            texts=tuple(TextRead(text.kind, text.digest) for text in texts),
+            projectors=tuple(
+                ProjectorUsed(count, found.digest, tuple(found.header.settings.get("texts", ())))
+                for count, found in self._projectors.items()
+            ),
         )
 
     def load(self) -> None:
@@ -241,9 +254,9 @@ class _Run:
     def _read_texts(self) -> list[Text]:
         if not {Task.TEXT, Task.GREEDY} & set(self._options.tasks):
             return []
-        if self._options.data is not None:
-            return [read(self._options.data, self._tokenizer)]
-        return [load(kind, Split.EVALUATION) for kind in Kind]
+        if self._options.data:
+            return [read(path, self._tokenizer) for path in self._options.data]
+        return [load(kind, Split.EVALUATION) for kind in self._options.kinds]
 
     def _cut(self, text: Text) -> list[Passage]:
         options = self._options

@@ -98,7 +98,14 @@ def _texts(evaluation: Evaluation) -> Iterable[Part]:
         + _INTERVALS
     )
     for kind in dict.fromkeys(score.kind for score in evaluation.texts):
+        seen = [projector.num_skipped for projector in settings.projectors if kind in projector.kinds]
         yield from _text_tables(kind, [score for score in evaluation.texts if score.kind == kind])
+        if seen:
+            counts = ", ".join(map(str, seen))
+            yield Paragraph(
+                f"Beware: the projector that skips {counts} learnt from text of this kind, though from other works, "
+                "which flatters it here."
+            )
     yield Plot(loss_plot(evaluation), f"Extra nats a token by skipped layers. {_overall(evaluation)}")
     yield Plot(
         speed_plot(evaluation),
@@ -210,9 +217,10 @@ def _settings(evaluation: Evaluation) -> Iterable[tuple[str, str]]:
     yield "model digest", settings.model_digest
     yield "layers", str(settings.num_layers)
     for projector in settings.projectors:
-        yield f"projector that skips {projector.name}", projector.digest
+        learnt_from = f", learnt from {', '.join(projector.kinds)}" if projector.kinds else ""
+        yield f"projector that skips {projector.num_skipped}{learnt_from}", projector.digest
     for text in settings.texts:
-        yield f"text: {text.name}", text.digest
+        yield f"text: {text.kind}", text.digest
     yield "seed", str(settings.seed)
     yield "computed in", f"{settings.dtype} on {settings.device}"
 

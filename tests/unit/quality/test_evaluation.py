@@ -15,15 +15,16 @@ from shoal.errors import ConfigError, DataError, TooLittleText
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
-from shoal.quality.commands import parse_tasks
+from shoal.quality.commands import parse_kinds, parse_tasks
 from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
 from shoal.quality.evaluation_page import loss_plot, render_evaluation, speed_plot, summarize, written
 from shoal.quality.statistics import Interval
 from shoal.quality.subject import Subject
+from shoal.quality.texts import Kind
 
 LAYERS = 6
 OPTIONS = EvaluationOptions(
-    skip_layers=(3, 2), tasks=tuple(Task), num_passages=3, num_cases=2, prompt_tokens=24, continuation_tokens=6,
+    skip_layers=(3, 2), tasks=tuple(Task), kinds=(Kind.PROSE, Kind.CODE), num_passages=3, num_cases=2, prompt_tokens=24, continuation_tokens=6,
     greedy_tokens=5, instruction_tokens=4, retrieval_lengths=(400,), dtype=torch.float64,
 )  # fmt: skip
 CONTROLS = [("no_projection", 3), ("no_boundary", 3), ("removed", 3)]
@@ -36,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     save_tiny(folder, tiny_llama(layers=LAYERS, context=512)[1])
     files = locate(str(folder))
     weight = Subject.load(files, dtype=torch.float64, max_tokens=8).projection(3).weight
-    header = ProjectorHeader(files.digest, LAYERS, LAYERS - 3, "data", {}, {})
+    header = ProjectorHeader(files.digest, LAYERS, LAYERS - 3, "data", {"texts": ["technical", "code"]}, {})
     save_projector(projector_beside(files, LayerPlan(LAYERS, 3)), header, weight * 1.01)
     return files
 
@@ -51,11 +52,11 @@ def ignore(*_: object) -> None:
 
 
 def test_every_task_has_a_score_for_every_arm_that_it_can_ask(found: Evaluation):
-    kinds = ["prose", "technical", "dialogue", "code", "all"]
+    kinds = ["prose", "code", "all"]
     assert [(score.kind, score.treatment, score.num_skipped) for score in found.texts] == [
         (kind, *arm) for kind in kinds for arm in ARMS
     ]
-    assert {score.num_passages for score in found.texts} == {3, 12}
+    assert {score.num_passages for score in found.texts} == {3, 6}
     for scores in (found.greedy, found.retrieval):
         assert [(score.treatment, score.num_skipped) for score in scores] == ARMS
     served = [arm for arm in ARMS if arm not in CONTROLS]
@@ -67,9 +68,9 @@ def test_every_task_has_a_score_for_every_arm_that_it_can_ask(found: Evaluation)
 
 def test_a_projector_beside_the_model_is_compared_and_named(found: Evaluation):
     [source] = found.settings.projectors
-    assert source.name == "3" and len(source.digest) == 64
+    assert source.num_skipped == 3 and len(source.digest) == 64 and source.kinds == ("technical", "code")
     calibrated = [score for score in found.texts if score.treatment == "calibrated"]
-    assert len(calibrated) == 5
+    assert len(calibrated) == 3
     shallow = [score for score in found.texts if (score.treatment, score.num_skipped) == ("shallow", 3)]
     assert all(one.divergence != other.divergence for one, other in zip(calibrated, shallow, strict=True))
 
@@ -95,7 +96,7 @@ def test_by_default_a_third_is_skipped(files: ModelFiles):
 def test_users_text_is_measured_on_instead_of_ours(files: ModelFiles, tmp_path: Path):
     path = tmp_path / "mine.txt"
     path.write_text("A text of my own, letter by letter. " * 20)
-    alone = evaluate(files, replace(OPTIONS, data=path, tasks=(Task.TEXT,)), ignore)
+    alone = evaluate(files, replace(OPTIONS, data=(path,), tasks=(Task.TEXT,)), ignore)
     assert {score.kind for score in alone.texts} == {"mine"}
     assert "mine, 3 passages" in render_evaluation(alone)
 
@@ -118,6 +119,7 @@ def test_the_page_has_every_arm_and_figure_and_both_plots(found: Evaluation):
     for told in found.instructions:
         assert f"<td>{written(told.passed, 100, 1)}</td>" in page
     assert found.settings.model_digest in page
+    assert "learnt from technical, code" in page and page.count("Beware: the projector that skips 3 learnt") == 1
 
 
 def test_figures_are_written_with_their_intervals():
@@ -140,7 +142,7 @@ def test_figures_are_written_with_their_intervals():
         ({"retrieval_lengths": (700,)}, ConfigError, "leave it out of --tasks"),
         ({"retrieval_lengths": (100,)}, TooLittleText, "don't fit"),
         ({"num_passages": 100_000}, TooLittleText, "are needed"),
-        ({"data": Path("missing.txt")}, DataError, "can't read missing.txt"),
+        ({"data": (Path("missing.txt"),)}, DataError, "can't read missing.txt"),
     ],
 )
 def test_what_can_not_be_evaluated_is_refused_before_weights_are_read(
@@ -150,6 +152,15 @@ def test_what_can_not_be_evaluated_is_refused_before_weights_are_read(
     with pytest.raises(error, match=says):
         evaluate(files, replace(OPTIONS, **change), lambda name, *_: names.add(name))
     assert not names
+
+
+def test_of_what_ships_some_kinds_can_be_chosen(files: ModelFiles):
+    chosen = parse_kinds("code, prose,code")
+    assert chosen == (Kind.CODE, Kind.PROSE) and parse_kinds(None) == tuple(Kind)
+    alone = evaluate(files, replace(OPTIONS, kinds=chosen, tasks=(Task.TEXT,)), ignore)
+    assert [text.kind for text in alone.settings.texts] == ["code", "prose"]
+    with pytest.raises(ConfigError, match="no text of kind poetry"):
+        parse_kinds("poetry")
 
 
 def test_tasks_are_named_with_commas_between_them():

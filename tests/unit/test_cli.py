@@ -22,7 +22,7 @@ def shoal(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 def test_help_teaches_where_to_start():
     said = shoal("--help")
     assert said.returncode == 0
-    for word in ("doctor", "demo", "serve", "generate", "analyze", "prefill", "decode"):
+    for word in ("doctor", "demo", "serve", "generate", "analyze", "eval", "prefill", "decode"):
         assert word in said.stdout
 
 
@@ -45,6 +45,7 @@ def test_serve_names_every_option_that_the_readme_promises():
         (("analyze", "no-such-model"), "no-such-model"),
         (("analyze", "smollm2", "--candidates", "4;8"), "commas"),
         (("analyze", "smollm2", "--data", "missing.txt"), "missing.txt can't be read"),
+        (("eval", "smollm2", "--tasks", "text,reading"), "'reading' is not a valid Task"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -81,3 +82,17 @@ def test_analyze_leaves_a_result_a_page_and_a_plot(tmp_path: Path):
     assert names == {"analysis.json", "importance.svg", "report.html", "samples.jsonl"}
     again = shoal(*command)
     assert again.stdout == said.stdout and "responses: 10 of 10" in again.stderr
+
+
+def test_eval_leaves_a_result_and_a_page_and_says_the_main_figures(tmp_path: Path):
+    save_tiny(tmp_path / "model", dtype=torch.float32, layers=3)
+    (tmp_path / "mine.txt").write_text("A text of my own, letter by letter. " * 20)
+    output = tmp_path / "deep" / "out"
+    said = shoal(
+        "eval", str(tmp_path / "model"), "--data", str(tmp_path / "mine.txt"), "--tasks", "text,greedy",
+        "--skip-layers", "2,1", "--passages", "2", "--prompt-tokens", "20", "--continuation-tokens", "4",
+        "--output", str(output),
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "shallow, 2 skipped: perplexity" in said.stdout and str(output / "report.html") in said.stdout
+    assert {path.name for path in output.iterdir()} == {"evaluation.json", "report.html"}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,17 @@ def save_projector(path: Path, header: ProjectorHeader, weight: torch.Tensor) ->
     part.replace(path)
 
 
+def read_header(path: Path) -> ProjectorHeader:
+    """What a file says that it is for, without its matrix. Raises ModelError."""
+    with _opened(path) as (header, _):
+        return header
+
+
 def load_projector(path: Path, files: ModelFiles, plan: LayerPlan) -> Projector:
     """Read a projector and hold it against model and plan. Raises ModelError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = _header(path, (file.metadata() or {}).get(_KEY))
-            header.require_fit(path, files, plan)
-            weight = file.get_tensor("weight")
-    except FileNotFoundError as error:
-        raise ModelError(f"there is no projector {path}: make it with shoal calibrate") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is no projector that can be read ({error}): calibrate again") from error
+    with _opened(path) as (header, file):
+        header.require_fit(path, files, plan)
+        weight = file.get_tensor("weight")
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"{path} holds numbers that aren't finite: calibrate again")
     return Projector(header, weight, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -105,6 +104,19 @@ def projector_beside(files: ModelFiles, plan: LayerPlan) -> Path:
     if files.is_packaged:
         return _SHIPPED / f"{files.model_id}-{name}"
     return files.path.with_name(f"{files.path.stem}.{name}") if files.kind is ModelKind.GGUF else files.path / name
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[ProjectorHeader, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield _header(path, (file.metadata() or {}).get(_KEY)), file
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no projector {path}: make it with shoal calibrate") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no projector that can be read ({error}): calibrate again") from error
 
 
 def _header(path: Path, said: str | None) -> ProjectorHeader:

@@ -20,6 +20,7 @@ from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
 from shoal.quality.analysis import Analysis, AnalysisOptions, Progress, analyze
 from shoal.quality.calibration import CalibrationOptions, Calibrator
+from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
 from shoal.quality.subject import Subject
 from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
 
@@ -37,7 +38,7 @@ def run_analyze(
     """Write analysis.json, report.html and importance.svg to ``output``; what to tell the user. Raises ShoalError."""
     require_plots()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counts = parse_counts(candidates) if candidates else ()
+    counts = parse_counts(candidates, "--candidates") if candidates else ()
     asked = AnalysisOptions(
         output=output, device=device, dtype=choose_dtype(cast("Dtype", dtype), device), candidates=counts, **options
     )
@@ -56,6 +57,37 @@ def run_analyze(
             f"report: {output / 'report.html'}",
         ]
     )
+
+
+def run_eval(
+    model: str,
+    on_progress: Progress,
+    *,
+    output: Path,
+    dtype: str,
+    skip_layers: str | None,
+    tasks: str,
+    kinds: str | None,
+    **options: Any,
+) -> str:
+    """Write evaluation.json and report.html to ``output``; what to tell the user. Raises ShoalError."""
+    require_plots()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = EvaluationOptions(
+        device=device,
+        dtype=choose_dtype(cast("Dtype", dtype), device),
+        skip_layers=parse_counts(skip_layers, "--skip-layers") if skip_layers else (),
+        tasks=parse_tasks(tasks),
+        kinds=parse_kinds(kinds),
+        **options,
+    )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{output} can't be made ({error.strerror}): choose another --output") from error
+    found = evaluate(locate(model), asked, on_progress)
+    on_progress("", 0, 0)
+    return _write_evaluation(found, output)
 
 
 def run_calibrate(
@@ -102,11 +134,7 @@ def _texts(data: Sequence[Path], kinds: str | None, tokenizer: Any) -> list[Text
     """Users' own, else of what ships the calibration split of ``kinds``. Raises DataError or ConfigError."""
     if data:
         return [read(path, tokenizer) for path in data]
-    wanted = kinds.split(",") if kinds else list(Kind)
-    unknown = sorted(set(wanted) - set(Kind))
-    if unknown:
-        raise ConfigError(f"no text of kind {', '.join(unknown)} ships: choose of {', '.join(Kind)}")
-    return [load(Kind(kind), Split.CALIBRATION) for kind in wanted]
+    return [load(kind, Split.CALIBRATION) for kind in parse_kinds(kinds)]
 
 
 def _passages(text: Text, tokenizer: Any, limit: int) -> list[Passage]:
@@ -129,12 +157,29 @@ def require_plots() -> None:
         raise ConfigError("reports need matplotlib: pip install '.[serve,quality]' in Shoal's repository")
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
+def parse_kinds(text: str | None) -> tuple[Kind, ...]:
+    """Names with commas between them, each once; all kinds if there are none. Raises ConfigError."""
+    wanted = list(dict.fromkeys(part.strip() for part in text.split(","))) if text else list(Kind)
+    unknown = sorted(set(wanted) - set(Kind))
+    if unknown:
+        raise ConfigError(f"no text of kind {', '.join(unknown)} ships: choose of {', '.join(Kind)}")
+    return tuple(Kind(kind) for kind in wanted)
+
+
+def parse_tasks(text: str) -> tuple[Task, ...]:
+    """Names with commas between them, each once. Raises ConfigError."""
+    try:
+        return tuple(dict.fromkeys(Task(part.strip()) for part in text.split(",")))
+    except ValueError as error:
+        raise ConfigError(f"{error}: --tasks are some of {','.join(Task)}") from None
+
+
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
     """Numbers with commas between them. Raises ConfigError."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"candidates are {text!r}: write numbers with commas between them, like 4,8,10") from None
+        raise ConfigError(f"{option} is {text!r}: write numbers with commas between them, like 4,8,10") from None
 
 
 def _write(found: Analysis, output: Path) -> None:
@@ -143,3 +188,11 @@ def _write(found: Analysis, output: Path) -> None:
     (output / "analysis.json").write_text(found.to_json(), encoding="utf-8")
     (output / "importance.svg").write_text(importance_plot(found) + "\n", encoding="utf-8")
     (output / "report.html").write_text(render_analysis(found), encoding="utf-8")
+
+
+def _write_evaluation(found: Evaluation, output: Path) -> str:
+    from shoal.quality.evaluation_page import render_evaluation, summarize
+
+    (output / "evaluation.json").write_text(found.to_json(), encoding="utf-8")
+    (output / "report.html").write_text(render_evaluation(found), encoding="utf-8")
+    return "\n".join([*summarize(found), f"report: {output / 'report.html'}"])

@@ -229,6 +229,6 @@ def test_candidates_go_up_to_half_of_the_layers(num_layers: int, expected: tuple
 
 
 def test_numbers_are_written_with_commas_between_them():
-    assert parse_counts("4,8, 10") == (4, 8, 10)
+    assert parse_counts("4,8, 10", "--candidates") == (4, 8, 10)
     with pytest.raises(ConfigError, match="commas"):
-        parse_counts("4;8")
+        parse_counts("4;8", "--candidates")

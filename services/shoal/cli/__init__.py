@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from shoal.cli.options import DepthOption, Dtype, Model, Projector, SkipLayers
+from shoal.cli.progress import err, progress_bars
+from shoal.cli.quality import analyze, calibrate, evaluate
 from shoal.errors import ShoalError
 
 app = typer.Typer(
@@ -31,36 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-err = Console(stderr=True)
-
-
-class DepthOption(StrEnum):
-    AUTO = "auto"
-    SHALLOW = "shallow"
-    FULL = "full"
-
-
-class DtypeOption(StrEnum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A known name (smollm2), a folder with safetensors, or a .gguf file.", metavar="NAME|DIR|FILE.gguf"
-    ),
-]
-SkipLayers = Annotated[
-    int | None,
-    typer.Option(min=0, help="How many of the last layers a shallow prompt skips. Default: a third. 0: none."),
-]
-Projector = Annotated[
-    str | None,
-    typer.Option(help="What shoal calibrate made. Default: the one beside the model, if any.", metavar="FILE|paper"),
-]
-Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]
 
 
 @app.command()
@@ -188,77 +157,9 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
             sys.stdout.write("\n")
 
 
-@app.command()
-def analyze(
-    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
-    output: Annotated[Path, typer.Option(help="Folder for the results, and for going on after a stop.")] = Path(
-        "analysis"
-    ),
-    data: Annotated[
-        Path | None, typer.Option(help="Prompts: .txt, or .jsonl with prompt or messages. Default: Shoal's own.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to draw and ask.")] = 200,
-    response_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; a .txt is cut to this.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same responses.")] = 0,
-    candidates: Annotated[
-        str | None, typer.Option(help="Numbers of layers to skip: 4,8,10. Default: up to half of them.")
-    ] = None,
-    max_loss: Annotated[float, typer.Option(min=0.0, help="Nats a token that the recommended number may lose.")] = 0.02,
-    dtype: Dtype = DtypeOption.FLOAT32,
-) -> None:
-    """Which layers does a prompt need? Asks each layer with a virtual gate, and measures what skipping costs.
-
-    Writes analysis.json, report.html and importance.svg. Stopped, the same command goes on where it was.
-    """
-    from shoal.quality.commands import run_analyze
-
-    try:
-        with progress_bars() as on_progress:
-            said = run_analyze(
-                model, on_progress, output=output, data=data, num_samples=samples, response_tokens=response_tokens,
-                prompt_tokens=prompt_tokens, seed=seed, candidates=candidates, max_loss=max_loss,
-                dtype=dtype or DtypeOption.FLOAT32,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        err.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from None
-    print(said)
-
-
-@app.command()
-def calibrate(
-    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
-    skip_layers: Annotated[int, typer.Option(min=2, help="How many of the last layers a shallow prompt will skip.")],
-    output: Annotated[
-        Path | None, typer.Option(help="The file. Default: beside the model, where serve finds it.")
-    ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
-    ] = None,
-    kinds: Annotated[
-        str | None, typer.Option(help="Of Shoal's own text: prose,technical,dialogue,code. Default: all.")
-    ] = None,
-    passages: Annotated[int, typer.Option(min=1, help="At most so many of 640 tokens from each text.")] = 200,
-    steps: Annotated[int, typer.Option(min=0, help="Refinement, a passage a step; 0: the closed form alone.")] = 1200,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the refinement.")] = 3e-4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order in which passages come.")] = 0,
-    dtype: Dtype = DtypeOption.FLOAT32,
-) -> None:
-    """Learn a K/V projection that loses less than the paper's, at the same cost of serving.
-
-    Writes a projector, which serve takes by itself if it lies beside the model, or by --projector.
-    """
-    from shoal.quality.calibration import CalibrationOptions
-    from shoal.quality.commands import run_calibrate
-
-    options = CalibrationOptions(skip_layers, num_steps=steps, learning_rate=learning_rate, seed=seed)
-    with progress_bars() as on_progress:
-        said = run_calibrate(
-            model, on_progress, output=output, data=data or (), kinds=kinds, num_passages=passages,
-            dtype=dtype or DtypeOption.FLOAT32, options=options,
-        )  # fmt: skip
-    print(said)
+app.command()(analyze)
+app.command()(calibrate)
+app.command(name="eval")(evaluate)
 
 
 @app.command()
@@ -289,39 +190,6 @@ def demo(
     )
     with progress_bars() as on_progress:
         run_demo(settings, on_progress, max_tokens=max_tokens, show_logs=show_logs)
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr, one a name; the name '' takes them down."""
-    bars = Progress(
-        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,
-    )  # fmt: skip
-    tasks: dict[str, Any] = {}
-
-    def on_progress(name: str, num_done: int, num_total: int) -> None:
-        if not name:
-            bars.stop()
-            return
-        if name not in tasks:
-            tasks[name] = bars.add_task(name, total=num_total)
-        bars.update(tasks[name], completed=num_done, total=num_total)
-
-    lines: set[str] = set()
-
-    def on_progress_in_lines(name: str, num_done: int, num_total: int) -> None:
-        """Where nothing can be redrawn: a line when a thing begins, and one when it is done."""
-        line = f"{name}: {num_done} of {num_total}"
-        if name and (num_done == num_total or not any(said.startswith(f"{name}:") for said in lines)):
-            if line not in lines:
-                err.print(line, highlight=False)
-            lines.add(line)
-
-    if not err.is_terminal:
-        yield on_progress_in_lines
-        return
-    with bars:
-        yield on_progress
 
 
 def main() -> None:

@@ -1,0 +1,37 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class DepthOption(StrEnum):
+    AUTO = "auto"
+    SHALLOW = "shallow"
+    FULL = "full"
+
+
+class DtypeOption(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A known name (smollm2), a folder with safetensors, or a .gguf file.", metavar="NAME|DIR|FILE.gguf"
+    ),
+]
+SkipLayers = Annotated[
+    int | None,
+    typer.Option(min=0, help="How many of the last layers a shallow prompt skips. Default: a third. 0: none."),
+]
+Projector = Annotated[
+    str | None,
+    typer.Option(help="What shoal calibrate made. Default: the one beside the model, if any.", metavar="FILE|paper"),
+]
+Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]

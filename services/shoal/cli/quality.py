@@ -1,0 +1,120 @@
+"""What a shallow prompt costs, and how to make it cost less: the commands of shoal.quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli.options import Dtype, DtypeOption, Projector
+from shoal.cli.progress import err, progress_bars
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
+    output: Annotated[Path, typer.Option(help="Folder for the results, and for going on after a stop.")] = Path(
+        "analysis"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts: .txt, or .jsonl with prompt or messages. Default: Shoal's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to draw and ask.")] = 200,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; a .txt is cut to this.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same responses.")] = 0,
+    candidates: Annotated[
+        str | None, typer.Option(help="Numbers of layers to skip: 4,8,10. Default: up to half of them.")
+    ] = None,
+    max_loss: Annotated[float, typer.Option(min=0.0, help="Nats a token that the recommended number may lose.")] = 0.02,
+    dtype: Dtype = DtypeOption.FLOAT32,
+) -> None:
+    """Which layers does a prompt need? Asks each layer with a virtual gate, and measures what skipping costs.
+
+    Writes analysis.json, report.html and importance.svg. Stopped, the same command goes on where it was.
+    """
+    from shoal.quality.commands import run_analyze
+
+    try:
+        with progress_bars() as on_progress:
+            said = run_analyze(
+                model, on_progress, output=output, data=data, num_samples=samples, response_tokens=response_tokens,
+                prompt_tokens=prompt_tokens, seed=seed, candidates=candidates, max_loss=max_loss,
+                dtype=dtype or DtypeOption.FLOAT32,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    print(said)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation"),
+    tasks: Annotated[str, typer.Option(help="Some of text,greedy,retrieval,instructions.")] = "text,greedy,retrieval",
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Numbers of layers: 10,4,6. Controls come with the first. Default: a third.")
+    ] = None,
+    projector: Projector = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Of Shoal's own text: prose,technical,dialogue,code. Default: all.")
+    ] = None,
+    passages: Annotated[
+        int, typer.Option(min=2, help="Of each kind of text. Every eighth is also answered greedily.")
+    ] = 200,
+    cases: Annotated[int, typer.Option(min=2, help="Retrieval cases of each length and depth.")] = 25,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Length of each passage's prompt.")] = 512,
+    continuation_tokens: Annotated[int, typer.Option(min=2, help="How much of what follows is scored.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the facts, and of the intervals.")] = 0,
+    dtype: Dtype = DtypeOption.FLOAT32,
+) -> None:
+    """What does a shallow prompt cost? Side by side with full depth, a calibrated projection, and negative controls.
+
+    Writes evaluation.json and report.html: perplexity and divergence on text, shared greedy output, facts found.
+    """
+    from shoal.quality.commands import run_eval
+
+    with progress_bars() as on_progress:
+        said = run_eval(
+            model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers, projector=projector or "auto",
+            data=tuple(data or ()), kinds=kinds, num_passages=passages, num_cases=cases, prompt_tokens=prompt_tokens,
+            continuation_tokens=continuation_tokens, seed=seed, dtype=dtype or DtypeOption.FLOAT32,
+        )  # fmt: skip
+    print(said)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
+    skip_layers: Annotated[int, typer.Option(min=2, help="How many of the last layers a shallow prompt will skip.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file. Default: beside the model, where serve finds it.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Of Shoal's own text: prose,technical,dialogue,code. Default: all.")
+    ] = None,
+    passages: Annotated[int, typer.Option(min=1, help="At most so many of 640 tokens from each text.")] = 200,
+    steps: Annotated[int, typer.Option(min=0, help="Refinement, a passage a step; 0: the closed form alone.")] = 1200,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the refinement.")] = 3e-4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which passages come.")] = 0,
+    dtype: Dtype = DtypeOption.FLOAT32,
+) -> None:
+    """Learn a K/V projection that loses less than the paper's, at the same cost of serving.
+
+    Writes a projector, which serve takes by itself if it lies beside the model, or by --projector.
+    """
+    from shoal.quality.calibration import CalibrationOptions
+    from shoal.quality.commands import run_calibrate
+
+    options = CalibrationOptions(skip_layers, num_steps=steps, learning_rate=learning_rate, seed=seed)
+    with progress_bars() as on_progress:
+        said = run_calibrate(
+            model, on_progress, output=output, data=data or (), kinds=kinds, num_passages=passages,
+            dtype=dtype or DtypeOption.FLOAT32, options=options,
+        )  # fmt: skip
+    print(said)

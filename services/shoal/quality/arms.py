@@ -1,0 +1,71 @@
+"""What is compared: each arm is one treatment at one number of skipped layers, and a row of every table.
+
+A new treatment is a member of ``Treatment`` that ``Reading`` knows how to go on with, and a line in ``arms_of``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.errors import ConfigError
+from shoal.model.files import ModelFiles
+from shoal.model.plan import LayerPlan
+from shoal.model.projection import KvProjection
+from shoal.model.projector import PAPER, Projector, find_projector, load_projector, read_header
+from shoal.quality.subject import Subject, Treatment
+
+CALIBRATED = "calibrated"
+_CONTROLS = (Treatment.NO_PROJECTION, Treatment.NO_BOUNDARY, Treatment.REMOVED)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """``name`` is its treatment's in reports; ``projection`` stands for the paper's where it's ``calibrated``."""
+
+    name: str
+    num_skipped: int
+    treatment: Treatment
+    projection: KvProjection | None = None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether an engine can answer so; the negative controls can only be asked about given text."""
+        return self.treatment in {Treatment.FULL, Treatment.SHALLOW}
+
+
+FULL = Arm("full", 0, Treatment.FULL)
+
+
+def arms_of(subject: Subject, counts: Sequence[int], projectors: Mapping[int, Projector]) -> list[Arm]:
+    """Full depth first; then for each number of skipped layers the paper's projection and, where there is a projector,
+    the calibrated one. The negative controls come with the first number alone."""
+    arms = [FULL]
+    for count in counts:
+        arms.append(Arm(Treatment.SHALLOW.value, count, Treatment.SHALLOW))
+        if count in projectors:
+            paper = subject.projection(count)
+            weight = projectors[count].weight.to(paper.weight)
+            arms.append(Arm(CALIBRATED, count, Treatment.SHALLOW, paper.replaced(weight)))
+        if count == counts[0]:
+            arms += [Arm(control.value, count, control) for control in _CONTROLS]
+    return arms
+
+
+def find_projectors(wanted: str, files: ModelFiles, counts: Sequence[int], num_layers: int) -> dict[int, Projector]:
+    """By number of skipped layers: those beside the model, over them the one at the path ``wanted``, if it's one.
+
+    ``paper`` wants none at all. Raises ModelError, or ConfigError if the one wanted is of a number not asked for.
+    """
+    plans = [LayerPlan(num_layers, count) for count in counts]
+    found = {plan.num_skipped: find_projector(PAPER if wanted == PAPER else "auto", files, plan) for plan in plans}
+    if wanted not in {PAPER, "auto"}:
+        path = Path(wanted).expanduser()
+        header = read_header(path)
+        count = header.num_layers - header.num_kept
+        header.require_fit(path, files, LayerPlan(num_layers, count))
+        if count not in found:
+            raise ConfigError(f"{path} skips {count} layers, which isn't evaluated: say --skip-layers {count}")
+        found[count] = load_projector(path, files, LayerPlan(num_layers, count))
+    return {count: projector for count, projector in found.items() if projector is not None}

@@ -1,0 +1,73 @@
+"""One text, read at full depth once, from which every arm goes on.
+
+The kept layers compute the same for all arms: below layer K a shallow token is a full one. So the states that enter
+layer K in the full-depth pass are every arm's, and what an arm costs is its projection, and the deep layers for the
+boundary token and what follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from shoal.errors import InternalError
+from shoal.model.plan import LayerPlan
+from shoal.model.rope import Rope
+from shoal.quality.arms import Arm
+from shoal.quality.subject import Subject, Treatment
+
+
+class Reading:
+    """``ids`` with a prompt of ``num_prompt_tokens``, for ``arms`` that skip one of ``counts`` layers, or none.
+
+    Holds ``[tokens, hidden]`` a count. The next reading of the same subject takes its place in the pool.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, subject: Subject, ids: Sequence[int], num_prompt_tokens: int, counts: Iterable[int]) -> None:
+        self._subject, self._ids, self._num_prompt = subject, tuple(ids), num_prompt_tokens
+        num_layers = subject.spec.num_layers
+        entering = {num_layers - count: count for count in counts}
+        decoder, batch = subject.step(LayerPlan(num_layers, 0), subject.parameters, ids, num_prompt_tokens, 0)
+        self._decoder, self._rows = decoder, batch.logit_rows
+        self._rope = Rope.at(subject.spec, batch.positions, decoder.dtype)
+        self._states: dict[int, torch.Tensor] = {}
+        hidden = torch.empty(0)
+        for layer, hidden in enumerate(decoder.states(batch, self._rope, subject.pool)):
+            if layer in entering:
+                self._states[entering[layer]] = hidden
+        self.full = self._head(hidden)
+
+    @torch.inference_mode()
+    def logits(self, arm: Arm) -> torch.Tensor:
+        """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, as ``Subject.logits`` has them."""
+        if arm.treatment is Treatment.FULL:
+            return self.full
+        state = self._states[arm.num_skipped]
+        if arm.treatment is Treatment.REMOVED:
+            return self._head(state)
+        if arm.treatment is Treatment.NO_BOUNDARY:
+            first = self._head(state, self._rows[:1])
+            return first if len(self._rows) == 1 else torch.cat([first, self._deepen(arm, state, self._num_prompt)])
+        return self._deepen(arm, state, self._num_prompt - 1)
+
+    def _deepen(self, arm: Arm, state: torch.Tensor, num_shallow: int) -> torch.Tensor:
+        subject = self._subject
+        plan = LayerPlan(subject.spec.num_layers, arm.num_skipped)
+        parameters = replace(subject.parameters, projection=arm.projection or subject.projection(arm.num_skipped))
+        decoder, batch = subject.step(
+            plan, parameters, self._ids, num_shallow + 1, num_shallow,
+            hides_prompt=arm.treatment is Treatment.NO_PROJECTION,
+        )  # fmt: skip
+        return _given(decoder.deepen(batch, state, self._rope, subject.pool).logits)
+
+    def _head(self, state: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        return _given(self._decoder.logits(state, self._rows if rows is None else rows))
+
+
+def _given(logits: torch.Tensor | None) -> torch.Tensor:
+    if logits is None:
+        raise InternalError("a whole model gave no logits")
+    return logits

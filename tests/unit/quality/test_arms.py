@@ -1,0 +1,73 @@
+"""Which arms are compared, and which projectors are found for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import save_tiny
+from shoal.errors import ConfigError, ModelError, ProjectorMismatch
+from shoal.model.files import ModelFiles, locate
+from shoal.model.plan import LayerPlan
+from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
+from shoal.quality.arms import arms_of, find_projectors
+from shoal.quality.subject import Subject
+
+LAYERS = 6
+CONTROLS = ["no_projection", "no_boundary", "removed"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> ModelFiles:
+    save_tiny(tmp_path / "model", dtype=torch.float64, layers=LAYERS)
+    return locate(str(tmp_path / "model"))
+
+
+def write(path: Path, files: ModelFiles, num_skipped: int, *, digest: str | None = None, factor: float = 1.5) -> Path:
+    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
+    header = ProjectorHeader(digest or files.digest, LAYERS, LAYERS - num_skipped, "data", {}, {})
+    save_projector(path, header, subject.projection(num_skipped).weight * factor)
+    return path
+
+
+def test_controls_come_with_the_first_number_and_calibrated_where_there_is_a_projector(files: ModelFiles):
+    write(projector_beside(files, LayerPlan(LAYERS, 3)), files, 3)
+    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
+    arms = arms_of(subject, (2, 3), find_projectors("auto", files, (2, 3), LAYERS))
+    assert [(arm.name, arm.num_skipped) for arm in arms] == [
+        ("full", 0), ("shallow", 2), *((control, 2) for control in CONTROLS), ("shallow", 3), ("calibrated", 3),
+    ]  # fmt: skip
+    assert [arm.name for arm in arms if not arm.is_served] == CONTROLS
+    projection = arms[-1].projection
+    assert projection is not None
+    torch.testing.assert_close(projection.weight, subject.projection(3).weight * 1.5)
+
+
+def test_a_file_goes_before_the_one_beside_the_model_and_leaves_the_others(files: ModelFiles, tmp_path: Path):
+    for count in (2, 3):
+        write(projector_beside(files, LayerPlan(LAYERS, count)), files, count)
+    beside = find_projectors("auto", files, (2, 3), LAYERS)
+    other = write(tmp_path / "other.safetensors", files, 3, factor=2.0)
+    found = find_projectors(str(other), files, (2, 3), LAYERS)
+    assert sorted(found) == [2, 3]
+    assert found[2].digest == beside[2].digest and found[3].digest != beside[3].digest
+    assert find_projectors("paper", files, (2, 3), LAYERS) == {}
+
+
+def test_a_projector_of_another_model_is_refused(files: ModelFiles, tmp_path: Path):
+    path = write(tmp_path / "other.safetensors", files, 2, digest="0" * 64)
+    with pytest.raises(ProjectorMismatch, match="another model"):
+        find_projectors(str(path), files, (2,), LAYERS)
+
+
+def test_a_projector_of_a_number_that_is_not_evaluated_is_refused(files: ModelFiles, tmp_path: Path):
+    path = write(tmp_path / "other.safetensors", files, 3)
+    with pytest.raises(ConfigError, match="--skip-layers 3"):
+        find_projectors(str(path), files, (2,), LAYERS)
+
+
+def test_a_projector_that_is_not_there_is_refused(files: ModelFiles, tmp_path: Path):
+    with pytest.raises(ModelError, match="there is no projector"):
+        find_projectors(str(tmp_path / "none.safetensors"), files, (2,), LAYERS)

@@ -243,6 +243,11 @@ def test_a_wrong_depth_header_is_refused(gateway: Any) -> None:
     assert_refused(gateway, response, 400, "x-shoal-depth", "invalid_value")
 
 
+def test_a_depth_header_that_contradicts_echo_is_refused(gateway: Any) -> None:
+    response = gateway.post(*completion(echo=True), headers={"x-shoal-depth": "shallow"})
+    assert_refused(gateway, response, 400, "depth", "invalid_value")
+
+
 @pytest.mark.parametrize("name", sorted(IGNORED_FIELDS))
 def test_a_field_that_changes_nothing_is_ignored(gateway: Any, name: str) -> None:
     assert gateway.post(*completion(**{name: {"any": ["thing"]}})).status_code == 200

@@ -129,7 +129,7 @@ async def test_texts_encoded_at_once_dont_disturb_each_other(smollm2: Any) -> No
 
 async def test_a_model_without_a_template_refuses_conversations(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "chat_template", None)
-    with pytest.raises(InvalidRequest, match="use /v1/completions"):
+    with pytest.raises(InvalidRequest, match="send a prompt"):
         await Tokenizer(smollm2).encode_chat(TURNS)
 
 

@@ -153,7 +153,7 @@ def logits_after(engine: Engine, prompt: list[int], depth: Depth) -> torch.Tenso
     engine.scheduler.admit()
     while True:
         plan = engine.scheduler.schedule()
-        logits, _ = engine.runner.run(plan)
+        logits = engine.runner.run(plan).logits
         for item in plan.rows:
             item.sequence.num_computed = item.end
         if logits is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shoal.engine.detokenizer import Detokenizer
 from shoal.gateway.backend import Readiness
 from shoal.messages import (
+    Depth,
     FinishReason,
     GenerateRequest,
     HandoffReport,
@@ -63,7 +64,10 @@ class FakeBackend:
         """What ``request`` gets if nothing interrupts it."""
         choices = [self._choice(request, index) for index in range(request.sampling.num_choices)]
         steps = max(map(len, choices))
-        return [choice[step] for step in range(steps) for choice in choices if step < len(choice)]
+        first, *others = [choice[step] for step in range(steps) for choice in choices if step < len(choice)]
+        report = HandoffReport(request.depth, transferred=request.depth is Depth.SHALLOW)
+        told = self._prompt_logprobs(request)
+        return [replace(first, stages=STAGES, handoff=report, prompt_logprobs=told), *others]
 
     def release(self) -> None:
         """Let all held requests go on."""
@@ -81,6 +85,8 @@ class FakeBackend:
 
     def _choice(self, request: GenerateRequest, choice: int) -> list[TokenOutput]:
         sampling = request.sampling
+        if not sampling.max_tokens:
+            return [TokenOutput(choice, (), "", finish_reason=FinishReason.LENGTH)]
         ids = list(self.encode(self.text if self.text_of is None else self.text_of(request, choice)))
         ids = (ids * (sampling.max_tokens // len(ids) + 1))[: sampling.max_tokens] if sampling.ignore_eos else ids
         detokenizer = Detokenizer(self.decode, stop=sampling.stop, min_tokens=sampling.min_tokens)
@@ -91,7 +97,6 @@ class FakeBackend:
             text += detokenizer.flush() if is_last and detokenizer.stop_reason is None else ""
             stopped = detokenizer.stop_reason
             ended = FinishReason.LENGTH if index + 1 == sampling.max_tokens else FinishReason.STOP
-            first = choice == 0 and index == 0
             outputs.append(
                 TokenOutput(
                     choice=choice,
@@ -100,13 +105,15 @@ class FakeBackend:
                     logprobs=self._logprobs(token_id, sampling.num_logprobs),
                     finish_reason=FinishReason.STOP if stopped is not None else ended if is_last else None,
                     stop_reason=stopped,
-                    stages=STAGES if first else None,
-                    handoff=HandoffReport(request.depth, transferred=True) if first else None,
                 )
             )
             if stopped is not None:
                 break
         return outputs
+
+    def _prompt_logprobs(self, request: GenerateRequest) -> tuple[TokenLogprob, ...]:
+        num = request.sampling.num_prompt_logprobs
+        return tuple(one for token_id in request.prompt_token_ids[1:] for one in self._logprobs(token_id, num))
 
     def _logprobs(self, token_id: int, num: int | None) -> tuple[TokenLogprob, ...]:
         if num is None:

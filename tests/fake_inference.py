@@ -56,7 +56,13 @@ class FakeInference(InferenceServiceServicer):
         ended = self._begin(request, context)
         if self.holds:
             self._hold(ended)
-        return pb.GenerateResponse(request_id=self._request_id, model=MODEL, choices=_choices(request), usage=USAGE)
+        return pb.GenerateResponse(
+            request_id=self._request_id,
+            model=MODEL,
+            choices=_choices(request),
+            usage=USAGE,
+            prompt_logprobs=_prompt_logprobs(request),
+        )
 
     def GenerateStream(  # noqa: N802
         self, request: pb.GenerateRequest, context: Any
@@ -71,6 +77,7 @@ class FakeInference(InferenceServiceServicer):
                 token_ids=[at],
                 finish_reason=pb.FINISH_REASON_STOP if is_last else None,
                 usage=USAGE if is_last else None,
+                prompt_logprobs=() if at else _prompt_logprobs(request),
             )
         if self.holds:
             self._hold(ended)
@@ -132,6 +139,12 @@ def serving(service: FakeInference, credentials: grpc.ServerCredentials | None =
         yield f"localhost:{port}"
     finally:
         server.stop(None).wait()
+
+
+def _prompt_logprobs(request: pb.GenerateRequest) -> list[pb.TokenLogprob]:
+    if not request.HasField("prompt_logprobs"):
+        return []
+    return [pb.TokenLogprob(token_id=7, token=" sea", logprob=-0.25), pb.TokenLogprob(token_id=6, token=" is")]
 
 
 def _choices(request: pb.GenerateRequest) -> list[pb.Choice]:

@@ -55,6 +55,8 @@ class SamplingParams:
     ``temperature == 0`` is greedy. ``top_k == 0`` and ``top_p == 1`` mean no restriction.
     ``seed`` is always set: the gateway fixes it, so that a re-run continues identically.
     ``num_logprobs`` is ``None`` for no log-probabilities, else how many alternatives to report.
+    ``num_prompt_logprobs`` is the same for the prompt's own tokens: they need a prompt at full depth.
+    ``max_tokens == 0``: nothing is sampled, the prompt is all there is to compute.
     ``may_shorten``: nobody asked for ``max_tokens``, so it may be cut to what the KV pool holds.
     """
 
@@ -65,6 +67,7 @@ class SamplingParams:
     seed: int = 0
     num_choices: int = 1
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
@@ -138,8 +141,8 @@ class TokenOutput:
     """What one engine step brought for one choice: decode -> gateway.
 
     ``text`` is the printable text that became final with this step; it can be empty (half of a character, or
-    text held back because it may begin a stop string). ``stages`` and ``handoff`` come with a request's first
-    output only.
+    text held back because it may begin a stop string). ``stages``, ``handoff`` and ``prompt_logprobs`` (of every prompt
+    token but the first, which nothing comes before) come with a request's first output only.
     """
 
     choice: int
@@ -150,6 +153,7 @@ class TokenOutput:
     stop_reason: str | int | None = None
     stages: TtftStages | None = None
     handoff: HandoffReport | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 # --- the hand-off ---------------------------------------------------------------------------------------

@@ -127,6 +127,30 @@ def test_log_probabilities_name_the_token_taken_first(client: openai.OpenAI):
     assert len(legacy.choices[0].logprobs.token_logprobs) == 5
 
 
+def test_lm_evals_log_likelihoods_are_full_depth_and_cost_no_transfer(client: openai.OpenAI, live: TestCluster):
+    """What lm-evaluation-harness' local-completions sends, and how it reads the answer."""
+    before, context = live.num_transfers, [504, 4315, 314]
+    fields: dict[str, Any] = {"model": "smollm2", "temperature": 0, "logprobs": 1, "seed": 1234}
+    likeliest = client.completions.create(
+        prompt=context, max_tokens=4, extra_body={"depth": "full"}, extra_headers={"x-shoal-timing": "1"}, **fields
+    )
+    prompts = [context + likeliest.shoal["choices"][0]["token_ids"], [*context, 7, 7, 7, 7]]
+    answer = client.completions.create(prompt=prompts, max_tokens=1, echo=True, **fields)
+    assert [choice.index for choice in answer.choices] == [0, 1] and answer.usage.depth == "full"
+    told = [choice.logprobs for choice in answer.choices]
+    assert all(len(one.token_logprobs) == len(one.text_offset) == 8 and one.token_logprobs[0] is None for one in told)
+    is_greedy = [
+        all(own == max(top.values()) for own, top in zip(one.token_logprobs[3:-1], one.top_logprobs[3:-1], strict=True))
+        for one in told
+    ]
+    assert is_greedy == [True, False]
+    assert told[0].token_logprobs[3:-1] == pytest.approx(likeliest.choices[0].logprobs.token_logprobs, abs=0.1)
+    only = client.completions.create(prompt=prompts[1:], max_tokens=0, echo=True, **fields)
+    assert only.usage.completion_tokens == 0
+    assert only.choices[0].logprobs.token_logprobs[1:] == pytest.approx(told[1].token_logprobs[1:-1], abs=0.1)
+    assert live.num_transfers == before
+
+
 def test_errors_reach_the_client_as_its_own_classes(client: openai.OpenAI):
     with pytest.raises(openai.NotFoundError) as unknown:
         chat(client, model="gpt-5")

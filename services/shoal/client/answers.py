@@ -22,11 +22,15 @@ class StreamedAnswer:
         """Names the request in the server's logs."""
         self.usage: Usage | None = None
         """What the request took; ``None`` before the end."""
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        """If asked for, of each prompt token but the first; there with the first delta."""
 
     def _take(self, message: pb.GenerateStreamResponse) -> Delta:
         self.request_id = message.request_id or self.request_id
         if message.HasField("usage"):
             self.usage = _usage(message.usage)
+        if message.prompt_logprobs:
+            self.prompt_logprobs = _logprobs(message.prompt_logprobs)
         return Delta(
             index=message.index,
             text=message.text,
@@ -46,6 +50,7 @@ def to_completion(response: pb.GenerateResponse) -> Completion:
         usage=_usage(response.usage),
         model=response.model,
         request_id=response.request_id,
+        prompt_logprobs=_logprobs(response.prompt_logprobs),
     )
 
 

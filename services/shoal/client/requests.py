@@ -40,7 +40,8 @@ class GenerateOptions(TypedDict, total=False):
     model: str | None
     """A name that ``models()`` gives; needed only where several are served."""
     max_tokens: int | None
-    """Longest answer, in tokens. By default what the model's context holds."""
+    """Longest answer, in tokens. By default what the model's context holds; 0, with ``echo`` or ``prompt_logprobs``,
+    for no answer."""
     n: int | None
     """How many answers."""
     seed: int | None
@@ -61,6 +62,10 @@ class GenerateOptions(TypedDict, total=False):
     """Report each token's log-probability, and so many alternatives."""
     depth: Depth | str | None
     """How deep the prompt is encoded: auto, shallow or full."""
+    echo: bool | None
+    """Begin each answer with the prompt; with ``logprobs``, tell the prompt's as well. Needs full depth."""
+    prompt_logprobs: int | None
+    """Report the log-probability of each prompt token but the first, and so many alternatives. Needs full depth."""
 
 
 def to_request(prompt: Prompt, options: Mapping[str, Any]) -> pb.GenerateRequest:

@@ -31,12 +31,16 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """All answers to a prompt: ``choices`` has one for each of the request's ``n``, by index."""
+    """All answers to a prompt: ``choices`` has one for each of the request's ``n``, by index.
+
+    ``prompt_logprobs``, if asked for, has each prompt token but the first, which nothing comes before.
+    """
 
     choices: tuple[Choice, ...]
     usage: Usage
     model: str
     request_id: str
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:

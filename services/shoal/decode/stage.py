@@ -15,7 +15,8 @@ from shoal.decode.worker import DecodeWorker
 from shoal.engine.build import Served, build_engine, choose_device, layout_of, load_parameters, set_num_threads
 from shoal.engine.client import EngineClient
 from shoal.engine.detokenizer import decode_with
-from shoal.engine.engine import Engine, EngineCounts, StepOutput
+from shoal.engine.engine import Engine
+from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.messages import Stage
 from shoal.telemetry import DecodeMetrics, TransferMetrics, Transport

@@ -1,36 +1,55 @@
-"""One request's tokens on their way out: text, stop strings, and where each choice stands."""
+"""One request's answer on its way out: text, stop strings, log-probabilities, and where each choice stands."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 
 from shoal.engine.detokenizer import Detokenizer
-from shoal.engine.engine import TokenEvent
+from shoal.engine.events import PromptEvent, TokenEvent
 from shoal.messages import FinishReason, GenerateRequest, TokenLogprob, TokenOutput
 
 
 class ChoiceStreams:
-    """Turns the engine's token events into outputs. ``decode`` is ids -> text without special tokens."""
+    """Turns the engine's events into outputs. ``decode`` is ids -> text without special tokens."""
 
     def __init__(self, request: GenerateRequest, decode: Callable[[Sequence[int]], str]) -> None:
         self._request = request
         self._decode = decode
+        self._token_text = cache(lambda token_id: decode([token_id]))
         self._open = {choice: self._detokenizer() for choice in range(request.sampling.num_choices)}
+        self._prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def is_open(self) -> bool:
         """Some choice still runs."""
         return bool(self._open)
 
-    def accept(self, event: TokenEvent) -> TokenOutput | None:
-        """The output of one token; ``None`` for a choice that a stop string has ended already.
+    def accept(self, event: TokenEvent | PromptEvent) -> list[TokenOutput]:
+        """What ``event`` brought: usually one output, none for a choice that a stop string has ended already.
 
-        An output that ends its choice without the engine's doing (a stop string) has ``stop_reason`` text: the
-        caller must then end the choice in the engine.
+        What is told of the prompt waits for the first output. An output that ends its choice without the engine's doing
+        (a stop string) has ``stop_reason`` text: the caller must then end the choice in the engine.
         """
+        outputs = self._accept_prompt(event) if isinstance(event, PromptEvent) else self._accept_token(event)
+        if outputs and self._prompt_logprobs:
+            outputs[0] = replace(outputs[0], prompt_logprobs=tuple(self._prompt_logprobs))
+            self._prompt_logprobs.clear()
+        return outputs
+
+    def _accept_prompt(self, event: PromptEvent) -> list[TokenOutput]:
+        self._prompt_logprobs += (self._logprob(one.token_id, one.logprob, one.top) for one in event.scores)
+        if event.finish_reason is None:
+            return []
+        ended = [TokenOutput(choice, (), "", finish_reason=event.finish_reason) for choice in self._open]
+        self._open.clear()
+        return ended
+
+    def _accept_token(self, event: TokenEvent) -> list[TokenOutput]:
         detokenizer = self._open.get(event.choice)
         if detokenizer is None:
-            return None
+            return []
         ends_silently = event.finish_reason is FinishReason.STOP
         text = "" if ends_silently else detokenizer.add(event.token_id)
         reason, stop = event.finish_reason, event.stop_reason
@@ -43,21 +62,21 @@ class ChoiceStreams:
             reason = FinishReason.STOP if stopped is not None else reason
         if reason is not None:
             del self._open[event.choice]
-        return TokenOutput(
+        logprob = event.logprob
+        output = TokenOutput(
             choice=event.choice,
             token_ids=(event.token_id,),
             text=text,
-            logprobs=self._logprobs(event),
+            logprobs=() if logprob is None else (self._logprob(event.token_id, logprob, event.top),),
             finish_reason=reason,
             stop_reason=stopped if stopped is not None else stop,
         )
+        return [output]
 
     def _detokenizer(self) -> Detokenizer:
         sampling = self._request.sampling
         return Detokenizer(self._decode, stop=sampling.stop, min_tokens=sampling.min_tokens)
 
-    def _logprobs(self, event: TokenEvent) -> tuple[TokenLogprob, ...]:
-        if event.logprob is None:
-            return ()
-        top = tuple((token_id, self._decode([token_id]), logprob) for token_id, logprob in event.top)
-        return (TokenLogprob(event.token_id, self._decode([event.token_id]), event.logprob, top),)
+    def _logprob(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
+        texts = tuple((other, self._token_text(other), its_logprob) for other, its_logprob in top)
+        return TokenLogprob(token_id, self._token_text(token_id), logprob, texts)

@@ -23,7 +23,7 @@ from shoal.config import HandoffConfig
 from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams
-from shoal.engine.client import EngineClient, Inbox, TokenSampled
+from shoal.engine.client import EngineClient, Inbox, Progress
 from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, OutOfBlocks, ShoalError, Unavailable
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
@@ -95,21 +95,20 @@ class DecodeWorker:
             while streams.is_open:
                 async with _until(deadline_s):
                     event = await inbox.next()
-                if not isinstance(event, TokenSampled):
+                if not isinstance(event, Progress):
                     raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
-                output = streams.accept(event.token)
-                if output is None:
-                    continue
-                if isinstance(output.stop_reason, str):
-                    choice = output.choice
-                    self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
-                if first:
+                outputs = streams.accept(event.event)
+                if outputs and first:
                     stages = _stages(begun, event)
                     self._count_prompt(request, begun.report, stages)
-                    output = replace(output, stages=stages, handoff=begun.report)
+                    outputs[0] = replace(outputs[0], stages=stages, handoff=begun.report)
                     first = False
-                self._metrics.decoded(len(output.token_ids))
-                yield output
+                for output in outputs:
+                    if isinstance(output.stop_reason, str):
+                        choice = output.choice
+                        self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
+                    self._metrics.decoded(len(output.token_ids))
+                    yield output
 
     def _count_prompt(self, request: GenerateRequest, report: HandoffReport, stages: TtftStages) -> None:
         if report.transferred:
@@ -192,7 +191,12 @@ class DecodeWorker:
         return Depth.SHALLOW if num_shallow else Depth.FULL
 
     def _pool_for(self, request: GenerateRequest) -> PrefillPool | None:
-        """The prefill pool if its plan is the one asked for. With nothing skipped, both depths are one."""
+        """The prefill pool if its plan is the one asked for. With nothing skipped, both depths are one.
+
+        Only decode has an lm_head, so a prompt with log-probabilities of its own stays here.
+        """
+        if request.sampling.num_prompt_logprobs is not None:
+            return None
         served = request.depth is Depth.SHALLOW or self._plan.num_skipped == 0
         return self.prefill if served and len(request.prompt_token_ids) >= self._config.min_tokens else None
 
@@ -285,11 +289,11 @@ async def _until(deadline_s: float) -> AsyncIterator[None]:
         raise DeadlineExceeded("the request's deadline has passed") from error
 
 
-def _stages(begun: _Begun, first: TokenSampled) -> TtftStages:
+def _stages(begun: _Begun, first: Progress) -> TtftStages:
     """The waterfall of the first token; the parts add up to submission -> end of the first sampling step."""
     if begun.arrived is None:  # decode prefilled the prompt itself, its boundary step included
-        queue_s = first.token.first_step_s - begun.submitted_s
-        return TtftStages(0.0, queue_s, first.ended_s - first.token.first_step_s, 0.0, 0.0)
+        first_step_s = first.event.first_step_s
+        return TtftStages(0.0, first_step_s - begun.submitted_s, first.ended_s - first_step_s, 0.0, 0.0)
     waited_s = begun.ready_s - begun.reserved_s
     return TtftStages(
         reserve_s=begun.reserved_s - begun.submitted_s,

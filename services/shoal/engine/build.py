@@ -9,7 +9,8 @@ import torch
 
 from shoal.config import Dtype, ShoalConfig, StageConfig
 from shoal.engine.attention import attend
-from shoal.engine.engine import Engine, StepOutput
+from shoal.engine.engine import Engine
+from shoal.engine.events import StepOutput
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shoal.engine.engine import Engine, FailureEvent, StepOutput, TokenEvent
+from shoal.engine.engine import Engine
+from shoal.engine.events import FailureEvent, PromptEvent, StepOutput, TokenEvent
 from shoal.engine.runner import PrefillChunk
 from shoal.engine.thread import EngineThread
 from shoal.errors import InternalError, ShoalError, Unavailable
@@ -38,14 +39,14 @@ class ChunkComputed:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenSampled:
-    """A token, and when its step ended."""
+class Progress:
+    """The request's next token, or what was asked of its prompt, and when that step ended."""
 
-    token: TokenEvent
+    event: TokenEvent | PromptEvent
     ended_s: float
 
 
-Event = Reserved | ChunkComputed | TokenSampled | FailureEvent
+Event = Reserved | ChunkComputed | Progress | FailureEvent
 
 
 class Inbox:
@@ -122,8 +123,10 @@ class EngineClient:
         for chunk in output.chunks:
             first_step_s = self._first_step_s.setdefault(chunk.request_id, output.started_s)
             self._put(chunk.request_id, ChunkComputed(chunk, first_step_s, output.ended_s))
+        for prompt in output.prompts:
+            self._put(prompt.request_id, Progress(prompt, output.ended_s))
         for token in output.tokens:
-            self._put(token.request_id, TokenSampled(token, output.ended_s))
+            self._put(token.request_id, Progress(token, output.ended_s))
         for failure in output.failures:
             self._put(failure.request_id, failure)
         if output.failures:

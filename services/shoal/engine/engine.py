@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from shoal.engine.runner import PrefillChunk, Runner
+from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, StepOutput, TokenEvent
+from shoal.engine.logprobs import NOT_FINITE
+from shoal.engine.runner import Runner, RunOutput
 from shoal.engine.sampler import Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
@@ -20,68 +22,6 @@ from shoal.errors import InternalError, ShoalError
 from shoal.messages import Depth, FinishReason, SamplingParams
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One choice's next token. ``index`` counts from 0; ``first_step_s`` is when its request's first step began."""
-
-    request_id: str
-    choice: int
-    index: int
-    token_id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-    finish_reason: FinishReason | None
-    stop_reason: int | None
-    first_step_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class FailureEvent:
-    """A choice that ended with an error of ours; everything it held is given back."""
-
-    request_id: str
-    choice: int
-    error: ShoalError
-
-
-@dataclass(frozen=True, slots=True)
-class EngineCounts:
-    """What is held right now, and what has happened so far."""
-
-    num_waiting: int
-    num_reserved: int
-    num_running: int
-    num_blocks: int
-    num_free_blocks: int
-    num_reserved_blocks: int
-    num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What one step brought. Times are monotonic seconds of this process.
-
-    ``reserved`` are the requests that now hold blocks for their whole prompt, with their block tables.
-    ``wants_blocks``: a running sequence waits for blocks that reserved ones hold, and the youngest should be given up.
-    """
-
-    started_s: float
-    ended_s: float
-    counts: EngineCounts
-    num_rows: int = 0
-    num_sequences: int = 0
-    reserved: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    tokens: tuple[TokenEvent, ...] = ()
-    chunks: tuple[PrefillChunk, ...] = ()
-    failures: tuple[FailureEvent, ...] = ()
-    wants_blocks: bool = False
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing could run: there is nothing to do until the next command."""
-        return not self.num_rows and not self.reserved
 
 
 class Engine:
@@ -108,6 +48,8 @@ class Engine:
     ) -> None:
         """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``."""
         num_shallow = self.runner.decoder.plan.num_shallow_tokens(len(prompt), depth)
+        if sampling.num_prompt_logprobs is not None and (num_shallow or hold):
+            raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
         room = self.scheduler.num_tokens_held - len(prompt) + 1
         if sampling.may_shorten and 0 < room < sampling.max_tokens:
             sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
@@ -177,8 +119,9 @@ class Engine:
             if item.sequence.first_step_s is None:
                 item.sequence.first_step_s = started_s
         try:
-            logits, chunks = self.runner.run(plan)
-            tokens, failures = self._advance(plan, logits)
+            output = self.runner.run(plan)
+            prompts, unscored = self._advance(plan, output)
+            tokens, unsampled = self._sample(plan, output.logits)
         except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along
             _log.exception("a step failed")
             failed = [self._fail(item.sequence, error) for item in plan.rows]
@@ -194,24 +137,44 @@ class Engine:
             plan.num_rows,
             len(plan.rows),
             reserved,
+            tuple(prompts),
             tuple(tokens),
-            tuple(chunks),
-            tuple(failures),
+            output.chunks,
+            (*unscored, *unsampled),
             plan.wants_blocks,
         )
 
-    def _advance(self, plan: StepPlan, logits: torch.Tensor | None) -> tuple[list[TokenEvent], list[FailureEvent]]:
-        """Note what is computed and sample where a sequence is complete."""
-        wanted: list[tuple[Sequence, SampleRow]] = []
-        row_index = 0
+    def _advance(self, plan: StepPlan, output: RunOutput) -> tuple[list[PromptEvent], list[FailureEvent]]:
+        """Note what is computed; tell what prompts were asked for, and end those that nothing is to follow."""
+        prompts, failures = [], []
+        scores = iter(output.scores)
         for item in plan.rows:
-            sequence = item.sequence
+            sequence, scored = item.sequence, item.scored
+            tokens = next(scores) if scored else ()
             sequence.num_computed = item.end
-            if not sequence.sampled:
-                sequence.num_unsent += 1
-            elif item.completes:
-                wanted += [(choice, self._sample_row(choice, row_index)) for choice in self._choices(item)]
-                row_index += 1
+            sequence.num_scored = max(sequence.num_scored, scored.stop)
+            sequence.num_unsent += not sequence.sampled
+            if any(token.is_broken for token in tokens):
+                failures.append(self._fail(sequence, InternalError(NOT_FINITE)))
+                continue
+            ends = item.completes and sequence.sampled and not item.samples
+            if tokens or ends:
+                first_step_s = sequence.first_step_s or self._clock()
+                reason = FinishReason.LENGTH if ends else None
+                prompts.append(PromptEvent(sequence.request_id, tokens, reason, first_step_s))
+            if ends:
+                self._finish(sequence)
+        return prompts, failures
+
+    def _sample(self, plan: StepPlan, logits: torch.Tensor | None) -> tuple[list[TokenEvent], list[FailureEvent]]:
+        """The next token of each sequence that is complete, unless it has failed just now."""
+        sampling = [item for item in plan.rows if item.samples]
+        wanted = [
+            (choice, self._sample_row(choice, row_index))
+            for row_index, item in enumerate(sampling)
+            if item.sequence.phase is Phase.RUNNING
+            for choice in self._choices(item)
+        ]
         if logits is None or not wanted:
             return [], []
         try:

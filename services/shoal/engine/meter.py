@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.engine.engine import StepOutput
+from shoal.engine.events import StepOutput
 from shoal.telemetry import StageMetrics
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from shoal.engine.logprobs import ScoredToken, score
 from shoal.engine.reads import ReadPlanner
 from shoal.engine.scheduler import ScheduledRows, StepPlan
+from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
+
+# Rows of prompts whose logits exist at once: 256 of a vocabulary of 128k are 128 MiB in float32.
+MAX_LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,19 @@ class PrefillChunk:
     deep: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class RunOutput:
+    """What a step brought, all in the order of its rows.
+
+    ``logits`` is ``[sequences that sample, vocab]`` (``None`` if none does); ``chunks`` are to be shipped; ``scores``
+    has one item for each sequence with prompt tokens to score.
+    """
+
+    logits: torch.Tensor | None
+    chunks: tuple[PrefillChunk, ...] = ()
+    scores: tuple[tuple[ScoredToken, ...], ...] = ()
+
+
 class Runner:
     """Builds the tensors of a step and runs it."""
 
@@ -40,12 +59,14 @@ class Runner:
         self._device = decoder.parameters.embedding.device
         self.reads = ReadPlanner(pool.layout, self._device, decoder.spec.windows)
 
-    def run(self, plan: StepPlan) -> tuple[torch.Tensor | None, list[PrefillChunk]]:
-        """Logits ``[completing sequences, vocab]`` in the order of ``plan.rows``, and what is to be shipped."""
+    def run(self, plan: StepPlan) -> RunOutput:
+        """Run one step; K/V of its rows are in the pool afterwards."""
         self.pool.copy_blocks(plan.copies)
         rows = plan.rows
         tensors = self.decoder.forward(self.batch(rows), self.pool)
-        return tensors.logits, list(self._chunks(rows, tensors.projected))
+        chunks = tuple(self._chunks(rows, tensors.projected))
+        scores = () if tensors.scored is None else self._scores(rows, tensors.scored)
+        return RunOutput(tensors.logits, chunks, scores)
 
     def batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
         """The tensors of a step; logits are wanted of the last row of each sequence that it completes."""
@@ -54,6 +75,7 @@ class Runner:
         shallow: list[int] = []
         full: list[int] = []
         wanted: list[int] = []
+        scored: list[int] = []
         deep: list[ScheduledRows] = []
         for item in rows:
             offset = len(positions)
@@ -65,8 +87,9 @@ class Runner:
             full += range(offset + first_full - item.start, offset + item.num_rows)
             if first_full < item.end:
                 deep.append(ScheduledRows(sequence, first_full, item.end))
-                if item.completes and sequence.sampled:
+                if item.samples:
                     wanted.append(len(full) - 1)
+                scored += (len(full) - item.end + position for position in item.scored)
         kept = self.reads.plan(rows)
         mixed = bool(shallow)
         # Layers that nobody skips (or a stage that has none) need no second reading plan.
@@ -79,7 +102,24 @@ class Runner:
             shallow_rows=self._index(shallow) if full else None,
             full_rows=self._index(full) if mixed else None,
             logit_rows=self._index(wanted),
+            scored_rows=self._index(scored) if scored else None,
         )
+
+    @torch.inference_mode()
+    def _scores(self, rows: tuple[ScheduledRows, ...], states: torch.Tensor) -> tuple[tuple[ScoredToken, ...], ...]:
+        """Log-probabilities of prompt tokens, each by the row before it; never many logits at once."""
+        items = [item for item in rows if item.scored]
+        token_ids = [item.sequence.prompt[position + 1] for item in items for position in item.scored]
+        num_top = [item.sequence.sampling.num_prompt_logprobs or 0 for item in items for _ in item.scored]
+        tokens: list[ScoredToken] = []
+        for start in range(0, len(token_ids), MAX_LOGIT_ROWS):
+            piece = slice(start, start + MAX_LOGIT_ROWS)
+            logits = self.decoder.logits(states, torch.arange(len(token_ids), device=self._device)[piece])
+            if logits is None:
+                raise InternalError("prompt log-probabilities where there is no lm_head: decode computes them")
+            tokens += score(logits, token_ids[piece], num_top[piece])
+        each = iter(tokens)
+        return tuple(tuple(islice(each, len(item.scored))) for item in items)
 
     def _index(self, values: list[int] | npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)

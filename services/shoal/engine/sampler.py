@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.engine.logprobs import NOT_FINITE, score
 from shoal.errors import InternalError
 from shoal.messages import SamplingParams
 
@@ -72,9 +73,11 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         chosen[at] = _draw(allowed[at], [rows[i] for i in drawn])
     token_ids: list[int] = chosen.tolist()
     sampled = [Sampled(token_id) for token_id in token_ids]
-    for i, row in enumerate(rows):
-        if row.params.num_logprobs is not None:
-            sampled[i] = _with_logprobs(raw[i], token_ids[i], row.params.num_logprobs)
+    told = [i for i, row in enumerate(rows) if row.params.num_logprobs is not None]
+    if told:
+        scored = score(raw[told], [token_ids[i] for i in told], [rows[i].params.num_logprobs or 0 for i in told])
+        for i, one in zip(told, scored, strict=True):
+            sampled[i] = Sampled(one.token_id, one.logprob, one.top)
     return sampled
 
 
@@ -95,7 +98,7 @@ def _gather(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     raw = logits.index_select(0, index).to(dtype)
     if not bool(raw.amax(dim=-1).isfinite().all()):
-        raise InternalError("logits are NaN or infinite: check the weights, and the dtype they are run in")
+        raise InternalError(NOT_FINITE)
     return raw
 
 
@@ -163,16 +166,3 @@ def _keep_top_p(scaled: Tensor, limits: list[float]) -> None:
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
-
-
-def _with_logprobs(raw: Tensor, token_id: int, num_top: int) -> Sampled:
-    """``raw`` is one row of logits ``[vocab]``."""
-    logprobs = raw.log_softmax(dim=-1)
-    num_top = min(num_top, len(logprobs))
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top:
-        # topk leaves open which of several equals it takes: look at all of them, in the order of their ids.
-        candidates = (logprobs >= logprobs.topk(num_top).values[-1]).nonzero().squeeze(1)
-        values, order = logprobs[candidates].sort(descending=True, stable=True)
-        top = tuple(zip(candidates[order][:num_top].tolist(), values[:num_top].tolist(), strict=True))
-    return Sampled(token_id, float(logprobs[token_id]), top)

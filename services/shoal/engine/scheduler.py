@@ -38,6 +38,19 @@ class ScheduledRows:
         """Everything known is computed after this step, so the next token can be sampled."""
         return self.end == self.sequence.num_to_compute
 
+    @property
+    def samples(self) -> bool:
+        """This step's last row is to be continued: by one token, or at the boundary by one for each choice."""
+        return self.completes and self.sequence.sampled and self.sequence.sampling.max_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Positions whose next token is one of the prompt's and has a log-probability to tell, not told before."""
+        sequence = self.sequence
+        if sequence.sampling.num_prompt_logprobs is None:
+            return range(0)
+        return range(max(self.start, sequence.num_scored), min(self.end, sequence.num_prompt_tokens - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

@@ -30,6 +30,7 @@ class Sequence:
     """``num_prompt_tokens`` (N) and ``num_shallow`` are fixed at admission and never inferred again.
 
     ``num_to_compute`` is N for a sequence that is sampled and N - 1 at prefill, where the boundary token isn't run.
+    ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     ``num_unsent`` counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
     """
@@ -45,6 +46,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_scored: int = 0
     num_unsent: int = 0
     first_step_s: float | None = None
 

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from shoal.engine.engine import Engine, StepOutput
+from shoal.engine.engine import Engine
+from shoal.engine.events import StepOutput
 from shoal.errors import Unavailable
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        # A thread that has told its end may take a moment longer to be gone.
+        return not self._closed and self._thread.is_alive()
 
     async def call(self, command: Callable[[Engine], T]) -> T:
         """Run ``command`` between two steps and return (or raise) what it does."""

@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from shoal.errors import ShoalError
-from shoal.gateway.generation import ChoiceOutput, Generation
+from shoal.gateway.generation import ChoiceOutput, Generation, Prompt
+from shoal.gateway.logprobs import CompletionLogprobs, Json, chat_logprobs, prompt_logprobs
 from shoal.gateway.refusals import error_document
-from shoal.gateway.schema import Body, StreamOptions
-from shoal.messages import FinishReason, TokenLogprob, TokenOutput
-
-Json = dict[str, Any]
-
-# JSON has no infinity; OpenAI writes the log-probability of the impossible like this.
-_MIN_LOGPROB = -9999.0
+from shoal.gateway.schema import Body, ChatBody, CompletionBody, StreamOptions
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.messages import FinishReason, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -29,12 +26,15 @@ class Choice:
 
     index: int
     text: str = ""
+    prompt: Prompt | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
-    def add(self, output: TokenOutput) -> None:
-        self.text += output.text
+    def add(self, one: ChoiceOutput) -> None:
+        output = one.output
+        self.text += one.text
+        self.prompt = one.prompt or self.prompt
         self.logprobs += output.logprobs
         self.finish_reason = output.finish_reason
         self.stop_reason = output.stop_reason
@@ -45,23 +45,23 @@ async def whole_choices(generation: Generation) -> list[Choice]:
     choices = [Choice(index) for index in range(generation.num_choices)]
     async with aclosing(generation.outputs(is_whole=True)) as outputs:
         async for one in outputs:
-            choices[one.index].add(one.output)
+            choices[one.index].add(one)
     return choices
 
 
 class AnswerFormat(Protocol):
-    """How one endpoint writes choices."""
+    """How one endpoint writes the choices of one answer."""
 
     id_prefix: ClassVar[str]
     body_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def whole(self, choice: Choice) -> Json:
-        """A complete choice."""
+    def whole(self, choices: Sequence[Choice]) -> Json:
+        """Complete choices, and what else of the answer depends on the endpoint."""
         ...
 
-    def delta(self, index: int, output: TokenOutput, *, is_first: bool, offset: int) -> Json:
-        """What one output adds to a choice. ``offset`` is where its tokens begin in the choice's text (characters)."""
+    def delta(self, one: ChoiceOutput) -> Json:
+        """What one output adds to its choice. Outputs come in their order."""
         ...
 
 
@@ -72,38 +72,40 @@ class CompletionFormat:
     body_object: ClassVar[str] = "text_completion"
     chunk_object: ClassVar[str] = "text_completion"
 
-    def whole(self, choice: Choice) -> Json:
+    def __init__(self, body: CompletionBody, tokenizer: Tokenizer) -> None:
+        self._body = body
+        self._logprobs_of = defaultdict[int, CompletionLogprobs](lambda: CompletionLogprobs(tokenizer))
+
+    def whole(self, choices: Sequence[Choice]) -> Json:
+        return {"choices": [self._whole_choice(choice) for choice in choices]}
+
+    def _whole_choice(self, choice: Choice) -> Json:
+        extra = {}
+        if self._body.prompt_logprobs is not None and choice.prompt is not None:
+            extra = {"prompt_logprobs": prompt_logprobs(choice.prompt)}
         return {
             "index": choice.index,
             "text": choice.text,
-            "logprobs": self._logprobs(choice.logprobs, 0),
+            "logprobs": self._logprobs(choice.index, choice.prompt, choice.logprobs),
+            **extra,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
 
-    def delta(self, index: int, output: TokenOutput, *, is_first: bool, offset: int) -> Json:
+    def delta(self, one: ChoiceOutput) -> Json:
         return {
-            "index": index,
-            "text": output.text,
-            "logprobs": self._logprobs(output.logprobs, offset),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            "index": one.index,
+            "text": one.text,
+            "logprobs": self._logprobs(one.index, one.prompt, one.output.logprobs),
+            "finish_reason": one.output.finish_reason,
+            "stop_reason": one.output.stop_reason,
         }
 
-    def _logprobs(self, tokens: Iterable[TokenLogprob], offset: int) -> Json | None:
-        tokens = list(tokens)
-        if not tokens:
+    def _logprobs(self, index: int, prompt: Prompt | None, tokens: Sequence[TokenLogprob]) -> Json | None:
+        echoed = prompt if prompt is not None and prompt.echo is not None else None
+        if self._body.logprobs is None or (echoed is None and not tokens):
             return None
-        offsets = []
-        for one in tokens:
-            offsets.append(offset)
-            offset += len(one.token)
-        return {
-            "tokens": [one.token for one in tokens],
-            "token_logprobs": [_finite(one.logprob) for one in tokens],
-            "top_logprobs": [_by_token(one) for one in tokens],
-            "text_offset": offsets,
-        }
+        return self._logprobs_of[index].of(echoed, tokens)
 
 
 class ChatFormat:
@@ -113,35 +115,35 @@ class ChatFormat:
     body_object: ClassVar[str] = "chat.completion"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
-    def whole(self, choice: Choice) -> Json:
+    def __init__(self, body: ChatBody, _tokenizer: Tokenizer) -> None:
+        self._body = body
+
+    def whole(self, choices: Sequence[Choice]) -> Json:
+        document: Json = {"choices": [self._whole_choice(choice) for choice in choices]}
+        prompt = choices[0].prompt
+        if self._body.prompt_logprobs is not None and prompt is not None:
+            document["prompt_logprobs"] = prompt_logprobs(prompt)
+        return document
+
+    def _whole_choice(self, choice: Choice) -> Json:
         return {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text},
-            "logprobs": self._logprobs(choice.logprobs),
+            "logprobs": chat_logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
 
-    def delta(self, index: int, output: TokenOutput, *, is_first: bool, offset: int) -> Json:
+    def delta(self, one: ChoiceOutput) -> Json:
         # The role comes with the first token: clients take the first chunk for the first token's time.
-        role = {"role": "assistant"} if is_first else {}
+        role = {"role": "assistant"} if one.is_first else {}
         return {
-            "index": index,
-            "delta": {**role, "content": output.text},
-            "logprobs": self._logprobs(output.logprobs),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            "index": one.index,
+            "delta": {**role, "content": one.text},
+            "logprobs": chat_logprobs(one.output.logprobs),
+            "finish_reason": one.output.finish_reason,
+            "stop_reason": one.output.stop_reason,
         }
-
-    def _logprobs(self, tokens: Iterable[TokenLogprob]) -> Json | None:
-        content = [
-            {
-                **_token(one.token, one.logprob),
-                "top_logprobs": [_token(token, logprob) for _, token, logprob in one.top],
-            }
-            for one in tokens
-        ]
-        return {"content": content} if content else None
 
 
 class Answer:
@@ -160,21 +162,18 @@ class Answer:
     async def whole(self) -> Json:
         """The body of an answer that isn't streamed."""
         choices = await whole_choices(self._generation)
-        document = self._document(self._format.body_object, [self._format.whole(choice) for choice in choices])
+        document = self._document(self._format.body_object, self._format.whole(choices))
         document["usage"] = usage(self._generation)
         return self._with_timing(document)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, the end marker excepted. The first one comes with the first output."""
         options = self.body.stream_options or StreamOptions()
-        offsets: Counter[int] = Counter()
         async with aclosing(self._generation.outputs()) as outputs:
             async for one in outputs:
                 if not (_is_worth_an_event(one) or options.continuous_usage_stats):
                     continue
-                delta = self._format.delta(one.index, one.output, is_first=one.is_first, offset=offsets[one.index])
-                offsets[one.index] += sum(len(token.token) for token in one.output.logprobs)
-                chunk = self._document(self._format.chunk_object, [delta])
+                chunk = self._document(self._format.chunk_object, {"choices": [self._format.delta(one)]})
                 if options.continuous_usage_stats:
                     chunk["usage"] = usage(self._generation)
                 elif options.include_usage:
@@ -183,17 +182,17 @@ class Answer:
                     chunk = self._with_timing(chunk)
                 yield _event(chunk)
         if options.include_usage:
-            chunk = self._document(self._format.chunk_object, [])
+            chunk = self._document(self._format.chunk_object, {"choices": []})
             chunk["usage"] = usage(self._generation)
             yield _event(self._with_timing(chunk))
 
-    def _document(self, kind: str, choices: list[Json]) -> Json:
+    def _document(self, kind: str, content: Json) -> Json:
         return {
             "id": self._id,
             "object": kind,
             "created": self._created_s,
             "model": self.body.model,
-            "choices": choices,
+            **content,
         }
 
     def _with_timing(self, document: Json) -> Json:
@@ -250,22 +249,3 @@ def timing(generation: Generation) -> Json:
         )
     choices = [{"index": index, "token_ids": ids} for index, ids in generation.token_ids.items()]
     return {"prompts": prompts, "choices": choices}
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, _MIN_LOGPROB)
-
-
-def _token(token: str, logprob: float) -> Json:
-    # A token that is only part of a character has no text, and its bytes aren't known here.
-    whole = "\N{REPLACEMENT CHARACTER}" not in token
-    return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode()) if whole else None}
-
-
-def _by_token(one: TokenLogprob) -> dict[str, float]:
-    """The alternatives and the token itself, best first; of those that read alike, the best."""
-    entries = [(token, logprob) for _, token, logprob in one.top] + [(one.token, one.logprob)]
-    best: dict[str, float] = {}
-    for token, logprob in sorted(entries, key=lambda entry: -entry[1]):
-        best.setdefault(token, _finite(logprob))
-    return best

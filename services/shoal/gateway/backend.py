@@ -72,6 +72,10 @@ class GatewayObserver(Protocol):
         """The client went away: ``waiting`` for its first token, or ``streaming``."""
         ...
 
+    def needed_full_depth(self, reason: str) -> None:
+        """A request is encoded at full depth because of its field ``reason``."""
+        ...
+
     def retried(self, reason: str) -> None:
         """Another decode replica runs a prompt again. ``reason`` is ``ShoalError.code`` of what ended the first run."""
         ...
@@ -101,6 +105,9 @@ class NullObserver:
         pass
 
     def cancelled(self, stage: str) -> None:
+        pass
+
+    def needed_full_depth(self, reason: str) -> None:
         pass
 
     def retried(self, reason: str) -> None:

@@ -10,6 +10,7 @@ Nothing is sent before the first output, so whatever goes wrong until then is a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
@@ -23,6 +24,7 @@ from shoal.gateway.edge import as_shoal_error, read_body, request_id_of, tracepa
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.intake import Services, take_in
 from shoal.gateway.schema import ChatBody, CompletionBody, parse
+from shoal.gateway.tokenizer import Tokenizer
 from shoal.messages import Depth
 
 DEPTH_HEADER = "x-shoal-depth"
@@ -40,10 +42,12 @@ B = TypeVar("B", CompletionBody, ChatBody)
 class Endpoint(Generic[B]):
     """An ASGI application for one route. ``name`` is the metrics' label."""
 
-    def __init__(self, name: str, kind: type[B], answer_format: AnswerFormat, services: Services) -> None:
+    def __init__(
+        self, name: str, kind: type[B], answer_format: Callable[[B, Tokenizer], AnswerFormat], services: Services
+    ) -> None:
         self._name = name
         self._kind: type[B] = kind
-        self._format = answer_format
+        self._format: Callable[[B, Tokenizer], AnswerFormat] = answer_format
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,17 +73,18 @@ class Endpoint(Generic[B]):
             body, self._services, exchange, request_id=request_id, traceparent=traceparent_of(headers)
         )
         wants_timing = headers.get(TIMING_HEADER) == "1"
-        return Answer(self._format, body, generation, request_id, wants_timing=wants_timing)
+        answer_format = self._format(body, self._services.tokenizer)
+        return Answer(answer_format, body, generation, request_id, wants_timing=wants_timing)
 
 
 def completions(services: Services) -> Endpoint[CompletionBody]:
     """POST /v1/completions"""
-    return Endpoint("completions", CompletionBody, CompletionFormat(), services)
+    return Endpoint("completions", CompletionBody, CompletionFormat, services)
 
 
 def chat_completions(services: Services) -> Endpoint[ChatBody]:
     """POST /v1/chat/completions"""
-    return Endpoint("chat_completions", ChatBody, ChatFormat(), services)
+    return Endpoint("chat_completions", ChatBody, ChatFormat, services)
 
 
 async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> bytes:

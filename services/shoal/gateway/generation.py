@@ -12,17 +12,38 @@ from dataclasses import dataclass, field, replace
 
 from shoal.errors import InternalError
 from shoal.gateway.backend import Backend, GatewayObserver
-from shoal.messages import Depth, GenerateRequest, HandoffReport, TokenOutput, TtftStages
+from shoal.messages import Depth, GenerateRequest, HandoffReport, TokenLogprob, TokenOutput, TtftStages
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an answer may tell of its prompt: the text it is to begin with, if that is asked for, and log-probabilities
+    of each token but the first."""
+
+    token_ids: tuple[int, ...]
+    echo: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceOutput:
-    """``output`` belongs to the answer's choice ``index``; ``is_first`` of that choice, ``is_last`` of the answer."""
+    """``output`` belongs to the answer's choice ``index``; ``is_last`` of the answer. The first of each choice has its
+    ``prompt``."""
 
     index: int
     output: TokenOutput
-    is_first: bool
+    prompt: Prompt | None
     is_last: bool
+
+    @property
+    def is_first(self) -> bool:
+        return self.prompt is not None
+
+    @property
+    def text(self) -> str:
+        """What the client is to read, an echoed prompt included."""
+        echo = None if self.prompt is None else self.prompt.echo
+        return (echo or "") + self.output.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +68,10 @@ class _ChoiceProgress:
 
 
 class Generation:
-    """Runs requests and keeps the counts and times of what came. Times are seconds of ``clock``."""
+    """Runs requests and keeps the counts and times of what came. Times are seconds of ``clock``.
+
+    ``echoes`` are the prompts' texts, one a request, where answers are to begin with them.
+    """
 
     def __init__(
         self,
@@ -57,8 +81,11 @@ class Generation:
         arrived_s: float,
         observer: GatewayObserver,
         clock: Callable[[], float],
+        echoes: Sequence[str] = (),
     ) -> None:
         self.requests = tuple(requests)
+        texts = echoes or (None,) * len(self.requests)
+        self.prompts = [Prompt(one.prompt_token_ids, text) for one, text in zip(self.requests, texts, strict=True)]
         self.timings: dict[int, PromptTiming] = {}
         self._backend = backend
         self._arrived_s = arrived_s
@@ -103,7 +130,8 @@ class Generation:
                 self._note(prompt_index, index, output)
                 if output.finish_reason is not None:
                     num_open -= 1
-                yield ChoiceOutput(index, output, is_first, is_last=num_open == 0)
+                prompt = self.prompts[prompt_index] if is_first else None
+                yield ChoiceOutput(index, output, prompt, is_last=num_open == 0)
         if num_open:
             raise InternalError(f"{num_open} choices ended without a reason")
 
@@ -112,7 +140,9 @@ class Generation:
         if prompt_index not in self.timings:
             ttft_s = now_s - self._arrived_s
             timing = self.timings[prompt_index] = PromptTiming(ttft_s, output.stages, output.handoff)
-            if output.stages is not None:
+            if output.prompt_logprobs:
+                self.prompts[prompt_index] = replace(self.prompts[prompt_index], logprobs=output.prompt_logprobs)
+            if output.stages is not None and output.token_ids:
                 self._observer.first_token(ttft_s, timing.gateway_s, output.stages)
         choice = self._choices.get(index)
         if choice is None:

@@ -52,12 +52,16 @@ async def take_in(
         timeout_s=deadline_s - (services.clock() - exchange.arrived_s),
         traceparent=traceparent,
     )
+    requests = generate_requests(body, prompts, model, context)
+    if body.needs_full_depth is not None:
+        services.observer.needed_full_depth(body.needs_full_depth)
     exchange.generation = Generation(
         services.backend,
-        generate_requests(body, prompts, model, context),
+        requests,
         arrived_s=exchange.arrived_s,
         observer=services.observer,
         clock=services.clock,
+        echoes=_echoes(body, services.tokenizer),
     )
     return exchange.generation
 
@@ -70,3 +74,10 @@ async def _encode(body: CompletionBody | ChatBody, tokenizer: Tokenizer, max_tok
         await tokenizer.encode(prompt, max_tokens=max_tokens) if isinstance(prompt, str) else prompt
         for prompt in body.prompt
     ]
+
+
+def _echoes(body: CompletionBody | ChatBody, tokenizer: Tokenizer) -> Sequence[str]:
+    """Texts for answers to begin with, one a prompt: as they came, or what their token ids say."""
+    if not isinstance(body, CompletionBody) or not body.echo:
+        return ()
+    return [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in body.prompt]

@@ -128,6 +128,7 @@ class InferenceAnswer:
             model=self._model,
             choices=[_choice(choice, self._generation.token_ids[choice.index]) for choice in choices],
             usage=_usage(self._generation),
+            prompt_logprobs=_logprobs(self._generation.prompts[0].logprobs),
         )
 
     async def messages(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
@@ -142,12 +143,13 @@ class InferenceAnswer:
             request_id=self.request_id,
             model=self._model,
             index=one.index,
-            text=output.text,
+            text=one.text,
             token_ids=output.token_ids,
             finish_reason=_finish_reason(output.finish_reason),
             stop=_stop(output.stop_reason),
             logprobs=_logprobs(output.logprobs),
             usage=_usage(self._generation) if one.is_last else None,
+            prompt_logprobs=_logprobs(output.prompt_logprobs),
         )
 
 

@@ -138,7 +138,7 @@ class Body(_Strict):
     prompt_field: ClassVar[str]
 
     model: str
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Count | None = None
     seed: Annotated[int, Field(ge=-_MAX_INT64 - 1, le=_MAX_INT64)] | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stop)] = ()
@@ -150,6 +150,7 @@ class Body(_Strict):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     depth: Depth | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
 
     cache_salt: Annotated[Any, _only(None)] = None
     frequency_penalty: Annotated[Any, _only(None, 0)] = None
@@ -179,6 +180,16 @@ class Body(_Strict):
         """Alternatives to report for each token; ``None`` for no log-probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return self.prompt_logprobs
+
+    @property
+    def needs_full_depth(self) -> str | None:
+        """The field because of which the prompt is encoded at full depth, whatever the model's default."""
+        return None if self.prompt_logprobs is None else "prompt_logprobs"
+
 
 class CompletionBody(Body):
     """POST /v1/completions. ``prompt`` has one item a prompt."""
@@ -187,8 +198,8 @@ class CompletionBody(Body):
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
     best_of: Annotated[Any, _only(None, 1)] = None
-    echo: Annotated[Any, _only(None, False)] = None
     suffix: Annotated[Any, _only(None, "")] = None
 
     @property
@@ -198,6 +209,16 @@ class CompletionBody(Body):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Asked for in both ways, the larger number counts."""
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((number for number in asked if number is not None), default=None)
+
+    @property
+    def needs_full_depth(self) -> str | None:
+        return "echo" if self.echo else super().needs_full_depth
 
 
 class GenerateBody(CompletionBody):

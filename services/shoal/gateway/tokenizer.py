@@ -39,6 +39,8 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._decode = decode_with(tokenizer)
+        added = self._backend.get_added_tokens_decoder().items()
+        self._special_texts = {token_id: token.content for token_id, token in added if token.special}
         self._longest_token_bytes = _longest_token_bytes(self._backend)
         self._max_inline_chars = max_inline_chars
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -91,6 +93,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; what the detokenizer reads."""
         return self._decode(ids)
+
+    def special_text(self, token_id: int) -> str:
+        """How a special token is written, which ``decode`` leaves out; nothing for any other token."""
+        return self._special_texts.get(token_id, "")
 
     def close(self) -> None:
         """End the thread. Twice is a no-op."""

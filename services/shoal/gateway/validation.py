@@ -45,6 +45,7 @@ def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
     _at_most(max(map(len, body.stop), default=0), config.max_stop_chars, "stop", "characters in one")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: only allowed with stream: true", param="stream_options")
+    _check_told_of_prompt(body, config)
     if isinstance(body, CompletionBody):
         _at_most(len(body.prompt), config.max_prompts, "prompt", "prompts")
         _at_most(body.logprobs, config.max_logprobs, "logprobs")
@@ -75,6 +76,21 @@ def check_num_tokens(num: int, num_new: int, model: ServedModel, param: str) -> 
         )
 
 
+def _check_told_of_prompt(body: Body, config: GatewayConfig) -> None:
+    """Fields that ask about the prompt itself, and those that go only, or never, with them."""
+    _at_most(body.prompt_logprobs, config.max_logprobs, "prompt_logprobs")
+    field = body.needs_full_depth
+    if field is None and body.max_new_tokens == 0:
+        raise InvalidRequest("max_tokens: at least 1, unless echo or prompt_logprobs is set", param="max_tokens")
+    if field is not None and body.depth is Depth.SHALLOW:
+        raise InvalidRequest(
+            f"depth: {field} needs a prompt at full depth, not a shallow one: leave depth out or ask for full",
+            param="depth",
+        )
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs: only allowed without stream: true", param="prompt_logprobs")
+
+
 def generate_requests(
     body: Body, prompts: Sequence[Sequence[int]], model: ServedModel, context: RequestContext
 ) -> tuple[GenerateRequest, ...]:
@@ -94,7 +110,12 @@ def generate_requests(
 
 
 def depth_of(body: Body, model: ServedModel) -> Depth:
-    """What the request asks for, else the model's default. ``auto`` is shallow: the prefill pool is there for it."""
+    """What the request asks for, else the model's default. ``auto`` is shallow: the prefill pool is there for it.
+
+    What tells of the prompt itself takes the full depth, explicitly: a shallow prompt predicts none of its own tokens.
+    """
+    if body.needs_full_depth is not None:
+        return Depth.FULL
     asked = model.default_depth if body.depth is None else body.depth
     return Depth.SHALLOW if asked is Depth.AUTO else asked
 
@@ -109,13 +130,16 @@ def _check_ids(body: Body, ids: Sequence[int], model: ServedModel) -> None:
     if not ids:
         raise InvalidRequest(f"{param}: there is nothing to continue, it has no tokens", param=param)
     # Length first: a megabyte of numbers needn't be looked at one by one.
-    check_num_tokens(len(ids), body.max_new_tokens or 1, model, param)
+    num_new = 1 if body.max_new_tokens is None else body.max_new_tokens
+    check_num_tokens(len(ids), num_new, model, param)
     if min(ids) < 0 or max(ids) >= model.vocab_size:
         raise InvalidRequest(f"{param}: token ids must be 0 to {model.vocab_size - 1}", param=param)
 
 
 def _sampling(body: Body, num_prompt_tokens: int, model: ServedModel) -> SamplingParams:
-    max_tokens = body.max_new_tokens or model.max_context_tokens - num_prompt_tokens
+    max_tokens = body.max_new_tokens
+    if max_tokens is None:
+        max_tokens = model.max_context_tokens - num_prompt_tokens
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens: at most max_tokens, which is {max_tokens}", param="min_tokens")
@@ -128,6 +152,7 @@ def _sampling(body: Body, num_prompt_tokens: int, model: ServedModel) -> Samplin
         seed=secrets.randbelow(_SEEDS) if body.seed is None else body.seed % _SEEDS,
         num_choices=body.n or 1,
         num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
         stop=body.stop,
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),

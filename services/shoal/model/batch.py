@@ -62,7 +62,8 @@ class StepBatch:
 
     ``kept`` is how all rows run layers ``0..K-1``, ``deep`` how the full-depth rows run the others (``None`` where
     there are none). ``shallow_rows`` / ``full_rows`` select rows of each depth (``None`` = all of them, an empty
-    tensor = none). ``logit_rows`` selects, among the full-depth rows, those whose next token is wanted.
+    tensor = none). ``logit_rows`` selects, among the full-depth rows, those whose next token is wanted;
+    ``scored_rows`` (``None`` = none) those whose states are, so that a prompt's own tokens can be scored in pieces.
     """
 
     token_ids: torch.Tensor
@@ -72,3 +73,4 @@ class StepBatch:
     shallow_rows: torch.Tensor | None
     full_rows: torch.Tensor | None
     logit_rows: torch.Tensor
+    scored_rows: torch.Tensor | None = None

@@ -44,10 +44,13 @@ class Attend(Protocol):
 @dataclass(frozen=True, slots=True)
 class StepTensors:
     """What a forward brings: ``logits`` ``[len(logit_rows), vocab]`` (``None`` without an lm_head), and at a stage
-    without deep layers the shallow rows' ``projected`` K/V ``[S, shallow rows, 2, kv_heads, head_dim]``."""
+    without deep layers the shallow rows' ``projected`` K/V ``[S, shallow rows, 2, kv_heads, head_dim]``.
+
+    ``scored`` ``[len(scored_rows), hidden]`` are states that left the last layer, for ``logits`` to be made of them."""
 
     logits: torch.Tensor | None
     projected: torch.Tensor | None
+    scored: torch.Tensor | None = None
 
 
 class Decoder:
@@ -89,7 +92,8 @@ class Decoder:
         if batch.deep is not None:
             for layer in self.plan.skipped:
                 hidden = self._layer(layer, hidden, rope, pool, batch.deep)
-        return StepTensors(self.logits(hidden, batch.logit_rows), projected)
+        scored = None if batch.scored_rows is None else hidden[batch.scored_rows]
+        return StepTensors(self.logits(hidden, batch.logit_rows), projected, scored)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         hidden = F.embedding(token_ids, self.parameters.embedding)

@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry
 from shoal.config import ShoalConfig
 from shoal.engine.build import Served, build_engine, choose_device, load_parameters, set_num_threads
 from shoal.engine.client import EngineClient
-from shoal.engine.engine import Engine, EngineCounts, StepOutput
+from shoal.engine.engine import Engine
+from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
 from shoal.messages import Stage

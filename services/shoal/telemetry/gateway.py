@@ -11,6 +11,7 @@ from shoal.telemetry.labels import (
     CancelStage,
     Endpoint,
     ErrorType,
+    FullDepthReason,
     HandoffReason,
     RejectReason,
     TtftStage,
@@ -68,6 +69,12 @@ class GatewayMetrics:
         self._cancelled = Counter(
             "shoal_cancelled_total", "Requests whose client went away.", ("stage",), registry=registry
         )
+        self._full_depth = Counter(
+            "shoal_full_depth_requests_total",
+            "Requests whose prompt is encoded at full depth because a field of theirs needs it.",
+            ("reason",),
+            registry=registry,
+        )
         self._retries = Counter(
             "shoal_retries_total", "Prompts that another decode replica ran again.", ("reason",), registry=registry
         )
@@ -111,6 +118,10 @@ class GatewayMetrics:
 
     def cancelled(self, stage: str) -> None:
         self._cancelled.labels(CancelStage(stage)).inc()
+
+    def needed_full_depth(self, reason: str) -> None:
+        """``reason`` is the field: a ``labels.FullDepthReason``."""
+        self._full_depth.labels(FullDepthReason(reason)).inc()
 
     def retried(self, reason: str) -> None:
         """``reason`` is ``ShoalError.code``."""

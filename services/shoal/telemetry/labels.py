@@ -65,6 +65,13 @@ class RejectReason(_OpenEnum):
     OTHER = "other"
 
 
+class FullDepthReason(enum.StrEnum):
+    """The field that asks about the prompt itself."""
+
+    ECHO = "echo"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+
+
 class HandoffReason(_OpenEnum):
     """Why a hand-off failed, or was not tried."""
 

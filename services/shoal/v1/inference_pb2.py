@@ -24,43 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shoal/v1/inference.proto\x12\x08shoal.v1\"\xe5\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.shoal.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0e.shoal.v1.ChatH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x18\n\x0btemperature\x18\t \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x0b \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\x05H\x07\x88\x01\x01\x12\x17\n\nignore_eos\x18\r \x01(\x08H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\t\x88\x01\x01\x12\x1e\n\x05\x64\x65pth\x18\x0f \x01(\x0e\x32\x0f.shoal.v1.DepthB\x08\n\x06promptB\r\n\x0b_max_tokensB\x04\n\x02_nB\x07\n\x05_seedB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.shoal.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"x\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12!\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x10.shoal.v1.Choice\x12\x1e\n\x05usage\x18\x04 \x01(\x0b\x32\x0f.shoal.v1.Usage\"\xad\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.shoal.v1.FinishReason\x12\x11\n\x04stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x12(\n\x08logprobs\x18\x06 \x03(\x0b\x32\x16.shoal.v1.TokenLogprobB\x07\n\x05_stop\"\x80\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.shoal.v1.FinishReason\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12(\n\x08logprobs\x18\x08 \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\x12\x1e\n\x05usage\x18\t \x01(\x0b\x32\x0f.shoal.v1.UsageB\x07\n\x05_stop\"r\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x03top\x18\x04 \x03(\x0b\x32\x12.shoal.v1.TopTokenB\n\n\x08_logprob\"M\n\x08TopToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_logprob\"x\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\x05\x12\x1e\n\x05\x64\x65pth\x18\x04 \x01(\x0e\x32\x0f.shoal.v1.Depth\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.shoal.v1.Model\"D\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\x05\x12\x11\n\tcreated_s\x18\x03 \x01(\x03*Q\n\x05\x44\x65pth\x12\x15\n\x11\x44\x45PTH_UNSPECIFIED\x10\x00\x12\x0e\n\nDEPTH_AUTO\x10\x01\x12\x11\n\rDEPTH_SHALLOW\x10\x02\x12\x0e\n\nDEPTH_FULL\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xef\x01\n\x10InferenceService\x12\x41\n\x08Generate\x12\x19.shoal.v1.GenerateRequest\x1a\x1a.shoal.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x19.shoal.v1.GenerateRequest\x1a .shoal.v1.GenerateStreamResponse0\x01\x12G\n\nListModels\x12\x1b.shoal.v1.ListModelsRequest\x1a\x1c.shoal.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shoal/v1/inference.proto\x12\x08shoal.v1\"\xb3\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.shoal.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0e.shoal.v1.ChatH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x18\n\x0btemperature\x18\t \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x0b \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\x05H\x07\x88\x01\x01\x12\x17\n\nignore_eos\x18\r \x01(\x08H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\t\x88\x01\x01\x12\x1e\n\x05\x64\x65pth\x18\x0f \x01(\x0e\x32\x0f.shoal.v1.Depth\x12\x11\n\x04\x65\x63ho\x18\x10 \x01(\x08H\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\x05H\x0b\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x04\n\x02_nB\x07\n\x05_seedB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x07\n\x05_echoB\x12\n\x10_prompt_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.shoal.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa9\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12!\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x10.shoal.v1.Choice\x12\x1e\n\x05usage\x18\x04 \x01(\x0b\x32\x0f.shoal.v1.Usage\x12/\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\"\xad\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.shoal.v1.FinishReason\x12\x11\n\x04stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x12(\n\x08logprobs\x18\x06 \x03(\x0b\x32\x16.shoal.v1.TokenLogprobB\x07\n\x05_stop\"\xb1\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.shoal.v1.FinishReason\x12\x11\n\x04stop\x18\x07 \x01(\tH\x00\x88\x01\x01\x12(\n\x08logprobs\x18\x08 \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\x12\x1e\n\x05usage\x18\t \x01(\x0b\x32\x0f.shoal.v1.Usage\x12/\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x16.shoal.v1.TokenLogprobB\x07\n\x05_stop\"r\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x03top\x18\x04 \x03(\x0b\x32\x12.shoal.v1.TopTokenB\n\n\x08_logprob\"M\n\x08TopToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_logprob\"x\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\x05\x12\x1e\n\x05\x64\x65pth\x18\x04 \x01(\x0e\x32\x0f.shoal.v1.Depth\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.shoal.v1.Model\"D\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\x05\x12\x11\n\tcreated_s\x18\x03 \x01(\x03*Q\n\x05\x44\x65pth\x12\x15\n\x11\x44\x45PTH_UNSPECIFIED\x10\x00\x12\x0e\n\nDEPTH_AUTO\x10\x01\x12\x11\n\rDEPTH_SHALLOW\x10\x02\x12\x0e\n\nDEPTH_FULL\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xef\x01\n\x10InferenceService\x12\x41\n\x08Generate\x12\x19.shoal.v1.GenerateRequest\x1a\x1a.shoal.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x19.shoal.v1.GenerateRequest\x1a .shoal.v1.GenerateStreamResponse0\x01\x12G\n\nListModels\x12\x1b.shoal.v1.ListModelsRequest\x1a\x1c.shoal.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEPTH']._serialized_start=1666
-  _globals['_DEPTH']._serialized_end=1747
-  _globals['_FINISHREASON']._serialized_start=1749
-  _globals['_FINISHREASON']._serialized_end=1844
+  _globals['_DEPTH']._serialized_start=1843
+  _globals['_DEPTH']._serialized_end=1924
+  _globals['_FINISHREASON']._serialized_start=1926
+  _globals['_FINISHREASON']._serialized_end=2021
   _globals['_GENERATEREQUEST']._serialized_start=39
-  _globals['_GENERATEREQUEST']._serialized_end=524
-  _globals['_TOKENIDS']._serialized_start=526
-  _globals['_TOKENIDS']._serialized_end=549
-  _globals['_CHAT']._serialized_start=551
-  _globals['_CHAT']._serialized_end=598
-  _globals['_CHATMESSAGE']._serialized_start=600
-  _globals['_CHATMESSAGE']._serialized_end=644
-  _globals['_GENERATERESPONSE']._serialized_start=646
-  _globals['_GENERATERESPONSE']._serialized_end=766
-  _globals['_CHOICE']._serialized_start=769
-  _globals['_CHOICE']._serialized_end=942
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=945
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1201
-  _globals['_TOKENLOGPROB']._serialized_start=1203
-  _globals['_TOKENLOGPROB']._serialized_end=1317
-  _globals['_TOPTOKEN']._serialized_start=1319
-  _globals['_TOPTOKEN']._serialized_end=1396
-  _globals['_USAGE']._serialized_start=1398
-  _globals['_USAGE']._serialized_end=1518
-  _globals['_LISTMODELSREQUEST']._serialized_start=1520
-  _globals['_LISTMODELSREQUEST']._serialized_end=1539
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1541
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1594
-  _globals['_MODEL']._serialized_start=1596
-  _globals['_MODEL']._serialized_end=1664
-  _globals['_INFERENCESERVICE']._serialized_start=1847
-  _globals['_INFERENCESERVICE']._serialized_end=2086
+  _globals['_GENERATEREQUEST']._serialized_end=602
+  _globals['_TOKENIDS']._serialized_start=604
+  _globals['_TOKENIDS']._serialized_end=627
+  _globals['_CHAT']._serialized_start=629
+  _globals['_CHAT']._serialized_end=676
+  _globals['_CHATMESSAGE']._serialized_start=678
+  _globals['_CHATMESSAGE']._serialized_end=722
+  _globals['_GENERATERESPONSE']._serialized_start=725
+  _globals['_GENERATERESPONSE']._serialized_end=894
+  _globals['_CHOICE']._serialized_start=897
+  _globals['_CHOICE']._serialized_end=1070
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1073
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1378
+  _globals['_TOKENLOGPROB']._serialized_start=1380
+  _globals['_TOKENLOGPROB']._serialized_end=1494
+  _globals['_TOPTOKEN']._serialized_start=1496
+  _globals['_TOPTOKEN']._serialized_end=1573
+  _globals['_USAGE']._serialized_start=1575
+  _globals['_USAGE']._serialized_end=1695
+  _globals['_LISTMODELSREQUEST']._serialized_start=1697
+  _globals['_LISTMODELSREQUEST']._serialized_end=1716
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1718
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1771
+  _globals['_MODEL']._serialized_start=1773
+  _globals['_MODEL']._serialized_end=1841
+  _globals['_INFERENCESERVICE']._serialized_start=2024
+  _globals['_INFERENCESERVICE']._serialized_end=2263
 # @@protoc_insertion_point(module_scope)

@@ -6,7 +6,7 @@ import math
 
 from callers import Caller
 from fake_inference import MODEL, TEXT, WORDS, FakeInference
-from shoal.client import Choice, Delta, Depth, FinishReason, Message, Model, TokenLogprob, Usage
+from shoal.client import Choice, Client, Delta, Depth, FinishReason, Message, Model, TokenLogprob, Usage
 from shoal.v1 import inference_pb2 as pb
 
 USAGE = Usage(num_prompt_tokens=7, num_output_tokens=3, num_cached_tokens=2, depth=Depth.SHALLOW)
@@ -14,6 +14,7 @@ USAGE = Usage(num_prompt_tokens=7, num_output_tokens=3, num_cached_tokens=2, dep
 OPTIONS = {
     "model": MODEL, "max_tokens": 3, "n": 2, "seed": 5, "stop": ["!", "?"], "temperature": 0.5, "top_p": 0.25,
     "top_k": 9, "min_tokens": 1, "ignore_eos": True, "logprobs": 2,
+    "echo": True, "prompt_logprobs": 3,
 }  # fmt: skip
 
 
@@ -52,6 +53,15 @@ def test_the_stop_string_and_log_probabilities_come_back(caller: Caller) -> None
     choice = caller.generate(stop="!", logprobs=2).choices[0]
     assert (choice.finish_reason, choice.stop) == (FinishReason.STOP, "!")
     assert choice.logprobs == (TokenLogprob(0, "Ships ", -0.5, ((8, "Boats ", -1.5), (9, "Cars ", -math.inf))),)
+
+
+def test_a_prompts_log_probabilities_come_beside_the_choices(caller: Caller, service: FakeInference) -> None:
+    told = (TokenLogprob(7, " sea", -0.25), TokenLogprob(6, " is", -math.inf))
+    assert caller.generate(prompt_logprobs=0).prompt_logprobs == told
+    assert caller.generate().prompt_logprobs == ()
+    with Client(caller.target, **caller.settings) as client, client.stream("The sea is", prompt_logprobs=0) as stream:
+        next(stream)
+        assert stream.prompt_logprobs == told
 
 
 def test_a_stream_brings_the_same_as_the_whole_answer(caller: Caller) -> None:

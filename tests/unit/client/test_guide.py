@@ -28,7 +28,7 @@ def test_every_example_is_run_here() -> None:
     counted = {title: len(examples) for title, examples in EXAMPLES.items() if examples}
     assert counted == {
         "Five lines": 1,
-        "Ask": 1,
+        "Ask": 2,
         "Read as it is written": 2,
         "What can go wrong": 1,
         "Deadlines and retries": 1,
@@ -48,6 +48,12 @@ def test_ask(target: str, service: FakeInference, capsys: pytest.CaptureFixture[
     run(EXAMPLES["Ask"][0], target)
     assert [request.WhichOneof("prompt") for request in service.requests] == ["text", "token_ids", "chat"]
     assert capsys.readouterr().out == f"{TEXT} 3 shallow\n0 {TEXT} stop\n1 {TEXT} stop\n['smollm2'] True\n"
+
+
+def test_a_prompt_is_scored(target: str, service: FakeInference, capsys: pytest.CaptureFixture[str]) -> None:
+    run(EXAMPLES["Ask"][1], target)
+    assert service.requests[0].max_tokens == 0 and service.requests[0].HasField("prompt_logprobs")
+    assert capsys.readouterr().out == "-inf shallow\n"
 
 
 def test_read_as_it_is_written(target: str, capsys: pytest.CaptureFixture[str]) -> None:

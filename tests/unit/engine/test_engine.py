@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,11 +31,12 @@ def spoil_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch, row: int) -> N
     run_step = engine.runner.run
 
     def run_and_spoil(plan: Any) -> Any:
-        logits, chunks = run_step(plan)
-        if logits is not None:
-            logits = logits.clone()
-            logits[row] = torch.nan
-        return logits, chunks
+        output = run_step(plan)
+        if output.logits is None:
+            return output
+        logits = output.logits.clone()
+        logits[row] = torch.nan
+        return replace(output, logits=logits)
 
     monkeypatch.setattr(engine.runner, "run", run_and_spoil)
 

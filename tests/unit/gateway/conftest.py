@@ -38,6 +38,7 @@ class Recorder(GatewayObserver):
     last: list[tuple[float, int]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    deepened: list[str] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def wait_finished(self, timeout_s: float = 10) -> None:
@@ -70,6 +71,9 @@ class Recorder(GatewayObserver):
 
     def cancelled(self, stage: str) -> None:
         self.gone.append(stage)
+
+    def needed_full_depth(self, reason: str) -> None:
+        self.deepened.append(reason)
 
     def retried(self, reason: str) -> None:
         raise AssertionError("nothing dies here")

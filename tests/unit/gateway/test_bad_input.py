@@ -104,6 +104,21 @@ BODIES = [
     (completion(stream=True, stream_options={"speed": 1}), "stream_options.speed", "unknown_field"),
     (completion(depth="deep"), "depth", "invalid_value"),
     (completion(depth=3), "depth", "invalid_value"),
+    # --- what is told of the prompt
+    (completion(echo=1), "echo", "invalid_value"),
+    (completion(echo=True, depth="shallow"), "depth", "invalid_value"),
+    (completion(prompt_logprobs=0, depth="shallow"), "depth", "invalid_value"),
+    (chat(prompt_logprobs=0, depth="shallow"), "depth", "invalid_value"),
+    (completion(echo=True, logprobs=21), "logprobs", "invalid_value"),
+    (completion(echo=True, max_tokens=-1), "max_tokens", "invalid_value"),
+    (completion(echo=False, logprobs=1, max_tokens=0), "max_tokens", "invalid_value"),
+    (completion(prompt_logprobs=-1), "prompt_logprobs", "invalid_value"),
+    (completion(prompt_logprobs=True), "prompt_logprobs", "invalid_value"),
+    (completion(prompt_logprobs=1, stream=True), "prompt_logprobs", "invalid_value"),
+    (chat(prompt_logprobs=21), "prompt_logprobs", "invalid_value"),
+    (chat(max_tokens=0), "max_tokens", "invalid_value"),
+    (chat(prompt_logprobs=1, max_completion_tokens=0), "max_completion_tokens", "invalid_value"),
+    (completion(prompt=[1] * 401, echo=True, max_tokens=0), "prompt", "context_length_exceeded"),
     (completion(ignore_eos="no"), "ignore_eos", "invalid_value"),
     # --- messages
     ((CHAT, {"model": "smollm2"}), "messages", "missing_field"),
@@ -126,7 +141,6 @@ BODIES = [
     (chat(max_completion_tokens=400), "messages", "context_length_exceeded"),
     # --- what we don't do
     (completion(best_of=2), "best_of", "unsupported_value"),
-    (completion(echo=True), "echo", "unsupported_value"),
     (completion(suffix="."), "suffix", "unsupported_value"),
     (completion(cache_salt="x"), "cache_salt", "unsupported_value"),
     (completion(presence_penalty=0.1), "presence_penalty", "unsupported_value"),
@@ -229,6 +243,11 @@ def test_a_wrong_depth_header_is_refused(gateway: Any) -> None:
     assert_refused(gateway, response, 400, "x-shoal-depth", "invalid_value")
 
 
+def test_a_depth_header_that_contradicts_echo_is_refused(gateway: Any) -> None:
+    response = gateway.post(*completion(echo=True), headers={"x-shoal-depth": "shallow"})
+    assert_refused(gateway, response, 400, "depth", "invalid_value")
+
+
 @pytest.mark.parametrize("name", sorted(IGNORED_FIELDS))
 def test_a_field_that_changes_nothing_is_ignored(gateway: Any, name: str) -> None:
     assert gateway.post(*completion(**{name: {"any": ["thing"]}})).status_code == 200
@@ -245,6 +264,8 @@ NEUTRAL = [
     chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]),
     chat(messages=[{"role": "assistant", "content": "", "refusal": None, "tool_calls": [], "name": "me"}, USER]),
     completion(seed=-(2**63)),
+    completion(echo=None, prompt_logprobs=None),
+    completion(prompt=[1] * 400, echo=True, max_tokens=0, min_tokens=0),
     completion(seed=2**63 - 1, temperature=2, top_p=1, n=16, logprobs=20, stop=["a" * 256] * 4, max_tokens=16),
 ]
 

@@ -106,6 +106,13 @@ CASES = [
     chat("logprobs", http_param="top_logprobs", logprobs=21),
     chat("logprobs", http_param="top_logprobs", logprobs=-1),
     chat("depth", depth="abyss"),
+    # --- what is told of the prompt
+    text("prompt_logprobs", prompt_logprobs=-1),
+    text("prompt_logprobs", prompt_logprobs=21),
+    text("max_tokens", max_tokens=0, logprobs=1),
+    chat("max_tokens", max_tokens=0),
+    chat("echo", "unknown_field", echo=True),
+    Case("token_ids", "context_length_exceeded", "prompt", ids=[1] * 401, fields={"max_tokens": 0, "echo": True}),
     # --- stop
     text("stop", stop=["a"] * 5),
     text("stop", stop=["a" * 257]),

@@ -117,6 +117,8 @@ async def test_decodes_word_on_the_depth_wins(inference: Inference, monkeypatch:
     [
         {},
         {"n": 3, "logprobs": 2},
+        {"n": 2, "logprobs": 2, "echo": True},
+        {"max_tokens": 0, "echo": True},
         {"stop": ["hand"]},
         {"max_tokens": 3},
         {"chat": pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")]), "logprobs": 0},
@@ -137,6 +139,15 @@ async def test_a_stream_adds_up_to_the_whole_answer(inference: Inference, fields
     assert messages[-1].usage == whole.usage
     assert {message.model for message in messages} == {"smollm2"}
     assert len({message.request_id for message in messages}) == 1
+
+
+@pytest.mark.parametrize("fields", [{"echo": True}, {"prompt_logprobs": 0}])
+async def test_a_shallow_prompt_has_nothing_to_tell(inference: Inference, fields: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await inference.generate(**fields, depth=pb.DEPTH_SHALLOW)
+    assert told(refused.value) == (400, "invalid_value", "depth")
+    assert (await inference.generate(**fields, depth=pb.DEPTH_AUTO)).usage.depth == pb.DEPTH_FULL
+    assert inference.observer.deepened == [*fields]
 
 
 async def test_choices_come_by_index(inference: Inference) -> None:

@@ -177,6 +177,55 @@ def test_completion_logprobs_say_where_each_token_stands(gateway: Any, stream: b
     assert {value for part in parts for value in part.token_logprobs} == {-0.5}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Where?",
+        " two  spaces",
+        "Größe 10 µm",
+        "日本語のテスト",
+        "a👩‍👩‍👧b",
+        "<|im_start|>user\nHi<|im_end|>",
+        "x<|endoftext|>é",
+    ],
+)
+def test_an_echoed_prompt_and_the_answer_stand_where_their_offsets_say(
+    gateway: Any, tokenizer: Any, text: str, stream: bool
+) -> None:
+    """Characters of several tokens, too, and special tokens, which are part of the text only where they're written."""
+    gateway.backend.text = " 10 µm 日本語 👩‍👩‍👧 end"
+    answer = gateway.openai.completions.create(
+        model="smollm2", prompt=text, echo=True, logprobs=0, max_tokens=50, stream=stream
+    )
+    choices = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+    whole = "".join(choice.text for choice in choices)
+    offsets = [offset for choice in choices if choice.logprobs for offset in choice.logprobs.text_offset]
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.tokens]
+    assert whole == text + gateway.backend.text
+    assert offsets[0] == 0 and offsets == sorted(offsets) and len(offsets) == len(tokens)
+    for token, start, end in zip(tokens, offsets, [*offsets[1:], len(whole)], strict=True):
+        if "\N{REPLACEMENT CHARACTER}" in token:
+            assert end - start <= 1 + len(token)  # a piece of a character
+        elif token:
+            assert whole[start:end] == token
+
+
+def test_token_ids_are_echoed_as_the_text_they_say(gateway: Any, smollm2: Any) -> None:
+    ids = smollm2.encode("Größe 日本語", add_special_tokens=False)
+    answer = gateway.openai.completions.create(model="smollm2", prompt=[ids, [1, 504]], echo=True, max_tokens=0, n=2)
+    assert [choice.text for choice in answer.choices] == ["Größe 日本語"] * 2 + ["The"] * 2
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    assert answer.usage.completion_tokens == 0 and answer.usage.prompt_tokens == len(ids) + 2
+    assert answer.usage.depth == "full" and gateway.observer.deepened == ["echo"]
+
+
+def test_an_answer_of_no_tokens_has_no_time_to_its_first(gateway: Any) -> None:
+    gateway.openai.completions.create(model="smollm2", prompt="Where?", echo=True, max_tokens=0)
+    gateway.observer.wait_finished()
+    assert gateway.observer.first == []
+
+
 def test_depth_can_be_asked_for_in_body_or_header(gateway: Any) -> None:
     create = gateway.openai.completions.create
     assert create(model="smollm2", prompt="a", extra_body={"depth": "full"}).usage.depth == "full"

@@ -28,8 +28,10 @@ LEAST = {
     "chat": {"model": "m", "messages": [{"role": "user", "content": "Hi"}]},
     "completions": {"model": "m", "prompt": "Hi"},
 }
-# Errors that end a start, and those of a hand-off, which the ladder of fallbacks deals with.
-NOT_FOR_CLIENTS = (errors.ConfigError, errors.ModelError, errors.HandoffError)
+# Errors that end a start or a command, and those of a hand-off, which the ladder of fallbacks deals with.
+NOT_FOR_CLIENTS = (
+    errors.ConfigError, errors.ModelError, errors.HandoffError, errors.DataError, errors.CalibrationError,
+)  # fmt: skip
 HTTP_ONLY = (refusals.InvalidJson, refusals.RouteNotFound, refusals.MethodNotAllowed)
 
 

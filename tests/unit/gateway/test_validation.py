@@ -105,6 +105,43 @@ def test_the_clients_depth_wins_over_the_models(asked: str | None, default: Dept
     assert depth_of(completion(depth=asked), replace(MODEL, default_depth=default)) is depth
 
 
+@pytest.mark.parametrize("asked", [None, "auto", "full"])
+@pytest.mark.parametrize("field", [{"echo": True}, {"prompt_logprobs": 0}])
+@pytest.mark.parametrize("default", Depth)
+def test_what_is_told_of_a_prompt_needs_full_depth(asked: str | None, field: dict[str, object], default: Depth) -> None:
+    body = completion(depth=asked, **field)
+    check_limits(body, MODEL, GatewayConfig())
+    assert depth_of(body, replace(MODEL, default_depth=default)) is Depth.FULL
+
+
+@pytest.mark.parametrize("field", ["echo", "prompt_logprobs"])
+def test_and_shallow_with_it_is_refused_with_its_name(field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"depth: {field} needs a prompt at full depth") as refused:
+        check_limits(completion(depth="shallow", **{field: True if field == "echo" else 1}), MODEL, GatewayConfig())
+    assert refused.value.param == "depth"
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_prompt_logprobs"),
+    [
+        ({}, None), ({"logprobs": 3}, None), ({"echo": True}, None), ({"echo": True, "logprobs": 3}, 3),
+        ({"prompt_logprobs": 0}, 0), ({"prompt_logprobs": 2, "logprobs": 5}, 2),
+        ({"prompt_logprobs": 2, "logprobs": 5, "echo": True}, 5),
+    ],
+)  # fmt: skip
+def test_a_prompts_log_probabilities_are_asked_for_in_two_ways(
+    fields: dict[str, object], num_prompt_logprobs: int | None
+) -> None:
+    assert request_of(completion(**fields)).sampling.num_prompt_logprobs == num_prompt_logprobs
+
+
+def test_a_prompt_that_is_only_scored_may_fill_the_context() -> None:
+    body = completion(echo=True, max_tokens=0)
+    assert request_of(body, num_prompt_tokens=100).sampling.max_tokens == 0
+    with pytest.raises(ContextLengthExceeded):
+        request_of(body, num_prompt_tokens=101)
+
+
 def test_prompt_and_answer_may_fill_the_context_and_no_more() -> None:
     assert request_of(completion(max_tokens=90)).sampling.max_tokens == 90
     with pytest.raises(ContextLengthExceeded, match="10 tokens and an answer of up to 91 are more than"):

@@ -75,6 +75,7 @@ ROLES = [
             "shoal_rejected": lambda m: m.rejected("overloaded"),
             "shoal_cancelled": lambda m: m.cancelled(CancelStage.STREAMING),
             "shoal_retries": lambda m: m.retried("peer_gone"),
+            "shoal_full_depth_requests": lambda m: m.needed_full_depth("echo"),
         },
     ),
     Role("prefill", PrefillMetrics, STAGE_MOVES | {"shoal_kv_pinned_bytes": lambda m: m.pinned(4096)}),

@@ -1,0 +1,86 @@
+"""What a step of an engine brings: frozen values, from the engine's thread to the event loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.engine.logprobs import ScoredToken
+from shoal.engine.runner import PrefillChunk
+from shoal.errors import ShoalError
+from shoal.messages import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One choice's next token. ``index`` counts from 0; ``first_step_s`` is when its request's first step began."""
+
+    request_id: str
+    choice: int
+    index: int
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+    stop_reason: int | None
+    first_step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Log-probabilities of a request's next prompt tokens, from its second token on; each comes once.
+
+    With a ``finish_reason``, the prompt was all there was to compute.
+    """
+
+    request_id: str
+    scores: tuple[ScoredToken, ...]
+    finish_reason: FinishReason | None
+    first_step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailureEvent:
+    """A choice that ended with an error of ours; everything it held is given back."""
+
+    request_id: str
+    choice: int
+    error: ShoalError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounts:
+    """What is held right now, and what has happened so far."""
+
+    num_waiting: int
+    num_reserved: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    num_reserved_blocks: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step brought. Times are monotonic seconds of this process.
+
+    ``reserved`` are the requests that now hold blocks for their whole prompt, with their block tables.
+    ``wants_blocks``: a running sequence waits for blocks that reserved ones hold, and the youngest should be given up.
+    """
+
+    started_s: float
+    ended_s: float
+    counts: EngineCounts
+    num_rows: int = 0
+    num_sequences: int = 0
+    reserved: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    prompts: tuple[PromptEvent, ...] = ()
+    tokens: tuple[TokenEvent, ...] = ()
+    chunks: tuple[PrefillChunk, ...] = ()
+    failures: tuple[FailureEvent, ...] = ()
+    wants_blocks: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing could run: there is nothing to do until the next command."""
+        return not self.num_rows and not self.reserved

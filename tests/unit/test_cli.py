@@ -44,7 +44,7 @@ def test_serve_names_every_option_that_the_readme_promises():
         (("generate", "--raw", ""), "prompt is empty"),
         (("analyze", "no-such-model"), "no-such-model"),
         (("analyze", "smollm2", "--candidates", "4;8"), "commas"),
-        (("analyze", "smollm2", "--data", "missing.txt"), "missing.txt can't be read"),
+        (("analyze", "smollm2", "--data", "missing.txt"), "can't read missing.txt"),
         (("eval", "smollm2", "--tasks", "text,reading"), "'reading' is not a valid Task"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from shoal.quality.arms import Arm
 from shoal.quality.prompts import Prompt
+from shoal.quality.reading import Reading
 from shoal.quality.subject import Subject, Treatment
 
 
@@ -41,10 +43,10 @@ def measure_losses(
     sums = np.empty((len(candidates), 2, len(texts)))
     for index, (prompt, response) in enumerate(texts):
         ids, targets = [*prompt, *response[:-1]], torch.tensor([response]).T
-        full = _logprobs(subject, ids, len(prompt), Treatment.FULL, 0)
+        reading = Reading(subject, ids, len(prompt), candidates)
+        full = _logprobs(reading.full)
         for row, num_skipped in enumerate(candidates):
-            shallow = _logprobs(subject, ids, len(prompt), Treatment.SHALLOW, num_skipped)
-            fall = full - shallow
+            fall = full - _logprobs(reading.logits(Arm(Treatment.SHALLOW.value, num_skipped, Treatment.SHALLOW)))
             sums[row, 0, index] = float((full.exp() * fall).sum())
             sums[row, 1, index] = float(fall.gather(1, targets.to(fall.device)).sum())
         on_progress(index + 1, len(texts))
@@ -52,11 +54,8 @@ def measure_losses(
     return [Loss(_per_token(divergence, lengths), _per_token(extra, lengths)) for divergence, extra in sums]
 
 
-def _logprobs(
-    subject: Subject, ids: list[int], num_prompt_tokens: int, treatment: Treatment, num_skipped: int
-) -> torch.Tensor:
-    """``[response tokens, vocab]`` in float64."""
-    return subject.logits(ids, num_prompt_tokens, treatment, num_skipped=num_skipped).double().log_softmax(dim=-1)
+def _logprobs(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().log_softmax(dim=-1)
 
 
 def _per_token(sums: np.ndarray, lengths: np.ndarray) -> Estimate:

@@ -22,7 +22,8 @@ from shoal.quality.subject import Subject, Treatment
 class Reading:
     """``ids`` with a prompt of ``num_prompt_tokens``, for ``arms`` that skip one of ``counts`` layers, or none.
 
-    Holds ``[tokens, hidden]`` a count. The next reading of the same subject takes its place in the pool.
+    Holds ``[tokens, hidden]`` a count. The next reading of the same subject takes its place in the pool. Raises
+    InvalidRequest if the text is longer than the subject's ``max_tokens``, or has no prompt.
     """
 
     @torch.inference_mode()
@@ -42,7 +43,7 @@ class Reading:
 
     @torch.inference_mode()
     def logits(self, arm: Arm) -> torch.Tensor:
-        """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, as ``Subject.logits`` has them."""
+        """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, with ``ids`` given, not generated."""
         if arm.treatment is Treatment.FULL:
             return self.full
         state = self._states[arm.num_skipped]

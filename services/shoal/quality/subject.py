@@ -1,4 +1,4 @@
-"""A model under examination: what it says of given text, at any depth, and with parts of the method taken away."""
+"""A model under examination: its weights once, and steps of given text through any part of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoal.engine.attention import attend
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Sequence as Rows
-from shoal.errors import InternalError, InvalidRequest
+from shoal.errors import InvalidRequest
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import SamplingParams, Stage
@@ -85,38 +85,6 @@ class Subject:
         skipped = LayerPlan(self.spec.num_layers, num_skipped).skipped
         return [self.parameters.layers[index].projection(self.spec, index) for index in skipped]
 
-    @torch.inference_mode()
-    def logits(
-        self,
-        ids: Sequence[int],
-        num_prompt_tokens: int,
-        treatment: Treatment = Treatment.SHALLOW,
-        *,
-        num_skipped: int,
-        num_boundary_tokens: int = 1,
-        projection: KvProjection | None = None,
-    ) -> torch.Tensor:
-        """Logits ``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, with ``ids`` given, not generated.
-
-        ``projection`` stands for the paper's. The last ``num_boundary_tokens`` of the prompt run at full depth.
-        Raises InvalidRequest if the text is longer than ``max_tokens``, or has no prompt.
-        """
-        if not 1 <= num_prompt_tokens <= len(ids) <= self.max_tokens:
-            raise InvalidRequest(f"{num_prompt_tokens} prompt tokens of {len(ids)}, and at most {self.max_tokens}")
-        if treatment is Treatment.FULL or num_skipped == 0:
-            return self._run(ids, num_prompt_tokens, 0, 0, None)
-        if treatment is Treatment.REMOVED:
-            return self._truncated(ids, num_prompt_tokens, num_skipped)
-        projection = projection or self.projection(num_skipped)
-        if treatment is Treatment.NO_BOUNDARY:
-            first = self._truncated(ids[:num_prompt_tokens], num_prompt_tokens, num_skipped)
-            if len(ids) == num_prompt_tokens:
-                return first
-            return torch.cat([first, self._run(ids, num_prompt_tokens + 1, num_prompt_tokens, num_skipped, projection)])
-        num_shallow = max(0, num_prompt_tokens - num_boundary_tokens)
-        hides = treatment is Treatment.NO_PROJECTION
-        return self._run(ids, num_prompt_tokens, num_shallow, num_skipped, projection, hides_prompt=hides)
-
     def step(
         self,
         plan: LayerPlan,
@@ -129,8 +97,11 @@ class Subject:
     ) -> tuple[Decoder, StepBatch]:
         """A decoder, and one step of all of ``ids``, whose logits are wanted after each of the tokens ``N-1..``.
 
-        Where it ``hides_prompt``, the skipped layers read no K/V of shallow tokens.
+        Where it ``hides_prompt``, the skipped layers read no K/V of shallow tokens. Raises InvalidRequest if the text
+        is longer than ``max_tokens``, or has no prompt.
         """
+        if not 1 <= num_prompt_tokens <= len(ids) <= self.max_tokens:
+            raise InvalidRequest(f"{num_prompt_tokens} prompt tokens of {len(ids)}, and at most {self.max_tokens}")
         decoder = Decoder(self.spec, plan, Stage.DECODE, parameters, attend)
         runner = Runner(decoder, self.pool)
         rows = Rows("text", tuple(ids), num_shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
@@ -142,41 +113,6 @@ class Subject:
             own = runner.reads.plan((ScheduledRows(rows, num_shallow, len(ids)),), first=num_shallow)
             batch = replace(batch, deep=own)
         return decoder, batch
-
-    def _run(
-        self,
-        ids: Sequence[int],
-        num_prompt_tokens: int,
-        num_shallow: int,
-        num_skipped: int,
-        projection: KvProjection | None,
-        *,
-        hides_prompt: bool = False,
-    ) -> torch.Tensor:
-        plan = LayerPlan(self.spec.num_layers, num_skipped)
-        parameters = replace(self.parameters, projection=projection)
-        return self._forward(plan, parameters, ids, num_prompt_tokens, num_shallow, hides_prompt)
-
-    def _truncated(self, ids: Sequence[int], num_prompt_tokens: int, num_skipped: int) -> torch.Tensor:
-        """The model without its last layers, at both stages."""
-        layers = self.parameters.layers[: self.spec.num_layers - num_skipped]
-        plan = LayerPlan(len(layers), 0)
-        return self._forward(plan, replace(self.parameters, layers=layers), ids, num_prompt_tokens, 0, False)
-
-    def _forward(
-        self,
-        plan: LayerPlan,
-        parameters: Parameters,
-        ids: Sequence[int],
-        num_prompt_tokens: int,
-        num_shallow: int,
-        hides_prompt: bool,
-    ) -> torch.Tensor:
-        decoder, batch = self.step(plan, parameters, ids, num_prompt_tokens, num_shallow, hides_prompt=hides_prompt)
-        logits = decoder.forward(batch, self.pool).logits
-        if logits is None:
-            raise InternalError("a whole model gave no logits")
-        return logits
 
     def _paper_projection(self, num_skipped: int) -> KvProjection:
         return KvProjection(self.spec, self.projections(num_skipped))

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from engines import exact, logits_after, make_engine
 from models import WINDOW, save_tiny, save_tiny_gguf, tiny_model
+from readings import logits_of_text
 from reference import pop_logits
 from shoal.errors import UnsupportedModel
 from shoal.messages import Depth
@@ -68,7 +69,7 @@ def test_a_saved_model_says_after_every_token_what_transformers_own_forward_says
     """In float32 and with nothing of transformers replaced: its norms, its eager attention."""
     model = save_tiny(tmp_path, tiny_model(family, torch.float32, layers=4))
     subject = Subject.load(locate(str(tmp_path)), dtype=torch.float32, max_tokens=len(IDS))
-    found = subject.logits(IDS, 1, Treatment.FULL, num_skipped=2)
+    found = logits_of_text(subject, IDS, 1, Treatment.FULL)
     torch.testing.assert_close(found, forward(model), atol=1e-4, rtol=1e-4)
 
 
@@ -87,7 +88,7 @@ def test_every_treatment_of_every_family_is_the_references(
 ):
     model = exact(save_tiny(tmp_path, tiny_model(family)))
     subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=len(IDS))
-    found = subject.logits(IDS, 20, treatment, num_skipped=3)
+    found = logits_of_text(subject, IDS, 20, treatment, 3)
     torch.testing.assert_close(found, pop_logits(model, IDS, 20, 3, **options), atol=1e-10, rtol=0)
 
 
@@ -101,7 +102,7 @@ def test_gemma_3_from_a_gguf_is_the_model_that_was_converted(tmp_path: Path):
     expected = describe(model.config)
     assert replace(subject.spec, norm_eps=expected.norm_eps) == expected  # it's float32 in the file
     assert subject.spec.norm_eps == pytest.approx(expected.norm_eps)
-    found = subject.logits(IDS, 1, Treatment.FULL, num_skipped=2)
+    found = logits_of_text(subject, IDS, 1, Treatment.FULL)
     torch.testing.assert_close(found, forward(model), atol=1e-4, rtol=1e-4)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from models import save_tiny
+from readings import logits_of_text
 from shoal.errors import CalibrationError, ConfigError
 from shoal.model.files import locate
 from shoal.quality.calibration import CalibrationOptions, Calibrator, Example
@@ -105,8 +106,8 @@ def test_the_ridge_that_serves_held_out_text_best_is_taken(subject: Subject, obs
 def test_the_divergence_is_that_of_the_served_logits(subject: Subject, observed):
     learnt, _, _ = observed
     one, example = calibrator(subject), learnt[0]
-    full = subject.logits(example.ids, NUM_PROMPT, Treatment.FULL, num_skipped=3).log_softmax(-1)
-    shallow = subject.logits(example.ids, NUM_PROMPT, num_skipped=3).log_softmax(-1)
+    full = logits_of_text(subject, example.ids, NUM_PROMPT, Treatment.FULL).log_softmax(-1)
+    shallow = logits_of_text(subject, example.ids, NUM_PROMPT, Treatment.SHALLOW, 3).log_softmax(-1)
     expected = F.kl_div(shallow, full, reduction="none", log_target=True).sum(-1).mean()
     torch.testing.assert_close(one.divergence(one.paper.weight, example).item(), expected.item(), atol=1e-5, rtol=1e-4)
 

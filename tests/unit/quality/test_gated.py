@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from models import save_tiny, tiny_llama
+from readings import logits_of_text
 from shoal.errors import MalformedWeights, UnsupportedModel
 from shoal.model.files import locate
 from shoal.quality.gated import GatedModel, Gates
@@ -156,7 +157,7 @@ def test_prefill_gates_at_zero_are_the_shallow_plan_with_its_projection(tmp_path
     closed = gates()
     closed.prefill[LAYERS - num_skipped :] = 0
     subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=len(IDS))
-    expected = subject.logits(IDS, N, Treatment.SHALLOW, num_skipped=num_skipped)
+    expected = logits_of_text(subject, IDS, N, Treatment.SHALLOW, num_skipped)
     torch.testing.assert_close(gated.logits(IDS, N, closed), expected, atol=1e-5, rtol=1e-5)
 
 

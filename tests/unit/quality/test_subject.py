@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models import save_tiny
+from readings import logits_of_text
 from reference import pop_logits
 from shoal.errors import InvalidRequest
 from shoal.model.files import locate
@@ -35,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("treatment", OPTIONS)
 def test_a_treatment_is_the_reference_s(tiny, treatment: Treatment, num_skipped: int):
     model, subject = tiny
-    found = subject.logits(IDS, 40, treatment, num_skipped=num_skipped)
+    found = logits_of_text(subject, IDS, 40, treatment, num_skipped)
     close(found, pop_logits(model, IDS, 40, num_skipped, **OPTIONS[treatment]))
 
 
@@ -43,25 +44,17 @@ def test_full_depth_is_the_model(tiny):
     model, subject = tiny
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0, 39:]
-    close(subject.logits(IDS, 40, Treatment.FULL, num_skipped=4), expected)
-    close(subject.logits(IDS, 40, Treatment.SHALLOW, num_skipped=0), expected)
-
-
-def test_with_every_prompt_token_a_boundary_token_nothing_is_shallow(tiny):
-    _, subject = tiny
-    full = subject.logits(IDS, 40, Treatment.FULL, num_skipped=4)
-    close(subject.logits(IDS, 40, num_skipped=4, num_boundary_tokens=40), full)
-    assert not torch.allclose(subject.logits(IDS, 40, num_skipped=4, num_boundary_tokens=39), full)
+    close(logits_of_text(subject, IDS, 40, Treatment.FULL), expected)
 
 
 @pytest.mark.parametrize("treatment", OPTIONS)
 def test_a_text_may_end_with_its_prompt(tiny, treatment: Treatment):
     _, subject = tiny
-    whole = subject.logits(IDS, 40, treatment, num_skipped=2)
-    close(subject.logits(IDS[:40], 40, treatment, num_skipped=2), whole[:1])
+    whole = logits_of_text(subject, IDS, 40, treatment, 2)
+    close(logits_of_text(subject, IDS[:40], 40, treatment, 2), whole[:1])
 
 
 @pytest.mark.parametrize(("num_ids", "num_prompt"), [(65, 40), (10, 0), (10, 11)])
 def test_text_that_can_not_be_asked_about_is_refused(tiny, num_ids: int, num_prompt: int):
     with pytest.raises(InvalidRequest):
-        tiny[1].logits((5,) * num_ids, num_prompt, num_skipped=2)
+        logits_of_text(tiny[1], (5,) * num_ids, num_prompt, Treatment.SHALLOW)

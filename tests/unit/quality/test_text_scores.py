@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models import save_tiny
+from readings import logits_of_text
 from reference import pop_logits, token_nlls
 from shoal.model.files import locate
 from shoal.quality.arms import CALIBRATED, FULL, Arm, arms_of
@@ -91,7 +92,7 @@ def continued(subject: Subject, prompt: tuple[int, ...]) -> tuple[int, ...]:
     """As the full model would: there the paper's projection loses enough for a share of it to be told."""
     ids = list(prompt)
     for _ in range(NUM_CONTINUATION):
-        ids.append(int(subject.logits(ids, len(ids), Treatment.FULL, num_skipped=0).argmax()))
+        ids.append(int(logits_of_text(subject, ids, len(ids), Treatment.FULL).argmax()))
     return tuple(ids[len(prompt) :])
 
 

@@ -111,8 +111,8 @@ CONTRADICTIONS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     ),
     "too little shared memory of the head": ({"head": {"shmSize": 1e8}}, "head.shmSize: must be at least"),
     "too short a drain": (
-        {"drain": {"deadline_s": 20}, "config": {"handoff": {"drain_s": 9.5}}},
-        "drain.deadline_s: must be at least 21",
+        {"drain": {"deadline_s": 51}, "config": {"handoff": {"drain_s": 9.5}, "ray": {"stop_timeout_s": 40}}},
+        "drain.deadline_s: must be at least 52",
     ),
 }
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 import charts
 from charts import MONITORING, PRODUCTION, RELEASE, Object
-from shoal.app.graph import demand, grace_s
+from shoal.app.graph import demand, stop_s
 from shoal.config import ShoalConfig, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -183,13 +183,13 @@ def test_only_pools_with_rdma_may_lock_memory() -> None:
 
 @pytest.mark.parametrize("drain_s", [2.0, 7.3])
 def test_a_pod_outlives_its_drain(drain_s: float) -> None:
-    service = ray_service({"config": {"handoff": {"drain_s": drain_s}}, "drain": {"deadline_s": 40}})
-    closing_s = grace_s(load_config(**charts.shoal_config(service)))
+    service = ray_service({"config": {"handoff": {"drain_s": drain_s}}, "drain": {"deadline_s": 90}})
+    closing_s = stop_s(load_config(**charts.shoal_config(service)))
     for group in charts.worker_groups(service).values():
         assert (
-            "--deadline-remaining-seconds 40 " in charts.container(group)["lifecycle"]["preStop"]["exec"]["command"][2]
+            "--deadline-remaining-seconds 90 " in charts.container(group)["lifecycle"]["preStop"]["exec"]["command"][2]
         )
-        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 40 + closing_s
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 90 + closing_s
 
 
 def test_a_worker_is_ready_without_a_proxy_of_serve() -> None:

@@ -27,6 +27,7 @@ ray.join_timeout_s: ""
   "gateway" (dict "port" 8000 "grpc_port" 9000)
   "metrics" (dict "port_range" (dict "first" 22000 "last" 22999))
   "handoff" (dict "drain_s" 2.0)
+  "ray" (dict "stop_timeout_s" 60.0)
 -}}
 {{- mergeOverwrite $defaults (deepCopy .Values.config) | toJson -}}
 {{- end -}}

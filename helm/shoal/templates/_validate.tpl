@@ -62,14 +62,14 @@
 {{- end -}}
 {{- $grace := include "shoal.grace" . | int -}}
 {{- if lt (int .Values.drain.deadline_s) $grace -}}
-  {{- fail (printf "drain.deadline_s: must be at least %d, the time in which a replica closes (twice config.handoff.drain_s, and 2 s)" $grace) -}}
+  {{- fail (printf "drain.deadline_s: must be at least %d, the time in which a replica finishes and closes (config.ray.stop_timeout_s, config.handoff.drain_s, and 2 s)" $grace) -}}
 {{- end -}}
 {{- end -}}
 
-{{/* Seconds in which a replica finishes and closes, as shoal.app.graph has it. */}}
+{{/* Seconds in which a replica finishes and closes, as stop_s of shoal.app.graph has it. */}}
 {{- define "shoal.grace" -}}
 {{- $shared := include "shoal.shared" . | fromJson -}}
-{{- addf (mulf 2 $shared.handoff.drain_s) 2 | ceil -}}
+{{- addf $shared.ray.stop_timeout_s $shared.handoff.drain_s 2 | ceil -}}
 {{- end -}}
 
 {{/* Each process must be able to listen. */}}

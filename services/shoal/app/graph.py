@@ -105,6 +105,11 @@ def grace_s(config: ShoalConfig) -> float:
     return 2 * config.handoff.drain_s + CLOSE_S
 
 
+def stop_s(config: ShoalConfig) -> float:
+    """How long one replica that is stopped may take: answers may finish, then it drains its hand-offs and closes."""
+    return config.ray.stop_timeout_s + config.handoff.drain_s + CLOSE_S
+
+
 def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, Any]) -> Deployment:
     from ray import serve
 
@@ -112,7 +117,7 @@ def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, An
         name=name,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=1,
-        graceful_shutdown_timeout_s=config.ray.stop_timeout_s + config.handoff.drain_s + CLOSE_S,
+        graceful_shutdown_timeout_s=stop_s(config),
         graceful_shutdown_wait_loop_s=0.05,
         # On a machine of one's own, what failed once fails again; elsewhere a host may just have gone away.
         max_constructor_retry_count=1 if is_private(config) else 3,

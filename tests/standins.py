@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from shoal import directory
 from shoal.errors import InvalidRequest, ModelError, ShoalError
 from shoal.gateway.draining import DrainingBackend
 
-FAIL = "fail"
+# A file of this name in the folder makes prefill fail, or load for ever.
+FAIL, STAY = "fail", "stay"
 
 
 class Diary:
@@ -42,6 +44,9 @@ class StandInPrefill:
         if (Path(folder) / FAIL).exists():
             raise ModelError("there is no model here: put one there")
         directory.report_loading("prefill", 1, 2)
+        if (Path(folder) / STAY).exists():
+            self._diary.write("loading")
+            threading.Event().wait()
         self._diary.write(f"threads {os.environ['OMP_NUM_THREADS']} {os.environ['OMP_WAIT_POLICY']}")
         self._entry = directory.entry_of_this_replica("prefill", metrics_address="127.0.0.1:1")
         directory.register(self._entry)

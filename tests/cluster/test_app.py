@@ -25,7 +25,7 @@ from shoal.app.ports import require_free
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError
 from standin_cluster import small_config, stand_ins
-from standins import FAIL
+from standins import FAIL, STAY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -244,6 +244,17 @@ def test_sigterm_while_ray_starts_is_obeyed_and_leaves_nothing_behind(tmp_path: 
         # In the midst of Ray's own start: its daemons are there, its node isn't complete.
         assert eventually(lambda: any("gcs_server" in line for line in one.left_behind()))
         one.process.send_signal(signal.SIGTERM)
+        assert one.process.wait(60) == 0
+        assert one.read("stopped") == ""
+        assert one.left_behind() == []
+
+
+def test_ctrl_c_while_replicas_load_leaves_nothing_behind(tmp_path: Path):
+    (tmp_path / STAY).touch()
+    with program(tmp_path) as one:
+        one.read("starting")
+        assert eventually(lambda: "prefill loading" in diary(tmp_path), within_s=60)
+        os.killpg(one.process.pid, signal.SIGINT)
         assert one.process.wait(60) == 0
         assert one.read("stopped") == ""
         assert one.left_behind() == []

@@ -15,12 +15,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.app.daemons import Daemons
 from shoal.app.failures import explain, missing_resources
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
     from shoal.directory import Entry, Role
+
+T = TypeVar("T")
 
 _WATCH_PERIOD_S = 0.1
 _GIVE_UP_S = 3.0
@@ -68,9 +70,9 @@ class Cluster:
     def wait(self) -> None:
         """Serve until Ctrl-C or SIGTERM (KeyboardInterrupt). Raises Unavailable if Ray itself ends."""
         never: Future[None] = Future()
-        while self._daemons.live():
+        while True:
+            self._daemons.require_live()
             futures.wait([never], timeout=1)
-        raise Unavailable("Ray has ended: one of its processes was killed; start again")
 
 
 @contextmanager
@@ -187,7 +189,7 @@ class _Start:
 
     def _start_serve(self) -> None:
         from ray import serve
-        from ray.serve.context import _get_global_client, _set_global_client
+        from ray.serve.context import _set_global_client
 
         # Serve remembers its controller beyond Ray's end; a cluster that this process had before had another one.
         _set_global_client(None)  # type: ignore[no-untyped-call]
@@ -199,9 +201,8 @@ class _Start:
             http_options={"host": self._config.gateway.host, "port": self._port},
             logging_config=serve_logging(self._config),
         )
-        if (client := _get_global_client()) is not None:
-            # A cluster that has an HTTP server already keeps it as it is.
-            self._port = client.http_config.port
+        # A cluster that has an HTTP server already keeps it as it is.
+        self._port = _client().http_config.port
 
     def deploy(self) -> None:
         """Returns when every replica is ready and the HTTP server answers."""
@@ -216,17 +217,36 @@ class _Start:
             # Whoever runs it may change a pool's size by Serve's own API, without a restart.
             external_scaler_enabled=True,
         )
-        deployed = self._home.submit(serve.run_many, [target])
-        self._calls.append(deployed)
+        # Serve is asked to begin, and not to wait: a call of its that waits for weights to load can't be taken back.
+        [gateway] = self._call(
+            serve.run_many, [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        )
         shown: set[Progress] = set()
-        # Serve tells nobody of its progress; it has to be asked.
-        while not futures.wait([deployed], timeout=_WATCH_PERIOD_S).done:
+        while not self._is_running():
             self._show(shown)
-        try:
-            [self._gateway] = deployed.result()
-        except RuntimeError as error:
-            raise explain(self._messages() or str(error)) from error
+            self.daemons.require_live()
+            self._is_over.wait(_WATCH_PERIOD_S)
         self._show(shown)
+        self._call(_client().wait_for_proxies_serving)
+        self._gateway = gateway
+
+    def _call(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Ray's calls that signals mustn't cut, short ones: ``stop`` waits for them."""
+        called = self._home.submit(call, *args, **kwargs)
+        self._calls.append(called)
+        return called.result()
+
+    def _is_running(self) -> bool:
+        """Serve tells nobody of its progress; it has to be asked. Raises what kept a replica from starting."""
+        from ray import serve
+
+        application = serve.status().applications.get(self._app)
+        if application is None:
+            raise Unavailable(f"somebody deleted {self._app!r} from the cluster while it started")
+        if application.status == "DEPLOY_FAILED":
+            heard = [one.message for one in application.deployments.values() if one.status == "DEPLOY_FAILED"]
+            raise explain("\n".join(heard) or application.message)
+        return bool(application.status == "RUNNING")
 
     def _show(self, shown: set[Progress]) -> None:
         from ray import serve
@@ -243,14 +263,6 @@ class _Start:
             if progress not in shown:
                 shown.add(progress)
                 self._on_progress(progress)
-
-    def _messages(self) -> str:
-        """What Serve heard from the deployments that failed."""
-        from ray import serve
-
-        status = serve.status().applications.get(self._app)
-        deployments = status.deployments.values() if status is not None else ()
-        return "\n".join(one.message for one in deployments if one.status == "DEPLOY_FAILED")
 
     def drain(self) -> None:
         """Refuse new requests, let the open ones finish or cut them, then take the application back."""
@@ -279,6 +291,9 @@ class _Start:
         finally:
             if not self._is_over.is_set():
                 serve.delete(self._app, _blocking=False)
+                if self._gateway is None:
+                    # Nobody was served yet, so nothing has to finish: Serve would wait for weights to load first.
+                    _kill_replicas(self._app)
         while self._app in serve.status().applications and not self._is_over.wait(_WATCH_PERIOD_S):
             pass
 
@@ -296,6 +311,24 @@ class _Start:
         self._home.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _client() -> Any:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=True)
+
+
+def _kill_replicas(app: str) -> None:
+    import ray
+    from ray.serve._private.common import ReplicaID
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        name = actor["name"]
+        if ReplicaID.is_full_id_str(name) and ReplicaID.from_full_id_str(name).deployment_id.app_name == app:
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name, SERVE_NAMESPACE))
 
 
 def _has_result(response: DeploymentResponse[Any], within_s: float) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+from shoal.errors import Unavailable
+
 
 class Daemons:
     """Of this process' Ray node, within ``ray.init`` and ``ray.shutdown``. Closing twice is a no-op."""
@@ -24,6 +26,11 @@ class Daemons:
         """Whether the raylet lives, and every other process that Ray started from here."""
         node = _node()
         return node is not None and not node.dead_processes() and self.raylet_lives()
+
+    def require_live(self) -> None:
+        """Raises Unavailable unless they live."""
+        if not self.live():
+            raise Unavailable("Ray has ended: one of its processes was killed; start again")
 
     def raylet_lives(self) -> bool:
         try:

@@ -1,7 +1,7 @@
 """A program that serves the stand-ins until a signal ends it, as ``shoal serve`` does.
 
-``standin_cluster.py FOLDER [PORT]`` prints ``starting``, then ``ready URL``, and ``stopped`` at the end. FOLDER gets
-the stand-ins' diary.
+``standin_cluster.py FOLDER [PORT [GRPC_PORT]]`` prints ``starting``, then ``ready URL``, and ``stopped`` at the end.
+FOLDER gets the stand-ins' diary.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def stand_ins() -> Replicas:
     return Replicas(StandInGateway, StandInDecode, StandInPrefill)
 
 
-def small_config(folder: str, port: int = 0) -> ShoalConfig:
-    return ShoalConfig(model={"name": folder}, gateway={"port": port}, handoff={"drain_s": 1})
+def small_config(folder: str, port: int = 0, grpc_port: int = 0) -> ShoalConfig:
+    return ShoalConfig(model={"name": folder}, gateway={"port": port, "grpc_port": grpc_port}, handoff={"drain_s": 1})
 
 
 def main() -> None:

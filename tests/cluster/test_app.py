@@ -135,6 +135,8 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path):
         port = server.getsockname()[1]
         assert "ConfigError: port" in (told := run_to_its_end(tmp_path, str(port)))
         assert f"{port} on 127.0.0.1 is taken" in told and "ray" not in told
+        told = run_to_its_end(tmp_path, "0", str(port))
+        assert f"{port} on 127.0.0.1 is taken" in told and "--grpc-port" in told and "ray" not in told
 
 
 def test_a_replica_that_can_not_start_tells_why(tmp_path: Path):

@@ -152,7 +152,8 @@ def test_a_gateway_whose_ray_died_ends_and_so_do_nodes_that_lost_their_head(clie
     killed = hosts.execute("gateway", ["pkill", "-KILL", "-x", "raylet"])
     assert killed.returncode == 0, killed.stderr
     assert hosts.process("gateway").ended(within_s=60) != 0
-    assert "Ray has ended" in hosts.process("gateway").tail()
+    # Anywhere: of Ray's last words, which go on after it, there are more or fewer each time.
+    assert "Ray has ended" in hosts.process("gateway").log.read_text()
     compose.services()["gateway"].start(hosts)
     for name in ("prefill", "decode"):
         assert hosts.process(name).ended(within_s=120) != 0

@@ -127,6 +127,8 @@ class _Start:
         if is_private(config):
             self._port = self._port or free_port(config.gateway.host)
             require_free(config.gateway.host, self._port)
+            if config.gateway.grpc_port:
+                require_free(config.gateway.host, config.gateway.grpc_port, "grpc_port")
         elif not self._port:
             raise ConfigError(
                 "say which port: a cluster that is joined has no free one of its own (--port, gateway.port)"
@@ -277,7 +279,7 @@ class _Start:
             if futures.wait([drained], timeout=_WATCH_PERIOD_S).done or not self.daemons.live():
                 break
         if not drained.done() or drained.exception() is not None:
-            log.warning("open requests were cut off: the cluster did not drain")
+            log.warning("Ray ended before it had drained: requests that were open, if any, were cut off")
 
     def _take_back(self) -> None:
         """Ends soon after ``_is_over``: Ray ends the process in which a call outlives it."""

@@ -1,23 +1,26 @@
-"""The port that clients come in by."""
+"""The ports that clients come in by."""
 
 from __future__ import annotations
 
 import errno
 import socket
+from typing import Literal
 
 from shoal.errors import ConfigError
+
+Setting = Literal["port", "grpc_port"]
 
 _EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 
 
-def require_free(host: str, port: int) -> None:
+def require_free(host: str, port: int, setting: Setting = "port") -> None:
     """Raises ConfigError unless ``host:port`` can be bound. Serve would start, and only its log would tell."""
-    _bind(host, port)
+    _bind(host, port, setting)
 
 
 def free_port(host: str) -> int:
     """A port of ``host`` that nothing listens on now."""
-    return _bind(host, 0)
+    return _bind(host, 0, "port")
 
 
 def url_of(host: str, port: int) -> str:
@@ -26,7 +29,7 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
-def _bind(host: str, port: int) -> int:
+def _bind(host: str, port: int, setting: Setting) -> int:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -39,12 +42,13 @@ def _bind(host: str, port: int) -> int:
             bound: int = probe.getsockname()[1]
             return bound
     except OSError as error:
-        raise ConfigError(_refusal(host, port, error), param="gateway.port") from error
+        raise ConfigError(_refusal(host, port, setting, error), param=f"gateway.{setting}") from error
 
 
-def _refusal(host: str, port: int, error: OSError) -> str:
+def _refusal(host: str, port: int, setting: Setting, error: OSError) -> str:
+    ways = f"--{setting.replace('_', '-')}, gateway.{setting}"
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is taken: stop what listens there, or choose another (--port, gateway.port)"
+        return f"port {port} on {host} is taken: stop what listens there, or choose another ({ways})"
     if error.errno == errno.EACCES:
-        return f"port {port} on {host} isn't ours to take: choose one above 1023 (--port, gateway.port)"
+        return f"port {port} on {host} isn't ours to take: choose one above 1023 ({ways})"
     return f"can't listen on {host}:{port}: {error.strerror}; set --host (gateway.host) to an address of this machine"

@@ -28,15 +28,14 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             tasks[name] = bars.add_task(name, total=num_total)
         bars.update(tasks[name], completed=num_done, total=num_total)
 
-    lines: set[str] = set()
+    tenths: dict[str, int] = {}
 
     def on_progress_in_lines(name: str, num_done: int, num_total: int) -> None:
-        """Where nothing can be redrawn: a line when a thing begins, and one when it is done."""
-        line = f"{name}: {num_done} of {num_total}"
-        if name and (num_done == num_total or not any(said.startswith(f"{name}:") for said in lines)):
-            if line not in lines:
-                err.print(line, highlight=False)
-            lines.add(line)
+        """Where nothing can be redrawn: a line when a thing begins, and one for each tenth of it."""
+        tenth = 10 * num_done // max(num_total, 1)
+        if name and tenth > tenths.get(name, -1):
+            tenths[name] = tenth
+            err.print(f"{name}: {num_done} of {num_total}", highlight=False)
 
     if not err.is_terminal:
         yield on_progress_in_lines

@@ -6,7 +6,7 @@ One validator for every door: whatever API a request came through, it passes her
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from shoal.config import GatewayConfig
@@ -28,13 +28,14 @@ class ServedModel:
     created_s: int = 0
 
 
-def find_model(models: Iterable[ServedModel], name: str) -> ServedModel:
+def find_model(models: Collection[ServedModel], name: str) -> ServedModel:
     """Raises ModelNotFound."""
     for model in models:
         if model.name == name:
             return model
     raise ModelNotFound(
-        "this model isn't served here: ask GET /v1/models or ListModels for those that are", param="model"
+        f"this model isn't served here, but {', '.join(model.name for model in models)} is: GET /v1/models, ListModels",
+        param="model",
     )
 
 

@@ -13,6 +13,8 @@ def test_a_taken_port_is_refused_with_what_to_do():
         port = server.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1 is taken: .*--port"):
             require_free("127.0.0.1", port)
+        with pytest.raises(ConfigError, match=r"--grpc-port, gateway\.grpc_port"):
+            require_free("127.0.0.1", port, "grpc_port")
 
 
 def test_a_port_that_was_just_closed_is_free():

@@ -17,11 +17,11 @@ from shoal.engine.runner import PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
-from shoal.messages import Depth, SamplingParams, Stage
+from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
 from shoal.model.decoder import Decoder
 from shoal.model.families import describe
 from shoal.model.parameters import ParameterLoader, Parameters
-from shoal.model.plan import LayerPlan
+from shoal.model.plan import Anchors, LayerPlan
 
 CPU = torch.device("cpu")
 
@@ -71,11 +71,15 @@ class ModelReader:
 
 
 def parameters_of(
-    model: Any, num_skipped: int, stage: Stage = Stage.DECODE, projector: torch.Tensor | None = None
+    model: Any,
+    num_skipped: int,
+    stage: Stage = Stage.DECODE,
+    projector: torch.Tensor | None = None,
+    plan: LayerPlan | None = None,
 ) -> Parameters:
     spec = describe(model.config)
     loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
-    return loader.load(LayerPlan(spec.num_layers, num_skipped), stage, projector)
+    return loader.load(plan or LayerPlan(spec.num_layers, num_skipped), stage, projector)
 
 
 def make_engine(
@@ -90,9 +94,12 @@ def make_engine(
     max_queued: int = 256,
     eos_token_ids: tuple[int, ...] = (),
     parameters: Parameters | None = None,
+    num_boundary: int = 1,
+    anchors: Anchors | None = None,
+    num_deep_blocks: int = 256,
 ) -> Engine:
     spec = describe(model.config)
-    plan = LayerPlan(spec.num_layers, num_skipped)
+    plan = LayerPlan(spec.num_layers, num_skipped, num_boundary, anchors)
     layout = stage_layout(
         num_layers=plan.num_layers,
         num_kept=plan.num_kept,
@@ -101,12 +108,14 @@ def make_engine(
         head_dim=spec.head_dim,
         dtype_bytes=model.dtype.itemsize,
         block_tokens=block_tokens,
+        is_apart=anchors is not None,
     )
     scheduler = Scheduler(
-        layout, num_blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences, max_queued=max_queued
-    )
-    pool = KvPool(layout, num_blocks, dtype=model.dtype, device=CPU)
-    decoder = Decoder(spec, plan, stage, parameters or parameters_of(model, num_skipped, stage), attend)
+        layout, num_blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences, max_queued=max_queued,
+        num_deep_blocks=num_deep_blocks,
+    )  # fmt: skip
+    pool = KvPool(layout, num_blocks, dtype=model.dtype, device=CPU, num_deep_blocks=num_deep_blocks)
+    decoder = Decoder(spec, plan, stage, parameters or parameters_of(model, num_skipped, stage, plan=plan), attend)
     return Engine(scheduler, Runner(decoder, pool), eos_token_ids=eos_token_ids)
 
 
@@ -118,6 +127,7 @@ class Ask:
     num_tokens: int = 8
     depth: Depth = Depth.SHALLOW
     sampling: SamplingParams | None = None
+    outline: PromptOutline | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -133,7 +143,7 @@ def run_choices(engine: Engine, asks: list[Ask]) -> list[list[list[int]]]:
     """The same with every choice of every request."""
     tokens: dict[tuple[str, int], list[int]] = {}
     for index, ask in enumerate(asks):
-        engine.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params)
+        engine.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params, outline=ask.outline)
     while not (output := engine.step()).is_idle:
         for failure in output.failures:
             raise failure.error
@@ -147,15 +157,17 @@ def one_by_one(engine: Engine, asks: list[Ask]) -> list[list[int]]:
     return [run(engine, [ask])[0] for ask in asks]
 
 
-def logits_after(engine: Engine, prompt: list[int], depth: Depth) -> torch.Tensor:
+def logits_after(engine: Engine, prompt: list[int], depth: Depth, outline: PromptOutline | None = None) -> torch.Tensor:
     """Logits ``[vocab]`` of the token after ``prompt``, in as many steps as the engine's chunks take."""
-    engine.submit_generate("logits", tuple(prompt), depth, SamplingParams(max_tokens=1, temperature=0.0))
+    engine.submit_generate(
+        "logits", tuple(prompt), depth, SamplingParams(max_tokens=1, temperature=0.0), outline=outline
+    )
     engine.scheduler.admit()
     while True:
         plan = engine.scheduler.schedule()
         logits = engine.runner.run(plan).logits
         for item in plan.rows:
-            item.sequence.num_computed = item.end
+            item.sequence.advance(item.end)
         if logits is not None:
             break
     engine.finish("logits")
@@ -185,7 +197,8 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
     """Every prompt through both engines, its K/V copied over as the hand-off would."""
     tokens: dict[str, list[int]] = {}
     for index, ask in enumerate(asks):
-        decode.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params, hold=len(ask.prompt) > 1)
+        hold = len(ask.prompt) > 1
+        decode.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params, hold=hold, outline=ask.outline)
     while True:
         output = decode.step()
         for failure in output.failures:
@@ -194,7 +207,7 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
             prompt = asks[int(request_id)].prompt
             for chunk in prefill_chunks(prefill, prompt):
                 _copy(decode.runner.pool, list(blocks), chunk, prefill.runner.decoder.plan.num_kept)
-            decode.start(request_id, num_computed=len(prompt) - 1)
+            decode.start(request_id, num_arrived=len(prompt) - 1)
         for event in output.tokens:
             tokens.setdefault(event.request_id, []).append(event.token_id)
         if output.is_idle:
@@ -215,3 +228,4 @@ def assert_nothing_held(engine: Engine) -> None:
     held = replace(counts, num_preemptions=0)
     assert (held.num_waiting, held.num_reserved, held.num_running) == (0, 0, 0), counts
     assert held.num_free_blocks == held.num_blocks and held.num_reserved_blocks == 0, counts
+    assert not any(table.allocator.num_used or table.copies for table in engine.scheduler.tables)

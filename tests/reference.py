@@ -47,19 +47,63 @@ def full_generate(
 
 @torch.no_grad()
 def pop_generate(
-    model: Any, ids: Sequence[int], max_new_tokens: int, num_skipped: int, *, eos_token_ids: Sequence[int] = ()
+    model: Any,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    num_skipped: int,
+    *,
+    eos_token_ids: Sequence[int] = (),
+    num_boundary: int = 1,
 ) -> Generated:
     """The paper's shallow prefill, then greedy decoding at full depth. ``num_skipped == 0`` is the plain model."""
     cache: Cache = {}
-    encode_shallow(model, ids[:-1], num_skipped, cache)
+    num_shallow = max(0, len(ids) - num_boundary)
+    encode_shallow(model, ids[:num_shallow], num_skipped, cache)
+    return _continue(model, ids, num_shallow, max_new_tokens, cache, eos_token_ids)
+
+
+@torch.no_grad()
+def speed_generate(
+    model: Any, ids: Sequence[int], max_new_tokens: int, num_skipped: int, *, num_anchors: int, num_last: int = 1
+) -> Generated:
+    """SPEED (arXiv 2605.06105): what lies between the first ``num_anchors`` tokens and the ``num_last`` last ones runs
+    the kept layers alone, and has no K/V in the others."""
+    first_full = max(len(ids) - num_last, min(num_anchors, len(ids)))
+    num_anchors = min(num_anchors, first_full)
+    cache: Cache = {}
+    if num_anchors:
+        states = run_layers(model, ids[:num_anchors], 0, all_layers(model), cache)
+    if num_anchors < first_full:
+        num_kept = len(model.model.layers) - num_skipped
+        run_layers(model, ids[num_anchors:first_full], num_anchors, range(num_kept), cache)
+    if first_full == len(ids):  # the last token is an anchor, and was run: what follows it is read off there
+        return _continue(model, ids, first_full, max_new_tokens, cache, (), states)
+    return _continue(model, ids, first_full, max_new_tokens, cache, ())
+
+
+def _continue(
+    model: Any,
+    ids: Sequence[int],
+    start: int,
+    max_new_tokens: int,
+    cache: Cache,
+    eos_token_ids: Sequence[int],
+    states: Tensor | None = None,
+) -> Generated:
+    """Greedy decoding at full depth, from the prompt's tokens ``start..`` on, or from ``states`` if there are none."""
     token_ids: list[int] = []
     gaps: list[float] = []
-    token_id = ids[-1]
-    for position in range(len(ids) - 1, len(ids) - 1 + max_new_tokens):
-        logits = logits_of(model, run_layers(model, [token_id], position, all_layers(model), cache))[0]
+    newest, position = list(ids[start:]), start
+    for _ in range(max_new_tokens):
+        if newest:
+            states = run_layers(model, newest, position, all_layers(model), cache)
+        assert states is not None
+        position += len(newest)
+        logits = logits_of(model, states[-1:])[0]
         token_id = int(logits.argmax())
         token_ids.append(token_id)
         gaps.append(_gap(logits))
+        newest = [token_id]
         if token_id in eos_token_ids:
             break
     return Generated(tuple(token_ids), tuple(gaps))

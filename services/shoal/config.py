@@ -75,6 +75,17 @@ class ModelConfig(_Frozen):
     projector: str = Field(
         "auto", description="A file of shoal calibrate's; auto: the one beside the model, if any; paper: none."
     )
+    boundary_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1, description="How many tokens at a prompt's end are full depth: more lose less, and decode computes them."
+    )
+    plan: Literal["pop", "speed"] = Field(
+        "pop",
+        description="pop projects the skipped layers' K/V of the prompt. speed leaves them out, all but the anchors': "
+        "only for checkpoints tuned for it (arXiv 2605.06105).",
+    )
+    anchors: Literal["bos", "system"] | Annotated[int, Field(ge=1)] = Field(
+        "bos", description="Of speed: the first token, the system prompt, or so many tokens at the prompt's front."
+    )
     depth: Literal["auto", "shallow", "full"] = Field("auto", description="What a request gets that asks for none.")
     max_context_tokens: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Longest prompt plus answer; by default what the model was trained for."
@@ -95,6 +106,9 @@ class StageConfig(_Frozen):
         None, description="Memory for K/V; by default 25 % of what is free."
     )
     num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="The pool in blocks, instead of bytes.")
+    deep_blocks_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="Of decode with the speed plan: blocks of its deep layers, as a share of the other layers'."
+    )
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
         2048,

@@ -76,8 +76,17 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptOutline:
+    """What is known of a prompt's parts: how many tokens its system prompt has, at its front, and how many the header
+    of the answer, at its end. Of a text that is no conversation nothing is."""
+
+    num_system_tokens: int = 0
+    num_header_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One prompt to be continued. ``prompt_token_ids`` has ``N >= 1`` ids; the last is the boundary token.
+    """One prompt to be continued. ``prompt_token_ids`` has ``N >= 1`` ids; the last is a boundary token.
 
     Of an answer that ``is_whole`` its client sees nothing before the end.
     """
@@ -88,6 +97,7 @@ class GenerateRequest:
     depth: Depth
     sampling: SamplingParams
     is_whole: bool = False
+    outline: PromptOutline = PromptOutline()
 
 
 @dataclass(frozen=True, slots=True)

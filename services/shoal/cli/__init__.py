@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from shoal.cli.options import DepthOption, Dtype, Model, Projector, SkipLayers
+from shoal.cli.options import Anchors, BoundaryTokens, DepthOption, Dtype, Model, Plan, Projector, SkipLayers
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
 from shoal.errors import ShoalError
@@ -46,6 +46,9 @@ def serve(
     depth: Annotated[DepthOption | None, typer.Option(help="What a request gets that asks for none.")] = None,
     skip_layers: SkipLayers = None,
     projector: Projector = None,
+    plan: Plan = None,
+    anchors: Anchors = None,
+    boundary_tokens: BoundaryTokens = None,
     prefill_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
     decode_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
     dtype: Dtype = None,
@@ -62,13 +65,32 @@ def serve(
 
     settings = load_config(
         config,
-        model={"name": model, "skip_layers": skip_layers, "projector": projector, "dtype": dtype, "depth": depth},
+        model={
+            "name": model,
+            "skip_layers": skip_layers,
+            "projector": projector,
+            "dtype": dtype,
+            "depth": depth,
+            "plan": plan,
+            "anchors": anchors,
+            "boundary_tokens": boundary_tokens,
+        },
         gateway={"host": host, "port": port, "grpc_port": grpc_port},
         prefill={"replicas": prefill_replicas},
         decode={"replicas": decode_replicas},
         ray={"address": address},
     )
+    _warn_of(settings)
     _serve(settings)
+
+
+def _warn_of(settings: Any) -> None:
+    if settings.model.plan == "speed":
+        err.print(
+            "[yellow]warning:[/yellow] --plan speed hides the prompt from the deep layers: only a checkpoint tuned for "
+            "it answers well (arXiv 2605.06105), any other one nonsense",
+            soft_wrap=True,
+        )
 
 
 def _serve(settings: Any) -> None:
@@ -106,6 +128,9 @@ def generate(
     depth: Annotated[DepthOption, typer.Option(help="How deep the prompt is encoded.")] = DepthOption.AUTO,
     skip_layers: SkipLayers = None,
     projector: Projector = None,
+    plan: Plan = None,
+    anchors: Anchors = None,
+    boundary_tokens: BoundaryTokens = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
@@ -115,8 +140,19 @@ def generate(
     from shoal.config import load_config
     from shoal.telemetry import configure_logging
 
-    settings = load_config(model={"name": model, "skip_layers": skip_layers, "projector": projector, "dtype": dtype})
+    settings = load_config(
+        model={
+            "name": model,
+            "skip_layers": skip_layers,
+            "projector": projector,
+            "dtype": dtype,
+            "plan": plan,
+            "anchors": anchors,
+            "boundary_tokens": boundary_tokens,
+        }
+    )
     configure_logging("warning", "console")
+    _warn_of(settings)
     text = sys.stdin.read() if prompt == "-" else prompt
     asyncio.run(_generate(settings, text, str(depth), max_tokens, temperature, raw=raw))
 
@@ -177,6 +213,9 @@ def doctor() -> None:
 def demo(
     skip_layers: SkipLayers = None,
     projector: Projector = None,
+    plan: Plan = None,
+    anchors: Anchors = None,
+    boundary_tokens: BoundaryTokens = None,
     dtype: Dtype = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=512, help="Longest answer.")] = 64,
     show_logs: Annotated[bool, typer.Option("--show-logs", help="Also print the replicas' logs.")] = False,
@@ -186,8 +225,17 @@ def demo(
     from shoal.demo import run_demo
 
     settings = load_config(
-        model={"skip_layers": skip_layers, "projector": projector, "dtype": dtype}, gateway={"port": 0, "grpc_port": 0}
+        model={
+            "skip_layers": skip_layers,
+            "projector": projector,
+            "dtype": dtype,
+            "plan": plan,
+            "anchors": anchors,
+            "boundary_tokens": boundary_tokens,
+        },
+        gateway={"port": 0, "grpc_port": 0},
     )
+    _warn_of(settings)
     with progress_bars() as on_progress:
         run_demo(settings, on_progress, max_tokens=max_tokens, show_logs=show_logs)
 

@@ -34,4 +34,21 @@ Projector = Annotated[
     str | None,
     typer.Option(help="What shoal calibrate made. Default: the one beside the model, if any.", metavar="FILE|paper"),
 ]
+
+
+class PlanOption(StrEnum):
+    POP = "pop"
+    SPEED = "speed"
+
+
+Plan = Annotated[
+    PlanOption | None,
+    typer.Option(help="pop projects K/V for the skipped layers; speed leaves them out, for checkpoints tuned for it."),
+]
+Anchors = Annotated[
+    str | None, typer.Option(help="Of --plan speed: what deep layers see of the prompt.", metavar="bos|system|N")
+]
+BoundaryTokens = Annotated[
+    int | None, typer.Option(min=1, help="How many tokens at a prompt's end are full depth. Default: 1.")
+]
 Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]

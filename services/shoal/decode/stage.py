@@ -102,4 +102,4 @@ async def open_decode(
 
 def _kv_shape(served: Served) -> KvShape:
     token_layer_bytes = layout_of(served, Stage.DECODE, block_tokens=1).token_layer_bytes
-    return KvShape(served.plan_hash, served.plan.num_layers, served.plan.num_kept, token_layer_bytes)
+    return KvShape(served.plan_hash, served.plan.num_shipped_layers, served.plan.num_kept, token_layer_bytes)

@@ -133,7 +133,12 @@ class DecodeWorker:
             pool, fallback = None, self._count_fallback(FallbackRung.LOCAL, "no_prefill")
         await self._engine.call(
             lambda engine: engine.submit_generate(
-                key, request.prompt_token_ids, request.depth, request.sampling, hold=pool is not None
+                key,
+                request.prompt_token_ids,
+                request.depth,
+                request.sampling,
+                hold=pool is not None,
+                outline=request.outline,
             )
         )
         if pool is None:
@@ -145,8 +150,8 @@ class DecodeWorker:
         if isinstance(arrived, _Local):
             return await self._prefill_locally(key, request, arrived, submitted_s, reserved_s)
         ready_s = time.monotonic()  # before the engine is told: it may be done with the step before we hear of it
-        num_present = len(request.prompt_token_ids) - 1
-        await self._engine.call(lambda engine: engine.start(key, num_computed=num_present))
+        num_arrived = len(request.prompt_token_ids) - 1
+        await self._engine.call(lambda engine: engine.start(key, num_arrived=num_arrived))
         report = HandoffReport(
             self._depth_run(request),
             transferred=True,
@@ -187,8 +192,8 @@ class DecodeWorker:
 
     def _depth_run(self, request: GenerateRequest) -> Depth:
         """Shallow only if some token is: not for a one-token prompt, nor in a plan that skips nothing."""
-        num_shallow = self._plan.num_shallow_tokens(len(request.prompt_token_ids), request.depth)
-        return Depth.SHALLOW if num_shallow else Depth.FULL
+        shallow = self._plan.shallow_tokens(len(request.prompt_token_ids), request.depth, request.outline)
+        return Depth.SHALLOW if shallow else Depth.FULL
 
     def _pool_for(self, request: GenerateRequest) -> PrefillPool | None:
         """The prefill pool if its plan is the one asked for. With nothing skipped, both depths are one.
@@ -197,7 +202,8 @@ class DecodeWorker:
         """
         if request.sampling.num_prompt_logprobs is not None:
             return None
-        served = request.depth is Depth.SHALLOW or self._plan.num_skipped == 0
+        # Where all that would be shallow is anchors or boundary, decode runs every token anyway.
+        served = self._depth_run(request) is Depth.SHALLOW or self._plan.num_skipped == 0
         return self.prefill if served and len(request.prompt_token_ids) >= self._config.min_tokens else None
 
     def _grant(self, request: GenerateRequest, deadline_s: float, attempt: int, excluded: frozenset[str]) -> Grant:

@@ -22,7 +22,7 @@ from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
 from shoal.model.parameters import ParameterLoader, Parameters
-from shoal.model.plan import LayerPlan
+from shoal.model.plan import Anchors, LayerPlan
 from shoal.model.projector import PAPER, Projector, find_projector
 from shoal.model.weights import open_weights
 
@@ -50,7 +50,7 @@ class Served:
         """Raises ModelError or ConfigError that says what to change."""
         files = locate(config.model.name)
         spec = describe(files.config())
-        plan = LayerPlan.default(spec.num_layers, config.skip_layers)
+        plan = plan_of(config, spec)
         dtype = choose_dtype(config.model.dtype, device or torch.device("cpu"))
         kv_dtype = dtype if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
         most = config.model.max_context_tokens or spec.max_context_tokens
@@ -64,6 +64,25 @@ class Served:
         )
         name = config.model.served_name or files.model_id
         return cls(files, spec, plan, dtype, kv_dtype, projector, plan_hash, name, most)
+
+
+def plan_of(config: ShoalConfig, spec: ModelSpec) -> LayerPlan:
+    """Raises ConfigError for a plan that the model can't run."""
+    settings = config.model
+    anchors = None
+    if settings.plan == "speed":
+        named = {"bos": Anchors(), "system": Anchors(system=True)}
+        anchors = named[settings.anchors] if isinstance(settings.anchors, str) else Anchors(settings.anchors)
+    plan = LayerPlan.default(
+        spec.num_layers, config.skip_layers, num_boundary=settings.boundary_tokens, anchors=anchors
+    )
+    windowed = [index for index in plan.skipped if spec.layers[index].window is not None]
+    if anchors is not None and windowed:
+        raise ConfigError(
+            f"the speed plan needs deep layers that see everything, but {len(windowed)} of the {plan.num_skipped} "
+            "skipped ones have a sliding window, which the anchors would leave: choose --plan pop"
+        )
+    return plan
 
 
 def choose_device(stage: StageConfig) -> torch.device:
@@ -99,14 +118,17 @@ def build_engine(
     """An engine of ``stage`` with an empty pool, warm."""
     limits = config.prefill if stage is Stage.PREFILL else config.decode
     layout = layout_of(served, stage, limits.block_tokens)
-    pool = KvPool(layout, num_blocks_for(limits, layout, served, device), dtype=served.kv_dtype, device=device)
+    num_blocks = num_blocks_for(limits, layout, served, device)
+    num_deep_blocks = 0 if layout.apart is None else max(1, int(num_blocks * limits.deep_blocks_ratio))
+    pool = KvPool(layout, num_blocks, dtype=served.kv_dtype, device=device, num_deep_blocks=num_deep_blocks)
     scheduler = Scheduler(
         layout,
-        pool.num_blocks,
+        num_blocks,
         max_step_tokens=limits.max_step_tokens,
         max_sequences=limits.max_sequences,
         max_queued=limits.max_queued,
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
+        num_deep_blocks=num_deep_blocks,
     )
     decoder = Decoder(served.spec, served.plan, stage, parameters, attend)
     engine = Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
@@ -117,7 +139,7 @@ def build_engine(
 def warm_up(engine: Engine, stage: Stage) -> None:
     """Run each kind of step once: kernels are chosen, threads started and memory touched before a client waits."""
     scheduler = engine.scheduler
-    num_tokens = min(scheduler.max_step_tokens, scheduler.allocator.num_blocks * scheduler.layout.block_tokens - 2)
+    num_tokens = min(scheduler.max_step_tokens, scheduler.num_tokens_held - 2)
     if num_tokens < 2:
         return
     if stage is Stage.PREFILL:
@@ -149,6 +171,7 @@ def layout_of(served: Served, stage: Stage, block_tokens: int) -> KvLayout:
         head_dim=served.spec.head_dim,
         dtype_bytes=served.kv_dtype.itemsize,
         block_tokens=block_tokens,
+        is_apart=served.plan.anchors is not None,
     )
 
 
@@ -157,11 +180,10 @@ def num_blocks_for(limits: StageConfig, layout: KvLayout, served: Served, device
     if limits.num_blocks is not None:
         return limits.num_blocks
     budget = limits.kv_pool_bytes or int(free_memory_bytes(device) * POOL_SHARE_OF_FREE_MEMORY)
-    num_blocks = min(
-        budget // layout.block_bytes, limits.max_sequences * layout.num_blocks_for(served.max_context_tokens)
-    )
+    block_bytes = layout.block_bytes + int(layout.deep_block_bytes * limits.deep_blocks_ratio)
+    num_blocks = min(budget // block_bytes, limits.max_sequences * layout.num_blocks_for(served.max_context_tokens))
     if num_blocks < 1:
-        raise ConfigError(f"a KV pool of {budget} bytes holds no block of {layout.block_bytes}: raise kv_pool_bytes")
+        raise ConfigError(f"a KV pool of {budget} bytes holds no block of {block_bytes}: raise kv_pool_bytes")
     return num_blocks
 
 

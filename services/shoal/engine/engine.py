@@ -19,7 +19,7 @@ from shoal.engine.sampler import Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, ShoalError
-from shoal.messages import Depth, FinishReason, SamplingParams
+from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -44,29 +44,37 @@ class Engine:
     # --- commands -------------------------------------------------------------------------------------
 
     def submit_generate(
-        self, request_id: str, prompt: tuple[int, ...], depth: Depth, sampling: SamplingParams, *, hold: bool = False
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        depth: Depth,
+        sampling: SamplingParams,
+        *,
+        hold: bool = False,
+        outline: PromptOutline | None = None,
     ) -> None:
         """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``."""
-        num_shallow = self.runner.decoder.plan.num_shallow_tokens(len(prompt), depth)
-        if sampling.num_prompt_logprobs is not None and (num_shallow or hold):
+        shallow = self.runner.decoder.plan.shallow_tokens(len(prompt), depth, outline)
+        if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
-        room = self.scheduler.num_tokens_held - len(prompt) + 1
+        sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold)
+        room = self.scheduler.num_tokens_left(sequence) + 1
         if sampling.may_shorten and 0 < room < sampling.max_tokens:
-            sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
-        self._submit(Sequence(request_id, prompt, num_shallow, sampling, hold=hold))
+            sequence.sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
+        self._submit(sequence)
 
     def submit_prefill(self, request_id: str, num_prompt_tokens: int) -> None:
         """Queue a prompt whose K/V are to be computed and shipped. Its ids come with ``start``.
 
         Its depth is this stage's plan: all tokens but the boundary token, which isn't run here.
         """
-        num_shallow = self.runner.decoder.plan.num_shallow_tokens(num_prompt_tokens, Depth.SHALLOW)
+        shallow = range(num_prompt_tokens - 1 if self.runner.decoder.plan.num_skipped else 0)
         placeholder = (0,) * num_prompt_tokens
         sampling = SamplingParams(max_tokens=1)
-        self._submit(Sequence(request_id, placeholder, num_shallow, sampling, hold=True, sampled=False))
+        self._submit(Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False))
 
-    def start(self, request_id: str, *, num_computed: int = 0, prompt: tuple[int, ...] | None = None) -> None:
-        """Let a held request run: from its first token, or after the ``num_computed`` that arrived."""
+    def start(self, request_id: str, *, num_arrived: int = 0, prompt: tuple[int, ...] | None = None) -> None:
+        """Let a held request run: from its first token, or with the K/V of the ``num_arrived`` that prefill sent."""
         sequence = self._sequences.get(request_id, {}).get(0)
         if sequence is None:
             raise InternalError(f"request {request_id} isn't here")
@@ -74,7 +82,9 @@ class Engine:
             if len(prompt) != sequence.num_prompt_tokens:
                 raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
             sequence.prompt = prompt
-        self.scheduler.start(sequence, num_computed)
+        if self.runner.decoder.plan.num_skipped and not sequence.shallow:
+            num_arrived = 0  # all of its tokens are full depth: what a stage without deep layers has is no use
+        self.scheduler.start(sequence, num_arrived)
 
     def requeue(self, request_id: str) -> None:
         """A held request gives up its blocks; it will compute its prompt here when its turn comes."""
@@ -115,18 +125,18 @@ class Engine:
             return StepOutput(
                 started_s, self._clock(), self.counts(), reserved=reserved, wants_blocks=plan.wants_blocks
             )
-        for item in plan.rows:
-            if item.sequence.first_step_s is None:
-                item.sequence.first_step_s = started_s
+        for sequence in plan.sequences:
+            if sequence.first_step_s is None:
+                sequence.first_step_s = started_s
         try:
             output = self.runner.run(plan)
             prompts, unscored = self._advance(plan, output)
             tokens, unsampled = self._sample(plan, output.logits)
         except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along
             _log.exception("a step failed")
-            failed = [self._fail(item.sequence, error) for item in plan.rows]
-            for item in plan.rows:  # choices that this very step forked
-                self.finish(item.sequence.request_id)
+            failed = [self._fail(sequence, error) for sequence in plan.sequences]
+            for sequence in plan.sequences:  # choices that this very step forked
+                self.finish(sequence.request_id)
             return StepOutput(
                 started_s, self._clock(), self.counts(), plan.num_rows, reserved=reserved, failures=tuple(failed)
             )
@@ -135,7 +145,7 @@ class Engine:
             self._clock(),
             self.counts(),
             plan.num_rows,
-            len(plan.rows),
+            len(plan.sequences),
             reserved,
             tuple(prompts),
             tuple(tokens),
@@ -151,7 +161,7 @@ class Engine:
         for item in plan.rows:
             sequence, scored = item.sequence, item.scored
             tokens = next(scores) if scored else ()
-            sequence.num_computed = item.end
+            sequence.advance(item.end)
             sequence.num_scored = max(sequence.num_scored, scored.stop)
             sequence.num_unsent += not sequence.sampled
             if any(token.is_broken for token in tokens):

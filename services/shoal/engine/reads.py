@@ -7,14 +7,27 @@ sliding window read the last ``window`` positions of each row only, and share an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.engine.scheduler import ScheduledRows
 from shoal.kv.layout import KvLayout
 from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one sequence, and what they see: its ``blocks``, at indices ``[start, end)`` the rows themselves."""
+
+    blocks: Sequence[int]
+    start: int
+    end: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.start
 
 
 class ReadPlanner:
@@ -25,9 +38,9 @@ class ReadPlanner:
         self._device = device
         self._windows = sorted(windows)
 
-    def plan(self, rows: Sequence[ScheduledRows], first: int = 0) -> AttentionPlan:
-        """How ``rows`` read and write; they see their sequences' positions from ``first`` on."""
-        slots = [self._layout.slots(item.sequence.blocks, item.start, item.end) for item in rows]
+    def plan(self, rows: Sequence[Span], first: int = 0) -> AttentionPlan:
+        """How ``rows`` read and write; they see their sequences' indices from ``first`` on."""
+        slots = [self._layout.slots(item.blocks, item.start, item.end) for item in rows]
         written = self._index(np.concatenate(slots))
         longest = max(item.end for item in rows) - first
         windowed = {window: self._view(rows, written, first, window) for window in self._windows if window < longest}
@@ -35,14 +48,14 @@ class ReadPlanner:
 
     def _view(
         self,
-        rows: Sequence[ScheduledRows],
+        rows: Sequence[Span],
         written: torch.Tensor,
         first: int,
         window: int | None,
         windowed: dict[int, AttentionPlan] | None = None,
     ) -> AttentionPlan:
         prompts: list[PromptSegment] = []
-        singles: list[tuple[int, ScheduledRows]] = []
+        singles: list[tuple[int, Span]] = []
         offset = 0
         for item in rows:
             if item.num_rows == 1:
@@ -53,13 +66,13 @@ class ReadPlanner:
         groups = tuple(self._groups(singles, first, window))
         return AttentionPlan(offset, written, tuple(prompts), groups, windowed or {})
 
-    def _segments(self, offset: int, item: ScheduledRows, first: int, window: int | None) -> Iterable[PromptSegment]:
+    def _segments(self, offset: int, item: Span, first: int, window: int | None) -> Iterable[PromptSegment]:
         """One segment, or with a window pieces as long as the window, so that each reads little that it masks."""
         for start in range(item.start, item.end, window or item.num_rows):
             end = min(item.end, start + (window or item.num_rows))
             seen = _first_seen(start, first, window)
             row = offset + start - item.start
-            context = self._context(self._layout.slots(item.sequence.blocks, seen, end))
+            context = self._context(self._layout.slots(item.blocks, seen, end))
             yield PromptSegment(row, row + end - start, context, self._mask(start - seen, end - start, window))
 
     def _mask(self, num_before: int, num_rows: int, window: int | None) -> torch.Tensor | None:
@@ -69,13 +82,11 @@ class ReadPlanner:
         mask = torch.ones(num_rows, num_before + num_rows, dtype=torch.bool, device=self._device).tril(num_before)
         return mask if window is None else mask.triu(num_before - window + 1)
 
-    def _groups(
-        self, singles: list[tuple[int, ScheduledRows]], first: int, window: int | None
-    ) -> Iterable[DecodeGroup]:
+    def _groups(self, singles: list[tuple[int, Span]], first: int, window: int | None) -> Iterable[DecodeGroup]:
         """Sequences that see a like number of tokens (within a factor of two) together: little padding."""
         by_length: dict[int, list[tuple[int, npt.NDArray[np.int64]]]] = {}
         for row, item in singles:
-            slots = self._layout.slots(item.sequence.blocks, _first_seen(item.start, first, window), item.end)
+            slots = self._layout.slots(item.blocks, _first_seen(item.start, first, window), item.end)
             by_length.setdefault(len(slots).bit_length(), []).append((row, slots))
         for members in by_length.values():
             lengths = [len(slots) for _, slots in members]

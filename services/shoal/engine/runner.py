@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 
 from shoal.engine.logprobs import ScoredToken, score
-from shoal.engine.reads import ReadPlanner
+from shoal.engine.reads import ReadPlanner, Span
 from shoal.engine.scheduler import ScheduledRows, StepPlan
+from shoal.engine.sequence import Sequence
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.model.batch import StepBatch
@@ -58,10 +59,12 @@ class Runner:
         self.pool = pool
         self._device = decoder.parameters.embedding.device
         self.reads = ReadPlanner(pool.layout, self._device, decoder.spec.windows)
+        self._is_apart = pool.layout.apart is not None
 
     def run(self, plan: StepPlan) -> RunOutput:
         """Run one step; K/V of its rows are in the pool afterwards."""
         self.pool.copy_blocks(plan.copies)
+        self.pool.copy_blocks(plan.deep_copies, deep=True)
         rows = plan.rows
         tensors = self.decoder.forward(self.batch(rows), self.pool)
         chunks = tuple(self._chunks(rows, tensors.projected))
@@ -76,21 +79,23 @@ class Runner:
         full: list[int] = []
         wanted: list[int] = []
         scored: list[int] = []
-        deep: list[ScheduledRows] = []
+        deep: list[Span] = []
         for item in rows:
             offset = len(positions)
             sequence = item.sequence
             token_ids += sequence.token_ids(item.start, item.end)
             positions += range(item.start, item.end)
-            first_full = min(max(sequence.num_shallow, item.start), item.end)
-            shallow += range(offset, offset + first_full - item.start)
-            full += range(offset + first_full - item.start, offset + item.num_rows)
-            if first_full < item.end:
-                deep.append(ScheduledRows(sequence, first_full, item.end))
-                if item.samples:
-                    wanted.append(len(full) - 1)
-                scored += (len(full) - item.end + position for position in item.scored)
-        kept = self.reads.plan(rows)
+            # Anchors, shallow tokens, then full depth again: any of the three may be empty.
+            bounds = (item.start, *(min(max(edge, item.start), item.end) for edge in _edges(sequence)), item.end)
+            for start, end in (bounds[:2], bounds[2:]):
+                full += range(offset + start - item.start, offset + end - item.start)
+                if start < end:
+                    deep.append(self._deep_span(sequence, start, end))
+            shallow += range(offset + bounds[1] - item.start, offset + bounds[2] - item.start)
+            if item.samples:
+                wanted.append(len(full) - 1)
+            scored += (len(full) - item.end + position for position in item.scored)
+        kept = self.reads.plan([Span(item.sequence.blocks, item.start, item.end) for item in rows])
         mixed = bool(shallow)
         # Layers that nobody skips (or a stage that has none) need no second reading plan.
         has_deep = bool(deep) and bool(self.decoder.plan.num_skipped)
@@ -98,12 +103,18 @@ class Runner:
             token_ids=self._index(token_ids),
             positions=self._index(positions),
             kept=kept,
-            deep=(self.reads.plan(deep) if mixed else kept) if has_deep else None,
+            deep=(self.reads.plan(deep) if mixed or self._is_apart else kept) if has_deep else None,
             shallow_rows=self._index(shallow) if full else None,
             full_rows=self._index(full) if mixed else None,
             logit_rows=self._index(wanted),
             scored_rows=self._index(scored) if scored else None,
         )
+
+    def _deep_span(self, sequence: Sequence, start: int, end: int) -> Span:
+        """Where deep layers hold full-depth tokens alone, these follow one another, whatever lies between them."""
+        if self._is_apart:
+            return Span(sequence.deep_blocks, sequence.num_full_before(start), sequence.num_full_before(end))
+        return Span(sequence.blocks, start, end)
 
     @torch.inference_mode()
     def _scores(self, rows: tuple[ScheduledRows, ...], states: torch.Tensor) -> tuple[tuple[ScoredToken, ...], ...]:
@@ -137,3 +148,7 @@ class Runner:
                 offset += item.num_rows
             shallow = self.pool.read_layers(0, self.decoder.plan.num_kept, slots).cpu()
             yield PrefillChunk(item.sequence.request_id, item.start, item.end, shallow, deep)
+
+
+def _edges(sequence: Sequence) -> tuple[int, int]:
+    return sequence.shallow.start, sequence.shallow.stop

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from shoal.engine.sequence import Phase, Sequence
+from shoal.engine.tables import block_tables
 from shoal.errors import InternalError, InvalidRequest, OutOfBlocks, Overloaded
 from shoal.kv.blocks import BlockAllocator
 from shoal.kv.layout import KvLayout
@@ -54,18 +55,25 @@ class ScheduledRows:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first copy blocks ``(source, target)``, then run the rows.
+    """One step: first copy blocks ``(source, target)``, then run the rows. A sequence may have two pieces in a step.
 
+    ``deep_copies`` are of deep layers that have blocks of their own.
     ``wants_blocks`` says that a running sequence waits for blocks which reserved ones hold.
     """
 
     rows: tuple[ScheduledRows, ...]
     copies: tuple[tuple[int, int], ...]
+    deep_copies: tuple[tuple[int, int], ...] = ()
     wants_blocks: bool = False
 
     @property
     def num_rows(self) -> int:
         return sum(item.num_rows for item in self.rows)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that run, each once."""
+        return list(dict.fromkeys(item.sequence for item in self.rows))
 
 
 class Scheduler:
@@ -80,9 +88,10 @@ class Scheduler:
         max_sequences: int,
         max_queued: int,
         max_reserved_ratio: float = 1.0,
+        num_deep_blocks: int = 0,
     ) -> None:
         self.layout = layout
-        self.allocator = BlockAllocator(num_blocks)
+        self.tables = block_tables(layout, num_blocks, num_deep_blocks)
         self.waiting: deque[Sequence] = deque()
         self.reserved: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -100,16 +109,33 @@ class Scheduler:
         if len(self.waiting) >= self._max_queued:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after_s=1.0)
         most = self.num_tokens_at_end(sequence)
-        if most > self.num_tokens_held:
-            raise InvalidRequest(
-                f"prompt and answer need {most} tokens of KV, this pool holds {self.num_tokens_held}", param="prompt"
-            )
+        for table in self.tables:
+            if (wanted := table.num_held_tokens(sequence, most)) > table.num_slots:
+                raise InvalidRequest(
+                    f"prompt and answer need {wanted} tokens of KV, this pool holds {table.num_slots}"
+                    f"{' in its deep layers' if table is not self.tables[0] else ''}",
+                    param="prompt",
+                )
         self.waiting.append(sequence)
 
     @property
+    def allocator(self) -> BlockAllocator:
+        """Of the layers that hold every token."""
+        return self.tables[0].allocator
+
+    @property
     def num_tokens_held(self) -> int:
-        """How many tokens' K/V the whole pool holds."""
-        return self.allocator.num_blocks * self.layout.block_tokens
+        """How many tokens' K/V the whole pool holds in every layer."""
+        return min(table.num_slots for table in self.tables)
+
+    def num_tokens_left(self, sequence: Sequence) -> int:
+        """How many tokens of KV the whole pool would hold beyond a sequence's prompt."""
+        num_prompt = sequence.num_prompt_tokens
+        return min(table.num_slots - table.num_held_tokens(sequence, num_prompt) for table in self.tables)
+
+    def kv_bytes(self, sequence: Sequence) -> int:
+        """Bytes of the pool that a sequence's blocks are."""
+        return sum(len(table.held(sequence)) * table.block_bytes for table in self.tables)
 
     def num_tokens_at_end(self, sequence: Sequence) -> int:
         """K/V slots a sequence holds when it is done: the last token sampled is never run."""
@@ -117,12 +143,12 @@ class Scheduler:
             return sequence.num_to_compute
         return sequence.num_prompt_tokens + max(0, sequence.sampling.max_tokens - 1)
 
-    def start(self, sequence: Sequence, num_computed: int) -> None:
-        """Let a reserved sequence run from ``num_computed`` on."""
+    def start(self, sequence: Sequence, num_arrived: int) -> None:
+        """Let a reserved sequence run, whose first ``num_arrived`` tokens' K/V came from prefill."""
         if sequence.phase is not Phase.RESERVED:
             raise InternalError(f"{sequence.request_id} is {sequence.phase.name}, not RESERVED")
         self.reserved.remove(sequence)
-        sequence.num_computed = num_computed
+        sequence.arrive(num_arrived)
         self._run(sequence)
 
     def requeue(self, sequence: Sequence) -> None:
@@ -150,8 +176,9 @@ class Scheduler:
         """The other choices of ``root``, sharing its blocks: its prompt is computed and nothing is sampled yet."""
         forks = []
         for choice in range(1, root.sampling.num_choices):
-            self.allocator.share(root.blocks)
-            twin = replace(root, choice=choice, blocks=list(root.blocks), output=[], phase=Phase.RUNNING)
+            twin = replace(root, choice=choice, blocks=[], deep_blocks=[], output=[], phase=Phase.RUNNING)
+            for table in self.tables:
+                table.share(root, twin)
             forks.append(twin)
         position = self.running.index(root) + 1
         self.running[position:position] = forks
@@ -167,10 +194,12 @@ class Scheduler:
             # One token more than is known: else a sequence could come back only to give way again at once.
             tokens = min(head.num_to_compute + 1, self.num_tokens_at_end(head))
             wanted = self.layout.num_blocks_for(tokens)
-            if wanted > self.allocator.num_free or (head.hold and not self._may_reserve(wanted)):
+            fits = all(table.fits(head, tokens) for table in self.tables)
+            if not fits or (head.hold and not self._may_reserve(wanted)):
                 break
             self.waiting.popleft()
-            head.blocks = self.allocator.allocate(wanted)
+            for table in self.tables:
+                table.allocate(head, tokens)
             if head.hold:
                 head.phase = Phase.RESERVED
                 self.reserved.append(head)
@@ -184,19 +213,19 @@ class Scheduler:
         budget = self.max_step_tokens
         self._wants_blocks = False
         rows: list[ScheduledRows] = []
-        copies: list[tuple[int, int]] = []
         for sequence in self._in_order():
             if budget == 0:
                 break
-            wanted = min(sequence.num_pending, budget)
-            if sequence.phase is not Phase.RUNNING or wanted == 0 or sequence.num_unsent >= MAX_UNSENT_CHUNKS:
+            if sequence.phase is not Phase.RUNNING or sequence.num_unsent >= MAX_UNSENT_CHUNKS:
                 continue
-            end = sequence.num_computed + wanted
-            if not self._make_room(sequence, end, copies, rows):
-                continue
-            rows.append(ScheduledRows(sequence, sequence.num_computed, end))
-            budget -= wanted
-        return StepPlan(tuple(rows), tuple(copies), self._wants_blocks)
+            pieces = list(sequence.pieces(budget))
+            if pieces and self._make_room(sequence, pieces, rows):
+                rows += (ScheduledRows(sequence, start, end) for start, end in pieces)
+                budget -= sum(end - start for start, end in pieces)
+        # Without rows nothing runs, and copies wait for the next step.
+        copies = [table.take_copies() if rows else () for table in self.tables]
+        deep_copies = copies[1] if len(copies) > 1 else ()
+        return StepPlan(tuple(rows), copies[0], deep_copies, wants_blocks=self._wants_blocks)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -227,34 +256,19 @@ class Scheduler:
         # A prompt larger than the share may still go alone, or it would wait for ever.
         return not self.reserved or self.num_reserved_blocks + num_blocks <= self._max_reserved_blocks
 
-    def _make_room(
-        self, sequence: Sequence, end: int, copies: list[tuple[int, int]], rows: list[ScheduledRows]
-    ) -> bool:
-        """Make positions up to ``end`` writable. False if the sequence had to give way itself."""
+    def _make_room(self, sequence: Sequence, pieces: list[tuple[int, int]], rows: list[ScheduledRows]) -> bool:
+        """Make all pieces' positions writable. False if the sequence had to give way itself."""
         while True:
             try:
-                self._own_blocks(sequence, end, copies)
+                for table in self.tables:
+                    for start, end in pieces:
+                        table.own(sequence, start, end)
                 return True
             except OutOfBlocks:
-                if not self._preempt_youngest(sequence, rows, copies):
+                if not self._preempt_youngest(sequence, rows):
                     return False
 
-    def _own_blocks(self, sequence: Sequence, end: int, copies: list[tuple[int, int]]) -> None:
-        missing = self.layout.num_blocks_for(end) - len(sequence.blocks)
-        first_written = sequence.num_computed // self.layout.block_tokens
-        shared = [
-            index for index in range(first_written, len(sequence.blocks))
-            if self.allocator.count(sequence.blocks[index]) > 1
-        ]  # fmt: skip
-        fresh = self.allocator.allocate(max(0, missing) + len(shared))
-        for index in shared:
-            source, target = sequence.blocks[index], fresh.pop()
-            self.allocator.release([source])
-            sequence.blocks[index] = target
-            copies.append((source, target))
-        sequence.blocks.extend(fresh)
-
-    def _preempt_youngest(self, asking: Sequence, rows: list[ScheduledRows], copies: list[tuple[int, int]]) -> bool:
+    def _preempt_youngest(self, asking: Sequence, rows: list[ScheduledRows]) -> bool:
         """Take the blocks of the youngest running sequence. False if that is the one asking.
 
         Rows that this very step already gave to the victim are taken back with their copies.
@@ -265,9 +279,7 @@ class Scheduler:
             if victim is asking:
                 return False  # reserved ones are younger: it keeps what it has until one of them gives way
         self.num_preemptions += 1
-        mine = set(victim.blocks)
         rows[:] = [item for item in rows if item.sequence is not victim]
-        copies[:] = [pair for pair in copies if pair[1] not in mine]
         self.running.remove(victim)
         self._back_to_waiting(victim)
         return victim is not asking
@@ -275,10 +287,10 @@ class Scheduler:
     def _back_to_waiting(self, sequence: Sequence) -> None:
         self._give_up_blocks(sequence)
         sequence.phase = Phase.WAITING
-        sequence.num_computed = 0
+        sequence.num_computed, sequence.arrived = 0, range(0)
         sequence.hold = False
         self.waiting.appendleft(sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.blocks)
-        sequence.blocks = []
+        for table in self.tables:
+            table.give_up(sequence)

@@ -13,6 +13,7 @@ its claim to be accepted. Everything that can be computed is a property.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shoal.messages import SamplingParams
@@ -27,9 +28,11 @@ class Phase(enum.Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """``num_prompt_tokens`` (N) and ``num_shallow`` are fixed at admission and never inferred again.
+    """``num_prompt_tokens`` (N) and which positions are ``shallow`` are fixed at admission and never inferred again.
 
     ``num_to_compute`` is N for a sequence that is sampled and N - 1 at prefill, where the boundary token isn't run.
+    ``arrived`` are positions whose K/V came from prefill, so that computing skips them. Deep layers that hold no
+    shallow tokens have ``deep_blocks`` of their own.
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     ``num_unsent`` counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
@@ -37,7 +40,7 @@ class Sequence:
 
     request_id: str
     prompt: tuple[int, ...]
-    num_shallow: int
+    shallow: range
     sampling: SamplingParams
     choice: int = 0
     hold: bool = False
@@ -45,6 +48,8 @@ class Sequence:
     phase: Phase = Phase.WAITING
     output: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    deep_blocks: list[int] = field(default_factory=list)
+    arrived: range = range(0)
     num_computed: int = 0
     num_scored: int = 0
     num_unsent: int = 0
@@ -66,8 +71,38 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that are known and not yet computed."""
-        return self.num_to_compute - self.num_computed
+        """Tokens that are known and not yet computed, nor arrived."""
+        num_ahead = len(self.arrived) if self.num_computed <= self.arrived.start else 0
+        return self.num_to_compute - self.num_computed - num_ahead
+
+    def arrive(self, num_tokens: int) -> None:
+        """The K/V of the first ``num_tokens`` are there, as prefill has them: full-depth ones are to be computed still,
+        but where nothing is shallow prefill's layers are all that there are."""
+        self.arrived = (
+            range(self.shallow.start, min(self.shallow.stop, num_tokens)) if self.shallow else range(num_tokens)
+        )
+        self.advance(0)
+
+    def advance(self, end: int) -> None:
+        """Positions before ``end`` are computed; those that arrived right behind them are passed over."""
+        self.num_computed = self.arrived.stop if self.arrived and end == self.arrived.start else end
+
+    def pieces(self, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """What is to be computed next, at most ``num_tokens``: positions ``[start, end)``, two where some arrived."""
+        start = self.num_computed
+        if start < self.arrived.start:
+            end = min(start + num_tokens, self.arrived.start)
+            yield start, end
+            num_tokens, start = num_tokens - (end - start), self.arrived.stop
+            if end < self.arrived.start:
+                return
+        end = min(start + num_tokens, self.num_to_compute)
+        if start < end:
+            yield start, end
+
+    def num_full_before(self, position: int) -> int:
+        """How many of the tokens before ``position`` are full depth."""
+        return position - min(max(position - self.shallow.start, 0), len(self.shallow))
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Ids of positions ``[start, end)`` of prompt and output together."""

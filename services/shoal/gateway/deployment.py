@@ -112,7 +112,9 @@ class GatewayReplica:
                 retried=metrics.retried,
             )
         )
-        self._services = Services(self._backend, tokenizer, (model,), settings.gateway, metrics)
+        self._services = Services(
+            self._backend, tokenizer, (model,), settings.gateway, metrics, wants_outline=settings.model.plan == "speed"
+        )
         if settings.gateway.grpc_port:
             grpc_server = GrpcServer(self._services)
             await grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)

@@ -18,7 +18,7 @@ from shoal.messages import RequestContext
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What all requests share. ``clock`` is monotonic seconds."""
+    """What all requests share. ``clock`` is monotonic seconds. Only some plans want to know a conversation's parts."""
 
     backend: Backend
     tokenizer: Tokenizer
@@ -26,6 +26,7 @@ class Services:
     config: GatewayConfig
     observer: GatewayObserver
     clock: Callable[[], float] = time.monotonic
+    wants_outline: bool = False
 
 
 async def take_in(
@@ -52,7 +53,10 @@ async def take_in(
         timeout_s=deadline_s - (services.clock() - exchange.arrived_s),
         traceparent=traceparent,
     )
-    requests = generate_requests(body, prompts, model, context)
+    outline = None
+    if services.wants_outline and isinstance(body, ChatBody):
+        outline = await services.tokenizer.outline_chat(body.messages, prompts[0])
+    requests = generate_requests(body, prompts, model, context, outline)
     if body.needs_full_depth is not None:
         services.observer.needed_full_depth(body.needs_full_depth)
     exchange.generation = Generation(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import TemplateError
@@ -16,6 +17,7 @@ from tokenizers.decoders import ByteLevel
 from shoal.engine.detokenizer import decode_with
 from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.gateway.schema import Message
+from shoal.messages import PromptOutline
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -74,16 +76,30 @@ class Tokenizer:
             self._check_fits(text, max_tokens, "messages")
             return self._encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
-        num_chars = sum(len(message.content) + len(message.name or "") + _MESSAGE_CHARS for message in messages)
-        return await self._run(num_chars, work)
+        return await self._run(_num_chars(messages), work)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """A conversation as the text that the model was trained on."""
+    async def outline_chat(self, messages: Sequence[Message], ids: Sequence[int]) -> PromptOutline:
+        """The parts of ``ids``, which ``encode_chat`` made of the same conversation. What can't be told is 0."""
+        system = list(takewhile(lambda message: message.role == "system", messages))
+
+        def work() -> PromptOutline:
+            told = self._encode(self.render(messages, opens_answer=False), add_special_tokens=False)
+            num_header_tokens = len(ids) - _num_shared(told, ids)
+            try:
+                front = self._encode(self.render(system, opens_answer=False), add_special_tokens=False)
+            except InvalidRequest:  # some templates want a user, too
+                front = ()
+            return PromptOutline(len(front) if system and front == tuple(ids[: len(front)]) else 0, num_header_tokens)
+
+        return await self._run(2 * _num_chars(messages), work)
+
+    def render(self, messages: Sequence[Message], *, opens_answer: bool = True) -> str:
+        """A conversation as the text that the model was trained on, to where the assistant speaks if it's to."""
         if not self._tokenizer.chat_template:
             raise InvalidRequest("this model has no chat template: send a prompt instead of messages", param="messages")
         turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens_answer)
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(
                 f"messages: the model's chat template refuses them: {error}", param="messages"
@@ -122,6 +138,15 @@ class Tokenizer:
         if num_chars <= self._max_inline_chars:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _num_chars(messages: Sequence[Message]) -> int:
+    return sum(len(message.content) + len(message.name or "") + _MESSAGE_CHARS for message in messages)
+
+
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _longest_token_bytes(backend: Backend) -> int | None:

@@ -11,11 +11,15 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers ``[first, last)`` whose blocks live and are shipped together; every token sees all of them."""
+    """Layers ``[first, last)`` whose blocks live and are shipped together.
+
+    Where a group ``is_apart``, shallow tokens have no K/V in it: it has blocks of its own, fewer of them.
+    """
 
     name: str
     first: int
     last: int
+    is_apart: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -42,12 +46,23 @@ class KvLayout:
         return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
 
     @property
+    def apart(self) -> LayerGroup | None:
+        """The group with blocks of its own, if there is one."""
+        return next((group for group in self.groups if group.is_apart), None)
+
+    @property
     def token_bytes(self) -> int:
+        """Bytes of a token that is in all layers."""
         return self.token_layer_bytes * self.num_layers
 
     @property
     def block_bytes(self) -> int:
-        return self.token_bytes * self.block_tokens
+        """Bytes of a block: of a group that is apart, ``deep_block_bytes``, of all the others together, this."""
+        return self.token_bytes * self.block_tokens - self.deep_block_bytes
+
+    @property
+    def deep_block_bytes(self) -> int:
+        return 0 if self.apart is None else self.apart.num_layers * self.token_layer_bytes * self.block_tokens
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
@@ -70,9 +85,13 @@ def stage_layout(
     head_dim: int,
     dtype_bytes: int,
     block_tokens: int,
+    is_apart: bool = False,
 ) -> KvLayout:
-    """The groups of a stage that holds the first ``num_held`` of ``num_layers`` layers."""
+    """The groups of a stage that holds the first ``num_held`` of ``num_layers`` layers.
+
+    ``is_apart``: shallow tokens have no K/V in the skipped layers.
+    """
     groups = [LayerGroup("shallow", 0, num_kept)]
     if num_held == num_layers > num_kept:
-        groups.append(LayerGroup("deep", num_kept, num_layers))
+        groups.append(LayerGroup("deep", num_kept, num_layers, is_apart))
     return KvLayout(tuple(groups), num_kv_heads, head_dim, dtype_bytes, block_tokens)

@@ -16,18 +16,28 @@ from shoal.kv.layout import KvLayout
 
 
 class KvPool:
-    """``num_blocks`` blocks in every layer of ``layout``."""
+    """``num_blocks`` blocks in every layer of ``layout``; ``num_deep_blocks`` in those of a group that is apart."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device, num_deep_blocks: int = 0
+    ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
+        self.num_deep_blocks = num_deep_blocks
         self.dtype = dtype
-        shape = (num_blocks * layout.block_tokens, 2, layout.num_kv_heads, layout.head_dim)
-        self.layers = [_zeros(shape, dtype, device) for _ in range(layout.num_layers)]
+        apart = layout.apart
+        self._apart = range(0) if apart is None else range(apart.first, apart.last)
+        self.layers = [
+            _zeros(
+                ((num_deep_blocks if layer in self._apart else num_blocks) * layout.block_tokens, 2,
+                 layout.num_kv_heads, layout.head_dim), dtype, device,
+            )
+            for layer in range(layout.num_layers)
+        ]  # fmt: skip
 
     @property
     def num_bytes(self) -> int:
-        return self.num_blocks * self.layout.block_bytes
+        return self.num_blocks * self.layout.block_bytes + self.num_deep_blocks * self.layout.deep_block_bytes
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[tokens, 2, kv_heads, head_dim]`` at ``slots`` ``[tokens]`` (int64)."""
@@ -47,11 +57,15 @@ class KvPool:
         for offset in range(kv.shape[0]):
             self.write(layer_start + offset, slots, kv[offset])
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks ``(source, target)``: a choice gets its own copy of a block that it must write to."""
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], *, deep: bool = False) -> None:
+        """Copy whole blocks ``(source, target)``: a choice gets its own copy of a block that it must write to.
+
+        ``deep`` copies those of the group that is apart, else those of all other layers.
+        """
         size = self.layout.block_tokens
+        layers = [held for layer, held in enumerate(self.layers) if (layer in self._apart) == deep] if pairs else []
         for source, target in pairs:
-            for held in self.layers:
+            for held in layers:
                 held[target * size : (target + 1) * size] = held[source * size : (source + 1) * size]
 
 

@@ -2,7 +2,7 @@
 
 One forward may hold tokens of both depths. All rows run the kept layers; then the shallow rows' K/V of the skipped
 layers are projected and stored (or handed to the caller, where this stage holds no deep layers); then only the
-full-depth rows run on, reading what was just stored.
+full-depth rows run on, reading what was just stored. A SPEED plan projects nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Decoder:
 
     def _project(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> torch.Tensor | None:
         rows = batch.shallow_rows
-        if rows is not None and rows.numel() == 0:
+        if (rows is not None and rows.numel() == 0) or not self.plan.projects:
             return None
         if self.parameters.projection is None:
             raise InternalError("shallow rows in a plan that skips nothing")

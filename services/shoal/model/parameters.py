@@ -126,7 +126,7 @@ class ParameterLoader:
         for index in range(plan.num_layers):
             if index in held:
                 layers.append(self._layer(index))
-            if index in plan.skipped:
+            if plan.projects and index in plan.skipped:
                 skipped.append(self._skipped(index, layers[index] if index in held else None))
             self._on_progress(index + 1, plan.num_layers)
         projection = KvProjection(spec, skipped) if skipped else None

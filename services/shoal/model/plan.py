@@ -1,14 +1,20 @@
 """Which layers a token runs, and where each layer's K/V of it comes from.
 
-::
+POP (arXiv 2602.03295, section 3), with one boundary token::
 
                     layer 0 ........ K-1 | K ......... L-1
     tokens 0..N-2   own    own    own    | projected from the state that left layer K-1      (shallow)
     token  N-1      own    own    own    | own                            boundary token     (full)
     tokens N..      own    own    own    | own                            generated          (full)
 
+SPEED (arXiv 2605.06105), with A anchors and an answer's header that begins at F::
+
+    tokens 0..A-1   own    own    own    | own                            anchors            (full)
+    tokens A..F-1   own    own    own    | absent: nothing later sees them there             (shallow)
+    tokens F..      own    own    own    | own                            header, generated  (full)
+
 A token's depth belongs to the token for ever: a recompute after preemption runs prompt tokens shallow again and
-generated tokens full again (POP, arXiv 2602.03295, section 3). Plain Python: no device needed to decide.
+generated tokens full again. Plain Python: no device needed to decide.
 """
 
 from __future__ import annotations
@@ -19,7 +25,9 @@ import json
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
-from shoal.messages import Depth, Stage
+from shoal.messages import Depth, PromptOutline, Stage
+
+ANCHOR_BOS = 1
 
 
 class KvSource(enum.StrEnum):
@@ -31,11 +39,32 @@ class KvSource(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Anchors:
+    """SPEED's anchors: the prompt's first ``num_tokens``, or with ``system`` its whole system prompt if that's more."""
+
+    num_tokens: int = ANCHOR_BOS
+    system: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ConfigError(f"anchors is {self.num_tokens}, but the first token has to be one: say at least 1")
+
+    def count(self, outline: PromptOutline) -> int:
+        return max(self.num_tokens, outline.num_system_tokens) if self.system else self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """``num_layers`` (L) layers of which a shallow token skips the last ``num_skipped`` (S)."""
+    """``num_layers`` (L) layers of which a shallow token skips the last ``num_skipped`` (S).
+
+    ``num_boundary`` tokens at least, at the prompt's end, are full depth. With ``anchors`` it's a SPEED plan: shallow
+    tokens have no K/V in the skipped layers.
+    """
 
     num_layers: int
     num_skipped: int
+    num_boundary: int = 1
+    anchors: Anchors | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_skipped < self.num_layers:
@@ -43,11 +72,15 @@ class LayerPlan:
                 f"skip_layers is {self.num_skipped}, but this model has {self.num_layers} layers: "
                 f"choose 0 to {self.num_layers - 1}"
             )
+        if self.num_boundary < 1:
+            raise ConfigError(f"boundary_tokens is {self.num_boundary}: the next token is read off one at least")
 
     @classmethod
-    def default(cls, num_layers: int, num_skipped: int | None = None) -> LayerPlan:
+    def default(
+        cls, num_layers: int, num_skipped: int | None = None, *, num_boundary: int = 1, anchors: Anchors | None = None
+    ) -> LayerPlan:
         """A third of the layers is skipped unless told otherwise (the paper's choice)."""
-        return cls(num_layers, num_layers // 3 if num_skipped is None else num_skipped)
+        return cls(num_layers, num_layers // 3 if num_skipped is None else num_skipped, num_boundary, anchors)
 
     @property
     def num_kept(self) -> int:
@@ -65,9 +98,21 @@ class LayerPlan:
     def layers_run(self, depth: Depth) -> range:
         return self.kept if depth is Depth.SHALLOW else range(self.num_layers)
 
-    def num_shallow_tokens(self, num_prompt_tokens: int, depth: Depth) -> int:
-        """How many leading tokens of a request are shallow: all of its prompt but the boundary token, or none."""
-        return num_prompt_tokens - 1 if depth is Depth.SHALLOW and self.num_skipped else 0
+    @property
+    def projects(self) -> bool:
+        """Whether shallow tokens have projected K/V in the skipped layers."""
+        return self.anchors is None and bool(self.num_skipped)
+
+    def shallow_tokens(self, num_prompt_tokens: int, depth: Depth, outline: PromptOutline | None = None) -> range:
+        """Which tokens of a request are shallow: of its prompt all but the last ones and the anchors, or none."""
+        if depth is not Depth.SHALLOW or not self.num_skipped:
+            return range(0)
+        outline = outline or PromptOutline()
+        first, num_last = 0, self.num_boundary
+        if self.anchors is not None:
+            first, num_last = self.anchors.count(outline), max(num_last, outline.num_header_tokens)
+        last = num_prompt_tokens - num_last
+        return range(first, last) if first < last else range(0)
 
     def kv_source(self, stage: Stage, layer: int, depth: Depth) -> KvSource:
         """Where ``stage``'s pool has a token's K/V in ``layer`` from.
@@ -78,7 +123,14 @@ class LayerPlan:
             return KvSource.OWN
         if stage is Stage.PREFILL:
             return KvSource.ABSENT
-        return KvSource.PROJECTED if depth is Depth.SHALLOW else KvSource.OWN
+        if depth is not Depth.SHALLOW:
+            return KvSource.OWN
+        return KvSource.PROJECTED if self.projects else KvSource.ABSENT
+
+    @property
+    def num_shipped_layers(self) -> int:
+        """Layers whose K/V prefill ships: with the projected ones all of them."""
+        return self.num_layers if self.anchors is None else self.num_kept
 
     def layers_held(self, stage: Stage) -> range:
         """The layers whose whole weights (and K/V) a stage holds."""
@@ -91,12 +143,12 @@ class LayerPlan:
         decode may pair with a bfloat16 prefill.
         """
         facts = {
-            "format": 1,
+            "format": 2,
             "model": model_digest,
             "layers": self.num_layers,
             "kept": self.num_kept,
-            "tokens": "prompt shallow, boundary full",
-            "visibility": "all",
+            "tokens": f"prompt shallow, {self.num_boundary} boundary full",
+            "visibility": "all" if self.anchors is None else f"anchors {self.anchors.num_tokens} {self.anchors.system}",
             "projector": projector,
             "kv_dtype": kv_dtype,
         }

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shoal.errors import ModelError, ProjectorMismatch
+from shoal.errors import ConfigError, ModelError, ProjectorMismatch
 from shoal.model.files import ModelFiles, ModelKind
 from shoal.model.plan import LayerPlan
 
@@ -89,8 +89,13 @@ def load_projector(path: Path, files: ModelFiles, plan: LayerPlan) -> Projector:
 
 
 def find_projector(wanted: str, files: ModelFiles, plan: LayerPlan) -> Projector | None:
-    """``wanted`` is a path, ``paper`` for the paper's own projection, or ``auto``: the one beside the model, if any."""
-    if wanted == PAPER or not plan.num_skipped:
+    """``wanted`` is a path, ``paper`` for the paper's own projection, or ``auto``: the one beside the model, if any.
+
+    A SPEED plan wants none: with a path, ConfigError.
+    """
+    if wanted not in {PAPER, "auto"} and plan.anchors is not None:
+        raise ConfigError("a SPEED plan projects nothing: leave out --projector (model.projector), or the plan")
+    if wanted == PAPER or not plan.projects:
         return None
     if wanted != "auto":
         return load_projector(Path(wanted).expanduser(), files, plan)

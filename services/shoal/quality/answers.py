@@ -13,7 +13,6 @@ from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.decoder import Decoder
-from shoal.model.plan import LayerPlan
 from shoal.quality.arms import Arm
 from shoal.quality.subject import Subject
 
@@ -54,14 +53,17 @@ def greedy_answers(
 def _engine(subject: Subject, arm: Arm, *, max_tokens: int, num_prompts: int) -> Engine:
     if not arm.is_served:
         raise InternalError(f"{arm.name} is a control, no engine serves it")
-    projection = arm.projection or (subject.projection(arm.num_skipped) if arm.num_skipped else None)
+    plan = arm.plan(subject.spec.num_layers)
+    projection = arm.projection or (subject.projection(arm.num_skipped) if plan.projects else None)
     parameters = replace(subject.parameters, projection=projection)
-    layout = subject.pool.layout
+    layout = subject.layout(plan)
     num_blocks = _MAX_SEQUENCES * layout.num_blocks_for(max_tokens)
-    pool = KvPool(layout, num_blocks, dtype=subject.pool.dtype, device=parameters.embedding.device)
-    scheduler = Scheduler(
-        layout, num_blocks, max_step_tokens=_MAX_STEP_TOKENS, max_sequences=_MAX_SEQUENCES, max_queued=num_prompts
+    pool = KvPool(
+        layout, num_blocks, dtype=subject.pool.dtype, device=parameters.embedding.device, num_deep_blocks=num_blocks
     )
-    plan = LayerPlan(subject.spec.num_layers, arm.num_skipped)
+    scheduler = Scheduler(
+        layout, num_blocks, max_step_tokens=_MAX_STEP_TOKENS, max_sequences=_MAX_SEQUENCES, max_queued=num_prompts,
+        num_deep_blocks=num_blocks,
+    )  # fmt: skip
     decoder = Decoder(subject.spec, plan, Stage.DECODE, parameters, attend)
     return Engine(scheduler, Runner(decoder, pool), eos_token_ids=subject.files.eos_token_ids())

@@ -6,12 +6,12 @@ A new treatment is a member of ``Treatment`` that ``Reading`` knows how to go on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.errors import ConfigError
 from shoal.model.files import ModelFiles
-from shoal.model.plan import LayerPlan
+from shoal.model.plan import Anchors, LayerPlan
 from shoal.model.projection import KvProjection
 from shoal.model.projector import PAPER, Projector, find_projector, load_projector, read_header
 from shoal.quality.subject import Subject, Treatment
@@ -22,33 +22,62 @@ _CONTROLS = (Treatment.NO_PROJECTION, Treatment.NO_BOUNDARY, Treatment.REMOVED)
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """``name`` is its treatment's in reports; ``projection`` stands for the paper's where it's ``calibrated``."""
+    """``name`` is its treatment's in reports; ``projection`` stands for the paper's where it's ``calibrated``.
+
+    ``num_boundary`` tokens at the prompt's end are full depth.
+    """
 
     name: str
     num_skipped: int
     treatment: Treatment
     projection: KvProjection | None = None
+    num_boundary: int = 1
 
     @property
     def is_served(self) -> bool:
         """Whether an engine can answer so; the negative controls can only be asked about given text."""
-        return self.treatment in {Treatment.FULL, Treatment.SHALLOW}
+        return self.treatment not in _CONTROLS
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether it's what the paper serves: what others are to recover the loss of."""
+        return self.treatment is Treatment.SHALLOW and self.projection is None and self.num_boundary == 1
+
+    def plan(self, num_layers: int) -> LayerPlan:
+        anchors = Anchors() if self.treatment is Treatment.SPEED else None
+        return LayerPlan(num_layers, self.num_skipped, self.num_boundary, anchors)
 
 
 FULL = Arm("full", 0, Treatment.FULL)
 
 
-def arms_of(subject: Subject, counts: Sequence[int], projectors: Mapping[int, Projector]) -> list[Arm]:
+def arms_of(
+    subject: Subject, counts: Sequence[int], projectors: Mapping[int, Projector], boundaries: Sequence[int] = ()
+) -> list[Arm]:
     """Full depth first; then for each number of skipped layers the paper's projection and, where there is a projector,
-    the calibrated one. The negative controls come with the first number alone."""
+    the calibrated one.
+
+    With the first number alone come both with each of ``boundaries`` full-depth tokens at the prompt's end, SPEED, and
+    the negative controls. SPEED needs skipped layers without a sliding window.
+    """
     arms = [FULL]
     for count in counts:
-        arms.append(Arm(Treatment.SHALLOW.value, count, Treatment.SHALLOW))
+        served = [Arm(Treatment.SHALLOW.value, count, Treatment.SHALLOW)]
         if count in projectors:
             paper = subject.projection(count)
             weight = projectors[count].weight.to(paper.weight)
-            arms.append(Arm(CALIBRATED, count, Treatment.SHALLOW, paper.replaced(weight)))
+            served.append(Arm(CALIBRATED, count, Treatment.SHALLOW, paper.replaced(weight)))
+        arms += served
         if count == counts[0]:
+            arms += [
+                replace(arm, name=f"{arm.name}, {number} boundary", num_boundary=number)
+                for number in boundaries for arm in served
+            ]  # fmt: skip
+            if all(
+                subject.spec.layers[layer].window is None
+                for layer in LayerPlan(len(subject.spec.layers), count).skipped
+            ):
+                arms.append(Arm(Treatment.SPEED.value, count, Treatment.SPEED))
             arms += [Arm(control.value, count, control) for control in _CONTROLS]
     return arms
 

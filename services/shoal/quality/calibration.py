@@ -64,8 +64,8 @@ class Example:
         return self.passage.prompt + self.passage.continuation
 
     @property
-    def num_shallow(self) -> int:
-        return len(self.passage.prompt) - 1
+    def shallow(self) -> range:
+        return range(len(self.passage.prompt) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Calibrator:
 
     def _states(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
         full = LayerPlan(self.plan.num_layers, 0)
-        decoder, batch = self.subject.step(full, self.subject.parameters, ids, len(ids), 0)
+        decoder, batch = self.subject.step(full, self.subject.parameters, ids, len(ids), range(0))
         rope = Rope.at(self.subject.spec, batch.positions, decoder.dtype)
         return decoder.states(batch, rope, self.subject.pool)
 
@@ -149,7 +149,7 @@ class Calibrator:
         projection = self.paper.replaced(weight.to(self.paper.weight.dtype))
         parameters = replace(self.subject.parameters, projection=projection)
         num_prompt = len(example.passage.prompt)
-        decoder, batch = self.subject.step(self.plan, parameters, example.ids, num_prompt, example.num_shallow)
+        decoder, batch = self.subject.step(self.plan, parameters, example.ids, num_prompt, example.shallow)
         rope = Rope.at(self.subject.spec, batch.positions, decoder.dtype)
         shallow = decoder.deepen(batch, example.state, rope, self.subject.new_pool()).logits
         with torch.no_grad():

@@ -52,11 +52,13 @@ DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
     """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip; the negative controls
-    come with the first. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``.
+    come with the first, as do ``boundary_tokens``: numbers of full-depth tokens at the prompt's end, besides 1.
+    ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``.
     ``num_passages`` are of each kind of text, ``num_cases`` of each length and depth of retrieval;
     ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions."""
 
     skip_layers: tuple[int, ...] = ()
+    boundary_tokens: tuple[int, ...] = ()
     projector: str = "auto"
     data: tuple[Path, ...] = ()
     kinds: tuple[Kind, ...] = tuple(Kind)
@@ -203,7 +205,7 @@ class _Run:
             max_tokens=max([longest, *(len(case.prompt) + len(case.answer) for case in self._cases + self._choosing)]),
             on_progress=partial(self._on_progress, "layers"),
         )
-        self._arms = arms_of(self._subject, self._counts, self._projectors)
+        self._arms = arms_of(self._subject, self._counts, self._projectors, options.boundary_tokens)
 
     def texts(self) -> list[TextScore]:
         if Task.TEXT not in self._options.tasks:
@@ -289,6 +291,8 @@ def _checked(
             raise ConfigError(
                 f"--skip-layers has {count}, this model {num_layers} layers: choose 1 to {num_layers - 1}"
             )
+    if any(not 1 < number < options.prompt_tokens for number in options.boundary_tokens):
+        raise ConfigError(f"--boundary-tokens: choose 2 to {options.prompt_tokens - 1}, for prompts of --prompt-tokens")
     if len(set(counts)) < len(counts):
         raise ConfigError("--skip-layers names a number twice: name each once")
     if options.num_passages < 2:

@@ -46,8 +46,8 @@ def _forward(subject: Subject, prompt: Sequence[int], num_skipped: int) -> Calla
     plan = LayerPlan(subject.spec.num_layers, num_skipped)
     projection = subject.projection(num_skipped) if num_skipped else None
     parameters = replace(subject.parameters, projection=projection)
-    num_shallow = len(prompt) - 1 if num_skipped else 0
-    decoder, batch = subject.step(plan, parameters, prompt, len(prompt), num_shallow)
+    shallow = range(len(prompt) - 1 if num_skipped else 0)
+    decoder, batch = subject.step(plan, parameters, prompt, len(prompt), shallow)
     return lambda: decoder.forward(batch, subject.pool)
 
 

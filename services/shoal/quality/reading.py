@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from shoal.errors import InternalError
+from shoal.messages import Depth
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
 from shoal.quality.arms import Arm
@@ -29,9 +30,9 @@ class Reading:
     @torch.inference_mode()
     def __init__(self, subject: Subject, ids: Sequence[int], num_prompt_tokens: int, counts: Iterable[int]) -> None:
         self._subject, self._ids, self._num_prompt = subject, tuple(ids), num_prompt_tokens
-        num_layers = subject.spec.num_layers
+        self._num_layers = num_layers = subject.spec.num_layers
         entering = {num_layers - count: count for count in counts}
-        decoder, batch = subject.step(LayerPlan(num_layers, 0), subject.parameters, ids, num_prompt_tokens, 0)
+        decoder, batch = subject.step(LayerPlan(num_layers, 0), subject.parameters, ids, num_prompt_tokens, range(0))
         self._decoder, self._rows = decoder, batch.logit_rows
         self._rope = Rope.at(subject.spec, batch.positions, decoder.dtype)
         self._states: dict[int, torch.Tensor] = {}
@@ -51,16 +52,17 @@ class Reading:
             return self._head(state)
         if arm.treatment is Treatment.NO_BOUNDARY:
             first = self._head(state, self._rows[:1])
-            return first if len(self._rows) == 1 else torch.cat([first, self._deepen(arm, state, self._num_prompt)])
-        return self._deepen(arm, state, self._num_prompt - 1)
+            shallow = range(self._num_prompt)
+            return first if len(self._rows) == 1 else torch.cat([first, self._deepen(arm, state, shallow)])
+        return self._deepen(arm, state, arm.plan(self._num_layers).shallow_tokens(self._num_prompt, Depth.SHALLOW))
 
-    def _deepen(self, arm: Arm, state: torch.Tensor, num_shallow: int) -> torch.Tensor:
+    def _deepen(self, arm: Arm, state: torch.Tensor, shallow: range) -> torch.Tensor:
         subject = self._subject
         plan = LayerPlan(subject.spec.num_layers, arm.num_skipped)
         parameters = replace(subject.parameters, projection=arm.projection or subject.projection(arm.num_skipped))
         decoder, batch = subject.step(
-            plan, parameters, self._ids, num_shallow + 1, num_shallow,
-            hides_prompt=arm.treatment is Treatment.NO_PROJECTION,
+            plan, parameters, self._ids, max(self._num_prompt, shallow.stop + 1), shallow,
+            hides_shallow=arm.treatment in {Treatment.NO_PROJECTION, Treatment.SPEED},
         )  # fmt: skip
         return _given(decoder.deepen(batch, state, self._rope, subject.pool).logits)
 

@@ -10,11 +10,12 @@ from functools import lru_cache, partial
 import torch
 
 from shoal.engine.attention import attend
+from shoal.engine.reads import Span
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Sequence as Rows
 from shoal.errors import InvalidRequest
-from shoal.kv.layout import stage_layout
+from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import SamplingParams, Stage
 from shoal.model.batch import StepBatch
@@ -34,6 +35,7 @@ class Treatment(enum.StrEnum):
 
     FULL = "full"
     SHALLOW = "shallow"
+    SPEED = "speed"
     NO_PROJECTION = "no_projection"
     NO_BOUNDARY = "no_boundary"
     REMOVED = "removed"
@@ -50,17 +52,23 @@ class Subject:
         self.spec = spec
         self.parameters = parameters
         self.max_tokens = max_tokens
-        layout = stage_layout(
-            num_layers=spec.num_layers, num_kept=spec.num_layers, num_held=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            dtype_bytes=parameters.embedding.dtype.itemsize, block_tokens=_BLOCK_TOKENS,
-        )  # fmt: skip
+        layout = self.layout(LayerPlan(spec.num_layers, 0))
         embedding = parameters.embedding
         num_blocks = layout.num_blocks_for(max_tokens)
         self.new_pool = partial(KvPool, layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
         self.pool = self.new_pool()
         self._blocks = list(range(num_blocks))
         self.projection = lru_cache(maxsize=None)(self._paper_projection)
+
+    def layout(self, plan: LayerPlan) -> KvLayout:
+        """Of a pool that an engine of ``plan`` wants."""
+        spec = self.spec
+        return stage_layout(
+            num_layers=spec.num_layers, num_kept=plan.num_kept, num_held=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+            dtype_bytes=self.parameters.embedding.dtype.itemsize, block_tokens=_BLOCK_TOKENS,
+            is_apart=plan.anchors is not None,
+        )  # fmt: skip
 
     @classmethod
     def load(
@@ -91,27 +99,27 @@ class Subject:
         parameters: Parameters,
         ids: Sequence[int],
         num_prompt_tokens: int,
-        num_shallow: int,
+        shallow: range,
         *,
-        hides_prompt: bool = False,
+        hides_shallow: bool = False,
     ) -> tuple[Decoder, StepBatch]:
         """A decoder, and one step of all of ``ids``, whose logits are wanted after each of the tokens ``N-1..``.
 
-        Where it ``hides_prompt``, the skipped layers read no K/V of shallow tokens. Raises InvalidRequest if the text
+        Where it ``hides_shallow``, the skipped layers read no K/V of shallow tokens. Raises InvalidRequest if the text
         is longer than ``max_tokens``, or has no prompt.
         """
         if not 1 <= num_prompt_tokens <= len(ids) <= self.max_tokens:
             raise InvalidRequest(f"{num_prompt_tokens} prompt tokens of {len(ids)}, and at most {self.max_tokens}")
         decoder = Decoder(self.spec, plan, Stage.DECODE, parameters, attend)
         runner = Runner(decoder, self.pool)
-        rows = Rows("text", tuple(ids), num_shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
+        rows = Rows("text", tuple(ids), shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
         batch = runner.batch((ScheduledRows(rows, 0, len(ids)),))
-        wanted = torch.arange(num_prompt_tokens - 1 - num_shallow, len(ids) - num_shallow)
+        wanted = torch.arange(num_prompt_tokens - 1 - len(shallow), len(ids) - len(shallow))
         batch = replace(batch, logit_rows=wanted.to(batch.token_ids.device))
-        if hides_prompt and batch.deep is not None:
-            # As if the text began at the first full-depth token: positions stay, the deep layers' prompt K/V don't.
-            own = runner.reads.plan((ScheduledRows(rows, num_shallow, len(ids)),), first=num_shallow)
-            batch = replace(batch, deep=own)
+        if hides_shallow and batch.deep is not None:
+            # As if the others followed one another: their positions stay, the deep layers' K/V between them don't.
+            own = Span(self._blocks, 0, len(ids) - len(shallow))
+            batch = replace(batch, deep=runner.reads.plan((own,)))
         return decoder, batch
 
     def _paper_projection(self, num_skipped: int) -> KvProjection:

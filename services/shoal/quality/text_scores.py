@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shoal.quality.arms import CALIBRATED, Arm
+from shoal.quality.arms import Arm
 from shoal.quality.reading import Reading
 from shoal.quality.statistics import Bootstrap, Interval
 from shoal.quality.subject import Subject, Treatment
@@ -74,7 +74,7 @@ def _of_kind(kind: str, arms: Sequence[Arm], parts: Sequence[Figures], num_token
     bootstrap = Bootstrap([part.shape[1] for part in parts], seed=seed)
     figures = np.concatenate(parts, axis=1)
     nats = (figures[..., _FIRST] + (num_tokens - 1) * figures[..., _REST]) / num_tokens
-    papers = {arm.num_skipped: row for arm, row in zip(arms, nats, strict=True) if arm.name == Treatment.SHALLOW}
+    papers = {arm.num_skipped: row for arm, row in zip(arms, nats, strict=True) if arm.is_paper}
 
     def perplexity(column: NDArray[np.float64]) -> Interval:
         return bootstrap.interval(np.exp, column)
@@ -89,7 +89,7 @@ def _of_kind(kind: str, arms: Sequence[Arm], parts: Sequence[Figures], num_token
             divergence=bootstrap.mean(own[:, _DIVERGENCE]),
             agreement=bootstrap.mean(own[:, _AGREEMENT]),
             recovered=bootstrap.recovered(nats[0], papers[arm.num_skipped], nats[row])
-            if arm.name == CALIBRATED else None,
+            if arm.treatment is Treatment.SHALLOW and not arm.is_paper else None,
         )
         for row, (arm, own) in enumerate(zip(arms, figures, strict=True))
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models import save_tiny
-from reference import full_generate, pop_generate
+from reference import full_generate, pop_generate, speed_generate
 from shoal.config import load_config
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.errors import (
@@ -33,6 +33,7 @@ from shoal.messages import (
     GenerateRequest,
     Grant,
     HandoffOutcome,
+    PromptOutline,
     RequestContext,
     SamplingParams,
     TokenOutput,
@@ -57,7 +58,7 @@ def opened(model: Any, folder: Path) -> Callable[..., Any]:
     async def open_it(**overrides: Any) -> AsyncIterator[LocalShoal]:
         stage = {"num_blocks": 64, "block_tokens": 4, "max_step_tokens": 16, "num_threads": 1}
         config = load_config(
-            model={"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"},
+            model={"name": str(folder)} | overrides.pop("model", {"skip_layers": SKIPPED, "dtype": "float32"}),
             prefill=stage | overrides.pop("prefill", {}),
             decode=stage | overrides.pop("decode", {}),
             **overrides,
@@ -111,6 +112,31 @@ async def test_a_shallow_prompt_goes_through_both_stages(opened: Any, model: Any
     assert stages.transfer_exposed_s >= 0
     assert outputs[-1].finish_reason is FinishReason.LENGTH
     assert all(output.handoff is None for output in outputs[1:])
+
+
+async def test_a_speed_plan_ships_no_deep_layer(opened: Any, model: Any):
+    plan = {"skip_layers": SKIPPED, "dtype": "float32", "plan": "speed"}
+    outline = PromptOutline(num_system_tokens=9, num_header_tokens=3)
+    for anchors, num_anchors in (("bos", 1), (4, 4), ("system", 9)):
+        async with opened(model=plan | {"anchors": anchors}) as local:
+            outputs = await collect(local, replace(request(PROMPT), outline=outline))
+        expected = speed_generate(model, PROMPT, 10, SKIPPED, num_anchors=num_anchors, num_last=3)
+        assert ids(outputs) == expected.token_ids
+        report = outputs[0].handoff
+        assert report is not None and report.transferred and report.deep_bytes == 0
+        assert report.shallow_bytes == 3 * (len(PROMPT) - 1) * 2 * 2 * 16 * 4
+
+
+async def test_more_boundary_tokens_are_decode_s(opened: Any, model: Any):
+    plan = {"skip_layers": SKIPPED, "dtype": "float32", "boundary_tokens": 6}
+    async with opened(model=plan) as local:
+        outputs = await collect(local, request(PROMPT))
+        assert outputs[0].handoff is not None and outputs[0].handoff.transferred
+        short = await collect(local, request(PROMPT[:6]))
+        assert short[0].handoff is not None and not short[0].handoff.transferred
+        assert short[0].handoff.depth is Depth.FULL
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED, num_boundary=6).token_ids
+    assert ids(short) == full_generate(model, PROMPT[:6], 10).token_ids
 
 
 async def test_full_depth_and_one_token_prompts_are_prefilled_by_decode(opened: Any, model: Any):

@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.engine.reads import ReadPlanner
-from shoal.engine.scheduler import ScheduledRows
-from shoal.engine.sequence import Sequence
+from shoal.engine.reads import ReadPlanner, Span
 from shoal.kv.layout import stage_layout
-from shoal.messages import SamplingParams
 
 WINDOW, BLOCK = 8, 4
 LAYOUT = stage_layout(
@@ -17,10 +14,9 @@ LAYOUT = stage_layout(
 )
 
 
-def rows(start: int, end: int, first_block: int = 0, stride: int = 1) -> ScheduledRows:
+def rows(start: int, end: int, first_block: int = 0, stride: int = 1) -> Span:
     blocks = [first_block + stride * index for index in range(LAYOUT.num_blocks_for(end))]
-    sequence = Sequence("a", (5,) * end, 0, SamplingParams(max_tokens=1), blocks=blocks)
-    return ScheduledRows(sequence, start, end)
+    return Span(blocks, start, end)
 
 
 def planner(*windows: int) -> ReadPlanner:

@@ -14,16 +14,18 @@ BLOCK = 4
 
 
 def make_scheduler(num_blocks: int = 64, **limits: float) -> Scheduler:
+    """With ``num_deep_blocks`` its deep layers have blocks of their own."""
     layout = stage_layout(
-        num_layers=2, num_kept=2, num_held=2, num_kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=BLOCK
-    )
+        num_layers=2, num_kept=1, num_held=2, num_kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=BLOCK,
+        is_apart="num_deep_blocks" in limits,
+    )  # fmt: skip
     settings_ = {"max_step_tokens": 32, "max_sequences": 16, "max_queued": 16} | limits
     return Scheduler(layout, num_blocks, **settings_)  # type: ignore[arg-type]
 
 
 def sequence(name: str, num_prompt: int, *, max_tokens: int = 4, choices: int = 1, **fields: bool) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, num_choices=choices)
-    return Sequence(name, tuple(range(num_prompt)), num_prompt - 1, sampling, **fields)
+    return Sequence(name, tuple(range(num_prompt)), range(num_prompt - 1), sampling, **fields)
 
 
 def rows_of(plan: StepPlan) -> list[tuple[str, int, int]]:
@@ -33,7 +35,7 @@ def rows_of(plan: StepPlan) -> list[tuple[str, int, int]]:
 def carry_out(plan: StepPlan) -> None:
     """What the engine does with a step, with token 0 as every answer."""
     for item in plan.rows:
-        item.sequence.num_computed = item.end
+        item.sequence.advance(item.end)
         if item.sequence.sampled and item.completes:
             item.sequence.output.append(0)
 
@@ -220,24 +222,33 @@ def test_finishing_twice_is_a_no_op_in_every_phase():
     ),
     st.integers(8, 24),
     st.integers(1, 40),
+    st.sampled_from([{}, {"num_deep_blocks": 4}, {"num_deep_blocks": 8}]),
+    st.integers(0, 6),
 )
 def test_whatever_comes_everything_ends_and_no_slot_has_two_writers(
-    wanted: list[tuple[int, int, bool, int]], num_blocks: int, budget: int
+    wanted: list[tuple[int, int, bool, int]], num_blocks: int, budget: int, deep: dict[str, float], num_anchors: int
 ):
-    scheduler = make_scheduler(num_blocks=num_blocks, max_step_tokens=budget)
+    scheduler = make_scheduler(num_blocks=num_blocks, max_step_tokens=budget, **deep)
     for index, (num_prompt, max_tokens, hold, choices) in enumerate(wanted):
-        scheduler.submit(sequence(str(index), num_prompt, max_tokens=max_tokens, hold=hold, choices=choices))
+        one = sequence(str(index), num_prompt, max_tokens=max_tokens, hold=hold, choices=choices)
+        one.shallow = range(num_anchors, num_prompt - 1) if num_anchors < num_prompt - 1 else range(0)
+        try:
+            scheduler.submit(one)
+        except InvalidRequest:
+            assert deep
     for _ in range(2000):
         for item in scheduler.admit():
             scheduler.start(item, item.num_prompt_tokens - 1)
         plan = scheduler.schedule()
         assert plan.num_rows <= budget
-        written: set[int] = set()
-        for item in plan.rows:
-            for block in item.sequence.blocks[item.start // BLOCK : -(-item.end // BLOCK)]:
-                assert scheduler.allocator.count(block) == 1
-                assert block not in written
-                written.add(block)
+        assert (plan.rows or not plan.copies) and (plan.rows or not plan.deep_copies)
+        for table in scheduler.tables:
+            writers: dict[int, Sequence] = {}
+            for item in plan.rows:
+                start, end = (table.num_held_tokens(item.sequence, at) for at in (item.start, item.end))
+                for block in table.held(item.sequence)[start // BLOCK : -(-end // BLOCK) if start < end else 0]:
+                    assert table.allocator.count(block) == 1
+                    assert writers.setdefault(block, item.sequence) is item.sequence
         roots = [
             item.sequence for item in plan.rows
             if item.completes and not item.sequence.output and not item.sequence.choice
@@ -252,4 +263,4 @@ def test_whatever_comes_everything_ends_and_no_slot_has_two_writers(
         if not scheduler.sequences:
             break
     assert scheduler.sequences == []
-    assert scheduler.allocator.num_used == 0
+    assert all(table.allocator.num_used == 0 for table in scheduler.tables)

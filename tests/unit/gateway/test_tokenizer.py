@@ -45,6 +45,34 @@ async def test_a_conversation_has_the_ids_transformers_gives(tokenizer: Tokenize
     assert list(await tokenizer.encode_chat(TURNS)) == expected
 
 
+async def test_a_conversation_s_parts_are_told_apart(tokenizer: Tokenizer) -> None:
+    ids = await tokenizer.encode_chat(TURNS)
+    found = await tokenizer.outline_chat(TURNS, ids)
+    front, end = ids[: found.num_system_tokens], ids[len(ids) - found.num_header_tokens :]
+    assert tokenizer._tokenizer.decode(front) == "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert tokenizer._tokenizer.decode(end) == "<|im_start|>assistant\n"
+
+
+async def test_the_system_prompt_of_the_template_is_not_the_conversation_s(tokenizer: Tokenizer) -> None:
+    ids = await tokenizer.encode_chat(TURNS[1:])
+    assert (await tokenizer.outline_chat(TURNS[1:], ids)).num_system_tokens == 0
+
+
+async def test_a_template_that_wants_a_user_leaves_the_system_prompt_unknown(smollm2: Any) -> None:
+    tokenizer = Tokenizer(smollm2)
+    template = "{% if messages | length < 2 %}{{ raise_exception('a user is missing') }}{% endif %}"
+    plain = (
+        "{% for message in messages %}{{ message.content }} {% endfor %}{% if add_generation_prompt %}Say:{% endif %}"
+    )
+    try:
+        before, smollm2.chat_template = smollm2.chat_template, template + plain
+        ids = await tokenizer.encode_chat(TURNS)
+        found = await tokenizer.outline_chat(TURNS, ids)
+    finally:
+        smollm2.chat_template = before
+    assert found.num_system_tokens == 0 and found.num_header_tokens > 0
+
+
 async def test_long_texts_are_encoded_beside_the_event_loop(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(smollm2, max_inline_chars=10)
     threads: list[str] = []

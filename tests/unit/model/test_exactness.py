@@ -89,6 +89,27 @@ def test_a_one_token_prompt_is_full_depth(model: Any, prompts: list[list[int]]):
     assert close(logits_after(make_engine(model, 4), prompts[0], Depth.SHALLOW), plain_logits(model, prompts[0]))
 
 
+@pytest.mark.parametrize("num_boundary", [2, 5, 40])
+def test_more_boundary_tokens_are_the_reference_however_the_prompt_comes(
+    model: Any, prompts: list[list[int]], num_boundary: int
+):
+    asks = [Ask(prompt, 12) for prompt in prompts]
+    expected = [list(pop_generate(model, prompt, 12, 3, num_boundary=num_boundary).token_ids) for prompt in prompts]
+    for chunk in (512, 7):
+        engine = make_engine(model, 3, num_boundary=num_boundary, max_step_tokens=chunk)
+        assert run(engine, asks) == expected
+        prefill = make_engine(model, 3, stage=Stage.PREFILL, max_step_tokens=chunk)
+        assert run_handed_off(prefill, engine, asks) == expected
+    tight = make_engine(model, 3, num_boundary=num_boundary, num_blocks=24)
+    assert run(tight, asks) == expected and tight.counts().num_preemptions > 0
+
+
+def test_as_many_boundary_tokens_as_the_prompt_has_are_the_plain_model(model: Any, prompts: list[list[int]]):
+    for prompt in prompts:
+        engine = make_engine(model, 3, num_boundary=len(prompt))
+        assert close(logits_after(engine, prompt, Depth.SHALLOW), plain_logits(model, prompt))
+
+
 def test_kept_layers_and_the_first_skipped_layer_hold_the_true_kv_and_the_second_drifts(model: Any):
     prompt = list(range(1, 40))
     num_skipped = 3

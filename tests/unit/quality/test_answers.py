@@ -129,10 +129,10 @@ def test_instructions_are_scored_on_the_answers_of_what_is_served(tiny):
     _, subject = tiny
     arms = arms_of(subject, (SKIPPED,), {})
     done: list[tuple[int, int]] = []
-    full, shallow = score_instructions(
+    full, shallow, _ = score_instructions(
         subject, arms, INSTRUCTIONS, max_tokens=6, seed=0, on_progress=lambda *at: done.append(at)
     )
-    assert (full.treatment, shallow.treatment) == ("full", "shallow") and done[-1] == (6, 6)
+    assert (full.treatment, shallow.treatment) == ("full", "shallow") and done[-1] == (9, 9)
     assert full.difference.value == 0 and full.num_instructions == 3
     tokenizer = tiny_tokenizer()
     prompts = [tuple(tokenizer.encode(f"user:{one.prompt}|assistant:")) for one in INSTRUCTIONS]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import save_tiny
+from models import save_tiny, tiny_model
 from shoal.errors import ConfigError, ModelError, ProjectorMismatch
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
@@ -37,12 +37,30 @@ def test_controls_come_with_the_first_number_and_calibrated_where_there_is_a_pro
     subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
     arms = arms_of(subject, (2, 3), find_projectors("auto", files, (2, 3), LAYERS))
     assert [(arm.name, arm.num_skipped) for arm in arms] == [
-        ("full", 0), ("shallow", 2), *((control, 2) for control in CONTROLS), ("shallow", 3), ("calibrated", 3),
+        ("full", 0), ("shallow", 2), ("speed", 2), *((control, 2) for control in CONTROLS), ("shallow", 3),
+        ("calibrated", 3),
     ]  # fmt: skip
     assert [arm.name for arm in arms if not arm.is_served] == CONTROLS
     projection = arms[-1].projection
     assert projection is not None
     torch.testing.assert_close(projection.weight, subject.projection(3).weight * 1.5)
+
+
+def test_more_boundary_tokens_come_with_the_first_number_for_all_that_is_served(files: ModelFiles):
+    write(projector_beside(files, LayerPlan(LAYERS, 2)), files, 2)
+    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
+    arms = arms_of(subject, (2, 3), find_projectors("auto", files, (2, 3), LAYERS), (4, 8))
+    more = [(arm.name, arm.num_skipped, arm.num_boundary) for arm in arms if arm.num_boundary > 1]
+    assert more == [
+        (f"{name}, {number} boundary", 2, number) for number in (4, 8) for name in ("shallow", "calibrated")
+    ]
+    assert [arm.name for arm in arms if arm.is_paper] == ["shallow", "shallow"]
+
+
+def test_speed_is_left_out_where_a_skipped_layer_has_a_window(tmp_path: Path):
+    save_tiny(tmp_path, tiny_model("mistral", layers=LAYERS))
+    subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=8)
+    assert "speed" not in [arm.name for arm in arms_of(subject, (2,), {})]
 
 
 def test_a_file_goes_before_the_one_beside_the_model_and_leaves_the_others(files: ModelFiles, tmp_path: Path):

@@ -24,12 +24,13 @@ from shoal.quality.texts import Kind
 
 LAYERS = 6
 OPTIONS = EvaluationOptions(
-    skip_layers=(3, 2), tasks=tuple(Task), kinds=(Kind.PROSE, Kind.CODE), num_passages=3, num_cases=2,
-    prompt_tokens=24, continuation_tokens=6, greedy_tokens=5, instruction_tokens=4,
+    skip_layers=(3, 2), boundary_tokens=(4,), tasks=tuple(Task), kinds=(Kind.PROSE, Kind.CODE), num_passages=3,
+    num_cases=2, prompt_tokens=24, continuation_tokens=6, greedy_tokens=5, instruction_tokens=4,
     retrieval_lengths=(400,), dtype=torch.float64,
 )  # fmt: skip
 CONTROLS = [("no_projection", 3), ("no_boundary", 3), ("removed", 3)]
-ARMS = [("full", 0), ("shallow", 3), ("calibrated", 3), *CONTROLS, ("shallow", 2)]
+MORE = [("shallow, 4 boundary", 3), ("calibrated, 4 boundary", 3), ("speed", 3)]
+ARMS = [("full", 0), ("shallow", 3), ("calibrated", 3), *MORE, *CONTROLS, ("shallow", 2)]
 
 
 @pytest.fixture(scope="module")

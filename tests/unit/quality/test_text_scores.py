@@ -79,7 +79,7 @@ def test_a_projection_that_is_the_paper_s_recovers_nothing_and_a_whole_one_all(t
     _, subject = tiny
     paper = Arm("shallow", 5, Treatment.SHALLOW)
     same = Arm(CALIBRATED, 5, Treatment.SHALLOW, subject.projection(5))
-    whole = Arm(CALIBRATED, 5, Treatment.FULL)
+    whole = Arm("all boundary", 5, Treatment.SHALLOW, num_boundary=1000)
     likeliest = [Passage("tiny", one.prompt, continued(subject, one.prompt)) for one in passages(16)]
     shallow, nothing, everything = scores(subject, [FULL, paper, same, whole], tiny=likeliest)[1:]
     assert shallow.recovered is None
@@ -110,7 +110,7 @@ def test_controls_fail_where_their_part_of_the_method_shows(tiny):
     _, subject = tiny
     arms = arms_of(subject, (SKIPPED,), {})
     found = {score.treatment: score for score in scores(subject, arms, tiny=passages(4))}
-    assert set(found) == {"full", "shallow", "no_projection", "no_boundary", "removed"}
+    assert set(found) == {"full", "shallow", "speed", "no_projection", "no_boundary", "removed"}
     assert found["no_boundary"].rest_perplexity != found["shallow"].rest_perplexity
     # Both read the first token from the state that left the last kept layer.
     assert found["no_boundary"].first_perplexity == found["removed"].first_perplexity

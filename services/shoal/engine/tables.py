@@ -1,0 +1,94 @@
+"""The blocks that sequences hold, one table for all layers or, where deep layers hold fewer tokens, two.
+
+A pool's slots are found by a sequence's blocks and an index: in most layers that is the token's position; in deep
+layers that hold no shallow tokens, it is how many tokens before it they do hold.
+"""
+
+from __future__ import annotations
+
+from shoal.engine.sequence import Sequence
+from shoal.kv.blocks import BlockAllocator
+from shoal.kv.layout import KvLayout
+
+
+class BlockTable:
+    """Of the layers that hold every token. ``copies`` are block pairs that the next step must copy first."""
+
+    def __init__(self, num_blocks: int, block_tokens: int, block_bytes: int) -> None:
+        self.allocator = BlockAllocator(num_blocks)
+        self.block_bytes = block_bytes
+        self._block_tokens = block_tokens
+        self.copies: list[tuple[int, int]] = []
+
+    def held(self, sequence: Sequence) -> list[int]:
+        """The sequence's own list, to be changed here alone."""
+        return sequence.blocks
+
+    def num_held_tokens(self, sequence: Sequence, position: int) -> int:
+        """How many of the tokens before ``position`` these layers hold: the index of the one at ``position``."""
+        return position
+
+    @property
+    def num_slots(self) -> int:
+        return self.allocator.num_blocks * self._block_tokens
+
+    def num_blocks_for(self, sequence: Sequence, position: int) -> int:
+        return -(-self.num_held_tokens(sequence, position) // self._block_tokens)
+
+    def fits(self, sequence: Sequence, position: int) -> bool:
+        return self.num_blocks_for(sequence, position) <= self.allocator.num_free
+
+    def allocate(self, sequence: Sequence, position: int) -> None:
+        """Blocks for a sequence that has none, for its tokens before ``position``. Raises OutOfBlocks."""
+        self.held(sequence)[:] = self.allocator.allocate(self.num_blocks_for(sequence, position))
+
+    def own(self, sequence: Sequence, start: int, end: int) -> None:
+        """Make positions ``[start, end)`` writable: missing blocks, and copies of shared ones.
+
+        Raises OutOfBlocks and takes nothing.
+        """
+        blocks = self.held(sequence)
+        missing = self.num_blocks_for(sequence, end) - len(blocks)
+        first_written = self.num_held_tokens(sequence, start) // self._block_tokens
+        shared = [index for index in range(first_written, len(blocks)) if self.allocator.count(blocks[index]) > 1]
+        fresh = self.allocator.allocate(max(0, missing) + len(shared))
+        for index in shared:
+            source, target = blocks[index], fresh.pop()
+            self.allocator.release([source])
+            blocks[index] = target
+            self.copies.append((source, target))
+        blocks.extend(fresh)
+
+    def share(self, root: Sequence, twin: Sequence) -> None:
+        """Let ``twin`` hold what ``root`` holds."""
+        self.allocator.share(self.held(root))
+        self.held(twin)[:] = self.held(root)
+
+    def give_up(self, sequence: Sequence) -> None:
+        """Give back every block, and forget copies into them."""
+        blocks = self.held(sequence)
+        self.allocator.release(blocks)
+        mine = set(blocks)
+        self.copies = [pair for pair in self.copies if pair[1] not in mine]
+        blocks.clear()
+
+    def take_copies(self) -> tuple[tuple[int, int], ...]:
+        copies, self.copies = tuple(self.copies), []
+        return copies
+
+
+class DeepTable(BlockTable):
+    """Of deep layers that hold no shallow tokens."""
+
+    def held(self, sequence: Sequence) -> list[int]:
+        return sequence.deep_blocks
+
+    def num_held_tokens(self, sequence: Sequence, position: int) -> int:
+        return sequence.num_full_before(position)
+
+
+def block_tables(layout: KvLayout, num_blocks: int, num_deep_blocks: int) -> tuple[BlockTable, ...]:
+    tables = [BlockTable(num_blocks, layout.block_tokens, layout.block_bytes)]
+    if layout.apart is not None:
+        tables.append(DeepTable(num_deep_blocks, layout.block_tokens, layout.deep_block_bytes))
+    return tuple(tables)

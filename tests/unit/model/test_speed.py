@@ -1,0 +1,225 @@
+"""The SPEED plan: deep layers hold anchors and full-depth tokens alone, and say what a slow reference says, in float64.
+
+Tiny random models: an untuned one answers nonsense this way, but it must be the right nonsense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines import (
+    Ask,
+    exact,
+    logits_after,
+    make_engine,
+    one_by_one,
+    parameters_of,
+    prefill_chunks,
+    run,
+    run_choices,
+    run_handed_off,
+)  # fmt: skip
+from models import save_tiny, tiny_model
+from reference import speed_generate
+from shoal.config import load_config
+from shoal.engine.build import plan_of
+from shoal.engine.engine import Engine
+from shoal.errors import ConfigError, InvalidRequest
+from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
+from shoal.model.families import describe
+from shoal.model.files import locate
+from shoal.model.plan import Anchors, LayerPlan
+from shoal.model.projector import find_projector
+
+LAYERS, SKIPPED, BLOCK = 6, 3, 4
+LENGTHS = (1, 2, 3, 5, 16, 17, 33, 64)
+# Anchors, what is known of the prompt, and how many first and last tokens are full depth.
+CASES = [
+    (Anchors(), PromptOutline(), 1, 1),
+    (Anchors(5), PromptOutline(9, 3), 5, 3),
+    (Anchors(system=True), PromptOutline(9, 3), 9, 3),
+    (Anchors(system=True), PromptOutline(), 1, 1),
+    (Anchors(100), PromptOutline(), 100, 1),
+]
+BOS, OUTLINE = Anchors(), PromptOutline(0, 2)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return exact(tiny_model(request.param, layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Any) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, model.config.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def speedy(model: Any, anchors: Anchors = BOS, **options: Any) -> Engine:
+    return make_engine(model, SKIPPED, anchors=anchors, block_tokens=BLOCK, **options)
+
+
+def asks_of(prompts: list[list[int]], num_tokens: int = 12, outline: PromptOutline = OUTLINE) -> list[Ask]:
+    return [
+        Ask(prompt, num_tokens, depth, outline=outline) for prompt in prompts for depth in (Depth.SHALLOW, Depth.FULL)
+    ]
+
+
+@pytest.mark.parametrize(("anchors", "outline", "num_anchors", "num_last"), CASES)
+def test_it_is_the_slow_reference(
+    model: Any, prompts: list[list[int]], anchors: Anchors, outline: PromptOutline, num_anchors: int, num_last: int
+):
+    for num_skipped in (1, SKIPPED, LAYERS - 1):
+        engine = make_engine(model, num_skipped, anchors=anchors)
+        expected = [
+            list(speed_generate(model, prompt, 12, num_skipped, num_anchors=num_anchors, num_last=num_last).token_ids)
+            for prompt in prompts
+        ]
+        assert run(engine, [Ask(prompt, 12, outline=outline) for prompt in prompts]) == expected
+
+
+def test_the_deep_layers_miss_the_prompt(model: Any, prompts: list[list[int]]):
+    """Else the tests beside this one compared full depth with itself."""
+    shallow, full = (logits_after(speedy(model), prompts[-1], depth) for depth in (Depth.SHALLOW, Depth.FULL))
+    assert (shallow - full).abs().max() > 1e-3
+
+
+def test_full_depth_is_the_plain_model(model: Any, prompts: list[list[int]]):
+    for prompt in prompts:
+        with torch.no_grad():
+            plain = model(torch.tensor([prompt])).logits[0, -1]
+        assert (logits_after(speedy(model), prompt, Depth.FULL) - plain).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 7, 16])
+def test_chunked_is_unchunked(model: Any, prompts: list[list[int]], chunk: int):
+    for anchors in (BOS, Anchors(9)):
+        whole, chunked = speedy(model, anchors), speedy(model, anchors, max_step_tokens=chunk)
+        for prompt in prompts:
+            ours, theirs = (logits_after(engine, prompt, Depth.SHALLOW, OUTLINE) for engine in (chunked, whole))
+            assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_batched_is_one_by_one(model: Any, prompts: list[list[int]]):
+    engine = speedy(model, max_step_tokens=24)
+    assert run(engine, asks_of(prompts)) == one_by_one(engine, asks_of(prompts))
+
+
+@pytest.mark.parametrize("anchors", [BOS, Anchors(9)])
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_two_stages_are_one_and_no_deep_layer_is_shipped(
+    model: Any, prompts: list[list[int]], anchors: Anchors, chunk: int
+):
+    """Decode computes the anchors and the header itself."""
+    asks = [Ask(prompt, 10, outline=OUTLINE) for prompt in prompts]
+    expected = run(speedy(model, anchors), asks)
+    prefill = speedy(model, anchors, stage=Stage.PREFILL, max_step_tokens=chunk)
+    assert all(piece.deep is None for piece in prefill_chunks(prefill, prompts[-1]))
+    assert run_handed_off(prefill, speedy(model, anchors, max_step_tokens=chunk), asks) == expected
+
+
+@pytest.mark.parametrize(("num_blocks", "num_deep_blocks"), [(26, 256), (256, 23), (30, 24)])
+def test_preempted_is_unpreempted(model: Any, prompts: list[list[int]], num_blocks: int, num_deep_blocks: int):
+    """Whichever of the two kinds of blocks runs out."""
+    expected = run(speedy(model), asks_of(prompts, 24))
+    tight = speedy(model, num_blocks=num_blocks, num_deep_blocks=num_deep_blocks)
+    assert run(tight, asks_of(prompts, 24)) == expected
+    assert tight.counts().num_preemptions > 0
+
+
+def test_preemption_after_a_hand_off_recomputes_the_same(model: Any, prompts: list[list[int]]):
+    asks = [Ask(prompt, 24, outline=OUTLINE) for prompt in prompts]
+    expected = run(speedy(model), asks)
+    tight = speedy(model, num_blocks=26)
+    assert run_handed_off(speedy(model, stage=Stage.PREFILL), tight, asks) == expected
+    assert tight.counts().num_preemptions > 0
+
+
+def test_choices_that_fork_are_single_requests(model: Any, prompts: list[list[int]]):
+    params = SamplingParams(max_tokens=14, temperature=0.0, num_choices=3)
+    for prompt in prompts:
+        single = run(speedy(model), [Ask(prompt, 14)])[0]
+        assert run_choices(speedy(model), [Ask(prompt, sampling=params)]) == [[single] * 3]
+
+
+def test_deep_layers_own_fewer_blocks(model: Any):
+    """33 tokens are 9 blocks of the kept layers; an anchor and two tokens of header are one of the deep ones."""
+    engine, pop = speedy(model), make_engine(model, SKIPPED, block_tokens=BLOCK)
+    prompt = tuple(range(1, 34))
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    for one in (engine, pop):
+        one.submit_generate("a", prompt, Depth.SHALLOW, sampling, outline=OUTLINE)
+        one.step()
+    [sequence], [other] = engine.scheduler.sequences, pop.scheduler.sequences
+    assert (len(sequence.blocks), len(sequence.deep_blocks)) == (9, 1)
+    token_bytes = engine.scheduler.layout.token_layer_bytes
+    assert engine.scheduler.kv_bytes(sequence) == (9 * (LAYERS - SKIPPED) + 1 * SKIPPED) * BLOCK * token_bytes
+    assert pop.scheduler.kv_bytes(other) == 9 * LAYERS * BLOCK * token_bytes
+    pool = speedy(model, num_blocks=40, num_deep_blocks=10).runner.pool
+    assert pool.num_bytes == sum(layer.nbytes for layer in pool.layers)
+    assert [layer.shape[0] for layer in pool.layers] == 3 * [40 * BLOCK] + 3 * [10 * BLOCK]
+
+
+def test_what_the_deep_layers_can_never_hold_is_refused_at_once(model: Any):
+    engine = speedy(model, num_deep_blocks=2)
+    sampling = SamplingParams(max_tokens=4, temperature=0.0)
+    engine.submit_generate("fits", tuple(range(1, 30)), Depth.SHALLOW, sampling)
+    with pytest.raises(InvalidRequest, match=r"need 32 tokens of KV, this pool holds 8 in its deep layers"):
+        engine.submit_generate("full", tuple(range(1, 30)), Depth.FULL, sampling)
+    engine.submit_generate("open", tuple(range(1, 5)), Depth.FULL, replace(sampling, max_tokens=99, may_shorten=True))
+    assert engine.scheduler.waiting[-1].sampling.max_tokens == 5
+
+
+def test_neither_stage_holds_a_projection(model: Any):
+    for stage in Stage:
+        plan = LayerPlan(LAYERS, SKIPPED, anchors=BOS)
+        assert parameters_of(model, SKIPPED, stage, plan=plan).projection is None
+        assert parameters_of(model, SKIPPED, stage).projection is not None
+
+
+def test_another_plan_has_another_hash():
+    plans = [
+        LayerPlan(6, 3),
+        LayerPlan(6, 3, 2),
+        *(LayerPlan(6, 3, 1, one) for one in (BOS, Anchors(2), Anchors(system=True))),
+    ]
+    assert len({plan.digest(model_digest="m", kv_dtype="float32") for plan in plans}) == len(plans)
+
+
+def test_no_anchor_and_no_boundary_are_refused():
+    with pytest.raises(ConfigError, match="anchors is 0"):
+        Anchors(0)
+    with pytest.raises(ConfigError, match="boundary_tokens is 0"):
+        LayerPlan(6, 3, 0)
+
+
+def test_the_configuration_s_words_make_the_plan():
+    spec = describe(tiny_model("llama", layers=LAYERS).config)
+
+    def plan(**model: Any) -> LayerPlan:
+        return plan_of(load_config(model={"skip_layers": SKIPPED} | model), spec)
+
+    assert plan() == LayerPlan(LAYERS, SKIPPED)
+    assert plan(boundary_tokens=4, anchors="system") == LayerPlan(LAYERS, SKIPPED, 4)
+    assert plan(plan="speed") == LayerPlan(LAYERS, SKIPPED, 1, BOS)
+    assert plan(plan="speed", anchors="7").anchors == Anchors(7)
+    assert plan(plan="speed", anchors="system").anchors == Anchors(system=True)
+
+
+def test_deep_layers_with_a_sliding_window_are_refused():
+    spec = describe(tiny_model("mistral", layers=LAYERS).config)
+    with pytest.raises(ConfigError, match=r"3 of the 3 skipped ones have a sliding window.*--plan pop"):
+        plan_of(load_config(model={"skip_layers": SKIPPED, "plan": "speed"}), spec)
+
+
+def test_a_projector_is_refused_where_nothing_is_projected(tmp_path: Path):
+    save_tiny(tmp_path, tiny_model("llama", layers=LAYERS))
+    files, plan = locate(str(tmp_path)), LayerPlan(LAYERS, SKIPPED, anchors=BOS)
+    assert find_projector("auto", files, plan) is None
+    with pytest.raises(ConfigError, match="projects nothing: leave out --projector"):
+        find_projector(str(tmp_path / "p.safetensors"), files, plan)

@@ -59,6 +59,9 @@ def evaluate(
     boundary_tokens: Annotated[
         str | None, typer.Option(help="More full-depth tokens at the prompt's end, too: 16,64. With the first number.")
     ] = None,
+    controls: Annotated[
+        bool, typer.Option(help="Also measure SPEED, and what goes wrong without parts of the method.")
+    ] = True,
     data: Annotated[
         list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
     ] = None,
@@ -83,7 +86,7 @@ def evaluate(
     with progress_bars() as on_progress:
         said = run_eval(
             model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers, boundary_tokens=boundary_tokens,
-            projector=projector or "auto", data=tuple(data or ()), kinds=kinds, num_passages=passages,
+            controls=controls, projector=projector or "auto", data=tuple(data or ()), kinds=kinds, num_passages=passages,
             num_cases=cases, prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, seed=seed,
             dtype=dtype or DtypeOption.FLOAT32,
         )  # fmt: skip

@@ -52,13 +52,19 @@ FULL = Arm("full", 0, Treatment.FULL)
 
 
 def arms_of(
-    subject: Subject, counts: Sequence[int], projectors: Mapping[int, Projector], boundaries: Sequence[int] = ()
+    subject: Subject,
+    counts: Sequence[int],
+    projectors: Mapping[int, Projector],
+    boundaries: Sequence[int] = (),
+    *,
+    controls: bool = True,
 ) -> list[Arm]:
     """Full depth first; then for each number of skipped layers the paper's projection and, where there is a projector,
     the calibrated one.
 
-    With the first number alone come both with each of ``boundaries`` full-depth tokens at the prompt's end, SPEED, and
-    the negative controls. SPEED needs skipped layers without a sliding window.
+    With the first number alone come both with each of ``boundaries`` full-depth tokens at the prompt's end, and, if
+    ``controls`` are wanted, SPEED (which an untuned model fails as well) and the negative controls. SPEED needs skipped
+    layers without a sliding window.
     """
     arms = [FULL]
     for count in counts:
@@ -73,13 +79,14 @@ def arms_of(
                 replace(arm, name=f"{arm.name}, {number} boundary", num_boundary=number)
                 for number in boundaries for arm in served
             ]  # fmt: skip
-            if all(
-                subject.spec.layers[layer].window is None
-                for layer in LayerPlan(len(subject.spec.layers), count).skipped
-            ):
-                arms.append(Arm(Treatment.SPEED.value, count, Treatment.SPEED))
-            arms += [Arm(control.value, count, control) for control in _CONTROLS]
+            arms += _controls(subject, count) if controls else []
     return arms
+
+
+def _controls(subject: Subject, count: int) -> list[Arm]:
+    skipped = subject.spec.layers[subject.spec.num_layers - count :]
+    speed = [Treatment.SPEED] if all(layer.window is None for layer in skipped) else []
+    return [Arm(treatment.value, count, treatment) for treatment in (*speed, *_CONTROLS)]
 
 
 def find_projectors(wanted: str, files: ModelFiles, counts: Sequence[int], num_layers: int) -> dict[int, Projector]:

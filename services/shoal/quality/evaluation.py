@@ -53,12 +53,13 @@ DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 class EvaluationOptions:
     """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip; the negative controls
     come with the first, as do ``boundary_tokens``: numbers of full-depth tokens at the prompt's end, besides 1.
-    ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``.
+    ``controls`` says whether SPEED and the negative controls are measured, too. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``.
     ``num_passages`` are of each kind of text, ``num_cases`` of each length and depth of retrieval;
     ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions."""
 
     skip_layers: tuple[int, ...] = ()
     boundary_tokens: tuple[int, ...] = ()
+    controls: bool = True
     projector: str = "auto"
     data: tuple[Path, ...] = ()
     kinds: tuple[Kind, ...] = tuple(Kind)
@@ -205,7 +206,9 @@ class _Run:
             max_tokens=max([longest, *(len(case.prompt) + len(case.answer) for case in self._cases + self._choosing)]),
             on_progress=partial(self._on_progress, "layers"),
         )
-        self._arms = arms_of(self._subject, self._counts, self._projectors, options.boundary_tokens)
+        self._arms = arms_of(
+            self._subject, self._counts, self._projectors, options.boundary_tokens, controls=options.controls
+        )
 
     def texts(self) -> list[TextScore]:
         if Task.TEXT not in self._options.tasks:

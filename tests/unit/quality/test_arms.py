@@ -57,6 +57,11 @@ def test_more_boundary_tokens_come_with_the_first_number_for_all_that_is_served(
     assert [arm.name for arm in arms if arm.is_paper] == ["shallow", "shallow"]
 
 
+def test_controls_can_be_left_out(files: ModelFiles):
+    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
+    assert [arm.name for arm in arms_of(subject, (2, 3), {}, controls=False)] == ["full", "shallow", "shallow"]
+
+
 def test_speed_is_left_out_where_a_skipped_layer_has_a_window(tmp_path: Path):
     save_tiny(tmp_path, tiny_model("mistral", layers=LAYERS))
     subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=8)

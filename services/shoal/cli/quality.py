@@ -86,9 +86,9 @@ def evaluate(
     with progress_bars() as on_progress:
         said = run_eval(
             model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers, boundary_tokens=boundary_tokens,
-            controls=controls, projector=projector or "auto", data=tuple(data or ()), kinds=kinds, num_passages=passages,
-            num_cases=cases, prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, seed=seed,
-            dtype=dtype or DtypeOption.FLOAT32,
+            controls=controls, projector=projector or "auto", data=tuple(data or ()), kinds=kinds,
+            num_passages=passages, num_cases=cases, prompt_tokens=prompt_tokens,
+            continuation_tokens=continuation_tokens, seed=seed, dtype=dtype or DtypeOption.FLOAT32,
         )  # fmt: skip
     print(said)
 

@@ -51,11 +51,13 @@ DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip; the negative controls
-    come with the first, as do ``boundary_tokens``: numbers of full-depth tokens at the prompt's end, besides 1.
-    ``controls`` says whether SPEED and the negative controls are measured, too. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``.
-    ``num_passages`` are of each kind of text, ``num_cases`` of each length and depth of retrieval;
-    ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions."""
+    """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip.
+
+    With the first come ``boundary_tokens``, numbers of full-depth tokens at the prompt's end, besides 1, and, if
+    ``controls`` says so, SPEED and the negative controls. ``projector`` is a path, ``paper``, or ``auto``. ``data``
+    stands for the shipped ``kinds``. ``num_passages`` are of each kind of text, ``num_cases`` of each length and depth
+    of retrieval; ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions.
+    """
 
     skip_layers: tuple[int, ...] = ()
     boundary_tokens: tuple[int, ...] = ()

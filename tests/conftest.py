@@ -8,6 +8,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import sys
 from collections.abc import Mapping
 

@@ -1,6 +1,6 @@
 """The SPEED plan: deep layers hold anchors and full-depth tokens alone, and say what a slow reference says, in float64.
 
-Tiny random models: an untuned one answers nonsense this way, but it must be the right nonsense.
+Tiny random models: an untuned one answers badly this way, but it must be the right bad answer.
 """
 
 from __future__ import annotations

@@ -228,4 +228,5 @@ def assert_nothing_held(engine: Engine) -> None:
     held = replace(counts, num_preemptions=0)
     assert (held.num_waiting, held.num_reserved, held.num_running) == (0, 0, 0), counts
     assert held.num_free_blocks == held.num_blocks and held.num_reserved_blocks == 0, counts
-    assert not any(table.allocator.num_used or table.copies for table in engine.scheduler.tables)
+    assert held.num_free_deep_blocks == held.num_deep_blocks
+    assert not any(table.copies for table in engine.scheduler.tables)

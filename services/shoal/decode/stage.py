@@ -69,6 +69,8 @@ async def open_decode(
         meter(output)
         if output.num_rows:
             metrics.step(output.ended_s - output.started_s, output.num_sequences)
+        for num_bytes in output.finished_kv_bytes:
+            metrics.held(num_bytes)
         if output.wants_blocks:
             worker.give_up_youngest()
 

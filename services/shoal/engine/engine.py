@@ -40,6 +40,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._sequences: dict[str, dict[int, Sequence]] = {}
+        self._finished_kv_bytes: list[int] = []
 
     # --- commands -------------------------------------------------------------------------------------
 
@@ -104,6 +105,7 @@ class Engine:
 
     def counts(self) -> EngineCounts:
         scheduler = self.scheduler
+        deep = scheduler.tables[1].allocator if len(scheduler.tables) > 1 else None
         return EngineCounts(
             num_waiting=len(scheduler.waiting),
             num_reserved=len(scheduler.reserved),
@@ -112,12 +114,19 @@ class Engine:
             num_free_blocks=scheduler.allocator.num_free,
             num_reserved_blocks=scheduler.num_reserved_blocks,
             num_preemptions=scheduler.num_preemptions,
+            num_deep_blocks=0 if deep is None else deep.num_blocks,
+            num_free_deep_blocks=0 if deep is None else deep.num_free,
         )
 
     # --- the step -------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
         """Admit, schedule, run, sample. Never raises for one request's fault: it fails that request alone."""
+        output = self._step()
+        finished, self._finished_kv_bytes = tuple(self._finished_kv_bytes), []
+        return replace(output, finished_kv_bytes=finished) if finished else output
+
+    def _step(self) -> StepOutput:
         started_s = self._clock()
         reserved = tuple((item.request_id, tuple(item.blocks)) for item in self.scheduler.admit())
         plan = self.scheduler.schedule()
@@ -242,6 +251,8 @@ class Engine:
         self._sequences[sequence.request_id] = {0: sequence}
 
     def _finish(self, sequence: Sequence) -> None:
+        if sequence.sampled and sequence.output:
+            self._finished_kv_bytes.append(self.scheduler.kv_bytes(sequence))
         self.scheduler.finish(sequence)
         choices = self._sequences.get(sequence.request_id, {})
         choices.pop(sequence.choice, None)

@@ -49,7 +49,7 @@ class FailureEvent:
 
 @dataclass(frozen=True, slots=True)
 class EngineCounts:
-    """What is held right now, and what has happened so far."""
+    """What is held right now, and what has happened so far. Deep blocks are of layers that have their own."""
 
     num_waiting: int
     num_reserved: int
@@ -58,6 +58,8 @@ class EngineCounts:
     num_free_blocks: int
     num_reserved_blocks: int
     num_preemptions: int
+    num_deep_blocks: int = 0
+    num_free_deep_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class StepOutput:
     """What one step brought. Times are monotonic seconds of this process.
 
     ``reserved`` are the requests that now hold blocks for their whole prompt, with their block tables.
+    ``finished_kv_bytes``: what each choice held that has ended since the last step.
     ``wants_blocks``: a running sequence waits for blocks that reserved ones hold, and the youngest should be given up.
     """
 
@@ -79,6 +82,7 @@ class StepOutput:
     chunks: tuple[PrefillChunk, ...] = ()
     failures: tuple[FailureEvent, ...] = ()
     wants_blocks: bool = False
+    finished_kv_bytes: tuple[int, ...] = ()
 
     @property
     def is_idle(self) -> bool:

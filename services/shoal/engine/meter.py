@@ -17,7 +17,11 @@ class StepMeter:
         counts = output.counts
         self._metrics.queue_depth(counts.num_waiting)
         used = counts.num_blocks - counts.num_free_blocks - counts.num_reserved_blocks
-        self._metrics.blocks(free=counts.num_free_blocks, used=used, reserved=counts.num_reserved_blocks)
+        num_deep_held = counts.num_deep_blocks - counts.num_free_deep_blocks
+        deep_usage = num_deep_held / counts.num_deep_blocks if counts.num_deep_blocks else 0.0
+        self._metrics.blocks(
+            free=counts.num_free_blocks, used=used, reserved=counts.num_reserved_blocks, deep_usage=deep_usage
+        )
         if counts.num_preemptions > self._num_preemptions:
             self._metrics.preempted(counts.num_preemptions - self._num_preemptions)
             self._num_preemptions = counts.num_preemptions

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shoal.messages import Depth, Stage
 from shoal.telemetry.labels import BlockState, FallbackRung, HandoffReason, TokenSource
-from shoal.telemetry.registry import BATCH, LATENCY_S, TOKEN_S
+from shoal.telemetry.registry import BATCH, KV_BYTES, LATENCY_S, TOKEN_S
 
 
 class StageMetrics:
@@ -25,7 +25,9 @@ class StageMetrics:
         ).labels(stage)
         self._blocks = Gauge("shoal_kv_blocks", "Blocks of the KV pool by state.", ("state",), registry=registry)
         self._usage = Gauge(
-            "shoal_kv_cache_usage_ratio", "Share of the KV pool's blocks that is used or reserved.", registry=registry
+            "shoal_kv_cache_usage_ratio",
+            "Share of the KV pool's blocks that is used or reserved, of the fuller kind.",
+            registry=registry,
         )
         self._preemptions = Counter(
             "shoal_preemptions_total", "Sequences that gave up their blocks to an older one.", registry=registry
@@ -56,13 +58,16 @@ class StageMetrics:
     def queued(self, seconds: float) -> None:
         self._queue_s.observe(seconds)
 
-    def blocks(self, *, free: int, used: int, reserved: int) -> None:
-        """Reserved blocks wait for a hand-off; they are not counted as used."""
+    def blocks(self, *, free: int, used: int, reserved: int, deep_usage: float = 0.0) -> None:
+        """Reserved blocks wait for a hand-off; they are not counted as used.
+
+        ``deep_usage`` is the share of the deep layers' blocks that is held, where they have blocks of their own.
+        """
         self._blocks.labels(BlockState.FREE).set(free)
         self._blocks.labels(BlockState.USED).set(used)
         self._blocks.labels(BlockState.RESERVED).set(reserved)
         total = free + used + reserved
-        self._usage.set((used + reserved) / total if total else 0.0)
+        self._usage.set(max((used + reserved) / total if total else 0.0, deep_usage))
 
     def preempted(self, num_sequences: int = 1) -> None:
         self._preemptions.inc(num_sequences)
@@ -110,6 +115,12 @@ class DecodeMetrics(StageMetrics):
             "shoal_decode_batch_size", "Sequences that ran in a step.", buckets=BATCH, registry=registry
         )
         self._tokens = Counter("shoal_decode_tokens_total", "Tokens generated.", registry=registry)
+        self._request_kv = Histogram(
+            "shoal_kv_choice_bytes",
+            "Bytes of K/V that one choice held when it ended.",
+            buckets=KV_BYTES,
+            registry=registry,
+        )
 
     def step(self, seconds: float, num_sequences: int) -> None:
         """The engine ran one step over ``num_sequences``."""
@@ -118,6 +129,10 @@ class DecodeMetrics(StageMetrics):
 
     def decoded(self, num_tokens: int) -> None:
         self._tokens.inc(num_tokens)
+
+    def held(self, num_bytes: int) -> None:
+        """A choice has ended that held so much K/V."""
+        self._request_kv.observe(num_bytes)
 
     def fell_back(self, rung: str, reason: str) -> None:
         """A hand-off did not come about. ``rung`` is a ``labels.FallbackRung``, ``reason`` an error's code.

@@ -79,6 +79,7 @@ async def assert_nothing_held(local: LocalShoal) -> None:
         counts = await stage.counts()
         assert (counts.num_waiting, counts.num_reserved, counts.num_running) == (0, 0, 0)
         assert counts.num_free_blocks == counts.num_blocks and counts.num_reserved_blocks == 0
+        assert counts.num_free_deep_blocks == counts.num_deep_blocks
 
 
 def request(
@@ -125,6 +126,20 @@ async def test_a_speed_plan_ships_no_deep_layer(opened: Any, model: Any):
         report = outputs[0].handoff
         assert report is not None and report.transferred and report.deep_bytes == 0
         assert report.shallow_bytes == 3 * (len(PROMPT) - 1) * 2 * 2 * 16 * 4
+
+
+async def test_an_answer_by_a_speed_plan_holds_fewer_bytes(opened: Any):
+    """24 prompt tokens and 10 generated, of which the last is never run: 9 blocks of 4, of which deep layers need 3."""
+    held = {}
+    for plan in ("pop", "speed"):
+        model = {"skip_layers": SKIPPED, "dtype": "float32", "plan": plan}
+        async with opened(model=model, decode={"deep_blocks_ratio": 1.0}) as local:
+            await collect(local, request(PROMPT))
+            registry = local.decode.registry
+            assert registry.get_sample_value("shoal_kv_choice_bytes_count") == 1
+            held[plan] = registry.get_sample_value("shoal_kv_choice_bytes_sum")
+    block_layer_bytes = 4 * 2 * 2 * 16 * 4
+    assert held == {"pop": 9 * 6 * block_layer_bytes, "speed": (9 + 3) * 3 * block_layer_bytes}
 
 
 async def test_more_boundary_tokens_are_decode_s(opened: Any, model: Any):

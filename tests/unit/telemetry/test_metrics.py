@@ -87,6 +87,7 @@ ROLES = [
             "shoal_decode_step_seconds": lambda m: m.step(0.02, 5),
             "shoal_decode_batch_size": lambda m: m.step(0.02, 5),
             "shoal_decode_tokens": lambda m: m.decoded(5),
+            "shoal_kv_choice_bytes": lambda m: m.held(9 << 20),
             "shoal_kv_fallback": lambda m: m.fell_back("local", "peer_gone"),
         },
     ),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -83,13 +83,31 @@ class ModelConfig(_Frozen):
         description="pop projects the skipped layers' K/V of the prompt. speed leaves them out, all but the anchors': "
         "only for checkpoints tuned for it (arXiv 2605.06105).",
     )
-    anchors: Literal["bos", "system"] | Annotated[int, Field(ge=1)] = Field(
-        "bos", description="Of speed: the first token, the system prompt, or so many tokens at the prompt's front."
+    anchors: Literal["bos", "system"] | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Of speed: bos, the first token alone (the default); system, all before the user's first words; "
+        "or so many tokens at the prompt's front.",
+    )
+    deep_blocks_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="Of speed: how many blocks decode's deep layers have, for each one of its other layers."
     )
     depth: Literal["auto", "shallow", "full"] = Field("auto", description="What a request gets that asks for none.")
     max_context_tokens: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Longest prompt plus answer; by default what the model was trained for."
     )
+
+    @model_validator(mode="after")
+    def _anchors_of_speed(self) -> ModelConfig:
+        if self.anchors is not None and self.plan != "speed":
+            raise ValueError("anchors are speed's: set plan to speed, or leave them out")
+        return self
+
+    @field_validator("anchors", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("bos, system, or a number of tokens")  # noqa: TRY004 - what pydantic reports as its own
+        return value
 
 
 class StageConfig(_Frozen):
@@ -106,9 +124,6 @@ class StageConfig(_Frozen):
         None, description="Memory for K/V; by default 25 % of what is free."
     )
     num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="The pool in blocks, instead of bytes.")
-    deep_blocks_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.25, description="Of decode with the speed plan: blocks of its deep layers, as a share of the other layers'."
-    )
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
         2048,

@@ -49,6 +49,8 @@ def run_demo(
 ) -> None:
     """Start the pools, ask one question shallow and at full depth, print what was measured, take all down."""
     console = Console()
+    if config.model.plan == "speed":
+        console.print("[yellow]warning:[/yellow] --plan speed is for checkpoints tuned for it; others lose much")
     document = (resources.files("shoal") / "data" / "shallow-prefill.md").read_text()
     with running(
         config, lambda step: on_progress(step.name, step.num_done, step.num_total), show_logs=show_logs
@@ -116,6 +118,7 @@ def _median(answers: list[DemoAnswer]) -> DemoAnswer:
 
 def _print_pools(console: Console, pools: dict[str, Any], answer: DemoAnswer) -> None:
     handoff = answer.timing["prompts"][0]["handoff"]
+    deep = f"projected deep K/V {_mib(handoff['deep_bytes'])}" if handoff["deep_bytes"] else "no deep K/V"
     prefill, full_bytes = pools["prefill"], pools["prefill"]["full_model_bytes"]
     table = Table(title="the two pools", title_justify="left")
     table.add_column("pool")
@@ -135,7 +138,7 @@ def _print_pools(console: Console, pools: dict[str, Any], answer: DemoAnswer) ->
     console.print(table)
     console.print(
         f"shipped from prefill to decode: shallow K/V {_mib(handoff['shallow_bytes'])}, "
-        f"projected deep K/V {_mib(handoff['deep_bytes'])}, boundary token {handoff['boundary_bytes']} bytes"
+        f"{deep}, boundary token {handoff['boundary_bytes']} bytes"
         + ("" if handoff["transferred"] else f" (NOT transferred: {handoff['fallback']})"),
         highlight=False,
     )

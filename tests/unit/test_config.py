@@ -175,13 +175,20 @@ def test_the_kv_dtype_follows_the_model_unless_set() -> None:
 
 @pytest.mark.parametrize(("said", "meant"), [("bos", "bos"), ("system", "system"), ("12", 12), (3, 3)])
 def test_anchors_are_a_name_or_a_number(said: str | int, meant: str | int) -> None:
-    assert load_config(model={"anchors": said}).model.anchors == meant
+    assert load_config(model={"plan": "speed", "anchors": said}).model.anchors == meant
 
 
-@pytest.mark.parametrize("key", [{"anchors": 0}, {"anchors": "user"}, {"plan": "fast"}, {"boundary_tokens": 0}])
+@pytest.mark.parametrize(
+    "key", [{"anchors": 0}, {"anchors": "user"}, {"anchors": True}, {"plan": "fast"}, {"boundary_tokens": 0}]
+)
 def test_a_plan_that_is_none_is_refused_by_its_key(key: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"model.{next(iter(key))}"):
         load_config(model=key)
+
+
+def test_anchors_without_the_plan_they_belong_to_are_refused() -> None:
+    with pytest.raises(ConfigError, match="anchors are speed's: set plan to speed"):
+        load_config(model={"anchors": "system"})
 
 
 def test_a_configuration_can_not_be_changed() -> None:

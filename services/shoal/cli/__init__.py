@@ -80,17 +80,7 @@ def serve(
         decode={"replicas": decode_replicas},
         ray={"address": address},
     )
-    _warn_of(settings)
     _serve(settings)
-
-
-def _warn_of(settings: Any) -> None:
-    if settings.model.plan == "speed":
-        err.print(
-            "[yellow]warning:[/yellow] --plan speed hides the prompt from the deep layers: it is for checkpoints tuned "
-            "for it (arXiv 2605.06105); any other one loses several times what --plan pop does",
-            soft_wrap=True,
-        )
 
 
 def _serve(settings: Any) -> None:
@@ -152,27 +142,30 @@ def generate(
         }
     )
     configure_logging("warning", "console")
-    _warn_of(settings)
     text = sys.stdin.read() if prompt == "-" else prompt
     asyncio.run(_generate(settings, text, str(depth), max_tokens, temperature, raw=raw))
 
 
 async def _generate(settings: Any, text: str, depth: str, max_tokens: int, temperature: float, *, raw: bool) -> None:
     from shoal.errors import ContextLengthExceeded, InvalidRequest
+    from shoal.gateway.schema import Message
+    from shoal.gateway.tokenizer import Tokenizer
     from shoal.local import open_local
-    from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
+    from shoal.messages import Depth, GenerateRequest, PromptOutline, RequestContext, SamplingParams
 
     with progress_bars() as on_progress:
         async with open_local(settings, on_progress) as local:
             on_progress("", 0, 0)
             served = local.decode.served
-            tokenizer = served.files.tokenizer()
-            if raw or tokenizer.chat_template is None:
-                ids = tokenizer.encode(text)
+            raw_tokenizer = served.files.tokenizer()
+            tokenizer, outline = Tokenizer(raw_tokenizer), PromptOutline()
+            if raw or raw_tokenizer.chat_template is None:
+                ids = await tokenizer.encode(text)
             else:
-                ids = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-                )
+                messages = [Message(role="user", content=text)]
+                ids = await tokenizer.encode_chat(messages)
+                outline = await tokenizer.outline_chat(messages, ids)
+            tokenizer.close()
             if not ids:
                 raise InvalidRequest("the prompt is empty: there is nothing to continue", param="prompt")
             room = served.max_context_tokens - len(ids)
@@ -183,9 +176,10 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
             request = GenerateRequest(
                 RequestContext("generate", timeout_s=settings.gateway.deadline_s),
                 served.name,
-                tuple(ids),
+                ids,
                 Depth.FULL if depth == "full" else Depth.SHALLOW,
                 SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature),
+                outline=outline,
             )
             async for output in local.decode.worker.generate(request):
                 sys.stdout.write(output.text)
@@ -235,7 +229,6 @@ def demo(
         },
         gateway={"port": 0, "grpc_port": 0},
     )
-    _warn_of(settings)
     with progress_bars() as on_progress:
         run_demo(settings, on_progress, max_tokens=max_tokens, show_logs=show_logs)
 

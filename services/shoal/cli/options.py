@@ -46,7 +46,12 @@ Plan = Annotated[
     typer.Option(help="pop projects K/V for the skipped layers; speed leaves them out, for checkpoints tuned for it."),
 ]
 Anchors = Annotated[
-    str | None, typer.Option(help="Of --plan speed: what deep layers see of the prompt.", metavar="bos|system|N")
+    str | None,
+    typer.Option(
+        help="Of --plan speed: deep layers see of the prompt bos, its first token (default); system, all before "
+        "the user's first words; or its first N tokens.",
+        metavar="bos|system|N",
+    ),
 ]
 BoundaryTokens = Annotated[
     int | None, typer.Option(min=1, help="How many tokens at a prompt's end are full depth. Default: 1.")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import structlog
 from prometheus_client import CollectorRegistry
 
 from shoal.config import ShoalConfig
@@ -26,6 +27,8 @@ from shoal.transfer.lease_table import LeaseTimes
 from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
 from shoal.transfer.terms import KvShape
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ async def open_decode(
     set_num_threads(config.decode)
     device = choose_device(config.decode)
     served = Served.of(config, device)
+    if served.plan.anchors is not None:
+        _log.warning("the speed plan is for checkpoints tuned for it: any other one loses several times what pop does")
     parameters = load_parameters(served, Stage.DECODE, device, on_progress)
     metrics = DecodeMetrics(registry)
     metrics.parameters(

@@ -202,9 +202,11 @@ class DecodeWorker:
         """
         if request.sampling.num_prompt_logprobs is not None:
             return None
-        # Where all that would be shallow is anchors or boundary, decode runs every token anyway.
-        served = self._depth_run(request) is Depth.SHALLOW or self._plan.num_skipped == 0
-        return self.prefill if served and len(request.prompt_token_ids) >= self._config.min_tokens else None
+        # Anchors and boundary tokens decode runs itself: the others are what is won.
+        num_prompt = len(request.prompt_token_ids)
+        shallow = self._plan.shallow_tokens(num_prompt, request.depth, request.outline)
+        num_won = len(shallow) if self._plan.num_skipped else num_prompt - 1
+        return self.prefill if num_won and num_won + 1 >= self._config.min_tokens else None
 
     def _grant(self, request: GenerateRequest, deadline_s: float, attempt: int, excluded: frozenset[str]) -> Grant:
         timeout_s = max(0.0, deadline_s - time.monotonic())

@@ -71,8 +71,8 @@ def plan_of(config: ShoalConfig, spec: ModelSpec) -> LayerPlan:
     settings = config.model
     anchors = None
     if settings.plan == "speed":
-        named = {"bos": Anchors(), "system": Anchors(system=True)}
-        anchors = named[settings.anchors] if isinstance(settings.anchors, str) else Anchors(settings.anchors)
+        wanted = settings.anchors or "bos"
+        anchors = Anchors(system=wanted == "system") if isinstance(wanted, str) else Anchors(wanted)
     plan = LayerPlan.default(
         spec.num_layers, config.skip_layers, num_boundary=settings.boundary_tokens, anchors=anchors
     )
@@ -118,8 +118,16 @@ def build_engine(
     """An engine of ``stage`` with an empty pool, warm."""
     limits = config.prefill if stage is Stage.PREFILL else config.decode
     layout = layout_of(served, stage, limits.block_tokens)
-    num_blocks = num_blocks_for(limits, layout, served, device)
-    num_deep_blocks = 0 if layout.apart is None else max(1, int(num_blocks * limits.deep_blocks_ratio))
+    deep_ratio = config.model.deep_blocks_ratio
+    num_blocks = num_blocks_for(limits, layout, served, device, deep_ratio)
+    num_deep_blocks = 0 if layout.apart is None else max(1, int(num_blocks * deep_ratio))
+    if layout.apart is not None and served.plan.anchors is not None:
+        least = served.plan.anchors.num_tokens + served.plan.num_boundary
+        if num_deep_blocks * layout.block_tokens < least:
+            raise ConfigError(
+                f"anchors and boundary are {least} tokens at least, but the deep layers hold "
+                f"{num_deep_blocks * layout.block_tokens}: raise model.deep_blocks_ratio or decode.kv_pool_bytes"
+            )
     pool = KvPool(layout, num_blocks, dtype=served.kv_dtype, device=device, num_deep_blocks=num_deep_blocks)
     scheduler = Scheduler(
         layout,
@@ -175,12 +183,14 @@ def layout_of(served: Served, stage: Stage, block_tokens: int) -> KvLayout:
     )
 
 
-def num_blocks_for(limits: StageConfig, layout: KvLayout, served: Served, device: torch.device) -> int:
+def num_blocks_for(
+    limits: StageConfig, layout: KvLayout, served: Served, device: torch.device, deep_ratio: float
+) -> int:
     """As configured, else a quarter of the free memory, but no more than all sequences at full length can use."""
     if limits.num_blocks is not None:
         return limits.num_blocks
     budget = limits.kv_pool_bytes or int(free_memory_bytes(device) * POOL_SHARE_OF_FREE_MEMORY)
-    block_bytes = layout.block_bytes + int(layout.deep_block_bytes * limits.deep_blocks_ratio)
+    block_bytes = layout.block_bytes + int(layout.deep_block_bytes * deep_ratio)
     num_blocks = min(budget // block_bytes, limits.max_sequences * layout.num_blocks_for(served.max_context_tokens))
     if num_blocks < 1:
         raise ConfigError(f"a KV pool of {budget} bytes holds no block of {block_bytes}: raise kv_pool_bytes")

@@ -251,7 +251,7 @@ class Engine:
         self._sequences[sequence.request_id] = {0: sequence}
 
     def _finish(self, sequence: Sequence) -> None:
-        if sequence.sampled and sequence.output:
+        if sequence.sampled and sequence.blocks:
             self._finished_kv_bytes.append(self.scheduler.kv_bytes(sequence))
         self.scheduler.finish(sequence)
         choices = self._sequences.get(sequence.request_id, {})

@@ -38,19 +38,18 @@ class ReadPlanner:
         self._device = device
         self._windows = sorted(windows)
 
-    def plan(self, rows: Sequence[Span], first: int = 0) -> AttentionPlan:
-        """How ``rows`` read and write; they see their sequences' indices from ``first`` on."""
+    def plan(self, rows: Sequence[Span]) -> AttentionPlan:
+        """How ``rows`` read and write; each sees all that comes before it in its sequence's blocks."""
         slots = [self._layout.slots(item.blocks, item.start, item.end) for item in rows]
         written = self._index(np.concatenate(slots))
-        longest = max(item.end for item in rows) - first
-        windowed = {window: self._view(rows, written, first, window) for window in self._windows if window < longest}
-        return self._view(rows, written, first, None, windowed)
+        longest = max(item.end for item in rows)
+        windowed = {window: self._view(rows, written, window) for window in self._windows if window < longest}
+        return self._view(rows, written, None, windowed)
 
     def _view(
         self,
         rows: Sequence[Span],
         written: torch.Tensor,
-        first: int,
         window: int | None,
         windowed: dict[int, AttentionPlan] | None = None,
     ) -> AttentionPlan:
@@ -61,16 +60,16 @@ class ReadPlanner:
             if item.num_rows == 1:
                 singles.append((offset, item))
             else:
-                prompts += self._segments(offset, item, first, window)
+                prompts += self._segments(offset, item, window)
             offset += item.num_rows
-        groups = tuple(self._groups(singles, first, window))
+        groups = tuple(self._groups(singles, window))
         return AttentionPlan(offset, written, tuple(prompts), groups, windowed or {})
 
-    def _segments(self, offset: int, item: Span, first: int, window: int | None) -> Iterable[PromptSegment]:
+    def _segments(self, offset: int, item: Span, window: int | None) -> Iterable[PromptSegment]:
         """One segment, or with a window pieces as long as the window, so that each reads little that it masks."""
         for start in range(item.start, item.end, window or item.num_rows):
             end = min(item.end, start + (window or item.num_rows))
-            seen = _first_seen(start, first, window)
+            seen = _first_seen(start, window)
             row = offset + start - item.start
             context = self._context(self._layout.slots(item.blocks, seen, end))
             yield PromptSegment(row, row + end - start, context, self._mask(start - seen, end - start, window))
@@ -82,11 +81,11 @@ class ReadPlanner:
         mask = torch.ones(num_rows, num_before + num_rows, dtype=torch.bool, device=self._device).tril(num_before)
         return mask if window is None else mask.triu(num_before - window + 1)
 
-    def _groups(self, singles: list[tuple[int, Span]], first: int, window: int | None) -> Iterable[DecodeGroup]:
+    def _groups(self, singles: list[tuple[int, Span]], window: int | None) -> Iterable[DecodeGroup]:
         """Sequences that see a like number of tokens (within a factor of two) together: little padding."""
         by_length: dict[int, list[tuple[int, npt.NDArray[np.int64]]]] = {}
         for row, item in singles:
-            slots = self._layout.slots(item.blocks, _first_seen(item.start, first, window), item.end)
+            slots = self._layout.slots(item.blocks, _first_seen(item.start, window), item.end)
             by_length.setdefault(len(slots).bit_length(), []).append((row, slots))
         for members in by_length.values():
             lengths = [len(slots) for _, slots in members]
@@ -111,6 +110,6 @@ class ReadPlanner:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)
 
 
-def _first_seen(position: int, first: int, window: int | None) -> int:
+def _first_seen(position: int, window: int | None) -> int:
     """The first position that the row at ``position`` may look at."""
-    return first if window is None else max(first, position - window + 1)
+    return 0 if window is None else max(0, position - window + 1)

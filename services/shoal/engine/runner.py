@@ -28,7 +28,7 @@ class PrefillChunk:
     """K/V of tokens ``[start, end)`` of one prompt, ready to ship.
 
     ``shallow`` is ``[K, tokens, 2, kv_heads, head_dim]``; ``deep`` is the same for the skipped layers, projected, or
-    ``None`` where nothing is skipped. Both are contiguous copies on the host.
+    ``None`` where nothing is. Both are contiguous copies on the host.
     """
 
     request_id: str

@@ -100,7 +100,7 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
         self._max_queued = max_queued
-        self._max_reserved_blocks = max(1, int(num_blocks * max_reserved_ratio))
+        self._max_reserved_ratio = max_reserved_ratio
 
     # --- commands -------------------------------------------------------------------------------------
 
@@ -193,9 +193,8 @@ class Scheduler:
             head = self.waiting[0]
             # One token more than is known: else a sequence could come back only to give way again at once.
             tokens = min(head.num_to_compute + 1, self.num_tokens_at_end(head))
-            wanted = self.layout.num_blocks_for(tokens)
             fits = all(table.fits(head, tokens) for table in self.tables)
-            if not fits or (head.hold and not self._may_reserve(wanted)):
+            if not fits or (head.hold and not self._may_reserve(head, tokens)):
                 break
             self.waiting.popleft()
             for table in self.tables:
@@ -252,9 +251,13 @@ class Scheduler:
         taken = sum(sequence.num_places for sequence in (*self.running, *self.reserved))
         return taken == 0 or taken + head.num_places <= self._max_sequences
 
-    def _may_reserve(self, num_blocks: int) -> bool:
+    def _may_reserve(self, head: Sequence, num_tokens: int) -> bool:
         # A prompt larger than the share may still go alone, or it would wait for ever.
-        return not self.reserved or self.num_reserved_blocks + num_blocks <= self._max_reserved_blocks
+        return not self.reserved or all(
+            sum(len(table.held(one)) for one in self.reserved) + table.num_blocks_for(head, num_tokens)
+            <= max(1, int(table.allocator.num_blocks * self._max_reserved_ratio))
+            for table in self.tables
+        )
 
     def _make_room(self, sequence: Sequence, pieces: list[tuple[int, int]], rows: list[ScheduledRows]) -> bool:
         """Make all pieces' positions writable. False if the sequence had to give way itself."""

@@ -78,9 +78,9 @@ class Sequence:
     def arrive(self, num_tokens: int) -> None:
         """The K/V of the first ``num_tokens`` are there, as prefill has them: full-depth ones are to be computed still,
         but where nothing is shallow prefill's layers are all that there are."""
-        self.arrived = (
-            range(self.shallow.start, min(self.shallow.stop, num_tokens)) if self.shallow else range(num_tokens)
-        )
+        whole = self.shallow or range(num_tokens)
+        end = min(whole.stop, num_tokens)
+        self.arrived = range(whole.start, end) if whole.start < end else range(0)
         self.advance(0)
 
     def advance(self, end: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.config import GatewayConfig
 from shoal.gateway.backend import Backend, GatewayObserver
@@ -13,7 +13,7 @@ from shoal.gateway.generation import Generation
 from shoal.gateway.schema import ChatBody, CompletionBody
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel, check_limits, find_model, generate_requests
-from shoal.messages import RequestContext
+from shoal.messages import Depth, RequestContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,10 @@ async def take_in(
         timeout_s=deadline_s - (services.clock() - exchange.arrived_s),
         traceparent=traceparent,
     )
-    outline = None
-    if services.wants_outline and isinstance(body, ChatBody):
+    requests = generate_requests(body, prompts, model, context)
+    if services.wants_outline and isinstance(body, ChatBody) and requests[0].depth is Depth.SHALLOW:
         outline = await services.tokenizer.outline_chat(body.messages, prompts[0])
-    requests = generate_requests(body, prompts, model, context, outline)
+        requests = tuple(replace(request, outline=outline) for request in requests)
     if body.needs_full_depth is not None:
         services.observer.needed_full_depth(body.needs_full_depth)
     exchange.generation = Generation(

@@ -29,6 +29,7 @@ T = TypeVar("T")
 MAX_INLINE_CHARS = 4096
 # What the template does for a message takes as long as encoding so many characters.
 _MESSAGE_CHARS = 64
+_MAX_MERGED_TOKENS = 2
 
 
 class Tokenizer:
@@ -79,17 +80,19 @@ class Tokenizer:
         return await self._run(_num_chars(messages), work)
 
     async def outline_chat(self, messages: Sequence[Message], ids: Sequence[int]) -> PromptOutline:
-        """The parts of ``ids``, which ``encode_chat`` made of the same conversation. What can't be told is 0."""
-        system = list(takewhile(lambda message: message.role == "system", messages))
+        """The parts of ``ids``, which ``encode_chat`` made of the same conversation. What can't be told is 0.
+
+        The system prompt is all that stays the same whatever the first one says who isn't the system: a template's own
+        counts, and so does what it writes before a user's words.
+        """
 
         def work() -> PromptOutline:
-            told = self._encode(self.render(messages, opens_answer=False), add_special_tokens=False)
-            num_header_tokens = len(ids) - _num_shared(told, ids)
-            try:
-                front = self._encode(self.render(system, opens_answer=False), add_special_tokens=False)
-            except InvalidRequest:  # some templates want a user, too
-                front = ()
-            return PromptOutline(len(front) if system and front == tuple(ids[: len(front)]) else 0, num_header_tokens)
+            told = self._ids_of(messages, opens_answer=False)
+            num_shared = _num_shared(told, ids)
+            # Where the texts meet, a token may reach over. A template that begins otherwise tells nothing.
+            is_beginning = bool(told) and len(told) - num_shared <= _MAX_MERGED_TOKENS
+            num_header_tokens = len(ids) - num_shared if is_beginning else 0
+            return PromptOutline(_num_shared(self._ids_of(_otherwise(messages)), ids), num_header_tokens)
 
         return await self._run(2 * _num_chars(messages), work)
 
@@ -118,6 +121,13 @@ class Tokenizer:
         """End the thread. Twice is a no-op."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def _ids_of(self, messages: Sequence[Message], *, opens_answer: bool = True) -> tuple[int, ...]:
+        """Nothing, if the template refuses them."""
+        try:
+            return self._encode(self.render(messages, opens_answer=opens_answer), add_special_tokens=False)
+        except InvalidRequest:
+            return ()
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         # Not ``encode``, which would hold the interpreter's lock, and so the event loop, all along.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -142,6 +152,16 @@ class Tokenizer:
 
 def _num_chars(messages: Sequence[Message]) -> int:
     return sum(len(message.content) + len(message.name or "") + _MESSAGE_CHARS for message in messages)
+
+
+def _otherwise(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation, but for what the first one says who isn't the system."""
+    other = list(messages)
+    index = next((at for at, message in enumerate(messages) if message.role != "system"), None)
+    if index is not None:
+        says = "B" if messages[index].content.lstrip().startswith("A") else "A"
+        other[index] = messages[index].model_copy(update={"content": says})
+    return other
 
 
 def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from shoal.config import GatewayConfig
 from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from shoal.gateway.schema import Body, ChatBody, CompletionBody
-from shoal.messages import Depth, GenerateRequest, PromptOutline, RequestContext, SamplingParams
+from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 _SEEDS = 2**63
 
@@ -93,13 +93,9 @@ def _check_told_of_prompt(body: Body, config: GatewayConfig) -> None:
 
 
 def generate_requests(
-    body: Body,
-    prompts: Sequence[Sequence[int]],
-    model: ServedModel,
-    context: RequestContext,
-    outline: PromptOutline | None = None,
+    body: Body, prompts: Sequence[Sequence[int]], model: ServedModel, context: RequestContext
 ) -> tuple[GenerateRequest, ...]:
-    """One request a prompt, in order; ``prompts`` are their token ids, ``outline`` is of the only one.
+    """One request a prompt, in order; ``prompts`` are their token ids.
 
     Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextLengthExceeded for what the
     model can't hold.
@@ -109,14 +105,7 @@ def generate_requests(
         _check_ids(body, ids, model)
         own = context if len(prompts) == 1 else replace(context, request_id=f"{context.request_id}-{index}")
         requests.append(
-            GenerateRequest(
-                own,
-                model.name,
-                tuple(ids),
-                depth_of(body, model),
-                _sampling(body, len(ids), model),
-                outline=outline or PromptOutline(),
-            )
+            GenerateRequest(own, model.name, tuple(ids), depth_of(body, model), _sampling(body, len(ids), model))
         )
     return tuple(requests)
 

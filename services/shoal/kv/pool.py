@@ -35,10 +35,6 @@ class KvPool:
             for layer in range(layout.num_layers)
         ]  # fmt: skip
 
-    @property
-    def num_bytes(self) -> int:
-        return self.num_blocks * self.layout.block_bytes + self.num_deep_blocks * self.layout.deep_block_bytes
-
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[tokens, 2, kv_heads, head_dim]`` at ``slots`` ``[tokens]`` (int64)."""
         self.layers[layer].index_copy_(0, slots, kv.to(self.dtype))

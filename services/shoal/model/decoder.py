@@ -104,7 +104,7 @@ class Decoder:
         if (rows is not None and rows.numel() == 0) or not self.plan.projects:
             return None
         if self.parameters.projection is None:
-            raise InternalError("shallow rows in a plan that skips nothing")
+            raise InternalError("a plan that projects, and no projection")
         if rows is not None:
             hidden, rope = hidden[rows], rope.rows(rows)
         projected = self.parameters.projection(hidden, rope)

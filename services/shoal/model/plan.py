@@ -140,15 +140,15 @@ class LayerPlan:
         """Plan hash: two replicas may exchange K/V only if it's equal.
 
         ``projector`` is the digest of a calibrated one. Weight dtype, kernels and block size don't count: an int8
-        decode may pair with a bfloat16 prefill.
+        decode may pair with a bfloat16 prefill. Nor does which tokens decode computes itself, anchors or boundary: it
+        does so over what was shipped.
         """
         facts = {
             "format": 2,
             "model": model_digest,
             "layers": self.num_layers,
             "kept": self.num_kept,
-            "tokens": f"prompt shallow, {self.num_boundary} boundary full",
-            "visibility": "all" if self.anchors is None else f"anchors {self.anchors.num_tokens} {self.anchors.system}",
+            "shipped": "all layers" if self.anchors is None else "kept layers",
             "projector": projector,
             "kv_dtype": kv_dtype,
         }

@@ -298,6 +298,8 @@ def _checked(
             )
     if any(not 1 < number < options.prompt_tokens for number in options.boundary_tokens):
         raise ConfigError(f"--boundary-tokens: choose 2 to {options.prompt_tokens - 1}, for prompts of --prompt-tokens")
+    if len(set(options.boundary_tokens)) < len(options.boundary_tokens):
+        raise ConfigError("--boundary-tokens names a number twice: name each once")
     if len(set(counts)) < len(counts):
         raise ConfigError("--skip-layers names a number twice: name each once")
     if options.num_passages < 2:

@@ -117,7 +117,7 @@ class DecodeMetrics(StageMetrics):
         self._tokens = Counter("shoal_decode_tokens_total", "Tokens generated.", registry=registry)
         self._request_kv = Histogram(
             "shoal_kv_choice_bytes",
-            "Bytes of K/V that one choice held when it ended.",
+            "Bytes of K/V that one choice held when it ended, with those it shares.",
             buckets=KV_BYTES,
             registry=registry,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from models import save_tiny
@@ -132,14 +133,42 @@ async def test_an_answer_by_a_speed_plan_holds_fewer_bytes(opened: Any):
     """24 prompt tokens and 10 generated, of which the last is never run: 9 blocks of 4, of which deep layers need 3."""
     held = {}
     for plan in ("pop", "speed"):
-        model = {"skip_layers": SKIPPED, "dtype": "float32", "plan": plan}
-        async with opened(model=model, decode={"deep_blocks_ratio": 1.0}) as local:
+        model = {"skip_layers": SKIPPED, "dtype": "float32", "plan": plan, "deep_blocks_ratio": 0.5}
+        async with opened(model=model) as local:
+            assert (await local.decode.counts()).num_deep_blocks == (32 if plan == "speed" else 0)
             await collect(local, request(PROMPT))
             registry = local.decode.registry
             assert registry.get_sample_value("shoal_kv_choice_bytes_count") == 1
             held[plan] = registry.get_sample_value("shoal_kv_choice_bytes_sum")
     block_layer_bytes = 4 * 2 * 2 * 16 * 4
     assert held == {"pop": 9 * 6 * block_layer_bytes, "speed": (9 + 3) * 3 * block_layer_bytes}
+
+
+async def test_deep_blocks_count_for_how_full_the_pool_is(opened: Any):
+    model = {"skip_layers": SKIPPED, "dtype": "float32", "plan": "speed"}
+    async with opened(model=model) as local:
+        answer = local.decode.worker.generate(request(PROMPT[:8], depth=Depth.FULL, max_tokens=8))
+        await anext(answer)
+        # 2 or 3 blocks of 64, but as many of 16 deep ones.
+        usage = local.decode.registry.get_sample_value("shoal_kv_cache_usage_ratio")
+        assert usage is not None and usage >= 2 / 16
+        await answer.aclose()
+
+
+async def test_a_speed_plan_is_warned_of(opened: Any):
+    for plan, is_warned in (("speed", True), ("pop", False)):
+        with structlog.testing.capture_logs() as logs:
+            async with opened(model={"skip_layers": SKIPPED, "dtype": "float32", "plan": plan}):
+                pass
+        assert any("checkpoints tuned for it" in log["event"] for log in logs) == is_warned
+
+
+async def test_prompts_with_few_shallow_tokens_stay_at_decode(opened: Any):
+    model = {"skip_layers": SKIPPED, "dtype": "float32", "plan": "speed", "anchors": 20}
+    async with opened(model=model, handoff={"min_tokens": 8}) as local:
+        outputs = await collect(local, request(PROMPT))
+        assert outputs[0].handoff is not None and not outputs[0].handoff.transferred
+        assert outputs[0].handoff.depth is Depth.SHALLOW and outputs[0].handoff.fallback is None
 
 
 async def test_more_boundary_tokens_are_decode_s(opened: Any, model: Any):

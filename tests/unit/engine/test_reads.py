@@ -69,10 +69,3 @@ def test_decoding_rows_read_their_window_alone_and_long_contexts_are_one_group_w
 def test_a_decoding_row_whose_blocks_lie_in_a_row_reads_a_slice():
     (group,) = planner(WINDOW).plan([rows(29, 30)]).within(WINDOW).groups
     assert group.context == slice(22, 30)
-
-
-def test_rows_may_be_kept_from_positions_before_a_first_one():
-    plan = planner(WINDOW).plan([rows(10, 30)], first=10)
-    assert plan.prompts[0].context == slice(10, 30) and plan.prompts[0].mask is None
-    assert plan.within(WINDOW).prompts[0].context == slice(10, 18)
-    assert planner(WINDOW).plan([rows(10, 16)], first=10).windowed == {}

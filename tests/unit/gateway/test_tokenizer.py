@@ -16,6 +16,7 @@ from shoal.engine.detokenizer import Detokenizer
 from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.gateway.schema import Message
 from shoal.gateway.tokenizer import Tokenizer
+from shoal.messages import PromptOutline
 from shoal.model.files import locate
 
 TURNS = [
@@ -45,32 +46,54 @@ async def test_a_conversation_has_the_ids_transformers_gives(tokenizer: Tokenize
     assert list(await tokenizer.encode_chat(TURNS)) == expected
 
 
-async def test_a_conversation_s_parts_are_told_apart(tokenizer: Tokenizer) -> None:
-    ids = await tokenizer.encode_chat(TURNS)
-    found = await tokenizer.outline_chat(TURNS, ids)
-    front, end = ids[: found.num_system_tokens], ids[len(ids) - found.num_header_tokens :]
-    assert tokenizer._tokenizer.decode(front) == "<|im_start|>system\nBe brief.<|im_end|>\n"
-    assert tokenizer._tokenizer.decode(end) == "<|im_start|>assistant\n"
+def parts(tokenizer: Tokenizer, ids: tuple[int, ...], outline: PromptOutline) -> tuple[str, str]:
+    """Of the system prompt and of the answer's header, the text."""
+    front, end = ids[: outline.num_system_tokens], ids[len(ids) - outline.num_header_tokens :]
+    return tokenizer._tokenizer.decode(front), tokenizer._tokenizer.decode(end)
 
 
-async def test_the_system_prompt_of_the_template_is_not_the_conversation_s(tokenizer: Tokenizer) -> None:
-    ids = await tokenizer.encode_chat(TURNS[1:])
-    assert (await tokenizer.outline_chat(TURNS[1:], ids)).num_system_tokens == 0
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-async def test_a_template_that_wants_a_user_leaves_the_system_prompt_unknown(smollm2: Any) -> None:
-    tokenizer = Tokenizer(smollm2)
-    template = "{% if messages | length < 2 %}{{ raise_exception('a user is missing') }}{% endif %}"
-    plain = (
-        "{% for message in messages %}{{ message.content }} {% endfor %}{% if add_generation_prompt %}Say:{% endif %}"
-    )
+@pytest.mark.parametrize(("turns", "system"), [(TURNS, "Be brief."), (TURNS[1:], DEFAULT_SYSTEM)])
+async def test_a_conversation_s_parts_are_told_apart(tokenizer: Tokenizer, turns: list[Message], system: str) -> None:
+    """The template's own system prompt counts."""
+    ids = await tokenizer.encode_chat(turns)
+    front, end = parts(tokenizer, ids, await tokenizer.outline_chat(turns, ids))
+    assert front == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    assert end == "<|im_start|>assistant\n"
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'system' %}[INST] <<SYS>>{{ m.content }}<</SYS>>{% elif m.role == 'user' %}"
+)
+LLAMA_2 += (
+    "{% if loop.first %}[INST]{% endif %} {{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}{% endfor %}"
+)
+REFUSES = "{% if not add_generation_prompt %}{{ raise_exception('answers only') }}{% endif %}"
+OTHER_FRONT = "{{ 'answer' if add_generation_prompt else 'log' }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "front", "end"),
+    [
+        (LLAMA_2, "[INST] <<SYS>>Be brief.<</SYS>> ", ""),
+        (REFUSES + LLAMA_2, "[INST] <<SYS>>Be brief.<</SYS>> ", ""),
+        (OTHER_FRONT + LLAMA_2, "answer[INST] <<SYS>>Be brief.<</SYS>> ", ""),
+    ],
+    ids=["system within the user's turn", "no rendering without the header", "another beginning without it"],
+)
+async def test_any_template_s_parts_are_told_or_counted_as_none(
+    smollm2: Any, template: str, front: str, end: str
+) -> None:
+    before, smollm2.chat_template = smollm2.chat_template, template
     try:
-        before, smollm2.chat_template = smollm2.chat_template, template + plain
+        tokenizer = Tokenizer(smollm2)
         ids = await tokenizer.encode_chat(TURNS)
-        found = await tokenizer.outline_chat(TURNS, ids)
+        found = parts(tokenizer, ids, await tokenizer.outline_chat(TURNS, ids))
     finally:
         smollm2.chat_template = before
-    assert found.num_system_tokens == 0 and found.num_header_tokens > 0
+    assert found[1] == end and found[0].strip() == front.strip()
 
 
 async def test_long_texts_are_encoded_beside_the_event_loop(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:

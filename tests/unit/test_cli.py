@@ -30,7 +30,7 @@ def test_serve_names_every_option_that_the_readme_promises():
     said = shoal("serve", "--help").stdout
     for option in (
         "--model", "--host", "--port", "--grpc-port", "--depth", "--skip-layers", "--prefill-replicas",
-        "--decode-replicas", "--dtype", "--address",
+        "--decode-replicas", "--dtype", "--address", "--plan", "--anchors", "--boundary-tokens",
     ):  # fmt: skip
         assert option in said, option
 
@@ -41,6 +41,8 @@ def test_serve_names_every_option_that_the_readme_promises():
         (("serve", "missing.yaml"), "missing.yaml"),
         (("generate", "hello", "--model", "no-such-model"), "no-such-model"),
         (("generate", "hello", "--skip-layers", "30"), "skip_layers is 30"),
+        (("generate", "hello", "--anchors", "4"), "anchors are speed's"),
+        (("generate", "hello", "--plan", "speed", "--boundary-tokens", "2000"), "boundary_tokens"),
         (("generate", "--raw", ""), "prompt is empty"),
         (("analyze", "no-such-model"), "no-such-model"),
         (("analyze", "smollm2", "--candidates", "4;8"), "commas"),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from shoal.cli.bench import bench
 from shoal.cli.options import Anchors, BoundaryTokens, DepthOption, Dtype, Model, Plan, Projector, SkipLayers
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
@@ -196,6 +197,7 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
 app.command()(analyze)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
+app.command()(bench)
 
 
 @app.command()

@@ -33,7 +33,14 @@ def loaded_by(module: str) -> set[str]:
 
 
 LIGHT = ["shoal", "shoal.messages", "shoal.errors", *modules_below("shoal.rpc"), *modules_below("shoal.v1")]
-PLAIN = ["shoal.engine.scheduler", "shoal.kv.blocks", "shoal.kv.layout", "shoal.model.plan", "shoal.transfer.lease"]
+PLAIN = [
+    "shoal.engine.scheduler",
+    "shoal.kv.blocks",
+    "shoal.kv.layout",
+    "shoal.model.plan",
+    "shoal.transfer.lease",
+    "shoal.bench.commands",
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from shoal.bench.benchmark import Benchmark
@@ -14,14 +14,18 @@ from shoal.report.plots import Line, line_plot
 _DASH = "-"
 
 
-def latency_plot(benchmark: Benchmark, latency: Callable[[Summary], Percentiles], name: str) -> str:
-    """SVG: p50, p90 and p99 in milliseconds, on a logarithmic axis, against load."""
+def latency_plot(
+    benchmark: Benchmark, latency: Callable[[Summary], Percentiles], name: str, slo_ms: float | None = None
+) -> str:
+    """SVG: p50, p90 and p99 in milliseconds, on a logarithmic axis, against load. An SLO is a line across."""
     levels = _by_load(benchmark)
     lines = [
         Line(label, [one.load.value for one, _ in points], [1e3 * value for _, value in points])
         for label in ("p50", "p90", "p99")
         for points in [[(one, getattr(latency(one.overall), label)) for one in levels if latency(one.overall).num]]
     ]
+    if slo_ms is not None:
+        lines.append(_across("SLO", levels, slo_ms))
     return line_plot(lines, x_label=_x_label(benchmark), y_label=f"{name} (ms)", logarithmic=True)
 
 
@@ -38,8 +42,8 @@ def share_plot(benchmark: Benchmark) -> str:
         Line(label, loads, [100 * share_of(level.overall).value for level in levels])
         for label, share_of in shares.items()
     ]
-    across = Line("goodput needs", [loads[0], loads[-1]], [100 * GOODPUT_SHARE] * 2)
-    return line_plot([*lines, across], x_label=_x_label(benchmark), y_label="requests within (%)")
+    lines.append(_across("goodput needs", levels, 100 * GOODPUT_SHARE))
+    return line_plot(lines, x_label=_x_label(benchmark), y_label="requests within (%)")
 
 
 def render_benchmark(benchmark: Benchmark) -> str:
@@ -127,22 +131,24 @@ def _shares(benchmark: Benchmark) -> Iterator[Part]:
             )
             for level in levels
         ],
-        "The window is from the first request that counts to the last one's end; tokens are means. Late: how long after "
-        "it was due a request was sent, which no latency includes.",
+        "The window is from the first request that counts to the last one's end; tokens are means. Late: how long "
+        "after it was due a request was sent, which no latency includes.",
     )  # fmt: skip
 
 
 def _latencies(benchmark: Benchmark) -> Iterator[Part]:
     levels = _by_load(benchmark)
-    latencies: dict[str, Callable[[Summary], Percentiles]] = {
-        "TTFT": lambda summary: summary.ttft_s,
-        "TPOT": lambda summary: summary.tpot_s,
-        "ITL": lambda summary: summary.itl_s,
-        "E2E": lambda summary: summary.e2e_s,
-    }
-    for name, latency in latencies.items():
+    slos = {one.slo for one in benchmark.settings.mix}
+    slo = slos.pop() if len(slos) == 1 else None
+    latencies: list[tuple[str, Callable[[Summary], Percentiles], float | None]] = [
+        ("TTFT", lambda summary: summary.ttft_s, slo and slo.ttft_ms),
+        ("TPOT", lambda summary: summary.tpot_s, slo and slo.tpot_ms),
+        ("ITL", lambda summary: summary.itl_s, None),
+        ("E2E", lambda summary: summary.e2e_s, None),
+    ]
+    for name, latency, slo_ms in latencies:
         yield Heading(name)
-        yield Plot(latency_plot(benchmark, latency, name), "Requests answered in full.")
+        yield Plot(latency_plot(benchmark, latency, name, slo_ms), "Requests answered in full.")
         yield Table(
             ("load", "values", "mean (ms)", "p50", "p90", "p99", "max"),
             [(level.load.name, *_row(latency(level.overall))) for level in levels],
@@ -206,10 +212,8 @@ def _settings(benchmark: Benchmark) -> Iterable[tuple[str, str]]:
     yield "prompts", f"{settings.prompts}{ids}"
     amount = settings.amount
     yield "warm-up, not counted", f"the first {amount.warm_up} requests of each load"
-    yield (
-        "counted",
-        f"{amount.num_requests} requests" if amount.num_requests else f"requests of {amount.duration_s:g} s",
-    )
+    counted = f"{amount.num_requests} requests" if amount.num_requests else f"requests of {amount.duration_s:g} s"
+    yield "counted", f"{counted} of each load"
     yield "output tokens counted by", ", ".join(sorted(_token_sources(benchmark))) or _DASH
     yield "ignore_eos", str(settings.ignore_eos).lower()
     yield "also in each body", str(settings.extra_body) if settings.extra_body else _DASH
@@ -224,6 +228,10 @@ def _settings(benchmark: Benchmark) -> Iterable[tuple[str, str]]:
 def _by_load(benchmark: Benchmark) -> list[Level]:
     """A sweep measures them in another order."""
     return sorted(benchmark.levels, key=lambda level: level.load.value)
+
+
+def _across(label: str, levels: Sequence[Level], value: float) -> Line:
+    return Line(label, [levels[0].load.value, levels[-1].load.value], [value, value])
 
 
 def _token_sources(benchmark: Benchmark) -> set[str]:

@@ -12,6 +12,10 @@ class Clock(Protocol):
         """Seconds since some moment, never going back."""
         ...
 
+    def cpu_s(self) -> float:
+        """Seconds of one core that this process has used."""
+        ...
+
     async def wait_until(self, moment_s: float) -> None:
         """Return when ``now`` has reached ``moment_s``; at once if it has. Other tasks run meanwhile in any case."""
         ...
@@ -22,6 +26,9 @@ class RealClock:
 
     def now(self) -> float:
         return time.perf_counter()
+
+    def cpu_s(self) -> float:
+        return time.process_time()
 
     async def wait_until(self, moment_s: float) -> None:
         await asyncio.sleep(max(0.0, moment_s - self.now()))

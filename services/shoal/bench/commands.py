@@ -67,10 +67,7 @@ def run_bench(
         token_ids=parse_token_ids(token_ids),
         seed=seed,
     )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{output} can't be made ({error.strerror}): choose another --output") from error
+    make_folder(output)
     found = asyncio.run(_measure(options, output, on_progress))
     on_progress("", 0, 0)
     return "\n".join([*summarize_benchmark(found), f"report: {output / 'report.html'}"])
@@ -90,6 +87,14 @@ async def _measure(options: BenchOptions, output: Path, on_progress: Progress) -
 
         await measure(endpoint, options, clock, on_progress, on_level)
         return found
+
+
+def make_folder(path: Path) -> None:
+    """Before the load, not after it. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be made ({error.strerror}): choose another --output") from error
 
 
 def parse_loads(rate: str | None, concurrency: str | None) -> tuple[tuple[Load, ...], float | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,10 +56,11 @@ class Generator:
 
         A closed loop for a duration doesn't know its number: there, seconds are told.
         """
-        cpu_s, started_s = time.process_time(), time.perf_counter()
+        cpu_s, started_s = self._clock.cpu_s(), self._clock.now()
         run = _Run(load, self._sender, self._workload, self._amount, self._clock, on_progress)
         await (run.open_loop() if load.is_open else run.closed_loop())
-        share = (time.process_time() - cpu_s) / max(time.perf_counter() - started_s, 1e-9)
+        took_s = self._clock.now() - started_s
+        share = (self._clock.cpu_s() - cpu_s) / took_s if took_s else 0.0
         return Sent(tuple(sorted(run.records, key=lambda record: record.sent_s)), round(share, 4))
 
 
@@ -115,6 +115,12 @@ class _Run:
         if number is not None:
             self._on_progress(len(self.records), number)
         else:
-            begun_s = self._clock.now() - (self._deadline_s or self._clock.now()) + self._amount.duration_s
-            self._on_progress(round(min(max(begun_s, 0), self._amount.duration_s)), round(self._amount.duration_s))
+            self._on_progress(round(self._counting_s()), round(self._amount.duration_s))
         return record
+
+    def _counting_s(self) -> float:
+        """How much of the duration is over."""
+        duration_s = self._amount.duration_s
+        if self._deadline_s is None:
+            return 0.0
+        return min(duration_s, duration_s - (self._deadline_s - self._clock.now()))

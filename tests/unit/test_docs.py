@@ -77,7 +77,8 @@ def test_commands_and_options_exist(document: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
     for name, options in shoal_commands(document):
         assert name in commands
-        known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+        parameters = commands[name].params
+        known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)} | {"--help"}
         assert set(options) <= known, name
 
 

@@ -39,7 +39,8 @@ def bench(
     mix: Annotated[
         str,
         typer.Option(
-            help="Classes of requests, in tokens. Shares are relative; the SLOs in ms are the class's own.",
+            help="Classes of requests: lengths in tokens, shares, and SLOs in ms of their own. "
+            " 1500-2000:64:0.3,100:64:0.7 is three long prompts to seven short ones.",
             metavar="PROMPT:OUTPUT[:SHARE[:TTFT:TPOT]],...",
         ),
     ] = "512:64",

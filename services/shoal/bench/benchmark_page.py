@@ -107,7 +107,7 @@ def _shares(benchmark: Benchmark) -> Iterator[Part]:
     yield Plot(share_plot(benchmark), "Of all requests that count, those that failed included.")
     rows = [
         (
-            level.load.name, str(level.overall.num_requests), str(level.overall.num_failed),
+            _x(level), str(level.overall.num_requests), str(level.overall.num_failed),
             _with_interval(level.overall.attained), _percent(level.overall.attained_ttft),
             _percent(level.overall.attained_tpot),
         )
@@ -115,17 +115,17 @@ def _shares(benchmark: Benchmark) -> Iterator[Part]:
     ]  # fmt: skip
     rates = [level.load.value for level in levels]
     yield Table(
-        ("load", "requests", "failed", "both SLOs (%)", "TTFT (%)", "TPOT (%)"),
+        (_x_label(benchmark), "requests", "failed", "both SLOs (%)", "TTFT (%)", "TPOT (%)"),
         rows,
         "In brackets: 95 % intervals (Wilson). " + ("Goodput is marked." if benchmark.goodput else ""),
         marked=rates.index(benchmark.goodput) if benchmark.goodput in rates else None,
     )
     yield Table(
-        ("load", "window (s)", "answers/s", "output tokens/s", "prompt tokens", "output tokens", "late, p99 (ms)",
+        (_x_label(benchmark), "window (s)", "answers/s", "output tokens/s", "prompt tokens", "output tokens", "late, p99 (ms)",
          "generator's CPU (%)"),
         [
             (
-                level.load.name, f"{level.overall.window_s:.1f}", f"{level.overall.requests_per_s:.2f}",
+                _x(level), f"{level.overall.window_s:.1f}", f"{level.overall.requests_per_s:.2f}",
                 f"{level.overall.output_tokens_per_s:.1f}", _plain(level.overall.prompt_tokens),
                 _plain(level.overall.output_tokens), _ms(level.lateness_s.p99), f"{100 * level.cpu_share:.0f}",
             )
@@ -150,8 +150,8 @@ def _latencies(benchmark: Benchmark) -> Iterator[Part]:
         yield Heading(name)
         yield Plot(latency_plot(benchmark, latency, name, slo_ms), "Requests answered in full.")
         yield Table(
-            ("load", "values", "mean (ms)", "p50", "p90", "p99", "max"),
-            [(level.load.name, *_row(latency(level.overall))) for level in levels],
+            (_x_label(benchmark), "values", "mean (ms)", "p50", "p90", "p99", "max"),
+            [(_x(level), *_row(latency(level.overall))) for level in levels],
         )
 
 
@@ -161,11 +161,8 @@ def _failures(benchmark: Benchmark) -> Iterator[Part]:
         return
     yield Heading("Failures")
     yield Table(
-        ("load", *kinds),
-        [
-            (level.load.name, *(str(level.overall.failures.get(kind, 0)) for kind in kinds))
-            for level in _by_load(benchmark)
-        ],
+        (_x_label(benchmark), *kinds),
+        [(_x(level), *(str(level.overall.failures.get(kind, 0)) for kind in kinds)) for level in _by_load(benchmark)],
     )
     for kind in kinds:
         told = next(
@@ -183,11 +180,11 @@ def _classes(benchmark: Benchmark) -> Iterator[Part]:
     for index, one in enumerate(benchmark.settings.mix if len(benchmark.settings.mix) > 1 else ()):
         yield Heading(f"Class {one.name}")
         yield Table(
-            ("load", "requests", "failed", "both SLOs (%)", "TTFT p50 (ms)", "p90", "p99", "TPOT p50 (ms)", "p90",
+            (_x_label(benchmark), "requests", "failed", "both SLOs (%)", "TTFT p50 (ms)", "p90", "p99", "TPOT p50 (ms)", "p90",
              "p99"),
             [
                 (
-                    level.load.name, str(own.num_requests), str(own.num_failed), _percent(own.attained),
+                    _x(level), str(own.num_requests), str(own.num_failed), _percent(own.attained),
                     *map(_ms, (own.ttft_s.p50, own.ttft_s.p90, own.ttft_s.p99)),
                     *map(_ms, (own.tpot_s.p50, own.tpot_s.p90, own.tpot_s.p99)),
                 )
@@ -241,6 +238,10 @@ def _token_sources(benchmark: Benchmark) -> set[str]:
         for record in level.records
         if record.is_counted and record.failure is None
     }
+
+
+def _x(level: Level) -> str:
+    return f"{level.load.value:g}"
 
 
 def _x_label(benchmark: Benchmark) -> str:

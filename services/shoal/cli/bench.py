@@ -67,7 +67,7 @@ def bench(
     ] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="What one request has, first byte to last.")] = 120.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives every endpoint the same requests.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench"),
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench-results"),
 ) -> None:
     """How fast does an OpenAI endpoint answer, and how much does it bear? Ours, or a peer's.
 

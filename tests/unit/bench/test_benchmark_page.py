@@ -37,14 +37,14 @@ def cells(page: str) -> list[list[str]]:
 
 def test_the_page_has_a_row_for_every_load_and_class():
     rows = cells(render_benchmark(FOUND))
-    assert ["4 requests/s", "200", "2", "89.0 [83.9, 92.6]", "89.0", "99.0"] in rows
+    assert ["4", "200", "2", "89.0 [83.9, 92.6]", "89.0", "99.0"] in rows
     ttft = FOUND.levels[0].overall.ttft_s
     figures = [f"{1e3 * value:.1f}" for value in (ttft.mean, ttft.p50, ttft.p90, ttft.p99, ttft.max)]
-    assert ["4 requests/s", "198", *figures] in rows
+    assert ["4", "198", *figures] in rows
     # 1 to 100 hundredths of a second
-    assert ["4 requests/s", "100", "0", "80.0", "505.0", "901.0", "990.1", "50.0", "50.0", "50.0"] in rows
-    assert ["4 requests/s", "100", "2", "98.0", "10.0", "10.0", "10.0", "10.0", "10.0", "10.0"] in rows
-    assert ["4 requests/s", "1", "1"] in rows and ["2 requests/s", "0", "0"] in rows
+    assert ["4", "100", "0", "80.0", "505.0", "901.0", "990.1", "50.0", "50.0", "50.0"] in rows
+    assert ["4", "100", "2", "98.0", "10.0", "10.0", "10.0", "10.0", "10.0", "10.0"] in rows
+    assert ["4", "1", "1"] in rows and ["2", "0", "0"] in rows
     assert ["25 % of requests", "100:11 (prompt:output tokens), TTFT 800 ms, TPOT 90 ms"] in rows
 
 
@@ -52,8 +52,8 @@ def test_loads_are_in_order_and_goodput_is_marked():
     page = render_benchmark(FOUND)
     assert "Goodput: 2 requests/s." in page
     [marked] = re.findall(r'<tr class="marked"><td>(.*?)</td>', page)
-    assert marked == "2 requests/s"
-    assert page.index("<td>2 requests/s") < page.index("<td>4 requests/s")
+    assert marked == "2"
+    assert page.index("<td>2</td>") < page.index("<td>4</td>")
 
 
 def test_failures_are_told_once_and_escaped():
@@ -88,7 +88,7 @@ def test_warnings_name_their_loads():
 def test_a_load_without_any_answer_still_has_a_page():
     none = Benchmark(OPTIONS.settings("m")).with_level(measured(Load(concurrency=2), [failed()], 0.1, MIX))
     page = render_benchmark(none)
-    assert "2 at a time" in page and "requests at a time" in page and "Goodput:" not in page
+    assert ">requests at a time</th>" in page and "Goodput:" not in page
     assert "TTFT -/-/-" in summarize_benchmark(none)[0]
 
 

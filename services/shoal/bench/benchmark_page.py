@@ -121,8 +121,8 @@ def _shares(benchmark: Benchmark) -> Iterator[Part]:
         marked=rates.index(benchmark.goodput) if benchmark.goodput in rates else None,
     )
     yield Table(
-        (_x_label(benchmark), "window (s)", "answers/s", "output tokens/s", "prompt tokens", "output tokens", "late, p99 (ms)",
-         "generator's CPU (%)"),
+        (_x_label(benchmark), "window (s)", "answers/s", "output tokens/s", "prompt tokens", "output tokens",
+         "late, p99 (ms)", "generator's CPU (%)"),
         [
             (
                 _x(level), f"{level.overall.window_s:.1f}", f"{level.overall.requests_per_s:.2f}",
@@ -141,8 +141,8 @@ def _latencies(benchmark: Benchmark) -> Iterator[Part]:
     slos = {one.slo for one in benchmark.settings.mix}
     slo = slos.pop() if len(slos) == 1 else None
     latencies: list[tuple[str, Callable[[Summary], Percentiles], float | None]] = [
-        ("TTFT", lambda summary: summary.ttft_s, slo and slo.ttft_ms),
-        ("TPOT", lambda summary: summary.tpot_s, slo and slo.tpot_ms),
+        ("TTFT", lambda summary: summary.ttft_s, slo.ttft_ms if slo else None),
+        ("TPOT", lambda summary: summary.tpot_s, slo.tpot_ms if slo else None),
         ("ITL", lambda summary: summary.itl_s, None),
         ("E2E", lambda summary: summary.e2e_s, None),
     ]
@@ -180,8 +180,8 @@ def _classes(benchmark: Benchmark) -> Iterator[Part]:
     for index, one in enumerate(benchmark.settings.mix if len(benchmark.settings.mix) > 1 else ()):
         yield Heading(f"Class {one.name}")
         yield Table(
-            (_x_label(benchmark), "requests", "failed", "both SLOs (%)", "TTFT p50 (ms)", "p90", "p99", "TPOT p50 (ms)", "p90",
-             "p99"),
+            (_x_label(benchmark), "requests", "failed", "both SLOs (%)", "TTFT p50 (ms)", "p90", "p99",
+             "TPOT p50 (ms)", "p90", "p99"),
             [
                 (
                     _x(level), str(own.num_requests), str(own.num_failed), _percent(own.attained),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from shoal.cli.bench import bench
 from shoal.cli.options import Anchors, BoundaryTokens, DepthOption, Dtype, Model, Plan, Projector, SkipLayers
@@ -247,5 +248,5 @@ def main() -> None:
     try:
         app()
     except ShoalError as error:
-        err.print(f"[red]error:[/red] {error.message}", soft_wrap=True)
+        err.print(f"[red]error:[/red] {escape(error.message)}", soft_wrap=True)
         sys.exit(2)

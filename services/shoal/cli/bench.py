@@ -88,6 +88,6 @@ def bench(
                 extra_body=extra_body, api_key_env=api_key_env, timeout_s=timeout_s, seed=seed,
             )  # fmt: skip
     except KeyboardInterrupt:
-        err.print(f"stopped; loads that were measured by then are in {output}", soft_wrap=True)
+        err.print(f"stopped; loads that were measured by then are in {output}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     print(said)

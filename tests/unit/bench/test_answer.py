@@ -33,9 +33,9 @@ def usage(prompt: Any, completion: Any) -> dict[str, Any]:
 
 
 def test_tokens_are_timed_and_counted_by_usage_where_there_is_one():
-    found = answer(text(" one two"), text(" three"), usage(5, 3), "[DONE]")
-    assert (found.first_s, found.last_s, found.gaps_s, found.is_done) == (1, 2, [1], True)
-    assert (found.prompt_tokens, found.output_tokens, found.tokens_from) == (5, 3, TokenSource.USAGE)
+    found = answer(text(" one two"), text(" three"), "{}", text(" four"), usage(5, 4), "[DONE]")
+    assert (found.first_s, found.last_s, found.gaps_s, found.is_done) == (1, 4, [1, 2], True)
+    assert (found.prompt_tokens, found.output_tokens, found.tokens_from) == (5, 4, TokenSource.USAGE)
 
 
 @pytest.mark.parametrize("counts", [None, {}, {"completion_tokens": None}, {"completion_tokens": "3"}])

@@ -150,6 +150,15 @@ async def test_an_error_is_a_sentence_that_says_what_to_do(arguments: tuple[str,
     assert "error:" in err and says in err.replace("\n", " ")
 
 
+async def test_what_an_endpoint_says_is_told_letter_by_letter(tmp_path: Path):
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.answer({"error": {"message": "no [/INST] in [prompt]"}}, 400)
+
+    async with scripted(script) as server:
+        status, _, err = await bench(server.url, "--output", str(tmp_path))
+    assert status == 2 and "no [/INST] in [prompt]; for other lengths see --mix" in err.replace("\n", " ")
+
+
 def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another --output"):

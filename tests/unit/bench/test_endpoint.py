@@ -160,7 +160,7 @@ async def test_proxies_of_the_environment_are_passed_by(monkeypatch: pytest.Monk
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     async with scripted() as server:
-        assert (await send(server.url, prompts=PromptKind.TEXT)).failure is None
+        assert (await send(server.url)).failure is None
 
 
 async def test_our_own_gateway_is_measured():
@@ -209,6 +209,15 @@ async def test_an_error_that_is_no_json_is_told_as_it_is():
     record = await failure_of(script)
     assert (record.failure, record.status) == (Failure.HTTP_ERROR, 502)
     assert record.detail.startswith("<h1>Bad gateway</h1>") and len(record.detail) == 200
+
+
+async def test_an_error_without_end_is_not_read_to_its_end():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start(500, "text/plain")
+        await wire.send(b"x" * 100_000)
+        await wire.gone()
+
+    assert (await failure_of(script, timeout_s=20)).failure is Failure.HTTP_ERROR
 
 
 def after_a_token(*data: bytes, breaks: bool = False) -> Script:

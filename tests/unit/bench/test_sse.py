@@ -7,11 +7,12 @@ import pytest
 from shoal.bench.sse import Event, EventDecoder
 
 STREAM = (
-    "\ufeff: hello\r\n\r\ndata: {\"a\": \"é€😀\"}\n\n\n"
+    "\ufeffdata: first\n\n: hello\r\n\r\ndata: {\"a\": \"é€😀\"}\n\n\n"
     "event: error\ndata:no space\r\ndata:  two\rid: 7\r\r"
     "event: lost\n\ndata\n\ndata: [DONE]\r\n\r\n"
 ).encode()  # fmt: skip
 EVENTS = [
+    Event("message", "first"),
     Event("message", '{"a": "é€😀"}'), Event("error", "no space\n two"), Event("message", ""),
     Event("message", "[DONE]"),
 ]  # fmt: skip

@@ -156,5 +156,5 @@ async def _sweep(start: float, run: Callable[[Load], Awaitable[Level]]) -> None:
     while rate is not None:
         level = await run(Load(rate=rate))
         held[rate] = level.holds
-        # Of a generator that fell behind, other rates would say no more.
-        rate = None if level.is_late else next_rate(start, held)
+        # Of a generator that fell behind, higher rates would say no more; lower ones do.
+        rate = None if level.is_late and level.holds else next_rate(start, held)

@@ -60,8 +60,9 @@ def _warnings(level: Level) -> Iterator[str]:
     answered = [record for record in level.records if record.is_counted and record.failure is None]
     if level.is_late:
         yield (
-            f"The generator was the bottleneck: it sent requests up to {1e3 * (level.lateness_s.max or 0):.0f} ms late "
-            f"and used {100 * level.cpu_share:.0f} % of a core. Give it a machine of its own, or a lower load."
+            f"The generator fell behind: it sent requests up to {1e3 * (level.lateness_s.max or 0):.0f} ms late, and "
+            f"used {100 * level.cpu_share:.0f} % of a core. It, or the machine that it shares, was a bottleneck: give "
+            "it one of its own, or less load."
         )
     if level.overall.num_requests < FEW_REQUESTS:
         yield f"{level.overall.num_requests} requests counted: p99 is near their maximum. Send more for a closer look."

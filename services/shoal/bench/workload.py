@@ -1,7 +1,8 @@
 """The requests of a benchmark and when they arrive: drawn from a seed, so that every endpoint gets the same ones.
 
-Each request is drawn by itself, from the seed, the load and its index. So no two loads share a prompt, which a cache of
-prefixes would answer faster the second time.
+Every load has the same classes and lengths in the same order, and the same gaps between arrivals but for their scale:
+what differs between loads is the load. What is in the prompts differs, too, since a cache of prefixes would answer one
+that it has seen faster the second time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from shoal.bench.load import Load
 from shoal.bench.mix import RequestClass
 
 _CHARS_PER_TOKEN = 4  # of English, about; what the endpoint counted is in the report
-_ARRIVALS, _REQUESTS, _PROBE = range(3)
+_ARRIVALS, _LENGTHS, _PROMPTS, _PROBE = range(4)
 
 
 class PromptKind(enum.StrEnum):
@@ -58,18 +59,18 @@ class Workload:
 
     def arrivals(self, rate: float, number: int) -> list[float]:
         """Seconds after the start, ascending, of a Poisson process: gaps are exponential, with mean ``1 / rate``."""
-        rng = self._rng(_ARRIVALS, *Load(rate=rate).key)
-        return [float(moment) for moment in rng.exponential(1 / rate, number).cumsum()]
+        gaps = self._rng(_ARRIVALS).exponential(1.0, number)
+        return [float(moment) for moment in gaps.cumsum() / rate]
 
     def request(
         self, load: Load, index: int, *, arrival_s: float | None = None, is_counted: bool = True
     ) -> PlannedRequest:
-        rng = self._rng(_REQUESTS, *load.key, index)
+        rng = self._rng(_LENGTHS, index)
         kind = self.mix[int(rng.choice(len(self.mix), p=self._shares))]
         num_prompt, num_output = (
             int(rng.integers(*bounds, endpoint=True)) for bounds in (kind.prompt_tokens, kind.output_tokens)
         )
-        prompt = self._prompt(rng, num_prompt)
+        prompt = self._prompt(self._rng(_PROMPTS, *load.key, index), num_prompt)
         return PlannedRequest(index, kind.name, prompt, num_prompt, num_output, arrival_s, is_counted)
 
     def probe(self, index: int) -> PlannedRequest:

@@ -108,9 +108,15 @@ async def test_a_sweep_finds_what_a_station_bears():
     assert [one.load.value for one in levels[:5]] == [1, 2, 4, 8, 16]
 
 
-async def test_a_sweep_ends_where_the_generator_falls_behind():
+async def test_a_sweep_goes_no_higher_than_the_generator_can():
     levels, _ = await measured(replace(OPTIONS, loads=(), sweep_from=1.0), 0.1, cpu_share=0.95)
-    assert len(levels) == 1 and any("bottleneck" in warning for warning in levels[0].warnings)
+    assert len(levels) == 1 and any("fell behind" in warning for warning in levels[0].warnings)
+
+
+async def test_below_a_rate_that_failed_a_late_generator_is_no_reason_to_stop():
+    options = replace(OPTIONS, loads=(), sweep_from=48.0, amount=Amount(0, 200))
+    levels, _ = await measured(options, 0.1, cpu_share=0.95)
+    assert [(one.load.value, one.holds) for one in levels] == [(48, False), (24, False), (12, False), (6, True)]
 
 
 async def test_each_class_is_probed_at_its_longest_before_any_load():

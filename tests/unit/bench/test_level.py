@@ -35,7 +35,7 @@ def test_lateness_is_how_long_after_they_were_due_requests_were_sent():
 def test_a_generator_that_fell_behind_is_told(late_s: float, cpu_share: float, is_late: bool):
     found = measured(LOAD, [answered(sent_s=late_s)] * 200, cpu_share, MIX)
     assert found.is_late is is_late
-    assert any("bottleneck" in warning for warning in found.warnings) is is_late
+    assert any("fell behind" in warning for warning in found.warnings) is is_late
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,15 @@ def test_seeds_loads_and_indices_share_no_prompt():
     ]  # fmt: skip
     long = [request.prompt for request in requests if request.kind == MIX[0].name]
     assert len(set(long)) == len(long) > 60
-    assert workload(0).arrivals(4.0, 9) != workload(1).arrivals(4.0, 9) != workload(1).arrivals(8.0, 9)
+    assert workload(0).arrivals(4.0, 9) != workload(1).arrivals(4.0, 9)
+
+
+def test_loads_differ_in_nothing_but_the_load():
+    one, other = ([workload().request(load, index) for index in range(50)] for load in (LOAD, Load(concurrency=9)))
+    assert [(a.kind, a.prompt_tokens, a.max_tokens) for a in one] == [
+        (b.kind, b.prompt_tokens, b.max_tokens) for b in other
+    ]
+    assert workload().arrivals(2.0, 9) == pytest.approx([2 * moment for moment in workload().arrivals(4.0, 12)[:9]])
 
 
 def test_arrivals_are_a_poisson_process_of_the_rate():

@@ -12,7 +12,7 @@ from shoal.bench.summary import Percentiles, Summary, percentiles, summarize
 
 GOODPUT_SHARE = 0.9
 # Beyond these, what was measured is the generator, or the machine that it shares.
-MAX_LATENESS_S = 0.05
+MAX_LATENESS_SHARE = 0.1  # p99, of the shortest TTFT objective
 MAX_CPU_SHARE = 0.9
 FEW_REQUESTS = 100
 MAX_LENGTH_ERROR = 0.1
@@ -22,13 +22,15 @@ MAX_LENGTH_ERROR = 0.1
 class Level:
     """One load, measured. ``lateness_s`` is of an open loop's generator: how long after requests were due they left.
 
-    ``cpu_share`` is what the generator used of one core. ``warnings`` are sentences.
+    ``cpu_share`` is what the generator used of one core; where it ``is_late``, the load wasn't what it should be.
+    ``warnings`` are sentences.
     """
 
     load: Load
     summaries: tuple[Summary, ...]
     lateness_s: Percentiles
     cpu_share: float
+    is_late: bool
     warnings: tuple[str, ...]
     records: tuple[Record, ...]
 
@@ -41,17 +43,14 @@ class Level:
         """Whether goodput is at least this load's rate."""
         return self.overall.attained.value >= GOODPUT_SHARE
 
-    @property
-    def is_late(self) -> bool:
-        """Whether the generator fell behind: the load wasn't what it should have been."""
-        return self.cpu_share > MAX_CPU_SHARE or (self.lateness_s.p99 or 0.0) > MAX_LATENESS_S
-
 
 def measured(load: Load, records: Sequence[Record], cpu_share: float, mix: Sequence[RequestClass]) -> Level:
     """The figures of ``records``, which are all that were sent at ``load``."""
     summaries = summarize(records, {one.name: one.slo for one in mix})
     lateness_s = percentiles(record.lateness_s for record in records)
-    level = Level(load, summaries, lateness_s, cpu_share, (), tuple(records))
+    max_lateness_s = MAX_LATENESS_SHARE * min(one.slo.ttft_ms for one in mix) / 1e3
+    is_late = cpu_share > MAX_CPU_SHARE or (lateness_s.p99 or 0.0) > max_lateness_s
+    level = Level(load, summaries, lateness_s, cpu_share, is_late, (), tuple(records))
     return replace(level, warnings=tuple(_warnings(level)))
 
 

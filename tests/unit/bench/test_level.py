@@ -7,6 +7,7 @@ import pytest
 from bench_records import MIX, answered, failed, level
 from shoal.bench.level import measured
 from shoal.bench.load import Load
+from shoal.bench.mix import Slo, parse_mix
 from shoal.bench.record import TokenSource
 
 LOAD = Load(rate=1.0)
@@ -31,9 +32,12 @@ def test_lateness_is_how_long_after_they_were_due_requests_were_sent():
     assert closed.lateness_s.num == 0 and not closed.is_late
 
 
-@pytest.mark.parametrize(("late_s", "cpu_share", "is_late"), [(0.01, 0.1, False), (0.2, 0.1, True), (0.01, 0.95, True)])
-def test_a_generator_that_fell_behind_is_told(late_s: float, cpu_share: float, is_late: bool):
-    found = measured(LOAD, [answered(sent_s=late_s)] * 200, cpu_share, MIX)
+@pytest.mark.parametrize(
+    ("late_s", "cpu_share", "ttft_ms", "is_late"),
+    [(0.09, 0.1, 1000, False), (0.11, 0.1, 1000, True), (0.11, 0.1, 2000, False), (0.01, 0.95, 1000, True)],
+)
+def test_a_generator_that_fell_behind_is_told(late_s: float, cpu_share: float, ttft_ms: float, is_late: bool):
+    found = measured(LOAD, [answered(sent_s=late_s)] * 200, cpu_share, parse_mix("5:5,100:11", Slo(ttft_ms, 100)))
     assert found.is_late is is_late
     assert any("fell behind" in warning for warning in found.warnings) is is_late
 

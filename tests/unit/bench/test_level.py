@@ -37,7 +37,9 @@ def test_lateness_is_how_long_after_they_were_due_requests_were_sent():
     [(0.09, 0.1, 1000, False), (0.11, 0.1, 1000, True), (0.11, 0.1, 2000, False), (0.01, 0.95, 1000, True)],
 )
 def test_a_generator_that_fell_behind_is_told(late_s: float, cpu_share: float, ttft_ms: float, is_late: bool):
-    found = measured(LOAD, [answered(sent_s=late_s)] * 200, cpu_share, parse_mix("5:5,100:11", Slo(ttft_ms, 100)))
+    found = measured(
+        LOAD, [answered(sent_s=late_s)] * 200, cpu_share, parse_mix("5:5:1:9000:100,100:11", Slo(ttft_ms, 100))
+    )
     assert found.is_late is is_late
     assert any("fell behind" in warning for warning in found.warnings) is is_late
 

@@ -78,7 +78,7 @@ def test_commands_and_options_exist(document: Path) -> None:
     for name, options in shoal_commands(document):
         assert name in commands
         parameters = commands[name].params
-        known = {"--help"} | {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
+        known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)} | {"--help"}
         assert set(options) <= known, name
 
 

@@ -34,6 +34,7 @@ def loaded_by(module: str) -> set[str]:
 
 LIGHT = ["shoal", "shoal.messages", "shoal.errors", *modules_below("shoal.rpc"), *modules_below("shoal.v1")]
 PLAIN = ["shoal.engine.scheduler", "shoal.kv.blocks", "shoal.kv.layout", "shoal.model.plan", "shoal.transfer.lease"]
+MEASURING = ["shoal.bench.commands", "shoal.report.plots"]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -41,8 +42,8 @@ def test_the_wire_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(module) & HEAVY
 
 
-@pytest.mark.parametrize("module", PLAIN)
-def test_decisions_load_neither_torch_nor_ray(module: str) -> None:
+@pytest.mark.parametrize("module", PLAIN + MEASURING)
+def test_decisions_and_measurements_load_neither_torch_nor_ray(module: str) -> None:
     assert not loaded_by(module) & DEVICE_FREE
 
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from shoal.cli.bench import bench
 from shoal.cli.options import Anchors, BoundaryTokens, DepthOption, Dtype, Model, Plan, Projector, SkipLayers
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
@@ -190,6 +192,7 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
 app.command()(analyze)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
+app.command()(bench)
 
 
 @app.command()
@@ -238,5 +241,5 @@ def main() -> None:
     try:
         app()
     except ShoalError as error:
-        err.print(f"[red]error:[/red] {error.message}", soft_wrap=True)
+        err.print(f"[red]error:[/red] {escape(error.message)}", soft_wrap=True)
         sys.exit(2)

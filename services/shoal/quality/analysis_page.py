@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from shoal.quality.analysis import Analysis
 from shoal.quality.losses import Estimate
-from shoal.quality.plots import Line, line_plot
-from shoal.quality.report import Heading, Paragraph, Part, Plot, Table, render
+from shoal.report.page import Heading, Paragraph, Part, Plot, Table, render
+from shoal.report.plots import Line, line_plot
 
 
 def importance_plot(analysis: Analysis) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from shoal.quality.arms import CALIBRATED
 from shoal.quality.evaluation import Evaluation
-from shoal.quality.plots import Line, line_plot
-from shoal.quality.report import Heading, Paragraph, Part, Plot, Table, render
 from shoal.quality.statistics import Interval
 from shoal.quality.subject import Treatment
 from shoal.quality.text_scores import ALL_KINDS, TextScore
+from shoal.report.page import Heading, Paragraph, Part, Plot, Table, render
+from shoal.report.plots import Line, line_plot
 
 _INTERVALS = "In brackets: 95 % bootstrap intervals."
 

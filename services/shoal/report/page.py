@@ -31,7 +31,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """``svg`` is trusted (quality/plots.py makes it); every other text of a page is escaped."""
+    """``svg`` is trusted (report/plots.py makes it); every other text of a page is escaped."""
 
     svg: str
     caption: str = ""

@@ -1,12 +1,12 @@
-"""The page that analyses are read on, and its plots."""
+"""The page that measurements are read on, and its plots."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
 
-from shoal.quality.plots import Line, line_plot
-from shoal.quality.report import Heading, Paragraph, Plot, Table, render
+from shoal.report.page import Heading, Paragraph, Plot, Table, render
+from shoal.report.plots import Line, line_plot
 
 LINES = [Line("one", [0, 1, 2], [3.0, 1.0, 0.0], [0.1, 0.2, 0.0]), Line("<two>", [0, 1, 2], [1.0, 2.0, 4.0])]
 

@@ -1,0 +1,200 @@
+"""An OpenAI endpoint over HTTP: which models it has, and one streamed request from its first byte to its last."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from shoal.bench.answer import MAX_DETAIL_CHARS, Answer, RequestFailed, error_message
+from shoal.bench.clock import Clock
+from shoal.bench.record import Failure, Record
+from shoal.bench.sse import EventDecoder
+from shoal.bench.workload import PlannedRequest, PromptKind
+from shoal.errors import ConfigError, Unavailable
+
+_MAX_ERROR_BYTES = 65_536
+# Shorter than servers' usual 5 s: a connection that the server closes while we send would look like its failure.
+_KEEPALIVE_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """``extra_body`` is merged over each request's body. ``timeout_s`` is what one request has in all."""
+
+    url: str
+    model: str | None = None
+    prompts: PromptKind = PromptKind.IDS
+    ignore_eos: bool = True
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    api_key: str | None = None
+    timeout_s: float = 120.0
+
+
+class Endpoint:
+    """Use ``open_endpoint``. Nothing here is retried."""
+
+    def __init__(self, options: EndpointOptions, model: str, http: httpx.AsyncClient, clock: Clock) -> None:
+        self.model = model
+        self._options, self._http, self._clock = options, http, clock
+        self._path = "chat/completions" if options.prompts is PromptKind.CHAT else "completions"
+
+    def body(self, request: PlannedRequest) -> bytes:
+        """What is posted. Made before the request is due, so that its making delays nothing."""
+        if self._options.prompts is PromptKind.CHAT:
+            prompt: dict[str, Any] = {"messages": [{"role": "user", "content": request.prompt}]}
+        else:
+            prompt = {"prompt": request.prompt}
+        document = {
+            "model": self.model,
+            **prompt,
+            "max_tokens": request.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **({"ignore_eos": True} if self._options.ignore_eos else {}),
+            **self._options.extra_body,
+        }
+        return json.dumps(document).encode()
+
+    async def send(self, request: PlannedRequest, body: bytes, origin_s: float) -> Record:
+        """``origin_s`` is the load's start by the clock. Whatever goes wrong is in the record."""
+        answer, failed = Answer(), None
+        sent_s = self._clock.now()
+        try:
+            async with asyncio.timeout(self._options.timeout_s):
+                await self._exchange(body, answer)
+        except RequestFailed as error:
+            failed = error
+        except TimeoutError:
+            failed = RequestFailed(Failure.TIMEOUT, f"not done after {self._options.timeout_s:g} s")
+        return Record(
+            index=request.index,
+            kind=request.kind,
+            is_counted=request.is_counted,
+            planned_tokens=request.prompt_tokens,
+            max_tokens=request.max_tokens,
+            arrival_s=request.arrival_s,
+            sent_s=round(sent_s - origin_s, 6),
+            ttft_s=_between(sent_s, answer.first_s),
+            e2e_s=_between(sent_s, answer.last_s) if failed is None else None,
+            itl_s=tuple(round(gap, 6) for gap in answer.gaps_s),
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            tokens_from=answer.tokens_from,
+            failure=failed.failure if failed else None,
+            status=answer.status,
+            detail=failed.detail if failed else "",
+        )
+
+    async def _exchange(self, body: bytes, answer: Answer) -> None:
+        """Fill ``answer``. Raises RequestFailed."""
+        try:
+            async with self._http.stream("POST", self._path, content=body) as response:
+                answer.status = response.status_code
+                await _refuse_all_but_streams(response)
+                await self._read(response, answer)
+        except httpx.ConnectError as error:
+            raise RequestFailed(Failure.UNREACHABLE, f"no connection: {error}") from error
+        except httpx.HTTPError as error:
+            # What comes after [DONE] is no longer part of the answer.
+            if not answer.is_done:
+                failure = Failure.DISCONNECTED if answer.status is None else Failure.BROKEN_STREAM
+                raise RequestFailed(failure, f"the connection was lost: {error}") from error
+        if not answer.is_done:
+            raise RequestFailed(Failure.BROKEN_STREAM, "the stream ended without [DONE]")
+        if answer.last_s is None:
+            raise RequestFailed(Failure.NO_TOKENS, "the stream had no token")
+
+    async def _read(self, response: httpx.Response, answer: Answer) -> None:
+        events = EventDecoder()
+        async for data in response.aiter_bytes():
+            now_s = self._clock.now()
+            for event in events.feed(data):
+                answer.add(event, now_s)
+        now_s = self._clock.now()
+        for event in events.close():
+            answer.add(event, now_s)
+
+
+@asynccontextmanager
+async def open_endpoint(options: EndpointOptions, clock: Clock) -> AsyncIterator[Endpoint]:
+    """Connections are as many as requests run at once, and go straight to the endpoint, past proxies.
+
+    Without a model in ``options``, the first that the endpoint lists is asked. Raises ConfigError or Unavailable.
+    """
+    headers = {"content-type": "application/json", "accept-encoding": "identity"}
+    if options.api_key is not None:
+        headers["authorization"] = f"Bearer {options.api_key}"
+    async with httpx.AsyncClient(
+        base_url=base_url(options.url),
+        headers=headers,
+        timeout=httpx.Timeout(None),  # the whole request has one, around it
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_S),
+        trust_env=False,
+        verify=ssl.create_default_context(),
+    ) as http:
+        model = options.model or await _first_model(http, options.timeout_s)
+        yield Endpoint(options, model, http, clock)
+
+
+def base_url(url: str) -> str:
+    """With ``/v1/`` at its end, whether that was typed or not. Raises ConfigError."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{url} is no URL ({error}): write one like http://127.0.0.1:8000") from None
+    if parsed.scheme not in {"http", "https"} or not parsed.host or parsed.query or parsed.fragment:
+        raise ConfigError(f"{url} isn't the URL of an endpoint: write one like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1") + "/v1/"
+
+
+async def _first_model(http: httpx.AsyncClient, timeout_s: float) -> str:
+    url = f"{http.base_url}models"
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await http.get("models")
+    except TimeoutError:
+        raise Unavailable(f"{url} doesn't answer within {timeout_s:g} s: is this the right address?") from None
+    except httpx.HTTPError as error:
+        raise Unavailable(f"can't reach {url} ({error}): start the server first, or correct the URL") from None
+    try:
+        return str(response.raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
+        said = f"HTTP {response.status_code}, {response.text[:MAX_DETAIL_CHARS]!r}"
+        raise ConfigError(
+            f"{url} lists no models ({said}): name one by --model; if it wants a key, say --api-key-env"
+        ) from None
+
+
+async def _refuse_all_but_streams(response: httpx.Response) -> None:
+    if response.status_code != 200:
+        failure = Failure.REJECTED if response.status_code in {429, 503} else Failure.HTTP_ERROR
+        raise RequestFailed(failure, await _said(response))
+    kind = response.headers.get("content-type", "")
+    if not kind.startswith("text/event-stream"):
+        raise RequestFailed(Failure.MALFORMED, f"no event stream, but {kind or 'something'}: {await _said(response)}")
+
+
+async def _said(response: httpx.Response) -> str:
+    """Why there is no answer, in the endpoint's words."""
+    data = b""
+    async for part in response.aiter_bytes():
+        data += part
+        if len(data) > _MAX_ERROR_BYTES:
+            break
+    text = data[:_MAX_ERROR_BYTES].decode("utf-8", errors="replace")
+    try:
+        return error_message(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
+
+
+def _between(start_s: float, end_s: float | None) -> float | None:
+    return None if end_s is None else round(end_s - start_s, 6)

@@ -1,0 +1,344 @@
+"""One request over real HTTP: what is sent, what is timed, and the name of everything that can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from fake_backend import FakeBackend
+from http_server import serving
+from scripted_endpoint import DONE, HandClock, Request, Script, Wire, event, scripted, token, usage
+from shoal.bench.clock import Clock, RealClock
+from shoal.bench.endpoint import EndpointOptions, base_url, open_endpoint
+from shoal.bench.record import Failure, Record, TokenSource
+from shoal.bench.workload import PlannedRequest, PromptKind
+from shoal.config import GatewayConfig
+from shoal.errors import ConfigError, Unavailable
+from shoal.gateway.api import create_app
+from shoal.gateway.intake import Services
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.gateway.validation import ServedModel
+from shoal.model.files import locate
+from shoal.telemetry import GatewayMetrics
+
+REQUEST = PlannedRequest(5, "7:3", (1, 2, 3, 4, 5, 6, 7), 7, 3, arrival_s=1.5)
+
+
+async def send(url: str, *, clock: Clock | None = None, origin_s: float = 0.0, **options: Any) -> Record:
+    async with open_endpoint(EndpointOptions(url, **{"model": "m", **options}), clock or RealClock()) as endpoint:
+        return await endpoint.send(REQUEST, endpoint.body(REQUEST), origin_s)
+
+
+async def failure_of(script: Script, **options: Any) -> Record:
+    async with scripted(script) as server:
+        record = await send(server.url, **options)
+    assert record.failure is not None and record.e2e_s is None
+    return record
+
+
+# --- an answer ------------------------------------------------------------------------------------------
+
+
+async def test_times_are_those_at_which_chunks_came():
+    clock = HandClock()
+
+    async def script(request: Request, wire: Wire) -> None:
+        await clock.looked()  # when the request was sent
+        await wire.start()
+        for now_s, data in ((12.0, token(" two words")), (12.5, token()), (13.5, token("", "length")), (99, usage())):
+            clock.now_s = now_s
+            await wire.send(data)
+            await clock.looked()
+        await wire.send(DONE)
+        await wire.end()
+
+    clock.now_s = 10.25
+    async with scripted(script) as server:
+        record = await send(server.url, clock=clock, origin_s=8.0)
+    assert record.failure is None and record.detail == "" and record.status == 200
+    assert (record.arrival_s, record.sent_s, record.ttft_s, record.e2e_s) == (1.5, 2.25, 1.75, 2.25)
+    assert record.itl_s == (0.5,)
+    assert (record.prompt_tokens, record.output_tokens, record.tokens_from) == (7, 3, TokenSource.USAGE)
+    assert record.tpot_s == 0.25
+    assert (record.index, record.kind, record.planned_tokens, record.max_tokens) == (5, "7:3", 7, 3)
+
+
+async def test_events_may_be_cut_anywhere_and_come_together():
+    stream = token(" é") + token() + token() + usage() + DONE
+
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        for start in range(0, len(stream), 3):
+            await wire.send(stream[start : start + 3])
+        await wire.end()
+
+    async def together(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(stream)
+        await wire.end()
+
+    for one in (script, together):
+        async with scripted(one) as server:
+            record = await send(server.url)
+        assert (record.failure, record.output_tokens, len(record.itl_s)) == (None, 3, 2)
+
+
+async def test_an_answer_without_usage_is_counted_in_chunks():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(token() + token() + DONE)
+        await wire.end()
+
+    async with scripted(script) as server:
+        record = await send(server.url)
+    assert (record.output_tokens, record.tokens_from, record.prompt_tokens) == (2, TokenSource.CHUNKS, None)
+
+
+async def test_what_is_lost_after_the_end_is_no_failure():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(token() + DONE)
+        wire.break_off()
+
+    async with scripted(script) as server:
+        record = await send(server.url)
+    assert record.failure is None and record.output_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "path", "fields"),
+    [
+        (PromptKind.IDS, "/v1/completions", {"prompt": list(REQUEST.prompt)}),
+        (PromptKind.CHAT, "/v1/chat/completions", {"messages": [{"role": "user", "content": list(REQUEST.prompt)}]}),
+    ],
+)
+async def test_a_request_asks_for_a_stream_of_exactly_so_many_tokens(
+    prompts: PromptKind, path: str, fields: dict[str, Any]
+):
+    async with scripted() as server:
+        await send(
+            server.url + "/v1/", prompts=prompts, api_key="secret", extra_body={"depth": "full", "temperature": 0.5}
+        )
+        [request] = server.requests
+    assert (request.method, request.path) == ("POST", path)
+    assert request.headers["authorization"] == "Bearer secret"
+    assert request.headers["content-type"] == "application/json"
+    assert request.body == {
+        "model": "m", **fields, "max_tokens": 3, "temperature": 0.5, "stream": True,
+        "stream_options": {"include_usage": True}, "ignore_eos": True, "depth": "full",
+    }  # fmt: skip
+
+
+async def test_without_a_key_or_ignore_eos_neither_is_sent():
+    async with scripted() as server:
+        await send(server.url, ignore_eos=False)
+        [request] = server.requests
+    assert "authorization" not in request.headers and "ignore_eos" not in request.body
+
+
+async def test_connections_are_used_again():
+    ports = set()
+
+    async def script(request: Request, wire: Wire) -> None:
+        ports.add(wire.peer)
+        await wire.start()
+        await wire.send(token() + DONE)
+        await wire.end()
+
+    async with scripted(script) as server, open_endpoint(EndpointOptions(server.url), RealClock()) as endpoint:
+        for _ in range(3):
+            assert (await endpoint.send(REQUEST, endpoint.body(REQUEST), 0.0)).failure is None
+    assert len(ports) == 1
+
+
+async def test_proxies_of_the_environment_are_passed_by(monkeypatch: pytest.MonkeyPatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    async with scripted() as server:
+        assert (await send(server.url)).failure is None
+
+
+async def test_our_own_gateway_is_measured():
+    smollm2 = locate("smollm2").tokenizer()
+    tokenizer = Tokenizer(smollm2)
+    backend = FakeBackend(lambda text: list(smollm2.encode(text, add_special_tokens=False)), tokenizer.decode)
+    model = ServedModel("smollm2", 400, tokenizer.vocab_size, created_s=0)
+    services = Services(backend, tokenizer, (model,), GatewayConfig(), GatewayMetrics(CollectorRegistry(), []))
+
+    async def targets() -> list[object]:
+        return []
+
+    app = create_app(services, metrics_text=lambda: b"", metrics_targets=targets)
+    with serving(app) as url:
+        record = await send(url, model=None, extra_body={"depth": "full"})
+    tokenizer.close()
+    assert (record.failure, record.detail) == (None, "")
+    assert (record.prompt_tokens, record.output_tokens, len(record.itl_s)) == (7, 3, 2)
+    assert record.tokens_from is TokenSource.USAGE
+    assert backend.requests[0].prompt_token_ids == REQUEST.prompt and backend.requests[0].depth == "full"
+
+
+# --- failures -------------------------------------------------------------------------------------------
+
+
+def says(document: object, status: int) -> Script:
+    return lambda request, wire: wire.answer(document, status)
+
+
+@pytest.mark.parametrize(
+    ("status", "failure"),
+    [(429, Failure.REJECTED), (503, Failure.REJECTED), (400, Failure.HTTP_ERROR), (500, Failure.HTTP_ERROR),
+     (307, Failure.HTTP_ERROR)],
+)  # fmt: skip
+async def test_another_status_is_a_failure_in_the_endpoints_words(status: int, failure: Failure):
+    record = await failure_of(says({"error": {"message": "too busy", "code": "overloaded"}}, status))
+    assert (record.failure, record.status, record.detail) == (failure, status, "too busy")
+
+
+async def test_an_error_that_is_no_json_is_told_as_it_is():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start(502, "text/html")
+        await wire.send(b"<h1>Bad gateway</h1>" + b"x" * 100_000)
+        await wire.end()
+
+    record = await failure_of(script)
+    assert (record.failure, record.status) == (Failure.HTTP_ERROR, 502)
+    assert record.detail.startswith("<h1>Bad gateway</h1>") and len(record.detail) == 200
+
+
+async def test_an_error_without_end_is_not_read_to_its_end():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start(500, "text/plain")
+        await wire.send(b"x" * 100_000)
+        await wire.gone()
+
+    assert (await failure_of(script, timeout_s=20)).failure is Failure.HTTP_ERROR
+
+
+def after_a_token(*data: bytes, breaks: bool = False) -> Script:
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(token())
+        for one in data:
+            await wire.send(one)
+        if breaks:
+            wire.break_off()
+        else:
+            await wire.end()
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("script", "failure", "detail"),
+    [
+        (after_a_token(event({"error": {"message": "no blocks"}})), Failure.ERROR_EVENT, "no blocks"),
+        (after_a_token(b"event: error\ndata: no blocks\n\n"), Failure.ERROR_EVENT, "no blocks"),
+        (after_a_token(b"data: {oops\n\n", DONE), Failure.MALFORMED, "no JSON object"),
+        (after_a_token(), Failure.BROKEN_STREAM, "without [DONE]"),
+        (after_a_token(b"data: [DO", breaks=True), Failure.BROKEN_STREAM, "the connection was lost"),
+        (after_a_token(breaks=True), Failure.BROKEN_STREAM, "the connection was lost"),
+    ],
+)
+async def test_a_stream_that_fails_keeps_what_came_before(script: Script, failure: Failure, detail: str):
+    record = await failure_of(script)
+    assert record.failure is failure and detail in record.detail
+    assert record.ttft_s is not None and record.output_tokens == 1 and record.status == 200
+
+
+async def test_a_stream_without_tokens_is_no_answer():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(token("", "stop") + usage({"prompt_tokens": 7, "completion_tokens": 0}) + DONE)
+        await wire.end()
+
+    assert (await failure_of(script)).failure is Failure.NO_TOKENS
+
+
+async def test_a_body_that_is_no_stream_is_malformed():
+    record = await failure_of(says({"choices": [{"text": "all at once"}]}, 200))
+    assert record.failure is Failure.MALFORMED and "application/json" in record.detail
+
+
+async def test_a_connection_that_is_closed_without_an_answer_is_told_apart():
+    async def script(request: Request, wire: Wire) -> None:
+        wire.break_off()
+
+    assert (await failure_of(script)).failure is Failure.DISCONNECTED
+
+
+async def test_a_port_where_nobody_listens_is_unreachable():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    record = await send(f"http://127.0.0.1:{port}")
+    assert record.failure is Failure.UNREACHABLE and record.status is None and record.detail
+
+
+@pytest.mark.parametrize("sends_first", [False, True])
+async def test_a_request_that_is_not_done_in_time_is_given_up(sends_first: bool):
+    gone = asyncio.Event()
+
+    async def script(request: Request, wire: Wire) -> None:
+        if sends_first:
+            await wire.start()
+            await wire.send(token())
+        await wire.gone()
+        gone.set()
+
+    async with scripted(script) as server:
+        record = await send(server.url, timeout_s=0.3)
+        await gone.wait()
+    assert record.failure is Failure.TIMEOUT and "0.3 s" in record.detail
+
+
+# --- which endpoint, which model ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "base"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000/v1/"),
+        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1/"),
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1/"),
+        ("https://example.com/openai/v1/", "https://example.com/openai/v1/"),
+    ],
+)
+def test_v1_is_added_where_it_is_missing(typed: str, base: str):
+    assert base_url(typed) == base
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "localhost", "ftp://x", "http://", "http://x/v1?a=1", "http://x:port"]
+)
+def test_what_is_no_endpoint_is_refused(url: str):
+    with pytest.raises(ConfigError, match="write one like http://127"):
+        base_url(url)
+
+
+async def test_the_first_model_is_asked_unless_one_is_named():
+    async with scripted(models=("first", "second")) as server:
+        async with open_endpoint(EndpointOptions(server.url), RealClock()) as endpoint:
+            assert endpoint.model == "first" and json.loads(endpoint.body(REQUEST))["model"] == "first"
+        async with open_endpoint(EndpointOptions(server.url, "third"), RealClock()) as endpoint:
+            assert endpoint.model == "third"
+        assert [request.path for request in server.requests] == ["/v1/models"]
+
+
+async def test_an_endpoint_that_lists_no_model_wants_one_named():
+    async with scripted(models=()) as server:
+        with pytest.raises(ConfigError, match="--model"):
+            async with open_endpoint(EndpointOptions(server.url), RealClock()):
+                pass
+
+
+async def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(Unavailable, match=f"can't reach http://127.0.0.1:{port}/v1/models"):
+        async with open_endpoint(EndpointOptions(f"http://127.0.0.1:{port}"), RealClock()):
+            pass

@@ -22,8 +22,9 @@ from shoal.errors import ConfigError
 
 async def bench(*arguments: str, interrupted_by: asyncio.Event | None = None) -> tuple[int | None, str, str]:
     """Exit status, stdout, stderr."""
-    program = f"import sys; sys.path.insert(0, {str(Path(shoal.__file__).parents[1])!r}); "
-    program += "from shoal.command import main; main()"
+    program = f"import signal, sys; sys.path.insert(0, {str(Path(shoal.__file__).parents[1])!r}); "
+    # A test run in the background has Ctrl-C ignored, and so would what it starts.
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler); from shoal.command import main; main()"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, "bench", *arguments,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,

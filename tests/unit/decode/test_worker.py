@@ -144,17 +144,6 @@ async def test_an_answer_by_a_speed_plan_holds_fewer_bytes(opened: Any):
     assert held == {"pop": 9 * 6 * block_layer_bytes, "speed": (9 + 3) * 3 * block_layer_bytes}
 
 
-async def test_deep_blocks_count_for_how_full_the_pool_is(opened: Any):
-    model = {"skip_layers": SKIPPED, "dtype": "float32", "plan": "speed"}
-    async with opened(model=model) as local:
-        answer = local.decode.worker.generate(request(PROMPT[:8], depth=Depth.FULL, max_tokens=8))
-        await anext(answer)
-        # 2 or 3 blocks of 64, but as many of 16 deep ones.
-        usage = local.decode.registry.get_sample_value("shoal_kv_cache_usage_ratio")
-        assert usage is not None and usage >= 2 / 16
-        await answer.aclose()
-
-
 async def test_a_speed_plan_is_warned_of(opened: Any):
     for plan, is_warned in (("speed", True), ("pop", False)):
         with structlog.testing.capture_logs() as logs:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 
 import pytest
 
+EXIT_STATUS = pytest.StashKey[int]()
+
 
 @pytest.fixture(scope="session")
 def known() -> Mapping[str, object]:
@@ -26,6 +28,21 @@ def known() -> Mapping[str, object]:
     lengths = sorted(len(prompt.token_ids) for prompt in found.values())
     assert len(lengths) == 20 and lengths[0] >= 20 and lengths[-1] <= 1500 and lengths[-4] > 1000
     return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End without the interpreter's teardown, where Ray was here: its native threads outlive Ray's own shutdown, and
+    the teardown has crashed beneath them, after all tests had passed and everything was told."""
+    if "ray" in sys.modules and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash.get(EXIT_STATUS, int(pytest.ExitCode.INTERNAL_ERROR)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -176,3 +176,11 @@ def test_served_alone_or_handed_off_it_computes_what_it_says(model: Any):
     assert run(decode, [ask]) == [tokens]
     assert run_handed_off(prefill, decode, [ask]) == [tokens]
     assert run(make_engine(model, 2), [ask]) != [tokens], "the paper's projection happens to say the same"
+
+
+def test_the_demo_model_has_one_that_ships():
+    files, plan = locate("smollm2"), LayerPlan(30, 10)
+    found = find_projector("auto", files, plan)
+    assert found is not None and found.header.model_digest == files.digest
+    assert found.header.scores["refined"] < found.header.scores["ridge"] < found.header.scores["paper"]
+    assert find_projector("paper", files, plan) is None and find_projector("auto", files, LayerPlan(30, 9)) is None

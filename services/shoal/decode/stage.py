@@ -61,7 +61,7 @@ async def open_decode(
     device = choose_device(config.decode)
     served = Served.of(config, device)
     if served.plan.anchors is not None:
-        _log.warning("the speed plan is for checkpoints tuned for it: any other one loses several times what pop does")
+        _log.warning("the speed plan is for checkpoints tuned for it: any other one loses much more than with pop")
     parameters = load_parameters(served, Stage.DECODE, device, on_progress)
     metrics = DecodeMetrics(registry)
     metrics.parameters(

@@ -37,8 +37,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End without the interpreter's teardown, where Ray was here: its native threads outlive Ray's own shutdown, and
-    the teardown has crashed beneath them, after all tests had passed and everything was told."""
+    """End without the interpreter's teardown, where Ray was here.
+
+    Once, after all tests had passed, a native thread called into memory that the teardown had freed. Whose thread it
+    was isn't known: Ray's, gRPC's and torch's all outlive their Python here, and none can be waited for.
+    """
     if "ray" in sys.modules and "PYTEST_XDIST_WORKER" not in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()

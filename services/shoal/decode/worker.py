@@ -192,8 +192,10 @@ class DecodeWorker:
 
     def _depth_run(self, request: GenerateRequest) -> Depth:
         """Shallow only if some token is: not for a one-token prompt, nor in a plan that skips nothing."""
-        shallow = self._plan.shallow_tokens(len(request.prompt_token_ids), request.depth, request.outline)
-        return Depth.SHALLOW if shallow else Depth.FULL
+        return Depth.SHALLOW if self._shallow_tokens(request) else Depth.FULL
+
+    def _shallow_tokens(self, request: GenerateRequest) -> range:
+        return self._plan.shallow_tokens(len(request.prompt_token_ids), request.depth, request.outline)
 
     def _pool_for(self, request: GenerateRequest) -> PrefillPool | None:
         """The prefill pool if its plan is the one asked for. With nothing skipped, both depths are one.
@@ -203,9 +205,7 @@ class DecodeWorker:
         if request.sampling.num_prompt_logprobs is not None:
             return None
         # Anchors and boundary tokens decode runs itself: the others are what is won.
-        num_prompt = len(request.prompt_token_ids)
-        shallow = self._plan.shallow_tokens(num_prompt, request.depth, request.outline)
-        num_won = len(shallow) if self._plan.num_skipped else num_prompt - 1
+        num_won = len(self._shallow_tokens(request)) if self._plan.num_skipped else len(request.prompt_token_ids) - 1
         return self.prefill if num_won and num_won + 1 >= self._config.min_tokens else None
 
     def _grant(self, request: GenerateRequest, deadline_s: float, attempt: int, excluded: frozenset[str]) -> Grant:

@@ -86,7 +86,8 @@ class Runner:
             token_ids += sequence.token_ids(item.start, item.end)
             positions += range(item.start, item.end)
             # Anchors, shallow tokens, then full depth again: any of the three may be empty.
-            bounds = (item.start, *(min(max(edge, item.start), item.end) for edge in _edges(sequence)), item.end)
+            edges = (sequence.shallow.start, sequence.shallow.stop)
+            bounds = (item.start, *(min(max(edge, item.start), item.end) for edge in edges), item.end)
             for start, end in (bounds[:2], bounds[2:]):
                 full += range(offset + start - item.start, offset + end - item.start)
                 if start < end:
@@ -148,7 +149,3 @@ class Runner:
                 offset += item.num_rows
             shallow = self.pool.read_layers(0, self.decoder.plan.num_kept, slots).cpu()
             yield PrefillChunk(item.sequence.request_id, item.start, item.end, shallow, deep)
-
-
-def _edges(sequence: Sequence) -> tuple[int, int]:
-    return sequence.shallow.start, sequence.shallow.stop

@@ -34,7 +34,7 @@ def find_model(models: Collection[ServedModel], name: str) -> ServedModel:
         if model.name == name:
             return model
     raise ModelNotFound(
-        f"this model isn't served here, but {', '.join(model.name for model in models)} is: GET /v1/models, ListModels",
+        f"this model isn't served here: ask for {' or '.join(model.name for model in models)}",
         param="model",
     )
 

@@ -23,7 +23,6 @@ class KvPool:
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        self.num_deep_blocks = num_deep_blocks
         self.dtype = dtype
         apart = layout.apart
         self._apart = range(0) if apart is None else range(apart.first, apart.last)

@@ -30,9 +30,20 @@ def known() -> Mapping[str, object]:
     return found
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin with the references at once, if any test will want them: the tests before it leave cores idle."""
+    wants = any("known" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wants and not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
+        import real_prompts
+
+        real_prompts.begin()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[EXIT_STATUS] = int(exitstatus)
+    if "real_prompts" in sys.modules:
+        sys.modules["real_prompts"].end()
 
 
 @pytest.hookimpl(trylast=True)

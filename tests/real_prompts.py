@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -35,18 +35,33 @@ class RealPrompt:
 
 
 @functools.cache
-def real_prompts() -> tuple[RealPrompt, ...]:
-    """All twenty with their references; computed once a run (about two minutes), so share it.
+def begin() -> tuple[ProcessPoolExecutor, tuple[Future[RealPrompt], ...]]:
+    """Have the references computed, beside whatever else runs: two minutes of all cores, in processes that yield.
 
     One process a core, of one thread each: a reference decodes token by token, where a second thread wins nothing.
     """
+    workers = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=_yielding)
     # Longest first, so that no core ends with a long one alone.
     names = sorted(prompts(), key=lambda name: -len(prompts()[name]))
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as workers:
-        return tuple(sorted(workers.map(_refer, names), key=lambda prompt: prompt.name))
+    return workers, tuple(workers.submit(_refer, name) for name in names)
 
 
-def _one_thread() -> None:
+@functools.cache
+def real_prompts() -> tuple[RealPrompt, ...]:
+    """All twenty with their references; computed once a run, so share it."""
+    workers, asked = begin()
+    with workers:
+        return tuple(sorted((future.result() for future in asked), key=lambda prompt: prompt.name))
+
+
+def end() -> None:
+    """Of what was begun, take back what nobody waited for."""
+    if begin.cache_info().currsize:
+        begin()[0].shutdown(cancel_futures=True)
+
+
+def _yielding() -> None:
+    os.nice(19)
     torch.set_num_threads(1)
 
 

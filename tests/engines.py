@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -13,8 +14,11 @@ from transformers.masking_utils import eager_mask
 
 from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
+from shoal.engine.native import NativeAttention, NativeRows
 from shoal.engine.runner import PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
+from shoal.errors import ConfigError
+from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
@@ -97,6 +101,7 @@ def make_engine(
     num_boundary: int = 1,
     anchors: Anchors | None = None,
     num_deep_blocks: int = 256,
+    kernels: NativeKernels | None = None,
 ) -> Engine:
     spec = describe(model.config)
     plan = LayerPlan(spec.num_layers, num_skipped, num_boundary, anchors)
@@ -115,7 +120,11 @@ def make_engine(
         num_deep_blocks=num_deep_blocks,
     )  # fmt: skip
     pool = KvPool(layout, num_blocks, dtype=model.dtype, device=CPU, num_deep_blocks=num_deep_blocks)
-    decoder = Decoder(spec, plan, stage, parameters or parameters_of(model, num_skipped, stage, plan=plan), attend)
+    parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan)
+    if kernels is None:
+        decoder = Decoder(spec, plan, stage, parameters, attend)
+    else:
+        decoder = Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels))
     return Engine(scheduler, Runner(decoder, pool), eos_token_ids=eos_token_ids)
 
 
@@ -132,6 +141,14 @@ class Ask:
     @property
     def params(self) -> SamplingParams:
         return self.sampling or SamplingParams(max_tokens=self.num_tokens, temperature=0.0)
+
+
+def native_kernels() -> NativeKernels:
+    """Skips the test where there are none."""
+    try:
+        return load()
+    except ConfigError as error:
+        pytest.skip(f"no kernels here: {error.message}")
 
 
 def run(engine: Engine, asks: list[Ask]) -> list[list[int]]:

@@ -125,6 +125,11 @@ class StageConfig(_Frozen):
     )
     num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="The pool in blocks, instead of bytes.")
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="native: Shoal's own, for bfloat16 on CPUs with AVX-512, compiled at the first start; auto: those "
+        "where it can be, else torch's.",
+    )
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
         2048,
         description="Tokens one forward may run: longer prompts come in chunks. Half a second of work is a good size.",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.metadata
-import os
 import shutil
 import socket
 import sys
@@ -22,7 +21,7 @@ from types import ModuleType
 from rich.table import Table
 from rich.text import Text
 
-from shoal.errors import ModelError
+from shoal.errors import ConfigError, ModelError
 from shoal.machine import available_memory_bytes, usable_cores
 
 GIB = 1 << 30
@@ -56,7 +55,7 @@ def examine(ports: Iterable[int] = (8000, 9000)) -> list[Finding]:
         judge_memory(available_memory_bytes()),
         judge_shared_memory(_free_bytes(Path(_SHM))),
         *_examine_torch(),
-        judge_compiler(next(filter(None, map(shutil.which, _compilers())), None)),
+        _examine_kernels(),
         judge_ray(_version_of("ray")),
         judge_nixl(_version_of("nixl")),
         _examine_model("smollm2"),
@@ -134,11 +133,13 @@ def judge_gpus(gpus: list[tuple[str, int]]) -> Finding:
     return Finding("GPU", Level.OK, ", ".join(f"{name} ({size / GIB:.0f} GiB)" for name, size in gpus))
 
 
-def judge_compiler(path: str | None) -> Finding:
-    if path is None:
-        step = "install g++ if you want to use torch.compile; Shoal runs without"
-        return Finding("C++ compiler", Level.WARN, "none", step)
-    return Finding("C++ compiler", Level.OK, path)
+def judge_kernels(problem: str | None, *, fits_cpu: bool) -> Finding:
+    """``problem``: why torch computes instead. Where the CPU is it, nothing can be done."""
+    if problem is None:
+        return Finding("kernels", Level.OK, "Shoal's own")
+    if not fits_cpu:
+        return Finding("kernels", Level.OK, f"torch's: {problem}")
+    return Finding("kernels", Level.WARN, f"torch's: {problem}", "mend it: with Shoal's own, everything is faster")
 
 
 def judge_ray(version: str | None) -> Finding:
@@ -200,6 +201,18 @@ def _examine_torch() -> list[Finding]:
     ]
 
 
+def _examine_kernels() -> Finding:
+    native = _load("shoal.kernels.native")
+    if native is None:
+        return judge_kernels("torch can't be imported", fits_cpu=True)
+    build = importlib.import_module("shoal.kernels.build")
+    try:
+        native.load()
+    except ConfigError as error:
+        return judge_kernels(error.message, fits_cpu=build.cpu_flags() >= build.CPU_FLAGS)
+    return judge_kernels(None, fits_cpu=True)
+
+
 def _examine_model(name: str) -> Finding:
     files = _load("shoal.model.files")
     if files is None:
@@ -216,11 +229,6 @@ def _has_bf16_instructions() -> bool:
         line.startswith(("flags", "Features")) and {"avx512_bf16", "amx_bf16", "bf16"} & set(line.split())
         for line in Path("/proc/cpuinfo").read_text().splitlines()
     )
-
-
-def _compilers() -> list[str]:
-    own = os.environ.get("CXX")
-    return [own] if own else ["g++", "clang++", "c++"]
 
 
 def _version_of(package: str) -> str | None:

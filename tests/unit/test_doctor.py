@@ -30,8 +30,9 @@ from shoal.doctor import GIB, Finding, Level
         (doctor.judge_bf16(native=True, bf16_flops=1e9, float32_flops=2e9), Level.WARN),
         (doctor.judge_bf16(native=True, bf16_flops=4e9, float32_flops=2e9), Level.OK),
         (doctor.judge_gpus([]), Level.OK),
-        (doctor.judge_compiler(None), Level.WARN),
-        (doctor.judge_compiler("/usr/bin/g++"), Level.OK),
+        (doctor.judge_kernels(None, fits_cpu=True), Level.OK),
+        (doctor.judge_kernels("no C++ compiler is at hand", fits_cpu=True), Level.WARN),
+        (doctor.judge_kernels("this CPU lacks avx512_bf16", fits_cpu=False), Level.OK),
         (doctor.judge_ray(None), Level.FAIL),
         (doctor.judge_ray("2.59.1"), Level.FAIL),
         (doctor.judge_ray("2.60.0rc1"), Level.OK),
@@ -73,7 +74,7 @@ def test_examine_looks_at_everything_and_this_machine_can_serve() -> None:
         port = listener.getsockname()[1]
         findings = {finding.name: finding for finding in doctor.examine(ports=[port])}
     assert set(findings) == {
-        "Python", "cores", "memory", "/dev/shm", "torch", "bfloat16", "GPU", "C++ compiler", "Ray", "NIXL",
+        "Python", "cores", "memory", "/dev/shm", "torch", "bfloat16", "GPU", "kernels", "Ray", "NIXL",
         "model smollm2", f"port {port}",
     }  # fmt: skip
     assert findings[f"port {port}"].level is Level.WARN

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from shoal.config import Dtype, ShoalConfig, StageConfig
 from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
+from shoal.engine.native import NativeAttention, NativeRows, check_native
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
+from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.machine import available_memory_bytes, usable_threads
@@ -25,6 +28,8 @@ from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.model.projector import PAPER, Projector, find_projector
 from shoal.model.weights import open_weights
+
+_log = structlog.get_logger(__name__)
 
 _WARM_UP = "warm-up"
 POOL_SHARE_OF_FREE_MEMORY = 0.25
@@ -138,10 +143,29 @@ def build_engine(
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
         num_deep_blocks=num_deep_blocks,
     )
-    decoder = Decoder(served.spec, served.plan, stage, parameters, attend)
+    kernels = choose_kernels(limits, served, device)
+    if kernels is None:
+        decoder = Decoder(served.spec, served.plan, stage, parameters, attend)
+    else:
+        rows = NativeRows(served.spec, kernels)
+        decoder = Decoder(served.spec, served.plan, stage, parameters, NativeAttention(kernels), rows)
     engine = Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
     warm_up(engine, stage)
     return engine
+
+
+def choose_kernels(limits: StageConfig, served: Served, device: torch.device) -> NativeKernels | None:
+    """``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
+    if limits.kernels == "torch":
+        return None
+    try:
+        check_native(served.spec, served.dtype, served.kv_dtype, device)
+        return load()
+    except ConfigError as error:
+        if limits.kernels == "native":
+            raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
+        _log.info("torch computes", reason=error.message)
+        return None
 
 
 def warm_up(engine: Engine, stage: Stage) -> None:

@@ -72,7 +72,8 @@ class ReadPlanner:
             seen = _first_seen(start, window)
             row = offset + start - item.start
             context = self._context(self._layout.slots(item.blocks, seen, end))
-            yield PromptSegment(row, row + end - start, context, self._mask(start - seen, end - start, window))
+            mask = self._mask(start - seen, end - start, window)
+            yield PromptSegment(row, row + end - start, context, end - seen, window, mask)
 
     def _mask(self, num_before: int, num_rows: int, window: int | None) -> torch.Tensor | None:
         """Of rows that follow ``num_before`` positions; none is longer than a window."""
@@ -93,12 +94,12 @@ class ReadPlanner:
             context = np.zeros((len(members), longest), dtype=np.int64)
             for index, (_, slots) in enumerate(members):
                 context[index, : len(slots)] = slots
+            limits = self._index(lengths)
             mask = None
             if min(lengths) < longest:
-                limits = torch.tensor(lengths, device=self._device)
                 mask = (torch.arange(longest, device=self._device) < limits[:, None])[:, None, None, :]
             rows = self._index([row for row, _ in members])
-            yield DecodeGroup(rows, self._context(context.reshape(-1)), longest, mask)
+            yield DecodeGroup(rows, self._context(context.reshape(-1)), longest, limits, mask)
 
     def _context(self, slots: npt.NDArray[np.int64]) -> torch.Tensor | slice:
         """A slice where the slots lie in one run, which saves the gather."""

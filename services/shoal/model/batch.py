@@ -16,24 +16,29 @@ import torch
 class PromptSegment:
     """Rows ``[row_start, row_end)`` of one sequence: they see its context up to and including themselves.
 
-    ``context`` addresses the slots of what they may see, in position order. ``mask`` is ``[rows, num_context]`` (True =
-    may look), or ``None`` where plain causality from the first of them on says it all.
+    ``context`` addresses the slots of the ``num_context`` tokens that they may see, in position order: the last are the
+    rows' own. Each sees the last ``window`` (``None``: all) of those up to itself. ``mask`` says the same:
+    ``[rows, num_context]`` (True = may look), or ``None`` where plain causality from the first of them on says it all.
     """
 
     row_start: int
     row_end: int
     context: torch.Tensor | slice
+    num_context: int
+    window: int | None
     mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Single rows of ``B`` sequences: ``rows`` ``[B]``, ``context`` slots ``[B * longest]`` (padded with slot 0),
-    ``mask`` ``[B, 1, 1, longest]`` (True = may look) or ``None`` where nothing is padded."""
+    """Single rows of ``B`` sequences: ``rows`` ``[B]``, ``context`` slots ``[B * longest]`` (padded with slot 0), of
+    which each sees the first of ``lengths`` ``[B]``. ``mask`` says the same: ``[B, 1, 1, longest]`` (True = may look),
+    or ``None`` where nothing is padded."""
 
     rows: torch.Tensor
     context: torch.Tensor | slice
     longest: int
+    lengths: torch.Tensor
     mask: torch.Tensor | None
 
 

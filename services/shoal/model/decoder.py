@@ -19,11 +19,11 @@ from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan, StepBatch
-from shoal.model.families import Activation, ModelSpec
-from shoal.model.norm import rms_norm
+from shoal.model.families import ModelSpec
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
+from shoal.model.rows import RowOps, TorchRows
 
 
 class Attend(Protocol):
@@ -54,14 +54,23 @@ class StepTensors:
 
 
 class Decoder:
-    """Runs ``plan`` with the parameters that ``stage`` holds."""
+    """Runs ``plan`` with the parameters that ``stage`` holds; ``rows`` are torch's by default."""
 
-    def __init__(self, spec: ModelSpec, plan: LayerPlan, stage: Stage, parameters: Parameters, attend: Attend) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: LayerPlan,
+        stage: Stage,
+        parameters: Parameters,
+        attend: Attend,
+        rows: RowOps | None = None,
+    ) -> None:
         self.spec = spec
         self.plan = plan
         self.stage = stage
         self.parameters = parameters
         self._attend = attend
+        self._rows = rows or TorchRows(spec)
         # Through float32 to the activations' dtype, as transformers rounds it.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 
@@ -116,45 +125,39 @@ class Decoder:
 
     def _layer(self, index: int, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
         layer = self.parameters.layers[index]
-        mixed = self._attention(index, layer, self._norm(hidden, layer.input_norm), rope, pool, reads)
-        hidden = hidden + self._norm_if(mixed, layer.attention_post_norm)
-        return hidden + self._norm_if(self._mlp(layer, self._norm(hidden, layer.mlp_norm)), layer.mlp_post_norm)
+        mixed = self._attention(index, layer, self._rows.norm(hidden, layer.input_norm), rope, pool, reads)
+        mixed = self._norm_if(mixed, layer.attention_post_norm)
+        hidden, normed = self._rows.add_norm(hidden, mixed, layer.mlp_norm)
+        return hidden + self._norm_if(self._mlp(layer, normed), layer.mlp_post_norm)
 
     def _attention(
         self, index: int, layer: LayerParameters, normed: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan
     ) -> torch.Tensor:
         spec, rows = self.spec, normed.shape[0]
         looks = spec.layers[index]
-        heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(rows, -1, spec.head_dim)
-        queries = heads[:, : spec.num_heads]
+        heads = self._rows.linear(normed, layer.qkv, layer.qkv_bias).view(rows, -1, spec.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
+            queries = heads[:, : spec.num_heads]
             keys = heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]
-            queries.copy_(self._norm(queries, layer.q_norm))
-            keys.copy_(self._norm(keys, layer.k_norm))
-        rope.rotate_(heads[:, : spec.num_heads + spec.num_kv_heads], looks.rope)
-        kv = heads[:, spec.num_heads :].view(rows, 2, spec.num_kv_heads, spec.head_dim)
-        pool.write(index, reads.slots, kv)
+            queries.copy_(self._rows.norm(queries, layer.q_norm))
+            keys.copy_(self._rows.norm(keys, layer.k_norm))
+        queries = self._rows.rotate_and_store(heads, rope, looks.rope, pool, index, reads.slots)
         mixed = self._attend(
             queries, pool, index, reads.within(looks.window), scale=spec.attention_scale, softcap=spec.attention_softcap
         )
-        return F.linear(mixed.reshape(rows, spec.q_size), layer.out, layer.out_bias)
+        return self._rows.linear(mixed.reshape(rows, spec.q_size), layer.out, layer.out_bias)
 
     def _mlp(self, layer: LayerParameters, normed: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        silu = self.spec.activation is Activation.SILU
-        gate = F.silu(gate) if silu else F.gelu(gate, approximate="tanh")
-        return F.linear(gate.mul_(up), layer.down, layer.down_bias)
-
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, weight, self.spec.norm_eps)
+        gated = self._rows.gate(self._rows.linear(normed, layer.gate_up, layer.gate_up_bias))
+        return self._rows.linear(gated, layer.down, layer.down_bias)
 
     def _norm_if(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return hidden if weight is None else self._norm(hidden, weight)
+        return hidden if weight is None else self._rows.norm(hidden, weight)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
         """``[len(rows), vocab]`` of states that left the last layer; ``None`` where the stage holds no lm_head."""
         norm, head = self.parameters.final_norm, self.parameters.lm_head
         if norm is None or head is None or rows.numel() == 0:
             return None
-        logits, cap = F.linear(self._norm(hidden[rows], norm), head), self.spec.logit_softcap
+        logits, cap = self._rows.linear(self._rows.norm(hidden[rows], norm), head), self.spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

@@ -1,0 +1,98 @@
+"""The decoder's operations by Shoal's own kernels: bfloat16 on a CPU that has its instructions."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.errors import ConfigError
+from shoal.kernels.native import HEAD_DIMS, NativeKernels
+from shoal.kv.pool import KvPool
+from shoal.model.batch import AttentionPlan
+from shoal.model.families import Activation, ModelSpec
+from shoal.model.rope import Rope
+from shoal.model.rows import TorchRows
+
+
+def check_native(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError that says what the kernels can't do of this."""
+    if device.type != "cpu":
+        raise ConfigError("they are for CPUs")
+    if {dtype, kv_dtype} != {torch.bfloat16}:
+        raise ConfigError("they compute in bfloat16 only")
+    if spec.head_dim not in HEAD_DIMS:
+        raise ConfigError(f"heads of {spec.head_dim} numbers aren't among {sorted(HEAD_DIMS)}")
+    if spec.attention_softcap is not None:
+        raise ConfigError("they know no softcap")
+    if any(size % 32 for size in (spec.hidden_size, spec.intermediate_size)):
+        raise ConfigError("they take sizes that are multiples of 32")
+
+
+# With more rows torch's products are faster: it packs the weights, which then pays.
+_MAX_FEW_ROWS = 16
+
+
+class NativeAttention:
+    """Carries out ``Attend``."""
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._kernels = kernels
+
+    def __call__(
+        self,
+        queries: torch.Tensor,
+        pool: KvPool,
+        layer: int,
+        reads: AttentionPlan,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        held = pool.layers[layer]
+        mixed = queries.new_empty(queries.shape)
+        for segment in reads.prompts:
+            rows = slice(segment.row_start, segment.row_end)
+            self._kernels.attend_prompt(
+                queries[rows], held, segment.context, segment.num_context, segment.window, scale, mixed[rows]
+            )
+        for group in reads.groups:
+            self._kernels.attend_decode(
+                queries, group.rows, held, group.context, group.longest, group.lengths, scale, mixed
+            )
+        return mixed
+
+
+class NativeRows(TorchRows):
+    """Carries out ``RowOps``; what the kernels don't take (a float32 weight), torch does."""
+
+    def __init__(self, spec: ModelSpec, kernels: NativeKernels) -> None:
+        super().__init__(spec)
+        self._kernels = kernels
+        self._is_gelu = spec.activation is not Activation.SILU
+
+    def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype != hidden.dtype or hidden.dim() != 2 or not hidden.is_contiguous():
+            return super().norm(hidden, weight)
+        return self._kernels.add_norm(hidden, None, weight, self._spec.norm_eps)[1]
+
+    def add_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if weight.dtype != hidden.dtype or not (hidden.is_contiguous() and added.is_contiguous()):
+            return super().add_norm(hidden, added, weight)
+        return self._kernels.add_norm(hidden, added, weight, self._spec.norm_eps)
+
+    def rotate_and_store(
+        self, heads: torch.Tensor, rope: Rope, table: int, pool: KvPool, layer: int, slots: torch.Tensor
+    ) -> torch.Tensor:
+        num_heads = self._spec.num_heads
+        self._kernels.rotate_store(heads, num_heads, rope.cos[table], rope.sin[table], pool.layers[layer], slots)
+        return heads[:, :num_heads]
+
+    def gate(self, both: torch.Tensor) -> torch.Tensor:
+        return self._kernels.gate(both, is_gelu=self._is_gelu)
+
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        fits = not weight.shape[0] % 16 and not weight.shape[1] % 32 and inputs.is_contiguous()
+        if inputs.shape[0] > _MAX_FEW_ROWS or not fits:
+            return super().linear(inputs, weight, bias)
+        return self._kernels.linear(inputs, weight, bias)

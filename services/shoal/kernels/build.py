@@ -1,0 +1,105 @@
+"""Compile src/ into one shared library, once: the user's cache keeps it under the digest of all that it depends on.
+
+``python -m shoal.kernels.build FOLDER`` does it ahead, for an image.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from hashlib import sha256
+from importlib import resources
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from shoal.errors import ConfigError
+
+# What x86-64-v4 and -mavx512bf16 let the compiler use, as /proc/cpuinfo names it.
+CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "fma", "bmi2"})
+_OPTIONS = ("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-fPIC", "-shared")
+_TIMEOUT_S = 120
+# A folder with a library compiled before, for images without a compiler.
+FOLDER_VARIABLE = "SHOAL_KERNELS_FOLDER"
+
+
+def library() -> Path:
+    """The compiled library, compiling it if need be. Raises ConfigError that says why there can't be one."""
+    if missing := sorted(CPU_FLAGS - cpu_flags()):
+        raise ConfigError(f"this CPU lacks {', '.join(missing)}")
+    path = compiled(Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels"))
+    if not _is_ours(path):
+        raise ConfigError(f"{path} can be written to by others, so it isn't loaded: remove it")
+    return path
+
+
+def compiled(folder: Path) -> Path:
+    """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError."""
+    sources = _sources()
+    digest = sha256("\0".join([*_OPTIONS, *(text for pair in sources for text in pair)]).encode()).hexdigest()
+    path = folder / f"{digest[:32]}.so"
+    if not path.exists():
+        _compile(sources, path)
+    return path
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def compiler() -> str | None:
+    """The C++ compiler that ``CXX`` names, or a usual one."""
+    own = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [own] if own else ["g++", "clang++", "c++"])), None)
+
+
+def _sources() -> list[tuple[str, str]]:
+    folder = resources.files("shoal.kernels") / "src"
+    return sorted((entry.name, entry.read_text(encoding="utf-8")) for entry in folder.iterdir())
+
+
+def _compile(sources: Iterable[tuple[str, str]], path: Path) -> None:
+    tool = compiler()
+    if tool is None:
+        raise ConfigError("no C++ compiler is at hand: install g++")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as name:
+            folder = Path(name)
+            for source, text in sources:
+                (folder / source).write_text(text, encoding="utf-8")
+            units = sorted(str(unit) for unit in folder.glob("*.cpp"))
+            made = folder / "library"
+            subprocess.run(
+                [tool, *_OPTIONS, "-o", str(made), *units], check=True, capture_output=True, timeout=_TIMEOUT_S
+            )
+            made.chmod(0o755)
+            made.replace(path)  # whoever else compiles it makes the same
+    except OSError as error:
+        raise ConfigError(
+            f"no library can be kept in {path.parent} ({error.strerror}): set {FOLDER_VARIABLE}"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(f"{tool} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{tool} took longer than {_TIMEOUT_S} s") from error
+
+
+def _is_ours(path: Path) -> bool:
+    """It is code: nobody but its owner may have written it, and the owner is we or the system."""
+    found = path.stat()
+    return found.st_uid in {os.getuid(), 0} and not found.st_mode & 0o022
+
+
+if __name__ == "__main__":
+    compiled(Path(sys.argv[1]))

@@ -1,0 +1,138 @@
+"""The compiled kernels, called with tensors. All take and give bfloat16 on the CPU; nothing is checked twice here."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+from shoal.errors import InternalError
+from shoal.kernels.build import library
+
+HEAD_DIMS = frozenset({64, 128, 256})
+
+_PTR, _INT, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "shoal_attend_prompt": [
+        _PTR, _INT64, _PTR, _PTR, _INT64, _INT64, _INT64, _INT, _INT, _INT, _INT64, _FLOAT, _PTR, _INT,
+    ],
+    "shoal_attend_decode": [
+        _PTR, _INT64, _PTR, _PTR, _PTR, _INT64, _INT64, _PTR, _INT64, _INT, _INT, _INT, _FLOAT, _PTR, _INT,
+    ],
+    "shoal_add_norm": [_PTR, _PTR, _PTR, _INT64, _INT64, _FLOAT, _PTR, _PTR, _INT],
+    "shoal_rotate_store": [_PTR, _PTR, _PTR, _INT64, _INT, _INT, _INT, _PTR, _PTR, _INT],
+    "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
+    "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
+}  # fmt: skip
+
+
+@cache
+def load() -> NativeKernels:
+    """Once a process. Raises ConfigError that says why there are none."""
+    return NativeKernels(ctypes.CDLL(str(library())))
+
+
+class NativeKernels:
+    """Each method allocates what it returns, and runs on torch's number of threads (and torch's own threads: both use
+    the one OpenMP runtime that is loaded)."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        self._functions = {}
+        for name, signature in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = signature, ctypes.c_int
+            self._functions[name] = function
+
+    def attend_prompt(
+        self,
+        queries: torch.Tensor,
+        pool: torch.Tensor,
+        context: torch.Tensor | slice,
+        num_context: int,
+        window: int | None,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """``queries`` ``[rows, heads, head_dim]`` (rows may be apart) are of the last ones of ``num_context`` tokens at
+        the slots ``context`` of ``pool`` ``[slots, 2, kv_heads, head_dim]``; each sees the ``window`` up to itself."""
+        rows, heads, head_dim = queries.shape
+        slots, first = _slots(context)
+        self._call(
+            "shoal_attend_prompt", queries.data_ptr(), queries.stride(0), pool.data_ptr(), slots, first, num_context,
+            rows, heads, pool.shape[2], head_dim, window or 0, scale, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def attend_decode(
+        self,
+        queries: torch.Tensor,
+        rows: torch.Tensor,
+        pool: torch.Tensor,
+        context: torch.Tensor | slice,
+        longest: int,
+        lengths: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Of ``queries`` ``[all rows, heads, head_dim]`` those at ``rows`` ``[B]``, each over the first of its
+        ``lengths`` ``[B]`` slots of ``context`` ``[B * longest]``; ``out`` is as large as ``queries``."""
+        slots, first = _slots(context)
+        self._call(
+            "shoal_attend_decode", queries.data_ptr(), queries.stride(0), rows.data_ptr(), pool.data_ptr(), slots,
+            first, longest, lengths.data_ptr(), rows.shape[0], queries.shape[1], pool.shape[2], queries.shape[2],
+            scale, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def add_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(``hidden + added``, its RMS norm times ``weight``); ``hidden`` itself where nothing is added."""
+        out = torch.empty_like(hidden)
+        total = hidden if added is None else torch.empty_like(hidden)
+        rows, size = hidden.shape
+        self._call(
+            "shoal_add_norm", hidden.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), rows,
+            size, eps, total.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return total, out
+
+    def rotate_store(
+        self,
+        heads: torch.Tensor,
+        num_heads: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        pool: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """``heads`` ``[rows, num_heads + 2 kv_heads, head_dim]``: queries are rotated in place, keys into the pool."""
+        rows, _, head_dim = heads.shape
+        self._call(
+            "shoal_rotate_store", heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, num_heads, pool.shape[2],
+            head_dim, pool.data_ptr(), slots.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``inputs`` ``[rows, size]`` times ``weight`` ``[outputs, size]`` transposed: for few rows."""
+        rows, size = inputs.shape
+        out = inputs.new_empty(rows, weight.shape[0])
+        self._call(
+            "shoal_linear", inputs.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), rows,
+            weight.shape[0], size, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def gate(self, both: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
+        """``activation(gate) * up`` of ``gate|up`` ``[rows, 2 * size]``."""
+        rows, size = both.shape[0], both.shape[1] // 2
+        out = both.new_empty(rows, size)
+        self._call("shoal_gate", both.data_ptr(), int(is_gelu), rows, size, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def _call(self, name: str, *arguments: float | None) -> None:
+        if self._functions[name](*arguments):
+            raise InternalError(f"{name} can't run on these shapes")
+
+
+def _slots(context: torch.Tensor | slice) -> tuple[int | None, int]:
+    return (None, context.start) if isinstance(context, slice) else (context.data_ptr(), 0)

@@ -1,0 +1,138 @@
+// Attention of one row each of many sequences. The time goes into reading K and V: each is read once for all the query
+// heads that share it, and a long context is cut into parts for the threads, which are then put together.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "simd.hpp"
+
+namespace shoal {
+namespace {
+
+constexpr int CHUNK = 64;
+constexpr int64_t MIN_PART = 256;
+
+// What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, `total` of 2^(score - top).
+struct Part {
+    float* sums;
+    float top = LOWEST, total = 0;
+};
+
+template <int D>
+void add_chunk(const bf16* query, const Context& context, int64_t key_at, int64_t value_at, int64_t begin, int n,
+               float factor, Part& part) {
+    alignas(64) float scores[CHUNK];
+    __m512bh own[D / 32];
+    for (int j = 0; j < D / 32; j++) own[j] = (__m512bh)_mm512_loadu_si512(query + 32 * j);
+    for (int i = 0; i < n; i++) {
+        const bf16* const key = context[begin + i] + key_at;
+        __m512 sum = _mm512_setzero_ps();
+        for (int j = 0; j < D / 32; j++)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(key + 32 * j), own[j]);
+        scores[i] = _mm512_reduce_add_ps(sum) * factor;
+    }
+    const int padded = (n + 15) / 16 * 16;
+    std::fill(scores + n, scores + padded, LOWEST);
+    __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
+    for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
+    const float top = _mm512_reduce_max_ps(most), shrink = std::exp2(part.top - top);
+    for (int i = 0; i < padded; i += 16) {
+        const __m512 probability = exp2(_mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(top)));
+        _mm512_store_ps(scores + i, probability);
+        total = _mm512_add_ps(total, probability);
+    }
+    part.total = part.total * shrink + _mm512_reduce_add_ps(total);
+    part.top = top;
+    __m512 sums[D / 16];
+    for (int j = 0; j < D / 16; j++)
+        sums[j] = _mm512_mul_ps(_mm512_loadu_ps(part.sums + 16 * j), _mm512_set1_ps(shrink));
+    for (int i = 0; i < n; i++) {
+        const bf16* const value = context[begin + i] + value_at;
+        for (int j = 0; j < D / 16; j++)
+            sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[i]), load(value + 16 * j), sums[j]);
+    }
+    for (int j = 0; j < D / 16; j++) _mm512_storeu_ps(part.sums + 16 * j, sums[j]);
+}
+
+struct Rows {
+    const bf16* queries;
+    int64_t query_row;
+    const int64_t *rows, *slots;
+    int64_t first_slot, longest;
+    const int64_t* lengths;
+    int64_t batch;
+    int num_heads, kv_heads;
+    float factor;
+    bf16* out;
+    int num_threads;
+};
+
+template <int D>
+void join(const std::vector<Part>& parts, size_t first, int64_t num_parts, int64_t stride, bf16* out) {
+    float top = LOWEST, total = 0, sums[D] = {};
+    for (int64_t p = 0; p < num_parts; p++) top = std::max(top, parts[first + p * stride].top);
+    for (int64_t p = 0; p < num_parts; p++) {
+        const Part& part = parts[first + p * stride];
+        const float weight = std::exp2(part.top - top);
+        total += weight * part.total;
+        for (int channel = 0; channel < D; channel++) sums[channel] += weight * part.sums[channel];
+    }
+    for (int j = 0; j < D; j += 16) store(out + j, _mm512_mul_ps(_mm512_loadu_ps(sums + j), _mm512_set1_ps(1 / total)));
+}
+
+template <int D>
+void attend_decode(const Rows& rows, const bf16* pool) {
+    const int shared = rows.num_heads / rows.kv_heads;
+    const int64_t slot_size = 2 * (int64_t)rows.kv_heads * D, pairs = rows.batch * rows.kv_heads;
+    // So many that the threads can share them evenly, but none too short to be worth it.
+    const int64_t num_parts =
+        std::clamp<int64_t>((4 * rows.num_threads + pairs - 1) / pairs, 1, std::max<int64_t>(1, rows.longest / MIN_PART));
+    std::vector<float> sums(pairs * num_parts * shared * D);
+    std::vector<Part> parts(pairs * num_parts * shared);
+    for (size_t i = 0; i < parts.size(); i++) parts[i].sums = sums.data() + i * D;
+#pragma omp parallel num_threads(rows.num_threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < pairs * num_parts; item++) {
+            const int64_t pair = item / num_parts, sequence = pair / rows.kv_heads, kv_head = pair % rows.kv_heads;
+            const int64_t length = rows.lengths[sequence], size = (length + num_parts - 1) / num_parts;
+            const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
+            const int64_t at = sequence * rows.longest;
+            const Context context = {pool, rows.slots ? rows.slots + at : nullptr, rows.first_slot + at, slot_size};
+            const bf16* const queries = rows.queries + rows.rows[sequence] * rows.query_row + kv_head * shared * D;
+            for (int64_t chunk = begin; chunk < end; chunk += CHUNK)
+                for (int head = 0; head < shared; head++)
+                    add_chunk<D>(queries + head * D, context, kv_head * D, (rows.kv_heads + kv_head) * D, chunk,
+                                 (int)std::min<int64_t>(CHUNK, end - chunk), rows.factor, parts[item * shared + head]);
+        }
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < pairs; pair++)
+            for (int head = 0; head < shared; head++)
+                join<D>(parts, pair * num_parts * shared + head, num_parts, shared,
+                        rows.out + ((rows.rows[pair / rows.kv_heads] * rows.num_heads) +
+                                    pair % rows.kv_heads * shared + head) * D);
+    }
+}
+
+}  // namespace
+}  // namespace shoal
+
+// Of queries [rows, num_heads, D] (query_row numbers between rows) those at `rows` [batch], each over lengths[i] tokens
+// at slots [batch, longest], or without them at first_slot and what follows; out is [rows, num_heads, D], contiguous. Returns 0, or 1 if it can't.
+extern "C" int shoal_attend_decode(const void* queries, int64_t query_row, const int64_t* at, const void* pool,
+                                   const int64_t* slots, int64_t first_slot, int64_t longest, const int64_t* lengths,
+                                   int64_t batch, int num_heads, int kv_heads, int head_dim, float scale, void* out,
+                                   int num_threads) {
+    using namespace shoal;
+    const Rows rows = {static_cast<const bf16*>(queries), query_row, at, slots, first_slot, longest, lengths, batch,
+                       num_heads, kv_heads, scale * LOG2_E, static_cast<bf16*>(out), num_threads};
+    const bf16* const held = static_cast<const bf16*>(pool);
+    switch (head_dim) {
+        case 64: return attend_decode<64>(rows, held), 0;
+        case 128: return attend_decode<128>(rows, held), 0;
+        case 256: return attend_decode<256>(rows, held), 0;
+        default: return 1;
+    }
+}

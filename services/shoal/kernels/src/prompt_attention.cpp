@@ -1,0 +1,228 @@
+// Attention of many rows of one sequence, after flash attention (arXiv 2205.14135).
+//
+// K and V of a K/V head are repacked once, so that one instruction multiplies pairs of numbers (all that bfloat16 dot
+// products do) for 16 keys, or for 16 channels of V:
+//
+//     keys    [panel of 64 keys][pair of channels][key][2]
+//     values  [pair of keys][channel][2]
+//
+// Six rows of queries share each load of them: 24 registers hold sums, four what was loaded. Rows go through the keys
+// block by block, with an online softmax between. Scores and sums are float32; probabilities are rounded to bfloat16.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "simd.hpp"
+
+namespace shoal {
+namespace {
+
+constexpr int ROWS = 6;
+constexpr int PANEL = 64;
+constexpr int BLOCK = 512;
+constexpr int VECTORS = PANEL / 16;
+
+struct Range {
+    int64_t begin, end;
+};
+
+struct Packed {
+    const bf16 *keys, *values;
+};
+
+inline __m512bh both(const bf16* pair) {
+    int32_t bits;
+    std::memcpy(&bits, pair, sizeof bits);
+    return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+// sums[row][0..64) += sum over pairs of left[row][pair] * right[pair][0..64): both products of attention.
+template <int N>
+inline void multiply(const bf16* left, int64_t left_row, const bf16* right, int64_t right_pair, int num_pairs,
+                     float* sums, int64_t sums_row, bool adds) {
+    __m512 acc[N][VECTORS];
+    for (int row = 0; row < N; row++)
+        for (int j = 0; j < VECTORS; j++)
+            acc[row][j] = adds ? _mm512_load_ps(sums + row * sums_row + 16 * j) : _mm512_setzero_ps();
+    for (int pair = 0; pair < num_pairs; pair++) {
+        __m512bh shared[VECTORS];
+        for (int j = 0; j < VECTORS; j++)
+            shared[j] = (__m512bh)_mm512_load_si512(right + pair * right_pair + 32 * j);
+        for (int row = 0; row < N; row++) {
+            const __m512bh own = both(left + row * left_row + 2 * pair);
+            for (int j = 0; j < VECTORS; j++) acc[row][j] = _mm512_dpbf16_ps(acc[row][j], shared[j], own);
+        }
+    }
+    for (int row = 0; row < N; row++)
+        for (int j = 0; j < VECTORS; j++) _mm512_store_ps(sums + row * sums_row + 16 * j, acc[row][j]);
+}
+
+// What a row has seen so far: `sum` of 2^(score - top) * V, and `total` of 2^(score - top).
+struct Softmax {
+    float top = LOWEST, total = 0;
+
+    // Turns the scores of a block, [0, width), into probabilities; those outside `seen` count nothing.
+    template <int D>
+    void add(float* scores, int width, Range seen, float factor, float* sum, bf16* probabilities) {
+        const bool sees_all = seen.begin <= 0 && seen.end >= width;
+        __m512 most = _mm512_set1_ps(top);
+        for (int j = 0; j < width; j += 16) {
+            __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + j), _mm512_set1_ps(factor));
+            if (!sees_all)
+                scaled = _mm512_mask_blend_ps(mask(seen, j), _mm512_set1_ps(-INFINITY), scaled);
+            _mm512_store_ps(scores + j, scaled);
+            most = _mm512_max_ps(most, scaled);
+        }
+        const float now = _mm512_reduce_max_ps(most);
+        if (now > top) shrink<D>(now, sum);
+        __m512 added = _mm512_setzero_ps();
+        for (int j = 0; j < width; j += 16) {
+            __m512 probability = exp2(_mm512_sub_ps(_mm512_load_ps(scores + j), _mm512_set1_ps(top)));
+            if (!sees_all) probability = _mm512_maskz_mov_ps(mask(seen, j), probability);
+            added = _mm512_add_ps(added, probability);
+            store(probabilities + j, probability);
+        }
+        total += _mm512_reduce_add_ps(added);
+    }
+
+    template <int D>
+    void shrink(float now, float* sum) {
+        const __m512 by = exp2(_mm512_set1_ps(top - now));
+        for (int j = 0; j < D; j += 16) _mm512_store_ps(sum + j, _mm512_mul_ps(_mm512_load_ps(sum + j), by));
+        total *= _mm512_cvtss_f32(by);
+        top = now;
+    }
+
+    static __mmask16 mask(Range seen, int j) {
+        const uint32_t low = (uint32_t)std::clamp<int64_t>(seen.begin - j, 0, 16);
+        const uint32_t high = (uint32_t)std::clamp<int64_t>(seen.end - j, 0, 16);
+        return (__mmask16)(((1u << high) - 1) & ~((1u << low) - 1));
+    }
+};
+
+// N rows of one head, of which row i sees the keys of seen[i]; both ends only grow from row to row.
+template <int D, int N>
+void attend(const bf16* queries, int64_t query_row, Packed kv, const Range* seen, float factor, bf16* out,
+            int64_t out_row) {
+    alignas(64) float scores[N * BLOCK], sums[N * D] = {};
+    alignas(64) bf16 probabilities[N * BLOCK];
+    Softmax softmax[N];
+    const int64_t end = seen[N - 1].end;
+    for (int64_t block = seen[0].begin / PANEL * PANEL; block < end; block += BLOCK) {
+        const int width = (int)(std::min<int64_t>(BLOCK, end - block) + PANEL - 1) / PANEL * PANEL;
+        for (int key = 0; key < width; key += PANEL)
+            multiply<N>(queries, query_row, kv.keys + (block + key) * D, 2 * PANEL, D / 2, scores + key, BLOCK, false);
+        for (int row = 0; row < N; row++)
+            softmax[row].template add<D>(scores + row * BLOCK, width, {seen[row].begin - block, seen[row].end - block},
+                                         factor, sums + row * D, probabilities + row * BLOCK);
+        for (int channel = 0; channel < D; channel += PANEL)
+            multiply<N>(probabilities, BLOCK, kv.values + block * D + 2 * channel, 2 * D, width / 2, sums + channel, D,
+                        true);
+    }
+    for (int row = 0; row < N; row++)
+        for (int j = 0; j < D; j += 16)
+            store(out + row * out_row + j,
+                  _mm512_mul_ps(_mm512_load_ps(sums + row * D + j), _mm512_set1_ps(1 / softmax[row].total)));
+}
+
+template <int D>
+void pack(const Context& context, int kv_heads, int head, Range range, bf16* keys, bf16* values) {
+    const int64_t end = (range.end + PANEL - 1) / PANEL * PANEL;
+    static const bf16 nothing[D] = {};
+    const auto key = [&](int64_t at) { return at < range.end ? context[at] + head * D : nothing; };
+    const auto value = [&](int64_t at) { return at < range.end ? context[at] + (kv_heads + head) * D : nothing; };
+    for (int64_t at = range.begin; at < end; at++) {
+        bf16* const to = keys + at / PANEL * PANEL * D + 2 * (at % PANEL);
+        const bf16* const from = key(at);
+        for (int pair = 0; pair < D / 2; pair++) std::memcpy(to + pair * 2 * PANEL, from + 2 * pair, 2 * sizeof(bf16));
+    }
+    for (int64_t at = range.begin; at < end; at += 2) {
+        const bf16 *first = value(at), *second = value(at + 1);
+        bf16* const to = values + at * D;
+        for (int channel = 0; channel < D; channel++) {
+            to[2 * channel] = first[channel];
+            to[2 * channel + 1] = second[channel];
+        }
+    }
+}
+
+struct Rows {
+    const bf16* queries;
+    int64_t query_row, num_rows, num_context, window;
+    int num_heads, kv_heads;
+    float factor;
+    bf16* out;
+    int num_threads;
+};
+
+// Rows [first, first + N) of the heads that share a K/V head.
+template <int D, int N>
+void attend_heads(const Rows& rows, int kv_head, int64_t first, Packed kv) {
+    Range seen[N];
+    for (int row = 0; row < N; row++) {
+        const int64_t end = rows.num_context - rows.num_rows + first + row + 1;
+        seen[row] = {rows.window ? std::max<int64_t>(0, end - rows.window) : 0, end};
+    }
+    const int shared = rows.num_heads / rows.kv_heads;
+    const int64_t out_row = (int64_t)rows.num_heads * D;
+    for (int head = kv_head * shared; head < (kv_head + 1) * shared; head++)
+        attend<D, N>(rows.queries + first * rows.query_row + head * D, rows.query_row, kv, seen, rows.factor,
+                     rows.out + first * out_row + head * D, out_row);
+}
+
+template <int D>
+bool attend_prompt(const Rows& rows, const Context& context) {
+    constexpr int64_t PIECE = 4 * PANEL, RUN = 8 * ROWS;
+    const int64_t padded = (rows.num_context + PANEL - 1) / PANEL * PANEL;
+    const int64_t num_pieces = (rows.num_context + PIECE - 1) / PIECE, num_runs = (rows.num_rows + RUN - 1) / RUN;
+    bf16* const memory = static_cast<bf16*>(std::aligned_alloc(64, 2 * rows.kv_heads * padded * D * sizeof(bf16)));
+    if (!memory) return false;
+    const auto keys = [&](int head) { return memory + 2 * head * padded * D; };
+    const auto values = [&](int head) { return memory + (2 * head + 1) * padded * D; };
+#pragma omp parallel num_threads(rows.num_threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < rows.kv_heads * num_pieces; item++) {
+            const int head = (int)(item / num_pieces);
+            const int64_t begin = item % num_pieces * PIECE;
+            pack<D>(context, rows.kv_heads, head, {begin, std::min(rows.num_context, begin + PIECE)}, keys(head),
+                    values(head));
+        }
+        // The last rows see most: first, so that no thread is left with them at the end.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < rows.kv_heads * num_runs; item++) {
+            const int head = (int)(item % rows.kv_heads);
+            const int64_t begin = (num_runs - 1 - item / rows.kv_heads) * RUN;
+            const int64_t end = std::min(rows.num_rows, begin + RUN);
+            const Packed kv = {keys(head), values(head)};
+            int64_t row = begin;
+            for (; row + ROWS <= end; row += ROWS) attend_heads<D, ROWS>(rows, head, row, kv);
+            for (; row < end; row++) attend_heads<D, 1>(rows, head, row, kv);
+        }
+    }
+    std::free(memory);
+    return true;
+}
+
+}  // namespace
+}  // namespace shoal
+
+// queries [num_rows, num_heads, D] with query_row numbers between rows; out the same, contiguous. The rows are the last
+// ones of the context; each sees the `window` (0: all) keys up to its own. Returns 0, or 1 if it can't.
+extern "C" int shoal_attend_prompt(const void* queries, int64_t query_row, const void* pool, const int64_t* slots,
+                                   int64_t first_slot, int64_t num_context, int64_t num_rows, int num_heads,
+                                   int kv_heads, int head_dim, int64_t window, float scale, void* out,
+                                   int num_threads) {
+    using namespace shoal;
+    const Context context = {static_cast<const bf16*>(pool), slots, first_slot, 2 * (int64_t)kv_heads * head_dim};
+    const Rows rows = {static_cast<const bf16*>(queries), query_row, num_rows, num_context, window,
+                       num_heads, kv_heads, scale * LOG2_E, static_cast<bf16*>(out), num_threads};
+    switch (head_dim) {
+        case 64: return !attend_prompt<64>(rows, context);
+        case 128: return !attend_prompt<128>(rows, context);
+        case 256: return !attend_prompt<256>(rows, context);
+        default: return 1;
+    }
+}

@@ -1,0 +1,104 @@
+// What happens to each row between the matrix products: one pass over the memory each, float32 inside, one rounding.
+#include <omp.h>
+
+#include <cmath>
+
+#include "simd.hpp"
+
+namespace shoal {
+namespace {
+
+constexpr int64_t MIN_ROWS = 8;  // fewer are done before a second thread has begun
+
+inline __m512 sigmoid(__m512 x) {
+    const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-80.0f));
+    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1),
+                                                          exp2(_mm512_mul_ps(bounded, _mm512_set1_ps(-LOG2_E)))));
+}
+
+inline __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid(x)); }
+
+// x / 2 * (1 + tanh(y)) = x * sigmoid(2 y), y = sqrt(2 / pi) * (x + 0.044715 x^3)
+inline __m512 gelu_tanh(__m512 x) {
+    const __m512 cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+    const __m512 inner = _mm512_fmadd_ps(cubed, _mm512_set1_ps(0.044715f), x);
+    return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(inner, _mm512_set1_ps(1.59576912f))));
+}
+
+template <__m512 (*ACTIVATION)(__m512)>
+void gate(const bf16* both, int64_t num_rows, int64_t size, bf16* out, int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows >= MIN_ROWS)
+    for (int64_t row = 0; row < num_rows; row++) {
+        const bf16 *const gates = both + row * 2 * size, *const ups = gates + size;
+        for (int64_t j = 0; j < size; j += 16)
+            store(out + row * size + j, _mm512_mul_ps(ACTIVATION(load(gates + j)), load(ups + j)));
+    }
+}
+
+}  // namespace
+}  // namespace shoal
+
+// out = (hidden + added) / sqrt(mean((hidden + added)^2) + eps) * weight; the sum itself, rounded, goes to `sum`. All
+// are [num_rows, size], weight [size]; without `added` there's no sum. Returns 0, or 1 if size isn't a multiple of 16.
+extern "C" int shoal_add_norm(const void* hidden, const void* added, const void* weight, int64_t num_rows, int64_t size,
+                              float eps, void* sum, void* out, int num_threads) {
+    using namespace shoal;
+    if (size % 16) return 1;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows >= MIN_ROWS)
+    for (int64_t row = 0; row < num_rows; row++) {
+        const bf16* from = static_cast<const bf16*>(hidden) + row * size;
+        if (added) {
+            bf16* const to = static_cast<bf16*>(sum) + row * size;
+            const bf16* const other = static_cast<const bf16*>(added) + row * size;
+            for (int64_t j = 0; j < size; j += 16) store(to + j, _mm512_add_ps(load(from + j), load(other + j)));
+            from = to;
+        }
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t j = 0; j < size; j += 16) squares = _mm512_fmadd_ps(load(from + j), load(from + j), squares);
+        const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)size + eps));
+        bf16* const to = static_cast<bf16*>(out) + row * size;
+        for (int64_t j = 0; j < size; j += 16)
+            store(to + j, _mm512_mul_ps(_mm512_mul_ps(load(from + j), scale),
+                                        load(static_cast<const bf16*>(weight) + j)));
+    }
+    return 0;
+}
+
+// heads [num_rows, num_heads + 2 kv_heads, D]: queries are rotated in place, keys on their way to the pool, where values
+// go as they are; both at `slots` [num_rows]. cos, sin: [num_rows, D / 2]. Returns 0, or 1 if D isn't a multiple of 32.
+extern "C" int shoal_rotate_store(void* heads, const void* cos, const void* sin, int64_t num_rows, int num_heads,
+                                  int kv_heads, int head_dim, void* pool, const int64_t* slots, int num_threads) {
+    using namespace shoal;
+    if (head_dim % 32) return 1;
+    const int half = head_dim / 2;
+    const int64_t width = (int64_t)(num_heads + 2 * kv_heads) * head_dim;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows >= MIN_ROWS)
+    for (int64_t row = 0; row < num_rows; row++) {
+        bf16* const own = static_cast<bf16*>(heads) + row * width;
+        bf16* const slot = static_cast<bf16*>(pool) + slots[row] * 2 * kv_heads * head_dim;
+        for (int head = 0; head < num_heads + kv_heads; head++) {
+            const bf16* const from = own + (int64_t)head * head_dim;
+            bf16* const to = head < num_heads ? own + (int64_t)head * head_dim : slot + (head - num_heads) * head_dim;
+            for (int j = 0; j < half; j += 16) {
+                const __m512 a = load(from + j), b = load(from + half + j);
+                const __m512 c = load(static_cast<const bf16*>(cos) + row * half + j);
+                const __m512 s = load(static_cast<const bf16*>(sin) + row * half + j);
+                store(to + j, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
+                store(to + half + j, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
+            }
+        }
+        std::memcpy(slot + kv_heads * head_dim, own + (int64_t)(num_heads + kv_heads) * head_dim,
+                    sizeof(bf16) * kv_heads * head_dim);
+    }
+    return 0;
+}
+
+// out [num_rows, size] = activation(both[:, :size]) * both[:, size:]; activation 0 is SiLU, 1 GELU (tanh). Returns 0, or
+// 1 if size isn't a multiple of 16.
+extern "C" int shoal_gate(const void* both, int activation, int64_t num_rows, int64_t size, void* out, int num_threads) {
+    using namespace shoal;
+    if (size % 16) return 1;
+    const auto run = activation == 0 ? gate<silu> : gate<gelu_tanh>;
+    run(static_cast<const bf16*>(both), num_rows, size, static_cast<bf16*>(out), num_threads);
+    return 0;
+}

@@ -1,0 +1,48 @@
+// Sixteen numbers at a time: bfloat16 in memory, float32 in registers.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+namespace shoal {
+
+using bf16 = uint16_t;
+
+// As good as minus infinity for a score, without its NaNs.
+constexpr float LOWEST = -1e30f;
+constexpr float LOG2_E = 1.44269504088896341f;
+
+inline __m512 load(const bf16* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline void store(bf16* to, __m512 numbers) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(numbers));
+}
+
+// 2^x for x <= 127; what is below 2^-126 becomes that. The relative error is below 1e-6, bfloat16's is 4e-3.
+inline __m512 exp2(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);  // in [-1/2, 1/2]: a Taylor series of 2^rest
+    __m512 sum = _mm512_set1_ps(1.3333558e-3f);
+    for (const float next : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(next));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+// Where a sequence's tokens lie in a layer of the pool, [slots, 2, kv_heads, D]: at `slots`, or one after the other.
+struct Context {
+    const bf16* pool;
+    const int64_t* slots;
+    int64_t first, slot_size;
+
+    const bf16* operator[](int64_t token) const {
+        return pool + (slots ? slots[token] : first + token) * slot_size;
+    }
+};
+
+}  // namespace shoal

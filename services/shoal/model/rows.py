@@ -1,0 +1,70 @@
+"""What a layer does to each row by itself."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from shoal.kv.pool import KvPool
+from shoal.model.families import Activation, ModelSpec
+from shoal.model.norm import rms_norm
+from shoal.model.rope import Rope
+
+
+class RowOps(Protocol):
+    """``hidden`` and the like are ``[rows, hidden]``; nothing given is changed but the heads."""
+
+    def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm."""
+
+    def add_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``hidden + added``, and its RMS norm."""
+
+    def rotate_and_store(
+        self, heads: torch.Tensor, rope: Rope, table: int, pool: KvPool, layer: int, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotate queries and keys of ``heads`` ``[rows, heads + 2 kv_heads, head_dim]``, put K/V into the pool at
+        ``slots``; the queries ``[rows, heads, head_dim]``."""
+
+    def gate(self, both: torch.Tensor) -> torch.Tensor:
+        """``activation(gate) * up`` of ``gate|up``."""
+
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``inputs`` times ``weight`` ``[outputs, inputs]`` transposed, plus ``bias``."""
+
+
+class TorchRows:
+    """By torch, on any device and in any dtype; can be differentiated."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden, weight, self._spec.norm_eps)
+
+    def add_norm(
+        self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden + added
+        return hidden, self.norm(hidden, weight)
+
+    def rotate_and_store(
+        self, heads: torch.Tensor, rope: Rope, table: int, pool: KvPool, layer: int, slots: torch.Tensor
+    ) -> torch.Tensor:
+        spec = self._spec
+        rope.rotate_(heads[:, : spec.num_heads + spec.num_kv_heads], table)
+        kv = heads[:, spec.num_heads :].view(heads.shape[0], 2, spec.num_kv_heads, spec.head_dim)
+        pool.write(layer, slots, kv)
+        return heads[:, : spec.num_heads]
+
+    def gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        silu = self._spec.activation is Activation.SILU
+        return (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")).mul_(up)
+
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(inputs, weight, bias)

@@ -1,0 +1,97 @@
+"""The decoder over Shoal's own kernels: bfloat16 differs from float32 no more than torch's bfloat16 does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from engines import Ask, logits_after, make_engine, native_kernels, run, run_handed_off
+from models import tiny_model
+from shoal.config import ModelConfig, ShoalConfig, StageConfig
+from shoal.engine.build import Served, choose_kernels
+from shoal.engine.native import check_native
+from shoal.errors import ConfigError
+from shoal.kernels.native import NativeKernels
+from shoal.messages import Depth, Stage
+from shoal.model.families import describe
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
+PROMPT = [3 + index * 7 % 90 for index in range(150)]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> NativeKernels:
+    return native_kernels()
+
+
+def model_of(family: str, dtype: torch.dtype) -> Any:
+    return tiny_model(family, dtype, head_dim=64, vocab=96, intermediate=128)
+
+
+def divergence(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    ours, theirs = logits.double().log_softmax(-1), exact.double().log_softmax(-1)
+    return float((theirs.exp() * (theirs - ours)).sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", list(Depth))
+@pytest.mark.parametrize("max_step_tokens", [512, 37])
+def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, depth: Depth, max_step_tokens: int) -> None:
+    rounded = model_of(family, torch.bfloat16)
+    wide = copy.deepcopy(rounded).float()
+    engine = {"num_skipped": 2, "max_step_tokens": max_step_tokens}
+    exact, torchs, ours = (
+        logits_after(make_engine(model, kernels=own, **engine), PROMPT, depth)  # type: ignore[arg-type]
+        for model, own in ((wide, None), (rounded, None), (rounded, kernels))
+    )
+    assert not torch.equal(ours, torchs), "the kernels weren't asked"
+    assert divergence(ours, exact) < 2 * divergence(torchs, exact) + 1e-3
+
+
+def test_many_at_once_and_handed_off(kernels: NativeKernels) -> None:
+    """Steps that hold prompts and single rows of different lengths, more of them than the kernels' few rows."""
+    model = model_of("llama", torch.bfloat16)
+    asks = [Ask(PROMPT[: 5 + 7 * index], num_tokens=6) for index in range(20)]
+    decode = make_engine(model, 2, kernels=kernels, num_blocks=1024)
+    alone = [run(decode, [ask])[0] for ask in asks]
+    together = run(decode, asks)
+    prefill = make_engine(model, 2, stage=Stage.PREFILL, kernels=kernels, num_blocks=1024)
+    handed_off = run_handed_off(prefill, decode, asks)
+    # Sums of few rows are taken in another order than those of many: near ties may fall the other way.
+    for others in (together, handed_off):
+        same = sum(ours == theirs for ours, theirs in zip(alone, others, strict=True))
+        assert same >= len(asks) - 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "device", "why"),
+    [
+        ({}, torch.bfloat16, "cuda", "for CPUs"),
+        ({}, torch.float32, "cpu", "bfloat16 only"),
+        ({"head_dim": 24}, torch.bfloat16, "cpu", "heads of 24"),
+        ({"hidden": 72, "head_dim": 64}, torch.bfloat16, "cpu", "multiples of 32"),
+    ],
+)
+def test_what_they_cannot_do_is_said(changes: dict[str, Any], dtype: torch.dtype, device: str, why: str) -> None:
+    spec = describe(tiny_model("llama", **{"head_dim": 64, **changes}).config)
+    with pytest.raises(ConfigError, match=why):
+        check_native(spec, dtype, dtype, torch.device(device))
+
+
+def test_a_softcap_is_torchs() -> None:
+    with pytest.raises(ConfigError, match="softcap"):
+        check_native(describe(tiny_model("gemma2", head_dim=64).config), torch.bfloat16, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(("dtype", "is_native"), [("bfloat16", True), ("float32", False)])
+def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> None:
+    served = Served.of(ShoalConfig(model=ModelConfig(dtype=dtype)))
+    assert (choose_kernels(StageConfig(), served, CPU) is kernels) == is_native
+    assert choose_kernels(StageConfig(kernels="torch"), served, CPU) is None
+    if not is_native:
+        with pytest.raises(ConfigError, match="kernels is native, but: they compute in bfloat16 only"):
+            choose_kernels(StageConfig(kernels="native"), served, CPU)

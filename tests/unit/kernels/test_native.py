@@ -1,0 +1,165 @@
+"""Each kernel against the same in float64, on shapes that leave remainders everywhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engines import native_kernels
+from shoal.errors import InternalError
+from shoal.kernels.native import NativeKernels
+
+# Outputs are rounded to bfloat16 (8 bits), and so are probabilities.
+CLOSE = {"rtol": 1 / 64, "atol": 1 / 64}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> NativeKernels:
+    return native_kernels()
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def attention(queries: torch.Tensor, kv: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+    """``seen`` ``[rows, context]``; everything in float64."""
+    shared = queries.shape[1] // kv.shape[2]
+    keys, values = (kv[:, part].double().repeat_interleave(shared, dim=1) for part in (0, 1))
+    scores = torch.einsum("rhd,chd->hrc", queries.double(), keys) * scale
+    return torch.einsum("hrc,chd->rhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
+
+
+@pytest.mark.parametrize("in_one_run", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "context", "heads", "kv_heads", "head_dim", "window"),
+    [
+        (1, 1, 3, 1, 64, None),
+        (7, 7, 9, 3, 64, None),
+        (130, 1100, 9, 3, 64, None),
+        (600, 600, 2, 2, 128, None),
+        (33, 530, 4, 1, 256, None),
+        (513, 1024, 3, 3, 64, 100),
+        (64, 700, 4, 1, 256, 512),
+        (5, 900, 2, 1, 64, 1),
+    ],
+)
+def test_prompt_attention(
+    kernels: NativeKernels,
+    rows: int,
+    context: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    in_one_run: bool,
+) -> None:
+    queries = random(rows, heads + 2 * kv_heads, head_dim)[:, :heads]
+    pool = random(1200, 2, kv_heads, head_dim)
+    pool[0] = math.nan  # what nobody sees isn't read
+    order = torch.randperm(1199, generator=torch.Generator().manual_seed(1))[:context] + 1
+    slots = slice(17, 17 + context) if in_one_run else order
+    position, key = torch.arange(context - rows, context)[:, None], torch.arange(context)
+    seen = (key <= position) & (key > position - (window or context))
+    out = torch.full((rows, heads, head_dim), math.nan, dtype=torch.bfloat16)
+    kernels.attend_prompt(queries, pool, slots, context, window, 0.3, out)
+    torch.testing.assert_close(out.double(), attention(queries, pool[slots], seen, 0.3), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv_heads", "head_dim"),
+    [((1,), 9, 3, 64), ((1100,), 9, 3, 64), ((17, 900, 64, 65), 9, 3, 64), ((700, 3), 8, 2, 128), ((100,), 4, 1, 256)],
+)
+def test_decode_attention(
+    kernels: NativeKernels, lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int
+) -> None:
+    batch, longest = len(lengths), max(lengths)
+    queries = random(batch + 2, heads + 2 * kv_heads, head_dim)[:, :heads]
+    pool = random(1200, 2, kv_heads, head_dim)
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.stack([torch.randperm(1200, generator=generator)[:longest] for _ in lengths])
+    rows = torch.arange(batch, 0, -1)
+    out = torch.full(queries.shape, math.nan, dtype=torch.bfloat16)
+    kernels.attend_decode(queries, rows, pool, slots.reshape(-1), longest, torch.tensor(lengths), 0.3, out)
+    for row, length, own in zip(rows.tolist(), lengths, slots, strict=True):
+        seen = torch.ones(1, length, dtype=torch.bool)
+        expected = attention(queries[row : row + 1], pool[own[:length]], seen, 0.3)
+        torch.testing.assert_close(out[row : row + 1].double(), expected, **CLOSE)
+    assert out[[0, batch + 1]].isnan().all()  # not asked for, not touched
+
+
+def test_decode_attention_over_one_run_of_slots(kernels: NativeKernels) -> None:
+    queries, pool, rows = random(2, 3, 64), random(600, 2, 1, 64), torch.arange(2)
+    outs = [torch.empty(2, 3, 64, dtype=torch.bfloat16) for _ in range(2)]
+    for context, out in zip((slice(5, 605), torch.arange(5, 605)), outs, strict=True):
+        kernels.attend_decode(queries, rows, pool[:600], context, 290, torch.tensor([290, 280]), 0.125, out)
+    assert torch.equal(*outs)
+
+
+def test_scores_of_any_size_make_no_nan(kernels: NativeKernels) -> None:
+    queries, pool = 1e4 * random(70, 1, 64), 1e4 * random(70, 2, 1, 64)
+    out = torch.empty(70, 1, 64, dtype=torch.bfloat16)
+    kernels.attend_prompt(queries, pool, slice(0, 70), 70, None, 1.0, out)
+    expected = attention(queries, pool, torch.ones(70, 70, dtype=torch.bool).tril(), 1.0)
+    torch.testing.assert_close(out.double(), expected, rtol=1 / 64, atol=1e4 / 64)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+@pytest.mark.parametrize("size", [16, 576])
+def test_add_norm(kernels: NativeKernels, rows: int, size: int) -> None:
+    hidden, added, weight = random(rows, size), random(rows, size + 1)[:, :size].contiguous(), random(size)
+    before = hidden.clone()
+    total, normed = kernels.add_norm(hidden, added, weight, 1e-5)
+    assert torch.equal(total, hidden + added)
+    assert torch.equal(hidden, before)
+    wide = total.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    torch.testing.assert_close(normed.double(), expected, **CLOSE)
+    same, alone = kernels.add_norm(total, None, weight, 1e-5)
+    assert same is total
+    assert torch.equal(alone, normed)
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.parametrize("is_gelu", [True, False])
+def test_gate(kernels: NativeKernels, rows: int, is_gelu: bool) -> None:
+    both = 8 * random(rows, 96)
+    gate, up = both.double().chunk(2, dim=-1)
+    expected = (F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)) * up
+    torch.testing.assert_close(kernels.gate(both, is_gelu=is_gelu).double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_rotate_and_store(kernels: NativeKernels, rows: int) -> None:
+    heads, pool = random(rows, 3 + 2 * 2, 64), random(100, 2, 2, 64)
+    angles = torch.rand(rows, 32, generator=torch.Generator().manual_seed(0)) * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    slots = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:rows]
+    wide, untouched = heads.double(), pool.clone()
+    first, second = wide[:, :5].chunk(2, dim=-1)
+    c, s = cos.double()[:, None], sin.double()[:, None]
+    rotated = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+    kernels.rotate_store(heads, 3, cos, sin, pool, slots)
+    torch.testing.assert_close(heads[:, :3].double(), rotated[:, :3], **CLOSE)
+    torch.testing.assert_close(pool[slots, 0].double(), rotated[:, 3:], **CLOSE)
+    assert torch.equal(pool[slots, 1].double(), wide[:, 5:])
+    others = torch.ones(100, dtype=torch.bool).index_fill_(0, slots, False)
+    assert torch.equal(pool[others], untouched[others])
+
+
+def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
+    with pytest.raises(InternalError, match="shoal_gate"):
+        kernels.gate(random(2, 20), is_gelu=False)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 16])
+@pytest.mark.parametrize(("outputs", "size"), [(16, 32), (1024 + 48, 576)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_bias: bool) -> None:
+    inputs, weight = random(rows, size), random(outputs, size)
+    bias = random(outputs) if has_bias else None
+    expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(kernels.linear(inputs, weight, bias).double(), expected, **CLOSE)

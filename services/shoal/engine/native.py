@@ -9,6 +9,7 @@ from shoal.kernels.native import HEAD_DIMS, NativeKernels
 from shoal.kv.pool import KvPool
 from shoal.model.batch import AttentionPlan
 from shoal.model.families import Activation, ModelSpec
+from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
 from shoal.model.rows import TorchRows
 
@@ -96,3 +97,16 @@ class NativeRows(TorchRows):
         if inputs.shape[0] > _MAX_FEW_ROWS or not fits:
             return super().linear(inputs, weight, bias)
         return self._kernels.linear(inputs, weight, bias)
+
+    def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
+        if projection.k_norm is not None or not hidden.is_contiguous():
+            return super().project(projection, hidden, rope)
+        spec, rows = self._spec, hidden.shape[0]
+        normed = self._kernels.add_norm(hidden, None, None, spec.norm_eps)[1]
+        flat = self.linear(normed, projection.weight, projection.bias)
+        heads = flat.view(rows, projection.num_layers, 2 * spec.num_kv_heads, spec.head_dim)
+        projected = flat.new_empty(projection.num_layers, rows, 2, spec.num_kv_heads, spec.head_dim)
+        for layer, table in enumerate(projection.ropes):
+            cos, sin = rope.cos[table], rope.sin[table]
+            self._kernels.rotate_store(heads[:, layer], 0, cos, sin, projected[layer], None)
+        return projected

@@ -21,7 +21,7 @@ _SIGNATURES = {
         _PTR, _INT64, _PTR, _PTR, _PTR, _INT64, _INT64, _PTR, _INT64, _INT, _INT, _INT, _FLOAT, _PTR, _INT,
     ],
     "shoal_add_norm": [_PTR, _PTR, _PTR, _INT64, _INT64, _FLOAT, _PTR, _PTR, _INT],
-    "shoal_rotate_store": [_PTR, _PTR, _PTR, _INT64, _INT, _INT, _INT, _PTR, _PTR, _INT],
+    "shoal_rotate_store": [_PTR, _INT64, _PTR, _PTR, _INT64, _INT, _INT, _INT, _PTR, _PTR, _INT],
     "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
 }  # fmt: skip
@@ -84,15 +84,15 @@ class NativeKernels:
         )  # fmt: skip
 
     def add_norm(
-        self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float
+        self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor | None, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(``hidden + added``, its RMS norm times ``weight``); ``hidden`` itself where nothing is added."""
+        """(``hidden + added``, its RMS norm times ``weight``, if any); ``hidden`` itself where nothing is added."""
         out = torch.empty_like(hidden)
         total = hidden if added is None else torch.empty_like(hidden)
         rows, size = hidden.shape
         self._call(
-            "shoal_add_norm", hidden.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), rows,
-            size, eps, total.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            "shoal_add_norm", hidden.data_ptr(), _pointer(added), _pointer(weight), rows, size, eps, total.data_ptr(),
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return total, out
 
@@ -103,13 +103,14 @@ class NativeKernels:
         cos: torch.Tensor,
         sin: torch.Tensor,
         pool: torch.Tensor,
-        slots: torch.Tensor,
+        slots: torch.Tensor | None,
     ) -> None:
-        """``heads`` ``[rows, num_heads + 2 kv_heads, head_dim]``: queries are rotated in place, keys into the pool."""
+        """``heads`` ``[rows, num_heads + 2 kv_heads, head_dim]`` (rows may be apart): queries are rotated in place,
+        keys on their way into ``pool`` ``[slots, 2, kv_heads, head_dim]``, at ``slots`` or one after the other."""
         rows, _, head_dim = heads.shape
         self._call(
-            "shoal_rotate_store", heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, num_heads, pool.shape[2],
-            head_dim, pool.data_ptr(), slots.data_ptr(), torch.get_num_threads(),
+            "shoal_rotate_store", heads.data_ptr(), heads.stride(0), cos.data_ptr(), sin.data_ptr(), rows, num_heads,
+            pool.shape[2], head_dim, pool.data_ptr(), _pointer(slots), torch.get_num_threads(),
         )  # fmt: skip
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -117,8 +118,8 @@ class NativeKernels:
         rows, size = inputs.shape
         out = inputs.new_empty(rows, weight.shape[0])
         self._call(
-            "shoal_linear", inputs.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), rows,
-            weight.shape[0], size, out.data_ptr(), torch.get_num_threads(),
+            "shoal_linear", inputs.data_ptr(), weight.data_ptr(), _pointer(bias), rows, weight.shape[0], size,
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -132,6 +133,10 @@ class NativeKernels:
     def _call(self, name: str, *arguments: float | None) -> None:
         if self._functions[name](*arguments):
             raise InternalError(f"{name} can't run on these shapes")
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _slots(context: torch.Tensor | slice) -> tuple[int | None, int]:

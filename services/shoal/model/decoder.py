@@ -116,7 +116,7 @@ class Decoder:
             raise InternalError("a plan that projects, and no projection")
         if rows is not None:
             hidden, rope = hidden[rows], rope.rows(rows)
-        projected = self.parameters.projection(hidden, rope)
+        projected = self._rows.project(self.parameters.projection, hidden, rope)
         if self.stage is Stage.PREFILL:
             return projected
         slots = batch.kept.slots if rows is None else batch.kept.slots[rows]

@@ -47,7 +47,7 @@ class KvProjection:
         self.bias = torch.cat(biases) if biases else None
         k_norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
         self.k_norm = torch.stack(k_norms)[:, None] if k_norms else None  # [S, 1, head_dim]
-        self._runs = _runs([layer.rope for layer in layers])
+        self.ropes = [layer.rope for layer in layers]
 
     def replaced(self, weight: torch.Tensor) -> KvProjection:
         """The same with another matrix ``[S * 2 * kv_size, hidden]``: a calibrated one (model/projector.py)."""
@@ -62,7 +62,7 @@ class KvProjection:
         kv = flat.view(hidden.shape[0], self.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         if self.k_norm is not None:
             kv[:, :, 0] = rms_norm(kv[:, :, 0], self.k_norm, spec.norm_eps)
-        for layers, table in self._runs:
+        for layers, table in _runs(self.ropes):
             rope.rotate_(kv[:, layers, 0], table)
         return kv.transpose(0, 1)
 

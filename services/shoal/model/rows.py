@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from shoal.kv.pool import KvPool
 from shoal.model.families import Activation, ModelSpec
 from shoal.model.norm import rms_norm
+from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
 
 
@@ -35,6 +36,9 @@ class RowOps(Protocol):
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``inputs`` times ``weight`` ``[outputs, inputs]`` transposed, plus ``bias``."""
+
+    def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """K/V of the skipped layers ``[S, rows, 2, kv_heads, head_dim]``."""
 
 
 class TorchRows:
@@ -68,3 +72,6 @@ class TorchRows:
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(inputs, weight, bias)
+
+    def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
+        return projection(hidden, rope)

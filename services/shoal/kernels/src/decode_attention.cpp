@@ -26,14 +26,18 @@ void add_chunk(const bf16* query, const Context& context, int64_t key_at, int64_
     alignas(64) float scores[CHUNK];
     __m512bh own[D / 32];
     for (int j = 0; j < D / 32; j++) own[j] = (__m512bh)_mm512_loadu_si512(query + 32 * j);
-    for (int i = 0; i < n; i++) {
-        const bf16* const key = context[begin + i] + key_at;
-        __m512 sum = _mm512_setzero_ps();
-        for (int j = 0; j < D / 32; j++)
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(key + 32 * j), own[j]);
-        scores[i] = _mm512_reduce_add_ps(sum) * factor;
-    }
     const int padded = (n + 15) / 16 * 16;
+    for (int i = 0; i < padded; i += 16) {
+        __m512 products[16];
+        for (int key = 0; key < 16; key++) {
+            // Beyond the last key, the last again: what comes of it is overwritten.
+            const bf16* const numbers = context[begin + std::min(i + key, n - 1)] + key_at;
+            products[key] = _mm512_setzero_ps();
+            for (int j = 0; j < D / 32; j++)
+                products[key] = _mm512_dpbf16_ps(products[key], (__m512bh)_mm512_loadu_si512(numbers + 32 * j), own[j]);
+        }
+        _mm512_store_ps(scores + i, _mm512_mul_ps(sums(products), _mm512_set1_ps(factor)));
+    }
     std::fill(scores + n, scores + padded, LOWEST);
     __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
     for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
@@ -45,15 +49,15 @@ void add_chunk(const bf16* query, const Context& context, int64_t key_at, int64_
     }
     part.total = part.total * shrink + _mm512_reduce_add_ps(total);
     part.top = top;
-    __m512 sums[D / 16];
+    __m512 mixed[D / 16];
     for (int j = 0; j < D / 16; j++)
-        sums[j] = _mm512_mul_ps(_mm512_loadu_ps(part.sums + 16 * j), _mm512_set1_ps(shrink));
+        mixed[j] = _mm512_mul_ps(_mm512_loadu_ps(part.sums + 16 * j), _mm512_set1_ps(shrink));
     for (int i = 0; i < n; i++) {
         const bf16* const value = context[begin + i] + value_at;
         for (int j = 0; j < D / 16; j++)
-            sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[i]), load(value + 16 * j), sums[j]);
+            mixed[j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[i]), load(value + 16 * j), mixed[j]);
     }
-    for (int j = 0; j < D / 16; j++) _mm512_storeu_ps(part.sums + 16 * j, sums[j]);
+    for (int j = 0; j < D / 16; j++) _mm512_storeu_ps(part.sums + 16 * j, mixed[j]);
 }
 
 struct Rows {

@@ -19,25 +19,6 @@ struct Operands {
     bf16* out;
 };
 
-// [2j] + [2j+1] of neighbouring lanes, recursively: the sums of sixteen registers in one, in order.
-inline __m512 sums_of(__m512 (&v)[16]) {
-    __m512 by2[8], by4[4], by8[2];
-    const __m512i even = _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    const __m512i odd = _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    for (int i = 0; i < 8; i++)
-        by2[i] = _mm512_add_ps(_mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]),
-                               _mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]));
-    const __m512i even2 = _mm512_setr_epi32(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    const __m512i odd2 = _mm512_setr_epi32(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    for (int i = 0; i < 4; i++)
-        by4[i] = _mm512_add_ps(_mm512_permutex2var_ps(by2[2 * i], even2, by2[2 * i + 1]),
-                               _mm512_permutex2var_ps(by2[2 * i], odd2, by2[2 * i + 1]));
-    for (int i = 0; i < 2; i++)
-        by8[i] = _mm512_add_ps(_mm512_shuffle_f32x4(by4[2 * i], by4[2 * i + 1], 0x88),
-                               _mm512_shuffle_f32x4(by4[2 * i], by4[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(by8[0], by8[1], 0x88), _mm512_shuffle_f32x4(by8[0], by8[1], 0xdd));
-}
-
 // Sixteen outputs of M rows, four weights' rows at a time.
 template <int M>
 inline void sixteen(const Operands& of, int64_t row, int64_t output) {
@@ -60,7 +41,7 @@ inline void sixteen(const Operands& of, int64_t row, int64_t output) {
     }
     const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
     for (int m = 0; m < M; m++)
-        store(of.out + (row + m) * of.num_outputs + output, _mm512_add_ps(sums_of(found[m]), bias));
+        store(of.out + (row + m) * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
 }
 
 inline void few(const Operands& of, int64_t row, int n, int64_t output) {

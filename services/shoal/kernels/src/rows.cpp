@@ -39,7 +39,8 @@ void gate(const bf16* both, int64_t num_rows, int64_t size, bf16* out, int num_t
 }  // namespace shoal
 
 // out = (hidden + added) / sqrt(mean((hidden + added)^2) + eps) * weight; the sum itself, rounded, goes to `sum`. All
-// are [num_rows, size], weight [size]; without `added` there's no sum. Returns 0, or 1 if size isn't a multiple of 16.
+// are [num_rows, size]; without `added` there's no sum; `weight` is [size], or none for ones. Returns 0, or 1 if size
+// isn't a multiple of 16.
 extern "C" int shoal_add_norm(const void* hidden, const void* added, const void* weight, int64_t num_rows, int64_t size,
                               float eps, void* sum, void* out, int num_threads) {
     using namespace shoal;
@@ -57,25 +58,27 @@ extern "C" int shoal_add_norm(const void* hidden, const void* added, const void*
         for (int64_t j = 0; j < size; j += 16) squares = _mm512_fmadd_ps(load(from + j), load(from + j), squares);
         const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)size + eps));
         bf16* const to = static_cast<bf16*>(out) + row * size;
-        for (int64_t j = 0; j < size; j += 16)
-            store(to + j, _mm512_mul_ps(_mm512_mul_ps(load(from + j), scale),
-                                        load(static_cast<const bf16*>(weight) + j)));
+        for (int64_t j = 0; j < size; j += 16) {
+            const __m512 normed = _mm512_mul_ps(load(from + j), scale);
+            store(to + j, weight ? _mm512_mul_ps(normed, load(static_cast<const bf16*>(weight) + j)) : normed);
+        }
     }
     return 0;
 }
 
-// heads [num_rows, num_heads + 2 kv_heads, D]: queries are rotated in place, keys on their way to the pool, where values
-// go as they are; both at `slots` [num_rows]. cos, sin: [num_rows, D / 2]. Returns 0, or 1 if D isn't a multiple of 32.
-extern "C" int shoal_rotate_store(void* heads, const void* cos, const void* sin, int64_t num_rows, int num_heads,
-                                  int kv_heads, int head_dim, void* pool, const int64_t* slots, int num_threads) {
+// heads [num_rows, num_heads + 2 kv_heads, D], heads_row numbers between rows: queries are rotated in place, keys on their
+// way to the pool, where values go as they are; both at `slots` [num_rows], or without them one after the other. cos,
+// sin: [num_rows, D / 2]. Returns 0, or 1 if D isn't a multiple of 32.
+extern "C" int shoal_rotate_store(void* heads, int64_t heads_row, const void* cos, const void* sin, int64_t num_rows,
+                                  int num_heads, int kv_heads, int head_dim, void* pool, const int64_t* slots,
+                                  int num_threads) {
     using namespace shoal;
     if (head_dim % 32) return 1;
     const int half = head_dim / 2;
-    const int64_t width = (int64_t)(num_heads + 2 * kv_heads) * head_dim;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows >= MIN_ROWS)
     for (int64_t row = 0; row < num_rows; row++) {
-        bf16* const own = static_cast<bf16*>(heads) + row * width;
-        bf16* const slot = static_cast<bf16*>(pool) + slots[row] * 2 * kv_heads * head_dim;
+        bf16* const own = static_cast<bf16*>(heads) + row * heads_row;
+        bf16* const slot = static_cast<bf16*>(pool) + (slots ? slots[row] : row) * 2 * kv_heads * head_dim;
         for (int head = 0; head < num_heads + kv_heads; head++) {
             const bf16* const from = own + (int64_t)head * head_dim;
             bf16* const to = head < num_heads ? own + (int64_t)head * head_dim : slot + (head - num_heads) * head_dim;

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
-from shoal.engine.native import NativeAttention, NativeRows
+from shoal.engine.native import make_decoder
 from shoal.engine.runner import PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
@@ -22,7 +21,6 @@ from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
-from shoal.model.decoder import Decoder
 from shoal.model.families import describe
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import Anchors, LayerPlan
@@ -121,10 +119,7 @@ def make_engine(
     )  # fmt: skip
     pool = KvPool(layout, num_blocks, dtype=model.dtype, device=CPU, num_deep_blocks=num_deep_blocks)
     parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan)
-    if kernels is None:
-        decoder = Decoder(spec, plan, stage, parameters, attend)
-    else:
-        decoder = Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels))
+    decoder = make_decoder(spec, plan, stage, parameters, kernels)
     return Engine(scheduler, Runner(decoder, pool), eos_token_ids=eos_token_ids)
 
 

@@ -1,8 +1,10 @@
-"""How long a long prompt takes to encode: shallow, at full depth, and in transformers, interleaved in one run.
+"""How long a long prompt takes to encode: shallow, at full depth, with torch's kernels, and in transformers.
+
+Interleaved in one run, which also measures what share of the machine's matrix products the full depth reaches.
 
     python tests/benchmarks/prefill.py [--tokens 1800] [--rounds 7] [--skip-layers 10] [--json FILE]
 
-Every figure is the time from a prompt's ids to its first token's logits, on all cores, nothing cached. Ratios are
+Every time is that from a prompt's ids to its first token's logits, on all cores, nothing cached. Ratios are
 medians over rounds; each round runs every variant once, so that a drift of the machine meets all alike. The quality
 row says what the shallow depth costs on the same run's model: perplexity of the continuation of natural passages.
 """
@@ -28,7 +30,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import smollm2_reference
 from reference import pop_logits
-from shoal.config import load_config
+from shoal.config import ShoalConfig, load_config
+from shoal.doctor import gemm_flops
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
@@ -43,18 +46,25 @@ def main() -> None:
         decode={"max_step_tokens": options.chunk},
     )
     served = Served.of(config)
-    engine = build_engine(
-        config, Stage.DECODE, served, load_parameters(served, Stage.DECODE, torch.device("cpu")),
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    parameters = load_parameters(served, Stage.DECODE, torch.device("cpu"))
+    engine, plain = (
+        build_engine(_with_kernels(config, kernels), Stage.DECODE, served, parameters, device=torch.device("cpu"))
+        for kernels in ("auto", "torch")
+    )
     reference = smollm2_reference(served.dtype, attention="sdpa")
     prompt = _prompt(served, options.tokens)
     variants: dict[str, Callable[[], None]] = {
         "shallow": lambda: _first_token(engine, prompt, Depth.SHALLOW),
         "full": lambda: _first_token(engine, prompt, Depth.FULL),
+        "shallow, torch's kernels": lambda: _first_token(plain, prompt, Depth.SHALLOW),
+        "full, torch's kernels": lambda: _first_token(plain, prompt, Depth.FULL),
         "transformers": lambda: _transformers(reference, prompt),
     }
+    product_flops: list[float] = []
+    variants["matrix product"] = lambda: product_flops.append(gemm_flops(torch, served.dtype, 2048, 3))
     seconds = _measure(variants, options.rounds)
+    del seconds["matrix product"]
+    gemm = statistics.median(product_flops)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
         "machine": {
@@ -71,6 +81,8 @@ def main() -> None:
         "median_s": median,
         "full_over_shallow": median["full"] / median["shallow"],
         "transformers_over_full": median["transformers"] / median["full"],
+        "gemm_flops": gemm,
+        "full_share_of_gemm": full_flops(served, options.tokens) / median["full"] / gemm,
         "ideal_full_over_shallow": ideal_ratio(served, options.tokens),
         "quality": _quality(served),
     }
@@ -82,12 +94,31 @@ def main() -> None:
 def ideal_ratio(served: Served, num_tokens: int) -> float:
     """Full over shallow by FLOPs, the boundary token fused and logits of the last token only."""
     spec, plan = served.spec, served.plan
-    kv = 2 * spec.kv_size * spec.hidden_size
-    weights = 2 * spec.q_size * spec.hidden_size + kv + 3 * spec.intermediate_size * spec.hidden_size
-    layer = 2 * weights * num_tokens + 2 * spec.q_size * num_tokens * (num_tokens + 1)
-    head = 2 * spec.vocab_size * spec.hidden_size
+    kv, weights = 2 * spec.kv_size * spec.hidden_size, _layer_weights(served)
     skipped = 2 * kv * (num_tokens - 1) + 2 * weights + 4 * spec.q_size * num_tokens
-    return (plan.num_layers * layer + head) / (plan.num_kept * layer + plan.num_skipped * skipped + head)
+    kept = plan.num_kept * _layer_flops(served, num_tokens)
+    return full_flops(served, num_tokens) / (kept + plan.num_skipped * skipped + 2 * spec.vocab_size * spec.hidden_size)
+
+
+def full_flops(served: Served, num_tokens: int) -> float:
+    """Of a prompt at full depth, with logits of the last token only."""
+    head = 2 * served.spec.vocab_size * served.spec.hidden_size
+    return served.plan.num_layers * _layer_flops(served, num_tokens) + head
+
+
+def _layer_flops(served: Served, num_tokens: int) -> float:
+    attention = 2 * served.spec.q_size * num_tokens * (num_tokens + 1)
+    return 2 * _layer_weights(served) * num_tokens + attention
+
+
+def _layer_weights(served: Served) -> int:
+    spec = served.spec
+    attention = 2 * (spec.q_size + spec.kv_size) * spec.hidden_size
+    return attention + 3 * spec.intermediate_size * spec.hidden_size
+
+
+def _with_kernels(config: ShoalConfig, kernels: str) -> ShoalConfig:
+    return config.model_copy(update={"decode": config.decode.model_copy(update={"kernels": kernels})})
 
 
 def _first_token(engine: Engine, prompt: tuple[int, ...], depth: Depth) -> None:
@@ -147,6 +178,8 @@ def _show(result: dict[str, Any]) -> None:
         f"full / shallow          {result['full_over_shallow']:.3f} (ideal {result['ideal_full_over_shallow']:.3f})"
     )
     console.print(f"transformers / full     {result['transformers_over_full']:.3f}")
+    share = f"{result['full_share_of_gemm']:.2f} of {result['gemm_flops'] / 1e9:.0f} GFLOP/s"
+    console.print(f"full, of matrix product {share}")
     quality = result["quality"]
     console.print(f"perplexity full, shallow {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")
 

@@ -9,19 +9,17 @@ import structlog
 import torch
 
 from shoal.config import Dtype, ShoalConfig, StageConfig
-from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
-from shoal.engine.native import NativeAttention, NativeRows, check_native
+from shoal.engine.native import find_kernels, make_decoder
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
-from shoal.kernels.native import NativeKernels, load
+from shoal.kernels.native import NativeKernels
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.machine import available_memory_bytes, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
 from shoal.model.parameters import ParameterLoader, Parameters
@@ -144,11 +142,7 @@ def build_engine(
         num_deep_blocks=num_deep_blocks,
     )
     kernels = choose_kernels(limits, served, device)
-    if kernels is None:
-        decoder = Decoder(served.spec, served.plan, stage, parameters, attend)
-    else:
-        rows = NativeRows(served.spec, kernels)
-        decoder = Decoder(served.spec, served.plan, stage, parameters, NativeAttention(kernels), rows)
+    decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
     engine = Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
     warm_up(engine, stage)
     return engine
@@ -158,14 +152,13 @@ def choose_kernels(limits: StageConfig, served: Served, device: torch.device) ->
     """``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
     if limits.kernels == "torch":
         return None
-    try:
-        check_native(served.spec, served.dtype, served.kv_dtype, device)
-        return load()
-    except ConfigError as error:
-        if limits.kernels == "native":
-            raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
-        _log.info("torch computes", reason=error.message)
-        return None
+    found = find_kernels(served.spec, served.dtype, served.kv_dtype, device)
+    if isinstance(found, NativeKernels):
+        return found
+    if limits.kernels == "native":
+        raise ConfigError(f"kernels is native, but: {found.message}; with auto, torch computes") from found
+    _log.info("torch computes", reason=found.message)
+    return None
 
 
 def warm_up(engine: Engine, stage: Stage) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from shoal.engine.attention import attend
 from shoal.errors import ConfigError
-from shoal.kernels.native import HEAD_DIMS, NativeKernels
+from shoal.kernels.native import HEAD_DIMS, NativeKernels, load
 from shoal.kv.pool import KvPool
+from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan
+from shoal.model.decoder import Decoder
 from shoal.model.families import Activation, ModelSpec
+from shoal.model.parameters import Parameters
+from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
 from shoal.model.rows import TorchRows
@@ -30,6 +35,26 @@ def check_native(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, dev
 
 # With more rows torch's products are faster: it packs the weights, which then pays.
 _MAX_FEW_ROWS = 16
+
+
+def find_kernels(
+    spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
+) -> NativeKernels | ConfigError:
+    """The kernels, or why torch must compute."""
+    try:
+        check_native(spec, dtype, kv_dtype, device)
+        return load()
+    except ConfigError as error:
+        return error
+
+
+def make_decoder(
+    spec: ModelSpec, plan: LayerPlan, stage: Stage, parameters: Parameters, kernels: NativeKernels | None
+) -> Decoder:
+    """``None``: torch computes."""
+    if kernels is None:
+        return Decoder(spec, plan, stage, parameters, attend)
+    return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels))
 
 
 class NativeAttention:

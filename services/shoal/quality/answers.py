@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from shoal.engine.attention import attend
+import torch
+
 from shoal.engine.engine import Engine
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
-from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.decoder import Decoder
+from shoal.messages import Depth, SamplingParams
 from shoal.quality.arms import Arm
 from shoal.quality.subject import Subject
 
@@ -50,6 +50,7 @@ def greedy_answers(
     return [tuple(answer) for answer in answers]
 
 
+@torch.no_grad()
 def _engine(subject: Subject, arm: Arm, *, max_tokens: int, num_prompts: int) -> Engine:
     if not arm.is_served:
         raise InternalError(f"{arm.name} is a control, no engine serves it")
@@ -65,5 +66,5 @@ def _engine(subject: Subject, arm: Arm, *, max_tokens: int, num_prompts: int) ->
         layout, num_blocks, max_step_tokens=_MAX_STEP_TOKENS, max_sequences=_MAX_SEQUENCES, max_queued=num_prompts,
         num_deep_blocks=num_blocks,
     )  # fmt: skip
-    decoder = Decoder(subject.spec, plan, Stage.DECODE, parameters, attend)
+    decoder = subject.decoder(plan, parameters)
     return Engine(scheduler, Runner(decoder, pool), eos_token_ids=subject.files.eos_token_ids())

@@ -42,6 +42,7 @@ def measure_prefill(
     return [PrefillTime(count, median, medians[0] / median) for count, median in medians.items()]
 
 
+@torch.no_grad()
 def _forward(subject: Subject, prompt: Sequence[int], num_skipped: int) -> Callable[[], object]:
     plan = LayerPlan(subject.spec.num_layers, num_skipped)
     projection = subject.projection(num_skipped) if num_skipped else None

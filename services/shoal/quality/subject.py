@@ -9,12 +9,13 @@ from functools import lru_cache, partial
 
 import torch
 
-from shoal.engine.attention import attend
+from shoal.engine.native import find_kernels, make_decoder
 from shoal.engine.reads import Span
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Sequence as Rows
 from shoal.errors import InvalidRequest
+from shoal.kernels.native import NativeKernels
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import SamplingParams, Stage
@@ -54,6 +55,8 @@ class Subject:
         self.max_tokens = max_tokens
         layout = self.layout(LayerPlan(spec.num_layers, 0))
         embedding = parameters.embedding
+        found = find_kernels(spec, embedding.dtype, embedding.dtype, embedding.device)
+        self._kernels = found if isinstance(found, NativeKernels) else None
         num_blocks = layout.num_blocks_for(max_tokens)
         self.new_pool = partial(KvPool, layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
         self.pool = self.new_pool()
@@ -93,6 +96,11 @@ class Subject:
         skipped = LayerPlan(self.spec.num_layers, num_skipped).skipped
         return [self.parameters.layers[index].projection(self.spec, index) for index in skipped]
 
+    def decoder(self, plan: LayerPlan, parameters: Parameters) -> Decoder:
+        """As an engine would have it; where gradients are wanted, one that can be differentiated."""
+        kernels = None if torch.is_grad_enabled() else self._kernels
+        return make_decoder(self.spec, plan, Stage.DECODE, parameters, kernels)
+
     def step(
         self,
         plan: LayerPlan,
@@ -110,7 +118,7 @@ class Subject:
         """
         if not 1 <= num_prompt_tokens <= len(ids) <= self.max_tokens:
             raise InvalidRequest(f"{num_prompt_tokens} prompt tokens of {len(ids)}, and at most {self.max_tokens}")
-        decoder = Decoder(self.spec, plan, Stage.DECODE, parameters, attend)
+        decoder = self.decoder(plan, parameters)
         runner = Runner(decoder, self.pool)
         rows = Rows("text", tuple(ids), shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
         batch = runner.batch((ScheduledRows(rows, 0, len(ids)),))

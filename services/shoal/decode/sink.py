@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,9 @@ import torch
 
 from shoal.kv.pool import KvPool
 from shoal.messages import Chunk
+
+# That torch could write to a payload: here it's only read, and a copy would be the way to say so.
+warnings.filterwarnings("ignore", "The given buffer is not writable")
 
 
 class PoolSink:
@@ -33,8 +37,7 @@ class PoolSink:
             chunk.layer_end - chunk.layer_start, chunk.token_end - chunk.token_start, 2, layout.num_kv_heads,
             layout.head_dim,
         )  # fmt: skip
-        # A bytearray, because torch wants memory it might write to; this is also the one private copy on the way.
-        kv = torch.frombuffer(bytearray(chunk.payload), dtype=self._pool.dtype).view(shape)
+        kv = torch.frombuffer(chunk.payload, dtype=self._pool.dtype).view(shape)
         slots = torch.as_tensor(layout.slots(blocks, chunk.token_start, chunk.token_end))
         device = self._pool.layers[0].device
         self._pool.write_layers(chunk.layer_start, slots.to(device), kv.to(device))

@@ -14,6 +14,8 @@ import torch
 
 from shoal.kv.layout import KvLayout
 
+_WORD = torch.int64
+
 
 class KvPool:
     """``num_blocks`` blocks in every layer of ``layout``; ``num_deep_blocks`` in those of a group that is apart."""
@@ -36,7 +38,11 @@ class KvPool:
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[tokens, 2, kv_heads, head_dim]`` at ``slots`` ``[tokens]`` (int64)."""
-        self.layers[layer].index_copy_(0, slots, kv.to(self.dtype))
+        held, kv = self.layers[layer], kv.to(self.dtype)
+        if kv.is_contiguous() and held.shape[-1] * held.itemsize % _WORD.itemsize == 0:
+            # index_copy_ goes element by element on the CPU: four of bfloat16 at once.
+            held, kv = held.view(_WORD), kv.view(_WORD)
+        held.index_copy_(0, slots, kv)
 
     def read(self, layer: int, slots: torch.Tensor | slice) -> torch.Tensor:
         """K/V at ``slots``, ``[tokens, 2, kv_heads, head_dim]``: a view for a slice, else a copy."""
@@ -45,7 +51,11 @@ class KvPool:
 
     def read_layers(self, layer_start: int, layer_end: int, slots: torch.Tensor) -> torch.Tensor:
         """A contiguous copy ``[layers, tokens, 2, kv_heads, head_dim]``, as the wire wants it."""
-        return torch.stack([self.read(layer, slots) for layer in range(layer_start, layer_end)])
+        held = self.layers[layer_start:layer_end]
+        copy = held[0].new_empty((len(held), len(slots), *held[0].shape[1:]))
+        for layer, target in zip(held, copy, strict=True):
+            torch.index_select(layer, 0, slots, out=target)
+        return copy
 
     def write_layers(self, layer_start: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[layers, tokens, 2, kv_heads, head_dim]`` into the layers from ``layer_start`` on."""

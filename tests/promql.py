@@ -9,20 +9,21 @@ from enum import StrEnum
 import promql_parser as promql
 
 from metric_names import exposed
-from shoal.messages import Depth, Stage
+from shoal.messages import Carrier, CarrierReason, Depth, Stage
 from shoal.telemetry import labels
 
 # Grafana's variables, as it would fill them in.
 _VARIABLES = {"$__rate_interval": "1m", "${datasource}": "prometheus"}
 
 _ENUMS: dict[str, tuple[type[StrEnum], ...]] = {
+    "carrier": (Carrier,),
     "check": (labels.VerifyCheck,),
     "depth": (Depth,),
     "endpoint": (labels.Endpoint,),
     "error_type": (labels.ErrorType,),
     "part": (labels.Part,),
     "pool": (Stage,),
-    "reason": (labels.HandoffReason, labels.RejectReason),
+    "reason": (labels.HandoffReason, labels.RejectReason, CarrierReason),
     "rung": (labels.FallbackRung,),
     "source": (labels.TokenSource,),
     "stage": (labels.TtftStage, labels.CancelStage, Stage),

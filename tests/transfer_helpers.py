@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import mmap
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.errors import HandoffError, PeerGone, ShoalError
-from shoal.messages import Chunk, Envelope, Frame, Hello
+from shoal.messages import Carrier, Chunk, Envelope, Frame, Hello
 from shoal.transfer.base import Channel, Clock, crc32c, new_incarnation
+from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.channels.memory import Rule, deliver, memory_pair
 from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
@@ -105,6 +111,7 @@ class Counts:
     def __init__(self) -> None:
         self.events: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.bytes_by_carrier: Counter[str] = Counter()
         self.num_by_state: Mapping[str, int] = {}
         self.seconds: list[float] = []
         self._changed = asyncio.Event()
@@ -125,8 +132,9 @@ class Counts:
     def transfer_failed(self, reason: str) -> None:
         self.events[f"failed:{reason}"] += 1
 
-    def shipped(self, part: str, num_bytes: int) -> None:
+    def shipped(self, part: str, num_bytes: int, carrier: Carrier) -> None:
         self.bytes[part] += num_bytes
+        self.bytes_by_carrier[carrier] += num_bytes
 
     def verify_failed(self, check: str) -> None:
         self.events[f"verify:{check}"] += 1
@@ -198,6 +206,7 @@ class Rig:
     connect: Callable[[str], asyncio.Future[Channel]]
     staging: StagingSlots | None = None
     channels: list[Channel] = field(default_factory=list)
+    loaders: list[ShmLoader] = field(default_factory=list)
 
     async def hand_off(self, wanted: Prompt, **ways: object) -> Arrived:
         """One prompt, as a decode replica does it: open a lease, call prefill, wait for whichever ends first."""
@@ -271,6 +280,7 @@ async def send_all(claim: PromptClaim, wanted: Prompt, *, until: int | None = No
 async def rig(
     kind: str = "memory",
     *,
+    num_slots: int = 64,
     prefill_sends: Rule = deliver,
     decode_sends: Rule = deliver,
     clock: Clock | None = None,
@@ -279,18 +289,25 @@ async def rig(
     prefill_plans: tuple[str, ...] = (PLAN,),
     staging: StagingSlots | None = None,
 ) -> AsyncIterator[Rig]:
-    """Both sides, closed afterwards; fails if anything is held then."""
+    """Both sides, closed afterwards; fails if anything is held then.
+
+    ``kind`` is the channel (memory, grpc), and the carrier beside inline (memory+shm, grpc+shm).
+    """
+    channel_kind, _, carrier = kind.partition("+")
     counts, sink = Counts(), ArraySink()
     desk = HandoffDesk(
         sink, SHAPE, times=times, credit_bytes=credit_bytes, clock=clock, observer=counts, staging=staging
     )
-    server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), peer="decode"))
+    folder = Path(tempfile.mkdtemp(prefix="shoal-test-", dir=FOLDER))
+    attach = partial(ShmUnloader.attach, folder=folder) if carrier else None
+    server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), peer="decode"), attach)
     channels: list[Channel] = []
+    loaders: list[ShmLoader] = []
     serving: set[asyncio.Task[None]] = set()
-    address = "memory" if kind == "memory" else await server.listen("127.0.0.1", *PORTS)
+    address = "memory" if channel_kind == "memory" else await server.listen("127.0.0.1", *PORTS)
 
     async def connect(address: str) -> Channel:
-        if kind == "memory":
+        if channel_kind == "memory":
             channel, other = memory_pair(prefill_sends=prefill_sends, decode_sends=decode_sends)
             serving.add(asyncio.ensure_future(_serve(server, other)))
         else:
@@ -298,9 +315,21 @@ async def rig(
         channels.append(channel)
         return channel
 
+    def stage() -> ShmLoader:
+        # A page for the head, and a slot of MAX_FRAME_BYTES takes one, too.
+        loaders.append(ShmLoader.create(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE, folder))
+        return loaders[-1]
+
     identity = Identity(new_incarnation(), prefill_plans, peer="prefill")
-    pool = SessionPool(connect, identity, ttl_s=times.ttl_s, max_frame_bytes=MAX_FRAME_BYTES, clock=clock)
-    both = Rig(desk, server, sink, pool, counts, address, connect, staging, channels)
+    pool = SessionPool(
+        connect,
+        identity,
+        ttl_s=times.ttl_s,
+        max_frame_bytes=MAX_FRAME_BYTES,
+        clock=clock,
+        stage=stage if carrier else None,
+    )
+    both = Rig(desk, server, sink, pool, counts, address, connect, staging, channels, loaders)
     try:
         yield both
     finally:
@@ -308,7 +337,11 @@ async def rig(
         await server.close()
         if serving:
             await asyncio.wait(serving)
+        left = [path.name for path in folder.iterdir()]
+        shutil.rmtree(folder)
     both.assert_nothing_held()
+    assert not left
+    assert all(loader._memory.closed for loader in loaders)
 
 
 async def _serve(server: HandoffServer, channel: Channel) -> None:

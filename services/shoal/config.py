@@ -162,6 +162,16 @@ class HandoffConfig(_Frozen):
         16 << 20, description="Bytes of a lease on their way at once."
     )
     max_frame_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 20)] = Field(1 << 20, description="Payload of a frame.")
+    carrier: Literal["auto", "inline", "shm"] = Field(
+        "auto",
+        description="How payload travels: inline in gRPC's frames, or by shared memory where both replicas are on one "
+        "host. auto is shm where that works; shm warns where it doesn't, and goes inline, too.",
+    )
+    staging_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
+        32 << 20,
+        description="Shared memory of a prefill replica for each decode replica on its host; at most half of what is "
+        "free in /dev/shm. What finds no room there goes inline.",
+    )
     min_tokens: Annotated[int, Field(ge=2)] = Field(
         2, description="Shorter prompts are prefilled by decode itself: nothing is won by shipping them."
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shoal.config import ShoalConfig
 from shoal.decode.stage import DecodeStage, open_decode
-from shoal.messages import Grant, HandoffOutcome
+from shoal.messages import Carrier, Grant, HandoffOutcome
 from shoal.prefill.stage import PrefillStage, open_prefill
 from shoal.telemetry import Transport, new_registry
 from shoal.transfer.base import Channel
@@ -27,6 +27,10 @@ class LocalShoal:
 @asynccontextmanager
 async def open_local(config: ShoalConfig, on_progress: Progress | None = None) -> AsyncIterator[LocalShoal]:
     """Load both stages. ``on_progress`` is called with (stage, layers done, layers in all)."""
+
+    # Within a process, a payload in a frame isn't copied at all.
+    handoff = config.handoff.model_copy(update={"carrier": Carrier.INLINE.value})
+    config = config.model_copy(update={"handoff": handoff})
 
     async def connect(_address: str) -> Channel:
         return await decode.server.connect()

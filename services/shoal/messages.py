@@ -203,14 +203,44 @@ class WireMode(enum.StrEnum):
     HIDDEN = "hidden"
 
 
+class Carrier(enum.StrEnum):
+    """How payload travels: in the frames, or by memory that both processes have mapped."""
+
+    INLINE = "inline"
+    SHM = "shm"
+
+
+class CarrierReason(enum.StrEnum):
+    """Why a session has the carrier that it has."""
+
+    SAME_HOST = "same_host"
+    OTHER_HOST = "other_host"
+    NO_ROOM = "no_room"
+    CONFIGURED = "configured"
+
+
+@dataclass(frozen=True, slots=True)
+class StagingSegment:
+    """A file in shared memory, ``num_slots`` slots of ``slot_bytes``, that begins with ``nonce``."""
+
+    name: str
+    num_slots: int
+    slot_bytes: int
+    nonce: bytes = field(repr=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First frame of both sides. Version and plan hashes are compared before anything else is looked at."""
+    """First frame of both sides. Version and plan hashes are compared before anything else is looked at.
+
+    ``segment`` is what prefill offers to decode on its host, and what decode says again if it reads from there.
+    """
 
     protocol_version: int
     plan_hashes: tuple[str, ...]
     wire_modes: tuple[WireMode, ...] = (WireMode.KV,)
     peer: str = ""
+    segment: StagingSegment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +270,21 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class StagedPayload:
+    """A payload of ``num_bytes`` in the slot of that index, lent under that ``generation``."""
+
+    slot: int
+    generation: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """K/V of tokens ``[token_start, token_end)`` in layers ``[layer_start, layer_end)``.
 
     ``payload`` is ``[layers, tokens, 2, kv_heads, head_dim]`` in C order, in the plan's KV dtype, little-endian
-    (index 0 of the axis of two is K, 1 is V). ``seq`` counts from 0 within the lease.
+    (index 0 of the axis of two is K, 1 is V). ``seq`` counts from 0 within the lease. What is ``staged`` travels
+    without its payload, and gets it back from its slot.
     """
 
     lease_id: bytes
@@ -254,7 +294,17 @@ class Chunk:
     layer_start: int
     layer_end: int
     crc32c: int
-    payload: bytes = field(repr=False)
+    payload: bytes | memoryview = field(repr=False)
+    staged: StagedPayload | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the payload, wherever it is."""
+        return len(self.payload) if self.staged is None else self.staged.num_bytes
+
+    @property
+    def carrier(self) -> Carrier:
+        return Carrier.INLINE if self.staged is None else Carrier.SHM
 
 
 @dataclass(frozen=True, slots=True)

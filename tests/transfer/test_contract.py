@@ -1,4 +1,4 @@
-"""What a hand-off promises, over every channel."""
+"""What a hand-off promises, over every channel and carrier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoal.messages import Accepted, Claim, Hello, Refused
 from shoal.transfer.lease import LeaseState
 from transfer_helpers import NUM_SHALLOW, TOKEN_BYTES, RawPeer, lease_id, prompt, rig, send_all
 
-pytestmark = pytest.mark.parametrize("kind", ["memory", "grpc"])
+pytestmark = pytest.mark.parametrize("kind", ["memory", "grpc", "grpc+shm", "memory+shm"])
 
 
 async def test_a_prompt_arrives_byte_for_byte(kind: str) -> None:
@@ -256,7 +256,7 @@ async def test_another_version_is_refused_before_plans_are_looked_at(kind: str) 
         peer = RawPeer(await both.connect(both.address))
         await peer.greet(version=99, plans=("plan-b",))
         error = await peer.until_gone()
-    if kind == "grpc":  # memory has no status that could say so
+    if kind.startswith("grpc"):  # memory has no status that could say so
         assert isinstance(error, PlanMismatch)
         assert "hand-off protocol 1 here, 99 at raw" in error.message
 

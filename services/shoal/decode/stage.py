@@ -22,6 +22,7 @@ from shoal.engine.meter import StepMeter
 from shoal.messages import Stage
 from shoal.telemetry import DecodeMetrics, TransferMetrics, Transport
 from shoal.transfer.base import new_incarnation
+from shoal.transfer.carriers.shm import ShmUnloader
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.lease_table import LeaseTimes
 from shoal.transfer.server import HandoffServer
@@ -88,7 +89,11 @@ async def open_decode(
         credit_bytes=config.handoff.credit_bytes,
         observer=TransferMetrics(registry, transport),
     )
-    server = HandoffServer(desk, Identity(new_incarnation(), (served.plan_hash,), peer="decode"))
+    server = HandoffServer(
+        desk,
+        Identity(new_incarnation(), (served.plan_hash,), peer="decode"),
+        attach=None if config.handoff.carrier == "inline" else ShmUnloader.attach,
+    )
     worker = DecodeWorker(
         engine,
         desk,

@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
+import structlog
 from prometheus_client import CollectorRegistry
 
-from shoal.config import ShoalConfig
+from shoal.config import HandoffConfig, ShoalConfig
 from shoal.engine.build import Served, build_engine, choose_device, load_parameters, set_num_threads
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
-from shoal.messages import Stage
+from shoal.messages import Carrier, Stage
 from shoal.prefill.worker import PrefillWorker
 from shoal.telemetry import PrefillMetrics
-from shoal.transfer.base import Channel, new_incarnation
+from shoal.transfer.base import Channel, StagingLoader, new_incarnation
+from shoal.transfer.carriers.shm import ShmLoader, reap
 from shoal.transfer.channels.grpc import dial
+from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
 
 Connect = Callable[[str], Awaitable[Channel]]
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ async def open_prefill(
         Identity(new_incarnation(), (served.plan_hash,), peer="prefill"),
         ttl_s=config.handoff.ttl_s,
         max_frame_bytes=config.handoff.max_frame_bytes,
+        stage=_staging(config.handoff),
+        opened=partial(_session_opened, metrics, config.handoff.carrier == "shm"),
     )
     worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
     names = tuple(name for name, _ in parameters.tensors())
@@ -77,6 +85,20 @@ async def open_prefill(
     finally:
         await sessions.drain(config.handoff.drain_s)
         engine.close()
+
+
+def _staging(config: HandoffConfig) -> Callable[[], StagingLoader] | None:
+    if config.carrier == "inline":
+        return None
+    if num_reaped := reap():
+        _log.info("removed staging segments of prefill processes that have died", number=num_reaped)
+    return partial(ShmLoader.create, config.max_frame_bytes, config.staging_bytes)
+
+
+def _session_opened(metrics: PrefillMetrics, wants_shm: bool, address: str, session: PrefillSession) -> None:
+    metrics.session_opened(session.carrier, session.carrier_reason)
+    say = _log.warning if wants_shm and session.carrier is not Carrier.SHM else _log.info
+    say("hand-off session opened", decode=address, carrier=session.carrier, reason=session.carrier_reason)
 
 
 def _on_step(metrics: PrefillMetrics, block_bytes: int) -> Callable[[StepOutput], None]:

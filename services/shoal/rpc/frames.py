@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -32,6 +32,8 @@ from shoal.messages import (
     Nack,
     Refused,
     Seal,
+    StagedPayload,
+    StagingSegment,
     WireMode,
 )
 from shoal.v1 import handoff_pb2 as pb
@@ -43,6 +45,8 @@ MAX_ID = (1 << 31) - 1
 """Largest token id, position, layer and sequence number: any signed 32-bit index can hold it."""
 MAX_TEXT_CHARS = 1024
 MAX_PLANS = 256
+MAX_SLOTS = 1 << 12
+NONCE_BYTES = 16
 
 _WIRE_MODES: dict[WireMode, pb.WireMode.ValueType] = {
     WireMode.KV: pb.WIRE_MODE_KV,
@@ -93,8 +97,11 @@ def _to_body(frame: Frame) -> dict[str, object]:
     match frame:
         case Hello():
             values["wire_modes"] = [_WIRE_MODES[mode] for mode in frame.wire_modes]
-        case Chunk() if len(frame.payload) > MAX_PAYLOAD_BYTES:
-            raise ProtocolViolation(f"a chunk of {len(frame.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
+            values["segment"] = frame.segment and asdict(frame.segment)
+        case Chunk() if frame.num_bytes > MAX_PAYLOAD_BYTES:
+            raise ProtocolViolation(f"a chunk of {frame.num_bytes} bytes is above {MAX_PAYLOAD_BYTES}: split it")
+        case Chunk():
+            values["staged"] = frame.staged and asdict(frame.staged)
         case Refused() | Failed() | Cancel():
             # A reason often is an error's text: it's for people, so a long one is cut, not refused.
             values["reason"] = frame.reason[:MAX_TEXT_CHARS]
@@ -115,8 +122,9 @@ def _decode(message: pb.SessionRequest | pb.SessionResponse, name: str | None) -
 
 
 def _require_presence(body: Message, name: str) -> None:
+    """Refuse a scalar that is ``optional`` and not set; a message may be absent."""
     for field in body.DESCRIPTOR.fields:
-        if field.has_presence and not body.HasField(field.name):
+        if field.has_presence and field.message_type is None and not body.HasField(field.name):
             raise ProtocolViolation(f"{name}.{field.name} is not set")
 
 
@@ -125,7 +133,16 @@ def _from_hello(body: pb.Hello) -> Hello:
         raise ProtocolViolation(f"hello lists {len(body.plan_hashes)} plans and {len(body.wire_modes)} wire modes")
     hashes = tuple(_text(plan, "hello.plan_hashes") for plan in body.plan_hashes)
     modes = tuple(_wire_mode(mode) for mode in body.wire_modes)
-    return Hello(body.protocol_version, hashes, modes, _text(body.peer, "hello.peer"))
+    segment = _from_segment(body.segment) if body.HasField("segment") else None
+    return Hello(body.protocol_version, hashes, modes, _text(body.peer, "hello.peer"), segment)
+
+
+def _from_segment(body: pb.StagingSegment) -> StagingSegment:
+    if not (0 < body.num_slots <= MAX_SLOTS and 0 < body.slot_bytes <= MAX_PAYLOAD_BYTES):
+        raise ProtocolViolation(f"hello.segment has {body.num_slots} slots of {body.slot_bytes} bytes")
+    if len(body.nonce) != NONCE_BYTES:
+        raise ProtocolViolation(f"hello.segment.nonce has {len(body.nonce)} bytes, not {NONCE_BYTES}")
+    return StagingSegment(_text(body.name, "hello.segment.name"), body.num_slots, body.slot_bytes, body.nonce)
 
 
 def _from_accepted(body: pb.Accepted) -> Accepted:
@@ -143,12 +160,23 @@ def _from_accepted(body: pb.Accepted) -> Accepted:
 
 
 def _from_chunk(body: pb.Chunk) -> Chunk:
-    if not 0 < len(body.payload) <= MAX_PAYLOAD_BYTES:
-        raise ProtocolViolation(f"chunk.payload has {len(body.payload)} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
+    staged = _from_staged(body.staged) if body.HasField("staged") else None
+    if staged is not None and body.payload:
+        raise ProtocolViolation("a chunk brings its payload and names a staging slot, too")
+    num_bytes = len(body.payload) if staged is None else staged.num_bytes
+    if not 0 < num_bytes <= MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"a chunk's payload has {num_bytes} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
     tokens = _range(body.token_start, body.token_end, "chunk.token")
     layers = _range(body.layer_start, body.layer_end, "chunk.layer")
     seq = _id(body.seq, "chunk.seq")
-    return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, body.payload)
+    return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, body.payload, staged)
+
+
+def _from_staged(body: pb.StagedPayload) -> StagedPayload:
+    _require_presence(body, "chunk.staged")
+    if body.generation == 0:
+        raise ProtocolViolation("chunk.staged.generation is 0")
+    return StagedPayload(_id(body.slot, "chunk.staged.slot"), body.generation, body.num_bytes)
 
 
 def _from_seal(body: pb.Seal) -> Seal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shoal.messages import Depth, Stage
+from shoal.messages import Carrier, CarrierReason, Depth, Stage
 from shoal.telemetry.labels import BlockState, FallbackRung, HandoffReason, TokenSource
 from shoal.telemetry.registry import BATCH, KV_BYTES, LATENCY_S, TOKEN_S
 
@@ -95,8 +95,16 @@ class PrefillMetrics(StageMetrics):
             "shoal_kv_pinned_bytes", "Bytes of K/V kept for decode replicas that haven't committed.", registry=registry
         )
 
+        self._sessions = Counter(
+            "shoal_kv_sessions_total", "Sessions opened to decode replicas, by how their payload travels.",
+            ("carrier", "reason"), registry=registry,
+        )  # fmt: skip
+
     def pinned(self, num_bytes: int) -> None:
         self._pinned.set(num_bytes)
+
+    def session_opened(self, carrier: Carrier, reason: CarrierReason) -> None:
+        self._sessions.labels(carrier, reason).inc()
 
 
 class DecodeMetrics(StageMetrics):

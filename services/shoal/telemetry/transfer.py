@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from shoal.messages import Carrier
 from shoal.telemetry.labels import HandoffReason, LeaseState, Part, Transport, VerifyCheck
 from shoal.telemetry.registry import LATENCY_S
 
@@ -23,7 +24,10 @@ class TransferMetrics:
             registry=registry,
         )
         self._bytes = Counter(
-            "shoal_kv_transfer_bytes_total", "Bytes of payload shipped.", ("transport", "part"), registry=registry
+            "shoal_kv_transfer_bytes_total",
+            "Bytes of payload shipped.",
+            ("transport", "carrier", "part"),
+            registry=registry,
         )
         self._failures = Counter(
             "shoal_kv_transfer_failures_total", "Hand-offs that failed.", ("reason",), registry=registry
@@ -52,9 +56,9 @@ class TransferMetrics:
         self._in_flight.dec()
         self._failures.labels(HandoffReason(reason)).inc()
 
-    def shipped(self, part: str, num_bytes: int) -> None:
+    def shipped(self, part: str, num_bytes: int, carrier: Carrier) -> None:
         """Payload bytes of a ``labels.Part``. Raises ValueError for any other."""
-        self._bytes.labels(self._transport, Part(part)).inc(num_bytes)
+        self._bytes.labels(self._transport, carrier, Part(part)).inc(num_bytes)
 
     def verify_failed(self, check: str) -> None:
         self._verify_failures.labels(VerifyCheck(check)).inc()

@@ -10,7 +10,7 @@ from typing import Protocol
 import google_crc32c
 import numpy as np
 
-from shoal.messages import Chunk, Envelope
+from shoal.messages import Carrier, Chunk, Envelope, StagingSegment
 
 
 class Channel(Protocol):
@@ -29,6 +29,55 @@ class Channel(Protocol):
 
     async def close(self) -> None:
         """End the channel for both ends; what was sent before may still arrive. Twice is a no-op."""
+        ...
+
+
+class Loader(Protocol):
+    """Prefill's end of a carrier: how payload leaves, in one session."""
+
+    def load(self, chunk: Chunk) -> Chunk | None:
+        """``chunk`` as it travels, so that the memory of its payload may be reused; ``None`` without room for it."""
+        ...
+
+    def credited(self, lease_id: bytes, seq: int) -> None:
+        """Decode has copied this chunk. Twice is a no-op."""
+        ...
+
+    def ended(self, lease_id: bytes) -> None:
+        """Decode reads nothing more of this lease. Twice is a no-op."""
+        ...
+
+    def close(self) -> None:
+        """The session is over, for both ends. Twice is a no-op."""
+        ...
+
+
+class StagingLoader(Loader, Protocol):
+    """A loader with memory that decode has to find first."""
+
+    @property
+    def segment(self) -> StagingSegment: ...
+
+    def hide(self) -> None:
+        """Decode has found it, and nobody else shall."""
+        ...
+
+
+class Unloader(Protocol):
+    """Decode's end of a carrier with memory of its own."""
+
+    @property
+    def segment(self) -> StagingSegment: ...
+
+    def unload(self, chunk: Chunk) -> Chunk:
+        """``chunk`` with a private copy of its payload: an empty one if it isn't there any more.
+
+        Raises ProtocolViolation for a place that can't be.
+        """
+        ...
+
+    def close(self) -> None:
+        """The session is over. Twice is a no-op."""
         ...
 
 
@@ -68,7 +117,7 @@ class TransferObserver(Protocol):
     def transfer_failed(self, reason: str) -> None:
         """A transfer that had started ended without a commit. ``reason`` is an error's code."""
 
-    def shipped(self, part: str, num_bytes: int) -> None:
+    def shipped(self, part: str, num_bytes: int, carrier: Carrier) -> None:
         """Payload was copied; ``part`` is ``shallow`` or ``deep``."""
 
     def verify_failed(self, check: str) -> None:
@@ -93,7 +142,7 @@ class SilentObserver:
 
     def transfer_failed(self, reason: str) -> None: ...
 
-    def shipped(self, part: str, num_bytes: int) -> None: ...
+    def shipped(self, part: str, num_bytes: int, carrier: Carrier) -> None: ...
 
     def verify_failed(self, check: str) -> None: ...
 
@@ -109,9 +158,10 @@ def new_incarnation() -> int:
     return secrets.randbits(64) | 1
 
 
-def crc32c(payload: bytes) -> int:
+def crc32c(payload: bytes | memoryview) -> int:
     """CRC32C of a chunk's payload."""
-    value: int = google_crc32c.value(payload)
+    # The library takes no memoryview, but an array of one, without a copy.
+    value: int = google_crc32c.value(np.frombuffer(payload, np.uint8))
     return value
 
 

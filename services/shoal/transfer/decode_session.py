@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 
 from shoal.errors import HandoffError, LeaseLost, PeerGone, ProtocolViolation, ShoalError
-from shoal.messages import Beat, Cancel, Chunk, Claim, Drained, Draining, Failed, Frame, Refused, Seal
-from shoal.transfer.base import Channel
+from shoal.messages import (
+    Beat,
+    Cancel,
+    Chunk,
+    Claim,
+    Drained,
+    Draining,
+    Failed,
+    Frame,
+    Hello,
+    Refused,
+    Seal,
+    StagingSegment,
+)
+from shoal.transfer.base import Channel, Unloader
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.session import Identity, Session
 from shoal.transfer.terms import Owner
+
+Attach = Callable[[StagingSegment], Unloader | None]
+"""Finds the memory that prefill offers, if that's possible and wanted here."""
 
 _session_ids = itertools.count()
 
@@ -20,9 +38,11 @@ class DecodeSession(Session):
     What is wrong with one lease ends that lease; only what makes no sense in any ends the session.
     """
 
-    def __init__(self, channel: Channel, desk: HandoffDesk, identity: Identity) -> None:
+    def __init__(self, channel: Channel, desk: HandoffDesk, identity: Identity, attach: Attach | None = None) -> None:
         super().__init__(channel, identity, ttl_s=desk.times.ttl_s, clock=desk.clock)
         self._desk = desk
+        self._attach = attach
+        self._staging: Unloader | None = None
         self._owner: Owner | None = None
 
     @property
@@ -36,6 +56,16 @@ class DecodeSession(Session):
         await super().greet()
         self._owner = Owner(next(_session_ids), self.peer_incarnation)
         self._desk.session_began(self._owner, self)
+
+    async def _exchange(self, ours: Hello) -> Hello:
+        """Prefill speaks first: our answer says whether we read from its memory."""
+        try:
+            theirs = await self._listen()
+            if theirs.segment is not None and self._attach is not None:
+                self._staging = self._attach(theirs.segment)
+        finally:
+            await self._say(ours if self._staging is None else replace(ours, segment=self._staging.segment))
+        return theirs
 
     def _obey(self, frame: Frame) -> None:
         match frame:
@@ -53,6 +83,8 @@ class DecodeSession(Session):
                 raise ProtocolViolation(f"prefill sent {type(frame).__name__}, which only decode may")
 
     def _ended(self, error: ShoalError) -> None:
+        if self._staging is not None:
+            self._staging.close()
         if self._owner is not None:
             self._desk.session_ended(self._owner, error)
 
@@ -71,13 +103,22 @@ class DecodeSession(Session):
         try:
             match frame:
                 case Chunk():
-                    self._desk.receive(lease, frame)
+                    # What came before may be in no slot any more.
+                    self._desk.receive(lease, frame if lease.has(frame.seq) else self._unload(frame))
                 case Seal():
                     self._desk.seal(lease, frame)
                 case Failed():
                     raise HandoffError(f"prefill gave the prompt up: {frame.reason}")
         except HandoffError as error:
             lease.cancel(error)
+
+    def _unload(self, chunk: Chunk) -> Chunk:
+        """Here, at once: between two frames nobody reads a slot, so that prefill may have them back with the lease."""
+        if chunk.staged is None:
+            return chunk
+        if self._staging is None:
+            raise ProtocolViolation(f"chunk {chunk.seq} is in a staging slot, but this session has none")
+        return self._staging.unload(chunk)
 
     def _late(self, frame: Chunk | Seal | Failed) -> None:
         """Drop it. Whoever still works for a lease that has ended didn't hear Cancel, so say it again."""

@@ -215,15 +215,15 @@ class HandoffDesk:
             lease.copied(chunk.seq)
         if lease.state in RECEIVING:
             self._count(held, chunk)
-            self._post(lease, Credit(lease.lease_id, chunk.seq, len(chunk.payload)))
+            self._post(lease, Credit(lease.lease_id, chunk.seq, chunk.num_bytes))
             self._commit_if_complete(lease)
 
     def _count(self, held: OpenLease, chunk: Chunk) -> None:
         shallow_bytes, deep_bytes = self._shape.part_bytes(chunk)
         held.shallow_bytes += shallow_bytes
         held.deep_bytes += deep_bytes
-        self._observer.shipped("shallow", shallow_bytes)
-        self._observer.shipped("deep", deep_bytes)
+        self._observer.shipped("shallow", shallow_bytes, chunk.carrier)
+        self._observer.shipped("deep", deep_bytes, chunk.carrier)
 
     def _copy_ended(self, task: asyncio.Task[None]) -> None:
         self._copies.discard(task)

@@ -20,7 +20,7 @@ def cut(
     """Chunks of at most ``max_frame_bytes`` that tile ``tokens`` x ``layers``, numbered from ``first_seq``.
 
     ``payload`` is ``[layers, tokens, bytes of a token in a layer]`` in C order, so that both whole layers and a range
-    of tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each.
+    of tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each. Theirs are views of it.
     """
     num_tokens, num_layers = tokens[1] - tokens[0], layers[1] - layers[0]
     if num_tokens <= 0 or num_layers <= 0 or payload.nbytes == 0 or payload.nbytes % (num_tokens * num_layers):
@@ -38,7 +38,7 @@ def cut(
             token_end = min(token + token_step, num_tokens)
             start = (layer * num_tokens + token) * token_bytes
             size = (layer_end - layer) * (token_end - token) * token_bytes
-            part = bytes(data[start : start + size])
+            part = data[start : start + size]
             seq = first_seq
             first_seq += 1
             yield Chunk(

@@ -116,16 +116,20 @@ class Lease:
         self.owner = owner
         self._move(LeaseState.STREAMING)
 
+    def has(self, seq: int) -> bool:
+        """This chunk was taken before."""
+        return seq in self._seen
+
     def receive(self, chunk: Chunk) -> Receipt:
         """Judge a chunk; COPY takes it and starts its copy, which ``copied`` ends.
 
         A ``seq`` that was taken before is dropped; the first corrupt one is to be sent again. Raises ChecksumMismatch
         for the second, ProtocolViolation for one that breaks a limit, overlaps, or lies outside.
         """
-        if chunk.seq in self._seen:
+        if self.has(chunk.seq):
             return Receipt.DROP
         self._check_limits(chunk)
-        if crc32c(chunk.payload) != chunk.crc32c:
+        if len(chunk.payload) != chunk.num_bytes or crc32c(chunk.payload) != chunk.crc32c:
             return self._refuse_corrupt(chunk.seq)
         try:
             self._coverage.add(chunk.token_start, chunk.token_end, chunk.layer_start, chunk.layer_end)
@@ -133,8 +137,8 @@ class Lease:
             self.failed_check = "tiling"
             raise
         self._seen.add(chunk.seq)
-        self._copying[chunk.seq] = len(chunk.payload)
-        self._uncredited_bytes += len(chunk.payload)
+        self._copying[chunk.seq] = chunk.num_bytes
+        self._uncredited_bytes += chunk.num_bytes
         return Receipt.COPY
 
     def copied(self, seq: int) -> None:
@@ -237,7 +241,7 @@ class Lease:
         last = self._coverage.num_cells if self.sealed is None else self.sealed.num_chunks
         if not 0 <= chunk.seq < last:
             raise ProtocolViolation(f"chunk {chunk.seq} of at most {last}")
-        num_bytes = len(chunk.payload)
+        num_bytes = chunk.num_bytes
         expected = sum(self.terms.shape.part_bytes(chunk))
         if num_bytes != expected:
             raise ProtocolViolation(f"chunk {chunk.seq} has {num_bytes} bytes where its ranges need {expected}")

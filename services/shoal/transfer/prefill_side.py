@@ -14,8 +14,10 @@ No wait for an answer is longer than ``ttl_s``: whatever is lost on the way, blo
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 from shoal.errors import Cancelled, LeaseLost, PeerGone, ProtocolViolation, ShoalError
@@ -23,6 +25,8 @@ from shoal.messages import (
     Accepted,
     Beat,
     Cancel,
+    Carrier,
+    CarrierReason,
     Chunk,
     Claim,
     Committed,
@@ -31,31 +35,59 @@ from shoal.messages import (
     Draining,
     Failed,
     Frame,
+    Hello,
     Nack,
     Refused,
     Seal,
 )
-from shoal.transfer.base import Channel, Clock, prompt_hash
+from shoal.transfer.base import Channel, Clock, StagingLoader, prompt_hash
+from shoal.transfer.carriers.inline import InlineLoader
 from shoal.transfer.frames import cut
 from shoal.transfer.session import Identity, Session
 
+Stage = Callable[[], StagingLoader]
+"""Makes memory that decode may read payload from. Raises OSError if there is no room."""
+
+_log = logging.getLogger(__name__)
+
 
 class PrefillSession(Session):
-    """Speaks for many leases of one decode replica. Made by ``open``."""
+    """Speaks for many leases of one decode replica. Made by ``open``.
+
+    Payload goes through the memory that ``stage`` makes, if decode finds it; inline without it, or while it's full.
+    """
 
     def __init__(
-        self, channel: Channel, identity: Identity, *, ttl_s: float, max_frame_bytes: int, clock: Clock | None = None
+        self,
+        channel: Channel,
+        identity: Identity,
+        *,
+        ttl_s: float,
+        max_frame_bytes: int,
+        clock: Clock | None = None,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__(channel, identity, ttl_s=ttl_s, clock=clock or asyncio.get_running_loop())
         self.max_frame_bytes = max_frame_bytes
+        self.carrier_reason = CarrierReason.CONFIGURED
+        self._stage = stage
+        self._staging: StagingLoader | None = None
+        self._inline = InlineLoader()
         self._claims: dict[bytes, PromptClaim] = {}
 
     @classmethod
     async def open(
-        cls, channel: Channel, identity: Identity, *, ttl_s: float, max_frame_bytes: int, clock: Clock | None = None
+        cls,
+        channel: Channel,
+        identity: Identity,
+        *,
+        ttl_s: float,
+        max_frame_bytes: int,
+        clock: Clock | None = None,
+        stage: Stage | None = None,
     ) -> PrefillSession:
         """Greet, and listen from then on. Raises PlanMismatch or PeerGone, with the channel closed."""
-        session = cls(channel, identity, ttl_s=ttl_s, max_frame_bytes=max_frame_bytes, clock=clock)
+        session = cls(channel, identity, ttl_s=ttl_s, max_frame_bytes=max_frame_bytes, clock=clock, stage=stage)
         try:
             await session.greet()
         except BaseException:
@@ -67,6 +99,15 @@ class PrefillSession(Session):
     @property
     def num_claims(self) -> int:
         return len(self._claims)
+
+    @property
+    def carrier(self) -> Carrier:
+        return Carrier.INLINE if self._staging is None else Carrier.SHM
+
+    def load(self, chunk: Chunk) -> Chunk:
+        """``chunk`` as it travels, without a view of the caller's memory."""
+        staged = None if self._staging is None else self._staging.load(chunk)
+        return staged or self._inline.load(chunk)
 
     @asynccontextmanager
     async def claim(self, lease_id: bytes) -> AsyncIterator[PromptClaim]:
@@ -110,7 +151,33 @@ class PrefillSession(Session):
             self.post(Failed(claim.lease_id, reason))
         claim.left.set()
 
+    async def _exchange(self, ours: Hello) -> Hello:
+        self._make_staging()
+        segment = None if self._staging is None else self._staging.segment
+        await self._say(replace(ours, segment=segment))
+        theirs = await self._listen()
+        if self._staging is None:
+            return theirs
+        if theirs.segment == segment:
+            self._staging.hide()
+            self.carrier_reason = CarrierReason.SAME_HOST
+        else:
+            self._staging.close()
+            self._staging = None
+            self.carrier_reason = CarrierReason.OTHER_HOST
+        return theirs
+
+    def _make_staging(self) -> None:
+        if self._stage is not None:
+            try:
+                self._staging = self._stage()
+            except OSError as error:
+                _log.warning("no memory to stage payload in: %s", error)
+                self.carrier_reason = CarrierReason.NO_ROOM
+
     def _ended(self, error: ShoalError) -> None:
+        if self._staging is not None:
+            self._staging.close()
         for claim in self._claims.values():
             claim.end(PeerGone(f"the session to decode ended: {error.message}"))
 
@@ -121,6 +188,7 @@ class PrefillSession(Session):
             case Draining():
                 self.peer_is_draining = True
             case Accepted() | Refused() | Credit() | Nack() | Committed() | Cancel():
+                self._free_slots(frame)
                 claim = self._claims.get(frame.lease_id)
                 if claim is not None:
                     claim.obey(frame)
@@ -128,6 +196,16 @@ class PrefillSession(Session):
                     self._late(frame)
             case _:
                 raise ProtocolViolation(f"decode sent {type(frame).__name__}, which only prefill may")
+
+    def _free_slots(self, frame: Frame) -> None:
+        """Also for a claim that was left: decode may have been reading its chunks until now."""
+        match (self._staging, frame):
+            case (None, _):
+                pass
+            case (loader, Credit()):
+                loader.credited(frame.lease_id, frame.seq)
+            case (loader, Committed() | Cancel()):
+                loader.ended(frame.lease_id)
 
     def _late(self, frame: Accepted | Refused | Credit | Nack | Committed | Cancel) -> None:
         """Drop it; but decode must not wait for somebody who has left."""
@@ -186,10 +264,10 @@ class PromptClaim:
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
         for chunk in cut(self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes):
             await self._answered(partial(self._has_credit_for, chunk), "credit")
-            self._credit_bytes -= len(chunk.payload)
-            self._unacknowledged[chunk.seq] = chunk
+            self._credit_bytes -= chunk.num_bytes
+            self._unacknowledged[chunk.seq] = self._session.load(chunk)
             self._num_chunks += 1
-            await self._write(chunk)
+            await self._write(self._unacknowledged[chunk.seq])
 
     async def seal(self, *, boundary_token_id: int, queue_s: float, prefill_s: float) -> None:
         """Say that this was all, and wait until decode has verified and committed it. Raises as ``send`` does."""
@@ -211,7 +289,7 @@ class PromptClaim:
                 self.end(LeaseLost(frame.reason))
             case Credit():
                 chunk = self._unacknowledged.pop(frame.seq, None)
-                self._credit_bytes += 0 if chunk is None else len(chunk.payload)
+                self._credit_bytes += 0 if chunk is None else chunk.num_bytes
             case Nack():
                 self._resend(frame.seq)
             case Committed():
@@ -238,7 +316,7 @@ class PromptClaim:
     # --- waiting --------------------------------------------------------------------------------------
 
     def _has_credit_for(self, chunk: Chunk) -> bool:
-        return len(chunk.payload) <= self._credit_bytes
+        return chunk.num_bytes <= self._credit_bytes
 
     async def _write(self, chunk: Chunk) -> None:
         """Leases take turns: each has at most one chunk of its own in the session's queue."""

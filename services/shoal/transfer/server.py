@@ -14,7 +14,7 @@ from shoal.rpc.ports import bind_first_free, join_address
 from shoal.transfer.base import Channel
 from shoal.transfer.channels.grpc import add_handoff_service
 from shoal.transfer.channels.memory import memory_pair
-from shoal.transfer.decode_session import DecodeSession
+from shoal.transfer.decode_session import Attach, DecodeSession
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.session import Identity
 
@@ -23,11 +23,15 @@ _STOP_GRACE_S = 1.0
 
 
 class HandoffServer:
-    """Serves the leases of ``desk``. ``listen`` for other processes, ``connect`` within this one."""
+    """Serves the leases of ``desk``. ``listen`` for other processes, ``connect`` within this one.
 
-    def __init__(self, desk: HandoffDesk, identity: Identity) -> None:
+    Without ``attach`` all payload comes inline.
+    """
+
+    def __init__(self, desk: HandoffDesk, identity: Identity, attach: Attach | None = None) -> None:
         self._desk = desk
         self._identity = identity
+        self._attach = attach
         self._sessions: set[DecodeSession] = set()
         self._local: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
@@ -69,7 +73,7 @@ class HandoffServer:
 
     async def serve(self, channel: Channel) -> None:
         """Serve one channel until it ends. Raises what was wrong with the other side, if something was."""
-        session = DecodeSession(channel, self._desk, self._identity)
+        session = DecodeSession(channel, self._desk, self._identity, self._attach)
         self._sessions.add(session)
         try:
             await session.run()

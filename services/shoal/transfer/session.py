@@ -85,16 +85,10 @@ class Session:
         """Compare Hellos. Raises PlanMismatch naming what differs, or PeerGone; the session is over then."""
         self._watch()
         try:
-            # Written before anything is read: a peer that we refuse must see why.
-            await self._channel.send(Envelope(self._identity.incarnation, self._identity.hello))
-            theirs = await self._receive()
-            if not isinstance(theirs, Hello):
-                raise ProtocolViolation(f"the other end began with {type(theirs).__name__}, not with Hello")
-            _compare(self._identity.hello, theirs)
+            self.peer = await self._exchange(self._identity.hello)
         except ShoalError as error:
             self._end(error)
             raise self.error or error from error
-        self.peer = theirs
         self._writer = self._spawn(self._write())
         self._beat()
 
@@ -120,6 +114,21 @@ class Session:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- for the subclass -----------------------------------------------------------------------------
+
+    async def _exchange(self, ours: Hello) -> Hello:
+        """Say Hello and return theirs, once it's compared. A peer that we refuse must see ours, to know why."""
+        raise NotImplementedError
+
+    async def _say(self, hello: Hello) -> None:
+        await self._channel.send(Envelope(self._identity.incarnation, hello))
+
+    async def _listen(self) -> Hello:
+        """Their Hello. Raises ProtocolViolation, or PlanMismatch unless the two ends can work together."""
+        theirs = await self._receive()
+        if not isinstance(theirs, Hello):
+            raise ProtocolViolation(f"the other end began with {type(theirs).__name__}, not with Hello")
+        _compare(self._identity.hello, theirs)
+        return theirs
 
     def _obey(self, frame: Frame) -> None:
         """Act on ``frame`` without waiting. A ShoalError ends the session."""

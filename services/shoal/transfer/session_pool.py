@@ -7,12 +7,15 @@ from collections.abc import Awaitable, Callable
 
 from shoal.errors import Unavailable
 from shoal.transfer.base import Channel, Clock
-from shoal.transfer.prefill_side import PrefillSession
+from shoal.transfer.prefill_side import PrefillSession, Stage
 from shoal.transfer.session import Identity
 
 
 class SessionPool:
-    """``connect`` gives a channel to an address: ``channels.grpc.dial``, or a memory channel."""
+    """``connect`` gives a channel to an address: ``channels.grpc.dial``, or a memory channel.
+
+    ``stage`` makes memory for the payload of each session (without it, it travels inline); ``opened`` is told of each.
+    """
 
     def __init__(
         self,
@@ -22,12 +25,16 @@ class SessionPool:
         ttl_s: float,
         max_frame_bytes: int,
         clock: Clock | None = None,
+        stage: Stage | None = None,
+        opened: Callable[[str, PrefillSession], None] = lambda address, session: None,
     ) -> None:
         self._connect = connect
         self._identity = identity
         self._ttl_s = ttl_s
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
+        self._stage = stage
+        self._told_opened = opened
         self._opened: dict[str, asyncio.Task[PrefillSession]] = {}
         self._is_draining = False
 
@@ -67,9 +74,16 @@ class SessionPool:
 
     async def _open(self, address: str) -> PrefillSession:
         channel = await self._connect(address)
-        return await PrefillSession.open(
-            channel, self._identity, ttl_s=self._ttl_s, max_frame_bytes=self._max_frame_bytes, clock=self._clock
+        session = await PrefillSession.open(
+            channel,
+            self._identity,
+            ttl_s=self._ttl_s,
+            max_frame_bytes=self._max_frame_bytes,
+            clock=self._clock,
+            stage=self._stage,
         )
+        self._told_opened(address, session)
+        return session
 
 
 def _is_over(opened: asyncio.Task[PrefillSession]) -> bool:

@@ -184,6 +184,7 @@ class Hello(_message.Message):
     PLAN_HASHES_FIELD_NUMBER: _builtins.int
     WIRE_MODES_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     peer: _builtins.str
     """A name for logs."""
@@ -193,6 +194,10 @@ class Hello(_message.Message):
 
     @_builtins.property
     def wire_modes(self) -> _containers.RepeatedScalarFieldContainer[Global___WireMode.ValueType]: ...
+    @_builtins.property
+    def segment(self) -> Global___StagingSegment:
+        """Prefill: memory that a decode replica on its host may read payload from. Decode: the same again, if it does."""
+
     def __init__(
         self,
         *,
@@ -200,14 +205,48 @@ class Hello(_message.Message):
         plan_hashes: _abc.Iterable[_builtins.str] | None = ...,
         wire_modes: _abc.Iterable[Global___WireMode.ValueType] | None = ...,
         peer: _builtins.str = ...,
+        segment: Global___StagingSegment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "plan_hashes", b"plan_hashes", "protocol_version", b"protocol_version", "wire_modes", b"wire_modes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "plan_hashes", b"plan_hashes", "protocol_version", b"protocol_version", "segment", b"segment", "wire_modes", b"wire_modes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class StagingSegment(_message.Message):
+    """A file in /dev/shm that one prefill process writes for one session, cut into slots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Of the file; unguessable, and gone once decode has opened it."""
+    num_slots: _builtins.int
+    slot_bytes: _builtins.int
+    """The largest payload."""
+    nonce: _builtins.bytes
+    """Random; the segment begins with it, so that decode knows it has found this very segment. 16 bytes."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_slots: _builtins.int = ...,
+        slot_bytes: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "nonce", b"nonce", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StagingSegment: _TypeAlias = StagingSegment  # noqa: Y015
 
 @_typing.final
 class Claim(_message.Message):
@@ -308,6 +347,7 @@ class Chunk(_message.Message):
     LAYER_END_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.bytes
     seq: _builtins.int
     """Counts from 0 within the lease."""
@@ -319,6 +359,10 @@ class Chunk(_message.Message):
     """Of the payload."""
     payload: _builtins.bytes
     """[layers, tokens, 2, kv_heads, head_dim] in C order, the plan's KV dtype, little-endian; at most 1 MiB."""
+    @_builtins.property
+    def staged(self) -> Global___StagedPayload:
+        """Where the payload is, instead of here."""
+
     def __init__(
         self,
         *,
@@ -330,10 +374,11 @@ class Chunk(_message.Message):
         layer_end: _builtins.int = ...,
         crc32c: _builtins.int | None = ...,
         payload: _builtins.bytes = ...,
+        staged: Global___StagedPayload | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_layer_start", b"_layer_start", "_seq", b"_seq", "_token_start", b"_token_start", "crc32c", b"crc32c", "layer_start", b"layer_start", "seq", b"seq", "token_start", b"token_start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_layer_start", b"_layer_start", "_seq", b"_seq", "_token_start", b"_token_start", "crc32c", b"crc32c", "layer_start", b"layer_start", "seq", b"seq", "staged", b"staged", "token_start", b"token_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_layer_start", b"_layer_start", "_seq", b"_seq", "_token_start", b"_token_start", "crc32c", b"crc32c", "layer_end", b"layer_end", "layer_start", b"layer_start", "lease_id", b"lease_id", "payload", b"payload", "seq", b"seq", "token_end", b"token_end", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_layer_start", b"_layer_start", "_seq", b"_seq", "_token_start", b"_token_start", "crc32c", b"crc32c", "layer_end", b"layer_end", "layer_start", b"layer_start", "lease_id", b"lease_id", "payload", b"payload", "seq", b"seq", "staged", b"staged", "token_end", b"token_end", "token_start", b"token_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015
@@ -353,6 +398,37 @@ class Chunk(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token_start) -> _WhichOneofReturnType__token_start | None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+
+@_typing.final
+class StagedPayload(_message.Message):
+    """A payload in the session's staging segment. Its slot is prefill's again with Credit, or with the lease's end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    generation: _builtins.int
+    """Counts the lendings of the slot from 1; the slot says it, too."""
+    num_bytes: _builtins.int
+    """At most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int | None = ...,
+        generation: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "generation", b"generation", "num_bytes", b"num_bytes", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
+    _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
+
+Global___StagedPayload: _TypeAlias = StagedPayload  # noqa: Y015
 
 @_typing.final
 class Seal(_message.Message):

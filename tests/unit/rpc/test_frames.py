@@ -29,6 +29,8 @@ from shoal.messages import (
     Nack,
     Refused,
     Seal,
+    StagedPayload,
+    StagingSegment,
     WireMode,
 )
 from shoal.rpc import frames
@@ -39,8 +41,10 @@ INCARNATION = (1 << 64) - 1
 
 PREFILL_FRAMES: tuple[Frame, ...] = (
     Hello(1, ("plan-a", "plan-b"), (WireMode.KV, WireMode.HIDDEN), "prefill-0"),
+    Hello(1, ("plan-a",), (WireMode.KV,), "", StagingSegment("shoal-0", 1, 1 << 20, bytes(range(16)))),
     Claim(LEASE),
     Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"\x00\xff" * 700),
+    Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"", StagedPayload(0, (1 << 64) - 1, 1 << 20)),
     Seal(LEASE, 0, bytes(32), 0, 0.0, 0.25),
     Failed(LEASE, "out of blocks"),
     Drained(LEASE),
@@ -88,7 +92,9 @@ def test_the_round_trips_cover_every_frame_and_each_oneof_holds_exactly_its_side
     assert {type(frame) for frame in PREFILL_FRAMES + DECODE_FRAMES} == every_frame
 
 
-@pytest.mark.parametrize("frame_type", messages.Frame.__args__, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "frame_type", (*messages.Frame.__args__, StagedPayload, StagingSegment), ids=lambda kind: kind.__name__
+)
 def test_a_frame_and_its_proto_have_the_same_fields(frame_type: type) -> None:
     in_proto = [field.name for field in pb.DESCRIPTOR.message_types_by_name[frame_type.__name__].fields]
     assert in_proto == [field.name for field in dataclasses.fields(frame_type)]
@@ -175,6 +181,50 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
+SEGMENT = {"name": "shoal-0", "num_slots": 1, "slot_bytes": 1 << 20, "nonce": bytes(16)}
+STAGED = {"slot": 0, "generation": 1, "num_bytes": 1}
+
+
+def test_a_staged_chunk_and_a_segment_pass() -> None:
+    assert arrives("hello", GOOD["hello"] | {"segment": SEGMENT})
+    assert arrives("chunk", GOOD["chunk"] | {"payload": b"", "staged": STAGED})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_slots": 0},
+        {"num_slots": frames.MAX_SLOTS + 1},
+        {"slot_bytes": 0},
+        {"slot_bytes": (1 << 20) + 1},
+        {"nonce": bytes(15)},
+        {"nonce": bytes(17)},
+        {"name": "x" * 1025},
+    ],
+    ids=str,
+)
+def test_a_malformed_segment_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolViolation):
+        arrives("hello", GOOD["hello"] | {"segment": SEGMENT | change})
+
+
+@pytest.mark.parametrize(
+    ("change", "payload"),
+    [
+        ({"slot": None}, b""),
+        ({"slot": 1 << 31}, b""),
+        ({"generation": 0}, b""),
+        ({"num_bytes": 0}, b""),
+        ({"num_bytes": (1 << 20) + 1}, b""),
+        ({}, b"p"),
+    ],
+    ids=str,
+)
+def test_a_malformed_staged_payload_is_refused(change: dict[str, Any], payload: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        arrives("chunk", GOOD["chunk"] | {"payload": payload, "staged": STAGED | change})
+
+
 def arrives(name: str, values: dict[str, Any]) -> Envelope:
     if name in pb.SessionRequest.DESCRIPTOR.fields_by_name:
         return frames.from_request(pb.SessionRequest(incarnation=1, **{name: values}))
@@ -198,7 +248,7 @@ def _fields_with_presence() -> list[tuple[str, str]]:
         (name, field.name)
         for name in GOOD
         for field in pb.DESCRIPTOR.message_types_by_name[name.capitalize()].fields
-        if field.has_presence
+        if field.has_presence and field.message_type is None
     ]
 
 
@@ -291,4 +341,4 @@ def test_damaged_frames_raise_nothing_else_and_what_passes_is_in_bounds(sent: by
         assert len(getattr(envelope.frame, "lease_id", LEASE)) == 16
         if isinstance(envelope.frame, Chunk):
             assert 0 <= envelope.frame.token_start < envelope.frame.token_end <= frames.MAX_ID
-            assert 0 < len(envelope.frame.payload) <= frames.MAX_PAYLOAD_BYTES
+            assert 0 < envelope.frame.num_bytes <= frames.MAX_PAYLOAD_BYTES

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from shoal.messages import Depth, TtftStages
+from shoal.messages import Carrier, CarrierReason, Depth, TtftStages
 from shoal.telemetry import DecodeMetrics, GatewayMetrics, PrefillMetrics, TransferMetrics, Transport, new_registry
 from shoal.telemetry.labels import (
     CancelStage,
@@ -78,7 +78,15 @@ ROLES = [
             "shoal_full_depth_requests": lambda m: m.needed_full_depth("echo"),
         },
     ),
-    Role("prefill", PrefillMetrics, STAGE_MOVES | {"shoal_kv_pinned_bytes": lambda m: m.pinned(4096)}),
+    Role(
+        "prefill",
+        PrefillMetrics,
+        STAGE_MOVES
+        | {
+            "shoal_kv_pinned_bytes": lambda m: m.pinned(4096),
+            "shoal_kv_sessions": lambda m: m.session_opened(Carrier.SHM, CarrierReason.SAME_HOST),
+        },
+    ),
     Role(
         "decode",
         DecodeMetrics,
@@ -96,7 +104,7 @@ ROLES = [
         lambda registry: TransferMetrics(registry, Transport.GRPC),
         {
             "shoal_kv_transfer_seconds": lambda m: m.transfer_committed(0.2),
-            "shoal_kv_transfer_bytes": lambda m: m.shipped(Part.DEEP, 1024),
+            "shoal_kv_transfer_bytes": lambda m: m.shipped(Part.DEEP, 1024, Carrier.SHM),
             "shoal_kv_transfer_failures": lambda m: m.transfer_failed("lease_lost"),
             "shoal_kv_transfers_in_flight": lambda m: m.transfer_started(),
             "shoal_kv_verify_failures": lambda m: m.verify_failed(VerifyCheck.TILING),
@@ -218,7 +226,7 @@ def test_what_peers_write_never_becomes_a_label() -> None:
 @pytest.mark.parametrize(
     "misuse",
     [
-        lambda registry: TransferMetrics(registry, Transport.GRPC).shipped("middle", 1),
+        lambda registry: TransferMetrics(registry, Transport.GRPC).shipped("middle", 1, Carrier.INLINE),
         lambda registry: DecodeMetrics(registry).fell_back("nowhere", "peer_gone"),
         lambda registry: GatewayMetrics(registry, []).cancelled("never"),
     ],

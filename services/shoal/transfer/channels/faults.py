@@ -53,7 +53,7 @@ class Duplicate(Fault):
 
 
 class Corrupt(Fault):
-    """Flips one bit of its payload. Only chunks have one; others pass."""
+    """Flips one bit of its payload, or of the checksum of one that is staged. Only chunks have one; others pass."""
 
     def strike(self, envelope: Envelope) -> Iterable[Envelope]:
         return (flip_bit(envelope, 0),)
@@ -108,10 +108,15 @@ class Storm:
 
 
 def flip_bit(envelope: Envelope, bit: int) -> Envelope:
-    """``envelope`` with bit ``bit`` (modulo its length) of its payload flipped; itself if it has none."""
+    """``envelope`` with bit ``bit`` (modulo its length) of its payload flipped; itself if it has none.
+
+    The payload of a staged chunk isn't here: then it's a bit of the checksum.
+    """
     frame = envelope.frame
     if not isinstance(frame, Chunk):
         return envelope
+    if frame.staged is not None:
+        return replace(envelope, frame=replace(frame, crc32c=frame.crc32c ^ 1 << bit % 32))
     payload = bytearray(frame.payload)
     payload[bit // 8 % len(payload)] ^= 1 << bit % 8
     return replace(envelope, frame=replace(frame, payload=bytes(payload)))

@@ -1,0 +1,1 @@
+"""How payload travels beside the frames: inline (in them), shm (one host)."""

@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import itertools
 import mmap
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -207,6 +208,7 @@ class Rig:
     staging: StagingSlots | None = None
     channels: list[Channel] = field(default_factory=list)
     loaders: list[ShmLoader] = field(default_factory=list)
+    folder: Path = FOLDER
 
     async def hand_off(self, wanted: Prompt, **ways: object) -> Arrived:
         """One prompt, as a decode replica does it: open a lease, call prefill, wait for whichever ends first."""
@@ -329,7 +331,7 @@ async def rig(
         clock=clock,
         stage=stage if carrier else None,
     )
-    both = Rig(desk, server, sink, pool, counts, address, connect, staging, channels, loaders)
+    both = Rig(desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder)
     try:
         yield both
     finally:
@@ -337,7 +339,7 @@ async def rig(
         await server.close()
         if serving:
             await asyncio.wait(serving)
-        left = [path.name for path in folder.iterdir()]
+        left = os.listdir(folder)  # noqa: PTH208 - names say it all
         shutil.rmtree(folder)
     both.assert_nothing_held()
     assert not left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -31,6 +32,13 @@ FROM_PREFILL = (Hello, Claim, Chunk, Seal, Beat)
 FROM_DECODE = (Hello, Accepted, Credit, Committed, Beat)
 BOTH = [("prefill", kind) for kind in FROM_PREFILL] + [("decode", kind) for kind in FROM_DECODE]
 each_frame = pytest.mark.parametrize(("side", "kind"), BOTH, ids=lambda value: getattr(value, "__name__", value))
+
+
+@pytest.fixture(autouse=True, params=["memory", "memory+shm"])
+def each_carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that follows is to hold for either."""
+    monkeypatch.setitem(globals(), "rig", partial(rig, request.param))
+
 
 END_S = TIMES.ttl_s + TIMES.drain_s
 

@@ -93,7 +93,7 @@ def test_the_round_trips_cover_every_frame_and_each_oneof_holds_exactly_its_side
 
 
 @pytest.mark.parametrize(
-    "frame_type", (*messages.Frame.__args__, StagedPayload, StagingSegment), ids=lambda kind: kind.__name__
+    "frame_type", [*messages.Frame.__args__, StagedPayload, StagingSegment], ids=lambda kind: kind.__name__
 )
 def test_a_frame_and_its_proto_have_the_same_fields(frame_type: type) -> None:
     in_proto = [field.name for field in pb.DESCRIPTOR.message_types_by_name[frame_type.__name__].fields]

@@ -1,0 +1,463 @@
+"""Sessions whose payload goes through shared memory: how they agree on it, what goes wrong, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import ChecksumMismatch, HandoffError, PeerGone, ProtocolViolation
+from shoal.messages import (
+    Accepted,
+    Cancel,
+    Carrier,
+    CarrierReason,
+    Chunk,
+    Claim,
+    Committed,
+    Credit,
+    Drained,
+    Envelope,
+    Failed,
+    Hello,
+    Nack,
+    Seal,
+    StagedPayload,
+)
+from shoal.transfer.base import new_incarnation, prompt_hash
+from shoal.transfer.carriers.shm import ShmLoader
+from shoal.transfer.channels.grpc import dial
+from shoal.transfer.channels.memory import memory_pair
+from shoal.transfer.prefill_side import PrefillSession
+from shoal.transfer.session import PROTOCOL_VERSION, Identity
+from shoal.transfer.session_pool import SessionPool
+from transfer_helpers import (
+    MAX_FRAME_BYTES,
+    PLAN,
+    TOKEN_BYTES,
+    FakeClock,
+    RawPeer,
+    Rig,
+    chunk,
+    lease_id,
+    prompt,
+    rig,
+    send_all,
+    settle,
+)
+
+KIND = "memory+shm"
+
+
+# --- what the two agree on ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [KIND, "grpc+shm"])
+async def test_on_one_host_all_payload_is_staged_and_no_name_is_left(kind: str) -> None:
+    async with rig(kind) as both:
+        session = await both.pool.get(both.address)
+        assert (session.carrier, session.carrier_reason) == (Carrier.SHM, CarrierReason.SAME_HOST)
+        assert not list(both.folder.iterdir())  # a crash of either leaves nothing from here on
+        arrived = await both.hand_off(prompt())
+        both.assert_arrived(prompt())
+        assert both.counts.bytes_by_carrier == {Carrier.SHM: arrived.shallow_bytes + arrived.deep_bytes}
+        assert both.loaders[0].num_lent == 0
+
+
+@pytest.mark.parametrize("kind", [KIND, "grpc+shm"])
+async def test_a_decode_that_does_not_find_the_segment_gets_all_inline(kind: str) -> None:
+    async with rig(kind) as both:
+        both.server._attach = lambda segment: None
+        session = await both.pool.get(both.address)
+        assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.OTHER_HOST)
+        assert both.loaders[0]._memory.closed
+        await both.hand_off(prompt())
+        both.assert_arrived(prompt())
+        assert set(both.counts.bytes_by_carrier) == {Carrier.INLINE}
+
+
+async def test_a_decode_of_an_older_release_gets_all_inline() -> None:
+    async with rig(KIND) as both:
+        both.server._attach = None  # it doesn't know the field
+        assert (await both.pool.get("memory")).carrier is Carrier.INLINE
+        await both.hand_off(prompt())
+
+
+async def test_without_room_all_goes_inline() -> None:
+    def full() -> ShmLoader:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with rig(KIND) as both:
+        both.pool._stage = full
+        session = await both.pool.get("memory")
+        assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.NO_ROOM)
+        await both.hand_off(prompt())
+
+
+async def test_where_it_was_not_asked_for_nothing_is_made() -> None:
+    async with rig() as both:
+        session = await both.pool.get("memory")
+        assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.CONFIGURED)
+        assert not both.loaders
+
+
+async def test_what_finds_no_slot_goes_inline() -> None:
+    prompts = [prompt(60, seed=seed) for seed in range(4)]
+    async with rig(KIND, num_slots=2) as both:
+        await asyncio.gather(*(both.hand_off(wanted) for wanted in prompts))
+        for wanted in prompts:
+            both.assert_arrived(wanted)
+        assert both.counts.bytes_by_carrier[Carrier.SHM] > 0 < both.counts.bytes_by_carrier[Carrier.INLINE]
+
+
+async def test_a_refused_peer_leaves_no_segment() -> None:
+    async with rig(KIND, prefill_plans=("plan-b",)) as both:
+        with pytest.raises(HandoffError):
+            await both.pool.get("memory")
+        assert len(both.loaders) == 1
+        assert not list(both.folder.iterdir())
+
+
+# --- a decode that says whatever a test wants -----------------------------------------------------------
+
+
+@asynccontextmanager
+async def staging_session(folder: Path, num_slots: int = 2) -> AsyncIterator[tuple[PrefillSession, RawPeer, ShmLoader]]:
+    loader = ShmLoader.create(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE, folder)
+    channel, other = memory_pair()
+    decode = RawPeer(other)
+    await decode.send(Hello(PROTOCOL_VERSION, (PLAN,), segment=loader.segment))
+    session = await PrefillSession.open(
+        channel, Identity(5, (PLAN,)), ttl_s=5.0, max_frame_bytes=100, clock=FakeClock(), stage=lambda: loader
+    )
+    assert (await decode.expect(Hello)).segment == loader.segment
+    yield session, decode, loader
+    await session.close()
+
+
+async def test_slots_of_a_claim_that_was_left_come_back_with_decodes_answer(tmp_path: Path) -> None:
+    new_id = bytes(16)
+    async with staging_session(tmp_path) as (session, decode, loader):
+
+        async def leave() -> None:
+            async with session.claim(new_id) as claim:
+                await claim.send(0, 1, 0, 3, memoryview(bytes(300)))
+
+        work = asyncio.ensure_future(leave())
+        await decode.expect(Claim)
+        await decode.send(Accepted(new_id, tuple(range(9)), 0, 1000, 5.0))
+        sent = [await decode.expect(Chunk) for _ in range(3)]
+        assert [one.staged is not None for one in sent] == [True, True, False]
+        await work
+        await decode.expect(Failed)
+        await settle()
+        assert loader.num_lent == 2  # decode may be reading them
+        await decode.send(Credit(new_id, 0, 100))
+        await settle()
+        assert loader.num_lent == 1
+        await decode.send(Cancel(new_id, "prefill gave the prompt up"))
+        await decode.expect(Drained)
+        assert loader.num_lent == 0
+
+
+async def test_a_staged_chunk_is_sent_again_from_its_slot(tmp_path: Path) -> None:
+    new_id = bytes(16)
+    async with staging_session(tmp_path) as (session, decode, loader):
+
+        async def work() -> None:
+            async with session.claim(new_id) as claim:
+                await claim.send(0, 1, 0, 2, memoryview(bytes(200)))
+                await claim.seal(boundary_token_id=8, queue_s=0, prefill_s=0)
+
+        working = asyncio.ensure_future(work())
+        await decode.expect(Claim)
+        await decode.send(Accepted(new_id, tuple(range(9)), 0, 1000, 5.0))
+        first, _, _ = [await decode.receive() for _ in range(3)]
+        await decode.send(Nack(new_id, 0))
+        assert await decode.expect(Chunk) == first
+        assert loader.num_lent == 2
+        await decode.send(Committed(new_id))
+        await working
+        assert loader.num_lent == 0
+
+
+# --- a prefill that says whatever a test wants ----------------------------------------------------------
+
+
+@asynccontextmanager
+async def staging_peer(both: Rig) -> AsyncIterator[tuple[RawPeer, ShmLoader]]:
+    loader = ShmLoader.create(MAX_FRAME_BYTES, 5 * mmap.PAGESIZE, both.folder)
+    peer = RawPeer(await both.connect("memory"))
+    await peer.send(Hello(PROTOCOL_VERSION, (PLAN,), peer="raw", segment=loader.segment))
+    assert (await peer.expect(Hello)).segment == loader.segment
+    loader.hide()
+    yield peer, loader
+    await peer.channel.close()
+    loader.close()
+
+
+def staged(loader: ShmLoader, new_id: bytes, seq: int = 0, tokens: tuple[int, int] = (0, 8), **place: int) -> Chunk:
+    """A good staged chunk, or one that says it's at another ``place``."""
+    loaded = loader.load(chunk(new_id, seq, tokens))
+    assert loaded is not None and loaded.staged is not None
+    return replace(loaded, staged=replace(loaded.staged, **place))
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({"slot": 4}, "there are 4 slots"),
+        ({"slot": 2**31 - 1}, "there are 4 slots"),
+        ({"num_bytes": MAX_FRAME_BYTES + 1}, "there are 4 slots"),
+        ({"num_bytes": 8}, "bytes where its ranges need"),
+    ],
+    ids=str,
+)
+async def test_a_place_that_cannot_be_fails_its_lease_alone(place: dict[str, int], words: str) -> None:
+    new_id = lease_id()
+    async with rig(KIND) as both, staging_peer(both) as (peer, loader), both.open(new_id, prompt(9)) as lease:
+        await peer.send(Claim(new_id))
+        await peer.expect(Accepted)
+        await peer.send(staged(loader, new_id, **place))
+        assert words in (await peer.expect(Cancel)).reason
+        with pytest.raises(ProtocolViolation, match=words):
+            await lease.arrived()
+        await both.hand_off(prompt(seed=1))
+
+
+async def test_a_stale_generation_is_asked_for_once_more() -> None:
+    new_id, wanted = lease_id(), prompt(9)
+    async with rig(KIND) as both, staging_peer(both) as (peer, loader), both.open(new_id, wanted) as lease:
+        await peer.send(Claim(new_id))
+        await peer.expect(Accepted)
+        good = staged(loader, new_id)
+        assert good.staged is not None
+        await peer.send(replace(good, staged=replace(good.staged, generation=2)))
+        assert (await peer.expect(Nack)).seq == 0
+        assert not both.sink.written
+        await peer.send(good)
+        await peer.expect(Credit)
+        await peer.send(Seal(new_id, 1, prompt_hash(wanted.token_ids), wanted.token_ids[-1], 0.0, 0.0))
+        await peer.expect(Committed)
+        await lease.arrived()
+
+
+async def test_a_chunk_that_comes_again_when_its_slot_is_another_chunks_changes_nothing() -> None:
+    new_id, wanted = lease_id(), prompt(17)
+    async with rig(KIND) as both, staging_peer(both) as (peer, loader), both.open(new_id, wanted) as lease:
+        await peer.send(Claim(new_id))
+        await peer.expect(Accepted)
+        first = staged(loader, new_id)
+        await peer.send(first)
+        await peer.expect(Credit)
+        loader.credited(new_id, 0)
+        second = staged(loader, new_id, 1, (8, 16))
+        assert (first.staged, second.staged) == (StagedPayload(3, 1, 1024), StagedPayload(3, 2, 1024))
+        await peer.send(first, second, first)
+        assert (await peer.expect(Credit)).seq == 1
+        await peer.send(Seal(new_id, 2, prompt_hash(wanted.token_ids), wanted.token_ids[-1], 0.0, 0.0))
+        await peer.expect(Committed)
+        await lease.arrived()
+    assert both.counts.events["verify:checksum"] == 0
+
+
+async def test_a_staged_chunk_in_a_session_without_a_segment_fails_its_lease() -> None:
+    new_id = lease_id()
+    async with rig(KIND) as both, both.open(new_id, prompt(9)) as lease:
+        peer = RawPeer(await both.connect("memory"))
+        await peer.greet()
+        await peer.send(Claim(new_id))
+        await peer.expect(Accepted)
+        bad = replace(chunk(new_id, 0, (0, 8)), payload=b"", staged=StagedPayload(0, 1, 8 * 4 * TOKEN_BYTES))
+        await peer.send(bad)
+        with pytest.raises(ProtocolViolation, match="this session has none"):
+            await lease.arrived()
+        await peer.channel.close()
+
+
+# --- memory that goes bad -------------------------------------------------------------------------------
+
+
+class SpoiltSlot:
+    """Flips a bit in the slot of chunk 3, ``times`` times; with two, it's good again."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.loaders: list[ShmLoader] = []
+
+    def __call__(self, envelope: Envelope) -> tuple[Envelope, ...]:
+        frame = envelope.frame
+        if isinstance(frame, Chunk) and frame.seq == 3 and frame.staged is not None and self.times:
+            self.times -= 1
+            memory = self.loaders[-1]._memory
+            memory[mmap.PAGESIZE * (1 + frame.staged.slot) + 64] ^= 1
+        return (envelope,)
+
+
+async def test_a_spoilt_slot_is_noticed_and_never_read_from() -> None:
+    spoil = SpoiltSlot(1)
+    async with rig(KIND, prefill_sends=spoil) as both:
+        spoil.loaders = both.loaders
+        with pytest.raises(ChecksumMismatch):
+            await both.hand_off(prompt())
+        both.assert_nothing_held()
+        await both.hand_off(prompt(seed=1))
+        both.assert_arrived(prompt(seed=1))
+        assert both.loaders[0].num_lent == 0
+    assert both.counts.events["verify:checksum"] == 2
+
+
+async def test_a_slot_that_is_good_the_second_time_is_enough() -> None:
+    spoil = SpoiltSlot(2)
+    async with rig(KIND, prefill_sends=spoil) as both:
+        spoil.loaders = both.loaders
+        await both.hand_off(prompt())
+        both.assert_arrived(prompt())
+    assert both.counts.events["verify:checksum"] == 1
+
+
+async def test_a_segment_that_was_cut_fails_the_lease_and_kills_nobody() -> None:
+    files: list[int] = []
+
+    def open_it(envelope: Envelope) -> tuple[Envelope, ...]:
+        if isinstance(envelope.frame, Hello):  # the last moment in which it has a name
+            files.append(os.open(both.loaders[-1]._path, os.O_RDWR))
+        return (envelope,)
+
+    def cut_it(envelope: Envelope) -> tuple[Envelope, ...]:
+        if isinstance(envelope.frame, Chunk) and envelope.frame.seq == 7:  # the last: nobody writes after it
+            os.ftruncate(files[0], mmap.PAGESIZE)
+        return (envelope,)
+
+    async with rig(KIND, prefill_sends=cut_it, decode_sends=open_it) as both:
+        with pytest.raises(ChecksumMismatch):
+            await both.hand_off(prompt())
+        assert len(files) == 1
+    os.close(files[0])
+
+
+# --- somebody is killed ---------------------------------------------------------------------------------
+
+PREFILL = """
+import asyncio, sys
+from functools import partial
+from pathlib import Path
+from shoal.transfer.carriers.shm import ShmLoader
+from shoal.transfer.channels.grpc import dial
+from shoal.transfer.session import Identity
+from shoal.transfer.session_pool import SessionPool
+from transfer_helpers import PLAN, prompt, send_all
+
+async def main(address, folder, new_id):
+    stage = partial(ShmLoader.create, 1024, 1 << 18, Path(folder))
+    pool = SessionPool(dial, Identity(9, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024, stage=stage)
+    session = await pool.get(address)
+    async with session.claim(bytes.fromhex(new_id)) as claim:
+        await send_all(claim, prompt(), until=20)
+        print(session.carrier, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+DECODE = """
+import asyncio, sys
+from functools import partial
+from pathlib import Path
+from shoal.transfer.carriers.shm import ShmUnloader
+from shoal.transfer.decode_side import HandoffDesk
+from shoal.transfer.server import HandoffServer
+from shoal.transfer.session import Identity
+from transfer_helpers import CREDIT_BYTES, PLAN, PORTS, SHAPE, TIMES, ArraySink, prompt
+
+async def main(folder, new_id):
+    sink = ArraySink()
+    sink.gate.clear()
+    desk = HandoffDesk(sink, SHAPE, times=TIMES, credit_bytes=CREDIT_BYTES)
+    server = HandoffServer(desk, Identity(8, (PLAN,)), partial(ShmUnloader.attach, folder=Path(folder)))
+    async with desk.open(bytes.fromhex(new_id), prompt().token_ids, (0,)):
+        print(await server.listen("127.0.0.1", *PORTS), flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@asynccontextmanager
+async def child(program: str, *arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Another process, and the first line that it printed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, *arguments, stdout=asyncio.subprocess.PIPE, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), 60)
+        yield process, line.decode().strip()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_a_prefill_that_is_killed_leaves_no_memory() -> None:
+    new_id = lease_id()
+    async with rig("grpc+shm") as both, both.open(new_id, prompt()) as lease:
+        async with child(PREFILL, both.address, str(both.folder), new_id.hex()) as (process, carrier):
+            assert carrier == Carrier.SHM
+            assert not list(both.folder.iterdir())
+            process.send_signal(signal.SIGKILL)
+            with pytest.raises(PeerGone):
+                await asyncio.wait_for(lease.arrived(), 10)
+        await both.hand_off(prompt(seed=1))
+
+
+async def test_a_decode_that_is_killed_frees_the_slots_that_it_was_reading(tmp_path: Path) -> None:
+    loaders: list[ShmLoader] = []
+
+    def stage() -> ShmLoader:
+        loaders.append(ShmLoader.create(MAX_FRAME_BYTES, 1 << 18, tmp_path))
+        return loaders[-1]
+
+    new_id = lease_id()
+    identity = Identity(new_incarnation(), (PLAN,))
+    pool = SessionPool(dial, identity, ttl_s=5.0, max_frame_bytes=MAX_FRAME_BYTES, stage=stage)
+    async with child(DECODE, str(tmp_path), new_id.hex()) as (process, address):
+        session = await pool.get(address)
+        assert session.carrier is Carrier.SHM
+        async with session.claim(new_id) as claim:
+            sending = asyncio.ensure_future(send_all(claim, prompt()))
+            while loaders[0].num_lent < 4:  # all that the credit allows: nothing is copied there
+                await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            with pytest.raises(PeerGone):
+                await asyncio.wait_for(sending, 10)
+        assert session.is_over
+        assert loaders[0]._memory.closed
+    assert not os.listdir(tmp_path)  # noqa: PTH208 - names say it all
+    await pool.close()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144])
+@pytest.mark.parametrize("end", ["prefill", "decode"])
+async def test_whoever_disconnects_at_any_moment_leaves_no_memory(end: str, turns: int) -> None:
+    async with rig("grpc+shm") as both:
+        task = asyncio.ensure_future(both.hand_off(prompt(101)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if end == "prefill":
+            await both.pool.close()
+        else:
+            await asyncio.gather(*(session.close() for session in tuple(both.server._sessions)))
+        await asyncio.wait((task,))
+        if not task.cancelled() and task.exception() is None:
+            both.assert_arrived(prompt(101))

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import ProtocolViolation
+from shoal.messages import Chunk, StagedPayload
+from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader, reap
+
+SLOT_BYTES = 1000
+LEASE = bytes(16)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="shoal-test-", dir=FOLDER))
+    yield made
+    shutil.rmtree(made)
+
+
+def make(folder: Path, num_slots: int = 4) -> ShmLoader:
+    return ShmLoader.create(SLOT_BYTES, (1 + num_slots) * mmap.PAGESIZE, folder)
+
+
+def joined(folder: Path, num_slots: int = 4) -> tuple[ShmLoader, ShmUnloader]:
+    loader = make(folder, num_slots)
+    unloader = ShmUnloader.attach(loader.segment, folder)
+    assert unloader is not None
+    loader.hide()
+    return loader, unloader
+
+
+def chunk(seq: int, payload: bytes, lease_id: bytes = LEASE) -> Chunk:
+    return Chunk(lease_id, seq, 0, 1, 0, 1, 0, memoryview(payload))
+
+
+def staged(loader: ShmLoader, seq: int, payload: bytes, lease_id: bytes = LEASE) -> Chunk:
+    loaded = loader.load(chunk(seq, payload, lease_id))
+    assert loaded is not None and loaded.staged is not None and loaded.payload == b""
+    assert loaded.num_bytes == len(payload)
+    return loaded
+
+
+# --- the segment ----------------------------------------------------------------------------------------
+
+
+def test_a_segment_is_private_and_its_name_says_nothing(folder: Path) -> None:
+    first, second = make(folder), make(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {first.segment.name, second.segment.name}
+    assert len(first.segment.name) == len("shoal-") + 32
+    assert first.segment.nonce != second.segment.nonce
+    assert stat.S_IMODE((folder / first.segment.name).stat().st_mode) == 0o600
+    for loader in (first, second):
+        loader.close()
+        loader.close()
+    assert not list(folder.iterdir())
+
+
+def test_a_segment_takes_no_more_than_it_may_and_half_of_what_is_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = os.statvfs(folder)
+    small = os.statvfs_result((room.f_bsize, 4096, 100, 16, 16, 100, 100, 100, room.f_flag, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    loader = ShmLoader.create(SLOT_BYTES, 1 << 20, folder)
+    assert loader.segment.num_slots == 16 // 2 - 1  # its head takes a page, too
+    assert (folder / loader.segment.name).stat().st_size == 8 * 4096
+    loader.close()
+    tiny = os.statvfs_result((room.f_bsize, 4096, 100, 2, 2, 100, 100, 100, room.f_flag, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: tiny)
+    with pytest.raises(OSError, match="no room"):
+        ShmLoader.create(SLOT_BYTES, 1 << 20, folder)
+
+
+def test_what_cannot_be_allocated_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        make(folder)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "shoal-" + "0" * 32},
+        {"name": "../passwd"},
+        {"name": "/etc/passwd"},
+        {"name": ""},
+        {"name": "shoal-\0"},
+        {"num_slots": 5},
+        {"num_slots": 3},
+        {"slot_bytes": 5000},
+        {"nonce": bytes(16)},
+    ],
+    ids=str,
+)
+def test_a_segment_that_is_not_the_announced_one_is_not_mapped(folder: Path, change: dict[str, object]) -> None:
+    loader = make(folder)
+    assert ShmUnloader.attach(replace(loader.segment, **change), folder) is None  # type: ignore[arg-type]
+    loader.close()
+
+
+def test_a_file_that_others_may_write_or_a_link_is_not_mapped(folder: Path) -> None:
+    loader = make(folder)
+    path = folder / loader.segment.name
+    path.chmod(0o620)
+    assert ShmUnloader.attach(loader.segment, folder) is None
+    path.chmod(0o600)
+    path.rename(folder / "elsewhere")
+    path.symlink_to(folder / "elsewhere")
+    assert ShmUnloader.attach(loader.segment, folder) is None
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    assert ShmUnloader.attach(loader.segment, folder) is None
+    loader.close()
+
+
+def test_decode_cannot_write(folder: Path) -> None:
+    loader, unloader = joined(folder)
+    with pytest.raises(TypeError):
+        unloader._memory[0] = 1
+    loader.close()
+    unloader.close()
+
+
+# --- slots ----------------------------------------------------------------------------------------------
+
+
+def test_a_payload_comes_back_as_a_private_copy(folder: Path) -> None:
+    loader, unloader = joined(folder)
+    one = staged(loader, 0, b"x" * SLOT_BYTES)
+    copy = unloader.unload(one)
+    assert copy == replace(one, payload=b"x" * SLOT_BYTES)
+    loader.credited(LEASE, 0)
+    staged(loader, 1, b"y" * 10)
+    assert copy.payload == b"x" * SLOT_BYTES
+    unloader.close()
+    loader.close()
+
+
+def test_a_slot_is_lent_again_only_after_its_credit_or_the_end_of_its_lease(folder: Path) -> None:
+    loader, unloader = joined(folder, num_slots=2)
+    first, second = (staged(loader, seq, b"x") for seq in range(2))
+    assert loader.load(chunk(2, b"z")) is None
+    loader.credited(LEASE, 7)
+    loader.credited(bytes(15) + b"1", 0)
+    loader.ended(bytes(15) + b"1")
+    assert loader.load(chunk(2, b"z")) is None
+    for _ in range(2):
+        loader.credited(LEASE, 0)
+    third = staged(loader, 2, b"z")
+    assert third.staged == replace(first.staged, generation=2)  # type: ignore[type-var]
+    assert loader.load(chunk(3, b"z")) is None
+    assert unloader.unload(first).payload == b""  # another generation
+    assert unloader.unload(second).payload == b"x"
+    for _ in range(2):
+        loader.ended(LEASE)
+    assert loader.num_lent == 0
+    unloader.close()
+    loader.close()
+
+
+def test_a_payload_above_a_slot_is_not_staged(folder: Path) -> None:
+    loader = make(folder)
+    assert loader.load(chunk(0, bytes(SLOT_BYTES + 1))) is None
+    loader.close()
+    assert loader.load(chunk(0, b"x")) is None
+
+
+@pytest.mark.parametrize(
+    "staged_at", [StagedPayload(4, 1, 1), StagedPayload(2**31 - 1, 1, 1), StagedPayload(0, 1, SLOT_BYTES + 1)]
+)
+def test_a_place_outside_the_segment_is_a_violation(folder: Path, staged_at: StagedPayload) -> None:
+    loader, unloader = joined(folder)
+    with pytest.raises(ProtocolViolation, match="there are 4 slots of 1000"):
+        unloader.unload(replace(chunk(0, b""), payload=b"", staged=staged_at))
+    unloader.close()
+    loader.close()
+
+
+def test_a_segment_that_was_cut_gives_nothing_and_kills_nobody(folder: Path) -> None:
+    loader = make(folder)
+    unloader = ShmUnloader.attach(loader.segment, folder)
+    assert unloader is not None
+    last = [staged(loader, seq, b"x") for seq in range(4)][-1]
+    os.truncate(folder / loader.segment.name, mmap.PAGESIZE)
+    assert unloader.unload(last).payload == b""
+    unloader.close()
+    assert unloader.unload(last).payload == b""
+    loader.close()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["load", "credit", "end"]), st.integers(0, 2)), max_size=60))
+def test_no_slot_is_ever_lent_twice_and_each_payload_is_there_until_it_is_given_back(
+    steps: list[tuple[str, int]],
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="shoal-test-", dir=FOLDER))
+    loader, unloader = joined(folder, num_slots=3)
+    shutil.rmtree(folder)
+    out: dict[bytes, dict[int, tuple[Chunk, bytes]]] = {bytes([lease]) * 16: {} for lease in range(3)}
+    old: list[tuple[Chunk, bytes]] = []
+    for seq, (step, lease) in enumerate(steps):
+        lease_id = bytes([lease]) * 16
+        held = out[lease_id]
+        match step:
+            case "load":
+                payload = seq.to_bytes(4, "big") * 9
+                loaded = loader.load(chunk(seq, payload, lease_id))
+                assert (loaded is None) == (sum(map(len, out.values())) == 3)
+                if loaded is not None:
+                    held[seq] = loaded, payload
+            case "credit" if held:
+                first = next(iter(held))
+                loader.credited(lease_id, first)
+                old.append(held.pop(first))
+            case "end":
+                loader.ended(lease_id)
+                old += held.values()
+                held.clear()
+        lent = [one for held in out.values() for one, _ in held.values()]
+        assert len({one.staged.slot for one in lent}) == len(lent) == loader.num_lent  # type: ignore[union-attr]
+        for one, payload in (pair for held in out.values() for pair in held.values()):
+            assert unloader.unload(one).payload == payload
+        for one, payload in old:
+            assert unloader.unload(one).payload in (b"", payload)  # never another's
+    unloader.close()
+    loader.close()
+
+
+# --- the dead -------------------------------------------------------------------------------------------
+
+
+def test_segments_of_dead_owners_are_reaped_and_those_of_the_living_are_not(folder: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from shoal.transfer.carriers.shm import ShmLoader
+loader = ShmLoader.create(1000, 1 << 16, Path(sys.argv[1]))
+print(loader.segment.name, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as child:
+        assert child.stdout is not None
+        orphan = folder / child.stdout.readline().strip()
+        assert orphan.is_file()
+        assert reap(folder) == 0
+        child.send_signal(signal.SIGKILL)
+    mine = make(folder)
+    foreign = folder / "shoal-something"
+    foreign.touch()
+    assert reap(folder) == 1
+    assert sorted(folder.iterdir()) == sorted([folder / mine.segment.name, foreign])
+    mine.close()
+
+
+def test_without_shared_memory_there_is_nothing_to_reap(folder: Path) -> None:
+    assert reap(folder / "missing") == 0

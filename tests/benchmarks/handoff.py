@@ -1,0 +1,281 @@
+"""The hand-off's throughput, each carrier against the floor that it stands on, interleaved in one run.
+
+    python tests/benchmarks/handoff.py [--mib 36] [--rounds 20] [--json FILE]
+
+Prefill is this process, decode another one on the same host, joined by gRPC on loopback. Everything counts: cutting,
+checksums of both sides, copies out of the wire or the slot and into decode's pool, credits, seal and commit.
+
+    inline   through the frames           floor: a bare grpc.aio stream of equal messages, each answered as credit is
+    shm      through shared memory        floor: write to a mapping and copy out of it again, in one thread
+
+The goal is 60 % of either floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import grpc.aio
+import numpy as np
+import torch
+
+from shoal.decode.sink import PoolSink
+from shoal.kv.layout import KvLayout, LayerGroup
+from shoal.kv.pool import KvPool
+from shoal.messages import Carrier, Chunk, Credit, Envelope
+from shoal.rpc.frames import to_request, to_response
+from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS, HANDOFF_SERVER_OPTIONS
+from shoal.transfer.base import SilentObserver, new_incarnation
+from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader
+from shoal.transfer.channels.grpc import dial
+from shoal.transfer.decode_side import HandoffDesk, OpenLease
+from shoal.transfer.lease_table import LeaseTimes
+from shoal.transfer.server import HandoffServer
+from shoal.transfer.session import Identity
+from shoal.transfer.session_pool import SessionPool
+from shoal.transfer.terms import KvShape
+from shoal.v1 import handoff_pb2 as pb
+from shoal.v1.handoff_pb2_grpc import (
+    HandoffServiceServicer,
+    HandoffServiceStub,
+    add_HandoffServiceServicer_to_server,
+)
+
+MIB = 1 << 20
+GOAL = 0.6
+# SmolLM2-135M in bfloat16, 20 of its layers kept; the prompt is as long as it takes.
+LAYERS, KEPT, KV_HEADS, HEAD_DIM, BLOCK = 30, 20, 3, 64, 16
+TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
+CHUNK_TOKENS = 512
+FRAME_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 16 * MIB, 32 * MIB
+SHAPE = KvShape("benchmark", LAYERS, KEPT, TOKEN_LAYER_BYTES)
+TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30, drain_s=2)
+PORTS = (24100, 24199)
+Way = Callable[[], Awaitable[float]]
+
+
+# --- decode, and the bare stream's other end: a process of its own ---------------------------------------
+
+
+async def serve(num_tokens: int) -> None:
+    """Tell both addresses on stdout; open a lease for each line on stdin, and answer it when it's committed."""
+    torch.set_num_threads(1)
+    layout = KvLayout((LayerGroup("all", 0, LAYERS),), KV_HEADS, HEAD_DIM, 2, BLOCK)
+    num_blocks = layout.num_blocks_for(num_tokens)
+    pool = KvPool(layout, num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
+    sink = PoolSink(pool)
+    desk = HandoffDesk(sink, SHAPE, times=TIMES, credit_bytes=CREDIT_BYTES, observer=SilentObserver())
+    handoff = HandoffServer(desk, Identity(new_incarnation(), (SHAPE.plan_hash,)), ShmUnloader.attach)
+    address = await handoff.listen("127.0.0.1", *PORTS)
+    bare = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
+    add_HandoffServiceServicer_to_server(_Bare(), bare)
+    port = bare.add_insecure_port("127.0.0.1:0")
+    await bare.start()
+    print(address, port, flush=True)
+    # Not in order of their addresses: a pool that has served for a while.
+    blocks = [int(block) for block in np.random.default_rng(0).permutation(num_blocks)]
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while line := await reader.readline():
+        async with desk.open(bytes.fromhex(line.decode().strip()), range(num_tokens), blocks) as lease:
+            print("open", flush=True)
+            await _told(lease)
+    await handoff.close()
+    await bare.stop(None)
+    sink.close()
+
+
+async def _told(lease: OpenLease) -> None:
+    await lease.arrived()
+    print("arrived", flush=True)
+
+
+class _Bare(HandoffServiceServicer):
+    async def Session(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
+        credit = to_response(Envelope(1, Credit(bytes(16), 0, FRAME_BYTES)))
+        while isinstance(await context.read(), pb.SessionRequest):  # type: ignore[attr-defined]
+            await context.write(credit)  # type: ignore[attr-defined]
+
+
+# --- prefill ------------------------------------------------------------------------------------------------
+
+
+class Decode:
+    """The other process, as its pipe has it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def line(self) -> str:
+        assert self._process.stdout is not None
+        line = await asyncio.wait_for(self._process.stdout.readline(), 60)
+        assert line, "the decode process has died"
+        return line.decode().strip()
+
+    async def open(self, lease_id: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{lease_id.hex()}\n".encode())
+        assert await self.line() == "open"
+
+
+@asynccontextmanager
+async def decode_process(num_tokens: int) -> AsyncIterator[Decode]:
+    command = [sys.executable, __file__, "--serve", str(num_tokens)]
+    process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield Decode(process)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def hand_off(decode: Decode, pool: SessionPool, address: str, num_tokens: int, carrier: Carrier) -> Way:
+    """One prompt, as ``PrefillWorker`` ships it, from its first byte to its commit."""
+    rng = np.random.default_rng(0)
+    pieces = []
+    for start in range(0, num_tokens - 1, CHUNK_TOKENS):
+        end = min(start + CHUNK_TOKENS, num_tokens - 1)
+        for first, last in ((0, KEPT), (KEPT, LAYERS)):
+            size = (last - first) * (end - start) * TOKEN_LAYER_BYTES
+            pieces.append((start, end, first, last, memoryview(rng.integers(0, 256, size, dtype=np.uint8))))  # type: ignore[arg-type]
+
+    async def once() -> float:
+        lease_id = os.urandom(16)
+        await decode.open(lease_id)
+        session = await pool.get(address)
+        assert session.carrier is carrier, session.carrier_reason
+        async with session.claim(lease_id) as claim:
+            started_s = time.perf_counter()
+            for piece in pieces:
+                await claim.send(*piece)
+            await claim.seal(boundary_token_id=num_tokens - 1, queue_s=0, prefill_s=0)
+            ended_s = time.perf_counter()
+        assert await decode.line() == "arrived"
+        return ended_s - started_s
+
+    return once
+
+
+def bare_stream(port: int, num_bytes: int) -> Way:
+    """As many bytes in messages like the hand-off's, and each answered with a message like its credit."""
+
+    async def once() -> float:
+        request = to_request(Envelope(1, Chunk(bytes(16), 0, 0, 1, 0, 1, 0, bytes(FRAME_BYTES))))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=HANDOFF_CHANNEL_OPTIONS) as channel:
+            call = HandoffServiceStub(channel).Session()  # type: ignore[call-arg]
+            await call.write(request)  # connected, and warm
+            await call.read()
+            started_s = time.perf_counter()
+            num_messages = num_bytes // FRAME_BYTES
+            writing = asyncio.ensure_future(_write(call, request, num_messages))
+            for _ in range(num_messages):
+                await call.read()
+            await writing
+            ended_s = time.perf_counter()
+            call.cancel()
+        return ended_s - started_s
+
+    return once
+
+
+async def _write(call: object, request: pb.SessionRequest, num_messages: int) -> None:
+    for _ in range(num_messages):
+        await call.write(request)  # type: ignore[attr-defined]
+
+
+def bare_copy(num_bytes: int) -> Way:
+    """As many bytes into a mapping of the size of a segment, frame by frame, and out of it into private memory."""
+    with tempfile.TemporaryFile(dir=FOLDER) as file:
+        file.truncate(STAGING_BYTES)
+        mapping = mmap.mmap(file.fileno(), STAGING_BYTES, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    source = memoryview(np.random.default_rng(0).integers(0, 256, num_bytes, dtype=np.uint8))  # type: ignore[arg-type]
+    target = memoryview(bytearray(num_bytes))
+
+    async def once() -> float:
+        view = memoryview(mapping)
+        started_s = time.perf_counter()
+        for start in range(0, num_bytes, FRAME_BYTES):
+            size = min(FRAME_BYTES, num_bytes - start)
+            at = start % STAGING_BYTES
+            view[at : at + size] = source[start : start + size]
+            target[start : start + size] = view[at : at + size]
+        return time.perf_counter() - started_s
+
+    return once
+
+
+async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
+    num_bytes = (num_tokens - 1) * LAYERS * TOKEN_LAYER_BYTES
+    async with decode_process(num_tokens) as decode:
+        address, port = (await decode.line()).split()
+        identity = Identity(new_incarnation(), (SHAPE.plan_hash,))
+        stages = {Carrier.INLINE: None, Carrier.SHM: partial(ShmLoader.create, FRAME_BYTES, STAGING_BYTES)}
+        pools = {
+            carrier: SessionPool(dial, identity, ttl_s=TIMES.ttl_s, max_frame_bytes=FRAME_BYTES, stage=stage)
+            for carrier, stage in stages.items()
+        }
+        ways: dict[str, Way] = {
+            **{carrier.value: hand_off(decode, pool, address, num_tokens, carrier) for carrier, pool in pools.items()},
+            "bare_stream": bare_stream(int(port), num_bytes),
+            "bare_copy": bare_copy(num_bytes),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(num_rounds + 2):
+            for name, way in ways.items():
+                took_s = await way()
+                if number >= 2:  # the first ones are for caches and pages
+                    seconds[name].append(took_s)
+        await asyncio.gather(*(pool.close() for pool in pools.values()))
+    median_s = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        "inline_of_bare_stream": median_s["bare_stream"] / median_s["inline"],
+        "shm_of_bare_copy": median_s["bare_copy"] / median_s["shm"],
+        "shm_of_inline": median_s["inline"] / median_s["shm"],
+    }
+    return {
+        "num_bytes": num_bytes,
+        "num_tokens": num_tokens,
+        "num_rounds": num_rounds,
+        "num_cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "median_ms": {name: round(value * 1e3, 2) for name, value in median_s.items()},
+        "best_ms": {name: round(min(values) * 1e3, 2) for name, values in seconds.items()},
+        "gib_per_s": {name: round(num_bytes / value / (1 << 30), 2) for name, value in median_s.items()},
+        "ratios": {name: round(value, 3) for name, value in ratios.items()},
+        "goal": GOAL,
+        "reached": {name: value >= GOAL for name, value in ratios.items() if name != "shm_of_inline"},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--mib", type=int, default=36, help="K/V of one prompt")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the result there, too")
+    parser.add_argument("--serve", type=int, metavar="TOKENS", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        asyncio.run(serve(options.serve))
+        return
+    num_tokens = 1 + max(1, options.mib * MIB // (LAYERS * TOKEN_LAYER_BYTES))
+    result = json.dumps(asyncio.run(measure(num_tokens, options.rounds)), indent=2)
+    print(result)
+    if options.json is not None:
+        options.json.write_text(result + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -170,7 +170,10 @@ class HandoffConfig(_Frozen):
     staging_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
         32 << 20,
         description="Shared memory of a prefill replica for each decode replica on its host; at most half of what is "
-        "free in /dev/shm. What finds no room there goes inline.",
+        "free in /dev/shm.",
+    )
+    slot_bytes: Annotated[int, Field(ge=1 << 10, le=16 << 20)] = Field(
+        4 << 20, description="Largest payload in shared memory: fewer, larger ones cost fewer frames."
     )
     min_tokens: Annotated[int, Field(ge=2)] = Field(
         2, description="Shorter prompts are prefilled by decode itself: nothing is won by shipping them."

@@ -60,7 +60,7 @@ GOAL = 0.6
 LAYERS, KEPT, KV_HEADS, HEAD_DIM, BLOCK = 30, 20, 3, 64, 16
 TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 CHUNK_TOKENS = 512
-FRAME_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 16 * MIB, 32 * MIB
+FRAME_BYTES, SLOT_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 4 * MIB, 16 * MIB, 32 * MIB
 SHAPE = KvShape("benchmark", LAYERS, KEPT, TOKEN_LAYER_BYTES)
 TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30, drain_s=2)
 PORTS = (24100, 24199)
@@ -222,7 +222,7 @@ async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
     async with decode_process(num_tokens) as decode:
         address, port = (await decode.line()).split()
         identity = Identity(new_incarnation(), (SHAPE.plan_hash,))
-        stages = {Carrier.INLINE: None, Carrier.SHM: partial(ShmLoader.create, FRAME_BYTES, STAGING_BYTES)}
+        stages = {Carrier.INLINE: None, Carrier.SHM: partial(ShmLoader.create, SLOT_BYTES, STAGING_BYTES)}
         pools = {
             carrier: SessionPool(dial, identity, ttl_s=TIMES.ttl_s, max_frame_bytes=FRAME_BYTES, stage=stage)
             for carrier, stage in stages.items()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import ChecksumMismatch, HandoffError, PeerGone, ProtocolViolation
+from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, PeerGone, ProtocolViolation
 from shoal.messages import (
     Accepted,
     Cancel,
@@ -43,6 +43,7 @@ from shoal.transfer.session_pool import SessionPool
 from transfer_helpers import (
     MAX_FRAME_BYTES,
     PLAN,
+    TIMES,
     TOKEN_BYTES,
     FakeClock,
     RawPeer,
@@ -110,13 +111,24 @@ async def test_where_it_was_not_asked_for_nothing_is_made() -> None:
         assert not both.loaders
 
 
-async def test_what_finds_no_slot_goes_inline() -> None:
+async def test_leases_wait_for_one_anothers_slots() -> None:
     prompts = [prompt(60, seed=seed) for seed in range(4)]
-    async with rig(KIND, num_slots=2) as both:
+    async with rig(KIND, num_slots=1) as both:
         await asyncio.gather(*(both.hand_off(wanted) for wanted in prompts))
         for wanted in prompts:
             both.assert_arrived(wanted)
-        assert both.counts.bytes_by_carrier[Carrier.SHM] > 0 < both.counts.bytes_by_carrier[Carrier.INLINE]
+        assert set(both.counts.bytes_by_carrier) == {Carrier.SHM}
+
+
+async def test_a_prefill_that_finds_no_slot_for_too_long_gives_up() -> None:
+    clock = FakeClock()
+    async with rig(KIND, num_slots=1, clock=clock) as both:
+        session = await both.pool.get("memory")
+        session.loader.load(chunk(lease_id(), 0, (0, 1)))  # nobody will ever give it back
+        task = asyncio.ensure_future(both.hand_off(prompt()))
+        await clock.advance(TIMES.ttl_s)
+        with pytest.raises(LeaseLost, match="no credit"):
+            await task
 
 
 async def test_a_refused_peer_leaves_no_segment() -> None:
@@ -132,7 +144,7 @@ async def test_a_refused_peer_leaves_no_segment() -> None:
 
 @asynccontextmanager
 async def staging_session(folder: Path, num_slots: int = 2) -> AsyncIterator[tuple[PrefillSession, RawPeer, ShmLoader]]:
-    loader = ShmLoader.create(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE, folder)
+    loader = ShmLoader.create(100, (1 + num_slots) * mmap.PAGESIZE, folder)
     channel, other = memory_pair()
     decode = RawPeer(other)
     await decode.send(Hello(PROTOCOL_VERSION, (PLAN,), segment=loader.segment))
@@ -150,13 +162,12 @@ async def test_slots_of_a_claim_that_was_left_come_back_with_decodes_answer(tmp_
 
         async def leave() -> None:
             async with session.claim(new_id) as claim:
-                await claim.send(0, 1, 0, 3, memoryview(bytes(300)))
+                await claim.send(0, 1, 0, 2, memoryview(bytes(200)))
 
         work = asyncio.ensure_future(leave())
         await decode.expect(Claim)
         await decode.send(Accepted(new_id, tuple(range(9)), 0, 1000, 5.0))
-        sent = [await decode.expect(Chunk) for _ in range(3)]
-        assert [one.staged is not None for one in sent] == [True, True, False]
+        assert [(await decode.expect(Chunk)).carrier for _ in range(2)] == [Carrier.SHM] * 2
         await work
         await decode.expect(Failed)
         await settle()
@@ -208,7 +219,7 @@ async def staging_peer(both: Rig) -> AsyncIterator[tuple[RawPeer, ShmLoader]]:
 def staged(loader: ShmLoader, new_id: bytes, seq: int = 0, tokens: tuple[int, int] = (0, 8), **place: int) -> Chunk:
     """A good staged chunk, or one that says it's at another ``place``."""
     loaded = loader.load(chunk(new_id, seq, tokens))
-    assert loaded is not None and loaded.staged is not None
+    assert loaded.staged is not None
     return replace(loaded, staged=replace(loaded.staged, **place))
 
 

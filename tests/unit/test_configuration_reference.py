@@ -31,7 +31,7 @@ KEYS = list(generate.keys())
 LEAVES = [key for key in KEYS if key.section is None]
 # Where 2 is too small.
 SAMPLES = {"handoff.min_tokens": 3, "handoff.credit_bytes": 2 << 20, "handoff.staging_bytes": 2 << 20} | dict.fromkeys(
-    ("handoff.max_frame_bytes", "gateway.max_body_bytes"), 2048
+    ("handoff.max_frame_bytes", "handoff.slot_bytes", "gateway.max_body_bytes"), 2048
 )
 
 

@@ -92,7 +92,7 @@ def _staging(config: HandoffConfig) -> Callable[[], StagingLoader] | None:
         return None
     if num_reaped := reap():
         _log.info("removed staging segments of prefill processes that have died", number=num_reaped)
-    return partial(ShmLoader.create, config.max_frame_bytes, config.staging_bytes)
+    return partial(ShmLoader.create, config.slot_bytes, config.staging_bytes)
 
 
 def _session_opened(metrics: PrefillMetrics, wants_shm: bool, address: str, session: PrefillSession) -> None:

@@ -41,6 +41,8 @@ from shoal.v1 import handoff_pb2 as pb
 LEASE_ID_BYTES = 16
 PROMPT_HASH_BYTES = 32
 MAX_PAYLOAD_BYTES = 1 << 20
+MAX_STAGED_BYTES = 16 << 20
+"""Of a payload that isn't in the frame."""
 MAX_ID = (1 << 31) - 1
 """Largest token id, position, layer and sequence number: any signed 32-bit index can hold it."""
 MAX_TEXT_CHARS = 1024
@@ -98,8 +100,8 @@ def _to_body(frame: Frame) -> dict[str, object]:
         case Hello():
             values["wire_modes"] = [_WIRE_MODES[mode] for mode in frame.wire_modes]
             values["segment"] = frame.segment and asdict(frame.segment)
-        case Chunk() if frame.num_bytes > MAX_PAYLOAD_BYTES:
-            raise ProtocolViolation(f"a chunk of {frame.num_bytes} bytes is above {MAX_PAYLOAD_BYTES}: split it")
+        case Chunk() if len(frame.payload) > MAX_PAYLOAD_BYTES:
+            raise ProtocolViolation(f"a chunk of {len(frame.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
         case Chunk():
             values["staged"] = frame.staged and asdict(frame.staged)
         case Refused() | Failed() | Cancel():
@@ -138,7 +140,7 @@ def _from_hello(body: pb.Hello) -> Hello:
 
 
 def _from_segment(body: pb.StagingSegment) -> StagingSegment:
-    if not (0 < body.num_slots <= MAX_SLOTS and 0 < body.slot_bytes <= MAX_PAYLOAD_BYTES):
+    if not (0 < body.num_slots <= MAX_SLOTS and 0 < body.slot_bytes <= MAX_STAGED_BYTES):
         raise ProtocolViolation(f"hello.segment has {body.num_slots} slots of {body.slot_bytes} bytes")
     if len(body.nonce) != NONCE_BYTES:
         raise ProtocolViolation(f"hello.segment.nonce has {len(body.nonce)} bytes, not {NONCE_BYTES}")
@@ -163,9 +165,8 @@ def _from_chunk(body: pb.Chunk) -> Chunk:
     staged = _from_staged(body.staged) if body.HasField("staged") else None
     if staged is not None and body.payload:
         raise ProtocolViolation("a chunk brings its payload and names a staging slot, too")
-    num_bytes = len(body.payload) if staged is None else staged.num_bytes
-    if not 0 < num_bytes <= MAX_PAYLOAD_BYTES:
-        raise ProtocolViolation(f"a chunk's payload has {num_bytes} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
+    if staged is None and not 0 < len(body.payload) <= MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"chunk.payload has {len(body.payload)} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
     tokens = _range(body.token_start, body.token_end, "chunk.token")
     layers = _range(body.layer_start, body.layer_end, "chunk.layer")
     seq = _id(body.seq, "chunk.seq")
@@ -176,6 +177,8 @@ def _from_staged(body: pb.StagedPayload) -> StagedPayload:
     _require_presence(body, "chunk.staged")
     if body.generation == 0:
         raise ProtocolViolation("chunk.staged.generation is 0")
+    if not 0 < body.num_bytes <= MAX_STAGED_BYTES:
+        raise ProtocolViolation(f"chunk.staged.num_bytes is {body.num_bytes}, not 1 to {MAX_STAGED_BYTES}")
     return StagedPayload(_id(body.slot, "chunk.staged.slot"), body.generation, body.num_bytes)
 
 
@@ -193,8 +196,8 @@ def _from_seal(body: pb.Seal) -> Seal:
 
 
 def _from_credit(body: pb.Credit) -> Credit:
-    if not 0 < body.num_bytes <= MAX_PAYLOAD_BYTES:
-        raise ProtocolViolation(f"credit.num_bytes is {body.num_bytes}, not 1 to {MAX_PAYLOAD_BYTES}")
+    if not 0 < body.num_bytes <= MAX_STAGED_BYTES:
+        raise ProtocolViolation(f"credit.num_bytes is {body.num_bytes}, not 1 to {MAX_STAGED_BYTES}")
     return Credit(_lease_id(body.lease_id), _id(body.seq, "credit.seq"), body.num_bytes)
 
 

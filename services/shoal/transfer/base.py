@@ -35,8 +35,18 @@ class Channel(Protocol):
 class Loader(Protocol):
     """Prefill's end of a carrier: how payload leaves, in one session."""
 
-    def load(self, chunk: Chunk) -> Chunk | None:
-        """``chunk`` as it travels, so that the memory of its payload may be reused; ``None`` without room for it."""
+    @property
+    def max_bytes(self) -> int:
+        """The largest payload."""
+        ...
+
+    @property
+    def has_room(self) -> bool:
+        """There may be none until decode has copied what is there."""
+        ...
+
+    def load(self, chunk: Chunk) -> Chunk:
+        """``chunk`` as it travels, so that the memory of its payload may be reused. Takes ``has_room``."""
         ...
 
     def credited(self, lease_id: bytes, seq: int) -> None:

@@ -40,7 +40,7 @@ from shoal.messages import (
     Refused,
     Seal,
 )
-from shoal.transfer.base import Channel, Clock, StagingLoader, prompt_hash
+from shoal.transfer.base import Channel, Clock, Loader, StagingLoader, prompt_hash
 from shoal.transfer.carriers.inline import InlineLoader
 from shoal.transfer.frames import cut
 from shoal.transfer.session import Identity, Session
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 class PrefillSession(Session):
     """Speaks for many leases of one decode replica. Made by ``open``.
 
-    Payload goes through the memory that ``stage`` makes, if decode finds it; inline without it, or while it's full.
+    Payload goes through the memory that ``stage`` makes, if decode finds it; else inline.
     """
 
     def __init__(
@@ -68,11 +68,10 @@ class PrefillSession(Session):
         stage: Stage | None = None,
     ) -> None:
         super().__init__(channel, identity, ttl_s=ttl_s, clock=clock or asyncio.get_running_loop())
-        self.max_frame_bytes = max_frame_bytes
+        self.carrier = Carrier.INLINE
         self.carrier_reason = CarrierReason.CONFIGURED
+        self.loader: Loader = InlineLoader(max_frame_bytes)
         self._stage = stage
-        self._staging: StagingLoader | None = None
-        self._inline = InlineLoader()
         self._claims: dict[bytes, PromptClaim] = {}
 
     @classmethod
@@ -99,15 +98,6 @@ class PrefillSession(Session):
     @property
     def num_claims(self) -> int:
         return len(self._claims)
-
-    @property
-    def carrier(self) -> Carrier:
-        return Carrier.INLINE if self._staging is None else Carrier.SHM
-
-    def load(self, chunk: Chunk) -> Chunk:
-        """``chunk`` as it travels, without a view of the caller's memory."""
-        staged = None if self._staging is None else self._staging.load(chunk)
-        return staged or self._inline.load(chunk)
 
     @asynccontextmanager
     async def claim(self, lease_id: bytes) -> AsyncIterator[PromptClaim]:
@@ -152,32 +142,32 @@ class PrefillSession(Session):
         claim.left.set()
 
     async def _exchange(self, ours: Hello) -> Hello:
-        self._make_staging()
-        segment = None if self._staging is None else self._staging.segment
-        await self._say(replace(ours, segment=segment))
-        theirs = await self._listen()
-        if self._staging is None:
-            return theirs
-        if theirs.segment == segment:
-            self._staging.hide()
-            self.carrier_reason = CarrierReason.SAME_HOST
-        else:
-            self._staging.close()
-            self._staging = None
-            self.carrier_reason = CarrierReason.OTHER_HOST
+        staging = self._make_staging()
+        if staging is None:
+            await self._say(ours)
+            return await self._listen()
+        try:
+            await self._say(replace(ours, segment=staging.segment))
+            theirs = await self._listen()
+            if theirs.segment == staging.segment:
+                self.loader, self.carrier, self.carrier_reason = staging, Carrier.SHM, CarrierReason.SAME_HOST
+            else:
+                self.carrier_reason = CarrierReason.OTHER_HOST
+        finally:
+            # Whoever was to find it has, or never will.
+            staging.hide() if self.loader is staging else staging.close()
         return theirs
 
-    def _make_staging(self) -> None:
-        if self._stage is not None:
-            try:
-                self._staging = self._stage()
-            except OSError as error:
-                _log.warning("no memory to stage payload in: %s", error)
-                self.carrier_reason = CarrierReason.NO_ROOM
+    def _make_staging(self) -> StagingLoader | None:
+        try:
+            return None if self._stage is None else self._stage()
+        except OSError as error:
+            _log.warning("no memory to stage payload in: %s", error)
+            self.carrier_reason = CarrierReason.NO_ROOM
+            return None
 
     def _ended(self, error: ShoalError) -> None:
-        if self._staging is not None:
-            self._staging.close()
+        self.loader.close()
         for claim in self._claims.values():
             claim.end(PeerGone(f"the session to decode ended: {error.message}"))
 
@@ -199,13 +189,15 @@ class PrefillSession(Session):
 
     def _free_slots(self, frame: Frame) -> None:
         """Also for a claim that was left: decode may have been reading its chunks until now."""
-        match (self._staging, frame):
-            case (None, _):
-                pass
-            case (loader, Credit()):
-                loader.credited(frame.lease_id, frame.seq)
-            case (loader, Committed() | Cancel()):
-                loader.ended(frame.lease_id)
+        was_full = not self.loader.has_room
+        match frame:
+            case Credit():
+                self.loader.credited(frame.lease_id, frame.seq)
+            case Committed() | Cancel():
+                self.loader.ended(frame.lease_id)
+        if was_full and self.loader.has_room:
+            for claim in self._claims.values():
+                claim.look_again()
 
     def _late(self, frame: Accepted | Refused | Credit | Nack | Committed | Cancel) -> None:
         """Drop it; but decode must not wait for somebody who has left."""
@@ -263,9 +255,9 @@ class PromptClaim:
         """
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
         for chunk in cut(self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes):
-            await self._answered(partial(self._has_credit_for, chunk), "credit")
+            await self._answered(partial(self._may_go, chunk), "credit")
             self._credit_bytes -= chunk.num_bytes
-            self._unacknowledged[chunk.seq] = self._session.load(chunk)
+            self._unacknowledged[chunk.seq] = self._session.loader.load(chunk)
             self._num_chunks += 1
             await self._write(self._unacknowledged[chunk.seq])
 
@@ -283,7 +275,7 @@ class PromptClaim:
             case Accepted() if not self.token_ids:
                 self.token_ids, self.num_present = frame.token_ids, frame.num_present
                 self._credit_bytes = frame.credit_bytes
-                self._max_frame_bytes = min(self._session.max_frame_bytes, frame.credit_bytes)
+                self._max_frame_bytes = min(self._session.loader.max_bytes, frame.credit_bytes)
             case Refused() if not self.token_ids:
                 self.is_settled = True
                 self.end(LeaseLost(frame.reason))
@@ -315,8 +307,12 @@ class PromptClaim:
 
     # --- waiting --------------------------------------------------------------------------------------
 
-    def _has_credit_for(self, chunk: Chunk) -> bool:
-        return chunk.num_bytes <= self._credit_bytes
+    def look_again(self) -> None:
+        """Something was given back that other claims may wait for, too."""
+        self._changed.set()
+
+    def _may_go(self, chunk: Chunk) -> bool:
+        return chunk.num_bytes <= self._credit_bytes and self._session.loader.has_room
 
     async def _write(self, chunk: Chunk) -> None:
         """Leases take turns: each has at most one chunk of its own in the session's queue."""

@@ -229,7 +229,7 @@ class StagingSegment(_message.Message):
     """Of the file; unguessable, and gone once decode has opened it."""
     num_slots: _builtins.int
     slot_bytes: _builtins.int
-    """The largest payload."""
+    """The largest payload, at most 16 MiB."""
     nonce: _builtins.bytes
     """Random; the segment begins with it, so that decode knows it has found this very segment. 16 bytes."""
     def __init__(
@@ -412,7 +412,7 @@ class StagedPayload(_message.Message):
     generation: _builtins.int
     """Counts the lendings of the slot from 1; the slot says it, too."""
     num_bytes: _builtins.int
-    """At most 1 MiB."""
+    """At most 16 MiB."""
     def __init__(
         self,
         *,

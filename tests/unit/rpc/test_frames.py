@@ -44,7 +44,7 @@ PREFILL_FRAMES: tuple[Frame, ...] = (
     Hello(1, ("plan-a",), (WireMode.KV,), "", StagingSegment("shoal-0", 1, 1 << 20, bytes(range(16)))),
     Claim(LEASE),
     Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"\x00\xff" * 700),
-    Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"", StagedPayload(0, (1 << 64) - 1, 1 << 20)),
+    Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"", StagedPayload(0, (1 << 64) - 1, 16 << 20)),
     Seal(LEASE, 0, bytes(32), 0, 0.0, 0.25),
     Failed(LEASE, "out of blocks"),
     Drained(LEASE),
@@ -55,7 +55,7 @@ DECODE_FRAMES: tuple[Frame, ...] = (
     Hello(1, (), (), ""),
     Accepted(LEASE, (0, 49151, frames.MAX_ID), 0, 16 << 20, 5.0),
     Refused(LEASE, "unknown lease"),
-    Credit(LEASE, 0, 1 << 20),
+    Credit(LEASE, 0, 16 << 20),
     Nack(LEASE, frames.MAX_ID),
     Committed(LEASE),
     Cancel(LEASE, "the client went away"),
@@ -196,7 +196,7 @@ def test_a_staged_chunk_and_a_segment_pass() -> None:
         {"num_slots": 0},
         {"num_slots": frames.MAX_SLOTS + 1},
         {"slot_bytes": 0},
-        {"slot_bytes": (1 << 20) + 1},
+        {"slot_bytes": (16 << 20) + 1},
         {"nonce": bytes(15)},
         {"nonce": bytes(17)},
         {"name": "x" * 1025},
@@ -215,7 +215,7 @@ def test_a_malformed_segment_is_refused(change: dict[str, Any]) -> None:
         ({"slot": 1 << 31}, b""),
         ({"generation": 0}, b""),
         ({"num_bytes": 0}, b""),
-        ({"num_bytes": (1 << 20) + 1}, b""),
+        ({"num_bytes": (16 << 20) + 1}, b""),
         ({}, b"p"),
     ],
     ids=str,
@@ -287,7 +287,7 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     ("seal", {"queue_s": math.nan}),
     ("seal", {"prefill_s": -0.5}),
     ("credit", {"num_bytes": 0}),
-    ("credit", {"num_bytes": (1 << 20) + 1}),
+    ("credit", {"num_bytes": (16 << 20) + 1}),
     ("credit", {"seq": 1 << 31}),
     ("nack", {"seq": 1 << 31}),
     ("failed", {"reason": "r" * 1025}),
@@ -341,4 +341,4 @@ def test_damaged_frames_raise_nothing_else_and_what_passes_is_in_bounds(sent: by
         assert len(getattr(envelope.frame, "lease_id", LEASE)) == 16
         if isinstance(envelope.frame, Chunk):
             assert 0 <= envelope.frame.token_start < envelope.frame.token_end <= frames.MAX_ID
-            assert 0 < envelope.frame.num_bytes <= frames.MAX_PAYLOAD_BYTES
+            assert 0 < envelope.frame.num_bytes <= frames.MAX_STAGED_BYTES

@@ -1,4 +1,4 @@
-"""Payload in the frame itself: always possible, and the way out where another carrier has no room."""
+"""Payload in the frame itself: always possible."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from shoal.messages import Chunk
 
 class InlineLoader:
     """Prefill's end. Decode's has nothing to do: what a channel delivers is nobody else's memory."""
+
+    has_room = True
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
 
     def load(self, chunk: Chunk) -> Chunk:
         return replace(chunk, payload=bytes(chunk.payload))

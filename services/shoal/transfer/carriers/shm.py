@@ -29,7 +29,7 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
-from shoal.errors import ProtocolViolation
+from shoal.errors import InternalError, ProtocolViolation
 from shoal.messages import Chunk, StagedPayload, StagingSegment
 from shoal.rpc.frames import MAX_SLOTS, NONCE_BYTES
 from shoal.transfer.staging import StagingSlot, StagingSlots
@@ -88,13 +88,19 @@ class ShmLoader:
         """Remove the name: whoever was to map the segment has done so. Twice is a no-op."""
         self._path.unlink(missing_ok=True)
 
-    def load(self, chunk: Chunk) -> Chunk | None:
-        """Copy the payload into a free slot; ``None`` if there is none, or the segment is closed."""
-        if self._memory.closed or len(chunk.payload) > self.segment.slot_bytes:
-            return None
+    @property
+    def max_bytes(self) -> int:
+        return self.segment.slot_bytes
+
+    @property
+    def has_room(self) -> bool:
+        return self._slots.num_lent < self.segment.num_slots
+
+    def load(self, chunk: Chunk) -> Chunk:
+        """Copy the payload into a free slot."""
         slot = self._slots.take()
-        if slot is None:
-            return None
+        if slot is None or len(chunk.payload) > slot.num_bytes:
+            raise InternalError(f"{len(chunk.payload)} bytes don't fit the staging slots: ask has_room and max_bytes")
         self._lent.setdefault(chunk.lease_id, {})[chunk.seq] = slot
         start = _offset(self.segment, slot.index)
         # The generation first: who copies from the slot against the rules finds another one afterwards.

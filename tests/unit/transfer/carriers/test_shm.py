@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.errors import ProtocolViolation
+from shoal.errors import InternalError, ProtocolViolation
 from shoal.messages import Chunk, StagedPayload
 from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader, reap
 
@@ -49,7 +49,7 @@ def chunk(seq: int, payload: bytes, lease_id: bytes = LEASE) -> Chunk:
 
 def staged(loader: ShmLoader, seq: int, payload: bytes, lease_id: bytes = LEASE) -> Chunk:
     loaded = loader.load(chunk(seq, payload, lease_id))
-    assert loaded is not None and loaded.staged is not None and loaded.payload == b""
+    assert loaded.staged is not None and loaded.payload == b""
     assert loaded.num_bytes == len(payload)
     return loaded
 
@@ -158,16 +158,16 @@ def test_a_payload_comes_back_as_a_private_copy(folder: Path) -> None:
 def test_a_slot_is_lent_again_only_after_its_credit_or_the_end_of_its_lease(folder: Path) -> None:
     loader, unloader = joined(folder, num_slots=2)
     first, second = (staged(loader, seq, b"x") for seq in range(2))
-    assert loader.load(chunk(2, b"z")) is None
+    assert not loader.has_room
     loader.credited(LEASE, 7)
     loader.credited(bytes(15) + b"1", 0)
     loader.ended(bytes(15) + b"1")
-    assert loader.load(chunk(2, b"z")) is None
+    assert not loader.has_room
     for _ in range(2):
         loader.credited(LEASE, 0)
     third = staged(loader, 2, b"z")
     assert third.staged == replace(first.staged, generation=2)  # type: ignore[type-var]
-    assert loader.load(chunk(3, b"z")) is None
+    assert not loader.has_room
     assert unloader.unload(first).payload == b""  # another generation
     assert unloader.unload(second).payload == b"x"
     for _ in range(2):
@@ -177,11 +177,13 @@ def test_a_slot_is_lent_again_only_after_its_credit_or_the_end_of_its_lease(fold
     loader.close()
 
 
-def test_a_payload_above_a_slot_is_not_staged(folder: Path) -> None:
-    loader = make(folder)
-    assert loader.load(chunk(0, bytes(SLOT_BYTES + 1))) is None
+def test_what_does_not_fit_is_a_defect_of_ours(folder: Path) -> None:
+    loader = make(folder, num_slots=1)
+    with pytest.raises(InternalError):
+        loader.load(chunk(0, bytes(SLOT_BYTES + 1)))
+    with pytest.raises(InternalError):
+        loader.load(chunk(0, b"x"))
     loader.close()
-    assert loader.load(chunk(0, b"x")) is None
 
 
 @pytest.mark.parametrize(
@@ -222,10 +224,9 @@ def test_no_slot_is_ever_lent_twice_and_each_payload_is_there_until_it_is_given_
         match step:
             case "load":
                 payload = seq.to_bytes(4, "big") * 9
-                loaded = loader.load(chunk(seq, payload, lease_id))
-                assert (loaded is None) == (sum(map(len, out.values())) == 3)
-                if loaded is not None:
-                    held[seq] = loaded, payload
+                assert loader.has_room == (sum(map(len, out.values())) < 3)
+                if loader.has_room:
+                    held[seq] = loader.load(chunk(seq, payload, lease_id)), payload
             case "credit" if held:
                 first = next(iter(held))
                 loader.credited(lease_id, first)

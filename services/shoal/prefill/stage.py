@@ -65,11 +65,12 @@ async def open_prefill(
     metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
     core = build_engine(config, Stage.PREFILL, served, parameters, device=device)
     engine = EngineClient(core, name="shoal-prefill", on_step=_on_step(metrics, core.scheduler.layout.block_bytes))
-    if config.handoff.max_frame_bytes < core.scheduler.layout.token_layer_bytes:
-        raise ConfigError(
-            f"handoff.max_frame_bytes is {config.handoff.max_frame_bytes}, but one token's K/V in one layer are "
-            f"{core.scheduler.layout.token_layer_bytes} bytes: raise it"
-        )
+    for key in ("max_frame_bytes", "slot_bytes"):
+        if getattr(config.handoff, key) < core.scheduler.layout.token_layer_bytes:
+            raise ConfigError(
+                f"handoff.{key} is {getattr(config.handoff, key)}, but one token's K/V in one layer are "
+                f"{core.scheduler.layout.token_layer_bytes} bytes: raise it"
+            )
     sessions = SessionPool(
         connect,
         Identity(new_incarnation(), (served.plan_hash,), peer="prefill"),

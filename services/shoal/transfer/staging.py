@@ -1,6 +1,6 @@
-"""Staging slots: memory of decode that a prefill process writes to by itself (shared memory, RDMA).
+"""Staging slots: memory that payload passes through outside the frames (shared memory, RDMA).
 
-Decode can't make such a writer stop: a transfer has no abort. So a slot goes back to work only when its writer is known
+Who owns them may not be the one who writes, and then can't make it stop: a transfer has no abort. So a slot goes back to work only when its writer is known
 to have stopped. One whose writer never answered is *retired*: it is never used again in this process.
 """
 

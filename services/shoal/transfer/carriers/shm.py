@@ -26,8 +26,12 @@ import os
 import re
 import secrets
 import stat
+import weakref
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from shoal.errors import InternalError, ProtocolViolation
 from shoal.messages import Chunk, StagedPayload, StagingSegment
@@ -129,6 +133,7 @@ class ShmUnloader:
     def __init__(self, memory: mmap.mmap, segment: StagingSegment) -> None:
         self.segment = segment
         self._memory = memory
+        self._buffers: list[bytearray] = []
 
     @classmethod
     def attach(cls, segment: StagingSegment, folder: Path = FOLDER) -> ShmUnloader | None:
@@ -154,15 +159,23 @@ class ShmUnloader:
     def close(self) -> None:
         self._memory.close()
 
-    def _copy(self, staged: StagedPayload) -> bytes:
+    def _copy(self, staged: StagedPayload) -> bytes | memoryview:
         """A private copy, or nothing if the slot holds something else by now."""
         # To read beyond the end of a file that was cut would kill the process.
         if self._memory.closed or self._memory.size() < _num_bytes(self.segment):
             return b""
         start = _offset(self.segment, staged.slot)
-        payload = self._memory[start + _SLOT_HEAD_BYTES : start + _SLOT_HEAD_BYTES + staged.num_bytes]
+        payload = self._buffer()[: staged.num_bytes]
+        np.copyto(payload, np.frombuffer(self._memory, np.uint8, staged.num_bytes, start + _SLOT_HEAD_BYTES))
         generation = int.from_bytes(self._memory[start : start + _GENERATION_BYTES], "little")
-        return payload if generation == staged.generation else b""
+        return memoryview(payload) if generation == staged.generation else b""  # type: ignore[arg-type]
+
+    def _buffer(self) -> npt.NDArray[np.uint8]:
+        """Private memory that comes back when nobody looks at it any more: fresh pages cost more than the copy."""
+        buffer = self._buffers.pop() if self._buffers else bytearray(self.segment.slot_bytes)
+        view = np.frombuffer(buffer, np.uint8)
+        weakref.finalize(view, self._buffers.append, buffer).atexit = False
+        return view
 
 
 def reap(folder: Path = FOLDER) -> int:

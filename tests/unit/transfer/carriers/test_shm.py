@@ -155,6 +155,21 @@ def test_a_payload_comes_back_as_a_private_copy(folder: Path) -> None:
     loader.close()
 
 
+def test_private_memory_is_used_again_once_nobody_looks_at_it(folder: Path) -> None:
+    loader, unloader = joined(folder)
+    copies = [unloader.unload(staged(loader, seq, bytes([seq]) * 9)) for seq in range(3)]
+    assert [bytes(copy.payload) for copy in copies] == [bytes([seq]) * 9 for seq in range(3)]
+    assert not unloader._buffers
+    kept = copies.pop()
+    copies.clear()
+    assert len(unloader._buffers) == 2
+    again = unloader.unload(staged(loader, 3, b"again"))
+    assert len(unloader._buffers) == 1
+    assert (kept.payload, again.payload) == (bytes([2]) * 9, b"again")
+    unloader.close()
+    loader.close()
+
+
 def test_a_slot_is_lent_again_only_after_its_credit_or_the_end_of_its_lease(folder: Path) -> None:
     loader, unloader = joined(folder, num_slots=2)
     first, second = (staged(loader, seq, b"x") for seq in range(2))

@@ -1,7 +1,8 @@
 """Staging slots: memory that payload passes through outside the frames (shared memory, RDMA).
 
-Who owns them may not be the one who writes, and then can't make it stop: a transfer has no abort. So a slot goes back to work only when its writer is known
-to have stopped. One whose writer never answered is *retired*: it is never used again in this process.
+Who owns them may not be the one who writes, and then can't make it stop: a transfer has no abort. So a slot goes back
+to work only when its writer is known to have stopped. One whose writer never answered is *retired*: it is never used
+again in this process.
 """
 
 from __future__ import annotations

@@ -91,15 +91,15 @@ async def open_prefill(
 def _staging(config: HandoffConfig) -> Callable[[], StagingLoader] | None:
     if config.carrier == "inline":
         return None
-    if num_reaped := reap():
-        _log.info("removed staging segments of prefill processes that have died", number=num_reaped)
+    if num_segments := reap():
+        _log.info("removed staging segments of prefill processes that have died", num_segments=num_segments)
     return partial(ShmLoader.create, config.slot_bytes, config.staging_bytes)
 
 
 def _session_opened(metrics: PrefillMetrics, wants_shm: bool, address: str, session: PrefillSession) -> None:
     metrics.session_opened(session.carrier, session.carrier_reason)
     say = _log.warning if wants_shm and session.carrier is not Carrier.SHM else _log.info
-    say("hand-off session opened", decode=address, carrier=session.carrier, reason=session.carrier_reason)
+    say("hand-off session opened", address=address, carrier=session.carrier, reason=session.carrier_reason)
 
 
 def _on_step(metrics: PrefillMetrics, block_bytes: int) -> Callable[[StepOutput], None]:

@@ -137,9 +137,10 @@ class Decoder:
         looks = spec.layers[index]
         heads = self._rows.linear(normed, layer.qkv, layer.qkv_bias).view(rows, -1, spec.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            queries, keys, values = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+            queries = self._rows.norm(heads[:, : spec.num_heads], layer.q_norm)
+            keys = self._rows.norm(heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads], layer.k_norm)
             # A new tensor, for a gradient needs what was normed.
-            heads = torch.cat([self._rows.norm(queries, layer.q_norm), self._rows.norm(keys, layer.k_norm), values], 1)
+            heads = torch.cat([queries, keys, heads[:, spec.num_heads + spec.num_kv_heads :]], dim=1)
         queries = self._rows.rotate_and_store(heads, rope, looks.rope, pool, index, reads.slots)
         mixed = self._attend(
             queries, pool, index, reads.within(looks.window), scale=spec.attention_scale, softcap=spec.attention_softcap

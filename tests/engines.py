@@ -101,7 +101,7 @@ def make_engine(
     anchors: Anchors | None = None,
     num_deep_blocks: int = 256,
     kernels: NativeKernels | None = None,
-    reuse: Reuse = Reuse.OFF,
+    reuse: Reuse = Reuse.NONE,
 ) -> Engine:
     spec = describe(model.config)
     plan = LayerPlan(spec.num_layers, num_skipped, num_boundary, anchors)

@@ -130,8 +130,8 @@ class StageConfig(_Frozen):
         description="native: Shoal's own, for bfloat16 on CPUs with AVX-512, compiled at the first start; auto: those "
         "where it can be, else torch's.",
     )
-    reuse: Literal["off", "exact", "any"] = Field(
-        "off",
+    reuse: Literal["none", "exact", "any"] = Field(
+        "none",
         description="Of decode: whether prompts that begin alike share K/V. any: answers of earlier turns, too, which "
         "are full depth where the prompt would be shallow, so that an answer may depend on what was asked before.",
     )

@@ -141,7 +141,7 @@ def build_engine(
         max_queued=limits.max_queued,
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
         num_deep_blocks=num_deep_blocks,
-        reuse=Reuse(limits.reuse) if stage is Stage.DECODE else Reuse.OFF,
+        reuse=Reuse(limits.reuse) if stage is Stage.DECODE else Reuse.NONE,
     )
     kernels = choose_kernels(limits, served, device)
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)

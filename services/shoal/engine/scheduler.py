@@ -89,7 +89,7 @@ class Scheduler:
         max_queued: int,
         max_reserved_ratio: float = 1.0,
         num_deep_blocks: int = 0,
-        reuse: Reuse = Reuse.OFF,
+        reuse: Reuse = Reuse.NONE,
     ) -> None:
         self.layout = layout
         self.tables = block_tables(layout, num_blocks, num_deep_blocks, reuse)

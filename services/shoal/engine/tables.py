@@ -19,7 +19,7 @@ class Reuse(enum.StrEnum):
     """Whose K/V a prompt's beginning may come from: nobody's; equal tokens' that were computed alike; or full-depth
     ones', too, where shallow ones would do (the answers of earlier turns)."""
 
-    OFF = "off"
+    NONE = "none"
     EXACT = "exact"
     ANY = "any"
 
@@ -27,8 +27,8 @@ class Reuse(enum.StrEnum):
 class BlockTable:
     """Of the layers that hold every token. ``copies`` are block pairs that the next step must copy first."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, block_bytes: int, *, reuse: Reuse = Reuse.OFF) -> None:
-        any_source = None if reuse is Reuse.OFF else reuse is Reuse.ANY
+    def __init__(self, num_blocks: int, block_tokens: int, block_bytes: int, *, reuse: Reuse = Reuse.NONE) -> None:
+        any_source = None if reuse is Reuse.NONE else reuse is Reuse.ANY
         self.allocator = BlockAllocator(num_blocks, any_source=any_source)
         self.block_bytes = block_bytes
         self._block_tokens = block_tokens
@@ -130,11 +130,11 @@ class DeepTable(BlockTable):
 
 
 def block_tables(
-    layout: KvLayout, num_blocks: int, num_deep_blocks: int, reuse: Reuse = Reuse.OFF
+    layout: KvLayout, num_blocks: int, num_deep_blocks: int, reuse: Reuse = Reuse.NONE
 ) -> tuple[BlockTable, ...]:
     """Where deep layers hold other tokens than the rest, nothing is reused: one table's hit would be half a hit."""
     if layout.apart is not None:
-        reuse = Reuse.OFF
+        reuse = Reuse.NONE
     tables = [BlockTable(num_blocks, layout.block_tokens, layout.block_bytes, reuse=reuse)]
     if layout.apart is not None:
         tables.append(DeepTable(num_deep_blocks, layout.block_tokens, layout.deep_block_bytes))

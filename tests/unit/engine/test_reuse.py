@@ -63,7 +63,7 @@ def test_logits_are_those_of_a_prompt_that_found_nothing(model: Any, max_step_to
     engine = engine_of(model, max_step_tokens=max_step_tokens)
     run(engine, [Ask(PROMPT[:17] + [5] * 9)])
     assert num_present(engine, Ask(PROMPT)) == 16
-    fresh = logits_after(engine_of(model, Reuse.OFF), PROMPT, Depth.SHALLOW)
+    fresh = logits_after(engine_of(model, Reuse.NONE), PROMPT, Depth.SHALLOW)
     torch.testing.assert_close(logits_after(engine, PROMPT, Depth.SHALLOW), fresh)
 
 
@@ -73,9 +73,9 @@ def test_depths_do_not_mix(model: Any):
     assert num_present(engine, Ask(PROMPT, depth=Depth.FULL)) == 0
     run(engine, [Ask(PROMPT, depth=Depth.FULL)])
     assert num_present(engine, Ask(PROMPT, depth=Depth.FULL)) == 28
-    full = logits_after(engine_of(model, Reuse.OFF), PROMPT, Depth.FULL)
+    full = logits_after(engine_of(model, Reuse.NONE), PROMPT, Depth.FULL)
     torch.testing.assert_close(logits_after(engine, PROMPT, Depth.FULL), full)
-    shallow = logits_after(engine_of(model, Reuse.OFF), PROMPT, Depth.SHALLOW)
+    shallow = logits_after(engine_of(model, Reuse.NONE), PROMPT, Depth.SHALLOW)
     torch.testing.assert_close(logits_after(engine, PROMPT, Depth.SHALLOW), shallow)
 
 
@@ -105,7 +105,7 @@ def second_turn(model: Any, reuse: Reuse) -> tuple[Engine, list[int], list[int]]
 def test_the_next_turn_finds_what_was_shallow_in_this_one(model: Any):
     engine, prompt, _ = second_turn(model, Reuse.EXACT)
     assert num_present(engine, Ask(prompt)) == 28  # the boundary token, own then, would be shallow now
-    expected = logits_after(engine_of(model, Reuse.OFF), prompt, Depth.SHALLOW)
+    expected = logits_after(engine_of(model, Reuse.NONE), prompt, Depth.SHALLOW)
     torch.testing.assert_close(logits_after(engine, prompt, Depth.SHALLOW), expected)
 
 
@@ -120,7 +120,7 @@ def test_of_an_earlier_answer_the_next_turn_may_keep_the_true_kv(model: Any):
     states = run_layers(model, prompt[-1:], len(prompt) - 1, all_layers(model), cache)
     ours = logits_after(engine, prompt, Depth.SHALLOW)
     torch.testing.assert_close(ours, logits_of(model, states)[0])
-    plain = logits_after(engine_of(model, Reuse.OFF), prompt, Depth.SHALLOW)
+    plain = logits_after(engine_of(model, Reuse.NONE), prompt, Depth.SHALLOW)
     assert not torch.allclose(ours, plain), "else there would be nothing to tell apart"
 
 
@@ -132,7 +132,7 @@ def test_a_third_turn_finds_the_second(model: Any):
 
 def test_a_small_pool_gives_remembered_blocks_to_whom_needs_them(model: Any):
     asks = [Ask([*PROMPT[: 12 + index], index + 3, 4], num_tokens=12) for index in range(12)]
-    expected = [run(engine_of(model, Reuse.OFF), [ask])[0] for ask in asks]
+    expected = [run(engine_of(model, Reuse.NONE), [ask])[0] for ask in asks]
     engine = engine_of(model, num_blocks=24)
     for _ in range(2):
         assert run(engine, asks) == expected
@@ -141,7 +141,7 @@ def test_a_small_pool_gives_remembered_blocks_to_whom_needs_them(model: Any):
 
 def test_choices_of_one_prompt_share_what_was_found(model: Any):
     sampling = SamplingParams(max_tokens=6, temperature=1.0, seed=5, num_choices=3)
-    expected = run_choices(engine_of(model, Reuse.OFF), sampling)
+    expected = run_choices(engine_of(model, Reuse.NONE), sampling)
     engine = engine_of(model)
     assert run_choices(engine, sampling) == expected
     assert run_choices(engine, sampling) == expected
@@ -157,7 +157,7 @@ def test_after_a_hand_off_only_what_is_missing_is_shipped(model: Any):
     prefill = make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL, block_tokens=BLOCK)
     decode = engine_of(model)
     first, second = Ask(PROMPT), Ask([*PROMPT[:22], 5, 6, 7])
-    plain = [run(engine_of(model, Reuse.OFF), [ask])[0] for ask in (first, second)]
+    plain = [run(engine_of(model, Reuse.NONE), [ask])[0] for ask in (first, second)]
     assert run_handed_off(prefill, decode, [first]) == plain[:1]
     assert num_present(decode, second) == 20
     assert run_handed_off(prefill, decode, [second]) == plain[1:]

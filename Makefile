@@ -43,7 +43,7 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 	$(BIN)/shoal serve $(ARGS)
 
 test: lint types imports generated tools unit ## Everything that CI runs: the checks, then all tests
-	$(BIN)/pytest -m 'slow or cluster' $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
+	$(BIN)/pytest -m 'slow or cluster' --durations 20 $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
 
 lint: $(STAMP) ## Style and formatting (ruff)
 	$(BIN)/ruff check

@@ -17,6 +17,8 @@ import httpx
 _PR_SET_CHILD_SUBREAPER = 36
 _END_WITHIN_S = 30.0
 _POLL_S = 0.2
+# These would make a server another one than its arm says.
+_NOT_INHERITED = ("GOMP_", "KMP_", "MKL_", "OMP_", "SHOAL_", "VLLM_")
 
 
 class ChildFailed(Exception):
@@ -26,6 +28,11 @@ class ChildFailed(Exception):
 def adopt_orphans() -> None:
     """From now on, processes whose parents died are this one's children, and can be found and ended (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process' own, without what decides how a server computes."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
 
 
 def free_port() -> int:
@@ -48,7 +55,7 @@ def serving(
     with log.open("wb") as output:
         popen = subprocess.Popen(
             command,
-            env={**os.environ, **environment},
+            env={**clean_environment(), **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

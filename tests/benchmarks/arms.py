@@ -13,7 +13,7 @@ from typing import Any
 _HERE = Path(__file__).parent
 MODEL_NAME = "smollm2"
 _VERSION = "from importlib.metadata import version"
-# A build for any processor is slower than one for this, so what it was built for belongs to its release.
+# A build for any processor may use less of this one, so what it was built for belongs to its release.
 _XLLAMACPP = f"{_VERSION}; from xllamacpp import get_system_info; print(version('xllamacpp'), get_system_info())"
 # All streams' prompts and answers fit; its K/V is one pool for all.
 _MAX_STREAMS, _CONTEXT_TOKENS = 64, 32_768

@@ -127,7 +127,7 @@ def _export(served: Served, folder: Path) -> Model:
 
     from models import smollm2_reference
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     smollm2_reference(torch.bfloat16, "sdpa").save_pretrained(folder)
     served.files.tokenizer().save_pretrained(folder)
     return Model(folder, served.files.path, served.max_context_tokens)

@@ -44,7 +44,7 @@ class MachineLimits:
 def measure_limits(seconds: float) -> MachineLimits:
     return MachineLimits(
         gemm_flops=_gemm(seconds),
-        read_bytes=_read(seconds),
+        read_bytes=memory_read_bytes_per_s(seconds),
         loopback_bytes=_loopback(seconds),
         shared_memory_bytes=_shared_memory(seconds),
     )
@@ -56,7 +56,7 @@ def _gemm(seconds: float) -> float:
     return 2 * _GEMM_SIZE**3 / _best(lambda: torch.mm(left, right, out=out), seconds)
 
 
-def _read(seconds: float) -> float:
+def memory_read_bytes_per_s(seconds: float = 1.0) -> float:
     values = torch.ones(_READ_BYTES // 4)
     return _READ_BYTES / _best(values.sum, seconds)
 

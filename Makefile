@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format types imports generated generate tools unit bench clean
+.PHONY: help install demo serve test lint format types imports generated generate tools unit bench compare clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -43,7 +43,7 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 	$(BIN)/shoal serve $(ARGS)
 
 test: lint types imports generated tools unit ## Everything that CI runs: the checks, then all tests
-	$(BIN)/pytest -m 'slow or cluster' $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
+	$(BIN)/pytest -m 'slow or cluster' --durations 20 $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
 
 lint: $(STAMP) ## Style and formatting (ruff)
 	$(BIN)/ruff check
@@ -80,6 +80,9 @@ unit: $(STAMP) tools ## The quick tests only, on all cores at once
 
 bench: $(STAMP) ## Measure the speed floor, as ratios in one run
 	$(BIN)/python tests/benchmarks/prefill.py $(ARGS)
+
+compare: $(STAMP) ## Measure Shoal beside transformers, and vLLM and llama.cpp where they are (docs/benchmarks.md)
+	$(BIN)/python tests/benchmarks/compare.py $(ARGS)
 
 clean: ## Remove .venv, caches and build outputs
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

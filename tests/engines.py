@@ -16,6 +16,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.native import make_decoder
 from shoal.engine.runner import PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
+from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
 from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
@@ -100,6 +101,7 @@ def make_engine(
     anchors: Anchors | None = None,
     num_deep_blocks: int = 256,
     kernels: NativeKernels | None = None,
+    reuse: Reuse = Reuse.NONE,
 ) -> Engine:
     spec = describe(model.config)
     plan = LayerPlan(spec.num_layers, num_skipped, num_boundary, anchors)
@@ -115,7 +117,7 @@ def make_engine(
     )
     scheduler = Scheduler(
         layout, num_blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences, max_queued=max_queued,
-        num_deep_blocks=num_deep_blocks,
+        num_deep_blocks=num_deep_blocks, reuse=reuse,
     )  # fmt: skip
     pool = KvPool(layout, num_blocks, dtype=model.dtype, device=CPU, num_deep_blocks=num_deep_blocks)
     parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan)
@@ -132,6 +134,7 @@ class Ask:
     depth: Depth = Depth.SHALLOW
     sampling: SamplingParams | None = None
     outline: PromptOutline | None = None
+    tenant: str = ""
 
     @property
     def params(self) -> SamplingParams:
@@ -155,7 +158,9 @@ def run_choices(engine: Engine, asks: list[Ask]) -> list[list[list[int]]]:
     """The same with every choice of every request."""
     tokens: dict[tuple[str, int], list[int]] = {}
     for index, ask in enumerate(asks):
-        engine.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params, outline=ask.outline)
+        engine.submit_generate(
+            str(index), tuple(ask.prompt), ask.depth, ask.params, outline=ask.outline, tenant=ask.tenant
+        )
     while not (output := engine.step()).is_idle:
         for failure in output.failures:
             raise failure.error
@@ -215,10 +220,12 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
         output = decode.step()
         for failure in output.failures:
             raise failure.error
-        for request_id, blocks in output.reserved:
+        for reservation in output.reserved:
+            request_id, blocks = reservation.request_id, reservation.blocks
             prompt = asks[int(request_id)].prompt
             for chunk in prefill_chunks(prefill, prompt):
-                _copy(decode.runner.pool, list(blocks), chunk, prefill.runner.decoder.plan.num_kept)
+                own = _after(chunk, reservation.num_present)
+                _copy(decode.runner.pool, list(blocks), own, prefill.runner.decoder.plan.num_kept)
             decode.start(request_id, num_arrived=len(prompt) - 1)
         for event in output.tokens:
             tokens.setdefault(event.request_id, []).append(event.token_id)
@@ -226,6 +233,13 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
             break
     assert_nothing_held(decode)
     return [tokens[str(index)] for index in range(len(asks))]
+
+
+def _after(chunk: PrefillChunk, num_present: int) -> PrefillChunk:
+    """What of ``chunk`` isn't there yet: blocks that others share must not be written to."""
+    skipped = min(max(0, num_present - chunk.start), chunk.end - chunk.start)
+    deep = None if chunk.deep is None else chunk.deep[:, skipped:]
+    return replace(chunk, start=chunk.start + skipped, shallow=chunk.shallow[:, skipped:], deep=deep)
 
 
 def _copy(pool: KvPool, blocks: list[int], chunk: PrefillChunk, num_kept: int) -> None:

@@ -141,14 +141,16 @@ def token_nlls(logits: Tensor, ids: Sequence[int]) -> Tensor:
     return F.cross_entropy(logits[: len(ids)].double(), torch.tensor(list(ids)), reduction="none")
 
 
-def encode_shallow(model: Any, ids: Sequence[int], num_skipped: int, cache: Cache, *, project: bool = True) -> Tensor:
-    """Shallow prefill of the tokens ``0..len(ids)-1`` into ``cache``; their states after the last kept layer."""
+def encode_shallow(
+    model: Any, ids: Sequence[int], num_skipped: int, cache: Cache, *, project: bool = True, start: int = 0
+) -> Tensor:
+    """Shallow prefill of ``ids``, at positions ``start..``, into ``cache``; their states after the last kept layer."""
     num_kept = len(model.model.layers) - num_skipped
-    states = run_layers(model, ids, 0, range(num_kept), cache)
+    states = run_layers(model, ids, start, range(num_kept), cache)
     if project:
         for index in range(num_kept, len(model.model.layers)):
             layer = model.model.layers[index]
-            rope = _rope(model, layer.self_attn, states[None], 0)
+            rope = _rope(model, layer.self_attn, states[None], start)
             _append_kv(layer.self_attn, layer.input_layernorm(states[None]), rope, index, cache)
     return states
 

@@ -130,6 +130,11 @@ class StageConfig(_Frozen):
         description="native: Shoal's own, for bfloat16 on CPUs with AVX-512, compiled at the first start; auto: those "
         "where it can be, else torch's.",
     )
+    reuse: Literal["none", "exact", "any"] = Field(
+        "none",
+        description="Of decode: whether prompts that begin alike share K/V. any: answers of earlier turns, too, which "
+        "are full depth where the prompt would be shallow, so that an answer may depend on what was asked before.",
+    )
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
         2048,
         description="Tokens one forward may run: longer prompts come in chunks. Half a second of work is a good size.",
@@ -177,6 +182,9 @@ class HandoffConfig(_Frozen):
     )
     min_tokens: Annotated[int, Field(ge=2)] = Field(
         2, description="Shorter prompts are prefilled by decode itself: nothing is won by shipping them."
+    )
+    local_tokens: Annotated[int, Field(ge=0)] = Field(
+        512, description="Where decode has half of a prompt's K/V already, it computes up to so many tokens itself."
     )
     max_reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="Share of decode's pool that prompts on their way may hold."

@@ -134,7 +134,7 @@ class HandoffReport:
     """What one prompt's hand-off did, for usage, the demo and the tests.
 
     ``depth`` is the depth that was run, ``transferred`` whether prefill's KV was used, ``fallback`` the reason
-    why not when a hand-off was tried.
+    why not when a hand-off was tried. ``num_cached_tokens`` of the prompt were there from requests before.
     """
 
     depth: Depth
@@ -144,6 +144,7 @@ class HandoffReport:
     shallow_bytes: int = 0
     deep_bytes: int = 0
     boundary_bytes: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

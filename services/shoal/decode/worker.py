@@ -24,6 +24,7 @@ from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams
 from shoal.engine.client import EngineClient, Inbox, Progress
+from shoal.engine.events import Reservation
 from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, OutOfBlocks, ShoalError, Unavailable
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
@@ -51,7 +52,7 @@ class _Begun:
 class _Local:
     """Decode is to compute the prompt itself; first of all, or, if it ``stands_back``, when there is room again."""
 
-    reason: str
+    reason: str | None
     stands_back: bool = False
 
 
@@ -100,8 +101,9 @@ class DecodeWorker:
                 outputs = streams.accept(event.event)
                 if outputs and first:
                     stages = _stages(begun, event)
-                    self._count_prompt(request, begun.report, stages)
-                    outputs[0] = replace(outputs[0], stages=stages, handoff=begun.report)
+                    self._count_prompt(request, begun.report, stages, event.event.num_present)
+                    report = replace(begun.report, num_cached_tokens=event.event.num_present)
+                    outputs[0] = replace(outputs[0], stages=stages, handoff=report)
                     first = False
                 for output in outputs:
                     if isinstance(output.stop_reason, str):
@@ -110,7 +112,9 @@ class DecodeWorker:
                     self._metrics.decoded(len(output.token_ids))
                     yield output
 
-    def _count_prompt(self, request: GenerateRequest, report: HandoffReport, stages: TtftStages) -> None:
+    def _count_prompt(
+        self, request: GenerateRequest, report: HandoffReport, stages: TtftStages, num_cached: int
+    ) -> None:
         if report.transferred:
             self._metrics.queued(stages.reserve_s)
             return
@@ -119,7 +123,8 @@ class DecodeWorker:
             report.depth,
             stages.prefill_s,
             num_layers=len(self._plan.layers_run(report.depth)),
-            computed_tokens=len(request.prompt_token_ids),
+            computed_tokens=len(request.prompt_token_ids) - num_cached,
+            cached_tokens=num_cached,
         )
 
     # --- until the first step -------------------------------------------------------------------------
@@ -139,14 +144,18 @@ class DecodeWorker:
                 request.sampling,
                 hold=pool is not None,
                 outline=request.outline,
+                tenant=request.context.tenant,
             )
         )
         if pool is None:
             report = HandoffReport(self._depth_run(request), transferred=False, fallback=fallback)
             return _Begun(report, submitted_s, submitted_s, submitted_s)
-        blocks = (await inbox.reserved()).blocks
+        reservation = await inbox.reserved()
         reserved_s = time.monotonic()
-        arrived = await self._descend(pool, request, blocks, deadline_s)
+        if self._is_soon_done(request, reservation):
+            arrived: Arrived | _Local = _Local(None)
+        else:
+            arrived = await self._descend(pool, request, reservation, deadline_s)
         if isinstance(arrived, _Local):
             return await self._prefill_locally(key, request, arrived, submitted_s, reserved_s)
         ready_s = time.monotonic()  # before the engine is told: it may be done with the step before we hear of it
@@ -163,15 +172,15 @@ class DecodeWorker:
         return _Begun(report, submitted_s, reserved_s, ready_s, arrived)
 
     async def _descend(
-        self, pool: PrefillPool, request: GenerateRequest, blocks: tuple[int, ...], deadline_s: float
+        self, pool: PrefillPool, request: GenerateRequest, reservation: Reservation, deadline_s: float
     ) -> Arrived | _Local:
         """Hand the prompt off, down the ladder as far as it takes. Raises Unavailable below the last rung."""
         excluded: frozenset[str] = frozenset()
         attempt = request.context.attempt
         while True:
-            grant = self._grant(request, deadline_s, attempt, excluded)
+            grant = self._grant(request, reservation.num_present, deadline_s, attempt, excluded)
             try:
-                return await self._hand_off(pool, grant, request.prompt_token_ids, blocks)
+                return await self._hand_off(pool, grant, request.prompt_token_ids, reservation.blocks)
             except (Cancelled, DeadlineExceeded):
                 raise
             except OutOfBlocks as error:  # nobody failed: an older sequence wants the blocks, so it stands back
@@ -208,14 +217,21 @@ class DecodeWorker:
         num_won = len(self._shallow_tokens(request)) if self._plan.num_skipped else len(request.prompt_token_ids) - 1
         return self.prefill if num_won and num_won + 1 >= self._config.min_tokens else None
 
-    def _grant(self, request: GenerateRequest, deadline_s: float, attempt: int, excluded: frozenset[str]) -> Grant:
+    def _is_soon_done(self, request: GenerateRequest, reservation: Reservation) -> bool:
+        """Prefill would compute all of the prompt again; what is left of it may be less work here."""
+        num_left = len(request.prompt_token_ids) - 1 - reservation.num_present
+        return num_left <= min(reservation.num_present, self._config.local_tokens)
+
+    def _grant(
+        self, request: GenerateRequest, num_present: int, deadline_s: float, attempt: int, excluded: frozenset[str]
+    ) -> Grant:
         timeout_s = max(0.0, deadline_s - time.monotonic())
         return Grant(
             lease_id=secrets.token_bytes(16),
             handoff_address=self._desk.address,
             plan_hash=self._plan_hash,
             num_prompt_tokens=len(request.prompt_token_ids),
-            num_present=0,
+            num_present=num_present,
             ttl_s=self._config.ttl_s,
             claim_timeout_s=self._config.claim_timeout_s,
             context=replace(request.context, timeout_s=timeout_s, attempt=attempt),
@@ -227,7 +243,7 @@ class DecodeWorker:
     ) -> Arrived:
         """Open the lease, ask prefill, and wait until the K/V are verified. On return or error the lease is over and
         nobody writes into ``blocks`` any more."""
-        async with self._desk.open(grant.lease_id, token_ids, blocks) as lease:
+        async with self._desk.open(grant.lease_id, token_ids, blocks, num_present=grant.num_present) as lease:
             call = asyncio.ensure_future(pool.ask(grant))
             arrived = asyncio.ensure_future(lease.arrived())
             try:

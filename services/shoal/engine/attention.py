@@ -79,7 +79,7 @@ def _mix(
     """All ``[batch, heads, rows or context, head_dim]``. torch's kernels know no softcap: with one it's written out."""
     if softcap is None:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal, scale=scale)
-    scores = (queries @ keys.transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    scores = (queries @ keys.transpose(-1, -2)).mul_(scale / softcap).tanh_() * softcap
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:

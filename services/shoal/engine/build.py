@@ -14,6 +14,7 @@ from shoal.engine.events import StepOutput
 from shoal.engine.native import find_kernels, make_decoder
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
+from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
 from shoal.kernels.native import NativeKernels
 from shoal.kv.layout import KvLayout, stage_layout
@@ -140,6 +141,7 @@ def build_engine(
         max_queued=limits.max_queued,
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
         num_deep_blocks=num_deep_blocks,
+        reuse=Reuse(limits.reuse) if stage is Stage.DECODE else Reuse.NONE,
     )
     kernels = choose_kernels(limits, served, device)
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)

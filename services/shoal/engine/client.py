@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shoal.engine.engine import Engine
-from shoal.engine.events import FailureEvent, PromptEvent, StepOutput, TokenEvent
+from shoal.engine.events import FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.runner import PrefillChunk
 from shoal.engine.thread import EngineThread
 from shoal.errors import InternalError, ShoalError, Unavailable
@@ -20,13 +20,6 @@ from shoal.errors import InternalError, ShoalError, Unavailable
 T = TypeVar("T")
 # A replica whose steps fail so often in a row is replaced: it isn't the requests' fault any more.
 MAX_FAILED_STEPS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """The request holds blocks for its whole prompt."""
-
-    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +39,7 @@ class Progress:
     ended_s: float
 
 
-Event = Reserved | ChunkComputed | Progress | FailureEvent
+Event = Reservation | ChunkComputed | Progress | FailureEvent
 
 
 class Inbox:
@@ -68,10 +61,10 @@ class Inbox:
             raise event.error
         return event
 
-    async def reserved(self) -> Reserved:
+    async def reserved(self) -> Reservation:
         """Wait until the request holds its blocks."""
         event = await self.next()
-        if not isinstance(event, Reserved):
+        if not isinstance(event, Reservation):
             raise InternalError(f"expected a reservation, the engine sent {type(event).__name__}")
         return event
 
@@ -118,8 +111,8 @@ class EngineClient:
         self._thread.close()
 
     def _deliver(self, output: StepOutput) -> None:
-        for request_id, blocks in output.reserved:
-            self._put(request_id, Reserved(blocks))
+        for reservation in output.reserved:
+            self._put(reservation.request_id, reservation)
         for chunk in output.chunks:
             first_step_s = self._first_step_s.setdefault(chunk.request_id, output.started_s)
             self._put(chunk.request_id, ChunkComputed(chunk, first_step_s, output.ended_s))

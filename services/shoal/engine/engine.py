@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, StepOutput, TokenEvent
+from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.logprobs import NOT_FINITE
 from shoal.engine.runner import Runner, RunOutput
 from shoal.engine.sampler import Sampled, SampleRow, sample
@@ -53,12 +53,14 @@ class Engine:
         *,
         hold: bool = False,
         outline: PromptOutline | None = None,
+        tenant: str = "",
     ) -> None:
-        """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``."""
+        """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``. K/V are shared
+        within a ``tenant`` only."""
         shallow = self.runner.decoder.plan.shallow_tokens(len(prompt), depth, outline)
         if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
-        sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold)
+        sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold, tenant=tenant)
         room = self.scheduler.num_tokens_left(sequence) + 1
         if sampling.may_shorten and 0 < room < sampling.max_tokens:
             sequence.sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
@@ -128,7 +130,8 @@ class Engine:
 
     def _step(self) -> StepOutput:
         started_s = self._clock()
-        reserved = tuple((item.request_id, tuple(item.blocks)) for item in self.scheduler.admit())
+        admitted = self.scheduler.admit()
+        reserved = tuple(Reservation(item.request_id, tuple(item.blocks), item.num_present) for item in admitted)
         plan = self.scheduler.schedule()
         if not plan.rows:
             return StepOutput(
@@ -180,7 +183,9 @@ class Engine:
             if tokens or ends:
                 first_step_s = sequence.first_step_s or self._clock()
                 reason = FinishReason.LENGTH if ends else None
-                prompts.append(PromptEvent(sequence.request_id, tokens, reason, first_step_s))
+                prompts.append(PromptEvent(sequence.request_id, tokens, reason, first_step_s, sequence.num_present))
+            if item.completes and not sequence.output:
+                self.scheduler.remember(sequence)
             if ends:
                 self._finish(sequence)
         return prompts, failures
@@ -239,7 +244,7 @@ class Engine:
         first_step_s = sequence.first_step_s or self._clock()
         return TokenEvent(
             sequence.request_id, sequence.choice, index, sampled.token_id, sampled.logprob, sampled.top, reason, stop,
-            first_step_s,
+            first_step_s, sequence.num_present,
         )  # fmt: skip
 
     # --- helpers --------------------------------------------------------------------------------------
@@ -252,6 +257,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.sampled and sequence.blocks:
+            self.scheduler.remember(sequence)
             self._finished_kv_bytes.append(self.scheduler.kv_bytes(sequence))
         self.scheduler.finish(sequence)
         choices = self._sequences.get(sequence.request_id, {})
@@ -261,6 +267,8 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> FailureEvent:
         if sequence.phase is not Phase.FINISHED:
+            self.scheduler.forget(sequence)
+            self.scheduler.finish(sequence)
             self._finish(sequence)
         known = error if isinstance(error, ShoalError) else InternalError("the engine failed on this request")
         return FailureEvent(sequence.request_id, sequence.choice, known)

@@ -12,7 +12,8 @@ from shoal.messages import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One choice's next token. ``index`` counts from 0; ``first_step_s`` is when its request's first step began."""
+    """One choice's next token. ``index`` counts from 0; ``first_step_s`` is when its request's first step began;
+    ``num_present`` tokens of its prompt were not computed for it."""
 
     request_id: str
     choice: int
@@ -23,6 +24,7 @@ class TokenEvent:
     finish_reason: FinishReason | None
     stop_reason: int | None
     first_step_s: float
+    num_present: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,16 @@ class PromptEvent:
     scores: tuple[ScoredToken, ...]
     finish_reason: FinishReason | None
     first_step_s: float
+    num_present: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The request holds ``blocks`` for its whole prompt, whose first ``num_present`` tokens' K/V are there already."""
+
+    request_id: str
+    blocks: tuple[int, ...]
+    num_present: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +78,6 @@ class EngineCounts:
 class StepOutput:
     """What one step brought. Times are monotonic seconds of this process.
 
-    ``reserved`` are the requests that now hold blocks for their whole prompt, with their block tables.
     ``finished_kv_bytes``: what each choice held that has ended since the last step.
     ``wants_blocks``: a running sequence waits for blocks that reserved ones hold, and the youngest should be given up.
     """
@@ -76,7 +87,7 @@ class StepOutput:
     counts: EngineCounts
     num_rows: int = 0
     num_sequences: int = 0
-    reserved: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    reserved: tuple[Reservation, ...] = ()
     prompts: tuple[PromptEvent, ...] = ()
     tokens: tuple[TokenEvent, ...] = ()
     chunks: tuple[PrefillChunk, ...] = ()

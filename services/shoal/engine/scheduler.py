@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from shoal.engine.sequence import Phase, Sequence
-from shoal.engine.tables import block_tables
+from shoal.engine.tables import Reuse, block_tables
 from shoal.errors import InternalError, InvalidRequest, OutOfBlocks, Overloaded
 from shoal.kv.blocks import BlockAllocator
 from shoal.kv.layout import KvLayout
@@ -89,9 +89,10 @@ class Scheduler:
         max_queued: int,
         max_reserved_ratio: float = 1.0,
         num_deep_blocks: int = 0,
+        reuse: Reuse = Reuse.NONE,
     ) -> None:
         self.layout = layout
-        self.tables = block_tables(layout, num_blocks, num_deep_blocks)
+        self.tables = block_tables(layout, num_blocks, num_deep_blocks, reuse)
         self.waiting: deque[Sequence] = deque()
         self.reserved: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -171,6 +172,16 @@ class Scheduler:
                 self.running.remove(sequence)
         self._give_up_blocks(sequence)
         sequence.phase = Phase.FINISHED
+
+    def remember(self, sequence: Sequence) -> None:
+        """Let sequences to come find what this one has computed."""
+        for table in self.tables:
+            table.remember(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """What this one holds can't be trusted: nobody may find it, nor what came after it."""
+        for table in self.tables:
+            table.allocator.forget(table.held(sequence))
 
     def fork(self, root: Sequence) -> list[Sequence]:
         """The other choices of ``root``, sharing its blocks: its prompt is computed and nothing is sampled yet."""
@@ -290,7 +301,8 @@ class Scheduler:
     def _back_to_waiting(self, sequence: Sequence) -> None:
         self._give_up_blocks(sequence)
         sequence.phase = Phase.WAITING
-        sequence.num_computed, sequence.arrived = 0, range(0)
+        sequence.num_present = sequence.num_computed = 0
+        sequence.arrived = range(0)
         sequence.hold = False
         self.waiting.appendleft(sequence)
 

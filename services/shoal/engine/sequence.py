@@ -31,8 +31,8 @@ class Sequence:
     """``num_prompt_tokens`` (N) and which positions are ``shallow`` are fixed at admission and never inferred again.
 
     ``num_to_compute`` is N for a sequence that is sampled and N - 1 at prefill, where the boundary token isn't run.
-    ``arrived`` are positions whose K/V came from prefill, so that computing skips them. Deep layers that hold no
-    shallow tokens have ``deep_blocks`` of their own.
+    ``num_present`` tokens' K/V were there before, in blocks that others share. ``arrived`` are positions whose K/V came
+    from prefill, so that computing skips them. Deep layers that hold no shallow tokens have their own ``deep_blocks``.
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     ``num_unsent`` counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
@@ -50,6 +50,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     deep_blocks: list[int] = field(default_factory=list)
     arrived: range = range(0)
+    tenant: str = ""
+    num_present: int = 0
     num_computed: int = 0
     num_scored: int = 0
     num_unsent: int = 0
@@ -75,13 +77,21 @@ class Sequence:
         num_ahead = len(self.arrived) if self.num_computed <= self.arrived.start else 0
         return self.num_to_compute - self.num_computed - num_ahead
 
+    @property
+    def may_reuse(self) -> bool:
+        """Not where prompt tokens are to be scored, for they must be run; nor at prefill, which has their ids late."""
+        return self.sampled and self.sampling.num_prompt_logprobs is None
+
+    def take_present(self, num_tokens: int) -> None:
+        self.num_present = self.num_computed = num_tokens
+
     def arrive(self, num_tokens: int) -> None:
         """The K/V of the first ``num_tokens`` are there, as prefill has them: full-depth ones are to be computed still,
         but where nothing is shallow prefill's layers are all that there are."""
         whole = self.shallow or range(num_tokens)
-        end = min(whole.stop, num_tokens)
-        self.arrived = range(whole.start, end) if whole.start < end else range(0)
-        self.advance(0)
+        start, end = max(whole.start, self.num_present), min(whole.stop, num_tokens)
+        self.arrived = range(start, end) if start < end else range(0)
+        self.advance(self.num_present)
 
     def advance(self, end: int) -> None:
         """Positions before ``end`` are computed; those that arrived right behind them are passed over."""

@@ -6,16 +6,30 @@ layers that hold no shallow tokens, it is how many tokens before it they do hold
 
 from __future__ import annotations
 
+import enum
+
 from shoal.engine.sequence import Sequence
+from shoal.errors import OutOfBlocks
 from shoal.kv.blocks import BlockAllocator
 from shoal.kv.layout import KvLayout
+from shoal.kv.prefix import Piece, pieces_of
+
+
+class Reuse(enum.StrEnum):
+    """Whose K/V a prompt's beginning may come from: nobody's; equal tokens' that were computed alike; or full-depth
+    ones', too, where shallow ones would do (the answers of earlier turns)."""
+
+    NONE = "none"
+    EXACT = "exact"
+    ANY = "any"
 
 
 class BlockTable:
     """Of the layers that hold every token. ``copies`` are block pairs that the next step must copy first."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, block_bytes: int) -> None:
-        self.allocator = BlockAllocator(num_blocks)
+    def __init__(self, num_blocks: int, block_tokens: int, block_bytes: int, *, reuse: Reuse = Reuse.NONE) -> None:
+        any_source = None if reuse is Reuse.NONE else reuse is Reuse.ANY
+        self.allocator = BlockAllocator(num_blocks, any_source=any_source)
         self.block_bytes = block_bytes
         self._block_tokens = block_tokens
         self.copies: list[tuple[int, int]] = []
@@ -39,8 +53,36 @@ class BlockTable:
         return self.num_blocks_for(sequence, position) <= self.allocator.num_free
 
     def allocate(self, sequence: Sequence, position: int) -> None:
-        """Blocks for a sequence that has none, for its tokens before ``position``. Raises OutOfBlocks."""
-        self.held(sequence)[:] = self.allocator.allocate(self.num_blocks_for(sequence, position))
+        """Blocks for a sequence that has none, for its tokens before ``position``: remembered ones first, whose tokens
+        are then ``present``. Raises OutOfBlocks."""
+        known = self._known(sequence)
+        self.allocator.share(known)
+        try:
+            fresh = self.allocator.allocate(self.num_blocks_for(sequence, position) - len(known))
+        except OutOfBlocks:
+            self.allocator.release(known)
+            raise
+        self.held(sequence)[:] = known + fresh
+        sequence.take_present(len(known) * self._block_tokens)
+
+    def _known(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold a sequence's first tokens already; never its last one, which is to be run."""
+        prefixes = self.allocator.prefixes
+        if prefixes is None or not sequence.may_reuse:
+            return []
+        num_whole = (sequence.num_to_compute - 1) // self._block_tokens
+        return prefixes.match(sequence.tenant, self._pieces(sequence, num_whole))
+
+    def remember(self, sequence: Sequence) -> None:
+        """Let others find what a sequence has computed, as far as it fills blocks."""
+        prefixes = self.allocator.prefixes
+        if prefixes is not None and sequence.may_reuse:
+            num_whole = sequence.num_computed // self._block_tokens
+            prefixes.insert(sequence.tenant, self._pieces(sequence, num_whole), self.held(sequence)[:num_whole])
+
+    def _pieces(self, sequence: Sequence, num_blocks: int) -> list[Piece]:
+        token_ids = sequence.token_ids(0, num_blocks * self._block_tokens)
+        return pieces_of(token_ids, sequence.shallow, self._block_tokens, num_blocks)
 
     def own(self, sequence: Sequence, start: int, end: int) -> None:
         """Make positions ``[start, end)`` writable: missing blocks, and copies of shared ones.
@@ -87,8 +129,13 @@ class DeepTable(BlockTable):
         return sequence.num_full_before(position)
 
 
-def block_tables(layout: KvLayout, num_blocks: int, num_deep_blocks: int) -> tuple[BlockTable, ...]:
-    tables = [BlockTable(num_blocks, layout.block_tokens, layout.block_bytes)]
+def block_tables(
+    layout: KvLayout, num_blocks: int, num_deep_blocks: int, reuse: Reuse = Reuse.NONE
+) -> tuple[BlockTable, ...]:
+    """Where deep layers hold other tokens than the rest, nothing is reused: one table's hit would be half a hit."""
+    if layout.apart is not None:
+        reuse = Reuse.NONE
+    tables = [BlockTable(num_blocks, layout.block_tokens, layout.block_bytes, reuse=reuse)]
     if layout.apart is not None:
         tables.append(DeepTable(num_deep_blocks, layout.block_tokens, layout.deep_block_bytes))
     return tuple(tables)

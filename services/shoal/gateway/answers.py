@@ -219,13 +219,13 @@ def _is_worth_an_event(one: ChoiceOutput) -> bool:
 
 
 def usage(generation: Generation) -> Json:
-    """Token counts so far. ``depth`` is how deep the prompts are encoded; nothing is cached between requests."""
+    """Token counts so far. ``depth`` is how deep the prompts are encoded."""
     num_prompt, num_completion = generation.num_prompt_tokens, generation.num_completion_tokens
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
         "depth": generation.depth,
     }
 

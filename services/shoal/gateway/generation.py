@@ -108,6 +108,11 @@ class Generation:
         return sum(len(request.prompt_token_ids) for request in self.requests)
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompts, those that were not computed for this request."""
+        return sum(timing.handoff.num_cached_tokens for timing in self.timings.values() if timing.handoff is not None)
+
+    @property
     def num_completion_tokens(self) -> int:
         return sum(len(choice.token_ids) for choice in self._choices.values())
 

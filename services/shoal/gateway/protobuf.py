@@ -198,5 +198,6 @@ def _usage(generation: Generation) -> pb.Usage:
     return pb.Usage(
         num_prompt_tokens=generation.num_prompt_tokens,
         num_output_tokens=generation.num_completion_tokens,
+        num_cached_tokens=generation.num_cached_tokens,
         depth=_DEPTHS[generation.depth],
     )

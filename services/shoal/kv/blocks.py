@@ -1,7 +1,8 @@
 """Who holds which block. Plain Python, owned by the engine thread, so no locks.
 
-A block is free (count 0) or held by one or more block tables (count >= 1). Choices of one prompt share its
-blocks; whoever must write into a shared block copies it first.
+A block is held by one or more block tables (count >= 1) or by none; then it's free, and may be remembered for what it
+holds (prefix.py) until another needs the place. Choices of one prompt share its blocks; whoever must write into a
+shared block copies it first.
 """
 
 from __future__ import annotations
@@ -10,23 +11,32 @@ import heapq
 from collections.abc import Iterable
 
 from shoal.errors import InternalError, OutOfBlocks
+from shoal.kv.prefix import PrefixCache
 
 
 class BlockAllocator:
-    """Reference-counted blocks ``0..num_blocks-1``. The lowest free ones go first, so that runs stay contiguous."""
+    """Reference-counted blocks ``0..num_blocks-1``. The lowest free ones go first, so that runs stay contiguous.
 
-    def __init__(self, num_blocks: int) -> None:
+    With ``any_source`` (prefix.py), the blocks' contents are remembered; ``None``: nothing is.
+    """
+
+    def __init__(self, num_blocks: int, *, any_source: bool | None = None) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks))
         self._counts = [0] * num_blocks
+        self._num_idle = 0  # free, but remembered
+        self.prefixes = None
+        if any_source is not None:
+            self.prefixes = PrefixCache(lambda block: self._counts[block] == 0, any_source=any_source)
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Those that are remembered included: they go last."""
+        return len(self._free) + self._num_idle
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
 
     def count(self, block: int) -> int:
         """How many tables hold ``block``."""
@@ -34,18 +44,23 @@ class BlockAllocator:
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Take ``num_blocks`` private blocks, or raise OutOfBlocks and take none."""
-        if num_blocks > len(self._free):
-            raise OutOfBlocks(f"{num_blocks} blocks wanted, {len(self._free)} of {self.num_blocks} free")
+        if num_blocks > self.num_free:
+            raise OutOfBlocks(f"{num_blocks} blocks wanted, {self.num_free} of {self.num_blocks} free")
+        while len(self._free) < num_blocks and self.prefixes is not None:
+            heapq.heappush(self._free, self.prefixes.evict())
+            self._num_idle -= 1
         taken = [heapq.heappop(self._free) for _ in range(num_blocks)]
         for block in taken:
             self._counts[block] = 1
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Hold blocks that someone else already holds."""
+        """Hold blocks that someone else already holds, or that are remembered."""
         for block in blocks:
             if self._counts[block] == 0:
-                raise InternalError(f"block {block} is free and can't be shared")
+                if not self._is_remembered(block):
+                    raise InternalError(f"block {block} is free and can't be shared")
+                self._num_idle -= 1
             self._counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -55,4 +70,17 @@ class BlockAllocator:
                 raise InternalError(f"block {block} is released twice")
             self._counts[block] -= 1
             if self._counts[block] == 0:
+                if self._is_remembered(block):
+                    self._num_idle += 1
+                else:
+                    heapq.heappush(self._free, block)
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What ``blocks`` hold can't be trusted, nor what was computed after it: never share it again."""
+        for block in () if self.prefixes is None else self.prefixes.forget(list(blocks)):
+            if self._counts[block] == 0:
+                self._num_idle -= 1
                 heapq.heappush(self._free, block)
+
+    def _is_remembered(self, block: int) -> bool:
+        return self.prefixes is not None and block in self.prefixes

@@ -137,10 +137,10 @@ class Decoder:
         looks = spec.layers[index]
         heads = self._rows.linear(normed, layer.qkv, layer.qkv_bias).view(rows, -1, spec.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            queries = heads[:, : spec.num_heads]
-            keys = heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]
-            queries.copy_(self._rows.norm(queries, layer.q_norm))
-            keys.copy_(self._rows.norm(keys, layer.k_norm))
+            queries = self._rows.norm(heads[:, : spec.num_heads], layer.q_norm)
+            keys = self._rows.norm(heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads], layer.k_norm)
+            # A new tensor, for a gradient needs what was normed.
+            heads = torch.cat([queries, keys, heads[:, spec.num_heads + spec.num_kv_heads :]], dim=1)
         queries = self._rows.rotate_and_store(heads, rope, looks.rope, pool, index, reads.slots)
         mixed = self._attend(
             queries, pool, index, reads.within(looks.window), scale=spec.attention_scale, softcap=spec.attention_softcap
@@ -160,4 +160,4 @@ class Decoder:
         if norm is None or head is None or rows.numel() == 0:
             return None
         logits, cap = self._rows.linear(self._rows.norm(hidden[rows], norm), head), self.spec.logit_softcap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else logits.div_(cap).tanh_() * cap

@@ -43,7 +43,7 @@ def locate(name_or_path: str) -> ModelFiles:
     Raises ModelError that says what to do if there is none, UnsupportedModel if it's stored in another way.
     """
     if name_or_path in _PACKAGED:
-        return ModelFiles(_packaged(name_or_path), ModelKind.GGUF, name_or_path)
+        return ModelFiles(_packaged(name_or_path), ModelKind.GGUF, name_or_path, is_packaged=True)
     path = Path(name_or_path).expanduser().resolve()
     if path.suffix in _PICKLED or (path.is_dir() and _is_pickled(path)):
         raise UnsupportedModel(
@@ -64,16 +64,15 @@ def locate(name_or_path: str) -> ModelFiles:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A located model. ``model_id`` is its public name. Headers are read once, when first asked for."""
+    """A located model. ``model_id`` is its public name. Headers are read once, when first asked for.
+
+    ``is_packaged``: it was found by a known name, so its folder is a package's, and nothing may be put there.
+    """
 
     path: Path
     kind: ModelKind
     model_id: str
-
-    @property
-    def is_packaged(self) -> bool:
-        """Whether it's a known name: then its folder is a package's, and nothing may be put there."""
-        return self.model_id in _PACKAGED
+    is_packaged: bool = False
 
     @cached_property
     def tensor_files(self) -> tuple[TensorFile, ...]:

@@ -61,7 +61,8 @@ class KvProjection:
         flat = F.linear(rms_norm(hidden, None, spec.norm_eps), self.weight, self.bias)
         kv = flat.view(hidden.shape[0], self.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         if self.k_norm is not None:
-            kv[:, :, 0] = rms_norm(kv[:, :, 0], self.k_norm, spec.norm_eps)
+            # A new tensor, for a gradient needs what was normed.
+            kv = torch.stack([rms_norm(kv[:, :, 0], self.k_norm, spec.norm_eps), kv[:, :, 1]], dim=2)
         for layers, table in _runs(self.ropes):
             rope.rotate_(kv[:, layers, 0], table)
         return kv.transpose(0, 1)

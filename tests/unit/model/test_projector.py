@@ -116,6 +116,13 @@ def test_auto_takes_the_one_beside_the_model(files: ModelFiles, header: Projecto
         path.unlink()
 
 
+def test_a_file_that_is_called_like_a_known_model_has_its_own_beside_it(tmp_path: Path):
+    path = tmp_path / "smollm2.gguf"
+    path.write_bytes(b"")
+    assert projector_beside(locate(str(path)), PLAN) == tmp_path / "smollm2.projector-2.safetensors"
+    assert projector_beside(locate("smollm2"), PLAN).parent.parts[-2:] == ("data", "projectors")
+
+
 def test_both_stages_serve_it_and_the_plan_hash_tells(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):
     save_projector(tmp_path / "p.safetensors", header, weight())
 

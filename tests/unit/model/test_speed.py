@@ -204,7 +204,7 @@ def test_reserved_prompts_hold_at_most_their_share_of_deep_blocks_too(model: Any
     engine.scheduler._max_reserved_ratio = 0.5
     for name in "abc":
         engine.submit_generate(name, tuple(range(1, 17)), Depth.SHALLOW, SamplingParams(max_tokens=2), hold=True)
-    assert [request_id for request_id, _ in engine.step().reserved] == ["a", "b"]
+    assert [one.request_id for one in engine.step().reserved] == ["a", "b"]
 
 
 def test_what_decode_computes_itself_leaves_the_hash_and_what_is_shipped_makes_another():

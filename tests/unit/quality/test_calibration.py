@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import save_tiny
+from models import TINY_FAMILIES, save_tiny, tiny_model
 from readings import logits_of_text
 from shoal.errors import CalibrationError, ConfigError
 from shoal.model.files import locate
@@ -120,6 +120,18 @@ def test_its_gradient_is_a_finite_difference(subject: Subject, observed):
     step = 1e-2
     ahead, behind = (one.divergence((weight + sign * step * direction).detach(), example).item() for sign in (1, -1))
     assert (ahead - behind) / (2 * step) == pytest.approx(gradient.norm().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_can_be_refined(family: str, tmp_path: Path):
+    """Norms of keys, windows and caps stand between a projection and what is read: all can be differentiated."""
+    save_tiny(tmp_path, tiny_model(family))
+    tiny = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=NUM_PROMPT + NUM_CONTINUATION)
+    one = calibrator(tiny, replace(OPTIONS, num_steps=30))
+    learnt, held_out, sums = one.observe(passages(8))
+    weight, _ = one.solve(sums, held_out)
+    test_its_gradient_is_a_finite_difference(tiny, (learnt,))
+    assert mean(one, one.refine(weight, learnt), learnt) < mean(one, weight, learnt)
 
 
 def mean(one: Calibrator, weight: torch.Tensor, examples: list[Example]) -> float:

@@ -12,7 +12,7 @@ namespace shoal {
 namespace {
 
 constexpr int CHUNK = 64;
-constexpr int64_t MIN_PART = 256;
+constexpr int64_t MIN_PART = 128;
 
 // What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, `total` of 2^(score - top).
 struct Part {
@@ -86,37 +86,47 @@ void join(const std::vector<Part>& parts, size_t first, int64_t num_parts, int64
     for (int j = 0; j < D; j += 16) store(out + j, _mm512_mul_ps(_mm512_loadu_ps(sums + j), _mm512_set1_ps(1 / total)));
 }
 
+// A chunk for all heads: what a token has lies side by side, so memory is read in order.
+template <int D>
+void add_chunks(const Rows& rows, const bf16* queries, const Context& context, int64_t begin, int64_t end, Part* parts) {
+    const int shared = rows.num_heads / rows.kv_heads;
+    for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
+        for (int64_t next = chunk + CHUNK; next < std::min(end, chunk + 2 * CHUNK); next++)
+            for (int64_t at = 0; at < context.slot_size; at += 32) _mm_prefetch(context[next] + at, _MM_HINT_T1);
+        for (int head = 0; head < rows.num_heads; head++) {
+            const int kv_head = head / shared;
+            add_chunk<D>(queries + head * D, context, kv_head * D, (rows.kv_heads + kv_head) * D, chunk,
+                         (int)std::min<int64_t>(CHUNK, end - chunk), rows.factor, parts[head]);
+        }
+    }
+}
+
 template <int D>
 void attend_decode(const Rows& rows, const bf16* pool) {
-    const int shared = rows.num_heads / rows.kv_heads;
-    const int64_t slot_size = 2 * (int64_t)rows.kv_heads * D, pairs = rows.batch * rows.kv_heads;
+    const int64_t heads = rows.num_heads, slot_size = 2 * (int64_t)rows.kv_heads * D;
     // So many that the threads can share them evenly, but none too short to be worth it.
-    const int64_t num_parts =
-        std::clamp<int64_t>((4 * rows.num_threads + pairs - 1) / pairs, 1, std::max<int64_t>(1, rows.longest / MIN_PART));
-    std::vector<float> sums(pairs * num_parts * shared * D);
-    std::vector<Part> parts(pairs * num_parts * shared);
+    const int64_t num_parts = std::clamp<int64_t>((4 * rows.num_threads + rows.batch - 1) / rows.batch, 1,
+                                                  std::max<int64_t>(1, rows.longest / MIN_PART));
+    std::vector<float> sums(rows.batch * num_parts * heads * D);
+    std::vector<Part> parts(rows.batch * num_parts * heads);
     for (size_t i = 0; i < parts.size(); i++) parts[i].sums = sums.data() + i * D;
 #pragma omp parallel num_threads(rows.num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < pairs * num_parts; item++) {
-            const int64_t pair = item / num_parts, sequence = pair / rows.kv_heads, kv_head = pair % rows.kv_heads;
+        for (int64_t item = 0; item < rows.batch * num_parts; item++) {
+            const int64_t sequence = item / num_parts, at = sequence * rows.longest;
             const int64_t length = rows.lengths[sequence], size = (length + num_parts - 1) / num_parts;
             const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
-            const int64_t at = sequence * rows.longest;
             const Context context = {pool, rows.slots ? rows.slots + at : nullptr, rows.first_slot + at, slot_size};
-            const bf16* const queries = rows.queries + rows.rows[sequence] * rows.query_row + kv_head * shared * D;
-            for (int64_t chunk = begin; chunk < end; chunk += CHUNK)
-                for (int head = 0; head < shared; head++)
-                    add_chunk<D>(queries + head * D, context, kv_head * D, (rows.kv_heads + kv_head) * D, chunk,
-                                 (int)std::min<int64_t>(CHUNK, end - chunk), rows.factor, parts[item * shared + head]);
+            add_chunks<D>(rows, rows.queries + rows.rows[sequence] * rows.query_row, context, begin, end,
+                          parts.data() + item * heads);
         }
 #pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < pairs; pair++)
-            for (int head = 0; head < shared; head++)
-                join<D>(parts, pair * num_parts * shared + head, num_parts, shared,
-                        rows.out + ((rows.rows[pair / rows.kv_heads] * rows.num_heads) +
-                                    pair % rows.kv_heads * shared + head) * D);
+        for (int64_t item = 0; item < rows.batch * heads; item++) {
+            const int64_t sequence = item / heads, head = item % heads;
+            join<D>(parts, sequence * num_parts * heads + head, num_parts, heads,
+                    rows.out + (rows.rows[sequence] * heads + head) * D);
+        }
     }
 }
 

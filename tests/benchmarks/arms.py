@@ -1,0 +1,173 @@
+"""The servers that are compared: how each is started, what it is asked, and which of its ways to use cores it has."""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+MODEL_NAME = "smollm2"
+_VERSION = "from importlib.metadata import version"
+# A build for any processor may use less of this one, so what it was built for belongs to its release.
+_XLLAMACPP = f"{_VERSION}; from xllamacpp import get_system_info; print(version('xllamacpp'), get_system_info())"
+# All streams' prompts and answers fit; its K/V is one pool for all.
+_MAX_STREAMS, _CONTEXT_TOKENS = 64, 32_768
+# More than any prompt has: then decode computes them all itself.
+_NEVER_HAND_OFF = "1000000"
+
+
+class Mode(enum.StrEnum):
+    """How a peer uses the cores. Which is quickest depends on the machine, and the client needs them, too."""
+
+    ONE_THREAD = "one thread"
+    PASSIVE = "passive wait"
+    SPINNING = "all cores"
+    OWN = "its own"
+    """Shoal decides for itself."""
+
+    @property
+    def threads(self) -> int:
+        return 1 if self is Mode.ONE_THREAD else len(os.sched_getaffinity(0))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        if self is Mode.OWN:
+            return {}
+        passive = {"OMP_WAIT_POLICY": "passive"} if self is Mode.PASSIVE else {}
+        return {"OMP_NUM_THREADS": str(self.threads), **passive}
+
+
+PEER_MODES = (Mode.ONE_THREAD, Mode.PASSIVE, Mode.SPINNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """SmolLM2 in the two shapes that servers read: the same weights, one of them packed."""
+
+    folder: Path
+    gguf: Path
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """``command`` makes the command line for a mode and a port; ``missing`` says why it can't run here, if so.
+
+    ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
+    (``None``: it has none). ``is_packed``: it reads the weights as they are in the GGUF, else in bfloat16.
+    ``batch_field``: it must be told how many requests belong together. ``about`` is the command
+    that says which release of a peer it is.
+    """
+
+    name: str
+    what: str
+    command: Callable[[Mode, int], list[str]]
+    modes: tuple[Mode, ...] = PEER_MODES
+    environment: Callable[[Mode], Mapping[str, str]] = lambda mode: {}
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    health: str = "/health"
+    num_skipped: int = 0
+    is_handed_off: bool | None = None
+    is_packed: bool = False
+    batch_field: str | None = None
+    about: tuple[str, ...] = ()
+    missing: str | None = None
+
+
+def arms(
+    model: Model, scratch: Path, *, vllm: Path | None, llamacpp: Path | None, llama_server: Path | None,
+    num_skipped: int,
+) -> tuple[Arm, ...]:  # fmt: skip
+    """All of them, peers first. ``scratch`` is a folder for what a server wants to write."""
+    return (
+        _transformers(model),
+        _vllm(model, scratch, vllm),
+        _llamacpp(model, llamacpp, llama_server),
+        _shoal("shoal-full", "decode does all", model, 0, is_handed_off=False),
+        _shoal("shoal-handed-off", "prefill and decode apart", model, 0, is_handed_off=True),
+        _shoal("shoal-shallow", f"handed off, {num_skipped} layers skipped", model, num_skipped, is_handed_off=True),
+    )
+
+
+def _transformers(model: Model) -> Arm:
+    def command(mode: Mode, port: int) -> list[str]:
+        script = str(_HERE / "transformers_server.py")
+        return [sys.executable, script, str(model.folder), "--port", str(port), "--threads", str(mode.threads)]
+
+    return Arm("transformers", "SDPA, bfloat16, static batches", command, batch_field="batch")
+
+
+def _vllm(model: Model, scratch: Path, python: Path | None) -> Arm:
+    def command(mode: Mode, port: int) -> list[str]:
+        # Not the console script: that of the CPU build looks for a GPU.
+        return [
+            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder),
+            "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
+            "--max-model-len", str(model.max_context_tokens), "--no-enable-prefix-caching",
+        ]  # fmt: skip
+
+    def environment(mode: Mode) -> dict[str, str]:
+        cores = sorted(os.sched_getaffinity(0))[-mode.threads :]
+        return {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            "VLLM_CACHE_ROOT": str(scratch / "vllm"),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+
+    return Arm(
+        "vllm", "vLLM on the CPU, bfloat16, torch.compile", command, environment=environment,
+        about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'))"), missing=_missing(python, "--vllm-python"),
+    )  # fmt: skip
+
+
+def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
+    """Either its ``llama-server``, or a Python with xllamacpp, which is the same server."""
+
+    def command(mode: Mode, port: int) -> list[str]:
+        threads, poll = str(mode.threads), "0" if mode is Mode.PASSIVE else "50"
+        if server is None:
+            script = str(_HERE / "llamacpp_server.py")
+            return [
+                str(python), script, str(model.gguf), "--port", str(port), "--threads", threads, "--poll", poll,
+                "--parallel", str(_MAX_STREAMS), "--context", str(_CONTEXT_TOKENS),
+            ]  # fmt: skip
+        return [
+            str(server), "--model", str(model.gguf), "--host", "127.0.0.1", "--port", str(port), "--threads", threads,
+            "--poll", poll, "--parallel", str(_MAX_STREAMS), "--ctx-size", str(_CONTEXT_TOKENS), "--kv-unified",
+            "--no-cache-prompt", "--cache-ram", "0",
+        ]  # fmt: skip
+
+    about = (str(python), "-c", _XLLAMACPP) if server is None else (str(server), "--version")
+    return Arm(
+        "llama.cpp", "its own server, Q4_1", command, extra_body={"cache_prompt": False}, is_packed=True,
+        about=about, missing=_missing(server or python, "--llama-server or --llamacpp-python"),
+    )  # fmt: skip
+
+
+def _shoal(name: str, what: str, model: Model, num_skipped: int, *, is_handed_off: bool) -> Arm:
+    def command(mode: Mode, port: int) -> list[str]:
+        return [
+            sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
+            "--skip-layers", str(num_skipped), "--port", str(port), "--grpc-port", "0",
+        ]  # fmt: skip
+
+    environment = {} if is_handed_off else {"SHOAL_HANDOFF__MIN_TOKENS": _NEVER_HAND_OFF}
+    return Arm(
+        name, what, command, modes=(Mode.OWN,), environment=lambda mode: environment, health="/readyz",
+        num_skipped=num_skipped, is_handed_off=is_handed_off,
+    )  # fmt: skip
+
+
+def _missing(program: Path | None, flag: str) -> str | None:
+    if program is None:
+        return f"not asked for: name it by {flag}"
+    return None if program.is_file() else f"{program} isn't there: see docs/benchmarks.md"

@@ -1,0 +1,79 @@
+"""What decode has of a prompt already isn't shipped again, and little that is left isn't handed off at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import save_tiny
+from reference import pop_generate
+from shoal.config import load_config
+from shoal.local import LocalShoal, open_local
+from shoal.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
+
+SKIPPED, BLOCK = 3, 4
+PROMPT = tuple(3 + index * 7 % 90 for index in range(60))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return save_tiny(folder, dtype=torch.float32, layers=6)
+
+
+@pytest.fixture
+async def local(model: Any, folder: Path) -> AsyncIterator[LocalShoal]:
+    stage = {"num_blocks": 64, "block_tokens": BLOCK, "max_step_tokens": 16, "num_threads": 1}
+    config = load_config(
+        model={"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"},
+        prefill=stage,
+        decode=stage | {"reuse": "exact"},
+        handoff={"local_tokens": 12},
+    )
+    async with open_local(config) as opened:
+        yield opened
+        await asyncio.wait_for(opened.decode.desk.idle.wait(), 5)
+        counts = await opened.decode.counts()
+        assert counts.num_free_blocks == counts.num_blocks
+
+
+async def ask(local: LocalShoal, prompt: tuple[int, ...], tenant: str = "a") -> tuple[tuple[int, ...], HandoffReport]:
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    request = GenerateRequest(RequestContext("test", 30, tenant=tenant), "tiny", prompt, Depth.SHALLOW, params)
+    outputs = [output async for output in local.decode.worker.generate(request)]
+    report = outputs[0].handoff
+    assert report is not None
+    return tuple(token for output in outputs for token in output.token_ids), report
+
+
+async def test_little_that_is_left_is_computed_by_decode(local: LocalShoal, model: Any):
+    _, first = await ask(local, PROMPT)
+    assert first.transferred and first.num_cached_tokens == 0
+    longer = (*PROMPT, 5, 6, 7)
+    tokens, report = await ask(local, longer)
+    assert tokens == pop_generate(model, longer, 5, SKIPPED).token_ids
+    assert (report.transferred, report.fallback, report.num_cached_tokens) == (False, None, 56)
+
+
+async def test_only_what_is_missing_is_shipped(local: LocalShoal, model: Any):
+    _, first = await ask(local, PROMPT[:22])
+    other = (*PROMPT[:22], *range(40, 70))
+    tokens, report = await ask(local, other)
+    assert tokens == pop_generate(model, other, 5, SKIPPED).token_ids
+    assert report.transferred and report.num_cached_tokens == 20
+    assert report.shallow_bytes == first.shallow_bytes // 21 * (len(other) - 1 - 20)
+
+
+async def test_another_tenant_has_its_own_shipped(local: LocalShoal):
+    await ask(local, PROMPT)
+    _, report = await ask(local, PROMPT, tenant="b")
+    assert report.transferred and report.num_cached_tokens == 0

@@ -1,0 +1,184 @@
+"""Prompts that begin alike share K/V, and nobody can tell from an answer: float64, tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engines import Ask, assert_nothing_held, exact, logits_after, make_engine, run, run_handed_off
+from models import tiny_model
+from reference import all_layers, encode_shallow, logits_of, pop_generate, run_layers
+from shoal.engine.engine import Engine
+from shoal.engine.tables import Reuse
+from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.plan import Anchors
+
+NUM_SKIPPED, BLOCK = 2, 4
+PROMPT = [3 + index * 7 % 90 for index in range(30)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return exact(tiny_model("llama"))
+
+
+def engine_of(model: Any, reuse: Reuse = Reuse.EXACT, **options: Any) -> Engine:
+    return make_engine(model, NUM_SKIPPED, block_tokens=BLOCK, reuse=reuse, **options)
+
+
+def num_present(engine: Engine, ask: Ask) -> int:
+    """How many of the prompt's tokens are there already."""
+    engine.submit_generate("look", tuple(ask.prompt), ask.depth, ask.params, hold=True, tenant=ask.tenant)
+    [reservation] = engine.step().reserved
+    engine.finish("look")
+    return reservation.num_present
+
+
+def test_the_same_prompt_again_is_there_but_for_the_last_block(model: Any):
+    engine, ask = engine_of(model), Ask(PROMPT)
+    first = run(engine, [ask])
+    assert num_present(engine, ask) == 28
+    assert run(engine, [ask]) == first == [list(pop_generate(model, PROMPT, 8, NUM_SKIPPED).token_ids)]
+
+
+def test_the_last_token_always_runs(model: Any):
+    engine, ask = engine_of(model), Ask(PROMPT[:28])
+    run(engine, [ask])
+    assert num_present(engine, ask) == 24
+
+
+def test_it_is_found_while_the_first_one_still_answers(model: Any):
+    engine = engine_of(model)
+    engine.submit_generate("first", tuple(PROMPT), Depth.SHALLOW, SamplingParams(max_tokens=50, temperature=0.0))
+    engine.step()
+    assert num_present(engine, Ask(PROMPT)) == 28
+    engine.finish("first")
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("max_step_tokens", [512, 5])
+def test_logits_are_those_of_a_prompt_that_found_nothing(model: Any, max_step_tokens: int):
+    engine = engine_of(model, max_step_tokens=max_step_tokens)
+    run(engine, [Ask(PROMPT[:17] + [5] * 9)])
+    assert num_present(engine, Ask(PROMPT)) == 16
+    fresh = logits_after(engine_of(model, Reuse.NONE), PROMPT, Depth.SHALLOW)
+    torch.testing.assert_close(logits_after(engine, PROMPT, Depth.SHALLOW), fresh)
+
+
+def test_depths_do_not_mix(model: Any):
+    engine = engine_of(model)
+    run(engine, [Ask(PROMPT)])
+    assert num_present(engine, Ask(PROMPT, depth=Depth.FULL)) == 0
+    run(engine, [Ask(PROMPT, depth=Depth.FULL)])
+    assert num_present(engine, Ask(PROMPT, depth=Depth.FULL)) == 28
+    full = logits_after(engine_of(model, Reuse.NONE), PROMPT, Depth.FULL)
+    torch.testing.assert_close(logits_after(engine, PROMPT, Depth.FULL), full)
+    shallow = logits_after(engine_of(model, Reuse.NONE), PROMPT, Depth.SHALLOW)
+    torch.testing.assert_close(logits_after(engine, PROMPT, Depth.SHALLOW), shallow)
+
+
+def test_a_tenant_finds_nothing_of_another(model: Any):
+    engine = engine_of(model)
+    run(engine, [Ask(PROMPT, tenant="a")])
+    assert num_present(engine, Ask(PROMPT, tenant="b")) == 0
+
+
+def test_log_probabilities_of_a_prompt_take_no_hits(model: Any):
+    engine = engine_of(model)
+    params = SamplingParams(max_tokens=1, temperature=0.0, num_prompt_logprobs=0)
+    run(engine, [Ask(PROMPT, depth=Depth.FULL)])
+    engine.submit_generate("scored", tuple(PROMPT), Depth.FULL, params)
+    output = engine.step()
+    assert len(output.prompts[0].scores) == len(PROMPT) - 1
+    assert output.tokens[0].num_present == 0
+
+
+def second_turn(model: Any, reuse: Reuse) -> tuple[Engine, list[int], list[int]]:
+    """An engine that has answered, the next turn's prompt, and the answer."""
+    engine = engine_of(model, reuse)
+    [answer] = run(engine, [Ask(PROMPT, num_tokens=15)])
+    return engine, [*PROMPT, *answer, 7, 8, 9, 10, 11], answer
+
+
+def test_the_next_turn_finds_what_was_shallow_in_this_one(model: Any):
+    engine, prompt, _ = second_turn(model, Reuse.EXACT)
+    assert num_present(engine, Ask(prompt)) == 28  # the boundary token, own then, would be shallow now
+    expected = logits_after(engine_of(model, Reuse.NONE), prompt, Depth.SHALLOW)
+    torch.testing.assert_close(logits_after(engine, prompt, Depth.SHALLOW), expected)
+
+
+def test_of_an_earlier_answer_the_next_turn_may_keep_the_true_kv(model: Any):
+    engine, prompt, _ = second_turn(model, Reuse.ANY)
+    present = 44  # blocks of the 44 tokens that were run: the answer's last one never was
+    assert num_present(engine, Ask(prompt)) == present
+    cache: Any = {}
+    encode_shallow(model, prompt[:29], NUM_SKIPPED, cache)
+    run_layers(model, prompt[29:present], 29, all_layers(model), cache)
+    encode_shallow(model, prompt[present:-1], NUM_SKIPPED, cache, start=present)
+    states = run_layers(model, prompt[-1:], len(prompt) - 1, all_layers(model), cache)
+    ours = logits_after(engine, prompt, Depth.SHALLOW)
+    torch.testing.assert_close(ours, logits_of(model, states)[0])
+    plain = logits_after(engine_of(model, Reuse.NONE), prompt, Depth.SHALLOW)
+    assert not torch.allclose(ours, plain), "else there would be nothing to tell apart"
+
+
+def test_a_third_turn_finds_the_second(model: Any):
+    engine, prompt, _ = second_turn(model, Reuse.ANY)
+    [answer] = run(engine, [Ask(prompt, num_tokens=10)])
+    assert num_present(engine, Ask([*prompt, *answer, 1, 2])) == (len(prompt) + 9) // BLOCK * BLOCK
+
+
+def test_a_small_pool_gives_remembered_blocks_to_whom_needs_them(model: Any):
+    asks = [Ask([*PROMPT[: 12 + index], index + 3, 4], num_tokens=12) for index in range(12)]
+    expected = [run(engine_of(model, Reuse.NONE), [ask])[0] for ask in asks]
+    engine = engine_of(model, num_blocks=24)
+    for _ in range(2):
+        assert run(engine, asks) == expected
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_choices_of_one_prompt_share_what_was_found(model: Any):
+    sampling = SamplingParams(max_tokens=6, temperature=1.0, seed=5, num_choices=3)
+    expected = run_choices(engine_of(model, Reuse.NONE), sampling)
+    engine = engine_of(model)
+    assert run_choices(engine, sampling) == expected
+    assert run_choices(engine, sampling) == expected
+
+
+def run_choices(engine: Engine, sampling: SamplingParams) -> list[list[int]]:
+    from engines import run_choices as run_all
+
+    return run_all(engine, [Ask(PROMPT, sampling=sampling)])[0]
+
+
+def test_after_a_hand_off_only_what_is_missing_is_shipped(model: Any):
+    prefill = make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL, block_tokens=BLOCK)
+    decode = engine_of(model)
+    first, second = Ask(PROMPT), Ask([*PROMPT[:22], 5, 6, 7])
+    plain = [run(engine_of(model, Reuse.NONE), [ask])[0] for ask in (first, second)]
+    assert run_handed_off(prefill, decode, [first]) == plain[:1]
+    assert num_present(decode, second) == 20
+    assert run_handed_off(prefill, decode, [second]) == plain[1:]
+    assert run(decode, [first]) == plain[:1]
+
+
+def test_a_sequence_that_failed_is_not_found(model: Any):
+    engine, ask = engine_of(model), Ask(PROMPT, num_tokens=20)
+    engine.submit_generate("broken", tuple(PROMPT), Depth.SHALLOW, ask.params)
+    engine.step()
+    assert num_present(engine, ask) == 28
+    pool = engine.runner.pool
+    blocks = engine._sequences["broken"][0].blocks
+    pool.layers[0][blocks[0] * BLOCK] = torch.nan
+    [failure] = engine.step().failures
+    assert failure.request_id == "broken"
+    assert num_present(engine, ask) == 0
+    assert_nothing_held(engine)
+
+
+def test_where_deep_layers_hold_other_tokens_nothing_is_reused(model: Any):
+    engine = engine_of(model, anchors=Anchors())
+    run(engine, [Ask(PROMPT)])
+    assert num_present(engine, Ask(PROMPT)) == 0

@@ -29,8 +29,8 @@ def test_segments_are_as_configured_and_the_dead_ones_reaped_at_the_start(
     make = stage._staging(HandoffConfig(carrier=carrier, slot_bytes=1 << 16, staging_bytes=1 << 20))  # type: ignore[arg-type]
     assert make is not None and reaped
     loader = make()
-    assert (loader.segment.slot_bytes, loader.segment.num_slots) == (1 << 16, 15)  # heads take room, too
     loader.close()
+    assert (loader.segment.slot_bytes, loader.segment.num_slots) == (1 << 16, 15)  # heads take room, too
     assert not Path("/dev/shm", loader.segment.name).exists()
 
 

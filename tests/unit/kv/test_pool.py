@@ -30,6 +30,15 @@ def test_what_is_written_through_layers_is_read_back_and_nothing_else_changes():
     assert pool.layers[1][others].abs().sum() == 0
 
 
+def test_what_is_not_laid_out_like_the_pool_is_written_as_well():
+    kv = torch.randn(2, 3, 2, 2, 2)
+    slots = torch.tensor([5, 6, 12])
+    for given in (kv.double(), kv.transpose(0, 1).contiguous().transpose(0, 1)):
+        pool = make_pool()
+        pool.write_layers(0, slots, given)
+        assert torch.equal(pool.read_layers(0, 2, slots), kv)
+
+
 def test_a_copied_block_is_equal_in_every_layer():
     pool = make_pool()
     for layer in pool.layers:

@@ -55,7 +55,8 @@ class KvPool:
 
     def write_layers(self, layer_start: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[layers, tokens, 2, kv_heads, head_dim]`` into the layers from ``layer_start`` on."""
-        if self._device.type != "cpu" or kv.dtype != self.dtype or not kv.is_contiguous():
+        is_plain = kv.dtype == self.dtype and kv.is_contiguous() and not kv.requires_grad
+        if self._device.type != "cpu" or not is_plain:
             for offset in range(kv.shape[0]):
                 self.write(layer_start + offset, slots, kv[offset])
             return

@@ -42,8 +42,9 @@ demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep de
 serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
 	$(BIN)/shoal serve $(ARGS)
 
-test: lint types imports generated tools unit ## Everything that CI runs: the checks, then all tests
-	$(BIN)/pytest -m 'slow or cluster' --durations 20 $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
+test: lint types imports generated tools ## Everything that CI runs: the checks, then all tests
+	$(BIN)/pytest -m 'not cluster' --numprocesses auto $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
+	$(BIN)/pytest -m cluster --durations 20 $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP) ## Style and formatting (ruff)
 	$(BIN)/ruff check

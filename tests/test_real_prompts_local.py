@@ -12,7 +12,8 @@ from shoal.config import load_config
 from shoal.local import open_local
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# Its references take several processes.
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # All twenty together end with 700 blocks.
 HALF_THE_LOAD_BLOCKS = 350

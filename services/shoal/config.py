@@ -132,8 +132,9 @@ class StageConfig(_Frozen):
     )
     reuse: Literal["none", "exact", "any"] = Field(
         "none",
-        description="Of decode: whether prompts that begin alike share K/V. any: answers of earlier turns, too, which "
-        "are full depth where the prompt would be shallow, so that an answer may depend on what was asked before.",
+        description="Of decode, not with the speed plan: whether prompts that begin alike share K/V. any: answers of "
+        "earlier turns, too, which are full depth where the prompt would be shallow, so that an answer may depend on "
+        "what was asked before.",
     )
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
         2048,

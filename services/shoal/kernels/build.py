@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,9 +33,13 @@ def library() -> Path:
     """The compiled library, compiling it if need be. Raises ConfigError that says why there can't be one."""
     if missing := sorted(CPU_FLAGS - cpu_flags()):
         raise ConfigError(f"this CPU lacks {', '.join(missing)}")
-    path = compiled(Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels"))
-    if not _is_ours(path):
-        raise ConfigError(f"{path} can be written to by others, so it isn't loaded: remove it")
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels")
+    try:
+        path = compiled(folder)
+        if not _is_ours(path):
+            raise ConfigError(f"{path} can be written to by others, so it isn't loaded: remove it")
+    except OSError as error:
+        raise ConfigError(f"no library can be kept in {folder} ({error.strerror}): set {FOLDER_VARIABLE}") from error
     return path
 
 
@@ -57,10 +62,10 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
-def compiler() -> str | None:
-    """The C++ compiler that ``CXX`` names, or a usual one."""
-    own = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [own] if own else ["g++", "clang++", "c++"])), None)
+def compiler() -> list[str] | None:
+    """The C++ compiler that ``CXX`` names, its options included, or g++: another one may bring its own OpenMP."""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    return command if command and shutil.which(command[0]) else None
 
 
 def _sources() -> list[tuple[str, str]]:
@@ -81,18 +86,14 @@ def _compile(sources: Iterable[tuple[str, str]], path: Path) -> None:
             units = sorted(str(unit) for unit in folder.glob("*.cpp"))
             made = folder / "library"
             subprocess.run(
-                [tool, *_OPTIONS, "-o", str(made), *units], check=True, capture_output=True, timeout=_TIMEOUT_S
+                [*tool, *_OPTIONS, "-o", str(made), *units], check=True, capture_output=True, timeout=_TIMEOUT_S
             )
             made.chmod(0o755)
             made.replace(path)  # whoever else compiles it makes the same
-    except OSError as error:
-        raise ConfigError(
-            f"no library can be kept in {path.parent} ({error.strerror}): set {FOLDER_VARIABLE}"
-        ) from error
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"{tool} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
+        raise ConfigError(f"{tool[0]} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{tool} took longer than {_TIMEOUT_S} s") from error
+        raise ConfigError(f"{tool[0]} took longer than {_TIMEOUT_S} s") from error
 
 
 def _is_ours(path: Path) -> bool:

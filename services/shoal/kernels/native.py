@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from shoal.errors import InternalError
+from shoal.errors import ConfigError, InternalError
 from shoal.kernels.build import library
 
 HEAD_DIMS = frozenset({64, 128, 256})
@@ -30,7 +30,11 @@ _SIGNATURES = {
 @cache
 def load() -> NativeKernels:
     """Once a process. Raises ConfigError that says why there are none."""
-    return NativeKernels(ctypes.CDLL(str(library())))
+    path = library()
+    try:
+        return NativeKernels(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise ConfigError(f"{path} can't be loaded ({error}): remove it") from error
 
 
 class NativeKernels:

@@ -47,8 +47,7 @@ class BlockAllocator:
         if num_blocks > self.num_free:
             raise OutOfBlocks(f"{num_blocks} blocks wanted, {self.num_free} of {self.num_blocks} free")
         while len(self._free) < num_blocks and self.prefixes is not None:
-            heapq.heappush(self._free, self.prefixes.evict())
-            self._num_idle -= 1
+            self._free_idle(self.prefixes.evict())
         taken = [heapq.heappop(self._free) for _ in range(num_blocks)]
         for block in taken:
             self._counts[block] = 1
@@ -77,7 +76,11 @@ class BlockAllocator:
 
     def forget(self, blocks: Iterable[int]) -> None:
         """What ``blocks`` hold can't be trusted, nor what was computed after it: never share it again."""
-        for block in () if self.prefixes is None else self.prefixes.forget(list(blocks)):
+        if self.prefixes is not None:
+            self._free_idle(self.prefixes.forget(list(blocks)))
+
+    def _free_idle(self, forgotten: Iterable[int]) -> None:
+        for block in forgotten:
             if self._counts[block] == 0:
                 self._num_idle -= 1
                 heapq.heappush(self._free, block)

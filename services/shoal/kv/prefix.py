@@ -96,13 +96,19 @@ class PrefixCache:
                 gone += [one.block for one in self._drop(node)]
         return gone
 
-    def evict(self) -> int:
-        """Forget the block that was unused the longest, and that nothing known comes after; which it was."""
+    def evict(self) -> list[int]:
+        """Forget the idle block that was unused the longest, if possible one that nothing known comes after, and what
+        comes after it; all that went. Those of them that are held are only not known any more."""
+        idle = None
         for block, node in self._nodes.items():
-            if not node.children and self._is_idle(block):
-                list(self._drop(node))
-                return block
-        raise LookupError("no block is idle")
+            if self._is_idle(block):
+                if not node.children:
+                    return self.forget([block])
+                idle = idle or node
+        if idle is None:
+            raise LookupError("no block is idle")
+        # Who holds what comes after it has a copy of its own of what comes before.
+        return self.forget([idle.block])
 
     def _best(self, below: dict[Tokens, list[_Node]], piece: Piece) -> _Node | None:
         """An exact one if there is one."""

@@ -135,6 +135,8 @@ class _Run:
         self.candidates = tuple(sorted(set(options.candidates))) or default_candidates(spec.num_layers)
         for num_skipped in self.candidates:
             LayerPlan(spec.num_layers, num_skipped)
+            if num_skipped < 1:
+                raise ConfigError("to skip no layer costs nothing: give --candidates of 1 and more")
         if options.num_samples < _MIN_SAMPLES:
             raise ConfigError(f"{options.num_samples} samples tell nothing: ask for {_MIN_SAMPLES} or more")
         self._files, self._options, self._on_progress = files, options, on_progress

@@ -99,8 +99,14 @@ class Calibrator:
         refined = self.refine(weight, learnt)
         stages = {"paper": self.paper.weight, "ridge": weight, "refined": refined}
         scores = {name: self.mean_divergence(stage, held_out) for name, stage in stages.items()}
-        best = refined if scores["refined"] <= scores["ridge"] else weight
-        return Calibrated(best, ridge, scores)
+        best = min(scores, key=scores.__getitem__)
+        if best == "paper":
+            told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            raise CalibrationError(
+                f"nothing that was learnt beats the paper's projection on held-out passages ({told} nats a token): "
+                "give more text, or text that is more alike"
+            )
+        return Calibrated(stages[best], ridge, scores)
 
     def observe(self, passages: Sequence[Passage]) -> tuple[list[Example], list[Example], NormalEquations]:
         """One full-depth pass over ``passages``: those to learn from, those held out, and the sums of the former."""
@@ -171,6 +177,8 @@ class Calibrator:
         for index, ridge in enumerate(self.options.ridges):
             weight = self._exact_first(sums.solve(self.paper.weight, ridge).to(_wide(self.paper.weight).dtype))
             divergence = self.mean_divergence(weight, held_out)
+            if not math.isfinite(divergence):
+                raise CalibrationError("what the model says of this text isn't finite: are its weights damaged?")
             if found is None or divergence < found[0]:
                 found = divergence, weight, ridge
             self._on_progress("solving", index + 1, len(self.options.ridges))

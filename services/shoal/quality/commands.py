@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -106,6 +107,8 @@ def run_calibrate(
     """Write a projector; what to tell the user. Raises ShoalError."""
     files = locate(model)
     plan = LayerPlan(describe(files.config()).num_layers, options.num_skipped)
+    path = output or _beside(files, plan)
+    _require_writable(path)
     tokenizer = files.tokenizer()
     texts = _texts(data, kinds, tokenizer)
     cut = [passage for text in texts for passage in _passages(text, tokenizer, num_passages)]
@@ -125,7 +128,6 @@ def run_calibrate(
         },
         scores=found.scores,
     )  # fmt: skip
-    path = output or _beside(files, plan)
     save_projector(path, header, found.weight.to(torch.bfloat16).cpu())
     on_progress("", 0, 0)
     lines = [f"{name:>8}: {score:.4f} nats a token from full depth" for name, score in found.scores.items()]
@@ -145,6 +147,16 @@ def _passages(text: Text, tokenizer: Any, limit: int) -> list[Passage]:
         text.kind, text.token_ids(tokenizer), num_prompt=num_prompt, num_continuation=num_continuation, limit=limit,
         at_least=MIN_PASSAGES, opening=opening(tokenizer),
     )  # fmt: skip
+
+
+def _require_writable(path: Path) -> None:
+    """Before all the work. Raises ConfigError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"nothing can be written to {path.parent} ({error.strerror}): choose an --output") from error
 
 
 def _beside(files: ModelFiles, plan: LayerPlan) -> Path:

@@ -28,7 +28,7 @@ from shoal.quality.prefill_times import PrefillTime, measure_prefill
 from shoal.quality.retrieval import DEPTHS, LENGTHS, RetrievalCase, retrieval_cases
 from shoal.quality.retrieval_scores import RetrievalScore, score_retrieval
 from shoal.quality.subject import Subject
-from shoal.quality.text_scores import TextScore, measure_passages, score_texts
+from shoal.quality.text_scores import ALL_KINDS, TextScore, measure_passages, score_texts
 from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
 
 _PASSAGES_PER_GREEDY_ANSWER = 8
@@ -171,6 +171,9 @@ class _Run:
         if Task.INSTRUCTIONS in options.tasks:
             instruction_prompts(self._tokenizer, INSTRUCTIONS)
         texts = self._read_texts()
+        names = [text.kind for text in texts]
+        if len(set(names)) < len(names) or ALL_KINDS in names:
+            raise ConfigError(f"texts are told apart by their files' names ({', '.join(names)}): rename one")
         self._passages = {text.kind: self._cut(text) for text in texts}
         self._max_context_tokens = spec.max_context_tokens
         self._cases = self._retrieval_cases(options.seed)

@@ -33,6 +33,7 @@ _BRANCHES = {
     "qwen2": ("self_attn", "mlp"),
     "qwen3": ("self_attn", "mlp"),
     "mistral": ("self_attn", "mlp"),
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 
@@ -89,7 +90,9 @@ class GatedModel:
         describe(config)
         with no_init_weights(), torch.device(device):
             make: Any = AutoModelForCausalLM.from_config
-            model = make(config, dtype=dtype, attn_implementation="sdpa")
+            # transformers has Gemma 2, for its softcaps, with eager attention alone.
+            attention = "eager" if config.model_type == "gemma2" else "sdpa"
+            model = make(config, dtype=dtype, attn_implementation=attention)
         model.tie_weights()
         with open_weights(files) as reader:
             _fill(model, reader, on_progress or (lambda done, total: None))

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from shoal.errors import InternalError
+from shoal.errors import InternalError, ModelError
 from shoal.messages import Depth
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
@@ -41,6 +41,8 @@ class Reading:
             if layer in entering:
                 self._states[entering[layer]] = hidden
         self.full = self._head(hidden)
+        if not bool(torch.isfinite(self.full).all()):
+            raise ModelError("what the model says of this text isn't finite: are its weights damaged?")
 
     @torch.inference_mode()
     def logits(self, arm: Arm) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import ConfigError
-from shoal.kernels import build
+from shoal.kernels import build, native
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,20 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere")
     with pytest.raises(ConfigError, match=r"install g\+\+"):
         build.library()
+
+
+def test_a_library_that_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "compiled", lambda into: into / "damaged.so")
+    folder.mkdir()
+    (folder / "damaged.so").write_bytes(b"no library")
+    native.load.cache_clear()
+    with pytest.raises(ConfigError, match=r"damaged\.so can't be loaded"):
+        native.load()
+
+
+def test_a_compiler_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "true --quick")
+    assert build.compiler() == ["true", "--quick"]
 
 
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -107,6 +107,21 @@ def test_scores_of_any_size_make_no_nan(kernels: NativeKernels) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1 / 64, atol=1e4 / 64)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["query", "key", "value"])
+def test_what_is_not_finite_stays_so(kernels: NativeKernels, what: str, broken: float) -> None:
+    queries, pool = random(80, 1, 64).abs(), random(80, 2, 1, 64).abs()
+    {"query": queries, "key": pool[:, 0], "value": pool[:, 1]}[what][3, 0, 5] = broken
+    prompt, decode = torch.empty(80, 1, 64, dtype=torch.bfloat16), torch.empty(80, 1, 64, dtype=torch.bfloat16)
+    kernels.attend_prompt(queries, pool, slice(0, 80), 80, None, 1.0, prompt)
+    rows, slots = torch.tensor([3]), torch.arange(80)
+    kernels.attend_decode(queries, rows, pool, slots, 80, torch.tensor([80]), 1.0, decode)
+    assert not prompt[3].isfinite().all()
+    assert not decode[3].isfinite().all()
+    # Masked is a probability of 0, and 0 times a V that is broken is so, too: its sequence fails anyway.
+    assert what == "value" or prompt[2].isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [1, 7, 50])
 @pytest.mark.parametrize("size", [16, 576])
 def test_add_norm(kernels: NativeKernels, rows: int, size: int) -> None:

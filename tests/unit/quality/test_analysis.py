@@ -203,6 +203,7 @@ def test_the_page_has_each_candidate_and_the_plot(found):
     [
         ({"num_samples": 7}, "ask for 8 or more"),
         ({"candidates": (1, 4)}, "choose 0 to 3"),
+        ({"candidates": (0, 2)}, "of 1 and more"),
         ({"data": None, "prompt_tokens": 10}, "no shipped prompt fits"),
     ],
 )

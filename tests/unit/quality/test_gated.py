@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+import engines  # noqa: F401 - registers the attention that Gemma 2 is compared with
 from models import save_tiny, tiny_llama
 from readings import logits_of_text
 from shoal.errors import MalformedWeights, UnsupportedModel
@@ -21,7 +22,8 @@ LAYERS, VOCAB = 4, 97
 IDS = tuple(7 + index * 31 % 83 for index in range(24))
 N = 15
 PROMPT, RESPONSE = IDS[:N], IDS[N:]
-OTHERS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig, "gemma3_text": Gemma3TextConfig}
+OTHERS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+OTHERS |= {"gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 
 
 def tiny(family: str) -> Any:
@@ -44,7 +46,7 @@ def in_float64(model: Any) -> Any:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(exact_norm, module)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "exact")
     return model
 
 

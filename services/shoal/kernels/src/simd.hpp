@@ -25,7 +25,7 @@ inline void store(bf16* to, __m512 numbers) {
 
 // 2^x for x <= 127; what is below 2^-126 becomes that. The relative error is below 1e-6, bfloat16's is 4e-3.
 inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // of a NaN and a number it gives the second: NaN must stay
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, whole);  // in [-1/2, 1/2]: a Taylor series of 2^rest
     __m512 sum = _mm512_set1_ps(1.3333558e-3f);

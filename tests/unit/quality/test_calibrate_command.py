@@ -16,7 +16,7 @@ from shoal.errors import CalibrationError, ConfigError, DataError, TooLittleText
 from shoal.model.files import locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import find_projector
-from shoal.quality.calibration import CalibrationOptions
+from shoal.quality.calibration import CalibrationOptions, Calibrator
 from shoal.quality.commands import run_calibrate
 
 
@@ -57,6 +57,13 @@ def test_another_place_may_be_named(folder: Path, text: Path, tmp_path: Path):
     assert find_projector("auto", locate(str(folder)), LayerPlan(6, 2)) is None
 
 
+def test_a_folder_for_it_is_made_or_refused_before_the_work(folder: Path, text: Path, tmp_path: Path):
+    calibrate(folder, text, output=tmp_path / "new" / "here.safetensors", num_steps=0)
+    assert (tmp_path / "new" / "here.safetensors").is_file()
+    with pytest.raises(ConfigError, match="choose an --output"):
+        calibrate(folder, tmp_path / "no-such.txt", output=text / "here.safetensors")
+
+
 def test_other_text_has_another_digest(folder: Path, text: Path, tmp_path: Path):
     other = tmp_path / "other.txt"
     other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
@@ -90,6 +97,26 @@ def test_an_unknown_kind_names_those_there_are(folder: Path):
 def test_layers_that_can_not_be_skipped_are_refused(folder: Path, text: Path, num_skipped: int):
     with pytest.raises(ConfigError):
         calibrate(folder, text, num_skipped=num_skipped)
+
+
+@pytest.mark.parametrize("num_steps", [0, 4])
+def test_a_damaged_head_is_said(tmp_path: Path, text: Path, num_steps: int):
+    model = save_tiny(tmp_path / "broken", dtype=torch.float32, context=1024)
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = float("nan")
+    save_tiny(tmp_path / "broken", model)
+    with pytest.raises(CalibrationError, match="damaged"):
+        calibrate(tmp_path / "broken", text, num_steps=num_steps)
+
+
+def test_what_is_worse_than_the_papers_is_not_written(folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
+    def judged(self: Calibrator, weight: torch.Tensor, examples: Any) -> float:
+        return 0.1 if weight is self.paper.weight else 0.2
+
+    monkeypatch.setattr(Calibrator, "mean_divergence", judged)
+    with pytest.raises(CalibrationError, match=r"nothing that was learnt beats the paper's.*ridge 0\.2000"):
+        calibrate(folder, text)
+    assert find_projector("auto", locate(str(folder)), LayerPlan(6, 2)) is None
 
 
 def test_damaged_weights_are_said_before_anything_is_learnt(tmp_path: Path, text: Path):

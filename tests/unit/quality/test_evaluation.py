@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models import save_tiny, tiny_llama
-from shoal.errors import ConfigError, DataError, TooLittleText
+from shoal.errors import ConfigError, DataError, ModelError, TooLittleText
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
@@ -101,6 +101,24 @@ def test_users_text_is_measured_on_instead_of_ours(files: ModelFiles, tmp_path: 
     alone = evaluate(files, replace(OPTIONS, data=(path,), tasks=(Task.TEXT,)), ignore)
     assert {score.kind for score in alone.texts} == {"mine"}
     assert "mine, 3 passages" in render_evaluation(alone)
+
+
+def test_texts_of_one_name_are_refused(files: ModelFiles, tmp_path: Path):
+    paths = tmp_path / "a" / "mine.txt", tmp_path / "b" / "mine.txt"
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("A text of my own, letter by letter. " * 20)
+    with pytest.raises(ConfigError, match="rename one"):
+        evaluate(files, replace(OPTIONS, data=paths, tasks=(Task.TEXT,)), ignore)
+
+
+def test_damaged_weights_are_said(tmp_path: Path):
+    model = save_tiny(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    save_tiny(tmp_path, model)
+    with pytest.raises(ModelError, match="damaged"):
+        evaluate(locate(str(tmp_path)), replace(OPTIONS, tasks=(Task.TEXT,), projector="paper"), ignore)
 
 
 def test_the_result_survives_its_file(found: Evaluation):

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.errors import ConfigError, ModelError
-from shoal.machine import available_memory_bytes, usable_cores
+from shoal.machine import available_memory_bytes, cpu_flags, usable_cores
 
 GIB = 1 << 30
 _SHM = "/dev/shm"  # noqa: S108  looked at, not written to
@@ -193,7 +193,7 @@ def _examine_torch() -> list[Finding]:
     return [
         Finding("torch", Level.OK, str(torch.__version__)),
         judge_bf16(
-            native=_has_bf16_instructions(),
+            native=bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}),  # the last on Arm
             bf16_flops=gemm_flops(torch, torch.bfloat16),
             float32_flops=gemm_flops(torch, torch.float32),
         ),
@@ -209,7 +209,7 @@ def _examine_kernels() -> Finding:
     try:
         native.load()
     except ConfigError as error:
-        return judge_kernels(error.message, fits_cpu=build.cpu_flags() >= build.CPU_FLAGS)
+        return judge_kernels(error.message, fits_cpu=cpu_flags() >= build.CPU_FLAGS)
     return judge_kernels(None, fits_cpu=True)
 
 
@@ -221,14 +221,6 @@ def _examine_model(name: str) -> Finding:
         return Finding(f"model {name}", Level.OK, str(files.locate(name).path))
     except ModelError as error:
         return Finding(f"model {name}", Level.WARN, "not found", error.message)
-
-
-def _has_bf16_instructions() -> bool:
-    """AVX512_BF16 or AMX on x86, BF16 on Arm."""
-    return any(
-        line.startswith(("flags", "Features")) and {"avx512_bf16", "amx_bf16", "bf16"} & set(line.split())
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-    )
 
 
 def _version_of(package: str) -> str | None:

@@ -22,6 +22,13 @@ def usable_threads() -> int:
     return max(1, int(usable_cores()))
 
 
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, as Linux names it (``flags`` on x86, ``Features`` on Arm)."""
+    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    told = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(told.partition(":")[2].split())
+
+
 def available_memory_bytes() -> int:
     """What the machine could still give, or what the cgroup leaves if that is less."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

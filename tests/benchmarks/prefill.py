@@ -28,6 +28,8 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from work import prefill_flops
+
 from models import smollm2_reference
 from reference import pop_logits
 from shoal.config import ShoalConfig, load_config
@@ -35,6 +37,7 @@ from shoal.doctor import gemm_flops
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.plan import LayerPlan
 from texts import passages
 
 
@@ -91,30 +94,13 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
+def full_flops(served: Served, num_tokens: int) -> int:
+    return prefill_flops(served.spec, LayerPlan(served.plan.num_layers, 0), num_tokens)
+
+
 def ideal_ratio(served: Served, num_tokens: int) -> float:
     """Full over shallow by FLOPs, the boundary token fused and logits of the last token only."""
-    spec, plan = served.spec, served.plan
-    kv, weights = 2 * spec.kv_size * spec.hidden_size, _layer_weights(served)
-    skipped = 2 * kv * (num_tokens - 1) + 2 * weights + 4 * spec.q_size * num_tokens
-    kept = plan.num_kept * _layer_flops(served, num_tokens)
-    return full_flops(served, num_tokens) / (kept + plan.num_skipped * skipped + 2 * spec.vocab_size * spec.hidden_size)
-
-
-def full_flops(served: Served, num_tokens: int) -> float:
-    """Of a prompt at full depth, with logits of the last token only."""
-    head = 2 * served.spec.vocab_size * served.spec.hidden_size
-    return served.plan.num_layers * _layer_flops(served, num_tokens) + head
-
-
-def _layer_flops(served: Served, num_tokens: int) -> float:
-    attention = 2 * served.spec.q_size * num_tokens * (num_tokens + 1)
-    return 2 * _layer_weights(served) * num_tokens + attention
-
-
-def _layer_weights(served: Served) -> int:
-    spec = served.spec
-    attention = 2 * (spec.q_size + spec.kv_size) * spec.hidden_size
-    return attention + 3 * spec.intermediate_size * spec.hidden_size
+    return full_flops(served, num_tokens) / prefill_flops(served.spec, served.plan, num_tokens)
 
 
 def _with_kernels(config: ShoalConfig, kernels: str) -> ShoalConfig:

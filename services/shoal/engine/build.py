@@ -154,13 +154,13 @@ def choose_kernels(limits: StageConfig, served: Served, device: torch.device) ->
     """``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
     if limits.kernels == "torch":
         return None
-    found = find_kernels(served.spec, served.dtype, served.kv_dtype, device)
-    if isinstance(found, NativeKernels):
-        return found
-    if limits.kernels == "native":
-        raise ConfigError(f"kernels is native, but: {found.message}; with auto, torch computes") from found
-    _log.info("torch computes", reason=found.message)
-    return None
+    try:
+        return find_kernels(served.spec, served.dtype, served.kv_dtype, device)
+    except ConfigError as error:
+        if limits.kernels == "native":
+            raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
+        _log.info("torch computes", reason=error.message)
+        return None
 
 
 def warm_up(engine: Engine, stage: Stage) -> None:

@@ -268,7 +268,6 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> FailureEvent:
         if sequence.phase is not Phase.FINISHED:
             self.scheduler.forget(sequence)
-            self.scheduler.finish(sequence)
             self._finish(sequence)
         known = error if isinstance(error, ShoalError) else InternalError("the engine failed on this request")
         return FailureEvent(sequence.request_id, sequence.choice, known)

@@ -37,15 +37,10 @@ def check_native(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, dev
 _MAX_FEW_ROWS = 16
 
 
-def find_kernels(
-    spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
-) -> NativeKernels | ConfigError:
-    """The kernels, or why torch must compute."""
-    try:
-        check_native(spec, dtype, kv_dtype, device)
-        return load()
-    except ConfigError as error:
-        return error
+def find_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> NativeKernels:
+    """Raises ConfigError that says why torch must compute."""
+    check_native(spec, dtype, kv_dtype, device)
+    return load()
 
 
 def make_decoder(

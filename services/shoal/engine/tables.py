@@ -75,10 +75,9 @@ class BlockTable:
 
     def remember(self, sequence: Sequence) -> None:
         """Let others find what a sequence has computed, as far as it fills blocks."""
-        prefixes = self.allocator.prefixes
-        if prefixes is not None and sequence.may_reuse:
+        if self.allocator.prefixes is not None and sequence.may_reuse:
             num_whole = sequence.num_computed // self._block_tokens
-            prefixes.insert(sequence.tenant, self._pieces(sequence, num_whole), self.held(sequence)[:num_whole])
+            self.allocator.remember(sequence.tenant, self._pieces(sequence, num_whole), self.held(sequence)[:num_whole])
 
     def _pieces(self, sequence: Sequence, num_blocks: int) -> list[Piece]:
         token_ids = sequence.token_ids(0, num_blocks * self._block_tokens)

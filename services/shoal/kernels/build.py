@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from functools import cache
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from shoal.errors import ConfigError
+from shoal.machine import cpu_flags
 
 # What x86-64-v4 and -mavx512bf16 let the compiler use, as /proc/cpuinfo names it.
 CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "fma", "bmi2"})
@@ -44,22 +44,13 @@ def library() -> Path:
 
 
 def compiled(folder: Path) -> Path:
-    """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError."""
+    """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError or OSError."""
     sources = _sources()
     digest = sha256("\0".join([*_OPTIONS, *(text for pair in sources for text in pair)]).encode()).hexdigest()
     path = folder / f"{digest[:32]}.so"
     if not path.exists():
         _compile(sources, path)
     return path
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
 def compiler() -> list[str] | None:

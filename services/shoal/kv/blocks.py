@@ -8,10 +8,11 @@ shared block copies it first.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 from shoal.errors import InternalError, OutOfBlocks
-from shoal.kv.prefix import PrefixCache
+from shoal.kv.prefix import Piece, PrefixCache
 
 
 class BlockAllocator:
@@ -25,6 +26,7 @@ class BlockAllocator:
         self._free = list(range(num_blocks))
         self._counts = [0] * num_blocks
         self._num_idle = 0  # free, but remembered
+        self._distrusted: set[int] = set()  # held, and never to be remembered
         self.prefixes = None
         if any_source is not None:
             self.prefixes = PrefixCache(lambda block: self._counts[block] == 0, any_source=any_source)
@@ -69,15 +71,25 @@ class BlockAllocator:
                 raise InternalError(f"block {block} is released twice")
             self._counts[block] -= 1
             if self._counts[block] == 0:
+                self._distrusted.discard(block)
                 if self._is_remembered(block):
                     self._num_idle += 1
                 else:
                     heapq.heappush(self._free, block)
 
-    def forget(self, blocks: Iterable[int]) -> None:
-        """What ``blocks`` hold can't be trusted, nor what was computed after it: never share it again."""
+    def remember(self, tenant: str, pieces: Sequence[Piece], blocks: Sequence[int]) -> None:
+        """That ``blocks``, held ones, hold ``pieces``: up to the first that can't be trusted."""
         if self.prefixes is not None:
-            self._free_idle(self.prefixes.forget(list(blocks)))
+            sound = list(takewhile(lambda block: block not in self._distrusted, blocks))
+            self.prefixes.insert(tenant, pieces[: len(sound)], sound)
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What ``blocks`` hold can't be trusted, nor what was computed after it: never share it again, whoever else
+        holds it now."""
+        if self.prefixes is not None:
+            gone = self.prefixes.forget(blocks)
+            self._distrusted.update(block for block in (*blocks, *gone) if self._counts[block])
+            self._free_idle(gone)
 
     def _free_idle(self, forgotten: Iterable[int]) -> None:
         for block in forgotten:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -14,7 +15,7 @@ from shoal.engine.reads import Span
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Sequence as Rows
-from shoal.errors import InvalidRequest
+from shoal.errors import ConfigError, InvalidRequest
 from shoal.kernels.native import NativeKernels
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
@@ -55,8 +56,9 @@ class Subject:
         self.max_tokens = max_tokens
         layout = self.layout(LayerPlan(spec.num_layers, 0))
         embedding = parameters.embedding
-        found = find_kernels(spec, embedding.dtype, embedding.dtype, embedding.device)
-        self._kernels = found if isinstance(found, NativeKernels) else None
+        self._kernels: NativeKernels | None = None
+        with suppress(ConfigError):  # torch computes the same
+            self._kernels = find_kernels(spec, embedding.dtype, embedding.dtype, embedding.device)
         num_blocks = layout.num_blocks_for(max_tokens)
         self.new_pool = partial(KvPool, layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
         self.pool = self.new_pool()

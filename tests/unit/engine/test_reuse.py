@@ -178,6 +178,24 @@ def test_a_sequence_that_failed_is_not_found(model: Any):
     assert_nothing_held(engine)
 
 
+def test_what_failed_is_not_found_by_way_of_others_that_hold_it(model: Any):
+    """Another request took the same beginning before it failed, and ends well: it doesn't bring it back."""
+    engine, ask = engine_of(model), Ask(PROMPT, num_tokens=20)
+    engine.submit_generate("broken", tuple(PROMPT), Depth.SHALLOW, ask.params)
+    engine.step()
+    engine.submit_generate("other", (*PROMPT[:20], 5, 6, 7), Depth.SHALLOW, ask.params, hold=True)
+    engine.step()
+    broken = engine._sequences["broken"][0]
+    engine._fail(broken, RuntimeError("a defect"))
+    engine.start("other")
+    while not engine.step().is_idle:
+        pass
+    assert num_present(engine, ask) == 0
+    assert_nothing_held(engine)
+    run(engine, [ask])
+    assert num_present(engine, ask) == 28, "blocks that were given back are as good as any"
+
+
 def test_where_deep_layers_hold_other_tokens_nothing_is_reused(model: Any):
     engine = engine_of(model, anchors=Anchors())
     run(engine, [Ask(PROMPT)])

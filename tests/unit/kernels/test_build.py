@@ -40,9 +40,8 @@ def test_a_library_that_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(build, "compiled", lambda into: into / "damaged.so")
     folder.mkdir()
     (folder / "damaged.so").write_bytes(b"no library")
-    native.load.cache_clear()
     with pytest.raises(ConfigError, match=r"damaged\.so can't be loaded"):
-        native.load()
+        native.load.__wrapped__()  # what others have loaded stays theirs
 
 
 def test_a_compiler_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:

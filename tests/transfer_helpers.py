@@ -329,7 +329,7 @@ async def rig(
         ttl_s=times.ttl_s,
         max_frame_bytes=MAX_FRAME_BYTES,
         clock=clock,
-        stage=stage if carrier else None,
+        open_staging=stage if carrier else None,
     )
     both = Rig(desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder)
     try:

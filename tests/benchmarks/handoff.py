@@ -224,7 +224,7 @@ async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
         identity = Identity(new_incarnation(), (SHAPE.plan_hash,))
         stages = {Carrier.INLINE: None, Carrier.SHM: partial(ShmLoader.create, SLOT_BYTES, STAGING_BYTES)}
         pools = {
-            carrier: SessionPool(dial, identity, ttl_s=TIMES.ttl_s, max_frame_bytes=FRAME_BYTES, stage=stage)
+            carrier: SessionPool(dial, identity, ttl_s=TIMES.ttl_s, max_frame_bytes=FRAME_BYTES, open_staging=stage)
             for carrier, stage in stages.items()
         }
         ways: dict[str, Way] = {

@@ -98,7 +98,7 @@ async def test_without_room_all_goes_inline() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async with rig(KIND) as both:
-        both.pool._stage = full
+        both.pool._open_staging = full
         session = await both.pool.get("memory")
         assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.NO_ROOM)
         await both.hand_off(prompt())
@@ -149,7 +149,7 @@ async def staging_session(folder: Path, num_slots: int = 2) -> AsyncIterator[tup
     decode = RawPeer(other)
     await decode.send(Hello(PROTOCOL_VERSION, (PLAN,), segment=loader.segment))
     session = await PrefillSession.open(
-        channel, Identity(5, (PLAN,)), ttl_s=5.0, max_frame_bytes=100, clock=FakeClock(), stage=lambda: loader
+        channel, Identity(5, (PLAN,)), ttl_s=5.0, max_frame_bytes=100, clock=FakeClock(), open_staging=lambda: loader
     )
     assert (await decode.expect(Hello)).segment == loader.segment
     yield session, decode, loader
@@ -370,7 +370,7 @@ from transfer_helpers import PLAN, prompt, send_all
 
 async def main(address, folder, new_id):
     stage = partial(ShmLoader.create, 1024, 1 << 18, Path(folder))
-    pool = SessionPool(dial, Identity(9, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024, stage=stage)
+    pool = SessionPool(dial, Identity(9, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024, open_staging=stage)
     session = await pool.get(address)
     async with session.claim(bytes.fromhex(new_id)) as claim:
         await send_all(claim, prompt(), until=20)
@@ -441,7 +441,7 @@ async def test_a_decode_that_is_killed_frees_the_slots_that_it_was_reading(tmp_p
 
     new_id = lease_id()
     identity = Identity(new_incarnation(), (PLAN,))
-    pool = SessionPool(dial, identity, ttl_s=5.0, max_frame_bytes=MAX_FRAME_BYTES, stage=stage)
+    pool = SessionPool(dial, identity, ttl_s=5.0, max_frame_bytes=MAX_FRAME_BYTES, open_staging=stage)
     async with child(DECODE, str(tmp_path), new_id.hex()) as (process, address):
         session = await pool.get(address)
         assert session.carrier is Carrier.SHM

@@ -76,7 +76,7 @@ async def open_prefill(
         Identity(new_incarnation(), (served.plan_hash,), peer="prefill"),
         ttl_s=config.handoff.ttl_s,
         max_frame_bytes=config.handoff.max_frame_bytes,
-        stage=_staging(config.handoff),
+        open_staging=_staging(config.handoff),
         opened=partial(_session_opened, metrics, config.handoff.carrier == "shm"),
     )
     worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)

@@ -45,7 +45,7 @@ from shoal.transfer.carriers.inline import InlineLoader
 from shoal.transfer.frames import cut
 from shoal.transfer.session import Identity, Session
 
-Stage = Callable[[], StagingLoader]
+OpenStaging = Callable[[], StagingLoader]
 """Makes memory that decode may read payload from. Raises OSError if there is no room."""
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 class PrefillSession(Session):
     """Speaks for many leases of one decode replica. Made by ``open``.
 
-    Payload goes through the memory that ``stage`` makes, if decode finds it; else inline.
+    Payload goes through the memory that ``open_staging`` makes, if decode finds it; else inline.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class PrefillSession(Session):
         ttl_s: float,
         max_frame_bytes: int,
         clock: Clock | None = None,
-        stage: Stage | None = None,
+        open_staging: OpenStaging | None = None,
     ) -> None:
         super().__init__(channel, identity, ttl_s=ttl_s, clock=clock or asyncio.get_running_loop())
         self.carrier = Carrier.INLINE
         self.carrier_reason = CarrierReason.CONFIGURED
         self.loader: Loader = InlineLoader(max_frame_bytes)
-        self._stage = stage
+        self._open_staging = open_staging
         self._claims: dict[bytes, PromptClaim] = {}
 
     @classmethod
@@ -83,10 +83,12 @@ class PrefillSession(Session):
         ttl_s: float,
         max_frame_bytes: int,
         clock: Clock | None = None,
-        stage: Stage | None = None,
+        open_staging: OpenStaging | None = None,
     ) -> PrefillSession:
         """Greet, and listen from then on. Raises PlanMismatch or PeerGone, with the channel closed."""
-        session = cls(channel, identity, ttl_s=ttl_s, max_frame_bytes=max_frame_bytes, clock=clock, stage=stage)
+        session = cls(
+            channel, identity, ttl_s=ttl_s, max_frame_bytes=max_frame_bytes, clock=clock, open_staging=open_staging
+        )
         try:
             await session.greet()
         except BaseException:
@@ -160,7 +162,7 @@ class PrefillSession(Session):
 
     def _make_staging(self) -> StagingLoader | None:
         try:
-            return None if self._stage is None else self._stage()
+            return None if self._open_staging is None else self._open_staging()
         except OSError as error:
             _log.warning("no memory to stage payload in: %s", error)
             self.carrier_reason = CarrierReason.NO_ROOM

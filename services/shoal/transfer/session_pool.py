@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from shoal.errors import Unavailable
 from shoal.transfer.base import Channel, Clock
-from shoal.transfer.prefill_side import PrefillSession, Stage
+from shoal.transfer.prefill_side import OpenStaging, PrefillSession
 from shoal.transfer.session import Identity
 
 
@@ -25,7 +25,7 @@ class SessionPool:
         ttl_s: float,
         max_frame_bytes: int,
         clock: Clock | None = None,
-        stage: Stage | None = None,
+        open_staging: OpenStaging | None = None,
         opened: Callable[[str, PrefillSession], None] = lambda address, session: None,
     ) -> None:
         self._connect = connect
@@ -33,7 +33,7 @@ class SessionPool:
         self._ttl_s = ttl_s
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
-        self._stage = stage
+        self._open_staging = open_staging
         self._told_opened = opened
         self._opened: dict[str, asyncio.Task[PrefillSession]] = {}
         self._is_draining = False
@@ -80,7 +80,7 @@ class SessionPool:
             ttl_s=self._ttl_s,
             max_frame_bytes=self._max_frame_bytes,
             clock=self._clock,
-            stage=self._stage,
+            open_staging=self._open_staging,
         )
         self._told_opened(address, session)
         return session

@@ -97,7 +97,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
     skip_layers: Annotated[int, typer.Option(min=2, help="How many of the last layers a shallow prompt will skip.")],
     output: Annotated[
-        Path | None, typer.Option(help="The file. Default: beside the model, where serve finds it.")
+        Path | None, typer.Option(help="The file. Default: beside the model, where serve finds it; for smollm2, here.")
     ] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")

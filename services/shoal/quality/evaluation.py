@@ -120,6 +120,7 @@ class EvaluationSettings:
     device: str
     texts: tuple[TextRead, ...]
     projectors: tuple[ProjectorUsed, ...]
+    kernels: str = ""  # native or torch; files of older versions don't say
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,7 @@ class _Run:
             max_tokens=max([longest, *(len(case.prompt) + len(case.answer) for case in self._cases + self._choosing)]),
             on_progress=partial(self._on_progress, "layers"),
         )
+        self.settings = replace(self.settings, kernels=self._subject.kernels)
         self._arms = arms_of(
             self._subject, self._counts, self._projectors, options.boundary_tokens, controls=options.controls
         )

@@ -222,7 +222,8 @@ def _settings(evaluation: Evaluation) -> Iterable[tuple[str, str]]:
     for text in settings.texts:
         yield f"text: {text.kind}", text.digest
     yield "seed", str(settings.seed)
-    yield "computed in", f"{settings.dtype} on {settings.device}"
+    kernels = f", {settings.kernels} kernels" if settings.kernels else ""
+    yield "computed in", f"{settings.dtype} on {settings.device}{kernels}"
 
 
 # --- helpers --------------------------------------------------------------------------------------------

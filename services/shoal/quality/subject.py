@@ -65,6 +65,11 @@ class Subject:
         self._blocks = list(range(num_blocks))
         self.projection = lru_cache(maxsize=None)(self._paper_projection)
 
+    @property
+    def kernels(self) -> str:
+        """Whose compute where no gradient is wanted: ``native`` or ``torch``."""
+        return "torch" if self._kernels is None else "native"
+
     def layout(self, plan: LayerPlan) -> KvLayout:
         """Of a pool that an engine of ``plan`` wants."""
         spec = self.spec

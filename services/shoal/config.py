@@ -152,10 +152,11 @@ class HandoffConfig(_Frozen):
     """How a prompt's KV passes from prefill to decode (docs/architecture.md)."""
 
     host: str = Field(
-        "127.0.0.1", description="Address that decode's hand-off server binds; auto is that of the replica's Ray node."
+        "127.0.0.1", description="Address that decode's server binds, for prefill and gateways; auto is its Ray node's."
     )
     advertised_host: str | None = Field(
-        None, description="Address told to prefill; by default host, or the node's where host is every interface."
+        None,
+        description="Address told to prefill and gateways; by default host, or the node's if host is all interfaces.",
     )
     port_range: PortRange = Field(PortRange(first=21000, last=21999), description="Where decode replicas listen.")
     wire_mode: Literal["kv"] = Field("kv", description="What is shipped for the skipped layers: their K/V.")

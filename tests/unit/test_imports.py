@@ -47,5 +47,23 @@ def test_decisions_and_measurements_load_neither_torch_nor_ray(module: str) -> N
     assert not loaded_by(module) & DEVICE_FREE
 
 
+GATEWAY = """
+import sys
+import shoal.gateway.deployment
+from shoal.gateway.tokenizer import Tokenizer
+from shoal.model.files import locate
+files = locate("smollm2")
+files.size()
+Tokenizer(files.tokenizer()).close()
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_a_gateway_starts_without_torch() -> None:
+    """It has no use for it, and would be ready seconds later."""
+    done = subprocess.run([sys.executable, "-c", GATEWAY], check=False, cwd=SERVICES, timeout=120)
+    assert done.returncode == 0
+
+
 def test_a_heavy_module_would_be_noticed() -> None:
     assert "pydantic" in loaded_by("shoal.config")

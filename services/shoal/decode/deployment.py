@@ -16,9 +16,10 @@ from shoal import directory, routes
 from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
 from shoal.errors import Unavailable
-from shoal.messages import GenerateRequest, Grant, HandoffOutcome, TokenOutput
+from shoal.messages import GenerateRequest, Grant, HandoffOutcome
 from shoal.replica import host_of_this_node, known_error
 from shoal.rpc.ports import join_address
+from shoal.rpc.token_server import Listener, TokenServer
 from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
 
 
@@ -35,6 +36,7 @@ class DecodeReplica:
         ports = settings.metrics.port_range
         metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)
+        self._tokens = TokenServer()
         self._stage = await self._exits.enter_async_context(
             open_decode(
                 settings,
@@ -46,19 +48,24 @@ class DecodeReplica:
         peers = host_of_this_node(settings.handoff.host, settings.handoff.advertised_host)
         ports = settings.handoff.port_range
         address = await self._stage.server.listen(
-            peers.bound, ports.first, ports.last, advertised_host=peers.advertised
+            peers.bound, ports.first, ports.last, advertised_host=peers.advertised, also=self._tokens.add_to
         )
         self._entry = directory.entry_of_this_replica(
             "decode", metrics_address=join_address(host.advertised, metrics.port), handoff_address=address
         )
         await asyncio.to_thread(directory.register, self._entry)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Continue one prompt; ending the iteration frees everything on both pools."""
-        with bind_request(request.context.request_id):
+    async def generate(self, request: GenerateRequest, listener: Listener) -> AsyncGenerator[str, None]:
+        """Continue one prompt; ending the iteration frees everything on both pools.
+
+        Brings the address at which ``listener`` gets the outputs, and is open until the last one is sent.
+        """
+        with bind_request(request.context.request_id), self._tokens.open(listener) as outlet:
+            yield self._stage.desk.address
             async with aclosing(self._stage.worker.generate(request)) as outputs:
                 async for output in outputs:
-                    yield output
+                    outlet.send(output)
+            await outlet.end()
 
     async def describe(self) -> dict[str, Any]:
         """What this live replica holds: for operators, the demo and the tests."""

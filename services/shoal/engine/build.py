@@ -31,6 +31,7 @@ from shoal.model.weights import open_weights
 _log = structlog.get_logger(__name__)
 
 _WARM_UP = "warm-up"
+_CPU_WARM_UP_TOKENS = 256
 POOL_SHARE_OF_FREE_MEMORY = 0.25
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -146,7 +147,7 @@ def build_engine(
     kernels = choose_kernels(limits, served, device)
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
     engine = Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
-    warm_up(engine, stage)
+    warm_up(engine, stage, device)
     return engine
 
 
@@ -163,12 +164,15 @@ def choose_kernels(limits: StageConfig, served: Served, device: torch.device) ->
         return None
 
 
-def warm_up(engine: Engine, stage: Stage) -> None:
+def warm_up(engine: Engine, stage: Stage, device: torch.device) -> None:
     """Run each kind of step once: kernels are chosen, threads started and memory touched before a client waits."""
     scheduler = engine.scheduler
     num_tokens = min(scheduler.max_step_tokens, scheduler.num_tokens_held - 2)
     if num_tokens < 2:
         return
+    if stage is Stage.DECODE and device.type == "cpu":
+        # Long prompts are prefill's; elsewhere than on a CPU a full step also shows that its activations fit.
+        num_tokens = min(num_tokens, _CPU_WARM_UP_TOKENS)
     if stage is Stage.PREFILL:
         engine.submit_prefill(_WARM_UP, num_tokens)
         engine.step()

@@ -6,8 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
+import structlog
 from fastapi import FastAPI
 from prometheus_client import generate_latest
 from ray.exceptions import RayError
@@ -16,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from shoal import directory
 from shoal.config import ShoalConfig
-from shoal.errors import Unavailable
+from shoal.errors import InternalError, Unavailable
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
 from shoal.gateway.deadline import until_deadline
@@ -28,11 +30,11 @@ from shoal.gateway.retrying import RetryingBackend
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
 from shoal.messages import Depth, GenerateRequest, TokenOutput
-from shoal.model.families import describe
 from shoal.model.files import locate
 from shoal.rate import RateLimit
 from shoal.replica import host_of_this_node, known_error
 from shoal.rpc.ports import join_address
+from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.telemetry import (
     GatewayMetrics,
     Target,
@@ -42,33 +44,42 @@ from shoal.telemetry import (
     targets_document,
 )  # fmt: skip
 
+_log = structlog.get_logger(__name__)
+
 # Decode ends a request at its deadline and says so; only if nothing is heard of it does the gateway.
 _GRACE_S = 1.0
 
 
 class PoolBackend:
-    """The decode pool, through its Serve handle."""
+    """The decode pool: requests go through its Serve handle, outputs come by ``tokens``."""
 
-    def __init__(self, app_name: str, decode: DeploymentHandle[Any], living: directory.LivingPool) -> None:
+    def __init__(
+        self, app_name: str, decode: DeploymentHandle[Any], living: directory.LivingPool, tokens: TokenClient
+    ) -> None:
         self._app_name = app_name
         self._living = living
         self._decode: Any = decode.options(stream=True)
+        self._tokens = tokens
         self._readiness = SharedPoll(self._ask_readiness)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if not await self._living.ids():
             # A call to nobody would wait for as long as the request may.
             raise Unavailable("no decode replica is ready: try again in a moment", retry_after_s=1.0)
-        outputs = self._decode.generate.remote(request)
-        try:
-            async with aclosing(until_deadline(outputs, request.context.timeout_s + _GRACE_S)) as timely:
-                async for output in timely:
-                    yield output
-        except (RayError, RayServeException) as error:
-            raise known_error(error, "decode") from error
-        finally:
-            # However this ends: decode stops at once, and what it held on both pools is free again.
-            outputs.cancel()
+        with self._tokens.open() as stream:
+            call = self._decode.generate.remote(request, stream.listener)
+            watch = asyncio.create_task(_watch(call, stream))
+            watch.add_done_callback(partial(_fail_with, stream=stream))
+            try:
+                async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
+                    async for output in timely:
+                        yield output
+                # Serve counts the request until its call has ended, which is a moment later.
+                await asyncio.wait([watch], timeout=_GRACE_S)
+            finally:
+                # However this ends: decode stops at once, and what it held on both pools is free again.
+                watch.cancel()
+                call.cancel()
 
     async def readiness(self) -> Readiness:
         """Up to a second old, however many probe or watch: Ray's head is asked no more often."""
@@ -80,6 +91,22 @@ class PoolBackend:
         return Readiness(num_decode=roles.count("decode"), num_prefill=roles.count("prefill"))
 
 
+async def _watch(call: Any, stream: TokenStream) -> None:
+    """What Serve says of the request: first where it runs; then, if it fails, why."""
+    try:
+        async for address in call:
+            stream.follow(address)
+    except (RayError, RayServeException) as error:
+        stream.fail(known_error(error, "decode"))
+
+
+def _fail_with(watch: asyncio.Task[None], stream: TokenStream) -> None:
+    """A defect must not leave the request waiting for its deadline."""
+    if not watch.cancelled() and (error := watch.exception()) is not None:
+        _log.error("the call to decode failed", exc_info=error)
+        stream.fail(InternalError(f"the call to decode failed ({type(error).__name__})"))
+
+
 class GatewayReplica:
     """Validates and tokenizes once; knows no device."""
 
@@ -89,11 +116,11 @@ class GatewayReplica:
         self._exits = AsyncExitStack()
         self._registry = new_registry()
         files = locate(settings.model.name)
-        spec = describe(files.config())
+        size = files.size()
         model = ServedModel(
             name=settings.model.served_name or files.model_id,
-            max_context_tokens=settings.model.max_context_tokens or spec.max_context_tokens,
-            vocab_size=spec.vocab_size,
+            max_context_tokens=settings.model.max_context_tokens or size.max_context_tokens,
+            vocab_size=size.vocab_size,
             default_depth=Depth(settings.model.depth),
             created_s=int(time.time()),
         )
@@ -104,9 +131,12 @@ class GatewayReplica:
         self._exits.callback(server.close)
         tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(tokenizer.close)
+        tokens = TokenClient(patience_s=_GRACE_S)
+        self._exits.push_async_callback(tokens.close)
+        living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(
             RetryingBackend(
-                PoolBackend(settings.ray.app_name, decode, directory.LivingPool(settings.ray.app_name, "decode")),
+                PoolBackend(settings.ray.app_name, decode, living, tokens),
                 max_attempts=settings.handoff.max_attempts,
                 limit=RateLimit(settings.gateway.retry),
                 retried=metrics.retried,

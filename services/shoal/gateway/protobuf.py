@@ -16,20 +16,10 @@ from shoal.gateway.generation import ChoiceOutput, Generation
 from shoal.gateway.refusals import MissingField, UnknownField
 from shoal.gateway.schema import ChatBody, GenerateBody, parse
 from shoal.gateway.validation import ServedModel, check_num_messages, check_num_stops, check_num_tokens
-from shoal.messages import Depth, FinishReason, TokenLogprob
+from shoal.rpc.outputs import DEPTHS, to_finish_reason, to_logprobs
 from shoal.v1 import inference_pb2 as pb
 
-_DEPTHS: dict[Depth, pb.Depth.ValueType] = {
-    Depth.AUTO: pb.DEPTH_AUTO,
-    Depth.SHALLOW: pb.DEPTH_SHALLOW,
-    Depth.FULL: pb.DEPTH_FULL,
-}
-_DEPTHS_BACK = {value: depth for depth, value in _DEPTHS.items()}
-
-_FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
+_DEPTHS_BACK = {value: depth for depth, value in DEPTHS.items()}
 
 # Fields of bodies that GenerateRequest has under another name.
 _CHAT_NAMES = {"messages": "chat.messages", "top_logprobs": "logprobs"}
@@ -128,7 +118,7 @@ class InferenceAnswer:
             model=self._model,
             choices=[_choice(choice, self._generation.token_ids[choice.index]) for choice in choices],
             usage=_usage(self._generation),
-            prompt_logprobs=_logprobs(self._generation.prompts[0].logprobs),
+            prompt_logprobs=to_logprobs(self._generation.prompts[0].logprobs),
         )
 
     async def messages(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
@@ -145,11 +135,11 @@ class InferenceAnswer:
             index=one.index,
             text=one.text,
             token_ids=output.token_ids,
-            finish_reason=_finish_reason(output.finish_reason),
+            finish_reason=to_finish_reason(output.finish_reason),
             stop=_stop(output.stop_reason),
-            logprobs=_logprobs(output.logprobs),
+            logprobs=to_logprobs(output.logprobs),
             usage=_usage(self._generation) if one.is_last else None,
-            prompt_logprobs=_logprobs(output.prompt_logprobs),
+            prompt_logprobs=to_logprobs(output.prompt_logprobs),
         )
 
 
@@ -168,30 +158,14 @@ def _choice(choice: Choice, token_ids: Iterable[int]) -> pb.Choice:
         index=choice.index,
         text=choice.text,
         token_ids=token_ids,
-        finish_reason=_finish_reason(choice.finish_reason),
+        finish_reason=to_finish_reason(choice.finish_reason),
         stop=_stop(choice.stop_reason),
-        logprobs=_logprobs(choice.logprobs),
+        logprobs=to_logprobs(choice.logprobs),
     )
-
-
-def _finish_reason(reason: FinishReason | None) -> pb.FinishReason.ValueType:
-    return _FINISH_REASONS.get(reason, pb.FINISH_REASON_UNSPECIFIED)
 
 
 def _stop(reason: str | int | None) -> str | None:
     return reason if isinstance(reason, str) else None  # a token's id says no more than the token itself
-
-
-def _logprobs(tokens: Iterable[TokenLogprob]) -> list[pb.TokenLogprob]:
-    return [
-        pb.TokenLogprob(
-            token_id=one.token_id,
-            token=one.token,
-            logprob=one.logprob,
-            top=[pb.TopToken(token_id=id_, token=token, logprob=logprob) for id_, token, logprob in one.top],
-        )
-        for one in tokens
-    ]
 
 
 def _usage(generation: Generation) -> pb.Usage:
@@ -199,5 +173,5 @@ def _usage(generation: Generation) -> pb.Usage:
         num_prompt_tokens=generation.num_prompt_tokens,
         num_output_tokens=generation.num_completion_tokens,
         num_cached_tokens=generation.num_cached_tokens,
-        depth=_DEPTHS[generation.depth],
+        depth=DEPTHS[generation.depth],
     )

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
+from shoal.model.families import check_family
 from shoal.model.gguf_header import read_gguf
-from shoal.model.gguf_model import gguf_config
+from shoal.model.gguf_model import gguf_config, gguf_size
 from shoal.model.safetensors_header import read_safetensors
 from shoal.model.tensor_file import TensorFile
 
@@ -60,6 +61,14 @@ def locate(name_or_path: str) -> ModelFiles:
         raise UnsupportedModel(f"{path} is no .gguf file; for safetensors give the folder that also has config.json")
     known = ", ".join(_PACKAGED)
     raise ModelError(f"there is no model {name_or_path!r}: give a known name ({known}), a folder, or a .gguf file")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What whoever checks requests must know of a model."""
+
+    vocab_size: int
+    max_context_tokens: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,21 @@ class ModelFiles:
         if self.kind is ModelKind.GGUF:
             return gguf_config(self.tensor_files[0])
         return _folder_config(self.path)
+
+    def size(self) -> ModelSize:
+        """What can be told without transformers' configurations, whose import takes seconds, where it can.
+
+        Raises UnsupportedModel or MalformedWeights.
+        """
+        if self.kind is ModelKind.GGUF:
+            return ModelSize(*gguf_size(self.tensor_files[0]))
+        tree = _read_json(self.path / "config.json")
+        check_family(tree.get("model_type"))
+        found = [tree.get(key) for key in ("vocab_size", "max_position_embeddings")]
+        if not all(type(value) is int and value > 0 for value in found):
+            config = self.config()
+            found = [config.vocab_size, config.max_position_embeddings]
+        return ModelSize(*map(int, found))  # type: ignore[arg-type]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer with its chat template, if it has one. Raises MalformedWeights."""
@@ -165,12 +189,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _folder_config(path: Path) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     tree = _read_json(path / "config.json")
-    family = tree.get("model_type")
-    if not isinstance(family, str) or family not in CONFIG_MAPPING:
-        raise UnsupportedModel(f"{path}: config.json says model_type {family!r}, which transformers doesn't know")
+    check_family(tree.get("model_type"))
     if tree.get("quantization_config"):
         raise UnsupportedModel(f"{path} is quantized, which is supported as GGUF only: use a .gguf or plain weights")
     try:

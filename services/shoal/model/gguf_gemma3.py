@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from shoal.model.families.reading import FULL, SLIDING
 from shoal.model.gguf_llama import LAYER_NAMES as _LLAMA_NAMES
 from shoal.model.gguf_values import GgufValues
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Gemma3TextConfig, PreTrainedConfig
 
 LAYER_NAMES = {

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from shoal.errors import MalformedWeights, UnsupportedModel
 from shoal.model.gguf_values import GgufValues
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaConfig, PreTrainedConfig
 
 LAYER_NAMES = {

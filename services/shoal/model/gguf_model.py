@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from shoal.errors import UnsupportedModel
 from shoal.model import gguf_gemma3, gguf_llama
 from shoal.model.gguf_values import GgufValues
 from shoal.model.tensor_file import TensorFile
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -60,6 +59,13 @@ def gguf_architecture(file: TensorFile) -> GgufArchitecture:
             f"{' and '.join(map(repr, _ARCHITECTURES))} are supported; for other families give a safetensors folder"
         )
     return _ARCHITECTURES[architecture]
+
+
+def gguf_size(file: TensorFile) -> tuple[int, int]:
+    """The vocabulary's and the longest context's tokens. Raises as ``gguf_config`` does."""
+    gguf_architecture(file)
+    values = GgufValues(file)
+    return values.vocab_size(), values.count("context_length")
 
 
 def gguf_config(file: TensorFile) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from shoal.errors import MalformedWeights, UnsupportedModel
 from shoal.model.tensor_file import TensorFile
@@ -68,6 +68,8 @@ def _converted(file: TensorFile, model: Any, pre: Any) -> PreTrainedTokenizerFas
     if model == "gpt2":
         _bpe(file, _strings(file, "tokens"), whole_words=False)  # names damage that tokenizers raises as bare Exception
         _log.warning("unknown pre-tokenizer %r in a GGUF file: text may be split otherwise than in training", pre)
+    from transformers import AutoTokenizer  # a second that others needn't spend
+
     try:
         folder, name = str(file.path.parent), file.path.name
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -48,8 +49,11 @@ class HandoffServer:
         *,
         advertised_host: str | None = None,
         credentials: grpc.ServerCredentials | None = None,
+        also: Callable[[grpc.aio.Server], None] | None = None,
     ) -> str:
         """Listen on the first free port of the range; returns the address for prefill, which is also the desk's.
+
+        ``also`` adds other services to the server.
 
         Raises ConfigError if no port is free, or ``host`` isn't this machine's.
         """
@@ -57,6 +61,8 @@ class HandoffServer:
             raise InternalError("this hand-off server listens already")
         server = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
         add_handoff_service(server, self.serve)
+        if also is not None:
+            also(server)
         port = bind_first_free(server, host, first_port, last_port, credentials)
         await server.start()
         self._server = server

@@ -81,13 +81,13 @@ def test_a_replica_whose_first_step_fails_does_not_become_ready(
     engine = make_engine(model, 1, stage=stage)
     monkeypatch.setattr("shoal.model.decoder.Decoder.forward", broken)
     with pytest.raises(InternalError):
-        warm_up(engine, stage)
+        warm_up(engine, stage, torch.device("cpu"))
 
 
 def test_a_warm_engine_holds_nothing(model: Any):
     for stage in Stage:
         engine = make_engine(model, 1, stage=stage)
-        warm_up(engine, stage)
+        warm_up(engine, stage, torch.device("cpu"))
         assert_nothing_held(engine)
 
 

@@ -7,34 +7,28 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
 
-from shoal.errors import DeadlineExceeded, Unavailable
+from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
 from shoal.gateway import deployment
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.deployment import PoolBackend
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput
+from shoal.rpc.outputs import to_outputs
+from shoal.rpc.token_client import TokenClient
+from shoal.rpc.token_server import Listener
+from shoal.v1 import worker_pb2
 
 OUTPUT = TokenOutput(0, (1,), "a")
 
 
 class Outputs:
-    """What Serve's handle gives: ``num_outputs``, then the end or, if it ``hangs``, nothing at all."""
+    """``num_outputs``, then the end or, if it ``hangs``, nothing at all."""
 
     def __init__(self, num_outputs: int = 0, *, hangs: bool = False) -> None:
         self.num_left = num_outputs
         self.hangs = hangs
-        self.is_cancelled = False
-
-    def options(self, *, stream: bool) -> Any:
-        assert stream
-        return self
-
-    @property
-    def generate(self) -> Any:
-        return self
-
-    def remote(self, request: GenerateRequest) -> Outputs:
-        return self
 
     def __aiter__(self) -> AsyncIterator[TokenOutput]:
         return self
@@ -47,8 +41,50 @@ class Outputs:
         self.num_left -= 1
         return OUTPUT
 
+
+class Call:
+    """Serve's: it stays open, or fails with ``error``."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.is_cancelled = False
+        self._error = error
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        if self._error is not None:
+            raise self._error
+        await asyncio.Event().wait()
+        yield ""
+
     def cancel(self) -> None:
         self.is_cancelled = True
+
+
+class Decode:
+    """The pool's handle. What a request is answered with comes at once, ``num_outputs`` and then, unless it ``hangs``,
+    the end."""
+
+    def __init__(self, num_outputs: int = 0, *, hangs: bool = False, error: Exception | None = None) -> None:
+        self.tokens = TokenClient(patience_s=60)
+        self.call = Call(error)
+        self._num_outputs = num_outputs
+        self._hangs = hangs
+
+    def options(self, *, stream: bool) -> Any:
+        assert stream
+        return self
+
+    @property
+    def generate(self) -> Any:
+        return self
+
+    def remote(self, request: GenerateRequest, listener: Listener) -> Call:
+        stream = self.tokens._open[listener.key]
+        for index in range(self._num_outputs):
+            for message in to_outputs(listener.key, index, OUTPUT):
+                stream.accept(message)
+        if not self._hangs:
+            stream.accept(worker_pb2.Output(key=listener.key, index=self._num_outputs, is_end=True))
+        return self.call
 
 
 def request(timeout_s: float) -> GenerateRequest:
@@ -65,8 +101,8 @@ class Living:
         return self._names
 
 
-def pool(outputs: Outputs, living: Living | None = None) -> PoolBackend:
-    return PoolBackend("shoal", outputs, living or Living("a"))  # type: ignore[arg-type]
+def pool(decode: Decode, living: Living | None = None) -> PoolBackend:
+    return PoolBackend("shoal", decode, living or Living("a"), decode.tokens)  # type: ignore[arg-type]
 
 
 async def test_outputs_in_time_come_unchanged() -> None:
@@ -104,24 +140,42 @@ async def test_decode_that_doesnt_answer_is_cancelled_a_moment_after_the_deadlin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
-    outputs = Outputs(1, hangs=True)
-    answer = pool(outputs).generate(request(timeout_s=0))
+    decode = Decode(1, hangs=True)
+    answer = pool(decode).generate(request(timeout_s=0))
     assert await anext(answer) == OUTPUT
-    assert not outputs.is_cancelled
+    assert not decode.call.is_cancelled
     with pytest.raises(DeadlineExceeded):
         await anext(answer)
-    assert outputs.is_cancelled
+    assert decode.call.is_cancelled and not decode.tokens._open
+
+
+async def test_an_answer_is_complete_without_waiting_long_for_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
+    decode = Decode(2)
+    assert [output async for output in pool(decode).generate(request(timeout_s=60))] == [OUTPUT] * 2
+    assert decode.call.is_cancelled and not decode.tokens._open
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [(RayActorError(), PeerGone), (BackPressureError(1, 1), PeerGone), (ValueError(), InternalError)],
+)
+async def test_what_the_call_fails_with_ends_the_answer(error: Exception, known: type[ShoalError]) -> None:
+    answer = pool(Decode(1, hangs=True, error=error)).generate(request(timeout_s=60))
+    assert await anext(answer) == OUTPUT
+    with pytest.raises(known):
+        await anext(answer)
 
 
 async def test_decode_is_cancelled_when_the_answer_is_closed() -> None:
-    outputs = Outputs(2)
-    answer = pool(outputs).generate(request(timeout_s=60))
+    decode = Decode(2)
+    answer = pool(decode).generate(request(timeout_s=60))
     await anext(answer)
     await answer.aclose()
-    assert outputs.is_cancelled
+    assert decode.call.is_cancelled and not decode.tokens._open
 
 
 async def test_without_a_decode_replica_nobody_waits_for_one() -> None:
     with pytest.raises(Unavailable, match="no decode replica") as refused:
-        await anext(pool(Outputs(1), Living()).generate(request(timeout_s=60)))
+        await anext(pool(Decode(1), Living()).generate(request(timeout_s=60)))
     assert refused.value.retry_after_s == 1

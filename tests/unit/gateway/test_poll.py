@@ -82,7 +82,7 @@ async def test_ray_is_asked_once_for_all_who_watch(monkeypatch: pytest.MonkeyPat
     class Handle:
         def options(self, *, stream: bool) -> None: ...
 
-    backend = PoolBackend("shoal", Handle(), directory.LivingPool("shoal", "decode"))  # type: ignore[arg-type]
+    backend = PoolBackend("shoal", Handle(), directory.LivingPool("shoal", "decode"), None)  # type: ignore[arg-type]
     answers = await asyncio.gather(*(backend.readiness() for _ in range(500)))
     assert {answer.num_decode for answer in answers} == {0}
     assert asked == ["shoal"]

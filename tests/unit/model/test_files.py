@@ -119,6 +119,29 @@ def test_a_folders_configuration_is_transformers_own(folder: Path):
     assert config.model_type == "llama" and config.hidden_size == 64
 
 
+def test_a_family_that_is_not_supported_is_told_which_are(folder: Path):
+    edit_json(folder / "config.json", model_type="mamba")
+    for ask in (locate(str(folder)).config, locate(str(folder)).size):
+        with pytest.raises(UnsupportedModel, match=r"'mamba'.*llama.*qwen3"):
+            ask()
+
+
+@pytest.mark.parametrize("missing", [(), ("max_position_embeddings",), ("vocab_size", "max_position_embeddings")])
+def test_a_models_size_is_what_its_configuration_says(folder: Path, missing: tuple[str, ...]):
+    path = folder / "config.json"
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in tree.items() if key not in missing}))
+    files = locate(str(folder))
+    config, size = files.config(), files.size()
+    assert (size.vocab_size, size.max_context_tokens) == (config.vocab_size, config.max_position_embeddings)
+
+
+def test_the_packaged_models_size_is_what_its_configuration_says():
+    files = locate("smollm2")
+    config, size = files.config(), files.size()
+    assert (size.vocab_size, size.max_context_tokens) == (config.vocab_size, config.max_position_embeddings)
+
+
 @pytest.mark.parametrize(
     ("values", "error"),
     [

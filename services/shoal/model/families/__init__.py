@@ -17,7 +17,7 @@ from shoal.model.families.mistral import mistral
 from shoal.model.families.qwen import qwen2, qwen3
 from shoal.model.families.spec import Activation, LayerSpec, ModelSpec, RopeTable
 
-__all__ = ["FAMILIES", "Activation", "LayerSpec", "ModelSpec", "RopeTable", "describe"]
+__all__ = ["FAMILIES", "Activation", "LayerSpec", "ModelSpec", "RopeTable", "check_family", "describe"]
 
 # transformers' model_type -> how its configuration is read
 FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
@@ -32,8 +32,12 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
 
 def describe(config: Any) -> ModelSpec:
     """The spec of a transformers configuration. Raises UnsupportedModel that names what is supported."""
-    family = getattr(config, "model_type", None)
-    row = FAMILIES.get(str(family))
-    if row is None:
+    family = getattr(config, "model_type", "")
+    check_family(family)
+    return FAMILIES[family](config)
+
+
+def check_family(family: Any) -> None:
+    """Raises UnsupportedModel that names what is supported, unless transformers' model type ``family`` is."""
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UnsupportedModel(f"model type {family!r} is not supported; supported are: {', '.join(FAMILIES)}")
-    return row(config)

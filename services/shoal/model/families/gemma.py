@@ -15,18 +15,14 @@ from shoal.model.families.spec import ModelSpec, RopeTable
 
 
 def gemma2(config: Any) -> ModelSpec:
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
-
-    return replace(_gemma(config, rope_table(config, Gemma2RotaryEmbedding)), layers=typed_layers(config))
+    return replace(_gemma(config, rope_table(config)), layers=typed_layers(config))
 
 
 def gemma3(config: Any) -> ModelSpec:
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-
     # A model whose layers are all of one type has one table only.
     kinds = [kind for kind in (FULL, SLIDING) if kind in config.layer_types]
     layers = typed_layers(config, {kind: table for table, kind in enumerate(kinds)})
-    tables = tuple(rope_table(config, Gemma3RotaryEmbedding, kind) for kind in kinds)
+    tables = tuple(rope_table(config, kind) for kind in kinds)
     return replace(_gemma(config, tables[0]), layers=layers, rope_tables=tables, qk_norm=True)
 
 

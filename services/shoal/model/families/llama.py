@@ -10,11 +10,9 @@ from shoal.model.families.spec import ModelSpec
 
 
 def llama(config: Any) -> ModelSpec:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     bias = bool(config.attention_bias)
     return replace(
-        plain(config, rope_table(config, LlamaRotaryEmbedding), config.hidden_act),
+        plain(config, rope_table(config), config.hidden_act),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bool(config.mlp_bias),

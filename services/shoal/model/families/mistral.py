@@ -11,9 +11,7 @@ from shoal.model.families.spec import LayerSpec, ModelSpec
 
 
 def mistral(config: Any) -> ModelSpec:
-    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
-
-    spec = plain(config, rope_table(config, MistralRotaryEmbedding), config.hidden_act)
+    spec = plain(config, rope_table(config), config.hidden_act)
     kind = FULL if config.sliding_window is None else SLIDING
     if set(getattr(config, "layer_types", None) or [kind]) != {kind}:
         # transformers' Mistral doesn't look at layer_types: such a model would be computed wrongly there, too.

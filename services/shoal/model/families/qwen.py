@@ -10,15 +10,11 @@ from shoal.model.families.spec import ModelSpec
 
 
 def qwen2(config: Any) -> ModelSpec:
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    spec = plain(config, rope_table(config, Qwen2RotaryEmbedding), config.hidden_act)
+    spec = plain(config, rope_table(config), config.hidden_act)
     return replace(spec, layers=typed_layers(config), qkv_bias=True)
 
 
 def qwen3(config: Any) -> ModelSpec:
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-
-    spec = plain(config, rope_table(config, Qwen3RotaryEmbedding), config.hidden_act)
+    spec = plain(config, rope_table(config), config.hidden_act)
     bias = bool(config.attention_bias)
     return replace(spec, layers=typed_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True)

@@ -42,11 +42,15 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
 
 
-def rope_table(config: Any, rotary: type[Any], layer_type: str | None = None) -> RopeTable:
-    """The table that ``rotary``, the family's own RoPE module in transformers, builds (for ``layer_type`` of several).
+def rope_table(config: Any, layer_type: str | None = None) -> RopeTable:
+    """The table that the family's own RoPE module in transformers builds (for ``layer_type`` of several).
 
-    Raises UnsupportedModel for a variant that the decoder would rotate wrongly.
+    The module itself isn't asked: importing it takes half a second. Tests compare with it. Raises UnsupportedModel for
+    a variant that the decoder would rotate wrongly.
     """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     parameters = config.rope_parameters or {}
     parameters = parameters.get(layer_type, {}) if layer_type else parameters
     kind = parameters.get("rope_type", "default")
@@ -54,12 +58,16 @@ def rope_table(config: Any, rotary: type[Any], layer_type: str | None = None) ->
         raise UnsupportedModel(f"rope type {kind!r} is not supported; supported are: {', '.join(_ROPE_TYPES)}")
     if parameters.get("mrope_section"):
         raise UnsupportedModel("M-RoPE (mrope_section) is not supported: use a text model of the family")
-    module = rotary(config=config)
-    prefix = f"{layer_type}_" if layer_type else ""
-    inv_freq = getattr(module, f"{prefix}inv_freq").tolist()
-    if 2 * len(inv_freq) != head_dim_of(config):
-        raise UnsupportedModel(f"RoPE on {2 * len(inv_freq)} of {head_dim_of(config)} dimensions is not supported")
-    return RopeTable(tuple(inv_freq), float(getattr(module, f"{prefix}attention_scaling")))
+    head_dim = head_dim_of(config)
+    if kind == "default":
+        # As transformers computes it, bit by bit: in float32.
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        inv_freq, scale = 1.0 / parameters["rope_theta"] ** exponents, 1.0
+    else:
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, **({"layer_type": layer_type} if layer_type else {}))
+    if 2 * len(inv_freq) != head_dim:
+        raise UnsupportedModel(f"RoPE on {2 * len(inv_freq)} of {head_dim} dimensions is not supported")
+    return RopeTable(tuple(inv_freq.tolist()), float(scale))
 
 
 def typed_layers(config: Any, ropes: Mapping[str, int] | None = None) -> tuple[LayerSpec, ...]:

@@ -1,0 +1,130 @@
+"""A gateway's end of the token streams: one to each decode replica, sorted by request.
+
+::
+
+    open() ─> stream: its listener goes with the request ─> the replica's address comes back ─> follow(address)
+                 └─< outputs, sorted by key <── one FollowResponse a step <── decode
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+
+import grpc
+import grpc.aio
+
+from shoal.errors import PeerGone, ShoalError
+from shoal.messages import TokenOutput
+from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
+from shoal.rpc.outputs import OutputReader
+from shoal.rpc.token_server import GATEWAY_ID_BYTES, Listener
+from shoal.v1 import worker_pb2 as pb
+from shoal.v1.worker_pb2_grpc import WorkerServiceStub
+
+
+class TokenStream:
+    """One request's outputs. Iterate over it once; it ends when the request is complete."""
+
+    def __init__(self, listener: Listener, follow: Callable[[str], None]) -> None:
+        self.listener = listener
+        self.address: str | None = None
+        self._follow = follow
+        self._reader = OutputReader()
+        self._items: asyncio.Queue[TokenOutput | ShoalError | None] = asyncio.Queue()
+
+    def follow(self, address: str) -> None:
+        """The replica at ``address`` runs this request."""
+        self.address = address
+        self._follow(address)
+
+    def fail(self, error: ShoalError) -> None:
+        """End it with ``error``, after what has come already; nothing if it is complete."""
+        if not self._reader.is_complete:
+            self._items.put_nowait(error)
+
+    def accept(self, message: pb.Output) -> None:
+        try:
+            output = self._reader.read(message)
+        except ShoalError as error:
+            self.fail(error)
+            return
+        if output is not None:
+            self._items.put_nowait(output)
+        elif self._reader.is_complete:
+            self._items.put_nowait(None)
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        """Raises what it was failed with."""
+        item = await self._items.get()
+        if item is None:
+            raise StopAsyncIteration
+        if isinstance(item, ShoalError):
+            raise item
+        return item
+
+
+class TokenClient:
+    """Belongs to one event loop. A stream to a replica opens with the first request there, and stays.
+
+    A stream that breaks ends its requests with PeerGone ``patience_s`` later: whoever placed them may know better, and
+    fail them with that.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._gateway_id = secrets.token_bytes(GATEWAY_ID_BYTES)
+        self._patience_s = patience_s
+        self._keys = count()
+        self._open: dict[int, TokenStream] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[TokenStream]:
+        """A request's stream, for as long as it is waited for."""
+        stream = TokenStream(Listener(self._gateway_id, next(self._keys)), self._follow)
+        self._open[stream.listener.key] = stream
+        try:
+            yield stream
+        finally:
+            del self._open[stream.listener.key]
+
+    async def close(self) -> None:
+        """End all streams. Twice is a no-op."""
+        readers = list(self._readers.values())
+        for task in readers:
+            task.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+    def _follow(self, address: str) -> None:
+        if address not in self._readers:
+            task = self._readers[address] = asyncio.create_task(self._read(address))
+            task.add_done_callback(lambda _: self._lost(address))
+
+    async def _read(self, address: str) -> None:
+        async with grpc.aio.insecure_channel(address, options=HANDOFF_CHANNEL_OPTIONS) as channel:
+            call = WorkerServiceStub(channel).Follow(pb.FollowRequest(gateway_id=self._gateway_id))
+            try:
+                async for message in call:
+                    for output in message.outputs:
+                        # One that was given up has no stream any more.
+                        if (stream := self._open.get(output.key)) is not None:
+                            stream.accept(output)
+            except grpc.aio.AioRpcError:
+                return
+
+    def _lost(self, address: str) -> None:
+        del self._readers[address]
+        lost = [stream for stream in self._open.values() if stream.address == address]
+        if lost:
+            asyncio.get_running_loop().call_later(self._patience_s, _give_up, lost)
+
+
+def _give_up(streams: list[TokenStream]) -> None:
+    for stream in streams:
+        stream.fail(PeerGone("the decode replica went away", retry_after_s=1.0))

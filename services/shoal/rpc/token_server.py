@@ -1,0 +1,191 @@
+"""Decode's end of the token streams: what a step generated goes out as one message to each gateway.
+
+::
+
+    open(listener) ─> outlet: send, send, …, end ──┐
+    open(listener) ─> outlet: send, …            ──┴─> the gateway's queue ─> one FollowResponse ─> gateway
+
+A gateway's stream may come after the first outputs, which wait for it. When it ends, nobody can say what was read:
+all its open requests end with PeerGone, and the gateway asks again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from shoal.errors import PeerGone, ProtocolViolation
+from shoal.messages import TokenOutput
+from shoal.rpc.outputs import to_outputs
+from shoal.rpc.statuses import abort
+from shoal.v1 import worker_pb2 as pb
+from shoal.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
+
+GATEWAY_ID_BYTES = 16
+MAX_BATCH_BYTES = 1 << 20
+END_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who a request's outputs are for: a gateway process, and its own name for the request."""
+
+    gateway_id: bytes
+    key: int
+
+
+class Outlet:
+    """Where one request's outputs go in."""
+
+    def __init__(self, key: int, gateway: _Gateway) -> None:
+        self._key = key
+        self._gateway = gateway
+        self._num_sent = 0
+
+    def send(self, output: TokenOutput) -> None:
+        """Never waits. Raises PeerGone once the gateway's stream has ended."""
+        self._put(list(to_outputs(self._key, self._num_sent, output)))
+
+    async def end(self, timeout_s: float = END_TIMEOUT_S) -> None:
+        """The request is complete: wait until all is written, and so the stream's to keep.
+
+        Raises PeerGone if the gateway's stream ends before, or isn't there after ``timeout_s``.
+        """
+        self._put([pb.Output(key=self._key, index=self._num_sent, is_end=True)])
+        gateway, number = self._gateway, self._gateway.num_put
+        try:
+            async with asyncio.timeout(timeout_s):
+                while gateway.num_written < number and not gateway.is_gone:
+                    await gateway.progress.wait()
+        except TimeoutError as error:
+            raise PeerGone("the gateway didn't come to listen") from error
+        if gateway.num_written < number:
+            raise _gone()
+
+    def _put(self, messages: Sequence[pb.Output]) -> None:
+        if self._gateway.is_gone:
+            raise _gone()
+        self._num_sent += len(messages)
+        self._gateway.put(messages)
+
+
+class _Gateway:
+    """A gateway's one stream to this process, from the first request that names it."""
+
+    def __init__(self) -> None:
+        self.num_open = 0
+        self.num_put = 0
+        self.num_written = 0
+        self.is_followed = False
+        self.is_gone = False
+        self.wake = asyncio.Event()
+        self.progress = asyncio.Event()
+        """Replaced whenever it's set."""
+        self._waiting: list[pb.Output] = []
+
+    def put(self, messages: Sequence[pb.Output]) -> None:
+        self.num_put += len(messages)
+        self._waiting += messages
+        self.wake.set()
+
+    def take(self) -> list[pb.Output]:
+        taken, self._waiting = self._waiting, []
+        self.wake.clear()
+        return taken
+
+    def written(self, number: int) -> None:
+        self.num_written += number
+        self._proceed()
+
+    def drop(self) -> None:
+        self.is_gone = True
+        self._waiting.clear()
+        self.wake.set()
+        self._proceed()
+
+    def _proceed(self) -> None:
+        self.progress.set()
+        self.progress = asyncio.Event()
+
+
+class TokenServer:
+    """Belongs to one event loop. Serves on whatever servers it was added to."""
+
+    def __init__(self) -> None:
+        self._gateways: dict[bytes, _Gateway] = {}
+
+    @property
+    def num_gateways(self) -> int:
+        """Those that listen, or have open requests."""
+        return len(self._gateways)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        add_WorkerServiceServicer_to_server(_Servicer(self), server)
+
+    @contextmanager
+    def open(self, listener: Listener) -> Iterator[Outlet]:
+        """A request's outlet, for as long as it runs."""
+        gateway = self._gateways.setdefault(listener.gateway_id, _Gateway())
+        gateway.num_open += 1
+        try:
+            yield Outlet(listener.key, gateway)
+        finally:
+            gateway.num_open -= 1
+            if not gateway.num_open and not gateway.is_followed:
+                self._drop(listener.gateway_id, gateway)
+
+    async def follow(self, gateway_id: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Write that gateway's outputs until its stream ends."""
+        gateway = self._gateways.setdefault(gateway_id, _Gateway())
+        if gateway.is_followed:
+            # It has lost the stream before, though this side has not heard of it yet.
+            self._drop(gateway_id, gateway)
+            gateway = self._gateways[gateway_id] = _Gateway()
+        gateway.is_followed = True
+        try:
+            while not gateway.is_gone:
+                await gateway.wake.wait()
+                for batch in _batches(gateway.take()):
+                    await context.write(pb.FollowResponse(outputs=batch))
+                    gateway.written(len(batch))
+        except (grpc.aio.BaseError, asyncio.InvalidStateError):
+            pass  # it's gone
+        finally:
+            self._drop(gateway_id, gateway)
+
+    def _drop(self, gateway_id: bytes, gateway: _Gateway) -> None:
+        gateway.drop()
+        if self._gateways.get(gateway_id) is gateway:
+            del self._gateways[gateway_id]
+
+
+class _Servicer(WorkerServiceServicer):
+    def __init__(self, server: TokenServer) -> None:
+        self._server = server
+
+    async def Follow(self, request: pb.FollowRequest, context: Any) -> None:  # type: ignore[override]
+        if len(request.gateway_id) != GATEWAY_ID_BYTES:
+            await abort(context, ProtocolViolation(f"a gateway id has {GATEWAY_ID_BYTES} bytes"))
+        await self._server.follow(request.gateway_id, context)
+
+
+def _gone() -> PeerGone:
+    return PeerGone("the gateway doesn't listen any more")
+
+
+def _batches(outputs: Sequence[pb.Output]) -> Iterator[Sequence[pb.Output]]:
+    """One, or several where much is told of prompts."""
+    first, num_bytes = 0, 0
+    for index, output in enumerate(outputs):
+        num_bytes += output.ByteSize()
+        if num_bytes > MAX_BATCH_BYTES and index > first:
+            yield outputs[first:index]
+            first, num_bytes = index, output.ByteSize()
+    if outputs[first:]:
+        yield outputs[first:]

@@ -1,0 +1,149 @@
+"""How much of the time per output token isn't the engine's: the way of tokens from decode to a client.
+
+    python tests/benchmarks/token_path.py [--streams 1 8 32] [--beside OTHER/services] [--json FILE]
+
+Starts ``shoal serve``, asks it by several streams at once over HTTP, and compares the client's time per output token
+with the mean step of decode's engine meanwhile, which decode's own metrics tell. All processes and the client share
+this machine's cores, so work on the way slows the steps down, too: with ``--beside``, another checkout is measured in
+turns with this one, and the tokens a second of both are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+from arms import MODEL_NAME
+from child import adopt_orphans, free_port, serving
+from load import LoadOptions, Loads
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from shoal.bench.clock import RealClock
+from shoal.bench.endpoint import EndpointOptions, open_endpoint
+from shoal.bench.record import Record
+from shoal.bench.workload import PlannedRequest
+
+_STEP = "shoal_decode_step_seconds"
+_HERE = str(Path(__file__).parents[2] / "services")
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """``tpot_s`` is the streams' median, ``step_s`` the mean of the steps that ran meanwhile."""
+
+    tpot_s: float
+    step_s: float
+    tokens_per_s: float
+
+    @property
+    def overhead(self) -> float:
+        """The share of the time per token in which no step ran."""
+        return 1 - self.step_s / self.tpot_s
+
+
+def main() -> None:
+    options = _options()
+    adopt_orphans()
+    trees = {"this": _HERE} | ({"beside": options.beside} if options.beside else {})
+    found: dict[tuple[str, int], list[Figures]] = defaultdict(list)
+    order = [(number, name) for number in range(options.rounds) for name in _turned(list(trees), number)]
+    for number, name in track(order, description="rounds", console=Console(stderr=True)):
+        for streams, figures in _measure(trees[name], options, number).items():
+            found[name, streams].append(figures)
+    if options.json:
+        raw = [
+            {"tree": name, "streams": streams, "rounds": [asdict(one) | {"overhead": one.overhead} for one in figures]}
+            for (name, streams), figures in found.items()
+        ]
+        settings = {**vars(options), "beside": bool(options.beside), "json": None}
+        Path(options.json).write_text(json.dumps({"settings": settings, "figures": raw}, indent=2) + "\n")
+    table = Table("tree", "streams", "per token", "a step", "not the engine's", "tokens/s")
+    for (name, streams), figures in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        tpot, step = (statistics.median(getattr(one, key) for one in figures) for key in ("tpot_s", "step_s"))
+        overhead = statistics.median(one.overhead for one in figures)
+        rate = statistics.median(one.tokens_per_s for one in figures)
+        table.add_row(
+            name, str(streams), f"{1000 * tpot:.1f} ms", f"{1000 * step:.1f} ms", f"{overhead:.0%}", f"{rate:.0f}"
+        )
+    Console().print(table)
+
+
+def _turned(names: list[str], number: int) -> list[str]:
+    return names if number % 2 == 0 else names[::-1]
+
+
+def _measure(tree: str, options: argparse.Namespace, number: int) -> dict[int, Figures]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
+        "--port", str(port), "--grpc-port", "0",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="shoal-tokens-") as folder:
+        path = os.pathsep.join([tree, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        with serving(command, {"PYTHONPATH": path}, Path(folder) / "log", url, "/readyz", 400):
+            return asyncio.run(_ask_all(url, options, number))
+
+
+async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[int, Figures]:
+    load = LoadOptions(stream_prompt_tokens=options.prompt_tokens, stream_output_tokens=options.output_tokens)
+    loads = Loads(range(1000, 9000), load, seed=number)
+    await _ask(url, loads.together("warm-up", max(options.streams), 8))
+    figures = {}
+    for streams in options.streams:
+        before = _steps(url)
+        records = await _ask(url, loads.together(f"round {number}", streams))
+        seconds, steps = (now - then for now, then in zip(_steps(url), before, strict=True))
+        tpot_s = statistics.median(record.tpot_s for record in records if record.tpot_s is not None)
+        ended_s = max(record.sent_s + (record.e2e_s or 0) for record in records)
+        took_s = ended_s - min(record.sent_s for record in records)
+        figures[streams] = Figures(tpot_s, seconds / steps, sum(one.output_tokens for one in records) / took_s)
+    return figures
+
+
+async def _ask(url: str, requests: list[PlannedRequest]) -> list[Record]:
+    async with open_endpoint(EndpointOptions(url, model=MODEL_NAME, timeout_s=300), RealClock()) as endpoint:
+        records = await asyncio.gather(*(endpoint.send(one, endpoint.body(one), 0.0) for one in requests))
+    for record in records:
+        if record.failure is not None:
+            sys.exit(f"error: a request failed ({record.failure}): {record.detail}")
+    return list(records)
+
+
+def _steps(url: str) -> tuple[float, float]:
+    """Seconds in steps, and their number, of all decode replicas so far."""
+    sums = {f"{_STEP}_sum": 0.0, f"{_STEP}_count": 0.0}
+    with httpx.Client(trust_env=False, timeout=10) as client:
+        for target in (one for group in client.get(f"{url}/metrics/targets").json() for one in group["targets"]):
+            for family in text_string_to_metric_families(client.get(f"http://{target}/metrics").text):
+                for sample in family.samples:
+                    if sample.name in sums:
+                        sums[sample.name] += sample.value
+    return sums[f"{_STEP}_sum"], sums[f"{_STEP}_count"]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside", help="the services folder of another checkout, to measure in turns")
+    parser.add_argument("--json", help="write raw figures here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from shoal.config import ShoalConfig
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.sink import PoolSink
 from shoal.decode.worker import DecodeWorker
-from shoal.engine.build import Served, build_engine, choose_device, layout_of, load_parameters, set_num_threads
+from shoal.engine.build import Served, layout_of, load_stage
 from shoal.engine.client import EngineClient
 from shoal.engine.detokenizer import decode_with
 from shoal.engine.engine import Engine
@@ -58,17 +58,14 @@ async def open_decode(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[DecodeStage]:
     """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish."""
-    set_num_threads(config.decode)
-    device = choose_device(config.decode)
-    served = Served.of(config, device)
+    loaded = await load_stage(config, Stage.DECODE, on_progress)
+    served, parameters, core = loaded.served, loaded.parameters, loaded.engine
     if served.plan.anchors is not None:
         _log.warning("the speed plan is for checkpoints tuned for it: any other one loses much more than with pop")
-    parameters = load_parameters(served, Stage.DECODE, device, on_progress)
     metrics = DecodeMetrics(registry)
     metrics.parameters(
         held_bytes=parameters.num_bytes, full_model_bytes=served.spec.num_parameters * served.dtype.itemsize
     )
-    core = build_engine(config, Stage.DECODE, served, parameters, device=device)
     meter = StepMeter(metrics)
 
     def on_step(output: StepOutput) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 
 import structlog
@@ -224,6 +227,38 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A stage's model in memory, and an engine that is warm."""
+
+    served: Served
+    parameters: Parameters
+    engine: Engine
+
+
+async def load_stage(
+    config: ShoalConfig, stage: Stage, on_progress: Callable[[int, int], None] | None = None
+) -> Loaded:
+    """Everything from the configuration to an engine, in a thread that ends.
+
+    A thread that has computed once keeps a team of OpenMP's threads for as long as it lives. With more of those in a
+    process than cores, OpenMP never spins: each parallel region waits to be woken, and a decode step of a small model
+    takes twice as long. So nothing but the engine's own thread may compute in a process that serves. Raises ModelError
+    or ConfigError.
+    """
+
+    def load() -> Loaded:
+        limits = config.prefill if stage is Stage.PREFILL else config.decode
+        set_num_threads(limits)
+        device = choose_device(limits)
+        served = Served.of(config, device)
+        parameters = load_parameters(served, stage, device, on_progress)
+        return Loaded(served, parameters, build_engine(config, stage, served, parameters, device=device))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, load)
 
 
 def set_num_threads(limits: StageConfig) -> int:

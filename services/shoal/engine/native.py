@@ -33,8 +33,8 @@ def check_native(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, dev
         raise ConfigError("they take sizes that are multiples of 32")
 
 
-# With more rows torch's products are faster: it packs the weights, which then pays.
-_MAX_FEW_ROWS = 16
+# With more rows torch's products are faster: it packs the weights, which then pays. crew.hpp says the same.
+_MAX_FEW_ROWS = 64
 
 
 def find_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> NativeKernels:

@@ -23,7 +23,7 @@ from shoal.machine import cpu_flags
 
 # What x86-64-v4 and -mavx512bf16 let the compiler use, as /proc/cpuinfo names it.
 CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "fma", "bmi2"})
-_OPTIONS = ("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-fPIC", "-shared")
+_OPTIONS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-pthread", "-fPIC", "-shared")
 _TIMEOUT_S = 120
 # A folder with a library compiled before, for images without a compiler.
 FOLDER_VARIABLE = "SHOAL_KERNELS_FOLDER"

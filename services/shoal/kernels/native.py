@@ -38,8 +38,8 @@ def load() -> NativeKernels:
 
 
 class NativeKernels:
-    """Each method allocates what it returns, and runs on torch's number of threads (and torch's own threads: both use
-    the one OpenMP runtime that is loaded)."""
+    """Each method allocates what it returns, and runs on torch's number of threads: of torch's own with many rows (both
+    use the one OpenMP runtime that is loaded), else of the kernels' (crew.hpp)."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._functions = {}

@@ -11,7 +11,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from shoal.config import HandoffConfig, ShoalConfig
-from shoal.engine.build import Served, build_engine, choose_device, load_parameters, set_num_threads
+from shoal.engine.build import Served, load_stage
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
@@ -56,14 +56,11 @@ async def open_prefill(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[PrefillStage]:
     """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish."""
-    set_num_threads(config.prefill)
-    device = choose_device(config.prefill)
-    served = Served.of(config, device)
-    parameters = load_parameters(served, Stage.PREFILL, device, on_progress)
+    loaded = await load_stage(config, Stage.PREFILL, on_progress)
+    served, parameters, core = loaded.served, loaded.parameters, loaded.engine
     metrics = PrefillMetrics(registry)
     full_model_bytes = served.spec.num_parameters * served.dtype.itemsize
     metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
-    core = build_engine(config, Stage.PREFILL, served, parameters, device=device)
     engine = EngineClient(core, name="shoal-prefill", on_step=_on_step(metrics, core.scheduler.layout.block_bytes))
     for key in ("max_frame_bytes", "slot_bytes"):
         if getattr(config.handoff, key) < core.scheduler.layout.token_layer_bytes:

@@ -1,11 +1,11 @@
 // Attention of one row each of many sequences. The time goes into reading K and V: each is read once for all the query
 // heads that share it, and a long context is cut into parts for the threads, which are then put together.
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "crew.hpp"
 #include "simd.hpp"
 
 namespace shoal {
@@ -13,6 +13,7 @@ namespace {
 
 constexpr int CHUNK = 64;
 constexpr int64_t MIN_PART = 128;
+constexpr int64_t JOINED = 16;  // heads at a time
 
 // What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, `total` of 2^(score - top).
 struct Part {
@@ -110,24 +111,22 @@ void attend_decode(const Rows& rows, const bf16* pool) {
     std::vector<float> sums(rows.batch * num_parts * heads * D);
     std::vector<Part> parts(rows.batch * num_parts * heads);
     for (size_t i = 0; i < parts.size(); i++) parts[i].sums = sums.data() + i * D;
-#pragma omp parallel num_threads(rows.num_threads)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < rows.batch * num_parts; item++) {
-            const int64_t sequence = item / num_parts, at = sequence * rows.longest;
-            const int64_t length = rows.lengths[sequence], size = (length + num_parts - 1) / num_parts;
-            const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
-            const Context context = {pool, rows.slots ? rows.slots + at : nullptr, rows.first_slot + at, slot_size};
-            add_chunks<D>(rows, rows.queries + rows.rows[sequence] * rows.query_row, context, begin, end,
-                          parts.data() + item * heads);
-        }
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < rows.batch * heads; item++) {
+    const Team team(rows.num_threads, rows.batch);
+    share(rows.batch * num_parts, team, [&](int64_t item) {
+        const int64_t sequence = item / num_parts, at = sequence * rows.longest;
+        const int64_t length = rows.lengths[sequence], size = (length + num_parts - 1) / num_parts;
+        const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
+        const Context context = {pool, rows.slots ? rows.slots + at : nullptr, rows.first_slot + at, slot_size};
+        add_chunks<D>(rows, rows.queries + rows.rows[sequence] * rows.query_row, context, begin, end,
+                      parts.data() + item * heads);
+    });
+    share_ranges(rows.batch * heads, JOINED, team, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; item++) {
             const int64_t sequence = item / heads, head = item % heads;
             join<D>(parts, sequence * num_parts * heads + head, num_parts, heads,
                     rows.out + (rows.rows[sequence] * heads + head) * D);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -2,10 +2,9 @@
 //
 // Both operands lie as torch has them, numbers of a row side by side, so sums run along the registers and are added
 // across at the end. A tile of weights' rows times inputs' rows shares its loads.
-#include <omp.h>
-
 #include <algorithm>
 
+#include "crew.hpp"
 #include "simd.hpp"
 
 namespace shoal {
@@ -66,12 +65,10 @@ extern "C" int shoal_linear(const void* inputs, const void* weights, const void*
     if (size % 32 || num_outputs % 16) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t piece = 0; piece < (num_outputs + PIECE - 1) / PIECE; piece++) {
-        const int64_t end = std::min(num_outputs, (piece + 1) * PIECE);
+    share_ranges(num_outputs, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
         for (int64_t row = 0; row < num_rows; row += 6)
-            for (int64_t output = piece * PIECE; output < end; output += 16)
+            for (int64_t output = begin; output < end; output += 16)
                 few(of, row, (int)std::min<int64_t>(6, num_rows - row), output);
-    }
+    });
     return 0;
 }

@@ -8,12 +8,12 @@
 //
 // Six rows of queries share each load of them: 24 registers hold sums, four what was loaded. Rows go through the keys
 // block by block, with an online softmax between. Scores and sums are float32; probabilities are rounded to bfloat16.
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
+#include "crew.hpp"
 #include "simd.hpp"
 
 namespace shoal {
@@ -181,27 +181,23 @@ bool attend_prompt(const Rows& rows, const Context& context) {
     if (!memory) return false;
     const auto keys = [&](int head) { return memory + 2 * head * padded * D; };
     const auto values = [&](int head) { return memory + (2 * head + 1) * padded * D; };
-#pragma omp parallel num_threads(rows.num_threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < rows.kv_heads * num_pieces; item++) {
-            const int head = (int)(item / num_pieces);
-            const int64_t begin = item % num_pieces * PIECE;
-            pack<D>(context, rows.kv_heads, head, {begin, std::min(rows.num_context, begin + PIECE)}, keys(head),
-                    values(head));
-        }
-        // The last rows see most: first, so that no thread is left with them at the end.
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < rows.kv_heads * num_runs; item++) {
-            const int head = (int)(item % rows.kv_heads);
-            const int64_t begin = (num_runs - 1 - item / rows.kv_heads) * RUN;
-            const int64_t end = std::min(rows.num_rows, begin + RUN);
-            const Packed kv = {keys(head), values(head)};
-            int64_t row = begin;
-            for (; row + ROWS <= end; row += ROWS) attend_heads<D, ROWS>(rows, head, row, kv);
-            for (; row < end; row++) attend_heads<D, 1>(rows, head, row, kv);
-        }
-    }
+    const Team team(rows.num_threads, rows.num_rows);
+    share(rows.kv_heads * num_pieces, team, [&](int64_t item) {
+        const int head = (int)(item / num_pieces);
+        const int64_t begin = item % num_pieces * PIECE;
+        pack<D>(context, rows.kv_heads, head, {begin, std::min(rows.num_context, begin + PIECE)}, keys(head),
+                values(head));
+    });
+    // The last rows see most: first, so that no thread is left with them at the end.
+    share(rows.kv_heads * num_runs, team, [&](int64_t item) {
+        const int head = (int)(item % rows.kv_heads);
+        const int64_t begin = (num_runs - 1 - item / rows.kv_heads) * RUN;
+        const int64_t end = std::min(rows.num_rows, begin + RUN);
+        const Packed kv = {keys(head), values(head)};
+        int64_t row = begin;
+        for (; row + ROWS <= end; row += ROWS) attend_heads<D, ROWS>(rows, head, row, kv);
+        for (; row < end; row++) attend_heads<D, 1>(rows, head, row, kv);
+    });
     std::free(memory);
     return true;
 }

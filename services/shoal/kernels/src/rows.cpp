@@ -1,14 +1,13 @@
 // What happens to each row between the matrix products: one pass over the memory each, float32 inside, one rounding.
-#include <omp.h>
-
 #include <cmath>
 
+#include "crew.hpp"
 #include "simd.hpp"
 
 namespace shoal {
 namespace {
 
-constexpr int64_t MIN_ROWS = 8;  // fewer are done before a second thread has begun
+constexpr int64_t PIECE = 8;  // rows; fewer are done before a second thread has begun
 
 inline __m512 sigmoid(__m512 x) {
     const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-80.0f));
@@ -27,12 +26,13 @@ inline __m512 gelu_tanh(__m512 x) {
 
 template <__m512 (*ACTIVATION)(__m512)>
 void gate(const bf16* both, int64_t num_rows, int64_t size, bf16* out, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows >= MIN_ROWS)
-    for (int64_t row = 0; row < num_rows; row++) {
-        const bf16 *const gates = both + row * 2 * size, *const ups = gates + size;
-        for (int64_t j = 0; j < size; j += 16)
-            store(out + row * size + j, _mm512_mul_ps(ACTIVATION(load(gates + j)), load(ups + j)));
-    }
+    share_ranges(num_rows, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const bf16 *const gates = both + row * 2 * size, *const ups = gates + size;
+            for (int64_t j = 0; j < size; j += 16)
+                store(out + row * size + j, _mm512_mul_ps(ACTIVATION(load(gates + j)), load(ups + j)));
+        }
+    });
 }
 
 }  // namespace
@@ -45,24 +45,25 @@ extern "C" int shoal_add_norm(const void* hidden, const void* added, const void*
                               float eps, void* sum, void* out, int num_threads) {
     using namespace shoal;
     if (size % 16) return 1;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows >= MIN_ROWS)
-    for (int64_t row = 0; row < num_rows; row++) {
-        const bf16* from = static_cast<const bf16*>(hidden) + row * size;
-        if (added) {
-            bf16* const to = static_cast<bf16*>(sum) + row * size;
-            const bf16* const other = static_cast<const bf16*>(added) + row * size;
-            for (int64_t j = 0; j < size; j += 16) store(to + j, _mm512_add_ps(load(from + j), load(other + j)));
-            from = to;
+    share_ranges(num_rows, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const bf16* from = static_cast<const bf16*>(hidden) + row * size;
+            if (added) {
+                bf16* const to = static_cast<bf16*>(sum) + row * size;
+                const bf16* const other = static_cast<const bf16*>(added) + row * size;
+                for (int64_t j = 0; j < size; j += 16) store(to + j, _mm512_add_ps(load(from + j), load(other + j)));
+                from = to;
+            }
+            __m512 squares = _mm512_setzero_ps();
+            for (int64_t j = 0; j < size; j += 16) squares = _mm512_fmadd_ps(load(from + j), load(from + j), squares);
+            const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)size + eps));
+            bf16* const to = static_cast<bf16*>(out) + row * size;
+            for (int64_t j = 0; j < size; j += 16) {
+                const __m512 normed = _mm512_mul_ps(load(from + j), scale);
+                store(to + j, weight ? _mm512_mul_ps(normed, load(static_cast<const bf16*>(weight) + j)) : normed);
+            }
         }
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t j = 0; j < size; j += 16) squares = _mm512_fmadd_ps(load(from + j), load(from + j), squares);
-        const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)size + eps));
-        bf16* const to = static_cast<bf16*>(out) + row * size;
-        for (int64_t j = 0; j < size; j += 16) {
-            const __m512 normed = _mm512_mul_ps(load(from + j), scale);
-            store(to + j, weight ? _mm512_mul_ps(normed, load(static_cast<const bf16*>(weight) + j)) : normed);
-        }
-    }
+    });
     return 0;
 }
 
@@ -75,24 +76,25 @@ extern "C" int shoal_rotate_store(void* heads, int64_t heads_row, const void* co
     using namespace shoal;
     if (head_dim % 32) return 1;
     const int half = head_dim / 2;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows >= MIN_ROWS)
-    for (int64_t row = 0; row < num_rows; row++) {
-        bf16* const own = static_cast<bf16*>(heads) + row * heads_row;
-        bf16* const slot = static_cast<bf16*>(pool) + (slots ? slots[row] : row) * 2 * kv_heads * head_dim;
-        for (int head = 0; head < num_heads + kv_heads; head++) {
-            const bf16* const from = own + (int64_t)head * head_dim;
-            bf16* const to = head < num_heads ? own + (int64_t)head * head_dim : slot + (head - num_heads) * head_dim;
-            for (int j = 0; j < half; j += 16) {
-                const __m512 a = load(from + j), b = load(from + half + j);
-                const __m512 c = load(static_cast<const bf16*>(cos) + row * half + j);
-                const __m512 s = load(static_cast<const bf16*>(sin) + row * half + j);
-                store(to + j, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
-                store(to + half + j, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
+    share_ranges(num_rows, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            bf16* const own = static_cast<bf16*>(heads) + row * heads_row;
+            bf16* const slot = static_cast<bf16*>(pool) + (slots ? slots[row] : row) * 2 * kv_heads * head_dim;
+            for (int head = 0; head < num_heads + kv_heads; head++) {
+                const bf16* const from = own + (int64_t)head * head_dim;
+                bf16* const to = head < num_heads ? own + (int64_t)head * head_dim : slot + (head - num_heads) * head_dim;
+                for (int j = 0; j < half; j += 16) {
+                    const __m512 a = load(from + j), b = load(from + half + j);
+                    const __m512 c = load(static_cast<const bf16*>(cos) + row * half + j);
+                    const __m512 s = load(static_cast<const bf16*>(sin) + row * half + j);
+                    store(to + j, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)));
+                    store(to + half + j, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
+                }
             }
+            std::memcpy(slot + kv_heads * head_dim, own + (int64_t)(num_heads + kv_heads) * head_dim,
+                        sizeof(bf16) * kv_heads * head_dim);
         }
-        std::memcpy(slot + kv_heads * head_dim, own + (int64_t)(num_heads + kv_heads) * head_dim,
-                    sizeof(bf16) * kv_heads * head_dim);
-    }
+    });
     return 0;
 }
 

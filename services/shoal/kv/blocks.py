@@ -25,16 +25,13 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks))
         self._counts = [0] * num_blocks
-        self._num_idle = 0  # free, but remembered
         self._distrusted: set[int] = set()  # held, and never to be remembered
-        self.prefixes = None
-        if any_source is not None:
-            self.prefixes = PrefixCache(lambda block: self._counts[block] == 0, any_source=any_source)
+        self.prefixes = None if any_source is None else PrefixCache(any_source=any_source)
 
     @property
     def num_free(self) -> int:
         """Those that are remembered included: they go last."""
-        return len(self._free) + self._num_idle
+        return len(self._free) + (0 if self.prefixes is None else self.prefixes.num_idle)
 
     @property
     def num_used(self) -> int:
@@ -49,7 +46,7 @@ class BlockAllocator:
         if num_blocks > self.num_free:
             raise OutOfBlocks(f"{num_blocks} blocks wanted, {self.num_free} of {self.num_blocks} free")
         while len(self._free) < num_blocks and self.prefixes is not None:
-            self._free_idle(self.prefixes.evict())
+            self._free_unheld(self.prefixes.evict())
         taken = [heapq.heappop(self._free) for _ in range(num_blocks)]
         for block in taken:
             self._counts[block] = 1
@@ -59,21 +56,21 @@ class BlockAllocator:
         """Hold blocks that someone else already holds, or that are remembered."""
         for block in blocks:
             if self._counts[block] == 0:
-                if not self._is_remembered(block):
+                if self.prefixes is None or block not in self.prefixes:
                     raise InternalError(f"block {block} is free and can't be shared")
-                self._num_idle -= 1
+                self.prefixes.take(block)
             self._counts[block] += 1
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Give back one hold on each block."""
-        for block in blocks:
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back one hold on each block of a table."""
+        for block in reversed(blocks):
             if self._counts[block] == 0:
                 raise InternalError(f"block {block} is released twice")
             self._counts[block] -= 1
             if self._counts[block] == 0:
                 self._distrusted.discard(block)
-                if self._is_remembered(block):
-                    self._num_idle += 1
+                if self.prefixes is not None and block in self.prefixes:
+                    self.prefixes.rest(block)
                 else:
                     heapq.heappush(self._free, block)
 
@@ -89,13 +86,9 @@ class BlockAllocator:
         if self.prefixes is not None:
             gone = self.prefixes.forget(blocks)
             self._distrusted.update(block for block in (*blocks, *gone) if self._counts[block])
-            self._free_idle(gone)
+            self._free_unheld(gone)
 
-    def _free_idle(self, forgotten: Iterable[int]) -> None:
+    def _free_unheld(self, forgotten: Iterable[int]) -> None:
         for block in forgotten:
             if self._counts[block] == 0:
-                self._num_idle -= 1
                 heapq.heappush(self._free, block)
-
-    def _is_remembered(self, block: int) -> bool:
-        return self.prefixes is not None and block in self.prefixes

@@ -14,7 +14,7 @@ node is known by its tokens and by which of them are own. Plain Python, no torch
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 Tokens = tuple[int, ...]
@@ -42,14 +42,13 @@ class _Node:
 
 
 class PrefixCache:
-    """``is_idle`` tells whether no sequence holds a block now, so that it may be evicted."""
+    """What blocks hold. Those that no sequence holds are *idle* and may be evicted: ``rest`` and ``take`` tell."""
 
-    def __init__(self, is_idle: Callable[[int], bool], *, any_source: bool = False) -> None:
-        self._is_idle = is_idle
+    def __init__(self, *, any_source: bool = False) -> None:
         self._any_source = any_source
         self._roots: dict[str, dict[Tokens, list[_Node]]] = {}
-        # By block, the longest unused first. Ancestors are always used after their children, so children go first.
-        self._nodes: OrderedDict[int, _Node] = OrderedDict()
+        self._nodes: dict[int, _Node] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the longest idle first
 
     def __contains__(self, block: int) -> bool:
         return block in self._nodes
@@ -57,22 +56,32 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    def rest(self, block: int) -> None:
+        """Nobody holds ``block`` any more. A sequence's last blocks first: ends then go before beginnings."""
+        self._idle[block] = None
+
+    def take(self, block: int) -> None:
+        """Somebody holds ``block`` again."""
+        del self._idle[block]
+
     def match(self, tenant: str, pieces: Sequence[Piece]) -> list[int]:
         """The blocks of the longest known beginning of ``pieces``."""
-        found: list[_Node] = []
+        found: list[int] = []
         below = self._roots.get(tenant, {})
         for piece in pieces:
             node = self._best(below, piece)
             if node is None:
                 break
-            found.append(node)
+            found.append(node.block)
             below = node.children
-        self._use(found)
-        return [node.block for node in found]
+        return found
 
     def insert(self, tenant: str, pieces: Sequence[Piece], blocks: Sequence[int]) -> None:
-        """Remember that ``blocks`` hold ``pieces``. What is known already stays where it is."""
-        path: list[_Node] = []
+        """Remember that ``blocks``, which are held, hold ``pieces``. What is known already stays where it is."""
         parent: _Node | None = None
         below = self._roots.setdefault(tenant, {}) if pieces else {}
         for piece, block in zip(pieces, blocks, strict=True):
@@ -84,9 +93,7 @@ class PrefixCache:
                 below.setdefault(piece.tokens, []).append(node)
             elif node.parent is not parent:
                 break
-            path.append(node)
             parent, below = node, node.children
-        self._use(path)
 
     def forget(self, blocks: Sequence[int]) -> list[int]:
         """Never serve ``blocks`` again, nor what came after them; all that went."""
@@ -97,18 +104,12 @@ class PrefixCache:
         return gone
 
     def evict(self) -> list[int]:
-        """Forget the idle block that was unused the longest, if possible one that nothing known comes after, and what
-        comes after it; all that went. Those of them that are held are only not known any more."""
-        idle = None
-        for block, node in self._nodes.items():
-            if self._is_idle(block):
-                if not node.children:
-                    return self.forget([block])
-                idle = idle or node
-        if idle is None:
+        """Forget the block that was idle the longest, and what comes after it; all that went. Those of them that are
+        held are only not known any more. Raises LookupError if none is idle."""
+        if not self._idle:
             raise LookupError("no block is idle")
         # Who holds what comes after it has a copy of its own of what comes before.
-        return self.forget([idle.block])
+        return self.forget([next(iter(self._idle))])
 
     def _best(self, below: dict[Tokens, list[_Node]], piece: Piece) -> _Node | None:
         """An exact one if there is one."""
@@ -116,10 +117,6 @@ class PrefixCache:
             node for node in below.get(piece.tokens, ()) if node.piece.serves(piece, any_source=self._any_source)
         ]
         return min(fitting, key=lambda node: node.piece != piece, default=None)
-
-    def _use(self, path: Sequence[_Node]) -> None:
-        for node in reversed(path):
-            self._nodes.move_to_end(node.block)
 
     def _drop(self, node: _Node) -> Iterator[_Node]:
         same = node.siblings[node.piece.tokens]
@@ -133,6 +130,7 @@ class PrefixCache:
             one = waiting.pop()
             waiting += (child for children in one.children.values() for child in children)
             del self._nodes[one.block]
+            self._idle.pop(one.block, None)
             yield one
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,13 +18,8 @@ def pieces(*named: str, own: int = PROJECTED) -> list[Piece]:
     return [Piece(tuple(map(ord, name)), own) for name in named]
 
 
-def cache_of(*, any_source: bool = False, held: Iterable[int] = ()) -> PrefixCache:
-    busy = set(held)
-    return PrefixCache(lambda block: block not in busy, any_source=any_source)
-
-
 def test_the_longest_known_beginning_is_found():
-    cache = cache_of()
+    cache = PrefixCache()
     cache.insert("a", pieces("th", "e ", "se"), [5, 3, 8])
     assert cache.match("a", pieces("th", "e ", "sk")) == [5, 3]
     assert cache.match("a", pieces("th", "e ", "se", "a.")) == [5, 3, 8]
@@ -34,13 +27,13 @@ def test_the_longest_known_beginning_is_found():
 
 
 def test_a_tenant_finds_only_its_own():
-    cache = cache_of()
+    cache = PrefixCache()
     cache.insert("a", pieces("th"), [1])
     assert cache.match("b", pieces("th")) == []
 
 
 def test_what_was_computed_otherwise_is_not_found():
-    cache = cache_of()
+    cache = PrefixCache()
     cache.insert("a", pieces("th", "e "), [1, 2])
     assert cache.match("a", pieces("th", own=OWN)) == []
     cache.insert("a", pieces("th", own=OWN), [3])
@@ -49,7 +42,7 @@ def test_what_was_computed_otherwise_is_not_found():
 
 
 def test_own_may_stand_for_projected_where_that_is_allowed_never_the_other_way():
-    cache = cache_of(any_source=True)
+    cache = PrefixCache(any_source=True)
     cache.insert("a", pieces("th", own=OWN), [3])
     assert cache.match("a", pieces("th")) == [3]
     cache.insert("a", pieces("th"), [1])
@@ -60,15 +53,15 @@ def test_own_may_stand_for_projected_where_that_is_allowed_never_the_other_way()
 
 
 def test_what_follows_a_block_that_stood_for_another_is_found_behind_it():
-    cache = cache_of(any_source=True)
+    cache = PrefixCache(any_source=True)
     cache.insert("a", pieces("th", own=OWN), [3])
     cache.insert("a", pieces("th", "e "), [3, 4])  # a sequence that held block 3, and went on
     assert cache.match("a", pieces("th", "e ")) == [3, 4]
-    assert cache_of().match("a", pieces("th")) == []
+    assert PrefixCache().match("a", pieces("th")) == []
 
 
 def test_equal_content_is_kept_once():
-    cache = cache_of()
+    cache = PrefixCache()
     cache.insert("a", pieces("th", "e "), [1, 2])
     cache.insert("a", pieces("th", "e ", "se"), [7, 8, 9])
     assert cache.match("a", pieces("th", "e ", "se")) == [1, 2, 9]
@@ -76,25 +69,35 @@ def test_equal_content_is_kept_once():
 
 
 def test_the_longest_unused_goes_first_and_ends_before_beginnings():
-    cache = cache_of()
-    cache.insert("a", pieces("th", "e ", "se"), [1, 2, 3])
-    cache.insert("a", pieces("a ", "sk"), [4, 5])
-    cache.match("a", pieces("th", "e "))
-    assert [cache.evict() for _ in range(5)] == [[3], [5], [4], [2], [1]]
+    allocator = BlockAllocator(5, any_source=False)
+    for names in (("th", "e ", "se"), ("a ", "sk")):
+        blocks = allocator.allocate(len(names))
+        allocator.remember("a", pieces(*names), blocks)
+        allocator.release(blocks)
+    prefixes = allocator.prefixes
+    assert prefixes is not None
+    again = prefixes.match("a", pieces("th", "e "))
+    allocator.share(again)
+    allocator.release(again)
+    assert [prefixes.evict() for _ in range(5)] == [[2], [4], [3], [1], [0]]
     with pytest.raises(LookupError):
-        cache.evict()
+        prefixes.evict()
 
 
 def test_a_held_block_is_not_evicted():
-    cache = cache_of(held=[1, 2])
-    cache.insert("a", pieces("th", "e ", "se"), [1, 2, 3])
-    assert cache.evict() == [3]
+    allocator = BlockAllocator(3, any_source=False)
+    blocks = allocator.allocate(3)
+    allocator.remember("a", pieces("th", "e ", "se"), blocks)
+    allocator.release(blocks[2:])
+    prefixes = allocator.prefixes
+    assert prefixes is not None
+    assert prefixes.evict() == [2]
     with pytest.raises(LookupError):
-        cache.evict()
+        prefixes.evict()
 
 
 def test_forgetting_takes_along_what_came_after():
-    cache = cache_of()
+    cache = PrefixCache()
     cache.insert("a", pieces("th", "e ", "se"), [1, 2, 3])
     cache.insert("a", pieces("th", "is"), [1, 4])
     assert sorted(cache.forget([2, 99])) == [2, 3]

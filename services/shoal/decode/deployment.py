@@ -19,7 +19,7 @@ from shoal.errors import Unavailable
 from shoal.messages import GenerateRequest, Grant, HandoffOutcome
 from shoal.replica import host_of_this_node, known_error
 from shoal.rpc.ports import join_address
-from shoal.rpc.token_server import Listener, TokenServer
+from shoal.rpc.token_server import Listener, Place, TokenServer
 from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
 
 
@@ -50,18 +50,19 @@ class DecodeReplica:
         address = await self._stage.server.listen(
             peers.bound, ports.first, ports.last, advertised_host=peers.advertised, also=self._tokens.add_to
         )
+        self._exits.callback(self._tokens.close)  # before the server, which would wait for its streams
         self._entry = directory.entry_of_this_replica(
             "decode", metrics_address=join_address(host.advertised, metrics.port), handoff_address=address
         )
         await asyncio.to_thread(directory.register, self._entry)
 
-    async def generate(self, request: GenerateRequest, listener: Listener) -> AsyncGenerator[str, None]:
+    async def generate(self, request: GenerateRequest, listener: Listener) -> AsyncGenerator[Place, None]:
         """Continue one prompt; ending the iteration frees everything on both pools.
 
-        Brings the address at which ``listener`` gets the outputs, and is open until the last one is sent.
+        Brings the place where ``listener`` gets the outputs, and is open until the last one is sent.
         """
         with bind_request(request.context.request_id), self._tokens.open(listener) as outlet:
-            yield self._stage.desk.address
+            yield self._tokens.at(self._stage.desk.address)
             async with aclosing(self._stage.worker.generate(request)) as outputs:
                 async for output in outputs:
                     outlet.send(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from shoal import directory
 from shoal.config import ShoalConfig
-from shoal.errors import InternalError, Unavailable
+from shoal.errors import InternalError, PeerGone, Unavailable
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
 from shoal.gateway.deadline import until_deadline
@@ -48,6 +48,8 @@ _log = structlog.get_logger(__name__)
 
 # Decode ends a request at its deadline and says so; only if nothing is heard of it does the gateway.
 _GRACE_S = 1.0
+# What decode has written by the end of its call is here by then.
+_ARRIVE_S = 10.0
 
 
 class PoolBackend:
@@ -69,7 +71,7 @@ class PoolBackend:
         with self._tokens.open() as stream:
             call = self._decode.generate.remote(request, stream.listener)
             watch = asyncio.create_task(_watch(call, stream))
-            watch.add_done_callback(partial(_fail_with, stream=stream))
+            watch.add_done_callback(partial(_call_ended, stream=stream))
             try:
                 async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
                     async for output in timely:
@@ -79,7 +81,8 @@ class PoolBackend:
             finally:
                 # However this ends: decode stops at once, and what it held on both pools is free again.
                 watch.cancel()
-                call.cancel()
+                with suppress(RayError, RayServeException):  # one that never began says so once more
+                    call.cancel()
 
     async def readiness(self) -> Readiness:
         """Up to a second old, however many probe or watch: Ray's head is asked no more often."""
@@ -94,17 +97,22 @@ class PoolBackend:
 async def _watch(call: Any, stream: TokenStream) -> None:
     """What Serve says of the request: first where it runs; then, if it fails, why."""
     try:
-        async for address in call:
-            stream.follow(address)
+        async for place in call:
+            stream.follow(place)
     except (RayError, RayServeException) as error:
         stream.fail(known_error(error, "decode"))
 
 
-def _fail_with(watch: asyncio.Task[None], stream: TokenStream) -> None:
-    """A defect must not leave the request waiting for its deadline."""
-    if not watch.cancelled() and (error := watch.exception()) is not None:
+def _call_ended(watch: asyncio.Task[None], stream: TokenStream) -> None:
+    """However Serve's call ended: an answer that isn't complete must not wait for its deadline."""
+    if watch.cancelled():  # also by Ray; if by us, nobody reads the stream any more
+        stream.fail(PeerGone("the call to decode was cancelled", retry_after_s=1.0))
+    elif (error := watch.exception()) is not None:
         _log.error("the call to decode failed", exc_info=error)
         stream.fail(InternalError(f"the call to decode failed ({type(error).__name__})"))
+    else:
+        lost = PeerGone("the decode replica has finished, and its answer didn't arrive", retry_after_s=1.0)
+        asyncio.get_running_loop().call_later(_ARRIVE_S, stream.fail, lost)
 
 
 class GatewayReplica:

@@ -124,8 +124,7 @@ class ModelFiles:
         """
         if self.kind is ModelKind.GGUF:
             return ModelSize(*gguf_size(self.tensor_files[0]))
-        tree = _read_json(self.path / "config.json")
-        check_family(tree.get("model_type"))
+        tree = _supported_tree(self.path)
         found = [tree.get(key) for key in ("vocab_size", "max_position_embeddings")]
         if not all(type(value) is int and value > 0 for value in found):
             config = self.config()
@@ -187,14 +186,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _folder_config(path: Path) -> PreTrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
+def _supported_tree(path: Path) -> dict[str, Any]:
+    """The folder's config.json, of a family that is supported and not quantized."""
     tree = _read_json(path / "config.json")
     check_family(tree.get("model_type"))
     if tree.get("quantization_config"):
         raise UnsupportedModel(f"{path} is quantized, which is supported as GGUF only: use a .gguf or plain weights")
+    return tree
+
+
+def _folder_config(path: Path) -> PreTrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    _supported_tree(path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:

@@ -65,6 +65,7 @@ def gguf_size(file: TensorFile) -> tuple[int, int]:
     """The vocabulary's and the longest context's tokens. Raises as ``gguf_config`` does."""
     gguf_architecture(file)
     values = GgufValues(file)
+    values.refuse_variants()
     return values.vocab_size(), values.count("context_length")
 
 

@@ -23,6 +23,9 @@ MIN_PING_INTERVAL_S = 5
 INITIAL_RECONNECT_S = 0.1
 MAX_RECONNECT_S = 1.0
 
+TOKEN_CONNECT_TIMEOUT_S = 5.0
+"""A stream that can't be opened ends its requests, so that is not concluded sooner than from a missing ping."""
+
 CLIENT_MAX_MESSAGE_BYTES = 64 << 20
 """Long answers with many log-probabilities fit; what a request may have is the server's to say."""
 CLIENT_CONNECT_TIMEOUT_S = 5.0
@@ -41,8 +44,11 @@ _RETRY_POLICY = {
 _RETRY_THROTTLING = {"maxTokens": 100, "tokenRatio": 0.1}
 
 
-def channel_options(max_message_bytes: int) -> Options:
-    """Options of a client's channel that sends and takes messages of up to ``max_message_bytes``."""
+def channel_options(max_message_bytes: int, connect_timeout_s: float = INITIAL_RECONNECT_S) -> Options:
+    """Options of a client's channel that sends and takes messages of up to ``max_message_bytes``.
+
+    A connection that isn't there after ``connect_timeout_s`` is tried anew.
+    """
     return (
         *_both(max_message_bytes),
         ("grpc.enable_retries", 0),
@@ -50,7 +56,7 @@ def channel_options(max_message_bytes: int) -> Options:
         # Own connections: two channels to one address would share the back-off after a peer's death.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", _ms(INITIAL_RECONNECT_S)),
-        ("grpc.min_reconnect_backoff_ms", _ms(INITIAL_RECONNECT_S)),
+        ("grpc.min_reconnect_backoff_ms", _ms(connect_timeout_s)),
         ("grpc.max_reconnect_backoff_ms", _ms(MAX_RECONNECT_S)),
     )
 
@@ -116,4 +122,5 @@ def _ms(seconds: float) -> int:
 
 
 HANDOFF_CHANNEL_OPTIONS = channel_options(HANDOFF_MAX_MESSAGE_BYTES)
+TOKEN_CHANNEL_OPTIONS = channel_options(HANDOFF_MAX_MESSAGE_BYTES, TOKEN_CONNECT_TIMEOUT_S)
 HANDOFF_SERVER_OPTIONS = server_options(HANDOFF_MAX_MESSAGE_BYTES)

@@ -13,8 +13,8 @@ from shoal.errors import ProtocolViolation
 from shoal.messages import Depth, FinishReason, HandoffReport, TokenLogprob, TokenOutput, TtftStages
 from shoal.v1 import inference_pb2, worker_pb2
 
-MAX_PROMPT_LOGPROBS = 512
-"""In one output: far below a message's limit, with 20 alternatives each."""
+MAX_TOLD_TOKENS = 8192
+"""Of a prompt's tokens and their alternatives, in one output: far below what a message may have."""
 
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -32,8 +32,9 @@ _DEPTHS_BACK = {value: depth for depth, value in DEPTHS.items()}
 def to_outputs(key: int, index: int, output: TokenOutput) -> Iterator[worker_pb2.Output]:
     """One message, or several where much is told of the prompt. ``index`` is the first one's."""
     told = output.prompt_logprobs
-    while len(told) > MAX_PROMPT_LOGPROBS:
-        part, told = told[:MAX_PROMPT_LOGPROBS], told[MAX_PROMPT_LOGPROBS:]
+    size = max(1, MAX_TOLD_TOKENS // (1 + max((len(one.top) for one in told), default=0)))
+    while len(told) > size:
+        part, told = told[:size], told[size:]
         yield worker_pb2.Output(
             key=key, index=index, choice=output.choice, prompt_logprobs=to_logprobs(part), is_partial=True
         )

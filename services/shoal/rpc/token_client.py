@@ -2,7 +2,7 @@
 
 ::
 
-    open() ─> stream: its listener goes with the request ─> the replica's address comes back ─> follow(address)
+    open() ─> stream: its listener goes with the request ─> the replica's place comes back ─> follow(place)
                  └─< outputs, sorted by key <── one FollowResponse a step <── decode
 """
 
@@ -12,16 +12,15 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 
 import grpc
 import grpc.aio
 
 from shoal.errors import PeerGone, ShoalError
 from shoal.messages import TokenOutput
-from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
+from shoal.rpc.options import TOKEN_CHANNEL_OPTIONS
 from shoal.rpc.outputs import OutputReader
-from shoal.rpc.token_server import GATEWAY_ID_BYTES, Listener
+from shoal.rpc.token_server import ID_BYTES, Listener, Place
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -29,17 +28,17 @@ from shoal.v1.worker_pb2_grpc import WorkerServiceStub
 class TokenStream:
     """One request's outputs. Iterate over it once; it ends when the request is complete."""
 
-    def __init__(self, listener: Listener, follow: Callable[[str], None]) -> None:
+    def __init__(self, listener: Listener, follow: Callable[[Place], None]) -> None:
         self.listener = listener
-        self.address: str | None = None
+        self.place: Place | None = None
         self._follow = follow
         self._reader = OutputReader()
         self._items: asyncio.Queue[TokenOutput | ShoalError | None] = asyncio.Queue()
 
-    def follow(self, address: str) -> None:
-        """The replica at ``address`` runs this request."""
-        self.address = address
-        self._follow(address)
+    def follow(self, place: Place) -> None:
+        """The replica at ``place`` runs this request."""
+        self.place = place
+        self._follow(place)
 
     def fail(self, error: ShoalError) -> None:
         """End it with ``error``, after what has come already; nothing if it is complete."""
@@ -78,16 +77,16 @@ class TokenClient:
     """
 
     def __init__(self, patience_s: float) -> None:
-        self._gateway_id = secrets.token_bytes(GATEWAY_ID_BYTES)
+        self._gateway_id = secrets.token_bytes(ID_BYTES)
         self._patience_s = patience_s
-        self._keys = count()
         self._open: dict[int, TokenStream] = {}
-        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._readers: dict[Place, asyncio.Task[None]] = {}
 
     @contextmanager
     def open(self) -> Iterator[TokenStream]:
         """A request's stream, for as long as it is waited for."""
-        stream = TokenStream(Listener(self._gateway_id, next(self._keys)), self._follow)
+        # Not to be guessed: outputs may come before it's known from where they must.
+        stream = TokenStream(Listener(self._gateway_id, secrets.randbits(64)), self._follow)
         self._open[stream.listener.key] = stream
         try:
             yield stream
@@ -101,26 +100,28 @@ class TokenClient:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
 
-    def _follow(self, address: str) -> None:
-        if address not in self._readers:
-            task = self._readers[address] = asyncio.create_task(self._read(address))
-            task.add_done_callback(lambda _: self._lost(address))
+    def _follow(self, place: Place) -> None:
+        if place not in self._readers:
+            task = self._readers[place] = asyncio.create_task(self._read(place))
+            task.add_done_callback(lambda _: self._lost(place))
 
-    async def _read(self, address: str) -> None:
-        async with grpc.aio.insecure_channel(address, options=HANDOFF_CHANNEL_OPTIONS) as channel:
-            call = WorkerServiceStub(channel).Follow(pb.FollowRequest(gateway_id=self._gateway_id))
+    async def _read(self, place: Place) -> None:
+        async with grpc.aio.insecure_channel(place.address, options=TOKEN_CHANNEL_OPTIONS) as channel:
+            request = pb.FollowRequest(gateway_id=self._gateway_id, server_id=place.server_id)
+            call = WorkerServiceStub(channel).Follow(request)
             try:
                 async for message in call:
                     for output in message.outputs:
                         # One that was given up has no stream any more.
-                        if (stream := self._open.get(output.key)) is not None:
+                        stream = self._open.get(output.key)
+                        if stream is not None and stream.place in {None, place}:
                             stream.accept(output)
             except grpc.aio.AioRpcError:
                 return
 
-    def _lost(self, address: str) -> None:
-        del self._readers[address]
-        lost = [stream for stream in self._open.values() if stream.address == address]
+    def _lost(self, place: Place) -> None:
+        del self._readers[place]
+        lost = [stream for stream in self._open.values() if stream.place == place]
         if lost:
             asyncio.get_running_loop().call_later(self._patience_s, _give_up, lost)
 

@@ -12,6 +12,7 @@ all its open requests end with PeerGone, and the gateway asks again.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,16 +21,25 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from shoal.errors import PeerGone, ProtocolViolation
+from shoal.errors import Overloaded, PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import TokenOutput
 from shoal.rpc.outputs import to_outputs
 from shoal.rpc.statuses import abort
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 
-GATEWAY_ID_BYTES = 16
+ID_BYTES = 16
+MAX_GATEWAYS = 1024
 MAX_BATCH_BYTES = 1 << 20
 END_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a gateway finds a request's outputs: a process, and its address (``host:port``)."""
+
+    server_id: bytes
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,7 @@ class TokenServer:
     """Belongs to one event loop. Serves on whatever servers it was added to."""
 
     def __init__(self) -> None:
+        self._server_id = secrets.token_bytes(ID_BYTES)
         self._gateways: dict[bytes, _Gateway] = {}
 
     @property
@@ -127,6 +138,15 @@ class TokenServer:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(_Servicer(self), server)
+
+    def at(self, address: str) -> Place:
+        """This server, which listens at ``address``."""
+        return Place(self._server_id, address)
+
+    def close(self) -> None:
+        """End all streams; what is still open ends with PeerGone."""
+        for gateway_id, gateway in list(self._gateways.items()):
+            self._drop(gateway_id, gateway)
 
     @contextmanager
     def open(self, listener: Listener) -> Iterator[Outlet]:
@@ -140,8 +160,15 @@ class TokenServer:
             if not gateway.num_open and not gateway.is_followed:
                 self._drop(listener.gateway_id, gateway)
 
-    async def follow(self, gateway_id: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Write that gateway's outputs until its stream ends."""
+    async def follow(self, request: pb.FollowRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Write that gateway's outputs until its stream ends. Raises a ShoalError where it is for somebody else."""
+        gateway_id = request.gateway_id
+        if len(gateway_id) != ID_BYTES:
+            raise ProtocolViolation(f"a gateway id has {ID_BYTES} bytes, not {len(gateway_id)}")
+        if request.server_id != self._server_id:
+            raise PeerGone("another process listens here now")
+        if gateway_id not in self._gateways and len(self._gateways) >= MAX_GATEWAYS:
+            raise Overloaded(f"{MAX_GATEWAYS} gateways listen here already")
         gateway = self._gateways.setdefault(gateway_id, _Gateway())
         if gateway.is_followed:
             # It has lost the stream before, though this side has not heard of it yet.
@@ -170,9 +197,10 @@ class _Servicer(WorkerServiceServicer):
         self._server = server
 
     async def Follow(self, request: pb.FollowRequest, context: Any) -> None:  # type: ignore[override]
-        if len(request.gateway_id) != GATEWAY_ID_BYTES:
-            await abort(context, ProtocolViolation(f"a gateway id has {GATEWAY_ID_BYTES} bytes"))
-        await self._server.follow(request.gateway_id, context)
+        try:
+            await self._server.follow(request, context)
+        except ShoalError as error:
+            await abort(context, error)
 
 
 def _gone() -> PeerGone:

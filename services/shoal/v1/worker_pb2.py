@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shoal.v1 import inference_pb2 as shoal_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shoal/v1/worker.proto\x12\x08shoal.v1\x1a\x18shoal/v1/inference.proto\"#\n\rFollowRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\x0c\"3\n\x0e\x46ollowResponse\x12!\n\x07outputs\x18\x01 \x03(\x0b\x32\x10.shoal.v1.Output\"\xb7\x03\n\x06Output\x12\x10\n\x03key\x18\x01 \x01(\x04H\x01\x88\x01\x01\x12\x12\n\x05index\x18\x02 \x01(\rH\x02\x88\x01\x01\x12\x13\n\x06\x63hoice\x18\x03 \x01(\rH\x03\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12(\n\x08logprobs\x18\x06 \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.shoal.v1.FinishReason\x12\x0e\n\x04stop\x18\x08 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\t \x01(\rH\x00\x12$\n\x06stages\x18\n \x01(\x0b\x32\x14.shoal.v1.TtftStages\x12(\n\x07handoff\x18\x0b \x01(\x0b\x32\x17.shoal.v1.HandoffReport\x12/\n\x0fprompt_logprobs\x18\x0c \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\x12\x12\n\nis_partial\x18\r \x01(\x08\x12\x0e\n\x06is_end\x18\x0e \x01(\x08\x42\r\n\x0bstop_reasonB\x06\n\x04_keyB\x08\n\x06_indexB\t\n\x07_choice\"\xe4\x01\n\nTtftStages\x12\x16\n\treserve_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07queue_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tprefill_s\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12transfer_exposed_s\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1c\n\x0f\x62oundary_step_s\x18\x05 \x01(\x01H\x04\x88\x01\x01\x42\x0c\n\n_reserve_sB\n\n\x08_queue_sB\x0c\n\n_prefill_sB\x15\n\x13_transfer_exposed_sB\x12\n\x10_boundary_step_s\"\xdc\x02\n\rHandoffReport\x12\x1e\n\x05\x64\x65pth\x18\x01 \x01(\x0e\x32\x0f.shoal.v1.Depth\x12\x13\n\x0btransferred\x18\x02 \x01(\x08\x12\x15\n\x08\x66\x61llback\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x12num_prefill_layers\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rshallow_bytes\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x17\n\ndeep_bytes\x18\x06 \x01(\x04H\x03\x88\x01\x01\x12\x1b\n\x0e\x62oundary_bytes\x18\x07 \x01(\x04H\x04\x88\x01\x01\x12\x1e\n\x11num_cached_tokens\x18\x08 \x01(\rH\x05\x88\x01\x01\x42\x0b\n\t_fallbackB\x15\n\x13_num_prefill_layersB\x10\n\x0e_shallow_bytesB\r\n\x0b_deep_bytesB\x11\n\x0f_boundary_bytesB\x14\n\x12_num_cached_tokens2N\n\rWorkerService\x12=\n\x06\x46ollow\x12\x17.shoal.v1.FollowRequest\x1a\x18.shoal.v1.FollowResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shoal/v1/worker.proto\x12\x08shoal.v1\x1a\x18shoal/v1/inference.proto\"6\n\rFollowRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\x0c\x12\x11\n\tserver_id\x18\x02 \x01(\x0c\"3\n\x0e\x46ollowResponse\x12!\n\x07outputs\x18\x01 \x03(\x0b\x32\x10.shoal.v1.Output\"\xb7\x03\n\x06Output\x12\x10\n\x03key\x18\x01 \x01(\x04H\x01\x88\x01\x01\x12\x12\n\x05index\x18\x02 \x01(\rH\x02\x88\x01\x01\x12\x13\n\x06\x63hoice\x18\x03 \x01(\rH\x03\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12(\n\x08logprobs\x18\x06 \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.shoal.v1.FinishReason\x12\x0e\n\x04stop\x18\x08 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\t \x01(\rH\x00\x12$\n\x06stages\x18\n \x01(\x0b\x32\x14.shoal.v1.TtftStages\x12(\n\x07handoff\x18\x0b \x01(\x0b\x32\x17.shoal.v1.HandoffReport\x12/\n\x0fprompt_logprobs\x18\x0c \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\x12\x12\n\nis_partial\x18\r \x01(\x08\x12\x0e\n\x06is_end\x18\x0e \x01(\x08\x42\r\n\x0bstop_reasonB\x06\n\x04_keyB\x08\n\x06_indexB\t\n\x07_choice\"\xe4\x01\n\nTtftStages\x12\x16\n\treserve_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07queue_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tprefill_s\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12transfer_exposed_s\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1c\n\x0f\x62oundary_step_s\x18\x05 \x01(\x01H\x04\x88\x01\x01\x42\x0c\n\n_reserve_sB\n\n\x08_queue_sB\x0c\n\n_prefill_sB\x15\n\x13_transfer_exposed_sB\x12\n\x10_boundary_step_s\"\xdc\x02\n\rHandoffReport\x12\x1e\n\x05\x64\x65pth\x18\x01 \x01(\x0e\x32\x0f.shoal.v1.Depth\x12\x13\n\x0btransferred\x18\x02 \x01(\x08\x12\x15\n\x08\x66\x61llback\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x12num_prefill_layers\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rshallow_bytes\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x17\n\ndeep_bytes\x18\x06 \x01(\x04H\x03\x88\x01\x01\x12\x1b\n\x0e\x62oundary_bytes\x18\x07 \x01(\x04H\x04\x88\x01\x01\x12\x1e\n\x11num_cached_tokens\x18\x08 \x01(\rH\x05\x88\x01\x01\x42\x0b\n\t_fallbackB\x15\n\x13_num_prefill_layersB\x10\n\x0e_shallow_bytesB\r\n\x0b_deep_bytesB\x11\n\x0f_boundary_bytesB\x14\n\x12_num_cached_tokens2N\n\rWorkerService\x12=\n\x06\x46ollow\x12\x17.shoal.v1.FollowRequest\x1a\x18.shoal.v1.FollowResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.v1.worker_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FOLLOWREQUEST']._serialized_start=61
-  _globals['_FOLLOWREQUEST']._serialized_end=96
-  _globals['_FOLLOWRESPONSE']._serialized_start=98
-  _globals['_FOLLOWRESPONSE']._serialized_end=149
-  _globals['_OUTPUT']._serialized_start=152
-  _globals['_OUTPUT']._serialized_end=591
-  _globals['_TTFTSTAGES']._serialized_start=594
-  _globals['_TTFTSTAGES']._serialized_end=822
-  _globals['_HANDOFFREPORT']._serialized_start=825
-  _globals['_HANDOFFREPORT']._serialized_end=1173
-  _globals['_WORKERSERVICE']._serialized_start=1175
-  _globals['_WORKERSERVICE']._serialized_end=1253
+  _globals['_FOLLOWREQUEST']._serialized_end=115
+  _globals['_FOLLOWRESPONSE']._serialized_start=117
+  _globals['_FOLLOWRESPONSE']._serialized_end=168
+  _globals['_OUTPUT']._serialized_start=171
+  _globals['_OUTPUT']._serialized_end=610
+  _globals['_TTFTSTAGES']._serialized_start=613
+  _globals['_TTFTSTAGES']._serialized_end=841
+  _globals['_HANDOFFREPORT']._serialized_start=844
+  _globals['_HANDOFFREPORT']._serialized_end=1192
+  _globals['_WORKERSERVICE']._serialized_start=1194
+  _globals['_WORKERSERVICE']._serialized_end=1272
 # @@protoc_insertion_point(module_scope)

@@ -45,27 +45,34 @@ class Outputs:
 class Call:
     """Serve's: it stays open, or fails with ``error``."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: BaseException | None = None, *, ends: bool = False) -> None:
         self.is_cancelled = False
         self._error = error
+        self._ends = ends
 
     async def __aiter__(self) -> AsyncIterator[str]:
         if self._error is not None:
             raise self._error
-        await asyncio.Event().wait()
+        if not self._ends:
+            await asyncio.Event().wait()
+        return
         yield ""
 
     def cancel(self) -> None:
         self.is_cancelled = True
+        if isinstance(self._error, BackPressureError):
+            raise self._error  # Ray's does, if the call never began
 
 
 class Decode:
     """The pool's handle. What a request is answered with comes at once, ``num_outputs`` and then, unless it ``hangs``,
     the end."""
 
-    def __init__(self, num_outputs: int = 0, *, hangs: bool = False, error: Exception | None = None) -> None:
+    def __init__(
+        self, num_outputs: int = 0, *, hangs: bool = False, error: BaseException | None = None, call_ends: bool = False
+    ) -> None:
         self.tokens = TokenClient(patience_s=60)
-        self.call = Call(error)
+        self.call = Call(error, ends=call_ends)
         self._num_outputs = num_outputs
         self._hangs = hangs
 
@@ -158,12 +165,25 @@ async def test_an_answer_is_complete_without_waiting_long_for_its_call(monkeypat
 
 @pytest.mark.parametrize(
     ("error", "known"),
-    [(RayActorError(), PeerGone), (BackPressureError(1, 1), PeerGone), (ValueError(), InternalError)],
+    [
+        (RayActorError(), PeerGone),
+        (BackPressureError(1, 1), PeerGone),
+        (asyncio.CancelledError(), PeerGone),
+        (ValueError(), InternalError),
+    ],
 )
-async def test_what_the_call_fails_with_ends_the_answer(error: Exception, known: type[ShoalError]) -> None:
+async def test_what_the_call_fails_with_ends_the_answer(error: BaseException, known: type[ShoalError]) -> None:
     answer = pool(Decode(1, hangs=True, error=error)).generate(request(timeout_s=60))
     assert await anext(answer) == OUTPUT
     with pytest.raises(known):
+        await anext(answer)
+
+
+async def test_an_answer_that_was_lost_on_its_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_ARRIVE_S", 0.02)
+    answer = pool(Decode(1, hangs=True, call_ends=True)).generate(request(timeout_s=60))
+    assert await anext(answer) == OUTPUT
+    with pytest.raises(PeerGone, match="didn't arrive"):
         await anext(answer)
 
 

@@ -61,8 +61,8 @@ def test_outputs_arrive_as_they_were(sent: list[TokenOutput]):
 
 @pytest.mark.parametrize(("number", "num_messages"), [(3, 1), (4, 2), (7, 3)])
 def test_much_about_a_prompt_travels_in_parts(monkeypatch: pytest.MonkeyPatch, number: int, num_messages: int):
-    monkeypatch.setattr(outputs, "MAX_PROMPT_LOGPROBS", 3)
-    told = tuple(TokenLogprob(token, "t", -1.0) for token in range(number))
+    monkeypatch.setattr(outputs, "MAX_TOLD_TOKENS", 6)
+    told = tuple(TokenLogprob(token, "t", -1.0, ((1, "u", -2.0),)) for token in range(number))
     first = TokenOutput(1, (5,), "a", prompt_logprobs=told)
     assert over_the_wire([first, PLAIN])[:2] == ([first, PLAIN], num_messages + 1)
 

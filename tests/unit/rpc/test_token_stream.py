@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -16,7 +18,7 @@ from shoal.rpc import token_server
 from shoal.rpc.options import HANDOFF_SERVER_OPTIONS
 from shoal.rpc.ports import bind_first_free, join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
-from shoal.rpc.token_server import Outlet, TokenServer
+from shoal.rpc.token_server import ID_BYTES, Outlet, Place, TokenServer
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -39,6 +41,10 @@ class Decode:
         port = bind_first_free(self._server, "127.0.0.1", 20_000, 29_999)
         await self._server.start()
         self.address = join_address("127.0.0.1", port)
+
+    @property
+    def place(self) -> Place:
+        return self.tokens.at(self.address)
 
     async def vanish(self) -> None:
         """As a process that dies: every connection is gone at once."""
@@ -69,7 +75,7 @@ class Request:
         self._decode = decode
 
     def follow(self) -> None:
-        self.stream.follow(self._decode.address)
+        self.stream.follow(self._decode.place)
 
     async def read(self) -> list[TokenOutput]:
         return [one async for one in self.stream]
@@ -145,7 +151,7 @@ async def test_what_a_step_brings_is_one_message(requests: Any, monkeypatch: pyt
 async def test_a_message_stays_below_what_a_channel_takes(requests: Any):
     async with joined() as (decode, client):
         one = requests(decode, client)
-        told = tuple(TokenLogprob(1, "word" * 8, -1.0, ((1, "word" * 8, -1.0),) * 20) for _ in range(8192))
+        told = tuple(TokenLogprob(1, "word" * 8, -1.0, ((1, "word" * 8, -1.0),) * 200) for _ in range(2048))
         one.follow()
         one.outlet.send(TokenOutput(0, (1,), "", prompt_logprobs=told))
         await one.outlet.end()
@@ -174,7 +180,7 @@ async def test_a_replica_that_goes_away_ends_its_requests_and_no_others(requests
 async def test_a_replica_that_is_not_there_ends_the_request(requests: Any):
     async with joined() as (decode, client):
         one = requests(decode, client)
-        one.stream.follow("127.0.0.1:1")
+        one.stream.follow(replace(decode.place, address="127.0.0.1:1"))
         with pytest.raises(PeerGone):
             await one.read()
         requests.close()
@@ -232,7 +238,9 @@ async def test_a_second_stream_of_a_gateway_ends_what_the_first_may_have_lost(re
         await anext(aiter(one.stream))
         async with grpc.aio.insecure_channel(decode.address) as channel:
             stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
-            call = stub.Follow(pb.FollowRequest(gateway_id=one.stream.listener.gateway_id))
+            call = stub.Follow(
+                pb.FollowRequest(gateway_id=one.stream.listener.gateway_id, server_id=decode.place.server_id)
+            )
             with pytest.raises(PeerGone):  # the gateway's: its stream was ended
                 await anext(aiter(one.stream))
             with pytest.raises(PeerGone):
@@ -246,7 +254,7 @@ async def test_outputs_of_a_request_that_was_given_up_are_dropped(requests: Any)
         with client.open() as given_up:
             late = decode.tokens.open(given_up.listener)
             outlet = late.__enter__()
-            given_up.follow(decode.address)
+            given_up.follow(decode.place)
         one = requests(decode, client)
         one.follow()
         outlet.send(output(9))
@@ -292,9 +300,88 @@ async def test_a_request_that_is_complete_waits_for_its_gateway(requests: Any):
         requests.close()
 
 
+async def test_another_process_at_the_same_address_is_not_taken_for_the_replica(requests: Any):
+    """One that came after it on its port, or that is at the gateway's own loopback."""
+    async with joined() as (decode, client), joined() as (other, _):
+        one = requests(decode, client)
+        one.stream.follow(replace(decode.place, address=other.address))
+        with pytest.raises(PeerGone):
+            await one.read()
+        requests.close()
+        await client.close()
+
+
+async def test_a_replica_can_not_speak_for_another_one(requests: Any):
+    async with joined() as (decode, client), joined() as (other, _):
+        own, foreign = requests(decode, client), requests(other, client)
+        own.follow()
+        foreign.follow()
+        with other.tokens.open(own.stream.listener) as forged:
+            forged.send(output(666))
+            foreign.outlet.send(output(1))
+            assert await anext(aiter(foreign.stream)) == output(1)  # what was sent before it is here, too
+            own.outlet.send(output(2))
+            assert await anext(aiter(own.stream)) == output(2)
+        requests.close()
+        await client.close()
+
+
+async def test_a_connection_may_take_a_while(requests: Any):
+    async with joined() as (decode, client):
+        slow = await asyncio.start_server(partial(_forward_late, decode.address), "127.0.0.1", 0)
+        async with slow:
+            one = requests(decode, client)
+            port = slow.sockets[0].getsockname()[1]
+            one.stream.follow(replace(decode.place, address=f"127.0.0.1:{port}"))
+            one.outlet.send(output(0))
+            await one.outlet.end()
+            assert await one.read() == [output(0)]
+            requests.close()
+            await client.close()
+
+
+async def _forward_late(address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(0.3)  # longer than gRPC gives a connection by itself
+    host, port = address.rsplit(":", 1)
+    far_reader, far_writer = await asyncio.open_connection(host, int(port))
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await source.read(65536):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+
+
+async def test_a_server_that_closes_ends_all_streams(requests: Any):
+    async with joined() as (decode, client):
+        one = requests(decode, client)
+        one.follow()
+        one.outlet.send(output(0))
+        await anext(aiter(one.stream))
+        decode.tokens.close()
+        with pytest.raises(PeerGone):
+            one.outlet.send(output(1))
+        with pytest.raises(PeerGone):
+            await anext(aiter(one.stream))
+        requests.close()
+
+
+async def test_no_more_gateways_than_can_be_are_listened_to(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_server, "MAX_GATEWAYS", 0)
+    async with joined() as (decode, _), grpc.aio.insecure_channel(decode.address) as channel:
+        stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
+        request = pb.FollowRequest(gateway_id=b"g" * ID_BYTES, server_id=decode.place.server_id)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Follow(request).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 async def test_a_gateway_that_never_comes_is_not_waited_for_for_ever():
     tokens = TokenServer()
-    with tokens.open(token_server.Listener(b"g" * 16, 1)) as outlet:
+    with tokens.open(token_server.Listener(b"g" * ID_BYTES, 1)) as outlet:
         outlet.send(output(0))
         assert tokens.num_gateways == 1
         with pytest.raises(PeerGone, match="come to listen"):

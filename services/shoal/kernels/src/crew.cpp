@@ -39,7 +39,7 @@ class Crew {
         num_done_.store(0, std::memory_order_relaxed);
         number_++;
         ticket_.store({number_, (uint16_t)num_pieces, 0}, std::memory_order_release);
-        newest_.store(number_, std::memory_order_release);
+        newest_.store(number_, std::memory_order_seq_cst);  // before it's asked who sleeps
         newest_.notify_all();
         take_pieces();
         for (int looks = 0; num_done_.load(std::memory_order_acquire) < num_pieces; looks++) {

@@ -3,6 +3,7 @@
 // A parallel region of OpenMP ends when each of its threads has come, also one whose core runs another process just now:
 // on a machine that is shared with other replicas, a gateway and clients, a step of hundreds of short regions then waits
 // most of its time. Of the crew nobody is waited for but while it works on a piece; who is late finds nothing to do.
+// It works for one caller at a time: a second one does its work alone.
 // With many rows, though, the products between are torch's, whose OpenMP threads are awake and would be in the way.
 #pragma once
 #include <cstdint>

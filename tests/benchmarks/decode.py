@@ -61,7 +61,12 @@ def main() -> None:
                     "share_of_bandwidth": (parameters.num_bytes + kv_bytes) / median / bandwidth,
                 }
             )  # fmt: skip
-    result = {"settings": vars(options), "model": served.name, "read_bytes_per_s": bandwidth, "rows": rows}
+    result = {
+        "settings": {name: value for name, value in vars(options).items() if name != "json"},
+        "model": served.name,
+        "read_bytes_per_s": bandwidth,
+        "rows": rows,
+    }
     _show(result)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")

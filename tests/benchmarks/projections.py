@@ -97,7 +97,8 @@ def main() -> None:
         row["recovered"] = (
             None if row["way"] in {"full depth", "the paper's"} else 1 - (row["nats"] - full) / (paper - full)
         )
-    result = {"settings": vars(options) | {"ridge": chosen, "texts": kinds}, "rows": rows}
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    result = {"settings": settings | {"ridge": chosen, "texts": kinds}, "rows": rows}
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2, default=str) + "\n")
     _print(rows)

@@ -67,7 +67,8 @@ def main() -> None:
             {"tree": name, "streams": streams, "rounds": [asdict(one) | {"overhead": one.overhead} for one in figures]}
             for (name, streams), figures in found.items()
         ]
-        settings = {**vars(options), "beside": bool(options.beside), "json": None}
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        settings["beside"] = bool(options.beside)
         Path(options.json).write_text(json.dumps({"settings": settings, "figures": raw}, indent=2) + "\n")
     table = Table("tree", "streams", "per token", "a step", "not the engine's", "tokens/s")
     for (name, streams), figures in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):

@@ -36,6 +36,9 @@ OTHERWISE = " or on () vector(0)"
 HAPPENS = ("(shoal_requests_total[", "(shoal_kv_transfer_seconds_count[", "(shoal_kv_transfer_bytes_total[")
 
 
+READY = '"ready"'
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     services = compose.services()
@@ -43,7 +46,8 @@ def client() -> Iterator[Client]:
         for name in ("gateway", "prefill", "decode"):
             services[name].start(hosts)
         found = Client(hosts)
-        found.until(lambda: found.get(f"{URL}/readyz").status == 200)
+        # 200 as soon as decode can answer, which it does without prefill, too.
+        found.until(lambda: found.get(f"{URL}/readyz"), lambda answer: answer.status == 200 and READY in answer.body)
         yield found
 
 

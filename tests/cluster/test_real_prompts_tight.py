@@ -8,6 +8,7 @@ import pytest
 
 from clusters import cluster
 from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, ids_of, references
+from shoal.telemetry.labels import HandoffReason
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -18,7 +19,12 @@ NUM_CHOICES, NUM_CHOICE_TOKENS = 16, 128
 
 
 def test_small_chunks_and_forced_preemption_change_nothing(known: Mapping[str, RealPrompt]):
-    with cluster(prefill={"max_step_tokens": 100}, decode={"max_step_tokens": 100, "num_blocks": NUM_BLOCKS}) as tight:
+    # On a slow machine prefill takes more than half a minute for what is reserved at once; that isn't what is tested.
+    with cluster(
+        prefill={"max_step_tokens": 100},
+        decode={"max_step_tokens": 100, "num_blocks": NUM_BLOCKS},
+        handoff={"claim_timeout_s": 200},
+    ) as tight:
         tokens = tight.complete(ids_of(known), depth="shallow", max_tokens=NUM_TOKENS)
         assert_same_tokens(tokens, references(known, "shallow"))
         preempted_before = tight.metric("shoal_preemptions_total", role="decode")
@@ -31,4 +37,6 @@ def test_small_chunks_and_forced_preemption_change_nothing(known: Mapping[str, R
         assert tight.metric("shoal_preemptions_total", role="decode") > preempted_before
         assert tight.num_transfers > 0
         # Leases that nobody had claimed yet may give their blocks to older sequences; nothing else may go wrong.
-        assert tight.num_fallbacks == tight.metric("shoal_kv_fallback_total", reason="out_of_blocks")
+        look = tight.look()
+        others = {reason: look.metric("shoal_kv_fallback_total", reason=reason) for reason in HandoffReason}
+        assert not {reason: number for reason, number in others.items() if number and reason != "out_of_blocks"}

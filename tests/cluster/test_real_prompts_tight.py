@@ -19,12 +19,7 @@ NUM_CHOICES, NUM_CHOICE_TOKENS = 16, 128
 
 
 def test_small_chunks_and_forced_preemption_change_nothing(known: Mapping[str, RealPrompt]):
-    # On a slow machine prefill takes more than half a minute for what is reserved at once; that isn't what is tested.
-    with cluster(
-        prefill={"max_step_tokens": 100},
-        decode={"max_step_tokens": 100, "num_blocks": NUM_BLOCKS},
-        handoff={"claim_timeout_s": 200},
-    ) as tight:
+    with cluster(prefill={"max_step_tokens": 100}, decode={"max_step_tokens": 100, "num_blocks": NUM_BLOCKS}) as tight:
         tokens = tight.complete(ids_of(known), depth="shallow", max_tokens=NUM_TOKENS)
         assert_same_tokens(tokens, references(known, "shallow"))
         preempted_before = tight.metric("shoal_preemptions_total", role="decode")

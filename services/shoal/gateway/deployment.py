@@ -110,7 +110,7 @@ def _call_ended(watch: asyncio.Task[None], stream: TokenStream) -> None:
     elif (error := watch.exception()) is not None:
         _log.error("the call to decode failed", exc_info=error)
         stream.fail(InternalError(f"the call to decode failed ({type(error).__name__})"))
-    else:
+    elif not stream.is_complete:
         lost = PeerGone("the decode replica has finished, and its answer didn't arrive", retry_after_s=1.0)
         asyncio.get_running_loop().call_later(_ARRIVE_S, stream.fail, lost)
 

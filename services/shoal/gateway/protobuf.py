@@ -16,10 +16,8 @@ from shoal.gateway.generation import ChoiceOutput, Generation
 from shoal.gateway.refusals import MissingField, UnknownField
 from shoal.gateway.schema import ChatBody, GenerateBody, parse
 from shoal.gateway.validation import ServedModel, check_num_messages, check_num_stops, check_num_tokens
-from shoal.rpc.outputs import DEPTHS, to_finish_reason, to_logprobs
+from shoal.rpc.outputs import DEPTHS, DEPTHS_BACK, to_finish_reason, to_logprobs
 from shoal.v1 import inference_pb2 as pb
-
-_DEPTHS_BACK = {value: depth for depth, value in DEPTHS.items()}
 
 # Fields of bodies that GenerateRequest has under another name.
 _CHAT_NAMES = {"messages": "chat.messages", "top_logprobs": "logprobs"}
@@ -48,7 +46,7 @@ def to_body(request: pb.GenerateRequest, model: ServedModel, config: GatewayConf
     fields["model"] = model.name
     fields["stop"] = list(request.stop)
     if request.depth:
-        fields["depth"] = _DEPTHS_BACK.get(request.depth, request.depth)
+        fields["depth"] = DEPTHS_BACK.get(request.depth, request.depth)
     match request.WhichOneof("prompt"):
         case "chat":
             turns = fields.pop("chat").messages

@@ -26,7 +26,7 @@ DEPTHS = {
     Depth.FULL: inference_pb2.DEPTH_FULL,
 }
 _FINISH_REASONS_BACK = {value: reason for reason, value in FINISH_REASONS.items()}
-_DEPTHS_BACK = {value: depth for depth, value in DEPTHS.items()}
+DEPTHS_BACK = {value: depth for depth, value in DEPTHS.items()}
 
 
 def to_outputs(key: int, index: int, output: TokenOutput) -> Iterator[worker_pb2.Output]:
@@ -135,7 +135,7 @@ def _to_report(report: HandoffReport) -> worker_pb2.HandoffReport:
 
 
 def _from_report(message: worker_pb2.HandoffReport) -> HandoffReport:
-    depth = _DEPTHS_BACK.get(message.depth)
+    depth = DEPTHS_BACK.get(message.depth)
     if depth is None:
         raise ProtocolViolation(f"output.handoff.depth is {message.depth}, which this version doesn't know")
     counts = ("num_prefill_layers", "shallow_bytes", "deep_bytes", "boundary_bytes", "num_cached_tokens")

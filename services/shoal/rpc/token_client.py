@@ -35,6 +35,11 @@ class TokenStream:
         self._reader = OutputReader()
         self._items: asyncio.Queue[TokenOutput | ShoalError | None] = asyncio.Queue()
 
+    @property
+    def is_complete(self) -> bool:
+        """All of it has arrived, whether it was read or not."""
+        return self._reader.is_complete
+
     def follow(self, place: Place) -> None:
         """The replica at ``place`` runs this request."""
         self.place = place
@@ -42,7 +47,7 @@ class TokenStream:
 
     def fail(self, error: ShoalError) -> None:
         """End it with ``error``, after what has come already; nothing if it is complete."""
-        if not self._reader.is_complete:
+        if not self.is_complete:
             self._items.put_nowait(error)
 
     def accept(self, message: pb.Output) -> None:
@@ -53,7 +58,7 @@ class TokenStream:
             return
         if output is not None:
             self._items.put_nowait(output)
-        elif self._reader.is_complete:
+        elif self.is_complete:
             self._items.put_nowait(None)
 
     def __aiter__(self) -> AsyncIterator[TokenOutput]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from engines import Ask, logits_after, make_engine, native_kernels, run, run_handed_off
 from models import tiny_model
 from shoal.config import ModelConfig, ShoalConfig, StageConfig
+from shoal.engine import native
 from shoal.engine.build import Served, choose_kernels
 from shoal.engine.native import check_native
 from shoal.errors import ConfigError
@@ -95,3 +97,8 @@ def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> 
     if not is_native:
         with pytest.raises(ConfigError, match="kernels is native, but: they compute in bfloat16 only"):
             choose_kernels(StageConfig(kernels="native"), served, CPU)
+
+
+def test_python_and_kernels_agree_where_torchs_products_begin():
+    source = resources.files("shoal.kernels") / "src" / "crew.hpp"
+    assert f"FEW_ROWS = {native._MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")

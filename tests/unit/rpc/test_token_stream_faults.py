@@ -1,0 +1,149 @@
+"""Streams that break, and peers that aren't who they should be: requests end, each with an error, and no others do."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from shoal.errors import PeerGone, ProtocolViolation
+from shoal.rpc import token_server
+from shoal.rpc.token_server import ID_BYTES, Outlet
+from shoal.v1 import worker_pb2 as pb
+from shoal.v1.worker_pb2_grpc import WorkerServiceStub
+from token_streams import joined, output
+
+
+async def send_for_ever(outlet: Outlet) -> None:
+    """Until decode has heard that nobody listens."""
+    async with asyncio.timeout(10):
+        while True:
+            outlet.send(output(1))
+            await asyncio.sleep(0)
+
+
+async def refusal(address: str, request: pb.FollowRequest) -> grpc.StatusCode:
+    """What a stranger's stream ends with."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Follow(request).read()
+    return refused.value.code()
+
+
+async def test_a_replica_that_goes_away_ends_its_requests_and_no_others():
+    async with joined() as both, joined() as other:
+        lost, kept = await both.running(), other.request(both.client)
+        kept.follow()
+        await both.decode.vanish()
+        with pytest.raises(PeerGone):
+            await lost.first()
+        kept.outlet.send(output(1))
+        await kept.outlet.end()
+        assert await kept.rest() == [output(1)]
+
+
+async def test_a_replica_that_is_not_there_ends_the_request():
+    async with joined() as both:
+        one = both.request()
+        one.stream.follow(replace(both.decode.place, address="127.0.0.1:1"))
+        with pytest.raises(PeerGone):
+            await one.rest()
+
+
+async def test_who_placed_the_request_may_know_better_why_it_ended():
+    async with joined(patience_s=60) as both:
+        one = await both.running()
+        await both.decode.vanish()
+        one.stream.fail(PeerGone("Ray says so"))
+        with pytest.raises(PeerGone, match="Ray says so"):
+            await one.first()
+
+
+async def test_a_gateway_that_goes_away_ends_its_requests_on_decode():
+    async with joined() as both:
+        one = await both.running()
+        await both.client.close()
+        with pytest.raises(PeerGone, match="doesn't listen"):
+            await send_for_ever(one.outlet)
+
+
+async def test_a_server_that_closes_ends_all_streams():
+    async with joined() as both:
+        one = await both.running()
+        both.decode.tokens.close()
+        with pytest.raises(PeerGone):
+            one.outlet.send(output(1))
+        with pytest.raises(PeerGone):
+            await one.first()
+
+
+async def test_after_a_lost_stream_the_next_request_gets_a_new_one():
+    async with joined() as both:
+        first = await both.running()
+        await both.client.close()
+        both.request().follow()
+        with pytest.raises(PeerGone):
+            await send_for_ever(first.outlet)
+        assert (await both.running()).stream.place == both.decode.place
+
+
+async def test_a_second_stream_of_a_gateway_ends_what_the_first_may_have_lost():
+    async with joined() as both:
+        one = await both.running()
+        async with grpc.aio.insecure_channel(both.decode.address) as channel:
+            stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
+            gateway_id, server_id = one.stream.listener.gateway_id, both.decode.place.server_id
+            call = stub.Follow(pb.FollowRequest(gateway_id=gateway_id, server_id=server_id))
+            with pytest.raises(PeerGone):  # the gateway's: its stream was ended
+                await one.first()
+            with pytest.raises(PeerGone):
+                one.outlet.send(output(1))
+            call.cancel()
+
+
+async def test_a_gap_ends_the_request():
+    async with joined() as both:
+        one = await both.running()
+        one.outlet._num_sent += 1
+        one.outlet.send(output(2))
+        with pytest.raises(ProtocolViolation):
+            await one.first()
+
+
+async def test_another_process_at_the_same_address_is_not_taken_for_the_replica():
+    """One that came after it on its port, or that is at the gateway's own loopback."""
+    async with joined() as both, joined() as other:
+        one = both.request()
+        one.stream.follow(replace(both.decode.place, address=other.decode.address))
+        with pytest.raises(PeerGone):
+            await one.rest()
+
+
+async def test_a_replica_can_not_speak_for_another_one():
+    async with joined() as both, joined() as other:
+        own, foreign = both.request(), other.request(both.client)
+        own.follow()
+        foreign.follow()
+        with other.decode.tokens.open(own.stream.listener) as forged:
+            forged.send(output(666))
+            foreign.outlet.send(output(1))
+            assert await foreign.first() == output(1)  # what was sent before it is here, too
+            own.outlet.send(output(2))
+            assert await own.first() == output(2)
+
+
+async def test_a_gateway_without_a_proper_id_is_refused():
+    async with joined() as both:
+        asked = pb.FollowRequest(gateway_id=b"short", server_id=both.decode.place.server_id)
+        assert await refusal(both.decode.address, asked) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_no_more_gateways_than_can_be_are_listened_to(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_server, "MAX_GATEWAYS", 0)
+    async with joined() as both:
+        asked = pb.FollowRequest(gateway_id=b"g" * ID_BYTES, server_id=both.decode.place.server_id)
+        assert await refusal(both.decode.address, asked) is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -19,21 +19,40 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from shoal.errors import HandoffError, PeerGone, ShoalError
 from shoal.messages import Carrier, Chunk, Envelope, Frame, Hello
 from shoal.transfer.base import Channel, Clock, crc32c, new_incarnation
+from shoal.transfer.carriers.nixl.loader import NixlLoader
+from shoal.transfer.carriers.nixl.process import Nixl
 from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.channels.memory import Rule, deliver, memory_pair
+from shoal.transfer.decode_session import Attach
 from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
 from shoal.transfer.lease_table import LeaseTimes
+from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import PROTOCOL_VERSION, Identity
 from shoal.transfer.session_pool import SessionPool
 from shoal.transfer.staging import StagingSlots
 from shoal.transfer.terms import KvShape
+
+# Read by UCX, from the environment alone, when an agent is made: tests stay on loopback.
+os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
+def _has_nixl() -> bool:
+    try:
+        import nixl._api  # noqa: F401 - of two packages that it needs, the second may be missing
+    except ImportError:
+        return False
+    return True
+
+
+needs_nixl = pytest.mark.skipif(not _has_nixl(), reason="NIXL isn't installed: pip install --no-deps nixl nixl-cu13")
 
 PLAN = "plan-a"
 NUM_LAYERS = 4
@@ -209,6 +228,8 @@ class Rig:
     channels: list[Channel] = field(default_factory=list)
     loaders: list[ShmLoader] = field(default_factory=list)
     folder: Path = FOLDER
+    nixl: list[Nixl] = field(default_factory=list)
+    nixl_loaders: list[NixlLoader] = field(default_factory=list)
 
     async def hand_off(self, wanted: Prompt, **ways: object) -> Arrived:
         """One prompt, as a decode replica does it: open a lease, call prefill, wait for whichever ends first."""
@@ -293,18 +314,23 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     """Both sides, closed afterwards; fails if anything is held then.
 
-    ``kind`` is the channel (memory, grpc), and the carrier beside inline (memory+shm, grpc+shm).
+    ``kind`` is the channel (memory, grpc), and the carriers beside inline (memory+shm, grpc+nixl, grpc+shm+nixl).
     """
-    channel_kind, _, carrier = kind.partition("+")
+    channel_kind, *carriers = kind.split("+")
     counts, sink = Counts(), ArraySink()
     desk = HandoffDesk(
         sink, SHAPE, times=times, credit_bytes=credit_bytes, clock=clock, observer=counts, staging=staging
     )
     folder = Path(tempfile.mkdtemp(prefix="shoal-test-", dir=FOLDER))
-    attach = partial(ShmUnloader.attach, folder=folder) if carrier else None
+    nixl = [Nixl(1 << 20), Nixl(1 << 20)] if "nixl" in carriers else []
+    attach = Attach(
+        partial(ShmUnloader.attach, folder=folder) if "shm" in carriers else None,
+        partial(nixl[1].attach, deadline_s=times.ttl_s) if nixl else None,
+    )
     server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), peer="decode"), attach)
     channels: list[Channel] = []
     loaders: list[ShmLoader] = []
+    nixl_loaders: list[NixlLoader] = []
     serving: set[asyncio.Task[None]] = set()
     address = "memory" if channel_kind == "memory" else await server.listen("127.0.0.1", *PORTS)
 
@@ -322,6 +348,10 @@ async def rig(
         loaders.append(ShmLoader.create(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE, folder))
         return loaders[-1]
 
+    async def stage_remote() -> NixlLoader:
+        nixl_loaders.append(await nixl[0].open_loader(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE))
+        return nixl_loaders[-1]
+
     identity = Identity(new_incarnation(), prefill_plans, peer="prefill")
     pool = SessionPool(
         connect,
@@ -329,9 +359,11 @@ async def rig(
         ttl_s=times.ttl_s,
         max_frame_bytes=MAX_FRAME_BYTES,
         clock=clock,
-        open_staging=stage if carrier else None,
+        staging=Staging(stage if "shm" in carriers else None, stage_remote if nixl else None),
     )
-    both = Rig(desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder)
+    both = Rig(
+        desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder, nixl, nixl_loaders
+    )
     try:
         yield both
     finally:
@@ -339,11 +371,14 @@ async def rig(
         await server.close()
         if serving:
             await asyncio.wait(serving)
+        for each in nixl:
+            await each.close()
         left = os.listdir(folder)  # noqa: PTH208 - names say it all
         shutil.rmtree(folder)
     both.assert_nothing_held()
     assert not left
-    assert all(loader._memory.closed for loader in loaders)
+    assert all(loader._memory.closed for loader in (*loaders, *nixl_loaders))
+    assert all(each.num_readers == 0 for each in nixl)
 
 
 async def _serve(server: HandoffServer, channel: Channel) -> None:

@@ -169,18 +169,24 @@ class HandoffConfig(_Frozen):
         16 << 20, description="Bytes of a lease on their way at once."
     )
     max_frame_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 20)] = Field(1 << 20, description="Payload of a frame.")
-    carrier: Literal["auto", "inline", "shm"] = Field(
+    carrier: Literal["auto", "inline", "shm", "nixl"] = Field(
         "auto",
-        description="How payload travels: inline in gRPC's frames, or by shared memory where both replicas are on one "
-        "host. auto is shm where that works; shm warns where it doesn't, and goes inline, too.",
+        description="How payload travels: inline in gRPC's frames, by shared memory where both replicas are on one "
+        "host, or by NIXL, which decode reads prefill's memory with. auto is shm where that works, else nixl where it "
+        "does and both have it, else inline; shm and nixl warn where they don't work, and go inline, too.",
     )
     staging_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
         32 << 20,
-        description="Shared memory of a prefill replica for each decode replica on its host; at most half of what is "
-        "free in /dev/shm.",
+        description="Memory of a prefill replica for each decode replica that payload goes to by shm or nixl; of "
+        "/dev/shm at most half of what is free.",
     )
     slot_bytes: Annotated[int, Field(ge=1 << 10, le=16 << 20)] = Field(
-        4 << 20, description="Largest payload in shared memory: fewer, larger ones cost fewer frames."
+        4 << 20, description="Largest payload of shm and nixl: fewer, larger ones cost fewer frames."
+    )
+    max_retired_bytes: Annotated[int, Field(ge=0)] = Field(
+        256 << 20,
+        description="Buffers of a decode replica that NIXL may fill: four slots for each prefill replica, and those of "
+        "reads that never ended, which are used no more. Beyond it, new sessions go inline.",
     )
     min_tokens: Annotated[int, Field(ge=2)] = Field(
         2, description="Shorter prompts are prefilled by decode itself: nothing is won by shipping them."

@@ -152,7 +152,7 @@ def judge_ray(version: str | None) -> Finding:
 
 def judge_nixl(version: str | None) -> Finding:
     if version is None:
-        return Finding("NIXL", Level.OK, "not installed: hand-offs go over gRPC")
+        return Finding("NIXL", Level.OK, "not installed: between hosts, hand-offs go over gRPC")
     return Finding("NIXL", Level.OK, version)
 
 

@@ -7,7 +7,7 @@ Durations are seconds and end in ``_s``; an absent value is ``None``, never ``-1
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 class Depth(enum.StrEnum):
@@ -204,10 +204,12 @@ class WireMode(enum.StrEnum):
 
 
 class Carrier(enum.StrEnum):
-    """How payload travels: in the frames, or by memory that both processes have mapped."""
+    """How payload travels: in the frames, by memory that both processes have mapped, or by memory that one reads of the
+    other through NIXL."""
 
     INLINE = "inline"
     SHM = "shm"
+    NIXL = "nixl"
 
 
 class CarrierReason(enum.StrEnum):
@@ -216,6 +218,7 @@ class CarrierReason(enum.StrEnum):
     SAME_HOST = "same_host"
     OTHER_HOST = "other_host"
     NO_ROOM = "no_room"
+    NO_NIXL = "no_nixl"
     CONFIGURED = "configured"
 
 
@@ -230,10 +233,26 @@ class StagingSegment:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteSegment:
+    """Memory of ``num_slots`` slots of ``slot_bytes`` that begins with ``nonce``, at ``address`` of another process.
+
+    ``agent`` is what NIXL needs to know of the agent that it's read through; it can't be read in any other way.
+    """
+
+    agent: bytes = field(repr=False)
+    address: int
+    num_slots: int
+    slot_bytes: int
+    nonce: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """First frame of both sides. Version and plan hashes are compared before anything else is looked at.
 
-    ``segment`` is what prefill offers to decode on its host, and what decode says again if it reads from there.
+    ``segment`` is what prefill offers to decode on its host, and what decode says again if it reads from there; so is
+    ``remote``, on any host. Where decode doesn't find the first and both sides have NIXL, they greet a second time,
+    with the other.
     """
 
     protocol_version: int
@@ -241,6 +260,15 @@ class Hello:
     wire_modes: tuple[WireMode, ...] = (WireMode.KV,)
     peer: str = ""
     segment: StagingSegment | None = None
+    remote: RemoteSegment | None = None
+    has_nixl: bool = False
+
+    def naming(self, segment: StagingSegment | RemoteSegment) -> Hello:
+        """This Hello with ``segment`` in it."""
+        return replace(self, segment=segment) if isinstance(segment, StagingSegment) else replace(self, remote=segment)
+
+    def names(self, segment: StagingSegment | RemoteSegment) -> bool:
+        return segment in (self.segment, self.remote)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,10 +329,6 @@ class Chunk:
     def num_bytes(self) -> int:
         """Of the payload, wherever it is."""
         return len(self.payload) if self.staged is None else self.staged.num_bytes
-
-    @property
-    def carrier(self) -> Carrier:
-        return Carrier.INLINE if self.staged is None else Carrier.SHM
 
 
 @dataclass(frozen=True, slots=True)

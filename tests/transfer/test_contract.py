@@ -9,9 +9,19 @@ import pytest
 from shoal.errors import Cancelled, HandoffError, LeaseLost, PeerGone, PlanMismatch, ShoalError, Unavailable
 from shoal.messages import Accepted, Claim, Hello, Refused
 from shoal.transfer.lease import LeaseState
-from transfer_helpers import NUM_SHALLOW, TOKEN_BYTES, RawPeer, lease_id, prompt, rig, send_all
+from transfer_helpers import NUM_SHALLOW, TOKEN_BYTES, RawPeer, lease_id, needs_nixl, prompt, rig, send_all
 
-pytestmark = pytest.mark.parametrize("kind", ["memory", "grpc", "grpc+shm", "memory+shm"])
+pytestmark = pytest.mark.parametrize(
+    "kind",
+    [
+        "memory",
+        "grpc",
+        "grpc+shm",
+        "memory+shm",
+        pytest.param("grpc+nixl", marks=needs_nixl),
+        pytest.param("memory+nixl", marks=needs_nixl),
+    ],
+)
 
 
 async def test_a_prompt_arrives_byte_for_byte(kind: str) -> None:

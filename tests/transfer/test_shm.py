@@ -37,6 +37,8 @@ from shoal.transfer.base import new_incarnation, prompt_hash
 from shoal.transfer.carriers.shm import ShmLoader
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.channels.memory import memory_pair
+from shoal.transfer.decode_session import Attach
+from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import PROTOCOL_VERSION, Identity
 from shoal.transfer.session_pool import SessionPool
@@ -77,7 +79,7 @@ async def test_on_one_host_all_payload_is_staged_and_no_name_is_left(kind: str) 
 @pytest.mark.parametrize("kind", [KIND, "grpc+shm"])
 async def test_a_decode_that_does_not_find_the_segment_gets_all_inline(kind: str) -> None:
     async with rig(kind) as both:
-        both.server._attach = lambda segment: None
+        both.server._attach = Attach(lambda segment: None)
         session = await both.pool.get(both.address)
         assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.OTHER_HOST)
         assert both.loaders[0]._memory.closed
@@ -98,7 +100,7 @@ async def test_without_room_all_goes_inline() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async with rig(KIND) as both:
-        both.pool._open_staging = full
+        both.pool._staging = Staging(full)
         session = await both.pool.get("memory")
         assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.NO_ROOM)
         await both.hand_off(prompt())
@@ -149,7 +151,12 @@ async def staging_session(folder: Path, num_slots: int = 2) -> AsyncIterator[tup
     decode = RawPeer(other)
     await decode.send(Hello(PROTOCOL_VERSION, (PLAN,), segment=loader.segment))
     session = await PrefillSession.open(
-        channel, Identity(5, (PLAN,)), ttl_s=5.0, max_frame_bytes=100, clock=FakeClock(), open_staging=lambda: loader
+        channel,
+        Identity(5, (PLAN,)),
+        ttl_s=5.0,
+        max_frame_bytes=100,
+        clock=FakeClock(),
+        staging=Staging(lambda: loader),
     )
     assert (await decode.expect(Hello)).segment == loader.segment
     yield session, decode, loader
@@ -167,7 +174,7 @@ async def test_slots_of_a_claim_that_was_left_come_back_with_decodes_answer(tmp_
         work = asyncio.ensure_future(leave())
         await decode.expect(Claim)
         await decode.send(Accepted(new_id, tuple(range(9)), 0, 1000, 5.0))
-        assert [(await decode.expect(Chunk)).carrier for _ in range(2)] == [Carrier.SHM] * 2
+        assert all([(await decode.expect(Chunk)).staged for _ in range(2)])
         await work
         await decode.expect(Failed)
         await settle()
@@ -364,13 +371,14 @@ from functools import partial
 from pathlib import Path
 from shoal.transfer.carriers.shm import ShmLoader
 from shoal.transfer.channels.grpc import dial
+from shoal.transfer.offer import Staging
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
 from transfer_helpers import PLAN, prompt, send_all
 
 async def main(address, folder, new_id):
     stage = partial(ShmLoader.create, 1024, 1 << 18, Path(folder))
-    pool = SessionPool(dial, Identity(9, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024, open_staging=stage)
+    pool = SessionPool(dial, Identity(9, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024, staging=Staging(stage))
     session = await pool.get(address)
     async with session.claim(bytes.fromhex(new_id)) as claim:
         await send_all(claim, prompt(), until=20)
@@ -385,6 +393,7 @@ import asyncio, sys
 from functools import partial
 from pathlib import Path
 from shoal.transfer.carriers.shm import ShmUnloader
+from shoal.transfer.decode_session import Attach
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
@@ -394,7 +403,7 @@ async def main(folder, new_id):
     sink = ArraySink()
     sink.gate.clear()
     desk = HandoffDesk(sink, SHAPE, times=TIMES, credit_bytes=CREDIT_BYTES)
-    server = HandoffServer(desk, Identity(8, (PLAN,)), partial(ShmUnloader.attach, folder=Path(folder)))
+    server = HandoffServer(desk, Identity(8, (PLAN,)), Attach(partial(ShmUnloader.attach, folder=Path(folder))))
     async with desk.open(bytes.fromhex(new_id), prompt().token_ids, (0,)):
         print(await server.listen("127.0.0.1", *PORTS), flush=True)
         await asyncio.sleep(60)
@@ -441,7 +450,7 @@ async def test_a_decode_that_is_killed_frees_the_slots_that_it_was_reading(tmp_p
 
     new_id = lease_id()
     identity = Identity(new_incarnation(), (PLAN,))
-    pool = SessionPool(dial, identity, ttl_s=5.0, max_frame_bytes=MAX_FRAME_BYTES, open_staging=stage)
+    pool = SessionPool(dial, identity, ttl_s=5.0, max_frame_bytes=MAX_FRAME_BYTES, staging=Staging(stage))
     async with child(DECODE, str(tmp_path), new_id.hex()) as (process, address):
         session = await pool.get(address)
         assert session.carrier is Carrier.SHM

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from prometheus_client import CollectorRegistry
 
-from shoal.config import ShoalConfig
+from shoal.config import HandoffConfig, ShoalConfig
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.sink import PoolSink
 from shoal.decode.worker import DecodeWorker
@@ -22,7 +23,9 @@ from shoal.engine.meter import StepMeter
 from shoal.messages import Stage
 from shoal.telemetry import DecodeMetrics, TransferMetrics, Transport
 from shoal.transfer.base import new_incarnation
+from shoal.transfer.carriers.nixl.process import Nixl, nixl_for
 from shoal.transfer.carriers.shm import ShmUnloader
+from shoal.transfer.decode_session import Attach
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.lease_table import LeaseTimes
 from shoal.transfer.server import HandoffServer
@@ -58,6 +61,8 @@ async def open_decode(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[DecodeStage]:
     """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish."""
+    transfer_metrics = TransferMetrics(registry, transport)
+    nixl = nixl_for(config.handoff.carrier, config.handoff.max_retired_bytes, transfer_metrics.retired)
     loaded = await load_stage(config, Stage.DECODE, on_progress)
     served, parameters, core = loaded.served, loaded.parameters, loaded.engine
     if served.plan.anchors is not None:
@@ -84,12 +89,12 @@ async def open_decode(
         _kv_shape(served),
         times=LeaseTimes(config.handoff.claim_timeout_s, config.handoff.ttl_s, config.handoff.drain_s),
         credit_bytes=config.handoff.credit_bytes,
-        observer=TransferMetrics(registry, transport),
+        observer=transfer_metrics,
     )
     server = HandoffServer(
         desk,
         Identity(new_incarnation(), (served.plan_hash,), peer="decode"),
-        attach=None if config.handoff.carrier == "inline" else ShmUnloader.attach,
+        attach=_attach(config.handoff, nixl),
     )
     worker = DecodeWorker(
         engine,
@@ -105,8 +110,17 @@ async def open_decode(
         yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes, registry)
     finally:
         await server.drain(config.handoff.drain_s)
+        if nixl is not None:
+            await nixl.close()
         engine.close()
         sink.close()
+
+
+def _attach(config: HandoffConfig, nixl: Nixl | None) -> Attach:
+    return Attach(
+        ShmUnloader.attach if config.carrier in {"auto", "shm"} else None,
+        None if nixl is None else partial(nixl.attach, deadline_s=config.ttl_s),
+    )
 
 
 def _kv_shape(served: Served) -> KvShape:

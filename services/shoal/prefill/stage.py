@@ -17,12 +17,14 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
-from shoal.messages import Carrier, Stage
+from shoal.messages import Stage
 from shoal.prefill.worker import PrefillWorker
 from shoal.telemetry import PrefillMetrics
-from shoal.transfer.base import Channel, StagingLoader, new_incarnation
+from shoal.transfer.base import Channel, new_incarnation
+from shoal.transfer.carriers.nixl.process import Nixl, nixl_for
 from shoal.transfer.carriers.shm import ShmLoader, reap
 from shoal.transfer.channels.grpc import dial
+from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
@@ -56,6 +58,7 @@ async def open_prefill(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[PrefillStage]:
     """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish."""
+    nixl = nixl_for(config.handoff.carrier)
     loaded = await load_stage(config, Stage.PREFILL, on_progress)
     served, parameters, core = loaded.served, loaded.parameters, loaded.engine
     metrics = PrefillMetrics(registry)
@@ -73,8 +76,8 @@ async def open_prefill(
         Identity(new_incarnation(), (served.plan_hash,), peer="prefill"),
         ttl_s=config.handoff.ttl_s,
         max_frame_bytes=config.handoff.max_frame_bytes,
-        open_staging=_staging(config.handoff),
-        opened=partial(_session_opened, metrics, config.handoff.carrier == "shm"),
+        staging=_staging(config.handoff, nixl),
+        opened=partial(_session_opened, metrics, config.handoff.carrier),
     )
     worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
     names = tuple(name for name, _ in parameters.tensors())
@@ -82,20 +85,23 @@ async def open_prefill(
         yield PrefillStage(served, worker, engine, parameters.num_bytes, full_model_bytes, names)
     finally:
         await sessions.drain(config.handoff.drain_s)
+        if nixl is not None:
+            await nixl.close()
         engine.close()
 
 
-def _staging(config: HandoffConfig) -> Callable[[], StagingLoader] | None:
-    if config.carrier == "inline":
-        return None
+def _staging(config: HandoffConfig, nixl: Nixl | None) -> Staging:
+    remote = None if nixl is None else partial(nixl.open_loader, config.slot_bytes, config.staging_bytes)
+    if config.carrier not in {"auto", "shm"}:
+        return Staging(remote=remote)
     if num_segments := reap():
         _log.info("removed staging segments of prefill processes that have died", num_segments=num_segments)
-    return partial(ShmLoader.create, config.slot_bytes, config.staging_bytes)
+    return Staging(partial(ShmLoader.create, config.slot_bytes, config.staging_bytes), remote)
 
 
-def _session_opened(metrics: PrefillMetrics, wants_shm: bool, address: str, session: PrefillSession) -> None:
+def _session_opened(metrics: PrefillMetrics, wanted: str, address: str, session: PrefillSession) -> None:
     metrics.session_opened(session.carrier, session.carrier_reason)
-    say = _log.warning if wants_shm and session.carrier is not Carrier.SHM else _log.info
+    say = _log.info if wanted in {"auto", session.carrier} else _log.warning
     say("hand-off session opened", address=address, carrier=session.carrier, reason=session.carrier_reason)
 
 

@@ -31,6 +31,7 @@ from shoal.messages import (
     Hello,
     Nack,
     Refused,
+    RemoteSegment,
     Seal,
     StagedPayload,
     StagingSegment,
@@ -49,6 +50,10 @@ MAX_TEXT_CHARS = 1024
 MAX_PLANS = 256
 MAX_SLOTS = 1 << 12
 NONCE_BYTES = 16
+MAX_AGENT_BYTES = 1 << 16
+"""Of a NIXL agent's metadata, which grows with the devices of its host."""
+MAX_ADDRESS = (1 << 63) - 1
+"""Of a remote segment: none of its bytes is beyond 64 bits then."""
 
 _WIRE_MODES: dict[WireMode, pb.WireMode.ValueType] = {
     WireMode.KV: pb.WIRE_MODE_KV,
@@ -100,6 +105,7 @@ def _to_body(frame: Frame) -> dict[str, object]:
         case Hello():
             values["wire_modes"] = [_WIRE_MODES[mode] for mode in frame.wire_modes]
             values["segment"] = frame.segment and asdict(frame.segment)
+            values["remote"] = frame.remote and asdict(frame.remote)
         case Chunk() if len(frame.payload) > MAX_PAYLOAD_BYTES:
             raise ProtocolViolation(f"a chunk of {len(frame.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
         case Chunk():
@@ -136,15 +142,31 @@ def _from_hello(body: pb.Hello) -> Hello:
     hashes = tuple(_text(plan, "hello.plan_hashes") for plan in body.plan_hashes)
     modes = tuple(_wire_mode(mode) for mode in body.wire_modes)
     segment = _from_segment(body.segment) if body.HasField("segment") else None
-    return Hello(body.protocol_version, hashes, modes, _text(body.peer, "hello.peer"), segment)
+    remote = _from_remote(body.remote) if body.HasField("remote") else None
+    peer = _text(body.peer, "hello.peer")
+    return Hello(body.protocol_version, hashes, modes, peer, segment, remote, body.has_nixl)
 
 
 def _from_segment(body: pb.StagingSegment) -> StagingSegment:
-    if not (0 < body.num_slots <= MAX_SLOTS and 0 < body.slot_bytes <= MAX_STAGED_BYTES):
-        raise ProtocolViolation(f"hello.segment has {body.num_slots} slots of {body.slot_bytes} bytes")
-    if len(body.nonce) != NONCE_BYTES:
-        raise ProtocolViolation(f"hello.segment.nonce has {len(body.nonce)} bytes, not {NONCE_BYTES}")
+    _check_slots(body, "hello.segment")
     return StagingSegment(_text(body.name, "hello.segment.name"), body.num_slots, body.slot_bytes, body.nonce)
+
+
+def _from_remote(body: pb.RemoteSegment) -> RemoteSegment:
+    _check_slots(body, "hello.remote")
+    # What is in it only NIXL knows, and it takes what is written there at its word.
+    if not 0 < len(body.agent) <= MAX_AGENT_BYTES:
+        raise ProtocolViolation(f"hello.remote.agent has {len(body.agent)} bytes, not 1 to {MAX_AGENT_BYTES}")
+    if not 0 < body.address <= MAX_ADDRESS:
+        raise ProtocolViolation(f"hello.remote.address is {body.address}")
+    return RemoteSegment(body.agent, body.address, body.num_slots, body.slot_bytes, body.nonce)
+
+
+def _check_slots(body: pb.StagingSegment | pb.RemoteSegment, name: str) -> None:
+    if not (0 < body.num_slots <= MAX_SLOTS and 0 < body.slot_bytes <= MAX_STAGED_BYTES):
+        raise ProtocolViolation(f"{name} has {body.num_slots} slots of {body.slot_bytes} bytes")
+    if len(body.nonce) != NONCE_BYTES:
+        raise ProtocolViolation(f"{name}.nonce has {len(body.nonce)} bytes, not {NONCE_BYTES}")
 
 
 def _from_accepted(body: pb.Accepted) -> Accepted:

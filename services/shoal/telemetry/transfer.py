@@ -43,6 +43,11 @@ class TransferMetrics:
         self._lease_expired = Counter(
             "shoal_kv_lease_expired_total", "Leases that ended because nobody renewed them.", registry=registry
         )
+        self._retired = Gauge(
+            "shoal_kv_retired_bytes",
+            "Bytes of buffers that are used no more, since a one-sided read of a session that is over may fill them.",
+            registry=registry,
+        )
 
     def transfer_started(self) -> None:
         self._in_flight.inc()
@@ -73,3 +78,7 @@ class TransferMetrics:
 
     def lease_expired(self) -> None:
         self._lease_expired.inc()
+
+    def retired(self, num_bytes: int) -> None:
+        """So many bytes are, all together."""
+        self._retired.set(num_bytes)

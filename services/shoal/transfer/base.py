@@ -10,7 +10,7 @@ from typing import Protocol
 import google_crc32c
 import numpy as np
 
-from shoal.messages import Carrier, Chunk, Envelope, StagingSegment
+from shoal.messages import Carrier, Chunk, Envelope, RemoteSegment, StagedPayload, StagingSegment
 
 
 class Channel(Protocol):
@@ -66,7 +66,10 @@ class StagingLoader(Loader, Protocol):
     """A loader with memory that decode has to find first."""
 
     @property
-    def segment(self) -> StagingSegment: ...
+    def carrier(self) -> Carrier: ...
+
+    @property
+    def segment(self) -> StagingSegment | RemoteSegment: ...
 
     def hide(self) -> None:
         """Decode has found it, and nobody else shall."""
@@ -77,12 +80,15 @@ class Unloader(Protocol):
     """Decode's end of a carrier with memory of its own."""
 
     @property
-    def segment(self) -> StagingSegment: ...
+    def carrier(self) -> Carrier: ...
 
-    def unload(self, chunk: Chunk) -> Chunk:
-        """``chunk`` with a private copy of its payload: an empty one if it isn't there any more.
+    @property
+    def segment(self) -> StagingSegment | RemoteSegment: ...
 
-        Raises ProtocolViolation for a place that can't be.
+    def unload(self, chunk: Chunk, staged: StagedPayload, arrived: Callable[[Chunk], None]) -> None:
+        """Call ``arrived`` with a private copy of the payload: an empty one if it isn't there any more.
+
+        At once or later, on the event loop, and never for a session that is over. The place is one of the segment's.
         """
         ...
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 
 from shoal.errors import HandoffError, LeaseLost, PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import (
     Beat,
     Cancel,
+    Carrier,
     Chunk,
     Claim,
     Drained,
@@ -18,16 +19,33 @@ from shoal.messages import (
     Frame,
     Hello,
     Refused,
+    RemoteSegment,
     Seal,
+    StagedPayload,
     StagingSegment,
 )
+from shoal.transfer.arrivals import Arrivals, LeaseFrame
 from shoal.transfer.base import Channel, Unloader
 from shoal.transfer.decode_side import HandoffDesk
+from shoal.transfer.lease import Lease
 from shoal.transfer.session import Identity, Session
+from shoal.transfer.slots import check_place
 from shoal.transfer.terms import Owner
 
-Attach = Callable[[StagingSegment], Unloader | None]
-"""Finds the memory that prefill offers, if that's possible and wanted here."""
+AttachLocal = Callable[[StagingSegment], Unloader | None]
+AttachRemote = Callable[[RemoteSegment, Callable[[ShoalError], None]], Awaitable[Unloader | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """How decode finds the memory that prefill offers; ``None`` is given, and gives, what isn't possible or wanted.
+
+    What ``remote`` found calls its second argument, on the event loop, when the memory can't be read any more.
+    """
+
+    local: AttachLocal | None = None
+    remote: AttachRemote | None = None
+
 
 _session_ids = itertools.count()
 
@@ -41,8 +59,9 @@ class DecodeSession(Session):
     def __init__(self, channel: Channel, desk: HandoffDesk, identity: Identity, attach: Attach | None = None) -> None:
         super().__init__(channel, identity, ttl_s=desk.times.ttl_s, clock=desk.clock)
         self._desk = desk
-        self._attach = attach
+        self._attach = attach or Attach()
         self._staging: Unloader | None = None
+        self._arrivals = Arrivals(self._arrived)
         self._owner: Owner | None = None
 
     @property
@@ -59,13 +78,31 @@ class DecodeSession(Session):
 
     async def _exchange(self, ours: Hello) -> Hello:
         """Prefill speaks first: our answer says whether we read from its memory."""
+        ours = replace(ours, has_nixl=self._attach.remote is not None)
+        theirs = await self._answer(ours)
+        if theirs.segment is not None and self._staging is None and ours.has_nixl and theirs.has_nixl:
+            # Not as before, whatever comes of it: what comes twice is dropped.
+            theirs = await self._answer(replace(ours, has_nixl=False))
+        return theirs
+
+    async def _answer(self, ours: Hello) -> Hello:
         try:
             theirs = await self._listen()
-            if theirs.segment is not None and self._attach is not None:
-                self._staging = self._attach(theirs.segment)
+            self._staging = await self._find(theirs)
         finally:
-            await self._say(ours if self._staging is None else replace(ours, segment=self._staging.segment))
+            await self._say(ours if self._staging is None else ours.naming(self._staging.segment))
         return theirs
+
+    async def _find(self, theirs: Hello) -> Unloader | None:
+        if theirs.segment is not None and self._attach.local is not None:
+            return self._attach.local(theirs.segment)
+        if theirs.remote is None or self._attach.remote is None:
+            return None
+        found = await self._attach.remote(theirs.remote, self._end)
+        if found is not None and self.is_over:
+            found.close()
+            return None
+        return found
 
     def _obey(self, frame: Frame) -> None:
         match frame:
@@ -73,8 +110,10 @@ class DecodeSession(Session):
                 self._desk.table.renew(self.owner)
             case Claim():
                 self._claim(frame)
+            case Chunk() if frame.staged is not None:
+                self._fetch(frame, frame.staged)
             case Chunk() | Seal() | Failed():
-                self._about_lease(frame)
+                self._arrivals.add(frame)
             case Drained():
                 self._desk.table.writer_stopped(frame.lease_id, self.owner.incarnation)
             case Draining():
@@ -95,7 +134,29 @@ class DecodeSession(Session):
         except LeaseLost as error:
             self.post(Refused(claim.lease_id, error.message))
 
-    def _about_lease(self, frame: Chunk | Seal | Failed) -> None:
+    def _fetch(self, chunk: Chunk, staged: StagedPayload) -> None:
+        """Have its payload read, unless nobody wants it: what came before may be in no slot any more."""
+        lease = self._desk.table.receiving(chunk.lease_id, self.owner)
+        if lease is None or lease.has(chunk.seq):
+            self._arrivals.add(chunk)
+        elif not self._arrivals.expects(chunk.lease_id, chunk.seq):
+            try:
+                staging = self._check_fetch(lease, chunk, staged)
+            except ProtocolViolation as error:
+                lease.cancel(error)
+            else:
+                staging.unload(chunk, staged, self._arrivals.expect(chunk))
+
+    def _check_fetch(self, lease: Lease, chunk: Chunk, staged: StagedPayload) -> Unloader:
+        if self._staging is None:
+            raise ProtocolViolation(f"chunk {chunk.seq} is in a staging slot, but this session has none")
+        check_place(self._staging.segment, staged)
+        max_bytes = lease.terms.credit_bytes
+        if self._arrivals.num_bytes(chunk.lease_id) + chunk.num_bytes > max_bytes:
+            raise ProtocolViolation(f"chunk {chunk.seq} goes beyond the credit of {max_bytes} bytes")
+        return self._staging
+
+    def _arrived(self, frame: LeaseFrame) -> None:
         lease = self._desk.table.receiving(frame.lease_id, self.owner)
         if lease is None:
             self._late(frame)
@@ -103,8 +164,8 @@ class DecodeSession(Session):
         try:
             match frame:
                 case Chunk():
-                    # What came before may be in no slot any more.
-                    self._desk.receive(lease, frame if lease.has(frame.seq) else self._unload(frame))
+                    staging = None if frame.staged is None else self._staging
+                    self._desk.receive(lease, frame, Carrier.INLINE if staging is None else staging.carrier)
                 case Seal():
                     self._desk.seal(lease, frame)
                 case Failed():
@@ -112,15 +173,7 @@ class DecodeSession(Session):
         except HandoffError as error:
             lease.cancel(error)
 
-    def _unload(self, chunk: Chunk) -> Chunk:
-        """Here, at once: between two frames nobody reads a slot, so that prefill may have them back with the lease."""
-        if chunk.staged is None:
-            return chunk
-        if self._staging is None:
-            raise ProtocolViolation(f"chunk {chunk.seq} is in a staging slot, but this session has none")
-        return self._staging.unload(chunk)
-
-    def _late(self, frame: Chunk | Seal | Failed) -> None:
+    def _late(self, frame: LeaseFrame) -> None:
         """Drop it. Whoever still works for a lease that has ended didn't hear Cancel, so say it again."""
         self.num_dropped += 1
         if not isinstance(frame, Failed):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shoal.errors import Cancelled, InternalError, LeaseLost, ProtocolViolation, ShoalError, Unavailable
-from shoal.messages import Accepted, Cancel, Chunk, Committed, Credit, Frame, Nack, Seal
+from shoal.messages import Accepted, Cancel, Carrier, Chunk, Committed, Credit, Frame, Nack, Seal
 from shoal.transfer.base import Clock, KvSink, SilentObserver, Timer, TransferObserver
 from shoal.transfer.lease import ENDED, RECEIVING, Lease, LeaseState, Receipt
 from shoal.transfer.lease_table import LeaseTable, LeaseTimes
@@ -180,11 +180,11 @@ class HandoffDesk:
         terms = self.table.claim(lease_id, owner).terms
         return Accepted(lease_id, terms.token_ids, terms.num_present, terms.credit_bytes, self.times.ttl_s)
 
-    def receive(self, lease: Lease, chunk: Chunk) -> None:
+    def receive(self, lease: Lease, chunk: Chunk, carrier: Carrier) -> None:
         """Copy a good chunk; ask once more for a bad one. Raises a HandoffError that must end the lease."""
         match lease.receive(chunk):
             case Receipt.COPY:
-                task = asyncio.get_running_loop().create_task(self._copy(self._open[lease.lease_id], chunk))
+                task = asyncio.get_running_loop().create_task(self._copy(self._open[lease.lease_id], chunk, carrier))
                 self._copies.add(task)
                 task.add_done_callback(self._copy_ended)
             case Receipt.RESEND:
@@ -201,7 +201,7 @@ class HandoffDesk:
 
     # --- inside ---------------------------------------------------------------------------------------
 
-    async def _copy(self, held: OpenLease, chunk: Chunk) -> None:
+    async def _copy(self, held: OpenLease, chunk: Chunk, carrier: Carrier) -> None:
         lease = held.lease
         error: ShoalError | None = InternalError("a copy into the pool failed; the log says more")
         try:
@@ -214,16 +214,16 @@ class HandoffDesk:
                 lease.cancel(error)
             lease.copied(chunk.seq)
         if lease.state in RECEIVING:
-            self._count(held, chunk)
+            self._count(held, chunk, carrier)
             self._post(lease, Credit(lease.lease_id, chunk.seq, chunk.num_bytes))
             self._commit_if_complete(lease)
 
-    def _count(self, held: OpenLease, chunk: Chunk) -> None:
+    def _count(self, held: OpenLease, chunk: Chunk, carrier: Carrier) -> None:
         shallow_bytes, deep_bytes = self._shape.part_bytes(chunk)
         held.shallow_bytes += shallow_bytes
         held.deep_bytes += deep_bytes
-        self._observer.shipped("shallow", shallow_bytes, chunk.carrier)
-        self._observer.shipped("deep", deep_bytes, chunk.carrier)
+        self._observer.shipped("shallow", shallow_bytes, carrier)
+        self._observer.shipped("deep", deep_bytes, carrier)
 
     def _copy_ended(self, task: asyncio.Task[None]) -> None:
         self._copies.discard(task)

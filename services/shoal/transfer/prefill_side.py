@@ -14,10 +14,8 @@ No wait for an answer is longer than ``ttl_s``: whatever is lost on the way, blo
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 
 from shoal.errors import Cancelled, LeaseLost, PeerGone, ProtocolViolation, ShoalError
@@ -40,21 +38,17 @@ from shoal.messages import (
     Refused,
     Seal,
 )
-from shoal.transfer.base import Channel, Clock, Loader, StagingLoader, prompt_hash
+from shoal.transfer.base import Channel, Clock, Loader, prompt_hash
 from shoal.transfer.carriers.inline import InlineLoader
 from shoal.transfer.frames import cut
+from shoal.transfer.offer import Offer, Staging
 from shoal.transfer.session import Identity, Session
-
-OpenStaging = Callable[[], StagingLoader]
-"""Makes memory that decode may read payload from. Raises OSError if there is no room."""
-
-_log = logging.getLogger(__name__)
 
 
 class PrefillSession(Session):
     """Speaks for many leases of one decode replica. Made by ``open``.
 
-    Payload goes through the memory that ``open_staging`` makes, if decode finds it; else inline.
+    Payload goes through the memory that ``staging`` makes, if decode finds it; else inline.
     """
 
     def __init__(
@@ -65,13 +59,13 @@ class PrefillSession(Session):
         ttl_s: float,
         max_frame_bytes: int,
         clock: Clock | None = None,
-        open_staging: OpenStaging | None = None,
+        staging: Staging | None = None,
     ) -> None:
         super().__init__(channel, identity, ttl_s=ttl_s, clock=clock or asyncio.get_running_loop())
         self.carrier = Carrier.INLINE
         self.carrier_reason = CarrierReason.CONFIGURED
         self.loader: Loader = InlineLoader(max_frame_bytes)
-        self._open_staging = open_staging
+        self._staging = staging or Staging()
         self._claims: dict[bytes, PromptClaim] = {}
 
     @classmethod
@@ -83,12 +77,10 @@ class PrefillSession(Session):
         ttl_s: float,
         max_frame_bytes: int,
         clock: Clock | None = None,
-        open_staging: OpenStaging | None = None,
+        staging: Staging | None = None,
     ) -> PrefillSession:
         """Greet, and listen from then on. Raises PlanMismatch or PeerGone, with the channel closed."""
-        session = cls(
-            channel, identity, ttl_s=ttl_s, max_frame_bytes=max_frame_bytes, clock=clock, open_staging=open_staging
-        )
+        session = cls(channel, identity, ttl_s=ttl_s, max_frame_bytes=max_frame_bytes, clock=clock, staging=staging)
         try:
             await session.greet()
         except BaseException:
@@ -144,29 +136,17 @@ class PrefillSession(Session):
         claim.left.set()
 
     async def _exchange(self, ours: Hello) -> Hello:
-        staging = self._make_staging()
-        if staging is None:
-            await self._say(ours)
-            return await self._listen()
+        offer = Offer(self._staging, self._ask)
         try:
-            await self._say(replace(ours, segment=staging.segment))
-            theirs = await self._listen()
-            if theirs.segment == staging.segment:
-                self.loader, self.carrier, self.carrier_reason = staging, Carrier.SHM, CarrierReason.SAME_HOST
-            else:
-                self.carrier_reason = CarrierReason.OTHER_HOST
+            return await offer.make(ours)
         finally:
-            # Whoever was to find it has, or never will.
-            staging.hide() if self.loader is staging else staging.close()
-        return theirs
+            self.carrier_reason = offer.reason
+            if offer.taken is not None:
+                self.loader, self.carrier = offer.taken, offer.taken.carrier
 
-    def _make_staging(self) -> StagingLoader | None:
-        try:
-            return None if self._open_staging is None else self._open_staging()
-        except OSError as error:
-            _log.warning("no memory to stage payload in: %s", error)
-            self.carrier_reason = CarrierReason.NO_ROOM
-            return None
+    async def _ask(self, hello: Hello) -> Hello:
+        await self._say(hello)
+        return await self._listen()
 
     def _ended(self, error: ShoalError) -> None:
         self.loader.close()

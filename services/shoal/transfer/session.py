@@ -2,7 +2,7 @@
 
 ::
 
-    greet ─> Hello both ways: version, plans and wire modes are compared before anything else is looked at
+    greet ─> Hello both ways, or twice: version, plans and wire modes are compared before anything else is looked at
     read  ─> each frame to ``_obey``, which never waits: the reader must see a Cancel behind any number of chunks
     write ─> frames in the order in which they were posted; whoever sends much posts one, and waits until it's written
     end   ─> either side closes, or is silent for ``ttl_s``; ``_ended`` is called once, whatever the reason
@@ -43,6 +43,7 @@ class Session:
 
     def __init__(self, channel: Channel, identity: Identity, *, ttl_s: float, clock: Clock) -> None:
         self.peer: Hello | None = None
+        self._heard: list[Hello] = []
         self.error: ShoalError | None = None
         self.num_dropped = 0
         self.peer_is_draining = False
@@ -97,7 +98,7 @@ class Session:
         try:
             while True:
                 frame = await self._receive()
-                if frame != self.peer:  # Hello once more: a frame may arrive twice
+                if frame not in self._heard:  # Hello once more: a frame may arrive twice
                     self._obey(frame)
         except ShoalError as error:
             self._end(error)
@@ -123,10 +124,13 @@ class Session:
         await self._channel.send(Envelope(self._identity.incarnation, hello))
 
     async def _listen(self) -> Hello:
-        """Their Hello. Raises ProtocolViolation, or PlanMismatch unless the two ends can work together."""
+        """Their next Hello. Raises ProtocolViolation, or PlanMismatch unless the two ends can work together."""
         theirs = await self._receive()
+        while theirs in self._heard:
+            theirs = await self._receive()
         if not isinstance(theirs, Hello):
-            raise ProtocolViolation(f"the other end began with {type(theirs).__name__}, not with Hello")
+            raise ProtocolViolation(f"the other end said {type(theirs).__name__} where Hello belongs")
+        self._heard.append(theirs)
         _compare(self._identity.hello, theirs)
         return theirs
 

@@ -7,14 +7,15 @@ from collections.abc import Awaitable, Callable
 
 from shoal.errors import Unavailable
 from shoal.transfer.base import Channel, Clock
-from shoal.transfer.prefill_side import OpenStaging, PrefillSession
+from shoal.transfer.offer import Staging
+from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import Identity
 
 
 class SessionPool:
     """``connect`` gives a channel to an address: ``channels.grpc.dial``, or a memory channel.
 
-    ``stage`` makes memory for the payload of each session (without it, it travels inline); ``opened`` is told of each.
+    ``staging`` makes memory for each session's payload (without it, it travels inline); ``opened`` is told of each.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class SessionPool:
         ttl_s: float,
         max_frame_bytes: int,
         clock: Clock | None = None,
-        open_staging: OpenStaging | None = None,
+        staging: Staging | None = None,
         opened: Callable[[str, PrefillSession], None] = lambda address, session: None,
     ) -> None:
         self._connect = connect
@@ -33,7 +34,7 @@ class SessionPool:
         self._ttl_s = ttl_s
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
-        self._open_staging = open_staging
+        self._staging = staging
         self._told_opened = opened
         self._opened: dict[str, asyncio.Task[PrefillSession]] = {}
         self._is_draining = False
@@ -80,7 +81,7 @@ class SessionPool:
             ttl_s=self._ttl_s,
             max_frame_bytes=self._max_frame_bytes,
             clock=self._clock,
-            open_staging=self._open_staging,
+            staging=self._staging,
         )
         self._told_opened(address, session)
         return session

@@ -176,7 +176,7 @@ Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
-    """First frame of both sides."""
+    """First frame of both sides. If decode doesn't say `segment` again and both have NIXL, they greet once more, with `remote`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -185,9 +185,13 @@ class Hello(_message.Message):
     WIRE_MODES_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
+    REMOTE_FIELD_NUMBER: _builtins.int
+    HAS_NIXL_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     peer: _builtins.str
     """A name for logs."""
+    has_nixl: _builtins.bool
+    """The sender can use NIXL, and may. Not set in the second greeting: there is no third."""
     @_builtins.property
     def plan_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The plans that the sender runs; the two sets must meet."""
@@ -198,6 +202,10 @@ class Hello(_message.Message):
     def segment(self) -> Global___StagingSegment:
         """Prefill: memory that a decode replica on its host may read payload from. Decode: the same again, if it does."""
 
+    @_builtins.property
+    def remote(self) -> Global___RemoteSegment:
+        """Prefill: memory that a decode replica anywhere may read payload from. Decode: the same again, if it does."""
+
     def __init__(
         self,
         *,
@@ -206,10 +214,12 @@ class Hello(_message.Message):
         wire_modes: _abc.Iterable[Global___WireMode.ValueType] | None = ...,
         peer: _builtins.str = ...,
         segment: Global___StagingSegment | None = ...,
+        remote: Global___RemoteSegment | None = ...,
+        has_nixl: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remote", b"remote", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "plan_hashes", b"plan_hashes", "protocol_version", b"protocol_version", "segment", b"segment", "wire_modes", b"wire_modes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_nixl", b"has_nixl", "peer", b"peer", "plan_hashes", b"plan_hashes", "protocol_version", b"protocol_version", "remote", b"remote", "segment", b"segment", "wire_modes", b"wire_modes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,6 +257,43 @@ class StagingSegment(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StagingSegment: _TypeAlias = StagingSegment  # noqa: Y015
+
+@_typing.final
+class RemoteSegment(_message.Message):
+    """Memory that one prefill process writes for one session, cut into slots as a staging segment is, and read through NIXL."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    agent: _builtins.bytes
+    """NIXL's metadata of the agent that prefill made for this session; at most 64 KiB."""
+    address: _builtins.int
+    """Of the first byte, in prefill's process; below 2^63."""
+    num_slots: _builtins.int
+    slot_bytes: _builtins.int
+    """The largest payload, at most 16 MiB."""
+    nonce: _builtins.bytes
+    """Random; the segment begins with it, so that decode knows that it can read, and this very segment. 16 bytes."""
+    def __init__(
+        self,
+        *,
+        agent: _builtins.bytes = ...,
+        address: _builtins.int = ...,
+        num_slots: _builtins.int = ...,
+        slot_bytes: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent", b"agent", "nonce", b"nonce", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoteSegment: _TypeAlias = RemoteSegment  # noqa: Y015
 
 @_typing.final
 class Claim(_message.Message):

@@ -10,14 +10,40 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from shoal.config import HandoffConfig
+from shoal.errors import ConfigError
 from shoal.messages import Carrier, CarrierReason
 from shoal.prefill import stage
 from shoal.telemetry import PrefillMetrics
 from shoal.telemetry.logs import FIELDS
+from shoal.transfer.carriers.nixl import process
+from shoal.transfer.carriers.nixl.process import nixl_for
+from shoal.transfer.carriers.shm import ShmLoader
+from shoal.transfer.offer import Staging
 
 
 def test_inline_makes_no_segment() -> None:
-    assert stage._staging(HandoffConfig(carrier="inline")) is None
+    assert stage._staging(HandoffConfig(carrier="inline"), nixl_for("inline")) == Staging()
+
+
+def test_without_nixl_auto_does_without_and_asking_for_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "is_installed", lambda: False)
+    assert nixl_for("auto") is None
+    with pytest.raises(ConfigError, match=r"handoff.carrier is nixl, .* pip install 'shoal\[nixl\]'"):
+        nixl_for("nixl")
+
+
+@pytest.mark.parametrize(
+    ("carrier", "ways"),
+    [("auto", (True, True)), ("shm", (True, False)), ("nixl", (False, True)), ("inline", (False, False))],
+)
+def test_a_carrier_is_tried_where_it_is_allowed(
+    carrier: str, ways: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "is_installed", lambda: True)
+    monkeypatch.setattr(stage, "reap", lambda: 0)
+    monkeypatch.setattr(process.Nixl, "warm_up", lambda nixl: None)
+    made = stage._staging(HandoffConfig(carrier=carrier), nixl_for(carrier))  # type: ignore[arg-type]
+    assert (made.local is not None, made.remote is not None) == ways
 
 
 @pytest.mark.parametrize("carrier", ["auto", "shm"])
@@ -26,29 +52,35 @@ def test_segments_are_as_configured_and_the_dead_ones_reaped_at_the_start(
 ) -> None:
     reaped: list[bool] = []
     monkeypatch.setattr(stage, "reap", lambda: reaped.append(True) or 1)  # type: ignore[func-returns-value]
-    make = stage._staging(HandoffConfig(carrier=carrier, slot_bytes=1 << 16, staging_bytes=1 << 20))  # type: ignore[arg-type]
-    assert make is not None and reaped
-    loader = make()
+    config = HandoffConfig(carrier=carrier, slot_bytes=1 << 16, staging_bytes=1 << 20)  # type: ignore[arg-type]
+    make = stage._staging(config, None)
+    assert make.local is not None and reaped
+    loader = make.local()
+    assert isinstance(loader, ShmLoader)
     loader.close()
     assert (loader.segment.slot_bytes, loader.segment.num_slots) == (1 << 16, 15)  # heads take room, too
     assert not Path("/dev/shm", loader.segment.name).exists()
 
 
 @pytest.mark.parametrize(
-    ("wants_shm", "carrier", "reason", "level"),
+    ("wanted", "carrier", "reason", "level"),
     [
-        (False, Carrier.INLINE, CarrierReason.OTHER_HOST, "info"),
-        (True, Carrier.SHM, CarrierReason.SAME_HOST, "info"),
-        (True, Carrier.INLINE, CarrierReason.NO_ROOM, "warning"),
+        ("auto", Carrier.INLINE, CarrierReason.OTHER_HOST, "info"),
+        ("auto", Carrier.NIXL, CarrierReason.OTHER_HOST, "info"),
+        ("inline", Carrier.INLINE, CarrierReason.CONFIGURED, "info"),
+        ("shm", Carrier.SHM, CarrierReason.SAME_HOST, "info"),
+        ("shm", Carrier.INLINE, CarrierReason.NO_ROOM, "warning"),
+        ("nixl", Carrier.NIXL, CarrierReason.CONFIGURED, "info"),
+        ("nixl", Carrier.INLINE, CarrierReason.NO_NIXL, "warning"),
     ],
 )
 def test_which_carrier_and_why_is_counted_and_logged(
-    wants_shm: bool, carrier: Carrier, reason: CarrierReason, level: str
+    wanted: str, carrier: Carrier, reason: CarrierReason, level: str
 ) -> None:
     registry = CollectorRegistry()
     session = SimpleNamespace(carrier=carrier, carrier_reason=reason)
     with capture_logs() as logs:
-        stage._session_opened(PrefillMetrics(registry), wants_shm, "10.0.0.1:21000", session)  # type: ignore[arg-type]
+        stage._session_opened(PrefillMetrics(registry), wanted, "10.0.0.1:21000", session)  # type: ignore[arg-type]
     labels = {"carrier": carrier.value, "reason": reason.value}
     assert registry.get_sample_value("shoal_kv_sessions_total", labels) == 1
     assert set(logs[0]) - {"log_level"} <= FIELDS

@@ -28,6 +28,7 @@ from shoal.messages import (
     Hello,
     Nack,
     Refused,
+    RemoteSegment,
     Seal,
     StagedPayload,
     StagingSegment,
@@ -42,6 +43,7 @@ INCARNATION = (1 << 64) - 1
 PREFILL_FRAMES: tuple[Frame, ...] = (
     Hello(1, ("plan-a", "plan-b"), (WireMode.KV, WireMode.HIDDEN), "prefill-0"),
     Hello(1, ("plan-a",), (WireMode.KV,), "", StagingSegment("shoal-0", 1, 1 << 20, bytes(range(16)))),
+    Hello(1, ("plan-a",), remote=RemoteSegment(b"a" * 300, frames.MAX_ADDRESS, 7, 1 << 20, bytes(16)), has_nixl=True),
     Claim(LEASE),
     Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"\x00\xff" * 700),
     Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"", StagedPayload(0, (1 << 64) - 1, 16 << 20)),
@@ -182,11 +184,13 @@ GOOD: dict[str, dict[str, Any]] = {
 
 
 SEGMENT = {"name": "shoal-0", "num_slots": 1, "slot_bytes": 1 << 20, "nonce": bytes(16)}
+REMOTE = {"agent": b"a", "address": 1 << 40, "num_slots": 1, "slot_bytes": 1 << 20, "nonce": bytes(16)}
 STAGED = {"slot": 0, "generation": 1, "num_bytes": 1}
 
 
 def test_a_staged_chunk_and_a_segment_pass() -> None:
     assert arrives("hello", GOOD["hello"] | {"segment": SEGMENT})
+    assert arrives("hello", GOOD["hello"] | {"remote": REMOTE})
     assert arrives("chunk", GOOD["chunk"] | {"payload": b"", "staged": STAGED})
 
 
@@ -206,6 +210,27 @@ def test_a_staged_chunk_and_a_segment_pass() -> None:
 def test_a_malformed_segment_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolViolation):
         arrives("hello", GOOD["hello"] | {"segment": SEGMENT | change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_slots": 0},
+        {"num_slots": frames.MAX_SLOTS + 1},
+        {"slot_bytes": 0},
+        {"slot_bytes": (16 << 20) + 1},
+        {"nonce": bytes(15)},
+        {"agent": b""},
+        {"agent": bytes(frames.MAX_AGENT_BYTES + 1)},
+        {"address": 0},
+        {"address": frames.MAX_ADDRESS + 1},
+        {"address": (1 << 64) - 1},
+    ],
+    ids=lambda change: f"{next(iter(change))}",
+)
+def test_a_malformed_remote_segment_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolViolation):
+        arrives("hello", GOOD["hello"] | {"remote": REMOTE | change})
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ ROLES = [
             "shoal_kv_leases": lambda m: m.leases({"reserved": 2}),
             "shoal_kv_lease_age_seconds": lambda m: m.lease_ended(1.0),
             "shoal_kv_lease_expired": lambda m: m.lease_expired(),
+            "shoal_kv_retired_bytes": lambda m: m.retired(4 << 20),
         },
     ),
 ]

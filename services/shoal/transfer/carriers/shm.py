@@ -1,18 +1,7 @@
 """Payload in shared memory, for two processes on one host.
 
-::
-
-    segment    nonce │ slot 0 │ slot 1 │ …        a file in /dev/shm; every part begins on a page
-    slot       generation │ payload
-
-    prefill  creates the segment ─> Hello                decode  maps it, read-only ─> Hello
-             removes its name                                    (or not: then all payload travels inline)
-             writes a free slot ─> Chunk                         copies it, and only then verifies ─> Credit
-             the slot is free again
-
-Prefill owns the memory, decode never writes. A slot is lent to one chunk until its Credit, or until decode ends the
-lease (Committed, Cancel), since it reads nothing for a lease that has ended. The name exists while the two greet, so
-what a crash can leave behind is a file whose owner is dead: its lock is gone, and ``reap`` removes it.
+The segment (transfer/slots.py) is a file in /dev/shm. Its name exists while the two greet, so what a crash can leave
+behind is a file whose owner is dead: its lock is gone, and ``reap`` removes it. Decode maps it read-only.
 """
 
 from __future__ import annotations
@@ -27,43 +16,38 @@ import re
 import secrets
 import stat
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from shoal.errors import InternalError, ProtocolViolation
-from shoal.messages import Chunk, StagedPayload, StagingSegment
-from shoal.rpc.frames import MAX_SLOTS, NONCE_BYTES
-from shoal.transfer.staging import StagingSlot, StagingSlots
+from shoal.messages import Carrier, Chunk, StagedPayload, StagingSegment
+from shoal.rpc.frames import NONCE_BYTES
+from shoal.transfer.slots import GENERATION_BYTES, HEAD_BYTES, SlotLoader, num_slots_in, segment_bytes, slot_offset
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - names there are unguessable, and exclusive when made
 _NAME = re.compile(r"shoal-[0-9a-f]{32}")
-_GENERATION_BYTES = 8
-_SLOT_HEAD_BYTES = 64
-"""Before the payload: a cache line, most of it empty."""
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _log = logging.getLogger(__name__)
 
 
-class ShmLoader:
+class ShmLoader(SlotLoader):
     """Prefill's end: the segment of one session. Made by ``create``."""
 
+    carrier = Carrier.SHM
+
     def __init__(self, path: Path, memory: mmap.mmap, segment: StagingSegment) -> None:
+        super().__init__(memory, segment)
         self.segment = segment
         self._path = path
-        self._memory = memory
-        num_bytes = segment.num_slots * segment.slot_bytes
-        self._slots = StagingSlots(segment.num_slots, segment.slot_bytes, max_retired_bytes=num_bytes)
-        self._lent: dict[bytes, dict[int, StagingSlot]] = {}
 
     @classmethod
     def create(cls, slot_bytes: int, max_bytes: int, folder: Path = FOLDER) -> ShmLoader:
         """A segment of at most ``max_bytes``, and of half the room that is left. Raises OSError if none can be made."""
         room = os.statvfs(folder)
-        max_bytes = min(max_bytes, room.f_bavail * room.f_frsize // 2) - mmap.PAGESIZE
-        num_slots = min(MAX_SLOTS, max_bytes // _stride(slot_bytes))
+        num_slots = num_slots_in(min(max_bytes, room.f_bavail * room.f_frsize // 2), slot_bytes)
         if num_slots < 1:
             raise OSError(errno.ENOSPC, "no room for a staging slot", str(folder))
         name = f"shoal-{secrets.token_hex(16)}"
@@ -74,8 +58,8 @@ class ShmLoader:
             # Held by the mapping, which keeps the file open: while it lives, nobody reaps the segment.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Now, where it's an error that we can answer: a page that is missing later kills the process.
-            os.posix_fallocate(file, 0, _num_bytes(segment))
-            memory = mmap.mmap(file, _num_bytes(segment), mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            os.posix_fallocate(file, 0, segment_bytes(segment))
+            memory = mmap.mmap(file, segment_bytes(segment), mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -84,43 +68,9 @@ class ShmLoader:
         memory[:NONCE_BYTES] = segment.nonce
         return cls(path, memory, segment)
 
-    @property
-    def num_lent(self) -> int:
-        return self._slots.num_lent
-
     def hide(self) -> None:
         """Remove the name: whoever was to map the segment has done so. Twice is a no-op."""
         self._path.unlink(missing_ok=True)
-
-    @property
-    def max_bytes(self) -> int:
-        return self.segment.slot_bytes
-
-    @property
-    def has_room(self) -> bool:
-        return self._slots.num_lent < self.segment.num_slots
-
-    def load(self, chunk: Chunk) -> Chunk:
-        """Copy the payload into a free slot."""
-        slot = self._slots.take()
-        if slot is None or len(chunk.payload) > slot.num_bytes:
-            raise InternalError(f"{len(chunk.payload)} bytes don't fit the staging slots: ask has_room and max_bytes")
-        self._lent.setdefault(chunk.lease_id, {})[chunk.seq] = slot
-        start = _offset(self.segment, slot.index)
-        # The generation first: who copies from the slot against the rules finds another one afterwards.
-        self._memory[start : start + _GENERATION_BYTES] = slot.generation.to_bytes(_GENERATION_BYTES, "little")
-        start += _SLOT_HEAD_BYTES
-        self._memory[start : start + len(chunk.payload)] = chunk.payload
-        return replace(chunk, payload=b"", staged=StagedPayload(slot.index, slot.generation, len(chunk.payload)))
-
-    def credited(self, lease_id: bytes, seq: int) -> None:
-        slot = self._lent.get(lease_id, {}).pop(seq, None)
-        if slot is not None:
-            self._slots.give_back(slot)
-
-    def ended(self, lease_id: bytes) -> None:
-        for slot in self._lent.pop(lease_id, {}).values():
-            self._slots.give_back(slot)
 
     def close(self) -> None:
         self.hide()
@@ -129,6 +79,8 @@ class ShmLoader:
 
 class ShmUnloader:
     """Decode's end: the segment of one session, mapped read-only. Made by ``attach``."""
+
+    carrier = Carrier.SHM
 
     def __init__(self, memory: mmap.mmap, segment: StagingSegment) -> None:
         self.segment = segment
@@ -145,16 +97,9 @@ class ShmUnloader:
             return None
         return cls(memory, segment)
 
-    def unload(self, chunk: Chunk) -> Chunk:
-        staged = chunk.staged
-        if staged is None:
-            return chunk
-        if staged.slot >= self.segment.num_slots or staged.num_bytes > self.segment.slot_bytes:
-            raise ProtocolViolation(
-                f"{staged.num_bytes} bytes in staging slot {staged.slot}: there are {self.segment.num_slots} slots of "
-                f"{self.segment.slot_bytes}"
-            )
-        return replace(chunk, payload=self._copy(staged))
+    def unload(self, chunk: Chunk, staged: StagedPayload, arrived: Callable[[Chunk], None]) -> None:
+        """Here, at once: between two frames nobody reads a slot."""
+        arrived(replace(chunk, payload=self._copy(staged)))
 
     def close(self) -> None:
         self._memory.close()
@@ -162,12 +107,12 @@ class ShmUnloader:
     def _copy(self, staged: StagedPayload) -> bytes | memoryview:
         """A private copy, or nothing if the slot holds something else by now."""
         # To read beyond the end of a file that was cut would kill the process.
-        if self._memory.closed or self._memory.size() < _num_bytes(self.segment):
+        if self._memory.closed or self._memory.size() < segment_bytes(self.segment):
             return b""
-        start = _offset(self.segment, staged.slot)
+        start = slot_offset(self.segment, staged.slot)
         payload = self._buffer()[: staged.num_bytes]
-        np.copyto(payload, np.frombuffer(self._memory, np.uint8, staged.num_bytes, start + _SLOT_HEAD_BYTES))
-        generation = int.from_bytes(self._memory[start : start + _GENERATION_BYTES], "little")
+        np.copyto(payload, np.frombuffer(self._memory, np.uint8, staged.num_bytes, start + HEAD_BYTES))
+        generation = int.from_bytes(self._memory[start : start + GENERATION_BYTES], "little")
         return memoryview(payload) if generation == staged.generation else b""  # type: ignore[arg-type]
 
     def _buffer(self) -> npt.NDArray[np.uint8]:
@@ -207,7 +152,7 @@ def _map(segment: StagingSegment, folder: Path) -> mmap.mmap:
     try:
         found = os.fstat(file)
         is_private = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-        if not is_private or found.st_size != _num_bytes(segment):
+        if not is_private or found.st_size != segment_bytes(segment):
             raise OSError(errno.EPERM, "not the file that was announced", segment.name)
         memory = mmap.mmap(file, found.st_size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
     finally:
@@ -216,16 +161,3 @@ def _map(segment: StagingSegment, folder: Path) -> mmap.mmap:
         memory.close()
         raise OSError(errno.EPERM, "another segment of this name", segment.name)
     return memory
-
-
-def _stride(slot_bytes: int) -> int:
-    """From one slot to the next."""
-    return -(-(_SLOT_HEAD_BYTES + slot_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _offset(segment: StagingSegment, slot: int) -> int:
-    return mmap.PAGESIZE + slot * _stride(segment.slot_bytes)
-
-
-def _num_bytes(segment: StagingSegment) -> int:
-    return _offset(segment, segment.num_slots)

@@ -1,0 +1,114 @@
+"""Payload in slots of memory that prefill owns and decode only reads: mapped (shm) or fetched (nixl).
+
+::
+
+    segment    nonce │ slot 0 │ slot 1 │ …        every part begins at a multiple of 4 KiB
+    slot       generation │ payload
+
+    prefill  creates the segment ─> Hello                decode  finds it, and its nonce ─> Hello
+             writes a free slot ─> Chunk                         copies it, and only then verifies ─> Credit
+             the slot is free again
+
+A slot is lent to one chunk until its Credit, or until decode ends the lease (Committed, Cancel): of a lease that has
+ended nothing is used any more, whatever a reader that is still busy finds there.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import replace
+from typing import Protocol
+
+from shoal.errors import InternalError, ProtocolViolation
+from shoal.messages import Chunk, StagedPayload
+from shoal.rpc.frames import MAX_SLOTS
+from shoal.transfer.staging import StagingSlot, StagingSlots
+
+GENERATION_BYTES = 8
+HEAD_BYTES = 64
+"""Before the payload: a cache line, most of it empty."""
+ALIGN_BYTES = 4096
+"""Not the page of this host: the other one's may be another."""
+
+
+class Slots(Protocol):
+    """What a segment says of its slots."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def slot_bytes(self) -> int: ...
+
+
+class SlotLoader:
+    """Prefill's end of the slots in ``memory``, whose nonce is written."""
+
+    def __init__(self, memory: mmap.mmap, slots: Slots) -> None:
+        self._memory = memory
+        self._shape = slots
+        num_bytes = slots.num_slots * slots.slot_bytes
+        self._slots = StagingSlots(slots.num_slots, slots.slot_bytes, max_retired_bytes=num_bytes)
+        self._lent: dict[bytes, dict[int, StagingSlot]] = {}
+
+    @property
+    def num_lent(self) -> int:
+        return self._slots.num_lent
+
+    @property
+    def max_bytes(self) -> int:
+        return self._shape.slot_bytes
+
+    @property
+    def has_room(self) -> bool:
+        return self._slots.num_lent < self._shape.num_slots
+
+    def load(self, chunk: Chunk) -> Chunk:
+        """Copy the payload into a free slot."""
+        slot = self._slots.take()
+        if slot is None or len(chunk.payload) > slot.num_bytes:
+            raise InternalError(f"{len(chunk.payload)} bytes don't fit the staging slots: ask has_room and max_bytes")
+        self._lent.setdefault(chunk.lease_id, {})[chunk.seq] = slot
+        start = slot_offset(self._shape, slot.index)
+        # The generation first: who copies from the slot against the rules finds another one afterwards.
+        self._memory[start : start + GENERATION_BYTES] = slot.generation.to_bytes(GENERATION_BYTES, "little")
+        start += HEAD_BYTES
+        self._memory[start : start + len(chunk.payload)] = chunk.payload
+        return replace(chunk, payload=b"", staged=StagedPayload(slot.index, slot.generation, len(chunk.payload)))
+
+    def credited(self, lease_id: bytes, seq: int) -> None:
+        slot = self._lent.get(lease_id, {}).pop(seq, None)
+        if slot is not None:
+            self._slots.give_back(slot)
+
+    def ended(self, lease_id: bytes) -> None:
+        for slot in self._lent.pop(lease_id, {}).values():
+            self._slots.give_back(slot)
+
+
+def num_slots_in(num_bytes: int, slot_bytes: int) -> int:
+    """How many slots a segment of at most ``num_bytes`` has; may be none."""
+    return max(0, min(MAX_SLOTS, (num_bytes - ALIGN_BYTES) // _stride(slot_bytes)))
+
+
+def slot_offset(slots: Slots, slot: int) -> int:
+    """Where a slot begins, from the segment's first byte."""
+    return ALIGN_BYTES + slot * _stride(slots.slot_bytes)
+
+
+def segment_bytes(slots: Slots) -> int:
+    return slot_offset(slots, slots.num_slots)
+
+
+def check_place(slots: Slots, staged: StagedPayload) -> None:
+    """Raises ProtocolViolation for a place that can't be."""
+    if staged.slot >= slots.num_slots or staged.num_bytes > slots.slot_bytes:
+        raise ProtocolViolation(
+            f"{staged.num_bytes} bytes in staging slot {staged.slot}: there are {slots.num_slots} slots of "
+            f"{slots.slot_bytes}"
+        )
+
+
+def _stride(slot_bytes: int) -> int:
+    """From one slot to the next."""
+    return -(-(HEAD_BYTES + slot_bytes) // ALIGN_BYTES) * ALIGN_BYTES

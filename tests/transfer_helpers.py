@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from remote_memory import Remote
 from shoal.errors import HandoffError, PeerGone, ShoalError
 from shoal.messages import Carrier, Chunk, Envelope, Frame, Hello
 from shoal.transfer.base import Channel, Clock, crc32c, new_incarnation
@@ -315,6 +316,7 @@ async def rig(
     """Both sides, closed afterwards; fails if anything is held then.
 
     ``kind`` is the channel (memory, grpc), and the carriers beside inline (memory+shm, grpc+nixl, grpc+shm+nixl).
+    ``far`` is a fake of nixl between two hosts: both greet twice, since decode doesn't find what is in shared memory.
     """
     channel_kind, *carriers = kind.split("+")
     counts, sink = Counts(), ArraySink()
@@ -323,10 +325,13 @@ async def rig(
     )
     folder = Path(tempfile.mkdtemp(prefix="shoal-test-", dir=FOLDER))
     nixl = [Nixl(1 << 20), Nixl(1 << 20)] if "nixl" in carriers else []
+    remote = Remote()
     attach = Attach(
         partial(ShmUnloader.attach, folder=folder) if "shm" in carriers else None,
         partial(nixl[1].attach, deadline_s=times.ttl_s) if nixl else None,
     )
+    if "far" in carriers:
+        attach = Attach(lambda segment: None, remote.attach)
     server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), peer="decode"), attach)
     channels: list[Channel] = []
     loaders: list[ShmLoader] = []
@@ -352,6 +357,9 @@ async def rig(
         nixl_loaders.append(await nixl[0].open_loader(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE))
         return nixl_loaders[-1]
 
+    ways = Staging(stage if "shm" in carriers else None, stage_remote if nixl else None)
+    if "far" in carriers:
+        ways = Staging(stage, partial(remote.open_loader, MAX_FRAME_BYTES, (1 + num_slots) * 4096))
     identity = Identity(new_incarnation(), prefill_plans, peer="prefill")
     pool = SessionPool(
         connect,
@@ -359,7 +367,7 @@ async def rig(
         ttl_s=times.ttl_s,
         max_frame_bytes=MAX_FRAME_BYTES,
         clock=clock,
-        staging=Staging(stage if "shm" in carriers else None, stage_remote if nixl else None),
+        staging=ways,
     )
     both = Rig(
         desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder, nixl, nixl_loaders
@@ -377,7 +385,7 @@ async def rig(
         shutil.rmtree(folder)
     both.assert_nothing_held()
     assert not left
-    assert all(loader._memory.closed for loader in (*loaders, *nixl_loaders))
+    assert all(loader._memory.closed for loader in (*loaders, *nixl_loaders, *remote.loaders.values()))
     assert all(each.num_readers == 0 for each in nixl)
 
 

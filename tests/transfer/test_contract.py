@@ -18,6 +18,7 @@ pytestmark = pytest.mark.parametrize(
         "grpc",
         "grpc+shm",
         "memory+shm",
+        "memory+far",
         pytest.param("grpc+nixl", marks=needs_nixl),
         pytest.param("memory+nixl", marks=needs_nixl),
     ],

@@ -34,9 +34,9 @@ BOTH = [("prefill", kind) for kind in FROM_PREFILL] + [("decode", kind) for kind
 each_frame = pytest.mark.parametrize(("side", "kind"), BOTH, ids=lambda value: getattr(value, "__name__", value))
 
 
-@pytest.fixture(autouse=True, params=["memory", "memory+shm"])
+@pytest.fixture(autouse=True, params=["memory", "memory+shm", "memory+far"])
 def each_carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that follows is to hold for either."""
+    """All that follows is to hold for each."""
     monkeypatch.setitem(globals(), "rig", partial(rig, request.param))
 
 

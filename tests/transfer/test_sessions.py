@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from shoal.errors import InternalError, PeerGone
-from shoal.messages import Chunk, Envelope
+from shoal.messages import Carrier, CarrierReason, Chunk, Envelope
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
@@ -122,3 +122,12 @@ async def test_connect_serves_a_channel_within_the_process() -> None:
             await lease.arrived()
         both.assert_arrived(wanted)
         await pool.close()
+
+
+async def test_two_hosts_greet_twice_and_then_payload_is_read_from_afar() -> None:
+    async with rig("memory+far") as both:
+        session = await both.pool.get("memory")
+        assert (session.carrier, session.carrier_reason) == (Carrier.NIXL, CarrierReason.OTHER_HOST)
+        await both.hand_off(prompt())
+        both.assert_arrived(prompt())
+        assert set(both.counts.bytes_by_carrier) == {Carrier.NIXL}

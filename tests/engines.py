@@ -114,6 +114,7 @@ def make_engine(
         dtype_bytes=model.dtype.itemsize,
         block_tokens=block_tokens,
         is_apart=anchors is not None,
+        state_dim=spec.hidden_size if stage is Stage.PREFILL and plan.projects else 0,
     )
     scheduler = Scheduler(
         layout, num_blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences, max_queued=max_queued,
@@ -192,12 +193,14 @@ def logits_after(engine: Engine, prompt: list[int], depth: Depth, outline: Promp
     return logits[0]
 
 
-def prefill_chunks(engine: Engine, prompt: list[int]) -> list[PrefillChunk]:
-    """What a prefill engine ships for ``prompt``."""
-    engine.submit_prefill("prompt", len(prompt))
+def prefill_chunks(
+    engine: Engine, prompt: list[int], *, num_present: int = 0, tenant: str = ""
+) -> list[PrefillChunk]:
+    """What a prefill engine ships for ``prompt``, of which decode has ``num_present`` tokens."""
+    engine.submit_prefill("prompt", len(prompt), tenant=tenant)
     chunks: list[PrefillChunk] = []
     engine.step()
-    engine.start("prompt", prompt=tuple(prompt))
+    engine.start_shipping("prompt", tuple(prompt), num_present=num_present)
     while not chunks or chunks[-1].end < len(prompt) - 1:
         output = engine.step()
         for failure in output.failures:
@@ -223,9 +226,8 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
         for reservation in output.reserved:
             request_id, blocks = reservation.request_id, reservation.blocks
             prompt = asks[int(request_id)].prompt
-            for chunk in prefill_chunks(prefill, prompt):
-                own = _after(chunk, reservation.num_present)
-                _copy(decode.runner.pool, list(blocks), own, prefill.runner.decoder.plan.num_kept)
+            for chunk in prefill_chunks(prefill, prompt, num_present=reservation.num_present):
+                _copy(decode.runner.pool, list(blocks), chunk, prefill.runner.decoder.plan.num_kept)
             decode.start(request_id, num_arrived=len(prompt) - 1)
         for event in output.tokens:
             tokens.setdefault(event.request_id, []).append(event.token_id)
@@ -233,13 +235,6 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
             break
     assert_nothing_held(decode)
     return [tokens[str(index)] for index in range(len(asks))]
-
-
-def _after(chunk: PrefillChunk, num_present: int) -> PrefillChunk:
-    """What of ``chunk`` isn't there yet: blocks that others share must not be written to."""
-    skipped = min(max(0, num_present - chunk.start), chunk.end - chunk.start)
-    deep = None if chunk.deep is None else chunk.deep[:, skipped:]
-    return replace(chunk, start=chunk.start + skipped, shallow=chunk.shallow[:, skipped:], deep=deep)
 
 
 def _copy(pool: KvPool, blocks: list[int], chunk: PrefillChunk, num_kept: int) -> None:

@@ -145,7 +145,7 @@ def build_engine(
         max_queued=limits.max_queued,
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
         num_deep_blocks=num_deep_blocks,
-        reuse=Reuse(limits.reuse) if stage is Stage.DECODE else Reuse.NONE,
+        reuse=Reuse(limits.reuse),
     )
     kernels = choose_kernels(limits, served, device)
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
@@ -179,7 +179,7 @@ def warm_up(engine: Engine, stage: Stage, device: torch.device) -> None:
     if stage is Stage.PREFILL:
         engine.submit_prefill(_WARM_UP, num_tokens)
         engine.step()
-        engine.start(_WARM_UP, prompt=(0,) * num_tokens)
+        engine.start_shipping(_WARM_UP, (0,) * num_tokens)
         _checked(engine.step())
     else:
         for depth in (Depth.SHALLOW, Depth.FULL):
@@ -206,6 +206,7 @@ def layout_of(served: Served, stage: Stage, block_tokens: int) -> KvLayout:
         dtype_bytes=served.kv_dtype.itemsize,
         block_tokens=block_tokens,
         is_apart=served.plan.anchors is not None,
+        state_dim=served.spec.hidden_size if stage is Stage.PREFILL and served.plan.projects else 0,
     )
 
 

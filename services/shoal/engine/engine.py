@@ -66,25 +66,31 @@ class Engine:
             sequence.sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         self._submit(sequence)
 
-    def submit_prefill(self, request_id: str, num_prompt_tokens: int) -> None:
-        """Queue a prompt whose K/V are to be computed and shipped. Its ids come with ``start``.
+    def submit_prefill(self, request_id: str, num_prompt_tokens: int, *, tenant: str = "") -> None:
+        """Queue a prompt whose K/V are to be computed and shipped. Its ids come with ``start_shipping``.
 
         Its depth is this stage's plan: all tokens but the boundary token, which isn't run here.
         """
         shallow = range(num_prompt_tokens - 1 if self.runner.decoder.plan.num_skipped else 0)
         placeholder = (0,) * num_prompt_tokens
         sampling = SamplingParams(max_tokens=1)
-        self._submit(Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False))
+        self._submit(Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False, tenant=tenant))
 
-    def start(self, request_id: str, *, num_arrived: int = 0, prompt: tuple[int, ...] | None = None) -> None:
+    def start_shipping(self, request_id: str, prompt: tuple[int, ...], *, num_present: int = 0) -> int:
+        """Let a held prompt run whose ids are known now, and ship what comes after ``num_present`` tokens.
+
+        Returns how many tokens at its front need not be computed.
+        """
+        sequence = self._held(request_id)
+        if len(prompt) != sequence.num_prompt_tokens:
+            raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
+        sequence.prompt = prompt
+        self.scheduler.start_shipping(sequence, num_present)
+        return sequence.num_present
+
+    def start(self, request_id: str, *, num_arrived: int = 0) -> None:
         """Let a held request run: from its first token, or with the K/V of the ``num_arrived`` that prefill sent."""
-        sequence = self._sequences.get(request_id, {}).get(0)
-        if sequence is None:
-            raise InternalError(f"request {request_id} isn't here")
-        if prompt is not None:
-            if len(prompt) != sequence.num_prompt_tokens:
-                raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
-            sequence.prompt = prompt
+        sequence = self._held(request_id)
         if self.runner.decoder.plan.num_skipped and not sequence.shallow:
             num_arrived = 0  # all of its tokens are full depth: what a stage without deep layers has is no use
         self.scheduler.start(sequence, num_arrived)
@@ -133,7 +139,7 @@ class Engine:
         admitted = self.scheduler.admit()
         reserved = tuple(Reservation(item.request_id, tuple(item.blocks), item.num_present) for item in admitted)
         plan = self.scheduler.schedule()
-        if not plan.rows:
+        if not plan.sequences:
             return StepOutput(
                 started_s, self._clock(), self.counts(), reserved=reserved, wants_blocks=plan.wants_blocks
             )
@@ -169,13 +175,16 @@ class Engine:
     def _advance(self, plan: StepPlan, output: RunOutput) -> tuple[list[PromptEvent], list[FailureEvent]]:
         """Note what is computed; tell what prompts were asked for, and end those that nothing is to follow."""
         prompts, failures = [], []
+        for item in (*plan.recalls, *plan.rows):
+            if not item.sequence.sampled:
+                item.sequence.num_shipped = max(item.sequence.num_shipped, item.end)
+                item.sequence.num_unsent += 1
         scores = iter(output.scores)
         for item in plan.rows:
             sequence, scored = item.sequence, item.scored
             tokens = next(scores) if scored else ()
             sequence.advance(item.end)
             sequence.num_scored = max(sequence.num_scored, scored.stop)
-            sequence.num_unsent += not sequence.sampled
             if any(token.is_broken for token in tokens):
                 failures.append(self._fail(sequence, InternalError(NOT_FINITE)))
                 continue
@@ -249,6 +258,12 @@ class Engine:
 
     # --- helpers --------------------------------------------------------------------------------------
 
+    def _held(self, request_id: str) -> Sequence:
+        sequence = self._sequences.get(request_id, {}).get(0)
+        if sequence is None:
+            raise InternalError(f"request {request_id} isn't here")
+        return sequence
+
     def _submit(self, sequence: Sequence) -> None:
         if sequence.request_id in self._sequences:
             raise InternalError(f"request {sequence.request_id} is here already")
@@ -256,8 +271,9 @@ class Engine:
         self._sequences[sequence.request_id] = {0: sequence}
 
     def _finish(self, sequence: Sequence) -> None:
-        if sequence.sampled and sequence.blocks:
+        if sequence.blocks:
             self.scheduler.remember(sequence)
+        if sequence.sampled and sequence.blocks:
             self._finished_kv_bytes.append(self.scheduler.kv_bytes(sequence))
         self.scheduler.finish(sequence)
         choices = self._sequences.get(sequence.request_id, {})

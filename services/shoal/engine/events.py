@@ -98,4 +98,4 @@ class StepOutput:
     @property
     def is_idle(self) -> bool:
         """Nothing could run: there is nothing to do until the next command."""
-        return not self.num_rows and not self.reserved
+        return not self.num_rows and not self.reserved and not self.chunks

@@ -25,7 +25,7 @@ MAX_LOGIT_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """K/V of tokens ``[start, end)`` of one prompt, ready to ship.
+    """K/V of tokens ``[start, end)`` of one prompt, ready to ship; none if decode has them all.
 
     ``shallow`` is ``[K, tokens, 2, kv_heads, head_dim]``; ``deep`` is the same for the skipped layers, projected, or
     ``None`` where nothing is. Both are contiguous copies on the host.
@@ -66,8 +66,10 @@ class Runner:
         self.pool.copy_blocks(plan.copies)
         self.pool.copy_blocks(plan.deep_copies, deep=True)
         rows = plan.rows
+        if not rows:
+            return RunOutput(None, tuple(self._chunks(plan.recalls)))
         tensors = self.decoder.forward(self.batch(rows), self.pool)
-        chunks = tuple(self._chunks(rows, tensors.projected))
+        chunks = (*self._chunks(plan.recalls), *self._chunks(rows))
         scores = () if tensors.scored is None else self._scores(rows, tensors.scored)
         return RunOutput(tensors.logits, chunks, scores)
 
@@ -136,16 +138,19 @@ class Runner:
     def _index(self, values: list[int] | npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)
 
-    def _chunks(self, rows: tuple[ScheduledRows, ...], projected: torch.Tensor | None) -> Iterable[PrefillChunk]:
-        """What prefill ships of this step: kept layers read back from the pool, skipped ones as projected."""
-        offset = 0
+    @torch.inference_mode()
+    def _chunks(self, rows: tuple[ScheduledRows, ...]) -> Iterable[PrefillChunk]:
+        """What prefill ships of ``rows``: kept layers read back from the pool, skipped ones projected only now."""
         for item in rows:
-            if item.sequence.sampled:
+            sequence = item.sequence
+            if sequence.sampled:
                 continue
-            slots = self._index(self.pool.layout.slots(item.sequence.blocks, item.start, item.end))
+            start = min(max(item.start, sequence.num_shipped), item.end)
+            slots = self._index(self.pool.layout.slots(sequence.blocks, start, item.end))
             deep = None
-            if projected is not None:
-                deep = projected[:, offset : offset + item.num_rows].to(self.pool.dtype).contiguous().cpu()
-                offset += item.num_rows
+            if self.pool.layout.state_dim:
+                positions = torch.arange(start, item.end, device=self._device)
+                deep = self.decoder.project(self.pool.read_states(slots), positions)
+                deep = deep.to(self.pool.dtype).contiguous().cpu()
             shallow = self.pool.read_layers(0, self.decoder.plan.num_kept, slots).cpu()
-            yield PrefillChunk(item.sequence.request_id, item.start, item.end, shallow, deep)
+            yield PrefillChunk(sequence.request_id, start, item.end, shallow, deep)

@@ -57,6 +57,7 @@ class ScheduledRows:
 class StepPlan:
     """One step: first copy blocks ``(source, target)``, then run the rows. A sequence may have two pieces in a step.
 
+    ``recalls`` are rows that needn't run: they were computed for another prompt, and are to be shipped for this one.
     ``deep_copies`` are of deep layers that have blocks of their own.
     ``wants_blocks`` says that a running sequence waits for blocks which reserved ones hold.
     """
@@ -64,6 +65,7 @@ class StepPlan:
     rows: tuple[ScheduledRows, ...]
     copies: tuple[tuple[int, int], ...]
     deep_copies: tuple[tuple[int, int], ...] = ()
+    recalls: tuple[ScheduledRows, ...] = ()
     wants_blocks: bool = False
 
     @property
@@ -72,8 +74,8 @@ class StepPlan:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Those that run, each once."""
-        return list(dict.fromkeys(item.sequence for item in self.rows))
+        """Those that run or are shipped, each once."""
+        return list(dict.fromkeys(item.sequence for item in (*self.recalls, *self.rows)))
 
 
 class Scheduler:
@@ -152,6 +154,16 @@ class Scheduler:
         sequence.arrive(num_arrived)
         self._run(sequence)
 
+    def start_shipping(self, sequence: Sequence, num_present: int) -> None:
+        """Let a reserved prompt run, now that its ids are known, whose first ``num_present`` tokens' K/V decode has.
+
+        What of it has been computed for another prompt is found, and not computed again.
+        """
+        for table in self.tables:
+            table.find(sequence)
+        sequence.num_shipped = num_present
+        self.start(sequence, 0)
+
     def requeue(self, sequence: Sequence) -> None:
         """A reserved sequence gives up its blocks, and will compute its prompt here when its turn comes."""
         if sequence.phase is not Phase.RESERVED:
@@ -223,10 +235,15 @@ class Scheduler:
         budget = self.max_step_tokens
         self._wants_blocks = False
         rows: list[ScheduledRows] = []
+        recalls: list[ScheduledRows] = []
         for sequence in self._in_order():
             if budget == 0:
                 break
             if sequence.phase is not Phase.RUNNING or sequence.num_unsent >= MAX_UNSENT_CHUNKS:
+                continue
+            if found := sequence.recalled[:budget]:
+                recalls.append(ScheduledRows(sequence, found.start, found.stop))
+                budget -= len(found)
                 continue
             pieces = list(sequence.pieces(budget))
             if pieces and self._make_room(sequence, pieces, rows):
@@ -235,7 +252,7 @@ class Scheduler:
         # Without rows nothing runs, and copies wait for the next step.
         copies = [table.take_copies() if rows else () for table in self.tables]
         deep_copies = copies[1] if len(copies) > 1 else ()
-        return StepPlan(tuple(rows), copies[0], deep_copies, wants_blocks=self._wants_blocks)
+        return StepPlan(tuple(rows), copies[0], deep_copies, tuple(recalls), wants_blocks=self._wants_blocks)
 
     @property
     def sequences(self) -> list[Sequence]:

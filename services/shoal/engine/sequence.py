@@ -34,7 +34,8 @@ class Sequence:
     ``num_present`` tokens' K/V were there before, in blocks that others share. ``arrived`` are positions whose K/V came
     from prefill, so that computing skips them. Deep layers that hold no shallow tokens have their own ``deep_blocks``.
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
-    ``num_unsent`` counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
+    Of a prompt that is shipped, tokens before ``num_shipped`` need not be (any more); ``num_unsent`` counts chunks that
+    prefill computed and has not yet sent: the scheduler waits for the wire.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
     """
 
@@ -54,6 +55,7 @@ class Sequence:
     num_present: int = 0
     num_computed: int = 0
     num_scored: int = 0
+    num_shipped: int = 0
     num_unsent: int = 0
     first_step_s: float | None = None
 
@@ -79,8 +81,13 @@ class Sequence:
 
     @property
     def may_reuse(self) -> bool:
-        """Not where prompt tokens are to be scored, for they must be run; nor at prefill, which has their ids late."""
-        return self.sampled and self.sampling.num_prompt_logprobs is None
+        """Not where prompt tokens are to be scored, for they must be run; nor at prefill before their ids are here."""
+        return (self.sampled or self.phase is not Phase.WAITING) and self.sampling.num_prompt_logprobs is None
+
+    @property
+    def recalled(self) -> range:
+        """Positions that are to be shipped and need not be computed: they were found."""
+        return range(0) if self.sampled else range(self.num_shipped, max(self.num_shipped, self.num_computed))
 
     def take_present(self, num_tokens: int) -> None:
         self.num_present = self.num_computed = num_tokens

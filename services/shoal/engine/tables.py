@@ -65,6 +65,16 @@ class BlockTable:
         self.held(sequence)[:] = known + fresh
         sequence.take_present(len(known) * self._block_tokens)
 
+    def find(self, sequence: Sequence) -> None:
+        """For a sequence that got its blocks before its ids were known: put remembered blocks in the place of its first
+        ones, which nothing was written to."""
+        known = self._known(sequence)
+        blocks = self.held(sequence)
+        self.allocator.share(known)
+        self.allocator.release(blocks[: len(known)])
+        blocks[: len(known)] = known
+        sequence.take_present(len(known) * self._block_tokens)
+
     def _known(self, sequence: Sequence) -> list[int]:
         """Blocks that hold a sequence's first tokens already; never its last one, which is to be run."""
         prefixes = self.allocator.prefixes

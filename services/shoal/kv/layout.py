@@ -28,13 +28,18 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Layer groups of one pool. A token in a layer is ``[2, num_kv_heads, head_dim]``: K, then V."""
+    """Layer groups of one pool. A token in a layer is ``[2, num_kv_heads, head_dim]``: K, then V.
+
+    With a ``state_dim``, a token also has the state ``[state_dim]`` that left the last of these layers: what K/V of
+    layers that aren't here can be projected from.
+    """
 
     groups: tuple[LayerGroup, ...]
     num_kv_heads: int
     head_dim: int
     dtype_bytes: int
     block_tokens: int
+    state_dim: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -46,6 +51,11 @@ class KvLayout:
         return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of one token's state."""
+        return self.state_dim * self.dtype_bytes
+
+    @property
     def apart(self) -> LayerGroup | None:
         """The group with blocks of its own, if there is one."""
         return next((group for group in self.groups if group.is_apart), None)
@@ -53,7 +63,7 @@ class KvLayout:
     @property
     def token_bytes(self) -> int:
         """Bytes of a token that is in all layers."""
-        return self.token_layer_bytes * self.num_layers
+        return self.token_layer_bytes * self.num_layers + self.state_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -86,12 +96,14 @@ def stage_layout(
     dtype_bytes: int,
     block_tokens: int,
     is_apart: bool = False,
+    state_dim: int = 0,
 ) -> KvLayout:
     """The groups of a stage that holds the first ``num_held`` of ``num_layers`` layers.
 
     ``is_apart``: shallow tokens have no K/V in the skipped layers.
+    ``state_dim``: of the states that a stage holds which projects K/V of layers that it doesn't have.
     """
     groups = [LayerGroup("shallow", 0, num_kept)]
     if num_held == num_layers > num_kept:
         groups.append(LayerGroup("deep", num_kept, num_layers, is_apart))
-    return KvLayout(tuple(groups), num_kv_heads, head_dim, dtype_bytes, block_tokens)
+    return KvLayout(tuple(groups), num_kv_heads, head_dim, dtype_bytes, block_tokens, state_dim)

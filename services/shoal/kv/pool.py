@@ -1,7 +1,7 @@
 """The device memory behind the blocks.
 
-One tensor per layer, ``[num_slots, 2, num_kv_heads, head_dim]``; slot ``block * block_tokens + offset`` holds one
-token. The engine thread reads and writes blocks of running sequences; the copy thread writes reserved blocks, which
+One tensor per layer, ``[num_slots, 2, num_kv_heads, head_dim]``, and where the layout has states one more,
+``[num_slots, state_dim]``; slot ``block * block_tokens + offset`` holds one token. The engine thread reads and writes blocks of running sequences; the copy thread writes reserved blocks, which
 no running sequence can see: the rows never overlap, so there is no lock.
 """
 
@@ -35,6 +35,7 @@ class KvPool:
             )
             for layer in range(layout.num_layers)
         ]  # fmt: skip
+        self.states = _zeros((num_blocks * layout.block_tokens, layout.state_dim), dtype, device)
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[tokens, 2, kv_heads, head_dim]`` at ``slots`` ``[tokens]`` (int64)."""
@@ -66,6 +67,14 @@ class KvPool:
         for held, arrived in zip(self.layers[layer_start:], kv, strict=False):
             _tokens(held)[rows] = _tokens(arrived)
 
+    def write_states(self, slots: torch.Tensor, states: torch.Tensor) -> None:
+        """Put ``states`` ``[tokens, state_dim]`` at ``slots``."""
+        self.states.index_copy_(0, slots, states.to(self.dtype))
+
+    def read_states(self, slots: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy ``[tokens, state_dim]``."""
+        return self.states.index_select(0, slots)
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], *, deep: bool = False) -> None:
         """Copy whole blocks ``(source, target)``: a choice gets its own copy of a block that it must write to.
 
@@ -73,6 +82,8 @@ class KvPool:
         """
         size = self.layout.block_tokens
         layers = [held for layer, held in enumerate(self.layers) if (layer in self._apart) == deep] if pairs else []
+        if not deep:
+            layers.append(self.states)
         for source, target in pairs:
             for held in layers:
                 held[target * size : (target + 1) * size] = held[source * size : (source + 1) * size]

@@ -1,8 +1,8 @@
 """The transformer of all families, run over a layer plan.
 
 One forward may hold tokens of both depths. All rows run the kept layers; then the shallow rows' K/V of the skipped
-layers are projected and stored (or handed to the caller, where this stage holds no deep layers); then only the
-full-depth rows run on, reading what was just stored. A SPEED plan projects nothing.
+layers are projected and stored; then only the full-depth rows run on, reading what was just stored. A stage without
+deep layers stores the states instead, which ``project`` makes those K/V of. A SPEED plan projects nothing.
 """
 
 from __future__ import annotations
@@ -43,13 +43,11 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """What a forward brings: ``logits`` ``[len(logit_rows), vocab]`` (``None`` without an lm_head), and at a stage
-    without deep layers the shallow rows' ``projected`` K/V ``[S, shallow rows, 2, kv_heads, head_dim]``.
+    """What a forward brings: ``logits`` ``[len(logit_rows), vocab]`` (``None`` without an lm_head).
 
     ``scored`` ``[len(scored_rows), hidden]`` are states that left the last layer, for ``logits`` to be made of them."""
 
     logits: torch.Tensor | None
-    projected: torch.Tensor | None
     scored: torch.Tensor | None = None
 
 
@@ -95,33 +93,42 @@ class Decoder:
 
     def deepen(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> StepTensors:
         """The rest of a step from the states that left the last kept layer; can be differentiated."""
-        projected = self._project(batch, hidden, rope, pool)
+        self._store_deep(batch, hidden, rope, pool)
         if batch.full_rows is not None:
             hidden, rope = hidden[batch.full_rows], rope.rows(batch.full_rows)
         if batch.deep is not None:
             for layer in self.plan.skipped:
                 hidden = self._layer(layer, hidden, rope, pool, batch.deep)
         scored = None if batch.scored_rows is None else hidden[batch.scored_rows]
-        return StepTensors(self.logits(hidden, batch.logit_rows), projected, scored)
+        return StepTensors(self.logits(hidden, batch.logit_rows), scored)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         hidden = F.embedding(token_ids, self.parameters.embedding)
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
-    def _project(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> torch.Tensor | None:
-        rows = batch.shallow_rows
-        if (rows is not None and rows.numel() == 0) or not self.plan.projects:
-            return None
+    @torch.inference_mode()
+    def project(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """K/V of the skipped layers ``[S, tokens, 2, kv_heads, head_dim]`` of shallow tokens at ``positions``
+        ``[tokens]``, from the ``states`` ``[tokens, hidden]`` that left the last kept layer."""
+        return self._project(states.to(self.dtype), Rope.at(self.spec, positions, self.dtype))
+
+    def _project(self, states: torch.Tensor, rope: Rope) -> torch.Tensor:
         if self.parameters.projection is None:
             raise InternalError("a plan that projects, and no projection")
+        return self._rows.project(self.parameters.projection, states, rope)
+
+    def _store_deep(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> None:
+        """K/V of the shallow rows in the skipped layers, or what they can be made of."""
+        rows = batch.shallow_rows
+        if (rows is not None and rows.numel() == 0) or not self.plan.projects:
+            return
+        slots = batch.kept.slots
         if rows is not None:
-            hidden, rope = hidden[rows], rope.rows(rows)
-        projected = self._rows.project(self.parameters.projection, hidden, rope)
+            hidden, rope, slots = hidden[rows], rope.rows(rows), slots[rows]
         if self.stage is Stage.PREFILL:
-            return projected
-        slots = batch.kept.slots if rows is None else batch.kept.slots[rows]
-        pool.write_layers(self.plan.num_kept, slots, projected)
-        return None
+            pool.write_states(slots, hidden)
+        else:
+            pool.write_layers(self.plan.num_kept, slots, self._project(hidden, rope))
 
     def _layer(self, index: int, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
         layer = self.parameters.layers[index]

@@ -53,7 +53,10 @@ class PrefillWorker:
         request_id = grant.lease_id.hex()
         with self._engine.open(request_id) as inbox:
             asked_s = time.monotonic()
-            await self._engine.call(lambda engine: engine.submit_prefill(request_id, grant.num_prompt_tokens))
+            tenant = grant.context.tenant
+            await self._engine.call(
+                lambda engine: engine.submit_prefill(request_id, grant.num_prompt_tokens, tenant=tenant)
+            )
             try:
                 async with asyncio.timeout(min(grant.claim_timeout_s, grant.context.timeout_s)):
                     await inbox.reserved()
@@ -71,8 +74,13 @@ class PrefillWorker:
             if len(claim.token_ids) != grant.num_prompt_tokens:
                 raise LeaseLost(f"granted {grant.num_prompt_tokens} tokens, the claim brought {len(claim.token_ids)}")
             started_s = time.monotonic()
-            await self._engine.call(lambda engine: engine.start(inbox.request_id, prompt=claim.token_ids))
+            num_cached = await self._engine.call(
+                lambda engine: engine.start_shipping(
+                    inbox.request_id, claim.token_ids, num_present=claim.num_present
+                )
+            )
             computed = await self._ship(claim, inbox, waited_s, started_s)
+            self._count(computed, len(claim.token_ids) - 1, num_cached)
             await claim.seal(
                 boundary_token_id=claim.token_ids[-1], queue_s=computed.queue_s, prefill_s=computed.prefill_s
             )
@@ -85,21 +93,24 @@ class PrefillWorker:
             await self._send(claim, event.chunk)
             self._engine.post(lambda engine: engine.chunk_sent(inbox.request_id))
             if event.chunk.end == end:
-                computed = _Computed(waited_s + event.first_step_s - started_s, event.ended_s - event.first_step_s)
-                self._metrics.queued(computed.queue_s)
-                self._metrics.prefilled(
-                    self._depth, computed.prefill_s, num_layers=self._num_kept, computed_tokens=end
-                )  # fmt: skip
-                return computed
+                return _Computed(waited_s + event.first_step_s - started_s, event.ended_s - event.first_step_s)
+
+    def _count(self, computed: _Computed, num_tokens: int, num_cached: int) -> None:
+        self._metrics.queued(computed.queue_s)
+        self._metrics.prefilled(
+            self._depth,
+            computed.prefill_s,
+            num_layers=self._num_kept,
+            computed_tokens=num_tokens - num_cached,
+            cached_tokens=num_cached,
+        )
 
     async def _send(self, claim: PromptClaim, chunk: PrefillChunk) -> None:
-        start = max(chunk.start, claim.num_present)
-        if start >= chunk.end:
+        if chunk.start == chunk.end:
             return
         for first_layer, kv in ((0, chunk.shallow), (self._num_kept, chunk.deep)):
             if kv is not None:
-                wanted = kv[:, start - chunk.start :].contiguous()
-                await claim.send(start, chunk.end, first_layer, first_layer + kv.shape[0], _bytes_of(wanted))
+                await claim.send(chunk.start, chunk.end, first_layer, first_layer + kv.shape[0], _bytes_of(kv))
 
 
 async def _unless_cancelled(claim: PromptClaim, inbox: Inbox) -> ChunkComputed:

@@ -1,0 +1,149 @@
+"""What prefill ships of a prompt that begins like one before: the same, without computing it again. float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engines import Ask, assert_nothing_held, exact, make_engine, prefill_chunks, run, run_handed_off
+from models import tiny_model
+from shoal.engine.engine import Engine
+from shoal.engine.runner import PrefillChunk
+from shoal.engine.tables import Reuse
+from shoal.messages import Stage
+
+NUM_SKIPPED, BLOCK = 2, 4
+PROMPT = [3 + index * 7 % 90 for index in range(30)]
+LONGER = [*PROMPT[:22], *range(40, 60)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return exact(tiny_model("llama"))
+
+
+def engine_of(model: Any, num_skipped: int = NUM_SKIPPED, reuse: Reuse = Reuse.EXACT, **options: Any) -> Engine:
+    return make_engine(model, num_skipped, stage=Stage.PREFILL, block_tokens=BLOCK, reuse=reuse, **options)
+
+
+class Computed:
+    """How many rows an engine has run, step by step."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_rows: list[int] = []
+        forward = engine.runner.decoder.forward
+
+        def counting(batch: Any, pool: Any) -> Any:
+            self.num_rows.append(len(batch.token_ids))
+            return forward(batch, pool)
+
+        monkeypatch.setattr(engine.runner.decoder, "forward", counting)
+
+
+def whole(chunks: list[PrefillChunk]) -> torch.Tensor:
+    """All layers of all tokens, which must follow one another without a gap."""
+    for chunk, following in zip(chunks, chunks[1:], strict=False):
+        assert chunk.end == following.start
+    layers = [chunk.shallow if chunk.deep is None else torch.cat([chunk.shallow, chunk.deep]) for chunk in chunks]
+    return torch.cat(layers, dim=1)
+
+
+@pytest.mark.parametrize("num_skipped", [NUM_SKIPPED, 0])
+@pytest.mark.parametrize("max_step_tokens", [512, 7])
+def test_what_was_found_is_shipped_as_if_computed(
+    model: Any, num_skipped: int, max_step_tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    engine = engine_of(model, num_skipped, max_step_tokens=max_step_tokens)
+    plain = whole(prefill_chunks(engine_of(model, num_skipped, Reuse.NONE), LONGER))
+    prefill_chunks(engine, PROMPT)
+    computed = Computed(engine, monkeypatch)
+    chunks = prefill_chunks(engine, LONGER)
+    assert (chunks[0].start, chunks[-1].end) == (0, len(LONGER) - 1)
+    assert max(chunk.end - chunk.start for chunk in chunks) <= max_step_tokens
+    assert sum(computed.num_rows) == len(LONGER) - 1 - 20
+    torch.testing.assert_close(whole(chunks), plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_present", [8, 20, 22, 32])
+def test_what_decode_has_is_not_shipped(model: Any, num_present: int):
+    engine = engine_of(model)
+    plain = whole(prefill_chunks(engine_of(model, reuse=Reuse.NONE), LONGER))
+    prefill_chunks(engine, PROMPT)
+    chunks = [chunk for chunk in prefill_chunks(engine, LONGER, num_present=num_present) if chunk.start < chunk.end]
+    assert (chunks[0].start, chunks[-1].end) == (num_present, len(LONGER) - 1)
+    torch.testing.assert_close(whole(chunks), plain[:, num_present:], rtol=0, atol=1e-12)
+
+
+def test_the_same_prompt_runs_its_last_block_alone(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(model)
+    prefill_chunks(engine, PROMPT)
+    computed = Computed(engine, monkeypatch)
+    prefill_chunks(engine, PROMPT)
+    assert computed.num_rows == [1]  # 29 tokens are shipped, seven whole blocks of them were there
+
+
+def test_a_tenant_finds_nothing_of_another(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(model)
+    prefill_chunks(engine, PROMPT, tenant="a")
+    computed = Computed(engine, monkeypatch)
+    prefill_chunks(engine, PROMPT, tenant="b")
+    assert computed.num_rows == [len(PROMPT) - 1]
+
+
+def test_without_reuse_all_is_computed(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(model, reuse=Reuse.NONE)
+    computed = Computed(engine, monkeypatch)
+    for _ in range(2):
+        prefill_chunks(engine, PROMPT)
+    assert computed.num_rows == [len(PROMPT) - 1] * 2
+
+
+def test_a_prompt_that_was_given_up_is_found_as_far_as_it_came(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(model, max_step_tokens=10)
+    engine.submit_prefill("given-up", len(PROMPT))
+    engine.step()
+    engine.start_shipping("given-up", tuple(PROMPT))
+    engine.step()
+    engine.finish("given-up")
+    assert_nothing_held(engine)
+    computed = Computed(engine, monkeypatch)
+    prefill_chunks(engine, PROMPT)
+    assert sum(computed.num_rows) == len(PROMPT) - 1 - 8
+
+
+def test_one_that_never_had_its_ids_leaves_nothing_to_find(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(model)
+    engine.submit_prefill("given-up", len(PROMPT))
+    engine.step()
+    engine.finish("given-up")
+    computed = Computed(engine, monkeypatch)
+    prefill_chunks(engine, [0] * len(PROMPT))
+    assert computed.num_rows == [len(PROMPT) - 1]
+
+
+def test_two_at_once_share_blocks_and_a_small_pool_forgets(model: Any):
+    engine = engine_of(model, num_blocks=16)  # 64 slots: one prompt of 42 tokens and little more
+    plain = {tuple(prompt): whole(prefill_chunks(engine_of(model, reuse=Reuse.NONE), prompt)) for prompt in (PROMPT, LONGER)}
+    for prompt in (PROMPT, LONGER, PROMPT, LONGER, list(range(60)), PROMPT):
+        chunks = whole(prefill_chunks(engine, prompt))
+        if tuple(prompt) in plain:
+            torch.testing.assert_close(chunks, plain[tuple(prompt)], rtol=0, atol=1e-12)
+    for name in ("first", "second"):
+        engine.submit_prefill(name, len(PROMPT))
+    assert len(engine.step().reserved) == 2
+    for name in ("first", "second"):
+        engine.start_shipping(name, tuple(PROMPT))
+    assert engine.counts().num_free_blocks == 16 - 7 - 2  # seven shared, and each its own last one
+    for name in ("first", "second"):
+        engine.finish(name)
+    assert_nothing_held(engine)
+
+
+def test_decode_answers_the_same_from_what_was_found(model: Any):
+    prefill = engine_of(model)
+    asks = [Ask(PROMPT), Ask(LONGER), Ask(PROMPT)]
+    plain = run(make_engine(model, NUM_SKIPPED, block_tokens=BLOCK), asks)
+    decode = make_engine(model, NUM_SKIPPED, block_tokens=BLOCK)
+    assert [run_handed_off(prefill, decode, [ask])[0] for ask in asks] == plain

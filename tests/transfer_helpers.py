@@ -23,7 +23,7 @@ import pytest
 
 from remote_memory import Remote
 from shoal.errors import HandoffError, PeerGone, ShoalError
-from shoal.messages import Carrier, Chunk, Envelope, Frame, Hello
+from shoal.messages import Carrier, Chunk, Envelope, Frame, Hello, WireMode
 from shoal.transfer.base import Channel, Clock, crc32c, new_incarnation
 from shoal.transfer.carriers.nixl.loader import NixlLoader
 from shoal.transfer.carriers.nixl.process import Nixl
@@ -59,7 +59,8 @@ PLAN = "plan-a"
 NUM_LAYERS = 4
 NUM_SHALLOW = 3
 TOKEN_BYTES = 32
-SHAPE = KvShape(PLAN, NUM_LAYERS, NUM_SHALLOW, TOKEN_BYTES)
+STATE_BYTES = 16
+SHAPE = KvShape(PLAN, NUM_LAYERS, NUM_SHALLOW, TOKEN_BYTES, STATE_BYTES)
 TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0, drain_s=2.0)
 CREDIT_BYTES = 4096
 MAX_FRAME_BYTES = 1024
@@ -76,7 +77,10 @@ def lease_id() -> bytes:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Random token ids and K/V ``[layers, tokens, bytes]`` for all but the boundary token."""
+    """Random token ids and K/V ``[layers, tokens, bytes]`` for all but the boundary token.
+
+    K/V that are projected are here their state, twice.
+    """
 
     token_ids: tuple[int, ...]
     kv: npt.NDArray[np.uint8]
@@ -87,12 +91,22 @@ class Prompt:
     def num_shipped(self) -> int:
         return len(self.token_ids) - 1 - self.num_present
 
+    @property
+    def states(self) -> npt.NDArray[np.uint8]:
+        return self.kv[NUM_SHALLOW, :, :STATE_BYTES]
+
 
 def prompt(num_tokens: int = 41, *, num_present: int = 0, seed: int = 0) -> Prompt:
     rng = np.random.default_rng(seed)
     ids = tuple(int(value) for value in rng.integers(0, 1000, num_tokens))
     kv = rng.integers(0, 256, (NUM_LAYERS, num_tokens - 1, TOKEN_BYTES), dtype=np.uint8)
+    kv[NUM_SHALLOW:] = project(kv[NUM_SHALLOW, :, :STATE_BYTES])
     return Prompt(ids, kv, (seed, seed + 1000), num_present)
+
+
+def project(states: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """K/V ``[1, tokens, bytes]`` of states ``[tokens, bytes]``."""
+    return np.concatenate([states, states], axis=-1)[None]
 
 
 class ArraySink:
@@ -118,7 +132,10 @@ class ArraySink:
             if self.fails is not None:
                 raise self.fails
             layers, tokens = chunk.layer_end - chunk.layer_start, chunk.token_end - chunk.token_start
-            rows = np.frombuffer(chunk.payload, np.uint8).reshape(layers, tokens, TOKEN_BYTES)
+            rows = np.frombuffer(chunk.payload, np.uint8)
+            if chunk.wire_mode is WireMode.HIDDEN:
+                rows = project(rows.reshape(tokens, STATE_BYTES))
+            rows = rows.reshape(layers, tokens, TOKEN_BYTES)
             array = self.arrays.setdefault(key, np.zeros((NUM_LAYERS, 512, TOKEN_BYTES), np.uint8))
             array[chunk.layer_start : chunk.layer_end, chunk.token_start : chunk.token_end] = rows
             self.written[key] += 1
@@ -291,13 +308,18 @@ class Rig:
 
 
 async def send_all(claim: PromptClaim, wanted: Prompt, *, until: int | None = None) -> None:
-    """Each chunk of tokens in two pieces, kept layers and projected ones, as prefill computes them."""
+    """Each chunk of tokens in two pieces, kept layers and projected ones or their states, as prefill computes them."""
     end = len(claim.token_ids) - 1 if until is None else until
     for start in range(claim.num_present, end, CHUNK_TOKENS):
         stop = min(start + CHUNK_TOKENS, end)
-        for first, last in ((0, NUM_SHALLOW), (NUM_SHALLOW, NUM_LAYERS)):
-            kv = np.ascontiguousarray(wanted.kv[first:last, start:stop])
-            await claim.send(start, stop, first, last, memoryview(kv).cast("B"))
+        shallow = wanted.kv[:NUM_SHALLOW, start:stop]
+        deep = wanted.states[start:stop] if claim.wire_mode is WireMode.HIDDEN else wanted.kv[NUM_SHALLOW:, start:stop]
+        await claim.send(start, stop, 0, NUM_SHALLOW, _bytes_of(shallow))
+        await claim.send(start, stop, NUM_SHALLOW, NUM_LAYERS, _bytes_of(deep), claim.wire_mode)
+
+
+def _bytes_of(array: npt.NDArray[np.uint8]) -> memoryview:
+    return memoryview(np.ascontiguousarray(array)).cast("B")
 
 
 @asynccontextmanager
@@ -315,10 +337,13 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     """Both sides, closed afterwards; fails if anything is held then.
 
-    ``kind`` is the channel (memory, grpc), and the carriers beside inline (memory+shm, grpc+nixl, grpc+shm+nixl).
-    ``far`` is a fake of nixl between two hosts: both greet twice, since decode doesn't find what is in shared memory.
+    ``kind`` is the channel (memory, grpc), the carriers beside inline (memory+shm, grpc+nixl, grpc+shm+nixl), and the
+    wire mode if it isn't kv (memory+hidden). ``far`` is a fake of nixl between two hosts: both greet twice, since decode
+    doesn't find what is in shared memory.
     """
-    channel_kind, *carriers = kind.split("+")
+    channel_kind, *ways_of = kind.split("+")
+    carriers = [way for way in ways_of if way != "hidden"]
+    wanted = WireMode.HIDDEN if "hidden" in ways_of else WireMode.KV
     counts, sink = Counts(), ArraySink()
     desk = HandoffDesk(
         sink, SHAPE, times=times, credit_bytes=credit_bytes, clock=clock, observer=counts, staging=staging
@@ -332,7 +357,7 @@ async def rig(
     )
     if "far" in carriers:
         attach = Attach(lambda segment: None, remote.attach)
-    server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), peer="decode"), attach)
+    server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), (wanted,), peer="decode"), attach)
     channels: list[Channel] = []
     loaders: list[ShmLoader] = []
     nixl_loaders: list[NixlLoader] = []
@@ -360,7 +385,7 @@ async def rig(
     ways = Staging(stage if "shm" in carriers else None, stage_remote if nixl else None)
     if "far" in carriers:
         ways = Staging(stage, partial(remote.open_loader, MAX_FRAME_BYTES, (1 + num_slots) * 4096))
-    identity = Identity(new_incarnation(), prefill_plans, peer="prefill")
+    identity = Identity(new_incarnation(), prefill_plans, tuple(WireMode), peer="prefill")
     pool = SessionPool(
         connect,
         identity,
@@ -402,7 +427,7 @@ class RawPeer:
         self.incarnation = incarnation
 
     async def greet(self, *, version: int = PROTOCOL_VERSION, plans: tuple[str, ...] = (PLAN,)) -> Hello:
-        await self.send(Hello(version, plans, peer="raw"))
+        await self.send(Hello(version, plans, tuple(WireMode), peer="raw"))
         answer = await self.receive()
         assert isinstance(answer, Hello)
         return answer

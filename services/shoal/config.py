@@ -132,9 +132,9 @@ class StageConfig(_Frozen):
     )
     reuse: Literal["none", "exact", "any"] = Field(
         "none",
-        description="Of decode, not with the speed plan: whether prompts that begin alike share K/V. any: answers of "
-        "earlier turns, too, which are full depth where the prompt would be shallow, so that an answer may depend on "
-        "what was asked before.",
+        description="Whether prompts that begin alike share K/V; decode's not with the speed plan. any, of decode: "
+        "answers of earlier turns, too, which are full depth where the prompt would be shallow, so that an answer may "
+        "depend on what was asked before.",
     )
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
         2048,
@@ -159,7 +159,11 @@ class HandoffConfig(_Frozen):
         description="Address told to prefill and gateways; by default host, or the node's if host is all interfaces.",
     )
     port_range: PortRange = Field(PortRange(first=21000, last=21999), description="Where decode replicas listen.")
-    wire_mode: Literal["kv"] = Field("kv", description="What is shipped for the skipped layers: their K/V.")
+    wire_mode: Literal["auto", "kv", "hidden"] = Field(
+        "kv",
+        description="What is shipped for the skipped layers: their K/V, or the hidden state that decode projects them "
+        "from. auto is kv where payload goes by shared memory, and what is fewer bytes elsewhere.",
+    )
     ttl_s: Annotated[float, Field(gt=0)] = Field(5.0, description="How long a lease outlives its last sign of life.")
     drain_s: Annotated[float, Field(gt=0)] = Field(2.0, description="How long open leases may finish on shutdown.")
     claim_timeout_s: Annotated[float, Field(gt=0)] = Field(

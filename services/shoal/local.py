@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shoal.config import ShoalConfig
 from shoal.decode.stage import DecodeStage, open_decode
-from shoal.messages import Carrier, Grant, HandoffOutcome
+from shoal.messages import Carrier, Grant, HandoffOutcome, WireMode
 from shoal.prefill.stage import PrefillStage, open_prefill
 from shoal.telemetry import Transport, new_registry
 from shoal.transfer.base import Channel
@@ -28,8 +28,9 @@ class LocalShoal:
 async def open_local(config: ShoalConfig, on_progress: Progress | None = None) -> AsyncIterator[LocalShoal]:
     """Load both stages. ``on_progress`` is called with (stage, layers done, layers in all)."""
 
-    # Within a process, a payload in a frame isn't copied at all.
-    handoff = config.handoff.model_copy(update={"carrier": Carrier.INLINE.value})
+    # Within a process, a payload in a frame isn't copied at all, so that fewer bytes win nothing.
+    wire_mode = WireMode.KV.value if config.handoff.wire_mode == "auto" else config.handoff.wire_mode
+    handoff = config.handoff.model_copy(update={"carrier": Carrier.INLINE.value, "wire_mode": wire_mode})
     config = config.model_copy(update={"handoff": handoff})
 
     async def connect(_address: str) -> Channel:

@@ -142,6 +142,7 @@ class HandoffReport:
     num_prefill_layers: int = 0
     shallow_bytes: int = 0
     deep_bytes: int = 0
+    hidden_bytes: int = 0
     boundary_bytes: int = 0
     num_cached_tokens: int = 0
 
@@ -250,6 +251,7 @@ class RemoteSegment:
 class Hello:
     """First frame of both sides. Version and plan hashes are compared before anything else is looked at.
 
+    ``wire_modes`` are those that prefill can, and the one of them that decode wants.
     ``segment`` is what prefill offers to decode on its host, and what decode says again if it reads from there; so is
     ``remote``, on any host. Where decode doesn't find the first and both sides have NIXL, they greet a second time,
     with the other.
@@ -311,8 +313,9 @@ class Chunk:
     """K/V of tokens ``[token_start, token_end)`` in layers ``[layer_start, layer_end)``.
 
     ``payload`` is ``[layers, tokens, 2, kv_heads, head_dim]`` in C order, in the plan's KV dtype, little-endian
-    (index 0 of the axis of two is K, 1 is V). ``seq`` counts from 0 within the lease. What is ``staged`` travels
-    without its payload, and gets it back from its slot.
+    (index 0 of the axis of two is K, 1 is V). If ``wire_mode`` is HIDDEN it's the states ``[tokens, hidden]`` that
+    these K/V, of all skipped layers, are projected from. ``seq`` counts from 0 within the lease. What is ``staged``
+    travels without its payload, and gets it back from its slot.
     """
 
     lease_id: bytes
@@ -324,6 +327,7 @@ class Chunk:
     crc32c: int
     payload: bytes | memoryview = field(repr=False)
     staged: StagedPayload | None = None
+    wire_mode: WireMode = WireMode.KV
 
     @property
     def num_bytes(self) -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 
 import pytest
 
 from shoal.errors import Cancelled, HandoffError, LeaseLost, PeerGone, PlanMismatch, ShoalError, Unavailable
-from shoal.messages import Accepted, Claim, Hello, Refused
+from shoal.messages import Accepted, Claim, Hello, Refused, WireMode
 from shoal.transfer.lease import LeaseState
-from transfer_helpers import NUM_SHALLOW, TOKEN_BYTES, RawPeer, lease_id, needs_nixl, prompt, rig, send_all
+from shoal.transfer.session import PROTOCOL_VERSION
+from shoal.transfer.terms import PartBytes
+from transfer_helpers import (
+    NUM_SHALLOW, STATE_BYTES, TOKEN_BYTES, RawPeer, lease_id, needs_nixl, prompt, rig, send_all,
+)  # fmt: skip
 
 pytestmark = pytest.mark.parametrize(
     "kind",
@@ -21,6 +26,10 @@ pytestmark = pytest.mark.parametrize(
         "memory+far",
         pytest.param("grpc+nixl", marks=needs_nixl),
         pytest.param("memory+nixl", marks=needs_nixl),
+        "memory+hidden",
+        "grpc+hidden",
+        "grpc+shm+hidden",
+        "memory+far+hidden",
     ],
 )
 
@@ -31,9 +40,11 @@ async def test_a_prompt_arrives_byte_for_byte(kind: str) -> None:
         arrived = await both.hand_off(wanted)
         both.assert_arrived(wanted)
     assert (arrived.queue_s, arrived.prefill_s) == (0.25, 0.5)
-    assert arrived.shallow_bytes == 40 * NUM_SHALLOW * TOKEN_BYTES
-    assert arrived.deep_bytes == 40 * TOKEN_BYTES
-    assert both.counts.bytes == {"shallow": arrived.shallow_bytes, "deep": arrived.deep_bytes}
+    is_hidden = kind.endswith("hidden")
+    assert arrived.num_bytes == PartBytes(
+        40 * NUM_SHALLOW * TOKEN_BYTES, 0 if is_hidden else 40 * TOKEN_BYTES, 40 * STATE_BYTES if is_hidden else 0
+    )
+    assert both.counts.bytes == asdict(arrived.num_bytes)
     assert both.counts.events == {"started": 1, "committed": 1, "ended": 1}
 
 
@@ -43,7 +54,7 @@ async def test_only_what_decode_lacks_is_shipped(kind: str, num_present: int) ->
     async with rig(kind) as both:
         arrived = await both.hand_off(wanted)
         both.assert_arrived(wanted)
-    assert arrived.shallow_bytes == wanted.num_shipped * NUM_SHALLOW * TOKEN_BYTES
+    assert arrived.num_bytes.shallow == wanted.num_shipped * NUM_SHALLOW * TOKEN_BYTES
 
 
 @pytest.mark.parametrize(("num_tokens", "num_present"), [(1, 0), (2, 1), (41, 40)])
@@ -269,7 +280,7 @@ async def test_another_version_is_refused_before_plans_are_looked_at(kind: str) 
         error = await peer.until_gone()
     if kind.startswith("grpc"):  # memory has no status that could say so
         assert isinstance(error, PlanMismatch)
-        assert "hand-off protocol 1 here, 99 at raw" in error.message
+        assert f"hand-off protocol {PROTOCOL_VERSION} here, 99 at raw" in error.message
 
 
 async def test_a_plan_in_common_is_enough(kind: str) -> None:
@@ -280,7 +291,7 @@ async def test_a_plan_in_common_is_enough(kind: str) -> None:
 async def test_hello_once_more_changes_nothing(kind: str) -> None:
     async with rig(kind) as both:
         peer = RawPeer(await both.connect(both.address))
-        hello = Hello(1, ("plan-a",), peer="raw")
+        hello = Hello(PROTOCOL_VERSION, ("plan-a",), tuple(WireMode), peer="raw")
         await peer.send(hello, hello)
         await peer.expect(Hello)
         await peer.send(hello)

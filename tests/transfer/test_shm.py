@@ -72,7 +72,7 @@ async def test_on_one_host_all_payload_is_staged_and_no_name_is_left(kind: str) 
         assert not list(both.folder.iterdir())  # a crash of either leaves nothing from here on
         arrived = await both.hand_off(prompt())
         both.assert_arrived(prompt())
-        assert both.counts.bytes_by_carrier == {Carrier.SHM: arrived.shallow_bytes + arrived.deep_bytes}
+        assert both.counts.bytes_by_carrier == {Carrier.SHM: arrived.num_bytes.total}
         assert both.loaders[0].num_lent == 0
 
 

@@ -99,7 +99,7 @@ def test_the_variables_set_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(key.variable, value if isinstance(value, str) else json.dumps(value))
     config = load_config()
     assert {key.name: value_at(config, key.path) for key in LEAVES} == wanted
-    assert {key.name for key in LEAVES if wanted[key.name] == key.default} == {"handoff.wire_mode"}  # has one value
+    assert not [key.name for key in LEAVES if wanted[key.name] == key.default]
 
 
 def test_a_variable_may_hold_a_whole_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shoal.cli.bench import bench
-from shoal.cli.options import Anchors, BoundaryTokens, DepthOption, Dtype, Model, Plan, Projector, SkipLayers
+from shoal.cli.options import Anchors, BoundaryTokens, DepthOption, Dtype, Model, Plan, Projector, ReuseOption, SkipLayers
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
 from shoal.errors import ShoalError
@@ -53,6 +53,10 @@ def serve(
     boundary_tokens: BoundaryTokens = None,
     prefill_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
     decode_replicas: Annotated[int | None, typer.Option(min=1, help="Default: 1.")] = None,
+    reuse: Annotated[
+        ReuseOption | None,
+        typer.Option(help="Whether prompts that begin alike share K/V, in both pools. any: true K/V of answers, too."),
+    ] = None,
     dtype: Dtype = None,
     address: Annotated[
         str | None, typer.Option(help="auto joins the running Ray cluster. Default: a private one.")
@@ -78,8 +82,8 @@ def serve(
             "boundary_tokens": boundary_tokens,
         },
         gateway={"host": host, "port": port, "grpc_port": grpc_port},
-        prefill={"replicas": prefill_replicas},
-        decode={"replicas": decode_replicas},
+        prefill={"replicas": prefill_replicas, "reuse": reuse},
+        decode={"replicas": decode_replicas, "reuse": reuse},
         ray={"address": address},
     )
     _serve(settings)

@@ -20,6 +20,12 @@ class DtypeOption(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class ReuseOption(StrEnum):
+    NONE = "none"
+    EXACT = "exact"
+    ANY = "any"
+
+
 Model = Annotated[
     str | None,
     typer.Option(

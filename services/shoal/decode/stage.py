@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
+import torch
 from prometheus_client import CollectorRegistry
 
 from shoal.config import HandoffConfig, ShoalConfig
 from shoal.decode.prefill_pool import PrefillPool
-from shoal.decode.sink import PoolSink
+from shoal.decode.sink import PoolSink, Project
 from shoal.decode.worker import DecodeWorker
 from shoal.engine.build import Served, layout_of, load_stage
 from shoal.engine.client import EngineClient
@@ -20,7 +21,9 @@ from shoal.engine.detokenizer import decode_with
 from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
-from shoal.messages import Stage
+from shoal.messages import Stage, WireMode
+from shoal.model.parameters import Parameters
+from shoal.model.rope import Rope
 from shoal.telemetry import DecodeMetrics, TransferMetrics, Transport
 from shoal.transfer.base import new_incarnation
 from shoal.transfer.carriers.nixl.process import Nixl, nixl_for
@@ -83,7 +86,7 @@ async def open_decode(
             worker.give_up_youngest()
 
     engine = EngineClient(core, name="shoal-decode", on_step=on_step)
-    sink = PoolSink(core.runner.pool)
+    sink = PoolSink(core.runner.pool, _projection(served, parameters))
     desk = HandoffDesk(
         sink,
         _kv_shape(served),
@@ -93,7 +96,7 @@ async def open_decode(
     )
     server = HandoffServer(
         desk,
-        Identity(new_incarnation(), (served.plan_hash,), peer="decode"),
+        Identity(new_incarnation(), (served.plan_hash,), _wire_modes(config, served), peer="decode"),
         attach=_attach(config.handoff, nixl),
     )
     worker = DecodeWorker(
@@ -125,4 +128,26 @@ def _attach(config: HandoffConfig, nixl: Nixl | None) -> Attach:
 
 def _kv_shape(served: Served) -> KvShape:
     token_layer_bytes = layout_of(served, Stage.DECODE, block_tokens=1).token_layer_bytes
-    return KvShape(served.plan_hash, served.plan.num_shipped_layers, served.plan.num_kept, token_layer_bytes)
+    state_bytes = layout_of(served, Stage.PREFILL, block_tokens=1).state_bytes
+    plan = served.plan
+    return KvShape(served.plan_hash, plan.num_shipped_layers, plan.num_kept, token_layer_bytes, state_bytes)
+
+
+def _wire_modes(config: ShoalConfig, served: Served) -> tuple[WireMode, ...]:
+    """What prefill may ship for the skipped layers: K/V alone where nothing is projected."""
+    if not served.plan.projects:
+        return (WireMode.KV,)
+    return tuple(WireMode) if config.handoff.wire_mode == "auto" else (WireMode(config.handoff.wire_mode),)
+
+
+def _projection(served: Served, parameters: Parameters) -> Project | None:
+    """By torch: Shoal's own kernels are the engine's, whose steps must not wait for a copy."""
+    projection = parameters.projection
+    if projection is None:
+        return None
+
+    def project(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        rope = Rope.at(served.spec, positions, served.dtype)
+        return projection(states.to(served.dtype), rope)
+
+    return project

@@ -165,8 +165,9 @@ class DecodeWorker:
             self._depth_run(request),
             transferred=True,
             num_prefill_layers=self._plan.num_kept,
-            shallow_bytes=arrived.shallow_bytes,
-            deep_bytes=arrived.deep_bytes,
+            shallow_bytes=arrived.num_bytes.shallow,
+            deep_bytes=arrived.num_bytes.deep,
+            hidden_bytes=arrived.num_bytes.hidden,
             boundary_bytes=BOUNDARY_TOKEN_BYTES,
         )
         return _Begun(report, submitted_s, reserved_s, ready_s, arrived)

@@ -19,7 +19,7 @@ from shoal.engine.sampler import Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, ShoalError
-from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams
+from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams, WireMode
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,9 @@ class Engine:
         sampling = SamplingParams(max_tokens=1)
         self._submit(Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False, tenant=tenant))
 
-    def start_shipping(self, request_id: str, prompt: tuple[int, ...], *, num_present: int = 0) -> int:
+    def start_shipping(
+        self, request_id: str, prompt: tuple[int, ...], *, num_present: int = 0, wire_mode: WireMode = WireMode.KV
+    ) -> int:
         """Let a held prompt run whose ids are known now, and ship what comes after ``num_present`` tokens.
 
         Returns how many tokens at its front need not be computed.
@@ -84,7 +86,7 @@ class Engine:
         sequence = self._held(request_id)
         if len(prompt) != sequence.num_prompt_tokens:
             raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
-        sequence.prompt = prompt
+        sequence.prompt, sequence.wire_mode = prompt, wire_mode
         self.scheduler.start_shipping(sequence, num_present)
         return sequence.num_present
 

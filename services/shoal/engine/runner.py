@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -16,6 +16,7 @@ from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.engine.sequence import Sequence
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
+from shoal.messages import WireMode
 from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
 
@@ -28,14 +29,16 @@ class PrefillChunk:
     """K/V of tokens ``[start, end)`` of one prompt, ready to ship; none if decode has them all.
 
     ``shallow`` is ``[K, tokens, 2, kv_heads, head_dim]``; ``deep`` is the same for the skipped layers, projected, or
-    ``None`` where nothing is. Both are contiguous copies on the host.
+    instead of it ``states`` ``[tokens, hidden]`` are what decode is to project; neither is where nothing is projected.
+    All are contiguous copies on the host.
     """
 
     request_id: str
     start: int
     end: int
     shallow: torch.Tensor
-    deep: torch.Tensor | None
+    deep: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +150,14 @@ class Runner:
                 continue
             start = min(max(item.start, sequence.num_shipped), item.end)
             slots = self._index(self.pool.layout.slots(sequence.blocks, start, item.end))
-            deep = None
-            if self.pool.layout.state_dim:
-                positions = torch.arange(start, item.end, device=self._device)
-                deep = self.decoder.project(self.pool.read_states(slots), positions)
-                deep = deep.to(self.pool.dtype).contiguous().cpu()
             shallow = self.pool.read_layers(0, self.decoder.plan.num_kept, slots).cpu()
-            yield PrefillChunk(sequence.request_id, start, item.end, shallow, deep)
+            chunk = PrefillChunk(sequence.request_id, start, item.end, shallow)
+            if self.pool.layout.state_dim:
+                states = self.pool.read_states(slots)
+                if sequence.wire_mode is WireMode.HIDDEN:
+                    chunk = replace(chunk, states=states.cpu())
+                else:
+                    positions = torch.arange(start, item.end, device=self._device)
+                    deep = self.decoder.project(states, positions).to(self.pool.dtype)
+                    chunk = replace(chunk, deep=deep.contiguous().cpu())
+            yield chunk

@@ -16,7 +16,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shoal.messages import SamplingParams
+from shoal.messages import SamplingParams, WireMode
 
 
 class Phase(enum.Enum):
@@ -34,8 +34,8 @@ class Sequence:
     ``num_present`` tokens' K/V were there before, in blocks that others share. ``arrived`` are positions whose K/V came
     from prefill, so that computing skips them. Deep layers that hold no shallow tokens have their own ``deep_blocks``.
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
-    Of a prompt that is shipped, tokens before ``num_shipped`` need not be (any more); ``num_unsent`` counts chunks that
-    prefill computed and has not yet sent: the scheduler waits for the wire.
+    Of a prompt that is shipped in ``wire_mode``, tokens before ``num_shipped`` need not be (any more); ``num_unsent``
+    counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
     """
 
@@ -55,6 +55,7 @@ class Sequence:
     num_present: int = 0
     num_computed: int = 0
     num_scored: int = 0
+    wire_mode: WireMode = WireMode.KV
     num_shipped: int = 0
     num_unsent: int = 0
     first_step_s: float | None = None

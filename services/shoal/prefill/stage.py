@@ -17,7 +17,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
-from shoal.messages import Stage
+from shoal.messages import Stage, WireMode
 from shoal.prefill.worker import PrefillWorker
 from shoal.telemetry import PrefillMetrics
 from shoal.transfer.base import Channel, new_incarnation
@@ -44,6 +44,7 @@ class PrefillStage:
     parameter_bytes: int
     full_model_bytes: int
     parameter_names: tuple[str, ...]
+    registry: CollectorRegistry
 
     async def counts(self) -> EngineCounts:
         return await self.engine.call(Engine.counts)
@@ -65,15 +66,18 @@ async def open_prefill(
     full_model_bytes = served.spec.num_parameters * served.dtype.itemsize
     metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
     engine = EngineClient(core, name="shoal-prefill", on_step=_on_step(metrics, core.scheduler.layout.block_bytes))
+    layout = core.scheduler.layout
+    least_bytes = max(layout.token_layer_bytes, layout.state_bytes)
     for key in ("max_frame_bytes", "slot_bytes"):
-        if getattr(config.handoff, key) < core.scheduler.layout.token_layer_bytes:
+        if getattr(config.handoff, key) < least_bytes:
             raise ConfigError(
-                f"handoff.{key} is {getattr(config.handoff, key)}, but one token's K/V in one layer are "
-                f"{core.scheduler.layout.token_layer_bytes} bytes: raise it"
+                f"handoff.{key} is {getattr(config.handoff, key)}, but one token's K/V in one layer, or its state, are "
+                f"{least_bytes} bytes: raise it"
             )
+    wire_modes = (WireMode.KV, WireMode.HIDDEN) if served.plan.projects else (WireMode.KV,)
     sessions = SessionPool(
         connect,
-        Identity(new_incarnation(), (served.plan_hash,), peer="prefill"),
+        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="prefill"),
         ttl_s=config.handoff.ttl_s,
         max_frame_bytes=config.handoff.max_frame_bytes,
         staging=_staging(config.handoff, nixl),
@@ -82,7 +86,7 @@ async def open_prefill(
     worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
     names = tuple(name for name, _ in parameters.tensors())
     try:
-        yield PrefillStage(served, worker, engine, parameters.num_bytes, full_model_bytes, names)
+        yield PrefillStage(served, worker, engine, parameters.num_bytes, full_model_bytes, names, registry)
     finally:
         await sessions.drain(config.handoff.drain_s)
         if nixl is not None:
@@ -100,9 +104,15 @@ def _staging(config: HandoffConfig, nixl: Nixl | None) -> Staging:
 
 
 def _session_opened(metrics: PrefillMetrics, wanted: str, address: str, session: PrefillSession) -> None:
-    metrics.session_opened(session.carrier, session.carrier_reason)
+    metrics.session_opened(session.carrier, session.carrier_reason, session.wire_mode)
     say = _log.info if wanted in {"auto", session.carrier} else _log.warning
-    say("hand-off session opened", address=address, carrier=session.carrier, reason=session.carrier_reason)
+    say(
+        "hand-off session opened",
+        address=address,
+        carrier=session.carrier,
+        reason=session.carrier_reason,
+        wire_mode=session.wire_mode,
+    )
 
 
 def _on_step(metrics: PrefillMetrics, block_bytes: int) -> Callable[[StepOutput], None]:

@@ -15,7 +15,7 @@ import torch
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import Cancelled, HandoffError, InternalError, LeaseLost, PlanMismatch, ShoalError
-from shoal.messages import Depth, Grant, HandoffOutcome
+from shoal.messages import Depth, Grant, HandoffOutcome, WireMode
 from shoal.model.plan import LayerPlan
 from shoal.telemetry import PrefillMetrics
 from shoal.transfer.prefill_side import PromptClaim
@@ -39,7 +39,7 @@ class PrefillWorker:
         self._engine = engine
         self._sessions = sessions
         self._plan_hash = plan_hash
-        self._num_kept = plan.num_kept
+        self._num_kept, self._num_layers = plan.num_kept, plan.num_layers
         self._depth = Depth.SHALLOW if plan.num_skipped else Depth.FULL
         self._metrics = metrics
 
@@ -76,7 +76,7 @@ class PrefillWorker:
             started_s = time.monotonic()
             num_cached = await self._engine.call(
                 lambda engine: engine.start_shipping(
-                    inbox.request_id, claim.token_ids, num_present=claim.num_present
+                    inbox.request_id, claim.token_ids, num_present=claim.num_present, wire_mode=claim.wire_mode
                 )
             )
             computed = await self._ship(claim, inbox, waited_s, started_s)
@@ -108,9 +108,12 @@ class PrefillWorker:
     async def _send(self, claim: PromptClaim, chunk: PrefillChunk) -> None:
         if chunk.start == chunk.end:
             return
-        for first_layer, kv in ((0, chunk.shallow), (self._num_kept, chunk.deep)):
-            if kv is not None:
-                await claim.send(chunk.start, chunk.end, first_layer, first_layer + kv.shape[0], _bytes_of(kv))
+        kept, num_layers = self._num_kept, self._num_layers
+        await claim.send(chunk.start, chunk.end, 0, kept, _bytes_of(chunk.shallow))
+        if chunk.deep is not None:
+            await claim.send(chunk.start, chunk.end, kept, num_layers, _bytes_of(chunk.deep))
+        if chunk.states is not None:
+            await claim.send(chunk.start, chunk.end, kept, num_layers, _bytes_of(chunk.states), WireMode.HIDDEN)
 
 
 async def _unless_cancelled(claim: PromptClaim, inbox: Inbox) -> ChunkComputed:

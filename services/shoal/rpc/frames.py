@@ -110,6 +110,7 @@ def _to_body(frame: Frame) -> dict[str, object]:
             raise ProtocolViolation(f"a chunk of {len(frame.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
         case Chunk():
             values["staged"] = frame.staged and asdict(frame.staged)
+            values["wire_mode"] = _WIRE_MODES[frame.wire_mode]
         case Refused() | Failed() | Cancel():
             # A reason often is an error's text: it's for people, so a long one is cut, not refused.
             values["reason"] = frame.reason[:MAX_TEXT_CHARS]
@@ -140,7 +141,7 @@ def _from_hello(body: pb.Hello) -> Hello:
     if len(body.plan_hashes) > MAX_PLANS or len(body.wire_modes) > len(_WIRE_MODES):
         raise ProtocolViolation(f"hello lists {len(body.plan_hashes)} plans and {len(body.wire_modes)} wire modes")
     hashes = tuple(_text(plan, "hello.plan_hashes") for plan in body.plan_hashes)
-    modes = tuple(_wire_mode(mode) for mode in body.wire_modes)
+    modes = tuple(_wire_mode(mode, "hello.wire_modes") for mode in body.wire_modes)
     segment = _from_segment(body.segment) if body.HasField("segment") else None
     remote = _from_remote(body.remote) if body.HasField("remote") else None
     peer = _text(body.peer, "hello.peer")
@@ -192,7 +193,8 @@ def _from_chunk(body: pb.Chunk) -> Chunk:
     tokens = _range(body.token_start, body.token_end, "chunk.token")
     layers = _range(body.layer_start, body.layer_end, "chunk.layer")
     seq = _id(body.seq, "chunk.seq")
-    return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, body.payload, staged)
+    wire_mode = _wire_mode(body.wire_mode, "chunk.wire_mode")
+    return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, body.payload, staged, wire_mode)
 
 
 def _from_staged(body: pb.StagedPayload) -> StagedPayload:
@@ -280,8 +282,8 @@ def _text(value: str, name: str) -> str:
     return value
 
 
-def _wire_mode(value: pb.WireMode.ValueType) -> WireMode:
+def _wire_mode(value: pb.WireMode.ValueType, name: str) -> WireMode:
     mode = _WIRE_MODES_BACK.get(value)
     if mode is None:
-        raise ProtocolViolation(f"hello.wire_modes holds {value}, which this version doesn't know")
+        raise ProtocolViolation(f"{name} is {value}, which this version doesn't know")
     return mode

@@ -138,7 +138,9 @@ def _from_report(message: worker_pb2.HandoffReport) -> HandoffReport:
     depth = DEPTHS_BACK.get(message.depth)
     if depth is None:
         raise ProtocolViolation(f"output.handoff.depth is {message.depth}, which this version doesn't know")
-    counts = ("num_prefill_layers", "shallow_bytes", "deep_bytes", "boundary_bytes", "num_cached_tokens")
+    counts = (
+        "num_prefill_layers", "shallow_bytes", "deep_bytes", "hidden_bytes", "boundary_bytes", "num_cached_tokens"
+    )  # fmt: skip
     return HandoffReport(
         depth,
         message.transferred,

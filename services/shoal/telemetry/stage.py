@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shoal.messages import Carrier, CarrierReason, Depth, Stage
+from shoal.messages import Carrier, CarrierReason, Depth, Stage, WireMode
 from shoal.telemetry.labels import BlockState, FallbackRung, HandoffReason, TokenSource
 from shoal.telemetry.registry import BATCH, KV_BYTES, LATENCY_S, TOKEN_S
 
@@ -96,15 +96,17 @@ class PrefillMetrics(StageMetrics):
         )
 
         self._sessions = Counter(
-            "shoal_kv_sessions_total", "Sessions opened to decode replicas, by how their payload travels.",
-            ("carrier", "reason"), registry=registry,
-        )  # fmt: skip
+            "shoal_kv_sessions_total",
+            "Sessions opened to decode replicas, by how their payload travels and what it is.",
+            ("carrier", "reason", "wire_mode"),
+            registry=registry,
+        )
 
     def pinned(self, num_bytes: int) -> None:
         self._pinned.set(num_bytes)
 
-    def session_opened(self, carrier: Carrier, reason: CarrierReason) -> None:
-        self._sessions.labels(carrier, reason).inc()
+    def session_opened(self, carrier: Carrier, reason: CarrierReason, wire_mode: WireMode) -> None:
+        self._sessions.labels(carrier, reason, wire_mode).inc()
 
 
 class DecodeMetrics(StageMetrics):

@@ -134,7 +134,7 @@ class TransferObserver(Protocol):
         """A transfer that had started ended without a commit. ``reason`` is an error's code."""
 
     def shipped(self, part: str, num_bytes: int, carrier: Carrier) -> None:
-        """Payload was copied; ``part`` is ``shallow`` or ``deep``."""
+        """Payload was copied; ``part`` is ``shallow``, ``deep`` or ``hidden``."""
 
     def verify_failed(self, check: str) -> None:
         """A chunk or prompt did not pass: ``checksum``, ``tiling``, ``prompt_hash`` or ``boundary_token``."""

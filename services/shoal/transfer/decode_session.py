@@ -23,6 +23,7 @@ from shoal.messages import (
     Seal,
     StagedPayload,
     StagingSegment,
+    WireMode,
 )
 from shoal.transfer.arrivals import Arrivals, LeaseFrame
 from shoal.transfer.base import Channel, Unloader
@@ -63,6 +64,7 @@ class DecodeSession(Session):
         self._staging: Unloader | None = None
         self._arrivals = Arrivals(self._arrived)
         self._owner: Owner | None = None
+        self._wire_mode = WireMode.KV
 
     @property
     def owner(self) -> Owner:
@@ -73,11 +75,11 @@ class DecodeSession(Session):
 
     async def greet(self) -> None:
         await super().greet()
-        self._owner = Owner(next(_session_ids), self.peer_incarnation)
+        self._owner = Owner(next(_session_ids), self.peer_incarnation, self._wire_mode)
         self._desk.session_began(self._owner, self)
 
     async def _exchange(self, ours: Hello) -> Hello:
-        """Prefill speaks first: our answer says whether we read from its memory."""
+        """Prefill speaks first: our answer says whether we read from its memory, and what we want from there."""
         ours = replace(ours, has_nixl=self._attach.remote is not None)
         theirs = await self._answer(ours)
         if theirs.segment is not None and self._staging is None and ours.has_nixl and theirs.has_nixl:
@@ -89,9 +91,18 @@ class DecodeSession(Session):
         try:
             theirs = await self._listen()
             self._staging = await self._find(theirs)
+            if self._staging is not None:
+                ours = ours.naming(self._staging.segment)
+            shape = self._desk.shape
+            self._wire_mode = shape.choose_wire_mode(ours.wire_modes, theirs.wire_modes, self._carrier)
+            ours = replace(ours, wire_modes=(self._wire_mode,))
         finally:
-            await self._say(ours if self._staging is None else ours.naming(self._staging.segment))
+            await self._say(ours)
         return theirs
+
+    @property
+    def _carrier(self) -> Carrier:
+        return Carrier.INLINE if self._staging is None else self._staging.carrier
 
     async def _find(self, theirs: Hello) -> Unloader | None:
         if theirs.segment is not None and self._attach.local is not None:

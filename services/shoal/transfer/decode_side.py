@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from shoal.errors import Cancelled, InternalError, LeaseLost, ProtocolViolation, ShoalError, Unavailable
@@ -26,7 +26,7 @@ from shoal.transfer.base import Clock, KvSink, SilentObserver, Timer, TransferOb
 from shoal.transfer.lease import ENDED, RECEIVING, Lease, LeaseState, Receipt
 from shoal.transfer.lease_table import LeaseTable, LeaseTimes
 from shoal.transfer.staging import StagingSlots
-from shoal.transfer.terms import KvShape, LeaseTerms, Owner
+from shoal.transfer.terms import KvShape, LeaseTerms, Owner, PartBytes
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ class Arrived:
     queue_s: float
     prefill_s: float
     num_chunks: int
-    shallow_bytes: int
-    deep_bytes: int
+    num_bytes: PartBytes
 
 
 class Poster(Protocol):
@@ -56,8 +55,7 @@ class OpenLease:
         self.blocks = blocks
         self.opened_s = opened_s
         self.claimed_s: float | None = None
-        self.shallow_bytes = 0
-        self.deep_bytes = 0
+        self.num_bytes = PartBytes()
         self.blocks_free = asyncio.Event()
         self.outcome: asyncio.Future[Arrived] = asyncio.get_running_loop().create_future()
 
@@ -91,7 +89,7 @@ class HandoffDesk:
         observer: TransferObserver | None = None,
     ) -> None:
         self._sink = sink
-        self._shape = shape
+        self.shape = shape
         self._credit_bytes = credit_bytes
         self.clock: Clock = clock or asyncio.get_running_loop()
         self.times = times
@@ -134,7 +132,7 @@ class HandoffDesk:
         When the block ends, nobody writes into ``blocks`` any more: a lease that isn't committed by then is
         cancelled, and its last copy waited for. Raises Unavailable once the desk is closed.
         """
-        terms = LeaseTerms(tuple(token_ids), num_present, self._shape, self._credit_bytes)
+        terms = LeaseTerms(tuple(token_ids), num_present, self.shape, self._credit_bytes)
         lease = self.table.reserve(lease_id, terms, one_sided=one_sided)
         held = OpenLease(lease, tuple(blocks), self.clock.time())
         self._open[lease_id] = held
@@ -175,8 +173,8 @@ class HandoffDesk:
 
     def claim(self, lease_id: bytes, owner: Owner, plan_hashes: Sequence[str]) -> Accepted:
         """Give the lease to ``owner``, whose process runs ``plan_hashes``. Raises LeaseLost."""
-        if self._shape.plan_hash not in plan_hashes:
-            raise LeaseLost(f"lease {lease_id.hex()} is for plan {self._shape.plan_hash[:12]}, which you don't run")
+        if self.shape.plan_hash not in plan_hashes:
+            raise LeaseLost(f"lease {lease_id.hex()} is for plan {self.shape.plan_hash[:12]}, which you don't run")
         terms = self.table.claim(lease_id, owner).terms
         return Accepted(lease_id, terms.token_ids, terms.num_present, terms.credit_bytes, self.times.ttl_s)
 
@@ -219,11 +217,10 @@ class HandoffDesk:
             self._commit_if_complete(lease)
 
     def _count(self, held: OpenLease, chunk: Chunk, carrier: Carrier) -> None:
-        shallow_bytes, deep_bytes = self._shape.part_bytes(chunk)
-        held.shallow_bytes += shallow_bytes
-        held.deep_bytes += deep_bytes
-        self._observer.shipped("shallow", shallow_bytes, carrier)
-        self._observer.shipped("deep", deep_bytes, carrier)
+        parts = self.shape.part_bytes(chunk)
+        held.num_bytes += parts
+        for part, num_bytes in asdict(parts).items():
+            self._observer.shipped(part, num_bytes, carrier)
 
     def _copy_ended(self, task: asyncio.Task[None]) -> None:
         self._copies.discard(task)
@@ -269,9 +266,7 @@ class HandoffDesk:
         if seal is None or held.claimed_s is None:
             raise InternalError(f"{held.lease} was committed without a claim or a seal")
         self._post(held.lease, Committed(held.lease_id))
-        held.outcome.set_result(
-            Arrived(seal.queue_s, seal.prefill_s, seal.num_chunks, held.shallow_bytes, held.deep_bytes)
-        )
+        held.outcome.set_result(Arrived(seal.queue_s, seal.prefill_s, seal.num_chunks, held.num_bytes))
         self._observer.transfer_committed(self.clock.time() - held.claimed_s)
 
     def _cancelled(self, held: OpenLease) -> None:

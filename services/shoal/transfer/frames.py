@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shoal.errors import InternalError
-from shoal.messages import Chunk
+from shoal.messages import Chunk, WireMode
 from shoal.transfer.base import crc32c
 
 
@@ -16,13 +16,16 @@ def cut(
     layers: tuple[int, int],
     payload: memoryview,
     max_frame_bytes: int,
+    wire_mode: WireMode = WireMode.KV,
 ) -> Iterator[Chunk]:
     """Chunks of at most ``max_frame_bytes`` that tile ``tokens`` x ``layers``, numbered from ``first_seq``.
 
     ``payload`` is ``[layers, tokens, bytes of a token in a layer]`` in C order, so that both whole layers and a range
     of tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each. Theirs are views of it.
+    With HIDDEN it's ``[tokens, bytes of a state]``, and each chunk is for all of the layers.
     """
-    num_tokens, num_layers = tokens[1] - tokens[0], layers[1] - layers[0]
+    is_hidden = wire_mode is WireMode.HIDDEN
+    num_tokens, num_layers = tokens[1] - tokens[0], 1 if is_hidden else layers[1] - layers[0]
     if num_tokens <= 0 or num_layers <= 0 or payload.nbytes == 0 or payload.nbytes % (num_tokens * num_layers):
         raise InternalError(f"{payload.nbytes} bytes can't be K/V of {num_tokens} tokens in {num_layers} layers")
     data = payload.cast("B")
@@ -47,7 +50,8 @@ def cut(
                 token_start=tokens[0] + token,
                 token_end=tokens[0] + token_end,
                 layer_start=layers[0] + layer,
-                layer_end=layers[0] + layer_end,
+                layer_end=layers[1] if is_hidden else layers[0] + layer_end,
                 crc32c=crc32c(part),
                 payload=part,
+                wire_mode=wire_mode,
             )

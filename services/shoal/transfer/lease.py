@@ -30,7 +30,7 @@ import enum
 from collections.abc import Callable
 
 from shoal.errors import ChecksumMismatch, InternalError, LeaseLost, ProtocolViolation, ShoalError
-from shoal.messages import Chunk, Seal
+from shoal.messages import Chunk, Seal, WireMode
 from shoal.transfer.base import crc32c, prompt_hash
 from shoal.transfer.coverage import Coverage
 from shoal.transfer.staging import StagingSlot
@@ -241,12 +241,27 @@ class Lease:
         last = self._coverage.num_cells if self.sealed is None else self.sealed.num_chunks
         if not 0 <= chunk.seq < last:
             raise ProtocolViolation(f"chunk {chunk.seq} of at most {last}")
+        self._check_wire_mode(chunk)
         num_bytes = chunk.num_bytes
-        expected = sum(self.terms.shape.part_bytes(chunk))
+        expected = self.terms.shape.part_bytes(chunk).total
         if num_bytes != expected:
             raise ProtocolViolation(f"chunk {chunk.seq} has {num_bytes} bytes where its ranges need {expected}")
         if self._uncredited_bytes + num_bytes > self.terms.credit_bytes:
             raise ProtocolViolation(f"chunk {chunk.seq} goes beyond the credit of {self.terms.credit_bytes} bytes")
+
+    def _check_wire_mode(self, chunk: Chunk) -> None:
+        """States come if they were asked for, and then in the place of all projected K/V."""
+        shape = self.terms.shape
+        asked = WireMode.KV if self.owner is None else self.owner.wire_mode
+        is_deep = chunk.layer_end > shape.num_shallow_layers
+        if chunk.wire_mode is not (asked if is_deep else WireMode.KV):
+            raise ProtocolViolation(
+                f"chunk {chunk.seq} brings {chunk.wire_mode} of layers [{chunk.layer_start}, {chunk.layer_end}), "
+                f"{asked} was agreed on for those from {shape.num_shallow_layers} on"
+            )
+        layers = (chunk.layer_start, chunk.layer_end)
+        if chunk.wire_mode is WireMode.HIDDEN and layers != (shape.num_shallow_layers, shape.num_layers):
+            raise ProtocolViolation(f"chunk {chunk.seq} brings states for layers {layers}, not for all skipped ones")
 
     def _refuse_corrupt(self, seq: int) -> Receipt:
         if seq in self._nacked:
@@ -265,7 +280,7 @@ class Lease:
                 f"prefill's boundary token is {seal.boundary_token_id}, decode's {self.terms.token_ids[-1]}"
             )
         # What was lost was never credited, so that more than the credit can't be missing.
-        max_missing = self.terms.credit_bytes // self.terms.shape.token_layer_bytes
+        max_missing = self.terms.credit_bytes // self.terms.shape.least_chunk_bytes
         max_chunks = min(self._coverage.num_cells, len(self._seen) + max_missing)
         if not max(self._seen, default=-1) < seal.num_chunks <= max_chunks:
             self.failed_check = "tiling"

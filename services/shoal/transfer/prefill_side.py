@@ -37,6 +37,7 @@ from shoal.messages import (
     Nack,
     Refused,
     Seal,
+    WireMode,
 )
 from shoal.transfer.base import Channel, Clock, Loader, prompt_hash
 from shoal.transfer.carriers.inline import InlineLoader
@@ -65,6 +66,7 @@ class PrefillSession(Session):
         self.carrier = Carrier.INLINE
         self.carrier_reason = CarrierReason.CONFIGURED
         self.loader: Loader = InlineLoader(max_frame_bytes)
+        self.wire_mode = WireMode.KV
         self._staging = staging or Staging()
         self._claims: dict[bytes, PromptClaim] = {}
 
@@ -136,6 +138,13 @@ class PrefillSession(Session):
         claim.left.set()
 
     async def _exchange(self, ours: Hello) -> Hello:
+        theirs = await self._offer(ours)
+        if len(theirs.wire_modes) != 1:
+            raise ProtocolViolation(f"decode wants {len(theirs.wire_modes)} wire modes, not one")
+        [self.wire_mode] = theirs.wire_modes
+        return theirs
+
+    async def _offer(self, ours: Hello) -> Hello:
         offer = Offer(self._staging, self._ask)
         try:
             return await offer.make(ours)
@@ -204,6 +213,7 @@ class PromptClaim:
         self.lease_id = lease_id
         self.token_ids: tuple[int, ...] = ()
         self.num_present = 0
+        self.wire_mode = session.wire_mode
         self.cancelled = asyncio.Event()
         self.left = asyncio.Event()
         self.is_decodes_wish = False
@@ -228,15 +238,22 @@ class PromptClaim:
         await self._answered(lambda: bool(self.token_ids), "answer to a claim")
 
     async def send(
-        self, token_start: int, token_end: int, layer_start: int, layer_end: int, payload: memoryview
+        self,
+        token_start: int,
+        token_end: int,
+        layer_start: int,
+        layer_end: int,
+        payload: memoryview,
+        wire_mode: WireMode = WireMode.KV,
     ) -> None:
-        """Ship K/V ``[layers, tokens, bytes of a token in a layer]``, C order; ``payload`` may be reused afterwards.
+        """Ship K/V ``[layers, tokens, bytes of a token in a layer]``, C order, or with HIDDEN states ``[tokens, bytes
+        of a state]`` for all of the layers; ``payload`` may be reused afterwards.
 
         Returns when all of it is on the wire. Raises Cancelled if decode gave the lease up, PeerGone if the session
         died, LeaseLost if decode gave no credit for ``ttl_s``.
         """
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
-        for chunk in cut(self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes):
+        for chunk in cut(self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes, wire_mode):
             await self._answered(partial(self._may_go, chunk), "credit")
             self._credit_bytes -= chunk.num_bytes
             self._unacknowledged[chunk.seq] = self._session.loader.load(chunk)

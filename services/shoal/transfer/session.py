@@ -19,7 +19,7 @@ from shoal.errors import InternalError, PeerGone, PlanMismatch, ProtocolViolatio
 from shoal.messages import Beat, Envelope, Frame, Hello, WireMode
 from shoal.transfer.base import Channel, Clock, Timer
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _BEATS_PER_TTL = 3
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from shoal.config import HandoffConfig
 from shoal.errors import ConfigError
-from shoal.messages import Carrier, CarrierReason
+from shoal.messages import Carrier, CarrierReason, WireMode
 from shoal.prefill import stage
 from shoal.telemetry import PrefillMetrics
 from shoal.telemetry.logs import FIELDS
@@ -78,10 +78,10 @@ def test_which_carrier_and_why_is_counted_and_logged(
     wanted: str, carrier: Carrier, reason: CarrierReason, level: str
 ) -> None:
     registry = CollectorRegistry()
-    session = SimpleNamespace(carrier=carrier, carrier_reason=reason)
+    session = SimpleNamespace(carrier=carrier, carrier_reason=reason, wire_mode=WireMode.KV)
     with capture_logs() as logs:
         stage._session_opened(PrefillMetrics(registry), wanted, "10.0.0.1:21000", session)  # type: ignore[arg-type]
-    labels = {"carrier": carrier.value, "reason": reason.value}
+    labels = {"carrier": carrier.value, "reason": reason.value, "wire_mode": "kv"}
     assert registry.get_sample_value("shoal_kv_sessions_total", labels) == 1
     assert set(logs[0]) - {"log_level"} <= FIELDS
     assert [(entry["log_level"], entry["carrier"], entry["reason"]) for entry in logs] == [(level, carrier, reason)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from shoal.messages import Carrier, CarrierReason, Depth, TtftStages
+from shoal.messages import Carrier, CarrierReason, Depth, TtftStages, WireMode
 from shoal.telemetry import DecodeMetrics, GatewayMetrics, PrefillMetrics, TransferMetrics, Transport, new_registry
 from shoal.telemetry.labels import (
     CancelStage,
@@ -84,7 +84,7 @@ ROLES = [
         STAGE_MOVES
         | {
             "shoal_kv_pinned_bytes": lambda m: m.pinned(4096),
-            "shoal_kv_sessions": lambda m: m.session_opened(Carrier.SHM, CarrierReason.SAME_HOST),
+            "shoal_kv_sessions": lambda m: m.session_opened(Carrier.SHM, CarrierReason.SAME_HOST, WireMode.KV),
         },
     ),
     Role(

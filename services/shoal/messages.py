@@ -174,7 +174,8 @@ class TokenOutput:
 class Grant:
     """Decode's invitation to prefill one prompt; goes over the Serve handle, so it holds no token ids.
 
-    ``excluded`` are ids of prefill replicas that have failed this prompt: it goes to another one.
+    ``excluded`` are ids of prefill replicas that have failed this prompt: it goes to another one. ``prefix_keys`` are
+    for the router alone (affinity.py).
     """
 
     lease_id: bytes
@@ -186,6 +187,7 @@ class Grant:
     claim_timeout_s: float
     context: RequestContext
     excluded: frozenset[str] = frozenset()
+    prefix_keys: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

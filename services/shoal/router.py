@@ -1,46 +1,93 @@
-"""How a grant finds its prefill replica: Serve's two random choices, but never one that has failed this prompt.
+"""How a request finds its replica: where its beginning is known already, if that one isn't too busy, and otherwise by
+Serve's two random choices; a grant never finds one that has failed its prompt.
 
-Serve copies this module's code into the processes that route: it must hold no state.
+Serve copies this module's code into the processes that route: it must hold no state (routes.py does).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from shoal import routes
-from shoal.messages import Grant
+from shoal.affinity import prefix_keys
+from shoal.messages import GenerateRequest, Grant
 
-PATH = "shoal.router.GrantRouter"
+GRANTS, PROMPTS = "shoal.router.GrantRouter", "shoal.router.PromptRouter"
+
+MAX_LONGER = 4
+"""How much longer the queue of a replica that knows a prompt's beginning may be than the shortest one. Beyond that,
+waiting would take longer than computing it once more; and the other then knows it, too."""
+
+_Argument = TypeVar("_Argument", Grant, GenerateRequest)
 
 
-class GrantRouter(RequestRouter):
-    """Runs in each process that holds a handle to the prefill deployment, that is in the decode replicas.
+class AffineRouter(RequestRouter):
+    """Serve takes the replica with the shorter queue of the first rank, and tells nobody but its router which."""
 
-    Of the two replicas chosen, Serve takes the one with the shorter queue. It tells nobody but its router which.
-    """
+    def choose(self, replicas: Sequence[RunningReplica], keys: Sequence[bytes]) -> list[list[RunningReplica]]:
+        """Ranks to try, the better ones first."""
+        if not replicas:
+            return []
+        ranks = [random.sample(replicas, min(2, len(replicas)))]
+        by_id = {replica.replica_id.unique_id: replica for replica in replicas}
+        known = routes.affinity.best(keys, by_id.keys())
+        if known is not None and not self._is_busy(by_id[known], replicas):
+            ranks.insert(0, [by_id[known]])
+        return ranks
+
+    def _is_busy(self, known: RunningReplica, replicas: Iterable[RunningReplica]) -> bool:
+        lengths = [self.replica_queue_len_cache.get(replica.replica_id) for replica in replicas]
+        shortest = min((length for length in lengths if length is not None), default=0)
+        return (self.replica_queue_len_cache.get(known.replica_id) or 0) - shortest > MAX_LONGER
+
+
+class GrantRouter(AffineRouter):
+    """Runs in each process that holds a handle to the prefill deployment, that is in the decode replicas."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        grant = _grant_of(pending_request)
+        grant = _argument_of(pending_request, Grant)
+        if grant is None:
+            return self.choose(candidate_replicas, ())
         # If all have failed it, one of them is still better than none.
-        left = _without(candidate_replicas, grant.excluded) if grant is not None else candidate_replicas
-        chosen = left or candidate_replicas
-        return [random.sample(chosen, min(2, len(chosen)))] if chosen else []
+        left = _without(candidate_replicas, grant.excluded) or candidate_replicas
+        return self.choose(left, grant.prefix_keys)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        grant = _grant_of(pending_request)
+        grant = _argument_of(pending_request, Grant)
         if grant is not None:
             routes.note(grant, replica_id.unique_id)
+            routes.affinity.note(grant.prefix_keys, replica_id.unique_id)
 
 
-def _grant_of(pending: PendingRequest | None) -> Grant | None:
+class PromptRouter(AffineRouter):
+    """Runs in the gateways, which hold a handle to the decode deployment."""
+
+    def initialize_state(self, *, reuses: bool = False) -> None:
+        """``reuses``: whether decode replicas remember what they have computed."""
+        self._reuses = reuses
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        return self.choose(candidate_replicas, self._keys_of(pending_request) if len(candidate_replicas) > 1 else ())
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        routes.affinity.note(self._keys_of(pending_request), replica_id.unique_id)
+
+    def _keys_of(self, pending: PendingRequest | None) -> tuple[bytes, ...]:
+        request = _argument_of(pending, GenerateRequest) if self._reuses else None
+        return () if request is None else prefix_keys(request.context.tenant, request.prompt_token_ids)
+
+
+def _argument_of(pending: PendingRequest | None, kind: type[_Argument]) -> _Argument | None:
     argument = pending.args[0] if pending is not None and pending.args else None
-    return argument if isinstance(argument, Grant) else None
+    return argument if isinstance(argument, kind) else None
 
 
 def _without(replicas: Iterable[RunningReplica], excluded: frozenset[str]) -> list[RunningReplica]:

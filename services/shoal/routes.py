@@ -1,13 +1,16 @@
-"""Which prefill replica each of this process' grants went to."""
+"""What this process' routers know: which replica each grant went to, and where prompts that began alike went."""
 
 from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
+from shoal.affinity import Affinity
 from shoal.messages import Grant
 
 # A grant is forgotten with the grant itself. Serve's router writes in its thread, the replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
+# Of the one pool that a process sends to; read and written by Serve's router alone.
+affinity = Affinity()
 
 
 def note(grant: Grant, replica_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Which prefill replica a grant goes to."""
+"""Which replica a request goes to."""
 
 from __future__ import annotations
 
@@ -9,20 +9,53 @@ from typing import Any
 import pytest
 
 from shoal import routes
-from shoal.messages import Grant, RequestContext
-from shoal.router import GrantRouter
+from shoal.affinity import KEY_TOKENS, Affinity
+from shoal.messages import Depth, GenerateRequest, Grant, RequestContext, SamplingParams
+from shoal.router import MAX_LONGER, GrantRouter, PromptRouter
 
-REPLICAS = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abcd"]
+IDS = {name: SimpleNamespace(unique_id=name) for name in "abcd"}
+REPLICAS = [SimpleNamespace(replica_id=replica_id) for replica_id in IDS.values()]
+PROMPT = tuple(range(2 * KEY_TOKENS))
+
+
+def make(kind: type, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Serve makes a router, with what only Serve has; choosing needs but the lengths of queues, where they are known."""
+    monkeypatch.setattr(routes, "affinity", Affinity())
+    cache = SimpleNamespace(get=lambda replica_id: queues.get(replica_id.unique_id))
+    monkeypatch.setattr(kind, "replica_queue_len_cache", cache)
+    return object.__new__(kind)
 
 
 @pytest.fixture
-def router() -> Any:
-    return object.__new__(GrantRouter)  # Serve makes it, with what only Serve has; choosing needs none of that
+def queues() -> dict[str, int]:
+    return {}
 
 
-def grant(*excluded: str) -> Grant:
+@pytest.fixture
+def router(queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
+    return make(GrantRouter, queues, monkeypatch)
+
+
+@pytest.fixture
+def prompts(queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = make(PromptRouter, queues, monkeypatch)
+    made.initialize_state(reuses=True)
+    return made
+
+
+def grant(*excluded: str, keys: tuple[bytes, ...] = ()) -> Grant:
     context = RequestContext("one", timeout_s=1)
-    return Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, context, frozenset(excluded))
+    return Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, context, frozenset(excluded), keys)
+
+
+def prompt(token_ids: tuple[int, ...] = PROMPT, tenant: str = "t") -> GenerateRequest:
+    context = RequestContext("one", timeout_s=1, tenant=tenant)
+    return GenerateRequest(context, "model", token_ids, Depth.SHALLOW, SamplingParams(max_tokens=1))
+
+
+async def first_rank(router: Any, request: Any, replicas: list[Any] = REPLICAS) -> list[str]:
+    ranks = await router.choose_replicas(replicas, request)
+    return sorted(replica.replica_id.unique_id for replica in ranks[0])
 
 
 def pending(*args: Any) -> Any:
@@ -64,3 +97,48 @@ def test_it_is_known_where_a_grant_went_for_as_long_as_there_is_a_grant(router: 
     del one
     gc.collect()
     assert routes.num_noted() == before
+
+
+async def test_a_grant_goes_where_its_beginning_went(router: Any):
+    one = grant(keys=(b"1", b"12"))
+    router.on_request_routed(pending(one), IDS["c"], None)
+    assert await first_rank(router, pending(grant(keys=(b"1", b"13")))) == ["c"]
+    assert len(await first_rank(router, pending(grant(keys=(b"2",))))) == 2
+    assert "c" not in await first_rank(router, pending(grant("c", keys=(b"1",))))  # it has failed this prompt
+
+
+async def test_if_the_known_one_does_not_answer_there_are_others(router: Any):
+    router.on_request_routed(pending(grant(keys=(b"1",))), IDS["c"], None)
+    ranks = await router.choose_replicas(REPLICAS, pending(grant(keys=(b"1",))))
+    assert [len(rank) for rank in ranks] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_known_one"),
+    [
+        ({}, True),
+        ({"c": MAX_LONGER, "a": 0}, True),
+        ({"c": MAX_LONGER + 1, "a": 0}, False),
+        ({"c": 50, "a": 50}, True),
+        ({"a": 9}, True),  # its own isn't known
+        ({"c": 9}, True),  # no other's is
+    ],
+)
+async def test_a_busy_one_is_passed_over(router: Any, queues: dict[str, int], lengths: dict[str, int], is_known_one: bool):
+    router.on_request_routed(pending(grant(keys=(b"1",))), IDS["c"], None)
+    queues.update(lengths)
+    assert (await first_rank(router, pending(grant(keys=(b"1",)))) == ["c"]) is is_known_one
+
+
+async def test_a_prompt_goes_to_the_decode_replica_that_has_its_beginning(prompts: Any):
+    prompts.on_request_routed(pending(prompt(), "listener"), IDS["b"], None)
+    assert await first_rank(prompts, pending(prompt((*PROMPT, 5, 6)), "listener")) == ["b"]
+    assert len(await first_rank(prompts, pending(prompt(tenant="other"), "listener"))) == 2
+    assert await first_rank(prompts, pending(prompt(), "listener"), REPLICAS[:1]) == ["a"]
+
+
+async def test_where_nothing_is_remembered_prompts_go_anywhere(prompts: Any):
+    prompts.initialize_state(reuses=False)
+    prompts.on_request_routed(pending(prompt()), IDS["b"], None)
+    assert len(routes.affinity) == 0
+    assert len(await first_rank(prompts, pending(prompt()))) == 2

@@ -14,6 +14,7 @@ from shoal.machine import usable_threads
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
+    from ray.serve.config import RequestRouterConfig
 
 # Each pool bounds its own queue and says Overloaded at once. Serve's limit would make calls wait in the caller, where
 # nobody counts them, so it must never be the one that is reached.
@@ -65,9 +66,13 @@ def bind(config: ShoalConfig, replicas: Replicas) -> Application:
 
     # What a pool's size is, is no replica's business: were it told, all would restart when one is added.
     plain = config.model_dump(mode="json", exclude={"prefill": {"replicas"}, "decode": {"replicas"}})
-    routed = {"request_router_config": RequestRouterConfig(request_router_class=router.PATH)}  # type: ignore[arg-type]
-    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill) | routed)
-    decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode))
+    grants = RequestRouterConfig(request_router_class=router.GRANTS)  # type: ignore[arg-type]
+    prompts = RequestRouterConfig(
+        request_router_class=router.PROMPTS,  # type: ignore[arg-type]
+        request_router_kwargs={"reuses": config.decode.reuse != "none"},
+    )
+    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill, grants))
+    decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode, prompts))
     gateway = _deployment(
         serve.ingress()(replicas.gateway),
         "gateway",
@@ -125,8 +130,9 @@ def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, An
     )(cls)
 
 
-def _of_stage(name: str, config: ShoalConfig, stage: StageConfig) -> dict[str, Any]:
+def _of_stage(name: str, config: ShoalConfig, stage: StageConfig, router: RequestRouterConfig) -> dict[str, Any]:
     return {
+        "request_router_config": router,
         "num_replicas": stage.replicas,
         "ray_actor_options": {
             "num_cpus": stage.num_cpus,

@@ -108,6 +108,7 @@ async def open_decode(
         decode_text=decode_with(served.files.tokenizer()),
         prefill=prefill,
         metrics=metrics,
+        prefill_remembers=config.prefill.reuse != "none",
     )
     try:
         yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes, registry)

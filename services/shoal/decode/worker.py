@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from shoal.affinity import prefix_keys
 from shoal.config import HandoffConfig
 from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
@@ -57,7 +58,7 @@ class _Local:
 
 
 class DecodeWorker:
-    """``prefill`` is the pool that prompts are handed to, if there is one."""
+    """``prefill`` is the pool that prompts are handed to, if there is one; ``prefill_remembers`` what it computed."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class DecodeWorker:
         decode_text: Callable[[Sequence[int]], str],
         prefill: PrefillPool | None,
         metrics: DecodeMetrics,
+        prefill_remembers: bool = False,
     ) -> None:
         self._engine = engine
         self._desk = desk
@@ -79,6 +81,7 @@ class DecodeWorker:
         self._decode_text = decode_text
         self.prefill = prefill
         self._metrics = metrics
+        self._prefill_remembers = prefill_remembers
         self._ladder = Ladder(config)
         self._given_up: Lease | None = None
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
@@ -227,16 +230,18 @@ class DecodeWorker:
         self, request: GenerateRequest, num_present: int, deadline_s: float, attempt: int, excluded: frozenset[str]
     ) -> Grant:
         timeout_s = max(0.0, deadline_s - time.monotonic())
+        tenant, token_ids = request.context.tenant, request.prompt_token_ids
         return Grant(
             lease_id=secrets.token_bytes(16),
             handoff_address=self._desk.address,
             plan_hash=self._plan_hash,
-            num_prompt_tokens=len(request.prompt_token_ids),
+            num_prompt_tokens=len(token_ids),
             num_present=num_present,
             ttl_s=self._config.ttl_s,
             claim_timeout_s=self._config.claim_timeout_s,
             context=replace(request.context, timeout_s=timeout_s, attempt=attempt),
             excluded=excluded,
+            prefix_keys=prefix_keys(tenant, token_ids) if self._prefill_remembers else (),
         )
 
     async def _hand_off(

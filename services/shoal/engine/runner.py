@@ -152,7 +152,7 @@ class Runner:
             slots = self._index(self.pool.layout.slots(sequence.blocks, start, item.end))
             shallow = self.pool.read_layers(0, self.decoder.plan.num_kept, slots).cpu()
             chunk = PrefillChunk(sequence.request_id, start, item.end, shallow)
-            if self.pool.layout.state_dim:
+            if self.pool.layout.state_dim and start < item.end:
                 states = self.pool.read_states(slots)
                 if sequence.wire_mode is WireMode.HIDDEN:
                     chunk = replace(chunk, states=states.cpu())

@@ -22,7 +22,7 @@ FIELDS = frozenset(
         "event", "level", "logger", "timestamp", "exception", "stack",
         "request_id", "lease_id", "traceparent", "tenant", "model", "endpoint", "depth", "attempt",
         "role", "replica_id", "peer", "address", "port", "plan_hash", "incarnation",
-        "status", "code", "param", "reason", "carrier", "check", "rung", "state", "signal",
+        "status", "code", "param", "reason", "carrier", "wire_mode", "check", "rung", "state", "signal",
         "num_prompt_tokens", "num_output_tokens", "num_choices", "num_layers", "num_blocks", "num_replicas",
         "num_segments",
         "duration_s", "ttft_s", "queue_s", "prefill_s", "transfer_s", "timeout_s", "num_bytes",

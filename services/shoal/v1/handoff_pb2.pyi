@@ -197,7 +197,9 @@ class Hello(_message.Message):
         """The plans that the sender runs; the two sets must meet."""
 
     @_builtins.property
-    def wire_modes(self) -> _containers.RepeatedScalarFieldContainer[Global___WireMode.ValueType]: ...
+    def wire_modes(self) -> _containers.RepeatedScalarFieldContainer[Global___WireMode.ValueType]:
+        """Prefill: those that it can. Decode, which answers: the one of them that it wants."""
+
     @_builtins.property
     def segment(self) -> Global___StagingSegment:
         """Prefill: memory that a decode replica on its host may read payload from. Decode: the same again, if it does."""
@@ -382,7 +384,7 @@ Global___Refused: _TypeAlias = Refused  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
-    """K/V of tokens [token_start, token_end) in layers [layer_start, layer_end)."""
+    """K/V of tokens [token_start, token_end) in layers [layer_start, layer_end), or what they are projected from."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -395,6 +397,7 @@ class Chunk(_message.Message):
     CRC32C_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    WIRE_MODE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.bytes
     seq: _builtins.int
     """Counts from 0 within the lease."""
@@ -405,7 +408,10 @@ class Chunk(_message.Message):
     crc32c: _builtins.int
     """Of the payload."""
     payload: _builtins.bytes
-    """[layers, tokens, 2, kv_heads, head_dim] in C order, the plan's KV dtype, little-endian; at most 1 MiB."""
+    """[layers, tokens, 2, kv_heads, head_dim] in C order, the plan's KV dtype, little-endian; at most 1 MiB.
+    Hidden: [tokens, hidden], and the layers are all that prefill skipped.
+    """
+    wire_mode: Global___WireMode.ValueType
     @_builtins.property
     def staged(self) -> Global___StagedPayload:
         """Where the payload is, instead of here."""
@@ -422,10 +428,11 @@ class Chunk(_message.Message):
         crc32c: _builtins.int | None = ...,
         payload: _builtins.bytes = ...,
         staged: Global___StagedPayload | None = ...,
+        wire_mode: Global___WireMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_layer_start", b"_layer_start", "_seq", b"_seq", "_token_start", b"_token_start", "crc32c", b"crc32c", "layer_start", b"layer_start", "seq", b"seq", "staged", b"staged", "token_start", b"token_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_layer_start", b"_layer_start", "_seq", b"_seq", "_token_start", b"_token_start", "crc32c", b"crc32c", "layer_end", b"layer_end", "layer_start", b"layer_start", "lease_id", b"lease_id", "payload", b"payload", "seq", b"seq", "staged", b"staged", "token_end", b"token_end", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "_layer_start", b"_layer_start", "_seq", b"_seq", "_token_start", b"_token_start", "crc32c", b"crc32c", "layer_end", b"layer_end", "layer_start", b"layer_start", "lease_id", b"lease_id", "payload", b"payload", "seq", b"seq", "staged", b"staged", "token_end", b"token_end", "token_start", b"token_start", "wire_mode", b"wire_mode"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015

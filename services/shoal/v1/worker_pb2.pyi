@@ -221,6 +221,7 @@ class HandoffReport(_message.Message):
     DEEP_BYTES_FIELD_NUMBER: _builtins.int
     BOUNDARY_BYTES_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    HIDDEN_BYTES_FIELD_NUMBER: _builtins.int
     depth: _inference_pb2.Depth.ValueType
     transferred: _builtins.bool
     fallback: _builtins.str
@@ -230,6 +231,7 @@ class HandoffReport(_message.Message):
     deep_bytes: _builtins.int
     boundary_bytes: _builtins.int
     num_cached_tokens: _builtins.int
+    hidden_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -241,10 +243,11 @@ class HandoffReport(_message.Message):
         deep_bytes: _builtins.int | None = ...,
         boundary_bytes: _builtins.int | None = ...,
         num_cached_tokens: _builtins.int | None = ...,
+        hidden_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes", "_deep_bytes", b"_deep_bytes", "_fallback", b"_fallback", "_num_cached_tokens", b"_num_cached_tokens", "_num_prefill_layers", b"_num_prefill_layers", "_shallow_bytes", b"_shallow_bytes", "boundary_bytes", b"boundary_bytes", "deep_bytes", b"deep_bytes", "fallback", b"fallback", "num_cached_tokens", b"num_cached_tokens", "num_prefill_layers", b"num_prefill_layers", "shallow_bytes", b"shallow_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes", "_deep_bytes", b"_deep_bytes", "_fallback", b"_fallback", "_hidden_bytes", b"_hidden_bytes", "_num_cached_tokens", b"_num_cached_tokens", "_num_prefill_layers", b"_num_prefill_layers", "_shallow_bytes", b"_shallow_bytes", "boundary_bytes", b"boundary_bytes", "deep_bytes", b"deep_bytes", "fallback", b"fallback", "hidden_bytes", b"hidden_bytes", "num_cached_tokens", b"num_cached_tokens", "num_prefill_layers", b"num_prefill_layers", "shallow_bytes", b"shallow_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes", "_deep_bytes", b"_deep_bytes", "_fallback", b"_fallback", "_num_cached_tokens", b"_num_cached_tokens", "_num_prefill_layers", b"_num_prefill_layers", "_shallow_bytes", b"_shallow_bytes", "boundary_bytes", b"boundary_bytes", "deep_bytes", b"deep_bytes", "depth", b"depth", "fallback", b"fallback", "num_cached_tokens", b"num_cached_tokens", "num_prefill_layers", b"num_prefill_layers", "shallow_bytes", b"shallow_bytes", "transferred", b"transferred"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes", "_deep_bytes", b"_deep_bytes", "_fallback", b"_fallback", "_hidden_bytes", b"_hidden_bytes", "_num_cached_tokens", b"_num_cached_tokens", "_num_prefill_layers", b"_num_prefill_layers", "_shallow_bytes", b"_shallow_bytes", "boundary_bytes", b"boundary_bytes", "deep_bytes", b"deep_bytes", "depth", b"depth", "fallback", b"fallback", "hidden_bytes", b"hidden_bytes", "num_cached_tokens", b"num_cached_tokens", "num_prefill_layers", b"num_prefill_layers", "shallow_bytes", b"shallow_bytes", "transferred", b"transferred"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__boundary_bytes: _TypeAlias = _typing.Literal["boundary_bytes"]  # noqa: Y015
     _WhichOneofArgType__boundary_bytes: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes"]  # noqa: Y015
@@ -252,6 +255,8 @@ class HandoffReport(_message.Message):
     _WhichOneofArgType__deep_bytes: _TypeAlias = _typing.Literal["_deep_bytes", b"_deep_bytes"]  # noqa: Y015
     _WhichOneofReturnType__fallback: _TypeAlias = _typing.Literal["fallback"]  # noqa: Y015
     _WhichOneofArgType__fallback: _TypeAlias = _typing.Literal["_fallback", b"_fallback"]  # noqa: Y015
+    _WhichOneofReturnType__hidden_bytes: _TypeAlias = _typing.Literal["hidden_bytes"]  # noqa: Y015
+    _WhichOneofArgType__hidden_bytes: _TypeAlias = _typing.Literal["_hidden_bytes", b"_hidden_bytes"]  # noqa: Y015
     _WhichOneofReturnType__num_cached_tokens: _TypeAlias = _typing.Literal["num_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__num_cached_tokens: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__num_prefill_layers: _TypeAlias = _typing.Literal["num_prefill_layers"]  # noqa: Y015
@@ -264,6 +269,8 @@ class HandoffReport(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deep_bytes) -> _WhichOneofReturnType__deep_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__fallback) -> _WhichOneofReturnType__fallback | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_bytes) -> _WhichOneofReturnType__hidden_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_cached_tokens) -> _WhichOneofReturnType__num_cached_tokens | None: ...
     @_typing.overload

@@ -163,6 +163,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "layer_end": 1,
         "crc32c": 0,
         "payload": b"p",
+        "wire_mode": pb.WIRE_MODE_KV,
     },
     "seal": {
         "lease_id": LEASE,

@@ -193,9 +193,7 @@ def logits_after(engine: Engine, prompt: list[int], depth: Depth, outline: Promp
     return logits[0]
 
 
-def prefill_chunks(
-    engine: Engine, prompt: list[int], *, num_present: int = 0, tenant: str = ""
-) -> list[PrefillChunk]:
+def prefill_chunks(engine: Engine, prompt: list[int], *, num_present: int = 0, tenant: str = "") -> list[PrefillChunk]:
     """What a prefill engine ships for ``prompt``, of which decode has ``num_present`` tokens."""
     engine.submit_prefill("prompt", len(prompt), tenant=tenant)
     chunks: list[PrefillChunk] = []

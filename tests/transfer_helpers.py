@@ -338,8 +338,8 @@ async def rig(
     """Both sides, closed afterwards; fails if anything is held then.
 
     ``kind`` is the channel (memory, grpc), the carriers beside inline (memory+shm, grpc+nixl, grpc+shm+nixl), and the
-    wire mode if it isn't kv (memory+hidden). ``far`` is a fake of nixl between two hosts: both greet twice, since decode
-    doesn't find what is in shared memory.
+    wire mode if it isn't kv (memory+hidden). ``far`` is a fake of nixl between two hosts: both greet twice, since
+    decode doesn't find what is in shared memory.
     """
     channel_kind, *ways_of = kind.split("+")
     carriers = [way for way in ways_of if way != "hidden"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Affinity:
         while len(self._replica_ids) > self._max_remembered:
             self._replica_ids.popitem(last=False)
 
-    def best(self, keys: Sequence[bytes], replica_ids: Set[str]) -> str | None:
+    def best(self, keys: Sequence[bytes], replica_ids: AbstractSet[str]) -> str | None:
         """Of these replicas the one that got the longest of these beginnings; ``None`` if none got any."""
         for key in reversed(keys):
             replica_id = self._replica_ids.get(key)

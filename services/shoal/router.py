@@ -68,7 +68,7 @@ class GrantRouter(AffineRouter):
 class PromptRouter(AffineRouter):
     """Runs in the gateways, which hold a handle to the decode deployment."""
 
-    def initialize_state(self, *, reuses: bool = False) -> None:
+    def initialize_state(self, *, reuses: bool = False, **_others: Any) -> None:
         """``reuses``: whether decode replicas remember what they have computed."""
         self._reuses = reuses
 

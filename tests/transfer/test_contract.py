@@ -13,7 +13,15 @@ from shoal.transfer.lease import LeaseState
 from shoal.transfer.session import PROTOCOL_VERSION
 from shoal.transfer.terms import PartBytes
 from transfer_helpers import (
-    NUM_SHALLOW, STATE_BYTES, TOKEN_BYTES, RawPeer, lease_id, needs_nixl, prompt, rig, send_all,
+    NUM_SHALLOW,
+    STATE_BYTES,
+    TOKEN_BYTES,
+    RawPeer,
+    lease_id,
+    needs_nixl,
+    prompt,
+    rig,
+    send_all,
 )  # fmt: skip
 
 pytestmark = pytest.mark.parametrize(

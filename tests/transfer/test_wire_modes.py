@@ -9,13 +9,24 @@ import pytest
 from shoal.errors import HandoffError, PlanMismatch, ProtocolViolation
 from shoal.messages import Accepted, Carrier, Chunk, Claim, Hello, WireMode
 from shoal.transfer.base import crc32c
-from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.channels.memory import memory_pair
+from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import PROTOCOL_VERSION, Identity
 from shoal.transfer.terms import KvShape, PartBytes
 from transfer_helpers import (
-    MAX_FRAME_BYTES, NUM_LAYERS, NUM_SHALLOW, PLAN, SHAPE, STATE_BYTES, TOKEN_BYTES, FakeClock, RawPeer, chunk,
-    lease_id, prompt, rig,
+    MAX_FRAME_BYTES,
+    NUM_LAYERS,
+    NUM_SHALLOW,
+    PLAN,
+    SHAPE,
+    STATE_BYTES,
+    TOKEN_BYTES,
+    FakeClock,
+    RawPeer,
+    chunk,
+    lease_id,
+    prompt,
+    rig,
 )  # fmt: skip
 
 KV, HIDDEN = WireMode.KV, WireMode.HIDDEN
@@ -83,8 +94,8 @@ async def test_what_was_not_agreed_on_ends_the_lease(kind: str, wrong: Chunk, me
         await peer.channel.close()
 
 
-async def test_states_twice_are_refused(kind: str = "memory+hidden") -> None:
-    async with rig(kind) as both:
+async def test_states_twice_are_refused() -> None:
+    async with rig("memory+hidden") as both:
         peer = RawPeer(await both.connect(both.address))
         await peer.greet()
         new_id = lease_id()

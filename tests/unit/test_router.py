@@ -19,7 +19,7 @@ PROMPT = tuple(range(2 * KEY_TOKENS))
 
 
 def make(kind: type, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Serve makes a router, with what only Serve has; choosing needs but the lengths of queues, where they are known."""
+    """Serve makes a router, with what only Serve has; choosing needs but the lengths of queues, where those are known."""
     monkeypatch.setattr(routes, "affinity", Affinity())
     cache = SimpleNamespace(get=lambda replica_id: queues.get(replica_id.unique_id))
     monkeypatch.setattr(kind, "replica_queue_len_cache", cache)
@@ -124,7 +124,9 @@ async def test_if_the_known_one_does_not_answer_there_are_others(router: Any):
         ({"c": 9}, True),  # no other's is
     ],
 )
-async def test_a_busy_one_is_passed_over(router: Any, queues: dict[str, int], lengths: dict[str, int], is_known_one: bool):
+async def test_a_busy_one_is_passed_over(
+    router: Any, queues: dict[str, int], lengths: dict[str, int], is_known_one: bool
+):
     router.on_request_routed(pending(grant(keys=(b"1",))), IDS["c"], None)
     queues.update(lengths)
     assert (await first_rank(router, pending(grant(keys=(b"1",)))) == ["c"]) is is_known_one

@@ -13,7 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from shoal.cli.bench import bench
-from shoal.cli.options import Anchors, BoundaryTokens, DepthOption, Dtype, Model, Plan, Projector, ReuseOption, SkipLayers
+from shoal.cli.options import (
+    Anchors,
+    BoundaryTokens,
+    DepthOption,
+    Dtype,
+    Model,
+    Plan,
+    Projector,
+    ReuseOption,
+    SkipLayers,
+)
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
 from shoal.errors import ShoalError

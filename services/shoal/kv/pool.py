@@ -1,8 +1,9 @@
 """The device memory behind the blocks.
 
 One tensor per layer, ``[num_slots, 2, num_kv_heads, head_dim]``, and where the layout has states one more,
-``[num_slots, state_dim]``; slot ``block * block_tokens + offset`` holds one token. The engine thread reads and writes blocks of running sequences; the copy thread writes reserved blocks, which
-no running sequence can see: the rows never overlap, so there is no lock.
+``[num_slots, state_dim]``; slot ``block * block_tokens + offset`` holds one token. The engine thread reads and writes
+blocks of running sequences; the copy thread writes reserved blocks, which no running sequence can see: the rows never
+overlap, so there is no lock.
 """
 
 from __future__ import annotations

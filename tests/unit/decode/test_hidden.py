@@ -102,7 +102,7 @@ def test_a_state_must_fit_a_frame(opened: Opened):
         async with opened("hidden", max_frame_bytes=1024, model={"name": "smollm2", "skip_layers": 10}):
             pass
 
-    with pytest.raises(ConfigError, match="or its state, are .* bytes: raise it"):
+    with pytest.raises(ConfigError, match=r"or its state, are .* bytes: raise it"):
         asyncio.run(start())
 
 

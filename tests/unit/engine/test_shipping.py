@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ class Computed:
 
 def whole(chunks: list[PrefillChunk]) -> torch.Tensor:
     """All layers of all tokens, which must follow one another without a gap."""
-    for chunk, following in zip(chunks, chunks[1:], strict=False):
+    for chunk, following in pairwise(chunks):
         assert chunk.end == following.start
     layers = [chunk.shallow if chunk.deep is None else torch.cat([chunk.shallow, chunk.deep]) for chunk in chunks]
     return torch.cat(layers, dim=1)

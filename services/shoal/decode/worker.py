@@ -118,6 +118,7 @@ class DecodeWorker:
     def _count_prompt(
         self, request: GenerateRequest, report: HandoffReport, stages: TtftStages, num_cached: int
     ) -> None:
+        self._metrics.looked_up(len(request.prompt_token_ids), num_cached)
         if report.transferred:
             self._metrics.queued(stages.reserve_s)
             return

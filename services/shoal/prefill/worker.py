@@ -97,6 +97,7 @@ class PrefillWorker:
 
     def _count(self, computed: _Computed, num_tokens: int, num_cached: int) -> None:
         self._metrics.queued(computed.queue_s)
+        self._metrics.looked_up(num_tokens, num_cached)
         self._metrics.prefilled(
             self._depth,
             computed.prefill_s,

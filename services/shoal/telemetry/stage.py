@@ -48,6 +48,14 @@ class StageMetrics:
         self._prefill_tokens = Counter(
             "shoal_prefill_tokens_total", "Prompt tokens, computed or found in a cache.", ("source",), registry=registry
         )
+        self._prefix_queries = Counter(
+            "shoal_prefix_cache_queries_total", "Prompt tokens that were looked up among those computed before.",
+            registry=registry,
+        )  # fmt: skip
+        self._prefix_hits = Counter(
+            "shoal_prefix_cache_hits_total", "Prompt tokens that were found among those computed before.",
+            registry=registry,
+        )  # fmt: skip
         self._layers_run = Gauge(
             "shoal_prefill_layers_run", "Layers that the tokens of the last prompt ran.", registry=registry
         )
@@ -75,6 +83,11 @@ class StageMetrics:
     def parameters(self, *, held_bytes: int, full_model_bytes: int) -> None:
         self._parameters.set(held_bytes)
         self._full_parameters.set(full_model_bytes)
+
+    def looked_up(self, num_tokens: int, num_found: int) -> None:
+        """A prompt's beginning was looked for."""
+        self._prefix_queries.inc(num_tokens)
+        self._prefix_hits.inc(num_found)
 
     def prefilled(
         self, depth: Depth, seconds: float, *, num_layers: int, computed_tokens: int, cached_tokens: int = 0

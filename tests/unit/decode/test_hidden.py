@@ -93,8 +93,10 @@ async def test_what_prefill_found_serves_both_modes(opened: Opened, model: Any):
             await ask(local)
             tokens, _ = await ask(local, longer)
             assert tokens == pop_generate(model, longer, 5, SKIPPED).token_ids
-            cached = local.prefill.registry.get_sample_value("shoal_prefill_tokens_total", {"source": "cached"})
-            assert cached == 28
+            value = local.prefill.registry.get_sample_value
+            assert value("shoal_prefill_tokens_total", {"source": "cached"}) == 28
+            assert value("shoal_prefix_cache_hits_total") == 28
+            assert value("shoal_prefix_cache_queries_total") == len(PROMPT) - 1 + len(longer) - 1
 
 
 def test_a_state_must_fit_a_frame(opened: Opened):

@@ -58,6 +58,8 @@ STAGE_MOVES: dict[str, Callable[[Any], None]] = {
     "shoal_full_model_parameter_bytes": lambda m: m.parameters(held_bytes=70, full_model_bytes=100),
     "shoal_prefill_seconds": lambda m: m.prefilled(Depth.SHALLOW, 0.4, num_layers=20, computed_tokens=9),
     "shoal_prefill_tokens": lambda m: m.prefilled(Depth.FULL, 0.4, num_layers=30, computed_tokens=9, cached_tokens=4),
+    "shoal_prefix_cache_queries": lambda m: m.looked_up(40, 0),
+    "shoal_prefix_cache_hits": lambda m: m.looked_up(40, 32),
     "shoal_prefill_layers_run": lambda m: m.prefilled(Depth.SHALLOW, 0.4, num_layers=20, computed_tokens=9),
 }
 ROLES = [

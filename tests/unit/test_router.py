@@ -19,7 +19,7 @@ PROMPT = tuple(range(2 * KEY_TOKENS))
 
 
 def make(kind: type, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Serve makes a router, with what only Serve has; choosing needs but the lengths of queues, where those are known."""
+    """Serve makes a router, with what only Serve has; choosing needs the lengths of queues, where those are known."""
     monkeypatch.setattr(routes, "affinity", Affinity())
     cache = SimpleNamespace(get=lambda replica_id: queues.get(replica_id.unique_id))
     monkeypatch.setattr(kind, "replica_queue_len_cache", cache)

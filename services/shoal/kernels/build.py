@@ -21,9 +21,13 @@ from platformdirs import user_cache_path
 from shoal.errors import ConfigError
 from shoal.machine import cpu_flags
 
-# What x86-64-v4 and -mavx512bf16 let the compiler use, as /proc/cpuinfo names it.
-CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "fma", "bmi2"})
-_OPTIONS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-pthread", "-fPIC", "-shared")
+# What x86-64-v4, -mavx512bf16 and -mavx512vnni let the compiler use, as /proc/cpuinfo names it.
+CPU_FLAGS = frozenset(
+    {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "bmi2"}
+)
+_OPTIONS = (
+    "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-fopenmp", "-pthread", "-fPIC", "-shared",
+)  # fmt: skip
 _TIMEOUT_S = 120
 # A folder with a library compiled before, for images without a compiler.
 FOLDER_VARIABLE = "SHOAL_KERNELS_FOLDER"

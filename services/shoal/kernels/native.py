@@ -1,4 +1,5 @@
-"""The compiled kernels, called with tensors. All take and give bfloat16 on the CPU; nothing is checked twice here."""
+"""The compiled kernels, called with tensors. All take and give bfloat16 on the CPU, but for weights that may be int8;
+nothing is checked twice here."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ _SIGNATURES = {
     "shoal_add_norm": [_PTR, _PTR, _PTR, _INT64, _INT64, _FLOAT, _PTR, _PTR, _INT],
     "shoal_rotate_store": [_PTR, _INT64, _PTR, _PTR, _INT64, _INT, _INT, _INT, _PTR, _PTR, _INT],
     "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
+    "shoal_int8_linear": [_PTR, _PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
 }  # fmt: skip
 
@@ -124,6 +126,19 @@ class NativeKernels:
         self._call(
             "shoal_linear", inputs.data_ptr(), weight.data_ptr(), _pointer(bias), rows, weight.shape[0], size,
             out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def int8_linear(
+        self, inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``inputs`` ``[rows, size]`` times ``values`` int8 ``[outputs, size]`` transposed, times ``scales`` float32
+        ``[outputs]``: for 64 rows at most, of any size."""
+        rows, size = inputs.shape
+        out = inputs.new_empty(rows, values.shape[0])
+        self._call(
+            "shoal_int8_linear", inputs.data_ptr(), values.data_ptr(), scales.data_ptr(), _pointer(bias), rows,
+            values.shape[0], size, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -1,0 +1,206 @@
+// Matrix products of few rows with weights of int8, as decoding may have them: half of bfloat16's bytes are read.
+//
+// Nothing is widened on the way. Inputs become whole numbers of 16 bits, by one scale a row, as two bytes each:
+// x = scale * (256 high + low). Weights are multiplied by either byte, 64 at a time, and summed as whole numbers, so all
+// that is rounded are inputs: by 1/65278 of their row's largest number at most. Over a row of some thousand numbers this
+// adds up to less than what bfloat16 has rounded it by.
+// The instruction wants one factor without a sign. Flipping a weight's highest bit adds 128 to it; 128 times the inputs'
+// sum is what sums begin with, taken off.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <vector>
+
+#include "crew.hpp"
+#include "simd.hpp"
+
+namespace shoal {
+namespace {
+
+constexpr int64_t BLOCK = 64;      // inputs in a register
+constexpr int64_t PIECE = 64;      // weights' rows a thread takes at a time
+constexpr int64_t ROWS_PIECE = 8;  // inputs' rows
+constexpr float LARGEST = 32639;   // 256 * 127 + 127
+constexpr float NOTHING = 1e-30f;  // above it LARGEST / x is finite
+
+// Of each row, for each block a register of high bytes and one of low, then what the sums of each begin with.
+struct Whole {
+    std::vector<__m512i> registers;
+    std::vector<float> scales;
+    int64_t num_blocks;
+
+    int64_t row_size() const { return 2 * num_blocks + 2; }
+    __m512i* row(int64_t index) { return registers.data() + index * row_size(); }
+    const __m512i* row(int64_t index) const { return registers.data() + index * row_size(); }
+};
+
+struct Operands {
+    const bf16* inputs;
+    const int8_t* weights;
+    const float* scales;
+    const bf16* bias;
+    int64_t num_rows, num_outputs, size;
+    bf16* out;
+};
+
+// The first of `size` lanes, all or none.
+inline uint64_t lanes(int64_t left, int size) {
+    if (left >= size) return size == 64 ? ~0ull : (1ull << size) - 1;
+    return left <= 0 ? 0 : (1ull << left) - 1;
+}
+
+inline __m512 load_some(const bf16* from, int64_t left) {
+    const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)lanes(left, 16), from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// The largest of a row's absolute values, as bits: those of what isn't finite are above all numbers'.
+inline float largest_of(const bf16* from, int64_t size) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t j = 0; j < size; j += 16) {
+        const __m512i bits = _mm512_castps_si512(load_some(from + j, size - j));
+        most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    return std::bit_cast<float>(_mm512_reduce_max_epu32(most));
+}
+
+// One row of inputs. Where a number isn't finite, the scale is NaN, and so is all that comes of the row.
+void make_whole(const bf16* from, int64_t size, Whole& to, int64_t row) {
+    const float largest = largest_of(from, size);
+    const bool is_finite = std::isfinite(largest), is_nothing = largest < NOTHING;
+    to.scales[row] = !is_finite ? NAN : is_nothing ? 0 : largest / LARGEST;
+    const __m512 factor = _mm512_set1_ps(!is_finite || is_nothing ? 0 : LARGEST / largest);
+    const __m512i flipped = _mm512_set1_epi8(-128);  // 128, without a sign
+    __m512i* const blocks = to.row(row);
+    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+    for (int64_t block = 0; block < to.num_blocks; block++) {
+        alignas(64) int8_t high[BLOCK], low[BLOCK];
+        for (int64_t j = 0; j < BLOCK; j += 16) {
+            const __m512 numbers = load_some(from + block * BLOCK + j, size - block * BLOCK - j);
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, factor));
+            const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+            const __m512i below = _mm512_sub_epi32(whole, _mm512_slli_epi32(above, 8));
+            _mm_store_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(above));
+            _mm_store_si128(reinterpret_cast<__m128i*>(low + j), _mm512_cvtepi32_epi8(below));
+        }
+        blocks[2 * block] = _mm512_load_si512(high);
+        blocks[2 * block + 1] = _mm512_load_si512(low);
+        high_sum = _mm512_dpbusd_epi32(high_sum, flipped, blocks[2 * block]);
+        low_sum = _mm512_dpbusd_epi32(low_sum, flipped, blocks[2 * block + 1]);
+    }
+    blocks[2 * to.num_blocks] = _mm512_sub_epi32(_mm512_setzero_si512(), high_sum);
+    blocks[2 * to.num_blocks + 1] = _mm512_sub_epi32(_mm512_setzero_si512(), low_sum);
+}
+
+// Adds to `sum` the products of bytes, four to a lane. In assembler: with the intrinsic, GCC 12 keeps a copy of each sum
+// in memory, which takes twice as long.
+inline void add_products(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+// Of M rows and four outputs, by bytes of the inputs.
+template <int M>
+struct Sums {
+    __m512i high[M][4], low[M][4];
+
+    // `weights` is a block of each output's, `blocks` the inputs' of the first row, `row_size` from one to the next.
+    inline __attribute__((always_inline)) void add(const __m512i (&weights)[4], const __m512i* blocks,
+                                                   int64_t row_size) {
+        __m512i flipped[4];
+        for (int n = 0; n < 4; n++) flipped[n] = _mm512_xor_si512(weights[n], _mm512_set1_epi8(-128));
+        for (int m = 0; m < M; m++) {
+            const __m512i above = blocks[m * row_size], below = blocks[m * row_size + 1];
+            for (int n = 0; n < 4; n++) {
+                add_products(high[m][n], flipped[n], above);
+                add_products(low[m][n], flipped[n], below);
+            }
+        }
+    }
+};
+
+// Four outputs of M rows, from `output` on; those beyond the last one repeat it.
+template <int M>
+inline void four(const Operands& of, const Whole& inputs, int64_t row, int64_t output, __m512* found, int part) {
+    const int64_t row_size = inputs.row_size(), num_full = of.size / BLOCK;
+    const int8_t* weights[4];
+    for (int n = 0; n < 4; n++) weights[n] = of.weights + std::min(output + n, of.num_outputs - 1) * of.size;
+    const __m512i *const blocks = inputs.row(row), *const begin = blocks + 2 * inputs.num_blocks;
+    Sums<M> sums;
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < 4; n++) {
+            sums.high[m][n] = begin[m * row_size];
+            sums.low[m][n] = begin[m * row_size + 1];
+        }
+    __m512i own[4];
+    for (int64_t block = 0; block < num_full; block++) {
+        for (int n = 0; n < 4; n++) {
+            const int8_t* const from = weights[n] + block * BLOCK;
+            own[n] = _mm512_loadu_si512(from);
+            _mm_prefetch(reinterpret_cast<const char*>(from + 4 * of.size), _MM_HINT_T0);  // the next four outputs'
+        }
+        sums.add(own, blocks + 2 * block, row_size);
+    }
+    if (num_full < inputs.num_blocks) {
+        const __mmask64 mask = lanes(of.size % BLOCK, BLOCK);  // inputs are 0 beyond
+        for (int n = 0; n < 4; n++) own[n] = _mm512_maskz_loadu_epi8(mask, weights[n] + num_full * BLOCK);
+        sums.add(own, blocks + 2 * num_full, row_size);
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < 4; n++)
+            found[m * 16 + part + n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.high[m][n]), _mm512_set1_ps(256),
+                                                       _mm512_cvtepi32_ps(sums.low[m][n]));
+}
+
+template <int M>
+inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_t output) {
+    __m512 found[M][16];
+    for (int part = 0; part < 16; part += 4) four<M>(of, inputs, row, output + part, found[0], part);
+    const int64_t left = of.num_outputs - output;
+    const __mmask16 mask = (__mmask16)lanes(left, 16);
+    const __m512 scales = _mm512_maskz_loadu_ps(mask, of.scales + output);
+    const __m512 bias = of.bias ? load_some(of.bias + output, left) : _mm512_setzero_ps();
+    for (int m = 0; m < M; m++) {
+        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scales[row + m]));
+        const __m512 result = _mm512_fmadd_ps(sums(found[m]), scale, bias);
+        _mm256_mask_storeu_epi16(of.out + (row + m) * of.num_outputs + output, mask,
+                                 (__m256i)_mm512_cvtneps_pbh(result));
+    }
+}
+
+inline void few(const Operands& of, const Whole& inputs, int64_t row, int64_t n, int64_t output) {
+    switch (n) {
+        case 1: return sixteen<1>(of, inputs, row, output);
+        case 2: return sixteen<2>(of, inputs, row, output);
+        default: return sixteen<3>(of, inputs, row, output);
+    }
+}
+
+}  // namespace
+}  // namespace shoal
+
+// out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed times scales
+// [num_outputs], plus bias [num_outputs], if given. inputs, bias and out are bfloat16, weights int8, scales float32.
+// Returns 0, or 1 if there are more than FEW_ROWS rows.
+extern "C" int shoal_int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias,
+                                 int64_t num_rows, int64_t num_outputs, int64_t size, void* out, int num_threads) {
+    using namespace shoal;
+    if (num_rows > FEW_ROWS) return 1;
+    const Operands of = {static_cast<const bf16*>(inputs), static_cast<const int8_t*>(weights),
+                         static_cast<const float*>(scales), static_cast<const bf16*>(bias), num_rows, num_outputs, size,
+                         static_cast<bf16*>(out)};
+    thread_local Whole whole;  // kept: the next product is as large
+    whole.num_blocks = (size + BLOCK - 1) / BLOCK;
+    whole.registers.resize(std::max(whole.registers.size(), (size_t)(num_rows * whole.row_size())));
+    whole.scales.resize(FEW_ROWS);
+    Whole& own = whole;  // this thread's, for its helpers, too
+    const Team team(num_threads, num_rows);
+    share_ranges(num_rows, ROWS_PIECE, team, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) make_whole(of.inputs + row * size, size, own, row);
+    });
+    share_ranges(num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
+        for (int64_t row = 0; row < num_rows; row += 3)
+            for (int64_t output = begin; output < end; output += 16)
+                few(of, own, row, std::min<int64_t>(3, num_rows - row), output);
+    });
+    return 0;
+}

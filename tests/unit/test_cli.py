@@ -30,7 +30,7 @@ def test_serve_names_every_option_that_the_readme_promises():
     said = shoal("serve", "--help").stdout
     for option in (
         "--model", "--host", "--port", "--grpc-port", "--depth", "--skip-layers", "--prefill-replicas",
-        "--decode-replicas", "--dtype", "--address", "--plan", "--anchors", "--boundary-tokens",
+        "--decode-replicas", "--dtype", "--decode-weights", "--address", "--plan", "--anchors", "--boundary-tokens",
     ):  # fmt: skip
         assert option in said, option
 
@@ -44,6 +44,7 @@ def test_serve_names_every_option_that_the_readme_promises():
         (("generate", "hello", "--anchors", "4"), "anchors are speed's"),
         (("generate", "hello", "--plan", "speed", "--boundary-tokens", "2000"), "boundary_tokens"),
         (("generate", "--raw", ""), "prompt is empty"),
+        (("generate", "hello", "--decode-weights", "int8", "--dtype", "float32"), "they compute in bfloat16 only"),
         (("analyze", "no-such-model"), "no-such-model"),
         (("analyze", "smollm2", "--candidates", "4;8"), "commas"),
         (("analyze", "smollm2", "--data", "missing.txt"), "can't read missing.txt"),

@@ -34,6 +34,9 @@ SAMPLES = {"handoff.min_tokens": 3, "handoff.credit_bytes": 2 << 20, "handoff.st
     ("handoff.max_frame_bytes", "handoff.slot_bytes", "gateway.max_body_bytes"), 2048
 )
 
+# Those that have no other value than their default: int8 is decode's.
+FIXED = {"handoff.wire_mode", "prefill.weights"}
+
 
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,9 +88,11 @@ def test_every_key_is_described(key: Any) -> None:
 def sample(key: Any) -> Any:
     """A value that isn't the default, and the same for keys that must agree."""
     told = generate._value(key)
+    if key.name in FIXED:
+        return key.default
     if told.startswith("`"):
         choices = [yaml.safe_load(choice) for choice in re.findall("`(.*?)`", told)]
-        return next((choice for choice in choices if choice not in ("auto", key.default)), key.default)
+        return next(choice for choice in choices if choice not in ("auto", key.default))
     kinds = {"whole number": 2, "number": 0.5, "text": "another", "path": "another.pem"}
     return SAMPLES.get(key.name, kinds[told.split(",")[0]])
 
@@ -99,7 +104,11 @@ def test_the_variables_set_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(key.variable, value if isinstance(value, str) else json.dumps(value))
     config = load_config()
     assert {key.name: value_at(config, key.path) for key in LEAVES} == wanted
+<<<<<<< HEAD
     assert not [key.name for key in LEAVES if wanted[key.name] == key.default]
+=======
+    assert {key.name for key in LEAVES if wanted[key.name] == key.default} == FIXED
+>>>>>>> 74cd47f (Decode may hold its weights in int8 (decode.weights): made layer by layer, K/V of shallow tokens still prefill's, refused where torch would compute)
 
 
 def test_a_variable_may_hold_a_whole_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from shoal.cli.bench import bench
 from shoal.cli.options import (
     Anchors,
     BoundaryTokens,
+    DecodeWeights,
     DepthOption,
     Dtype,
     Model,
@@ -68,6 +69,7 @@ def serve(
         typer.Option(help="Whether prompts that begin alike share K/V, in both pools. any: true K/V of answers, too."),
     ] = None,
     dtype: Dtype = None,
+    decode_weights: DecodeWeights = None,
     address: Annotated[
         str | None, typer.Option(help="auto joins the running Ray cluster. Default: a private one.")
     ] = None,
@@ -93,7 +95,7 @@ def serve(
         },
         gateway={"host": host, "port": port, "grpc_port": grpc_port},
         prefill={"replicas": prefill_replicas, "reuse": reuse},
-        decode={"replicas": decode_replicas, "reuse": reuse},
+        decode={"replicas": decode_replicas, "reuse": reuse, "weights": decode_weights},
         ray={"address": address},
     )
     _serve(settings)
@@ -141,6 +143,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     dtype: Dtype = None,
+    decode_weights: DecodeWeights = None,
 ) -> None:
     """Answer once, in this process: both stages, joined by a channel in memory."""
     from shoal.config import load_config
@@ -155,7 +158,8 @@ def generate(
             "plan": plan,
             "anchors": anchors,
             "boundary_tokens": boundary_tokens,
-        }
+        },
+        decode={"weights": decode_weights},
     )
     configure_logging("warning", "console")
     text = sys.stdin.read() if prompt == "-" else prompt

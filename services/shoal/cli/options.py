@@ -62,4 +62,15 @@ Anchors = Annotated[
 BoundaryTokens = Annotated[
     int | None, typer.Option(min=1, help="How many tokens at a prompt's end are full depth. Default: 1.")
 ]
+
+
+class WeightsOption(StrEnum):
+    AUTO = "auto"
+    INT8 = "int8"
+
+
+DecodeWeights = Annotated[
+    WeightsOption | None,
+    typer.Option(help="int8 halves what decode reads for a token, for about the same answers. Default: as --dtype."),
+]
 Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]

@@ -108,10 +108,18 @@ def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
 
 
 def load_parameters(
-    served: Served, stage: Stage, device: torch.device, on_progress: Callable[[int, int], None] | None = None
+    served: Served,
+    stage: Stage,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    int8: bool = False,
 ) -> Parameters:
+    """Raises ModelError."""
     with open_weights(served.files) as reader:
-        loader = ParameterLoader(reader, served.spec, dtype=served.dtype, device=device, on_progress=on_progress)
+        loader = ParameterLoader(
+            reader, served.spec, dtype=served.dtype, device=device, int8=int8, on_progress=on_progress
+        )
         return loader.load(served.plan, stage, None if served.projector is None else served.projector.weight)
 
 
@@ -165,6 +173,20 @@ def choose_kernels(limits: StageConfig, served: Served, device: torch.device) ->
             raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
         _log.info("torch computes", reason=error.message)
         return None
+
+
+def require_int8(limits: StageConfig, served: Served, device: torch.device) -> None:
+    """Raises ConfigError where a step with weights in int8 would be torch's, and slower than without them."""
+    if limits.kernels == "torch":
+        raise ConfigError(
+            "weights is int8, which Shoal's own kernels make fast, but kernels is torch: leave it to auto"
+        )
+    try:
+        find_kernels(served.spec, served.dtype, served.kv_dtype, device)
+    except ConfigError as error:
+        raise ConfigError(
+            f"weights is int8, which only Shoal's own kernels make fast, but: {error.message}; leave it to auto"
+        ) from error
 
 
 def warm_up(engine: Engine, stage: Stage, device: torch.device) -> None:
@@ -255,7 +277,10 @@ async def load_stage(
         set_num_threads(limits)
         device = choose_device(limits)
         served = Served.of(config, device)
-        parameters = load_parameters(served, stage, device, on_progress)
+        int8 = limits.weights == "int8"
+        if int8:
+            require_int8(limits, served, device)
+        parameters = load_parameters(served, stage, device, on_progress, int8=int8)
         return Loaded(served, parameters, build_engine(config, stage, served, parameters, device=device))
 
     with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:

@@ -12,6 +12,7 @@ from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan
 from shoal.model.decoder import Decoder
 from shoal.model.families import Activation, ModelSpec
+from shoal.model.int8 import Int8Matrix, Weight
 from shoal.model.parameters import Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection
@@ -112,9 +113,12 @@ class NativeRows(TorchRows):
     def gate(self, both: torch.Tensor) -> torch.Tensor:
         return self._kernels.gate(both, is_gelu=self._is_gelu)
 
-    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        fits = not weight.shape[0] % 16 and not weight.shape[1] % 32 and inputs.is_contiguous()
-        if inputs.shape[0] > _MAX_FEW_ROWS or not fits:
+    def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if inputs.shape[0] > _MAX_FEW_ROWS or not inputs.is_contiguous():
+            return super().linear(inputs, weight, bias)
+        if isinstance(weight, Int8Matrix):
+            return self._kernels.int8_linear(inputs, weight.values, weight.scales, bias)
+        if weight.shape[0] % 16 or weight.shape[1] % 32:
             return super().linear(inputs, weight, bias)
         return self._kernels.linear(inputs, weight, bias)
 

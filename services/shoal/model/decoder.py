@@ -20,6 +20,7 @@ from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan, StepBatch
 from shoal.model.families import ModelSpec
+from shoal.model.int8 import Int8Matrix
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
@@ -103,7 +104,8 @@ class Decoder:
         return StepTensors(self.logits(hidden, batch.logit_rows), scored)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        hidden = F.embedding(token_ids, self.parameters.embedding)
+        table = self.parameters.embedding
+        hidden = table.rows(token_ids) if isinstance(table, Int8Matrix) else F.embedding(token_ids, table)
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
     @torch.inference_mode()

@@ -1,20 +1,22 @@
 """The weights that one stage holds, fused for the decoder and loaded layer by layer.
 
 A prefill replica takes the kept layers, the embedding, and of each skipped layer nothing but the K/V projection: no
-deep MLP, no deep attention, no final norm, no lm_head. A decode replica takes everything.
+deep MLP, no deep attention, no final norm, no lm_head. A decode replica takes everything, and may hold what a step
+multiplies in int8 (model/int8.py): then at no time is there more than one layer of it in another dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from shoal.errors import MalformedWeights
+from shoal.errors import InternalError, MalformedWeights
 from shoal.messages import Stage
 from shoal.model.families import ModelSpec
+from shoal.model.int8 import Int8Matrix, Weight
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, LayerProjection
 
@@ -37,25 +39,37 @@ class LayerParameters:
     """
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Weight
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    out: torch.Tensor
+    out: Weight
     out_bias: torch.Tensor | None
     attention_post_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
+    gate_up: Weight
     gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
+    down: Weight
     down_bias: torch.Tensor | None
     mlp_post_norm: torch.Tensor | None
 
     def projection(self, spec: ModelSpec, index: int) -> LayerProjection:
         """What a token that skips this layer, number ``index``, needs of it: views, nothing is copied."""
+        if isinstance(self.qkv, Int8Matrix):
+            raise InternalError("a projection is folded of what was read, not of int8")
         bias = None if self.qkv_bias is None else self.qkv_bias[spec.q_size :]
         rope = spec.layers[index].rope
         return LayerProjection(self.input_norm, self.qkv[spec.q_size :], bias, self.k_norm, rope)
+
+    def in_int8(self, name: str) -> LayerParameters:
+        """Its four matrices in int8, all else as it is. Raises MalformedWeights."""
+        return replace(
+            self,
+            qkv=_in_int8(self.qkv, f"{name}.qkv"),
+            out=_in_int8(self.out, f"{name}.out"),
+            gate_up=_in_int8(self.gate_up, f"{name}.gate_up"),
+            down=_in_int8(self.down, f"{name}.down"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +79,29 @@ class Parameters:
     ``lm_head`` is the embedding itself where the model ties them. ``projection`` is ``None`` if nothing is skipped.
     """
 
-    embedding: torch.Tensor
+    embedding: Weight
     layers: tuple[LayerParameters, ...]
     projection: KvProjection | None
     final_norm: torch.Tensor | None
-    lm_head: torch.Tensor | None
+    lm_head: Weight | None
+
+    def in_int8(self) -> Parameters:
+        """What a step multiplies in int8, embedding and lm_head included. ``projection`` stays as it is: steps of full
+        depth don't read it, and shallow tokens get the K/V that prefill would give them. Raises MalformedWeights."""
+        embedding, head = _in_int8(self.embedding, "embedding"), self.lm_head
+        if head is not None:
+            head = embedding if head is self.embedding else _in_int8(head, "lm_head")
+        layers = tuple(layer.in_int8(f"layers.{index}") for index, layer in enumerate(self.layers))
+        return replace(self, embedding=embedding, lm_head=head, layers=layers)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor held, once, with its name."""
-        yield "embedding", self.embedding
+        """Every tensor held, once, with its name; of a matrix in int8 its values and its scales."""
+        yield from _tensors("embedding", self.embedding)
         for index, layer in enumerate(self.layers):
             for field in LayerParameters.__slots__:
                 value = getattr(layer, field)
                 if value is not None:
-                    yield f"layers.{index}.{field}", value
+                    yield from _tensors(f"layers.{index}.{field}", value)
         if self.projection is not None:
             for field in ("weight", "bias", "k_norm"):
                 value = getattr(self.projection, field)
@@ -87,7 +110,7 @@ class Parameters:
         if self.final_norm is not None:
             yield "final_norm", self.final_norm
         if self.lm_head is not None and self.lm_head is not self.embedding:
-            yield "lm_head", self.lm_head
+            yield from _tensors("lm_head", self.lm_head)
 
     @property
     def num_bytes(self) -> int:
@@ -95,10 +118,23 @@ class Parameters:
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
 
+def _in_int8(matrix: Weight, name: str) -> Int8Matrix:
+    return matrix if isinstance(matrix, Int8Matrix) else Int8Matrix.of(matrix, name)
+
+
+def _tensors(name: str, held: Weight) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(held, torch.Tensor):
+        yield name, held
+    else:
+        yield f"{name}.values", held.values
+        yield f"{name}.scales", held.scales
+
+
 class ParameterLoader:
     """Reads one stage's parameters from ``reader``, casting each tensor as it comes.
 
-    ``on_progress`` is called with (layers done, layers in all) after each layer.
+    With ``int8``, what a step multiplies is held so (``Parameters.in_int8``). ``on_progress`` is called with (layers
+    done, layers in all) after each layer.
     """
 
     def __init__(
@@ -108,8 +144,10 @@ class ParameterLoader:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        int8: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        self._int8 = int8
         self._reader = reader
         self._spec = spec
         self._dtype = dtype
@@ -119,15 +157,16 @@ class ParameterLoader:
     def load(self, plan: LayerPlan, stage: Stage, projector: torch.Tensor | None = None) -> Parameters:
         """All that ``stage`` needs to serve ``plan``; ``projector`` takes the place of the paper's matrix."""
         spec = self._spec
-        embedding = self._tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        embedding = self._table("model.embed_tokens.weight")
         held = plan.layers_held(stage)
         layers: list[LayerParameters] = []
         skipped: list[LayerProjection] = []
         for index in range(plan.num_layers):
             if index in held:
-                layers.append(self._layer(index))
+                layers.append(self._held(index))
             if plan.projects and index in plan.skipped:
-                skipped.append(self._skipped(index, layers[index] if index in held else None))
+                # What is in int8 can't be folded: it's read once more, as prefill reads it.
+                skipped.append(self._skipped(index, layers[index] if index in held and not self._int8 else None))
             self._on_progress(index + 1, plan.num_layers)
         projection = KvProjection(spec, skipped) if skipped else None
         if projection is not None and projector is not None:
@@ -137,14 +176,21 @@ class ParameterLoader:
             projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype))
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
-        head = (
-            embedding if spec.tied_embeddings else self._tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
-        )
+        head = embedding if spec.tied_embeddings else self._table("lm_head.weight")
         return Parameters(embedding, tuple(layers), projection, self._norm("model.norm.weight"), head)
 
     def projections(self, plan: LayerPlan) -> list[LayerProjection]:
         """The skipped layers' own norms and matrices, unfolded, for the exact check."""
         return [self._skipped(index, None) for index in plan.skipped]
+
+    def _table(self, name: str) -> Weight:
+        """Embedding or lm_head: ``[vocab, hidden]``."""
+        table = self._tensor(name, (self._spec.vocab_size, self._spec.hidden_size))
+        return Int8Matrix.of(table, name) if self._int8 else table
+
+    def _held(self, index: int) -> LayerParameters:
+        layer = self._layer(index)
+        return layer.in_int8(f"layers.{index}") if self._int8 else layer
 
     def _layer(self, index: int) -> LayerParameters:
         spec, name = self._spec, f"model.layers.{index}."

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from shoal.kv.pool import KvPool
 from shoal.model.families import Activation, ModelSpec
+from shoal.model.int8 import Int8Matrix, Weight
 from shoal.model.norm import rms_norm
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
@@ -34,7 +35,7 @@ class RowOps(Protocol):
     def gate(self, both: torch.Tensor) -> torch.Tensor:
         """``activation(gate) * up`` of ``gate|up``."""
 
-    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``inputs`` times ``weight`` ``[outputs, inputs]`` transposed, plus ``bias``."""
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -70,8 +71,8 @@ class TorchRows:
         silu = self._spec.activation is Activation.SILU
         return (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")).mul_(up)
 
-    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(inputs, weight, bias)
+    def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return weight.linear(inputs, bias) if isinstance(weight, Int8Matrix) else F.linear(inputs, weight, bias)
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         return projection(hidden, rope)

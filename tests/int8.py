@@ -1,0 +1,41 @@
+"""Models whose matrices are what int8 leaves of them, for tests of weights in int8."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from reference import Cache, all_layers, encode_shallow, logits_of, run_layers
+from shoal.model.int8 import Int8Matrix
+
+
+def dequantized(model: Any) -> Any:
+    """A copy of a transformers model with each matrix as int8 has it. Rows are rounded each by itself, so it doesn't
+    matter how they are fused."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(Int8Matrix.of(parameter.detach(), name).dequantized())
+    return other
+
+
+def with_deep_layers_of(model: Any, other: Any, num_skipped: int) -> Any:
+    """A copy of ``model`` whose last layers are ``other``'s."""
+    mixed = copy.deepcopy(model)
+    for index in all_layers(model)[len(model.model.layers) - num_skipped :]:
+        mixed.model.layers[index] = other.model.layers[index]
+    return mixed
+
+
+@torch.no_grad()
+def shallow_logits(prefill: Any, decode: Any, ids: Sequence[int], num_prompt: int, num_skipped: int) -> torch.Tensor:
+    """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``: the shallow tokens by ``prefill``, all others
+    by ``decode``, on the K/V of the former."""
+    cache: Cache = {}
+    encode_shallow(prefill, ids[: num_prompt - 1], num_skipped, cache)
+    states = run_layers(decode, ids[num_prompt - 1 :], num_prompt - 1, all_layers(decode), cache)
+    return logits_of(decode, states)

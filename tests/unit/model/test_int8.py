@@ -1,0 +1,153 @@
+"""Matrices in int8: how they are rounded, multiplied and held, and whole decoders of them in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engines import Ask, ModelReader, exact, logits_after, make_engine, run, run_handed_off
+from int8 import dequantized, shallow_logits, with_deep_layers_of
+from models import tiny_model
+from shoal.errors import InternalError, MalformedWeights
+from shoal.messages import Depth, Stage
+from shoal.model import int8
+from shoal.model.families import FAMILIES, describe
+from shoal.model.int8 import Int8Matrix
+from shoal.model.parameters import ParameterLoader, Parameters
+from shoal.model.plan import LayerPlan
+
+CPU = torch.device("cpu")
+SKIPPED = 2
+PROMPT = [3 + index * 7 % 90 for index in range(40)]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def int8_parameters(model: Any, num_skipped: int = SKIPPED) -> Parameters:
+    spec = describe(model.config)
+    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU, int8=True)
+    return loader.load(LayerPlan(spec.num_layers, num_skipped), Stage.DECODE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (50, 64)])
+def test_a_number_is_half_a_step_away_at_most(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = random(*shape, dtype=dtype)
+    made = Int8Matrix.of(weight, "w")
+    assert made.values.dtype == torch.int8 and made.scales.dtype == torch.float32
+    assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, CPU)
+    torch.testing.assert_close(made.scales.double(), weight.double().abs().amax(dim=1) / 127, rtol=1e-6, atol=0)
+    assert int(made.values.abs().amax(dim=1).min()) == 127
+    error = (made.values.double() * made.scales.double()[:, None] - weight.double()).abs()
+    assert bool((error <= made.scales.double()[:, None] * (0.5 + 1e-4)).all())
+
+
+def test_rows_of_one_number_are_exact_and_those_of_none_stay_zero() -> None:
+    weight = torch.stack([torch.full((40,), 0.75), torch.zeros(40), torch.full((40,), -3.0), torch.full((40,), 1e-44)])
+    made = Int8Matrix.of(weight, "w")
+    assert made.values[:3].tolist() == [[127] * 40, [0] * 40, [-127] * 40]
+    torch.testing.assert_close(made.dequantized()[:3], weight[:3], rtol=1e-6, atol=0)
+    assert made.dequantized()[3].abs().max() <= 1e-43
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_by_name(broken: float) -> None:
+    weight = random(5, 33)
+    weight[3, 32] = broken
+    with pytest.raises(MalformedWeights, match=r"layers\.3\.qkv holds numbers that aren't finite"):
+        Int8Matrix.of(weight, "layers.3.qkv")
+
+
+@pytest.mark.parametrize("most", [1, 33, 40, 100, 1 << 22])
+def test_piece_by_piece_is_the_same(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    weight, inputs, bias = random(17, 33), random(9, 33), random(17)
+    whole = Int8Matrix.of(weight, "w")
+    expected = F.linear(inputs, whole.values.double() * whole.scales.double()[:, None], bias)
+    monkeypatch.setattr(int8, "_MAX_WIDE_NUMBERS", most)
+    made = Int8Matrix.of(weight, "w")
+    assert torch.equal(made.values, whole.values) and torch.equal(made.scales, whole.scales)
+    torch.testing.assert_close(made.linear(inputs, bias), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(made.linear(inputs, None), expected - bias, rtol=1e-12, atol=1e-12)
+
+
+def test_an_embedding_is_looked_up() -> None:
+    made, ids = Int8Matrix.of(random(50, 16), "embedding"), torch.tensor([3, 49, 3])
+    assert torch.equal(made.rows(ids), made.dequantized()[ids])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", [Depth.SHALLOW, Depth.FULL])
+def test_a_decoder_is_the_plain_one_of_what_int8_leaves(family: str, depth: Depth) -> None:
+    """What of a shallow prompt is projected is as without int8, as prefill's would be."""
+    model = exact(tiny_model(family))
+    rounded = exact(dequantized(model))
+    engine = make_engine(model, SKIPPED, parameters=int8_parameters(model), max_step_tokens=17)
+    prefill, num_skipped = (with_deep_layers_of(rounded, model, SKIPPED), SKIPPED)
+    if depth is Depth.FULL:
+        prefill, num_skipped = rounded, 0
+    expected = shallow_logits(prefill, rounded, PROMPT, len(PROMPT), num_skipped)[0]
+    found = logits_after(engine, PROMPT, depth)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    plain = logits_after(make_engine(model, SKIPPED), PROMPT, depth)
+    assert not torch.allclose(plain, expected, atol=1e-4), "int8 changes nothing: what was tested?"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_it_goes_on_after_a_prefill_that_is_not_in_int8(family: str) -> None:
+    model = exact(tiny_model(family))
+    rounded = exact(dequantized(model))
+    prefill = make_engine(model, SKIPPED, stage=Stage.PREFILL)
+    decode = make_engine(model, SKIPPED, parameters=int8_parameters(model))
+    [answer] = run_handed_off(prefill, decode, [Ask(PROMPT, num_tokens=6)])
+    ids = [*PROMPT, *answer[:-1]]
+    expected = shallow_logits(model, rounded, ids, len(PROMPT), SKIPPED)
+    assert expected.argmax(dim=-1).tolist() == answer
+    assert len(run(decode, [Ask(PROMPT, num_tokens=6)])[0]) == 6
+
+
+def test_only_what_is_multiplied_is_in_int8_and_nothing_is_held_twice() -> None:
+    model = tiny_model("qwen3", torch.bfloat16, hidden=256, intermediate=512, vocab=500)
+    spec, held = describe(model.config), int8_parameters(model)
+    plain = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
+    before = plain.load(LayerPlan(spec.num_layers, SKIPPED), Stage.DECODE)
+    wide = {name for name, tensor in held.tensors() if not name.endswith((".values", ".scales"))}
+    assert all("norm" in name or name == "projection.weight" for name in wide)
+    assert held.projection is not None and before.projection is not None
+    assert torch.equal(held.projection.weight, before.projection.weight)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in held.tensors()}
+    assert sum(storages.values()) == held.num_bytes
+    always = sum(tensor.nbytes for name, tensor in held.tensors() if name in wide)
+    num_outputs = sum(len(tensor) for name, tensor in held.tensors() if name.endswith(".scales"))
+    assert held.num_bytes == (before.num_bytes - always) / 2 + always + 4 * num_outputs
+    assert held.num_bytes < 0.58 * before.num_bytes
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_what_is_loaded_is_what_is_made_of_what_was_loaded(is_tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=is_tied)
+    loaded = int8_parameters(model, 0)
+    made = ParameterLoader(ModelReader(model), describe(model.config), dtype=model.dtype, device=CPU)
+    same = made.load(LayerPlan(6, 0), Stage.DECODE).in_int8()
+    assert [name for name, _ in loaded.tensors()] == [name for name, _ in same.tensors()]
+    assert all(
+        torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(loaded.tensors(), same.tensors(), strict=True)
+    )
+    assert (loaded.lm_head is loaded.embedding) == (same.lm_head is same.embedding) == is_tied
+    again = same.in_int8()
+    assert again.embedding is same.embedding
+    with pytest.raises(InternalError, match="int8"):
+        loaded.layers[5].projection(describe(model.config), 5)
+
+
+def test_broken_weights_do_not_load() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[5, 7] = math.nan
+    with pytest.raises(MalformedWeights, match=r"layers\.2\.down"):
+        int8_parameters(model)

@@ -62,6 +62,7 @@ def evaluate(
     controls: Annotated[
         bool, typer.Option(help="Also measure SPEED, and what goes wrong without parts of the method.")
     ] = True,
+    int8: Annotated[bool, typer.Option("--int8", help="Also measure decode with its weights in int8.")] = False,
     data: Annotated[
         list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
     ] = None,
@@ -86,7 +87,7 @@ def evaluate(
     with progress_bars() as on_progress:
         said = run_eval(
             model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers, boundary_tokens=boundary_tokens,
-            controls=controls, projector=projector or "auto", data=tuple(data or ()), kinds=kinds,
+            controls=controls, int8=int8, projector=projector or "auto", data=tuple(data or ()), kinds=kinds,
             num_passages=passages, num_cases=cases, prompt_tokens=prompt_tokens,
             continuation_tokens=continuation_tokens, seed=seed, dtype=dtype or DtypeOption.FLOAT32,
         )  # fmt: skip

@@ -56,7 +56,8 @@ def _engine(subject: Subject, arm: Arm, *, max_tokens: int, num_prompts: int) ->
         raise InternalError(f"{arm.name} is a control, no engine serves it")
     plan = arm.plan(subject.spec.num_layers)
     projection = arm.projection or (subject.projection(arm.num_skipped) if plan.projects else None)
-    parameters = replace(subject.parameters, projection=projection)
+    held = subject.in_int8 if arm.int8 else subject
+    parameters = replace(held.parameters, projection=projection)
     layout = subject.layout(plan)
     num_blocks = _MAX_SEQUENCES * layout.num_blocks_for(max_tokens)
     pool = KvPool(

@@ -24,7 +24,8 @@ _CONTROLS = (Treatment.NO_PROJECTION, Treatment.NO_BOUNDARY, Treatment.REMOVED)
 class Arm:
     """``name`` is its treatment's in reports; ``projection`` stands for the paper's where it's ``calibrated``.
 
-    ``num_boundary`` tokens at the prompt's end are full depth.
+    ``num_boundary`` tokens at the prompt's end are full depth. With ``int8``, decode holds its weights so (and prefill
+    doesn't): a shallow prompt is as without, what is full depth is computed by them.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Arm:
     treatment: Treatment
     projection: KvProjection | None = None
     num_boundary: int = 1
+    int8: bool = False
 
     @property
     def is_served(self) -> bool:
@@ -41,7 +43,8 @@ class Arm:
     @property
     def is_paper(self) -> bool:
         """Whether it's what the paper serves: what others are to recover the loss of."""
-        return self.treatment is Treatment.SHALLOW and self.projection is None and self.num_boundary == 1
+        is_plain = self.projection is None and self.num_boundary == 1 and not self.int8
+        return self.treatment is Treatment.SHALLOW and is_plain
 
     def plan(self, num_layers: int) -> LayerPlan:
         anchors = Anchors() if self.treatment is Treatment.SPEED else None
@@ -58,13 +61,14 @@ def arms_of(
     boundaries: Sequence[int] = (),
     *,
     controls: bool = True,
+    int8: bool = False,
 ) -> list[Arm]:
     """Full depth first; then for each number of skipped layers the paper's projection and, where there is a projector,
     the calibrated one.
 
     With the first number alone come both with each of ``boundaries`` full-depth tokens at the prompt's end, and, if
     ``controls`` are wanted, SPEED (which an untuned model fails as well) and the negative controls. SPEED needs skipped
-    layers without a sliding window.
+    layers without a sliding window. ``int8`` adds decode's weights in int8, for full depth and both.
     """
     arms = [FULL]
     for count in counts:
@@ -79,6 +83,8 @@ def arms_of(
                 replace(arm, name=f"{arm.name}, {number} boundary", num_boundary=number)
                 for number in boundaries for arm in served
             ]  # fmt: skip
+            if int8:
+                arms += [replace(arm, name=f"{arm.name}, int8", int8=True) for arm in (FULL, *served)]
             arms += _controls(subject, count) if controls else []
     return arms
 

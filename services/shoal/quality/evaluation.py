@@ -53,15 +53,17 @@ DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 class EvaluationOptions:
     """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip.
 
-    With the first come ``boundary_tokens``, numbers of full-depth tokens at the prompt's end, besides 1, and, if
-    ``controls`` says so, SPEED and the negative controls. ``projector`` is a path, ``paper``, or ``auto``. ``data``
-    stands for the shipped ``kinds``. ``num_passages`` are of each kind of text, ``num_cases`` of each length and depth
-    of retrieval; ``greedy_tokens`` and ``instruction_tokens`` are the longest answers to passages and to instructions.
+    With the first come ``boundary_tokens``, numbers of full-depth tokens at the prompt's end, besides 1; if
+    ``controls`` says so, SPEED and the negative controls; and if ``int8`` does, decode's weights in int8. ``projector``
+    is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``. ``num_passages`` are of each kind of
+    text, ``num_cases`` of each length and depth of retrieval; ``greedy_tokens`` and ``instruction_tokens`` are the
+    longest answers to passages and to instructions.
     """
 
     skip_layers: tuple[int, ...] = ()
     boundary_tokens: tuple[int, ...] = ()
     controls: bool = True
+    int8: bool = False
     projector: str = "auto"
     data: tuple[Path, ...] = ()
     kinds: tuple[Kind, ...] = tuple(Kind)
@@ -214,8 +216,9 @@ class _Run:
         )
         self.settings = replace(self.settings, kernels=self._subject.kernels)
         self._arms = arms_of(
-            self._subject, self._counts, self._projectors, options.boundary_tokens, controls=options.controls
-        )
+            self._subject, self._counts, self._projectors, options.boundary_tokens, controls=options.controls,
+            int8=options.int8,
+        )  # fmt: skip
 
     def texts(self) -> list[TextScore]:
         if Task.TEXT not in self._options.tasks:

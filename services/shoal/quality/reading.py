@@ -47,6 +47,8 @@ class Reading:
     @torch.inference_mode()
     def logits(self, arm: Arm) -> torch.Tensor:
         """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, with ``ids`` given, not generated."""
+        if arm.int8:
+            return self._in_int8(arm)
         if arm.treatment is Treatment.FULL:
             return self.full
         state = self._states[arm.num_skipped]
@@ -57,6 +59,17 @@ class Reading:
             shallow = range(self._num_prompt)
             return first if len(self._rows) == 1 else torch.cat([first, self._deepen(arm, state, shallow)])
         return self._deepen(arm, state, arm.plan(self._num_layers).shallow_tokens(self._num_prompt, Depth.SHALLOW))
+
+    def _in_int8(self, arm: Arm) -> torch.Tensor:
+        """Decode's weights are in int8. A shallow prompt's K/V are prefill's, whose weights aren't; a prompt at full
+        depth is decode's own work."""
+        own, num_shallow = self._subject.in_int8, 0
+        if arm.treatment is not Treatment.FULL:
+            self.logits(replace(arm, int8=False))
+            for held, arrived in zip(own.pool.layers, self._subject.pool.layers, strict=True):
+                held.copy_(arrived)
+            num_shallow = len(arm.plan(self._num_layers).shallow_tokens(self._num_prompt, Depth.SHALLOW))
+        return own.go_on(self._ids, self._num_prompt, num_shallow)
 
     def _deepen(self, arm: Arm, state: torch.Tensor, shallow: range) -> torch.Tensor:
         subject = self._subject

@@ -6,7 +6,8 @@ import enum
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 
 import torch
 
@@ -30,6 +31,8 @@ from shoal.model.projection import KvProjection, LayerProjection
 from shoal.model.weights import open_weights
 
 _BLOCK_TOKENS = 16
+# Few enough for the kernels of decode steps (engine/native.py).
+_FEW_TOKENS = 32
 
 
 class Treatment(enum.StrEnum):
@@ -64,6 +67,11 @@ class Subject:
         self.pool = self.new_pool()
         self._blocks = list(range(num_blocks))
         self.projection = lru_cache(maxsize=None)(self._paper_projection)
+
+    @cached_property
+    def in_int8(self) -> Subject:
+        """The same model as decode may hold it, with a pool of its own; made when it's first asked for."""
+        return Subject(self.files, self.spec, self.parameters.in_int8(), max_tokens=self.max_tokens)
 
     @property
     def kernels(self) -> str:
@@ -127,8 +135,7 @@ class Subject:
             raise InvalidRequest(f"{num_prompt_tokens} prompt tokens of {len(ids)}, and at most {self.max_tokens}")
         decoder = self.decoder(plan, parameters)
         runner = Runner(decoder, self.pool)
-        rows = Rows("text", tuple(ids), shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
-        batch = runner.batch((ScheduledRows(rows, 0, len(ids)),))
+        batch = runner.batch((self._rows(ids, shallow, 0, len(ids)),))
         wanted = torch.arange(num_prompt_tokens - 1 - len(shallow), len(ids) - len(shallow))
         batch = replace(batch, logit_rows=wanted.to(batch.token_ids.device))
         if hides_shallow and batch.deep is not None:
@@ -136,6 +143,27 @@ class Subject:
             own = Span(self._blocks, 0, len(ids) - len(shallow))
             batch = replace(batch, deep=runner.reads.plan((own,)))
         return decoder, batch
+
+    @torch.inference_mode()
+    def go_on(self, ids: Sequence[int], num_prompt_tokens: int, start: int) -> torch.Tensor:
+        """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, all from ``start`` on at full depth.
+
+        K/V of those before ``start`` are in the pool. What is left of the prompt is one step; then come few tokens at a
+        time, as many as decode steps may have rows.
+        """
+        runner = Runner(self.decoder(LayerPlan(self.spec.num_layers, 0), self.parameters), self.pool)
+        edges = [start, *range(num_prompt_tokens - 1, len(ids), _FEW_TOKENS), len(ids)]
+        logits = []
+        for first, last in pairwise(dict.fromkeys(edges)):
+            batch = runner.batch((self._rows(ids, range(0), first, last),))
+            wanted = torch.arange(last - first if first >= num_prompt_tokens - 1 else 0)
+            batch = replace(batch, logit_rows=wanted.to(batch.token_ids.device))
+            logits.append(runner.decoder.forward(batch, self.pool).logits)
+        return torch.cat([own for own in logits if own is not None])
+
+    def _rows(self, ids: Sequence[int], shallow: range, start: int, end: int) -> ScheduledRows:
+        rows = Rows("text", tuple(ids), shallow, SamplingParams(max_tokens=1), blocks=self._blocks)
+        return ScheduledRows(rows, start, end)
 
     def _paper_projection(self, num_skipped: int) -> KvProjection:
         return KvProjection(self.spec, self.projections(num_skipped))

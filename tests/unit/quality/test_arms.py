@@ -62,6 +62,19 @@ def test_controls_can_be_left_out(files: ModelFiles):
     assert [arm.name for arm in arms_of(subject, (2, 3), {}, controls=False)] == ["full", "shallow", "shallow"]
 
 
+def test_int8_comes_with_the_first_number_for_full_depth_and_what_is_served(files: ModelFiles):
+    write(projector_beside(files, LayerPlan(LAYERS, 2)), files, 2)
+    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
+    projectors = find_projectors("auto", files, (2, 3), LAYERS)
+    arms = arms_of(subject, (2, 3), projectors, (4,), controls=False, int8=True)
+    assert [(arm.name, arm.num_skipped) for arm in arms if arm.int8] == [
+        ("full, int8", 0), ("shallow, int8", 2), ("calibrated, int8", 2),
+    ]  # fmt: skip
+    assert [arm.name for arm in arms if arm.is_paper] == ["shallow", "shallow"]
+    assert all(arm.is_served for arm in arms)
+    assert not any(arm.int8 for arm in arms_of(subject, (2,), {}))
+
+
 def test_speed_is_left_out_where_a_skipped_layer_has_a_window(tmp_path: Path):
     save_tiny(tmp_path, tiny_model("mistral", layers=LAYERS))
     subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=8)

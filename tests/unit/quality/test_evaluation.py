@@ -90,6 +90,16 @@ def test_a_task_that_is_not_asked_for_is_not_done(files: ModelFiles):
     assert "A fact in the prompt" in render_evaluation(alone) and len(summarize(alone)) == len(ARMS)
 
 
+def test_int8_is_compared_where_it_is_asked_for(files: ModelFiles):
+    alone = evaluate(files, replace(OPTIONS, skip_layers=(3,), boundary_tokens=(), controls=False, int8=True), ignore)
+    arms = ["full", "shallow", "calibrated", "full, int8", "shallow, int8", "calibrated, int8"]
+    for scores in (alone.texts[-6:], alone.greedy, alone.retrieval, alone.instructions):
+        assert [score.treatment for score in scores] == arms
+    found = {score.treatment: score for score in alone.texts if score.kind == "all"}
+    assert 0 < found["full, int8"].divergence.value < found["shallow"].divergence.value
+    assert "full, int8" in render_evaluation(alone)
+
+
 def test_by_default_a_third_is_skipped(files: ModelFiles):
     alone = evaluate(files, replace(OPTIONS, skip_layers=(), tasks=(Task.GREEDY,), projector="paper"), ignore)
     assert alone.settings.skip_layers == (2,) and alone.settings.projectors == ()

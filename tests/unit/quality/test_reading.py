@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from engines import exact
+from int8 import dequantized, shallow_logits
 from models import save_tiny, tiny_model
 from shoal.model.files import locate
 from shoal.model.plan import LayerPlan
@@ -87,6 +89,26 @@ def test_each_arm_is_what_it_is_by_itself_in_any_order(subject: Subject, num_ids
         expected = alone(subject, arm, IDS[:num_ids])
         assert expected.shape[0] == num_ids - 39
         close(found[id(arm)], expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("num_ids", [40, 41, 60])
+def test_with_int8_a_shallow_prompt_is_prefill_s_and_all_else_decode_s(tmp_path: Path, family: str, num_ids: int):
+    model = tiny_model(family)
+    save_tiny(tmp_path, model)
+    subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=64)
+    model = exact(model)
+    rounded, ids = exact(dequantized(model)), IDS[:num_ids]
+    reading = Reading(subject, ids, 40, {0, 3})
+    full, shallow = (
+        Arm("full, int8", 0, Treatment.FULL, int8=True),
+        Arm("shallow, int8", 3, Treatment.SHALLOW, int8=True),
+    )
+    for _ in range(2):  # in any order, and none leaves anything behind for another
+        close(reading.logits(full), shallow_logits(rounded, rounded, ids, 40, 0))
+        close(reading.logits(shallow), shallow_logits(model, rounded, ids, 40, 3))
+        close(reading.logits(replace(shallow, int8=False)), shallow_logits(model, model, ids, 40, 3))
+    assert not torch.allclose(reading.logits(full), reading.full, atol=1e-3)
 
 
 def test_the_calibrated_arm_is_not_the_paper_s(subject: Subject):

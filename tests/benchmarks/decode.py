@@ -1,10 +1,11 @@
-"""How long a decode step takes, by the number of streams, with Shoal's kernels and with torch's, in one run.
+"""How long a decode step takes, by the number of streams, with Shoal's kernels (weights in int8, too) and with torch's,
+in one run.
 
     python tests/benchmarks/decode.py [--context 1800] [--streams 1 8 32] [--json FILE]
 
-Every stream holds ``--context`` tokens and goes on greedily; a step gives each of them one token. Both engines take
+Every stream holds ``--context`` tokens and goes on greedily; a step gives each of them one token. The engines take
 turns, some steps each, so that a drift of the machine meets them alike. Beside each time stands what share of the
-memory's read rate it is to read all weights, and the K/V of all streams, once.
+memory's read rate it is to read all weights, and the K/V of all streams, once. Int8 is measured in bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,22 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from shoal.config import load_config
+from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
 
-KERNELS = ("auto", "torch")
-NAMES = {"auto": "Shoal's", "torch": "torch's"}
+CPU = torch.device("cpu")
+# A stream's for the 4,096 tokens that it may generate, in blocks of 16.
+_BLOCKS_TO_SPARE = 257
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``weight_bytes`` is all that a replica of it holds."""
+
+    engine: Engine
+    weight_bytes: int
 
 
 def main() -> None:
@@ -41,29 +52,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     config = load_config(model={"skip_layers": options.skip_layers, "dtype": options.dtype})
     served = Served.of(config)
-    parameters = load_parameters(served, Stage.DECODE, torch.device("cpu"))
-    blocks = max(options.streams) * (options.context + 4096) // config.decode.block_tokens
-    limits = {"num_blocks": blocks, "max_sequences": max(options.streams)}
-    engines = {}
-    for kernels in KERNELS:
-        own = config.model_copy(update={"decode": config.decode.model_copy(update={"kernels": kernels, **limits})})
-        engines[kernels] = build_engine(own, Stage.DECODE, served, parameters, device=torch.device("cpu"))
+    variants = _variants(config, served, options)
     rows, bandwidth = [], memory_read_bytes_per_s()
     for streams in options.streams:
-        seconds = _steps(engines, streams, options)
-        kv_bytes = streams * options.context * engines["auto"].scheduler.layout.token_bytes
-        for kernels, times in seconds.items():
-            median = statistics.median(times)
+        seconds = _steps({name: variant.engine for name, variant in variants.items()}, streams, options)
+        for name, times in seconds.items():
+            variant, median = variants[name], statistics.median(times)
+            kv_bytes = streams * options.context * variant.engine.scheduler.layout.token_bytes
             rows.append(
                 {
-                    "streams": streams, "kernels": NAMES[kernels], "median_s": median, "seconds": times,
+                    "streams": streams, "kernels": name, "median_s": median, "seconds": times,
                     "tokens_per_s": streams / median,
-                    "share_of_bandwidth": (parameters.num_bytes + kv_bytes) / median / bandwidth,
+                    "share_of_bandwidth": (variant.weight_bytes + kv_bytes) / median / bandwidth,
                 }
             )  # fmt: skip
     result = {
         "settings": {name: value for name, value in vars(options).items() if name != "json"},
         "model": served.name,
+        "weight_bytes": {name: variant.weight_bytes for name, variant in variants.items()},
         "read_bytes_per_s": bandwidth,
         "rows": rows,
     }
@@ -72,16 +78,35 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
+def _variants(config: ShoalConfig, served: Served, options: Any) -> dict[str, Variant]:
+    blocks = max(options.streams) * (options.context // config.decode.block_tokens + _BLOCKS_TO_SPARE)
+    limits = {"num_blocks": blocks, "max_sequences": max(options.streams)}
+    plain = load_parameters(served, Stage.DECODE, CPU)
+    held = {"Shoal's": plain}
+    if options.dtype == "bfloat16":
+        held["Shoal's, int8"] = load_parameters(served, Stage.DECODE, CPU, int8=True)
+    held["torch's"] = plain
+    variants = {}
+    for name, parameters in held.items():
+        decode = {"kernels": "torch" if name == "torch's" else "auto", **limits}
+        own = config.model_copy(update={"decode": config.decode.model_copy(update=decode)})
+        engine = build_engine(own, Stage.DECODE, served, parameters, device=CPU)
+        variants[name] = Variant(engine, parameters.num_bytes)
+    return variants
+
+
 def _steps(engines: dict[str, Engine], streams: int, options: Any) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {kernels: [] for kernels in engines}
-    with _filled(engines["auto"], streams, options), _filled(engines["torch"], streams, options):
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    with ExitStack() as stack:
+        for engine in engines.values():
+            stack.enter_context(_filled(engine, streams, options))
         for _ in track(range(options.rounds), description=f"{streams} streams"):
-            for kernels, engine in engines.items():
-                engine.step()  # the other one's data left the caches
+            for name, engine in engines.items():
+                engine.step()  # the others' data left the caches
                 for _ in range(options.steps):
                     started = time.perf_counter()
                     output = engine.step()
-                    seconds[kernels].append(time.perf_counter() - started)
+                    seconds[name].append(time.perf_counter() - started)
                     if len(output.tokens) != streams:
                         raise SystemExit(f"{len(output.tokens)} tokens of {streams} streams: raise the pool")
     return seconds

@@ -179,13 +179,13 @@ def require_int8(limits: StageConfig, served: Served, device: torch.device) -> N
     """Raises ConfigError where a step with weights in int8 would be torch's, and slower than without them."""
     if limits.kernels == "torch":
         raise ConfigError(
-            "weights is int8, which Shoal's own kernels make fast, but kernels is torch: leave it to auto"
+            "decode.weights is int8, which only Shoal's own kernels make fast: set decode.kernels to auto"
         )
     try:
         find_kernels(served.spec, served.dtype, served.kv_dtype, device)
     except ConfigError as error:
         raise ConfigError(
-            f"weights is int8, which only Shoal's own kernels make fast, but: {error.message}; leave it to auto"
+            f"decode.weights is int8, which only Shoal's own kernels make fast, but: {error.message}; set it to auto"
         ) from error
 
 

@@ -103,8 +103,8 @@ async def test_a_stage_holds_half_and_pairs_with_a_prefill_that_does_not(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"model": {"dtype": "float32"}}, "they compute in bfloat16 only; leave it to auto"),
-        ({"decode": {"kernels": "torch"}}, "kernels is torch"),
+        ({"model": {"dtype": "float32"}}, "they compute in bfloat16 only; set it to auto"),
+        ({"decode": {"kernels": "torch"}}, r"set decode\.kernels to auto"),
     ],
 )
 async def test_where_it_cannot_be_fast_it_is_refused_before_weights_are_read(
@@ -122,7 +122,7 @@ async def test_without_a_compiler_it_is_said_what_to_do(monkeypatch: pytest.Monk
         raise ConfigError("no C++ compiler is at hand: install g++")
 
     monkeypatch.setattr(build, "find_kernels", none)
-    with pytest.raises(ConfigError, match=r"weights is int8.*install g\+\+; leave it to auto"):
+    with pytest.raises(ConfigError, match=r"decode\.weights is int8.*install g\+\+; set it to auto"):
         await load_stage(load_config(decode={"weights": "int8"}), Stage.DECODE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -327,10 +328,15 @@ async def test_a_lease_that_nobody_claims_gives_its_blocks_to_an_older_sequence(
     """The old one needs more blocks than are free; the young one's lease is never claimed."""
     async with opened(decode={"num_blocks": 12}) as local:
         local.decode.worker.prefill = NobodyAnswers()
+        # The engine waits until both are there: alone, the old one would soon have what it needs.
+        both_are_here = threading.Event()
+        local.decode.engine.post(lambda _: both_are_here.wait(30) and None)
         old = asyncio.create_task(collect(local, request(PROMPT[:8], Depth.FULL, max_tokens=30)))
-        while not (await local.decode.counts()).num_running:
+        asked = asyncio.create_task(collect(local, request(PROMPT, max_tokens=4)))
+        for _ in range(20):  # nothing but the engine keeps them from it
             await asyncio.sleep(0)
-        young = await collect(local, request(PROMPT, max_tokens=4))
+        both_are_here.set()
+        young = await asked
         assert ids(await old) == full_generate(model, PROMPT[:8], 30).token_ids
     report = young[0].handoff
     assert report is not None and report.fallback == "out_of_blocks"

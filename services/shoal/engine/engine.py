@@ -138,13 +138,13 @@ class Engine:
 
     def _step(self) -> StepOutput:
         started_s = self._clock()
-        admitted = self.scheduler.admit()
-        reserved = tuple(Reservation(item.request_id, tuple(item.blocks), item.num_present) for item in admitted)
+        if admitted := self.scheduler.admit():
+            # Told at once: whoever waited for blocks need not wait for a forward of others, too.
+            reserved = tuple(Reservation(item.request_id, tuple(item.blocks), item.num_present) for item in admitted)
+            return StepOutput(started_s, self._clock(), self.counts(), reserved=reserved)
         plan = self.scheduler.schedule()
         if not plan.sequences:
-            return StepOutput(
-                started_s, self._clock(), self.counts(), reserved=reserved, wants_blocks=plan.wants_blocks
-            )
+            return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
         for sequence in plan.sequences:
             if sequence.first_step_s is None:
                 sequence.first_step_s = started_s
@@ -157,21 +157,18 @@ class Engine:
             failed = [self._fail(sequence, error) for sequence in plan.sequences]
             for sequence in plan.sequences:  # choices that this very step forked
                 self.finish(sequence.request_id)
-            return StepOutput(
-                started_s, self._clock(), self.counts(), plan.num_rows, reserved=reserved, failures=tuple(failed)
-            )
+            return StepOutput(started_s, self._clock(), self.counts(), plan.num_rows, failures=tuple(failed))
         return StepOutput(
             started_s,
             self._clock(),
             self.counts(),
             plan.num_rows,
             len(plan.sequences),
-            reserved,
-            tuple(prompts),
-            tuple(tokens),
-            output.chunks,
-            (*unscored, *unsampled),
-            plan.wants_blocks,
+            prompts=tuple(prompts),
+            tokens=tuple(tokens),
+            chunks=output.chunks,
+            failures=(*unscored, *unsampled),
+            wants_blocks=plan.wants_blocks,
         )
 
     def _advance(self, plan: StepPlan, output: RunOutput) -> tuple[list[PromptEvent], list[FailureEvent]]:
@@ -179,8 +176,7 @@ class Engine:
         prompts, failures = [], []
         for item in (*plan.recalls, *plan.rows):
             if not item.sequence.sampled:
-                item.sequence.num_shipped = max(item.sequence.num_shipped, item.end)
-                item.sequence.num_unsent += 1
+                item.sequence.ready_to_send(item.end)
         scores = iter(output.scores)
         for item in plan.rows:
             sequence, scored = item.sequence, item.scored

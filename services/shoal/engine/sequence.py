@@ -90,6 +90,11 @@ class Sequence:
         """Positions that are to be shipped and need not be computed: they were found."""
         return range(0) if self.sampled else range(self.num_shipped, max(self.num_shipped, self.num_computed))
 
+    def ready_to_send(self, end: int) -> None:
+        """A chunk is there that ends with the token before position ``end``."""
+        self.num_shipped = max(self.num_shipped, end)
+        self.num_unsent += 1
+
     def take_present(self, num_tokens: int) -> None:
         self.num_present = self.num_computed = num_tokens
 

@@ -134,3 +134,15 @@ async def test_an_engine_whose_steps_all_fail_is_not_healthy(model: Any, monkeyp
                 await inbox.next()
     assert not client.is_healthy
     client.close()
+
+
+def test_a_reservation_is_told_before_others_compute(model: Any):
+    engine = make_engine(model, 0)
+    engine.submit_generate("runs", (5, 6, 7), Depth.FULL, GREEDY)
+    engine.submit_generate("waits", (8, 9), Depth.FULL, GREEDY, hold=True)
+    first, second = engine.step(), engine.step()
+    assert [told.request_id for told in first.reserved] == ["waits"] and not first.num_rows and not first.is_idle
+    assert second.num_rows == 3 and not second.reserved
+    for name in ("runs", "waits"):
+        engine.finish(name)
+    assert_nothing_held(engine)

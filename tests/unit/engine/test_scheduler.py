@@ -145,7 +145,7 @@ def test_prefill_waits_for_the_wire_and_never_computes_the_boundary_token():
     for _ in range(MAX_UNSENT_CHUNKS):
         plan = step(scheduler)
         computed += rows_of(plan)
-        prompt.num_unsent, prompt.num_shipped = prompt.num_unsent + 1, prompt.num_computed
+        prompt.ready_to_send(prompt.num_computed)
     assert step(scheduler).rows == ()
     prompt.num_unsent = 0
     computed += rows_of(step(scheduler))

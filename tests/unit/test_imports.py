@@ -34,7 +34,7 @@ def loaded_by(module: str) -> set[str]:
 
 LIGHT = ["shoal", "shoal.messages", "shoal.errors", *modules_below("shoal.rpc"), *modules_below("shoal.v1")]
 PLAIN = ["shoal.engine.scheduler", "shoal.kv.blocks", "shoal.kv.layout", "shoal.model.plan", "shoal.transfer.lease"]
-MEASURING = ["shoal.bench.commands", "shoal.report.plots"]
+MEASURING = ["shoal.bench.commands", "shoal.report.plots", "shoal.simulate.commands"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -27,6 +27,7 @@ from shoal.cli.options import (
 )
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
+from shoal.cli.simulate import simulate
 from shoal.errors import ShoalError
 
 app = typer.Typer(
@@ -211,6 +212,7 @@ app.command()(analyze)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(bench)
+app.command()(simulate)
 
 
 @app.command()

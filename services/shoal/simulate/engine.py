@@ -1,0 +1,96 @@
+"""An engine whose scheduler is the real one and whose forward takes only time."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
+from shoal.engine.sequence import Sequence
+from shoal.messages import SamplingParams
+from shoal.simulate.agenda import Agenda
+from shoal.simulate.cores import Cores
+
+
+class Stage(Protocol):
+    """Whose engine it is."""
+
+    def step_s(self, rows: tuple[ScheduledRows, ...]) -> float:
+        """What the step costs on idle cores (seconds)."""
+        ...
+
+    def reserved(self, sequence: Sequence) -> None:
+        """It holds blocks for its whole prompt now."""
+        ...
+
+    def stepped(self, plan: StepPlan) -> None:
+        """The rows' K/V are there."""
+        ...
+
+    def wants_blocks(self) -> None:
+        """A running sequence needs blocks that reserved ones hold."""
+        ...
+
+
+class SimulatedEngine:
+    """One step after the other, as long as there is anything to run.
+
+    As in the real one, what a step admits is told when that step has ended, and commands count from the next step on.
+    """
+
+    def __init__(self, agenda: Agenda, cores: Cores, threads: int, scheduler: Scheduler, stage: Stage) -> None:
+        self.scheduler = scheduler
+        self.num_steps = 0
+        self.num_tokens = 0
+        """Rows computed."""
+        self.busy_s = 0.0
+        self._agenda, self._cores, self._threads, self._stage = agenda, cores, threads, stage
+        self._runs = self._is_called = False
+
+    def kick(self) -> None:
+        """Something changed: look whether a step can run, once all else of this moment has happened."""
+        if not self._runs and not self._is_called:
+            self._is_called = True
+            self._agenda.after(0.0, self._begin)
+
+    def _begin(self) -> None:
+        self._is_called = False
+        reserved = self.scheduler.admit()
+        plan = self.scheduler.schedule()
+        if plan.rows:
+            self._runs, began_s = True, self._agenda.now_s
+            self._cores.run(self._threads, self._stage.step_s(plan.rows), lambda: self._end(plan, reserved, began_s))
+            return
+        self._tell(plan, reserved)
+
+    def _end(self, plan: StepPlan, reserved: list[Sequence], began_s: float) -> None:
+        self._runs = False
+        self.num_steps += 1
+        self.num_tokens += plan.num_rows
+        self.busy_s += self._agenda.now_s - began_s
+        for row in plan.rows:
+            row.sequence.advance(row.end)
+            row.sequence.num_unsent += not row.sequence.sampled
+        self._stage.stepped(plan)
+        self._tell(plan, reserved)
+        self.kick()
+
+    def _tell(self, plan: StepPlan, reserved: list[Sequence]) -> None:
+        for sequence in reserved:
+            self._stage.reserved(sequence)
+        if plan.wants_blocks:
+            self._stage.wants_blocks()
+
+
+def make_sequence(
+    key: str, num_prompt_tokens: int, num_output_tokens: int, *, is_shallow: bool, hold: bool, sampled: bool
+) -> Sequence:
+    """A prompt that nobody reads: only its length counts."""
+    shallow = range(num_prompt_tokens - 1 if is_shallow else 0)
+    sampling = SamplingParams(max_tokens=num_output_tokens, ignore_eos=True)
+    return Sequence(key, _zeros(num_prompt_tokens), shallow, sampling, hold=hold, sampled=sampled)
+
+
+@lru_cache(maxsize=4096)
+def _zeros(num: int) -> tuple[int, ...]:
+    return (0,) * num

@@ -1,0 +1,48 @@
+"""From measured times to a formula's coefficients, none of them negative, and how far it is from them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.errors import ConfigError
+from shoal.simulate.costs import FitQuality
+
+
+def fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[list[float], FitQuality]:
+    """Coefficients ``x >= 0`` for which ``features @ x`` is nearest to ``seconds``, by the squares of relative errors:
+    those of a short step count as much as those of a long one.
+
+    ``features`` is [samples, coefficients]. With few coefficients, the least non-negative solution is found by trying
+    which of them are 0. Raises ConfigError if there are fewer samples than coefficients, or a time isn't positive.
+    """
+    matrix = np.asarray(features, dtype=np.float64)
+    times = np.asarray(seconds, dtype=np.float64)
+    if matrix.ndim != 2 or len(matrix) != len(times) or len(times) < matrix.shape[1]:
+        raise ConfigError(f"{len(times)} times can't tell the coefficients of a formula: measure more of them")
+    if not (times > 0).all():
+        raise ConfigError("a step took no time: measure again")
+    relative = matrix / times[:, None]
+    best, least = np.zeros(matrix.shape[1]), float(len(times))
+    for num in range(1, matrix.shape[1] + 1):
+        for chosen in itertools.combinations(range(matrix.shape[1]), num):
+            found = _solve(relative, chosen)
+            error = float(((relative @ found - 1) ** 2).sum())
+            if (found >= 0).all() and error < least:
+                best, least = found, error
+    errors = np.abs(relative @ best - 1)
+    quality = FitQuality(num=len(times), median_error=float(np.median(errors)), max_error=float(errors.max()))
+    return best.tolist(), quality
+
+
+def _solve(matrix: npt.NDArray[np.float64], chosen: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    columns = matrix[:, chosen]
+    # Coefficients differ by ten orders of magnitude: columns of one length keep the solution exact.
+    lengths = np.linalg.norm(columns, axis=0)
+    lengths[lengths == 0] = 1.0
+    found = np.zeros(matrix.shape[1])
+    found[list(chosen)] = np.linalg.lstsq(columns / lengths, np.ones(len(matrix)), rcond=None)[0] / lengths
+    return found

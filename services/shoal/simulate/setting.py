@@ -1,0 +1,60 @@
+"""What all replicas of one simulation have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.config import ShoalConfig, StageConfig
+from shoal.engine.scheduler import Scheduler
+from shoal.errors import ConfigError
+from shoal.kv.layout import KvLayout, LayerGroup
+from shoal.simulate.agenda import Agenda
+from shoal.simulate.costs import PrefillCost, StepCosts
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """``config`` is as ``shoal serve`` takes it: limits of steps, sequences, queues, pools, and the hand-off's."""
+
+    agenda: Agenda
+    costs: StepCosts
+    config: ShoalConfig
+    skip_layers: int
+
+    @property
+    def prefill_cost(self) -> PrefillCost:
+        return self.costs.of_skip(self.skip_layers)
+
+    @property
+    def threads(self) -> int:
+        """Of a step, where cores are shared."""
+        return 1 if self.costs.sharing is None else self.costs.sharing.threads
+
+    def prefill_scheduler(self) -> Scheduler:
+        """As each prefill replica has one, whose pool has the kept layers alone. Raises ConfigError."""
+        kept = self.costs.num_layers - self.skip_layers
+        token_bytes = max(1, self.costs.handoff.token_bytes * kept // self.costs.num_layers)
+        return _scheduler(self.config.prefill, self.costs.prefill_pool_tokens, token_bytes, 1.0)
+
+    def decode_scheduler(self) -> Scheduler:
+        """As each decode replica has one. Raises ConfigError."""
+        token_bytes, ratio = self.costs.handoff.token_bytes, self.config.handoff.max_reserved_ratio
+        return _scheduler(self.config.decode, self.costs.decode_pool_tokens, token_bytes, ratio)
+
+
+def _scheduler(limits: StageConfig, pool_tokens: int, token_bytes: int, max_reserved_ratio: float) -> Scheduler:
+    if limits.kv_pool_bytes is not None:
+        pool_tokens = limits.kv_pool_bytes // token_bytes
+    num_blocks = limits.num_blocks or pool_tokens // limits.block_tokens
+    if num_blocks < 1:
+        raise ConfigError("a pool holds no block: give it more memory, or smaller blocks")
+    # A block is a number of tokens here, whatever is in it.
+    layout = KvLayout((LayerGroup("all", 0, 1),), 1, 1, 1, limits.block_tokens)
+    return Scheduler(
+        layout,
+        num_blocks,
+        max_step_tokens=limits.max_step_tokens,
+        max_sequences=limits.max_sequences,
+        max_queued=limits.max_queued,
+        max_reserved_ratio=max_reserved_ratio,
+    )

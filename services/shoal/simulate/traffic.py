@@ -1,0 +1,105 @@
+"""What crosses wires and reaches Ray's head, counted from the code's own rules, for pools of any size.
+
+One application is one gateway, one pool of each kind, and a session for every pair of a prefill and a decode replica.
+A large fleet may be one application, or many small ones side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shoal.config import ShoalConfig
+from shoal.simulate.costs import StepCosts
+from shoal.simulate.plan import Outcome
+
+# A test compares these with what they are taken from.
+BEATS_PER_TTL = 3  # transfer/session.py, from each side of a session
+ASKED_EVERY_S = 1.0  # directory.py: how often a process that routes asks who lives
+HEALTH_CHECK_PERIOD_S = 1.0  # app/graph.py
+_NUM_GATEWAYS = 1  # app/graph.py
+_FRAMES_PER_LEASE = 4  # Claim, Accepted, Seal, Committed
+_CALLS_PER_REQUEST = 2  # gateway -> decode, decode -> prefill
+_READS_PER_LISTING = 2  # the keys, and the names of all actors; then one for each entry
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an application of ``num_prefill`` and ``num_decode`` replicas does in a second."""
+
+    num_prefill: int
+    num_decode: int
+    requests_per_s: float
+    prompt_tokens: float
+    output_tokens: float
+    decode_steps_per_s: float
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Work | None:
+        """At its goodput, as simulated; ``None`` where there is none."""
+        found = outcome.at_goodput
+        if found is None:
+            return None
+        overall = found.level.overall
+        return cls(
+            outcome.fleet.num_prefill, outcome.fleet.num_decode, outcome.goodput, overall.prompt_tokens or 0.0,
+            overall.output_tokens or 0.0, found.usage.num_decode_steps / found.usage.window_s,
+        )  # fmt: skip
+
+    def times(self, factor: float) -> Work:
+        """The same ratio and the same work for each replica, in an application that is ``factor`` times as large."""
+        return Work(
+            round(self.num_prefill * factor), round(self.num_decode * factor), self.requests_per_s * factor,
+            self.prompt_tokens, self.output_tokens, self.decode_steps_per_s * factor,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Of one application, a second. ``out`` and ``into`` are one replica's; ``ray`` counts what Ray's head is asked."""
+
+    wire_bytes: float
+    wire_bytes_out: float
+    wire_bytes_into: float
+    frames: float
+    num_sessions: int
+    beats: float
+    beats_into_decode: float
+    handle_calls: float
+    token_messages: float
+    serving_cores: float
+    """Cores that client, proxy, gateway and event loops would keep busy, by the costs' ``serving``."""
+    num_ray_entries: int
+    ray_reads: float
+    health_checks: float
+
+
+def traffic(work: Work, costs: StepCosts, config: ShoalConfig) -> Traffic:
+    """By the rules of hand-off, token stream and directory. Where nothing is prefilled apart, nothing is shipped."""
+    num_prefill, num_decode, rate = work.num_prefill, work.num_decode, work.requests_per_s
+    prompt_bytes = max(0.0, work.prompt_tokens - 1) * costs.handoff.token_bytes if num_prefill else 0.0
+    frames = _FRAMES_PER_LEASE + 2 * math.ceil(prompt_bytes / config.handoff.max_frame_bytes)  # Chunk, Credit
+    beats_each_way = BEATS_PER_TTL / config.handoff.ttl_s
+    num_sessions = num_prefill * num_decode
+    tokens = rate * work.output_tokens
+    return Traffic(
+        wire_bytes=rate * prompt_bytes,
+        wire_bytes_out=rate * prompt_bytes / max(1, num_prefill),
+        wire_bytes_into=rate * prompt_bytes / num_decode,
+        frames=rate * frames if num_prefill else 0.0,
+        num_sessions=num_sessions,
+        beats=2 * beats_each_way * num_sessions,
+        beats_into_decode=beats_each_way * num_prefill,
+        handle_calls=rate * (_CALLS_PER_REQUEST if num_prefill else 1),
+        token_messages=min(tokens, _NUM_GATEWAYS * work.decode_steps_per_s),
+        serving_cores=(
+            rate * costs.serving.request_s
+            + work.decode_steps_per_s * costs.serving.step_s
+            + tokens * costs.serving.token_s
+        ),
+        num_ray_entries=num_prefill + num_decode + _NUM_GATEWAYS,
+        ray_reads=(
+            num_decode * (num_prefill + _READS_PER_LISTING) + _NUM_GATEWAYS * (num_decode + _READS_PER_LISTING)
+        ) / ASKED_EVERY_S,
+        health_checks=(num_prefill + num_decode + _NUM_GATEWAYS) / HEALTH_CHECK_PERIOD_S,
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""Where queueing theory has a formula, the simulation comes to its number."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from shoal.bench.workload import PlannedRequest
+from shoal.config import ShoalConfig, StageConfig
+from shoal.simulate.costs import DecodeCost, HandoffCost, PrefillCost, ServingCost
+from shoal.simulate.system import Fleet, System
+from simulations import free, request, run
+
+NUM_PROMPT, SERVICE_S = 101, 0.01
+ONE_PROMPT = PrefillCost(skip_layers=0, step_s=0.0, token_s=SERVICE_S / (NUM_PROMPT - 1), token_context_s=0.0)
+# A step has room for one prompt, so a prefill replica is a queue of one server.
+ONE_A_STEP = ShoalConfig(
+    prefill=StageConfig(max_step_tokens=NUM_PROMPT - 1, max_queued=100_000),
+    decode=StageConfig(max_sequences=100_000, max_queued=100_000),
+)
+
+
+def poisson(rate: float, num: int, seed: int = 1, **lengths: int) -> list[PlannedRequest]:
+    moments = np.random.default_rng(seed).exponential(1 / rate, num).cumsum()
+    return [request(index, float(moment), **lengths) for index, moment in enumerate(moments)]
+
+
+def one_server(rate: float, num: int, seed: int = 1) -> System:
+    requests = poisson(rate, num, seed, num_prompt=NUM_PROMPT)
+    return run(requests, Fleet(1, 1, 0), free(prefill=(ONE_PROMPT,)), ONE_A_STEP)
+
+
+def test_a_prefill_replica_serves_in_order_and_is_never_idle_while_a_prompt_waits():
+    """Lindley: each prompt begins when it has come and the one before has ended, no earlier and no later."""
+    free_s = 0.0
+    for record in one_server(80, 2000).records:
+        assert record.arrival_s is not None and record.ttft_s is not None
+        free_s = max(free_s, record.arrival_s) + SERVICE_S
+        assert record.arrival_s + record.ttft_s == pytest.approx(free_s, abs=1e-9)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6])
+def test_waiting_is_that_of_a_queue_with_random_arrivals_and_constant_service(load: float):
+    """M/D/1 (Pollaczek and Khinchine): load * service / (2 * (1 - load)), in five runs' 99 % interval."""
+    means = [
+        np.mean([(record.ttft_s or 0.0) - SERVICE_S for record in one_server(load / SERVICE_S, 1500, seed).records])
+        for seed in range(5)
+    ]
+    half = 4.604 * np.std(means, ddof=1) / np.sqrt(len(means))  # Student's t with 4 degrees of freedom
+    expected = load * SERVICE_S / (2 * (1 - load))
+    assert abs(np.mean(means) - expected) < half
+    assert half < expected / 2  # or nothing would be told apart
+
+
+def test_as_many_are_in_the_system_as_arrive_while_one_stays():
+    """Little: the mean number is the rate times the mean stay, which the records and the system count apart."""
+    system = one_server(70, 3000)
+    stays_s = [record.e2e_s or 0.0 for record in system.records]
+    usage = system.usage
+    assert usage.in_flight == pytest.approx(len(stays_s) / usage.window_s * np.mean(stays_s), rel=1e-9)
+    assert usage.in_flight > 0.7
+
+
+def test_busy_time_is_the_work_that_came():
+    system = one_server(50, 1000)
+    usage = system.usage
+    assert usage.prefill_busy * usage.window_s == pytest.approx(1000 * SERVICE_S)
+    assert usage.num_prefill_steps == 1000
+
+
+def test_a_request_alone_takes_the_sum_of_its_stages():
+    known = free(
+        prefill=(PrefillCost(skip_layers=0, step_s=0.1, token_s=0.01, token_context_s=0.001),),
+        decode=DecodeCost(step_s=0.2, sequence_s=0.02, context_token_s=0.002),
+        handoff=HandoffCost(latency_s=0.3, bytes_per_s=100.0, token_bytes=5),
+        serving=ServingCost(request_s=0.4, step_s=0.05, token_s=0.006),
+    )
+    [record] = run([request(0, 7.0, num_prompt=11, num_output=3)], Fleet(1, 1, 0), known).records
+    prompt_s = 0.1 + 10 * 0.01 + (10 * 11 / 2) * 0.001
+    handed_off_s = 0.4 + prompt_s + 10 * 5 / 100 + 0.3
+    steps_s = [0.2 + 0.02 + seen * 0.002 for seen in (11, 12, 13)]
+    assert record.ttft_s == pytest.approx(handed_off_s + steps_s[0] + 0.056)
+    assert record.e2e_s == pytest.approx(handed_off_s + sum(steps_s) + 0.056)
+    assert record.itl_s == pytest.approx(steps_s[1:])
+
+
+def test_chunks_travel_while_the_next_are_computed_and_only_the_tail_shows():
+    """Four chunks of 10 tokens; one takes 1 s to compute, and less than that to send."""
+    cost = PrefillCost(skip_layers=0, step_s=0.0, token_s=0.1, token_context_s=0.0)
+    config = ShoalConfig(prefill=StageConfig(max_step_tokens=10))
+
+    def ttft_s(bytes_per_s: float) -> float | None:
+        handoff = HandoffCost(latency_s=0.0, bytes_per_s=bytes_per_s, token_bytes=10)
+        return run([request(0, 0.0, num_prompt=41)], Fleet(1, 1, 0), free(prefill=(cost,), handoff=handoff), config)\
+            .records[0].ttft_s  # fmt: skip
+
+    assert ttft_s(200) == pytest.approx(4 + 0.5)
+    # A chunk takes 3 s of wire: with two ahead of it, computing waits, and the wire never does after the first.
+    assert ttft_s(100 / 3) == pytest.approx(1 + 4 * 3)
+
+
+def test_sequences_share_a_step_and_each_gets_one_token_of_it():
+    known = free(decode=DecodeCost(step_s=0.1, sequence_s=0.01, context_token_s=0.0))
+    requests = [request(index, 0.0, num_prompt=1, num_output=5) for index in range(8)]  # too short to hand off
+    system = run(requests, Fleet(1, 1, 0), known)
+    assert {tuple(round(gap, 9) for gap in record.itl_s) for record in system.records} == {(0.18,) * 4}
+    assert system.usage.num_decode_steps == 5
+
+
+def test_without_prefill_replicas_decode_computes_prompts():
+    known = free(prefill=(ONE_PROMPT,))
+    system = run([request(0, 0.0, num_output=2)], Fleet(0, 1, 0), known)
+    assert system.records[0].ttft_s == pytest.approx(SERVICE_S * NUM_PROMPT / (NUM_PROMPT - 1))
+    assert system.usage.wire_bytes == 0 and system.usage.num_fallbacks == 0
+
+
+def test_more_load_never_answers_sooner():
+    """The same requests in the same order, closer together."""
+    means = [np.mean([record.ttft_s or 0.0 for record in one_server(rate, 1500).records]) for rate in (20, 60, 90, 120)]
+    assert all(earlier < later for earlier, later in pairwise(means))

@@ -1,0 +1,187 @@
+"""What steps cost on this machine: measured, fitted, and written for ``shoal simulate``.
+
+    python tests/benchmarks/step_costs.py --json step-costs.json [--skips 0 5 10] [--no-serving]
+
+Four parts: steps of prefill, for each number of skipped layers, by chunk and context; steps of decode by sequences and
+context; what two stages that share the cores lose; and, of a real server with one replica of each pool, what a request,
+a hand-off and a token cost beside the steps. Each formula is fitted by least squares of relative errors; how far it is
+from the times that it was fitted to is printed and kept, and so are the times. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+
+# As replicas have it, before torch loads (app/graph.py).
+os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="5000", TOKENIZERS_PARALLELISM="false")
+
+import argparse
+from pathlib import Path
+
+import torch
+from child import adopt_orphans
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from serving_times import ask, fit_handoff, fit_serving
+from sharing_times import sharing_efficiency
+from step_times import Grid, Sample, config_for, decode_times, fit_decode, fit_prefill, make_engine, prefill_times
+
+from shoal.config import ShoalConfig, load_config
+from shoal.engine.build import Served, layout_of, num_blocks_for
+from shoal.messages import Stage
+from shoal.simulate.costs import (
+    FitQuality,
+    HandoffCost,
+    PrefillCost,
+    ServingCost,
+    SharingCost,
+    StepCosts,
+)
+
+
+class Measuring:
+    """Samples and fits by name, and a bar."""
+
+    def __init__(self, options: argparse.Namespace, progress: Progress) -> None:
+        self.samples: dict[str, list[Sample]] = {}
+        self.fits: dict[str, FitQuality] = {}
+        self._options, self._progress = options, progress
+        self.grid = Grid(
+            tuple(options.chunks), options.prompt_tokens, tuple(options.streams), tuple(options.contexts),
+            options.rounds, options.steps,
+        )  # fmt: skip
+
+    def prefill(self, skip_layers: int) -> PrefillCost:
+        name = f"prefill, {skip_layers} skipped"
+        grid = self.grid
+        bar = self._progress.add_task(name, total=grid.rounds * len(grid.chunks))
+        engine = make_engine(config_for(skip_layers, grid), Stage.PREFILL)
+        self.samples[name] = prefill_times(engine, grid, lambda: self._progress.advance(bar))
+        cost, self.fits[name] = fit_prefill(skip_layers, self.samples[name])
+        return cost
+
+    def costs(self) -> StepCosts:
+        options, grid = self._options, self.grid
+        prefill = tuple(self.prefill(skip_layers) for skip_layers in options.skips)
+        bar = self._progress.add_task("decode", total=len(grid.streams) * len(grid.contexts))
+        engine = make_engine(config_for(max(options.skips), grid), Stage.DECODE)
+        self.samples["decode"] = decode_times(engine, grid, lambda: self._progress.advance(bar))
+        decode, self.fits["decode"] = fit_decode(self.samples["decode"])
+        del engine
+        bar = self._progress.add_task("sharing", total=1)
+        efficiency, rates = sharing_efficiency(max(options.skips), options.threads, options.seconds)
+        self.samples["sharing"] = [rates]
+        self._progress.advance(bar)
+        sharing = SharingCost(cores=options.threads, threads=options.threads, efficiency=efficiency)
+        served = Served.of(load_config(model={"dtype": "bfloat16"}))
+        costs = StepCosts(
+            format=1, machine=_machine(), model=served.name, origin="measured", num_layers=served.spec.num_layers,
+            prefill=prefill, decode=decode, sharing=sharing,
+            handoff=HandoffCost(latency_s=0.0, bytes_per_s=1e9, token_bytes=token_bytes(served)),
+            serving=ServingCost(request_s=0.0, step_s=0.0, token_s=0.0),
+            prefill_pool_tokens=_pool_tokens(served, Stage.PREFILL),
+            decode_pool_tokens=_pool_tokens(served, Stage.DECODE),
+        )  # fmt: skip
+        if not options.no_serving:
+            costs = self._with_serving(costs)
+        return costs.model_copy(update={"fits": self.fits, "samples": self.samples})
+
+    def _with_serving(self, costs: StepCosts) -> StepCosts:
+        options = self._options
+        total = options.samples * (len(options.prompts) + len(options.serving_streams))
+        bar = self._progress.add_task("serving", total=total)
+        skip_layers = max(options.skips)
+        asked = ask(
+            skip_layers, options.prompts, options.serving_streams, options.samples,
+            lambda: self._progress.advance(bar),
+        )  # fmt: skip
+        self.samples["alone"], self.samples["together"] = asked.alone, asked.together
+        chunk = ShoalConfig().prefill.max_step_tokens
+        handoff, self.fits["hand-off"] = fit_handoff(asked.alone, costs.handoff.token_bytes, chunk)
+        assert costs.sharing is not None
+        serving, self.fits["serving"] = fit_serving(asked, costs.decode, costs.sharing)
+        return costs.model_copy(update={"handoff": handoff, "serving": serving})
+
+
+def token_bytes(served: Served) -> int:
+    """K/V of one token in all layers, as it is shipped."""
+    return layout_of(served, Stage.DECODE, block_tokens=1).token_bytes
+
+
+def _pool_tokens(served: Served, stage: Stage) -> int:
+    """What a replica would take by default, of the memory that is free now."""
+    config = ShoalConfig()
+    limits = config.prefill if stage is Stage.PREFILL else config.decode
+    layout = layout_of(served, stage, limits.block_tokens)
+    return num_blocks_for(limits, layout, served, torch.device("cpu"), 1.0) * limits.block_tokens
+
+
+def _machine() -> str:
+    """As the processor names itself, and its cores."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def show(costs: StepCosts) -> None:
+    table = Table(title=f"{costs.model} on {costs.machine}")
+    for column in ("formula", "a step (ms)", "a token or sequence (ms)", "a token seen (ns)"):
+        table.add_column(column, justify="left" if column == "formula" else "right")
+    for one in costs.prefill:
+        table.add_row(f"prefill, {one.skip_layers} skipped", *_row(one.step_s, one.token_s, one.token_context_s))
+    decode = costs.decode
+    table.add_row("decode", *_row(decode.step_s, decode.sequence_s, decode.context_token_s))
+    console = Console()
+    console.print(table)
+    handoff, serving, sharing = costs.handoff, costs.serving, costs.sharing
+    console.print(f"hand-off {1e3 * handoff.latency_s:.1f} ms and {handoff.bytes_per_s / 1e9:.2f} GB/s")
+    console.print(
+        f"serving {1e3 * serving.request_s:.1f} ms a request, {1e3 * serving.step_s:.2f} ms a step, "
+        f"{1e3 * serving.token_s:.3f} ms a token"
+    )
+    if sharing is not None:
+        console.print(f"two stages that share {sharing.cores} cores get {sharing.efficiency:.2f} of their work done")
+    for name, quality in costs.fits.items():
+        console.print(
+            f"{name}: off by {quality.median_error:.1%} (median), {quality.max_error:.1%} (most) of {quality.num} times"
+        )
+
+
+def _row(step_s: float, unit_s: float, seen_s: float) -> tuple[str, str, str]:
+    return f"{1e3 * step_s:.2f}", f"{1e3 * unit_s:.4f}", f"{1e9 * seen_s:.2f}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the costs here")
+    parser.add_argument("--skips", type=int, nargs="+", default=[0, 5, 10], help="numbers of skipped layers")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 256, 1024, 2048], help="tokens of a step")
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="the longest context of prefill")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="decode steps in a row")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each run of the stages that share cores")
+    parser.add_argument("--no-serving", action="store_true", help="without a server: requests and tokens cost nothing")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512, 1800], help="asked of the server, alone")
+    parser.add_argument("--serving-streams", type=int, nargs="+", default=[1, 4, 8, 16], help="asked of it together")
+    parser.add_argument("--samples", type=int, default=5, help="of each")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
+    adopt_orphans()
+    torch.set_num_threads(options.threads)
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        costs = Measuring(options, progress).costs()
+    show(costs)
+    if options.json:
+        Path(options.json).write_text(costs.to_json(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,9 +22,9 @@ import torch
 from child import adopt_orphans
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from serving_times import ask, fit_handoff, fit_serving
 from sharing_times import sharing_efficiency
+from step_costs_table import show
 from step_times import Grid, Sample, config_for, decode_times, fit_decode, fit_prefill, make_engine, prefill_times
 
 from shoal.config import ShoalConfig, load_config
@@ -122,34 +122,6 @@ def _machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
-def show(costs: StepCosts) -> None:
-    table = Table(title=f"{costs.model} on {costs.machine}")
-    for column in ("formula", "a step (ms)", "a token or sequence (ms)", "a token seen (ns)"):
-        table.add_column(column, justify="left" if column == "formula" else "right")
-    for one in costs.prefill:
-        table.add_row(f"prefill, {one.skip_layers} skipped", *_row(one.step_s, one.token_s, one.token_context_s))
-    decode = costs.decode
-    table.add_row("decode", *_row(decode.step_s, decode.sequence_s, decode.context_token_s))
-    console = Console()
-    console.print(table)
-    handoff, serving, sharing = costs.handoff, costs.serving, costs.sharing
-    console.print(f"hand-off {1e3 * handoff.latency_s:.1f} ms and {handoff.bytes_per_s / 1e9:.2f} GB/s")
-    console.print(
-        f"serving {1e3 * serving.request_s:.1f} ms a request, {1e3 * serving.step_s:.2f} ms a step, "
-        f"{1e3 * serving.token_s:.3f} ms a token"
-    )
-    if sharing is not None:
-        console.print(f"two stages that share {sharing.cores} cores get {sharing.efficiency:.2f} of their work done")
-    for name, quality in costs.fits.items():
-        console.print(
-            f"{name}: off by {quality.median_error:.1%} (median), {quality.max_error:.1%} (most) of {quality.num} times"
-        )
-
-
-def _row(step_s: float, unit_s: float, seen_s: float) -> tuple[str, str, str]:
-    return f"{1e3 * step_s:.2f}", f"{1e3 * unit_s:.4f}", f"{1e9 * seen_s:.2f}"
 
 
 def _options() -> argparse.Namespace:

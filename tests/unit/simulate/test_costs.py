@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shoal.engine.scheduler import ScheduledRows
 from shoal.errors import ConfigError
-from shoal.simulate.costs import read_costs, seen
+from shoal.simulate.costs import DecodeCost, PrefillCost, decode_step_s, prefill_step_s, read_costs, seen
+from shoal.simulate.engine import make_sequence
 from shoal.simulate.fit import fit
 from shoal.simulate.paper import Assumptions, Chip, Shape, paper_costs
 from simulations import COSTS
@@ -70,6 +72,22 @@ def test_tokens_see_themselves_and_those_before():
     assert seen(0, 4) == 1 + 2 + 3 + 4
     assert seen(4, 6) == 5 + 6
     assert seen(3, 3) == 0
+
+
+def rows(*pieces: tuple[int, int]) -> list[ScheduledRows]:
+    prompt = make_sequence("any", 1000, 1, is_shallow=False, hold=False, sampled=True)
+    return [ScheduledRows(prompt, start, end) for start, end in pieces]
+
+
+def test_a_step_costs_what_its_rows_do_and_its_fixed_part_once():
+    prompt = PrefillCost(skip_layers=0, step_s=2.0, token_s=0.1, token_context_s=0.01)
+    token = DecodeCost(step_s=3.0, sequence_s=0.5, context_token_s=0.001)
+    assert prefill_step_s(prompt, rows((0, 4), (8, 9))) == pytest.approx(2 + 5 * 0.1 + (10 + 9) * 0.01)
+    single = 3 + 2 * 0.5 + (100 + 50) * 0.001
+    assert decode_step_s(token, prompt, rows((99, 100), (49, 50))) == pytest.approx(single)
+    chunk = 2 + 4 * 0.1 + 10 * 0.01
+    assert decode_step_s(token, prompt, rows((0, 4))) == pytest.approx(chunk)
+    assert decode_step_s(token, prompt, rows((99, 100), (0, 4), (49, 50))) == pytest.approx(single + chunk - 2)
 
 
 GRID = [(1.0, float(tokens), float(tokens * context)) for tokens in (64, 256, 1024) for context in (100, 1000, 4000)]

@@ -66,6 +66,7 @@ def test_every_request_ends_once_and_limits_hold_where_all_is_tight(fleet: Fleet
         assert whole or record.failure is Failure.REJECTED
         assert not whole or 0 < (record.ttft_s or 0) <= (record.e2e_s or 0)
     assert len({id(scheduler) for scheduler in seen}) == fleet.num_prefill + fleet.num_decode
+    assert all(replica.num_ongoing == 0 for replica in (*system.prefill, *system.decode))
     # The limits were met, or nothing of this would have been tried.
     assert any(record.failure is not None for record in system.records)
     assert system.usage.num_preemptions > 0

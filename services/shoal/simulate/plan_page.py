@@ -127,16 +127,13 @@ def traffic_table(sized: Sequence[Size]) -> Cells:
                "serving cores", "Ray entries", "Ray reads", "health checks")  # fmt: skip
     rows = [
         (
-            f"{one.num_replicas:,}", f"{one.num_applications:,}", f"{one.work.num_prefill:,} + {one.work.num_decode:,}",
-            f"{one.work.requests_per_s:,.0f}", f"{one.traffic.wire_bytes / 1e9:,.1f}",
-            f"{one.traffic.wire_bytes_out / 1e9:,.2f}", f"{one.traffic.wire_bytes_into / 1e9:,.2f}",
-            f"{one.traffic.frames:,.0f}", f"{one.traffic.num_sessions:,}", f"{one.traffic.beats:,.0f}",
-            f"{one.traffic.beats_into_decode:,.0f}", f"{one.traffic.handle_calls:,.0f}",
-            f"{one.traffic.token_messages:,.0f}", f"{one.traffic.serving_cores:,.1f}",
-            f"{one.traffic.num_ray_entries:,}", f"{one.traffic.ray_reads:,.0f}", f"{one.traffic.health_checks:,.0f}",
+            f"{one.num_replicas:,}",
+            f"{one.num_applications:,}",
+            f"{one.work.num_prefill:,} + {one.work.num_decode:,}",
+            *map(_amount, _amounts(one)),
         )
         for one in sized
-    ]  # fmt: skip
+    ]
     return columns, rows, "Of one application, a second. Ray reads: what the processes that route ask Ray's head."
 
 
@@ -192,6 +189,20 @@ def _figures(found: SimulatedLevel | None) -> tuple[str, ...]:
         *(_DASH if time is None else f"{1e3 * time:.1f}" for time in times),
         f"{100 * usage.prefill_busy:.0f} %", f"{100 * usage.decode_busy:.0f} %", str(usage.num_fallbacks),
     )  # fmt: skip
+
+
+def _amounts(one: Size) -> tuple[float, ...]:
+    found = one.traffic
+    return (
+        one.work.requests_per_s, found.wire_bytes / 1e9, found.wire_bytes_out / 1e9, found.wire_bytes_into / 1e9,
+        found.frames, found.num_sessions, found.beats, found.beats_into_decode, found.handle_calls,
+        found.token_messages, found.serving_cores, found.num_ray_entries, found.ray_reads, found.health_checks,
+    )  # fmt: skip
+
+
+def _amount(number: float) -> str:
+    """Three digits at least, and all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _rate(rate: float) -> str:

@@ -54,32 +54,30 @@ class SimulatedEngine:
             self._agenda.after(0.0, self._begin)
 
     def _begin(self) -> None:
+        # What is told of reservations may call again: that is before the step that begins now.
+        for sequence in self.scheduler.admit():
+            self._stage.reserved(sequence)
         self._is_called = False
-        reserved = self.scheduler.admit()
         plan = self.scheduler.schedule()
         if plan.rows:
             self._runs, began_s = True, self._agenda.now_s
-            self._cores.run(self._threads, self._stage.step_s(plan.rows), lambda: self._end(plan, reserved, began_s))
-            return
-        self._tell(plan, reserved)
+            self._cores.run(self._threads, self._stage.step_s(plan.rows), lambda: self._end(plan, began_s))
+        elif plan.wants_blocks:
+            self._stage.wants_blocks()
 
-    def _end(self, plan: StepPlan, reserved: list[Sequence], began_s: float) -> None:
+    def _end(self, plan: StepPlan, began_s: float) -> None:
         self._runs = False
         self.num_steps += 1
         self.num_tokens += plan.num_rows
         self.busy_s += self._agenda.now_s - began_s
         for row in plan.rows:
             row.sequence.advance(row.end)
-            row.sequence.num_unsent += not row.sequence.sampled
+            if not row.sequence.sampled:
+                row.sequence.ready_to_send(row.end)
         self._stage.stepped(plan)
-        self._tell(plan, reserved)
-        self.kick()
-
-    def _tell(self, plan: StepPlan, reserved: list[Sequence]) -> None:
-        for sequence in reserved:
-            self._stage.reserved(sequence)
         if plan.wants_blocks:
             self._stage.wants_blocks()
+        self.kick()
 
 
 def make_sequence(

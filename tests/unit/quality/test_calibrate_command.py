@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shoal.model.plan import LayerPlan
 from shoal.model.projector import find_projector
 from shoal.quality.calibration import CalibrationOptions, Calibrator
 from shoal.quality.commands import run_calibrate
+from shoal.quality.texts import Kind, Split, load
 
 
 @pytest.fixture
@@ -74,6 +76,13 @@ def test_other_text_has_another_digest(folder: Path, text: Path, tmp_path: Path)
         assert found is not None
         digests.add(found.header.data_digest)
     assert len(digests) == 2
+
+
+def test_what_ships_is_learnt_from_by_its_calibration_split(folder: Path):
+    calibrate(folder, kinds="code", num_passages=20, num_steps=0)
+    found = find_projector("auto", locate(str(folder)), LayerPlan(6, 2))
+    assert found is not None and found.header.settings["texts"] == ["code"]
+    assert found.header.data_digest == sha256(load(Kind.CODE, Split.CALIBRATION).digest.encode()).hexdigest()
 
 
 def test_too_little_text_is_said(folder: Path, tmp_path: Path):

@@ -15,12 +15,14 @@ from shoal.errors import ConfigError, DataError, ModelError, TooLittleText
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
+from shoal.quality import evaluation as module
 from shoal.quality.commands import parse_kinds, parse_tasks
 from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
 from shoal.quality.evaluation_page import loss_plot, render_evaluation, speed_plot, summarize, written
+from shoal.quality.retrieval import RetrievalCase, retrieval_cases
 from shoal.quality.statistics import Interval
 from shoal.quality.subject import Subject
-from shoal.quality.texts import Kind
+from shoal.quality.texts import Kind, Split, load
 
 LAYERS = 6
 OPTIONS = EvaluationOptions(
@@ -98,6 +100,26 @@ def test_int8_is_compared_where_it_is_asked_for(files: ModelFiles):
     found = {score.treatment: score for score in alone.texts if score.kind == "all"}
     assert 0 < found["full, int8"].divergence.value < found["shallow"].divergence.value
     assert "full, int8" in render_evaluation(alone)
+
+
+def test_what_is_measured_on_is_of_the_evaluation_split(found: Evaluation):
+    wanted = [(kind, load(kind, Split.EVALUATION).digest) for kind in OPTIONS.kinds]
+    assert [(text.kind, text.digest) for text in found.settings.texts] == wanted
+
+
+def test_the_retrieval_cells_are_chosen_by_cases_of_another_seed(files: ModelFiles, monkeypatch: pytest.MonkeyPatch):
+    seen: list[list[RetrievalCase]] = []
+
+    def score(_subject: Subject, _arms: Any, cases: Any, choosing: Any, **_: Any) -> list[Any]:
+        seen.extend([cases, choosing])
+        return []
+
+    monkeypatch.setattr(module, "score_retrieval", score)
+    evaluate(files, replace(OPTIONS, tasks=(Task.RETRIEVAL,), seed=7), ignore)
+    cases, choosing = seen
+    filler = load(Kind.PROSE, Split.EVALUATION).documents[0]
+    assert cases == retrieval_cases(files.tokenizer(), filler, seed=7, num_cases_per_cell=2, lengths=(400,))
+    assert len(choosing) == len(cases) and not set(choosing) & set(cases)
 
 
 def test_by_default_a_third_is_skipped(files: ModelFiles):

@@ -136,6 +136,18 @@ def pop_logits(
     return logits_of(model, deep if boundary else torch.cat([shallow[-1:], deep]))
 
 
+@torch.no_grad()
+def gated_logits(model: Any, ids: Sequence[int], num_prompt_tokens: int, gates: tuple[Tensor, Tensor]) -> Tensor:
+    """Logits ``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, where all that a layer adds to the
+    residual is multiplied by its number in the first of ``gates`` (``[layers]``) for the tokens ``0..N-2``, in the
+    second for the others.
+    """
+    prefill, decode = gates
+    is_prompt = torch.arange(len(ids)) < num_prompt_tokens - 1
+    token_gates = torch.where(is_prompt, prefill[:, None], decode[:, None])
+    return logits_of(model, run_layers(model, ids, 0, all_layers(model), {}, token_gates)[num_prompt_tokens - 1 :])
+
+
 def token_nlls(logits: Tensor, ids: Sequence[int]) -> Tensor:
     """Negative log-likelihood (nats) of each of ``ids``, ``[len(ids)]``; ``logits[i]`` predicts ``ids[i]``."""
     return F.cross_entropy(logits[: len(ids)].double(), torch.tensor(list(ids)), reduction="none")
@@ -155,20 +167,26 @@ def encode_shallow(
     return states
 
 
-def run_layers(model: Any, ids: Sequence[int], start: int, layers: Iterable[int], cache: Cache) -> Tensor:
-    """Run ``ids``, at positions ``start..``, through ``layers``; K/V go to ``cache``. States ``[tokens, hidden]``."""
+def run_layers(
+    model: Any, ids: Sequence[int], start: int, layers: Iterable[int], cache: Cache, gates: Tensor | None = None
+) -> Tensor:
+    """Run ``ids``, at positions ``start..``, through ``layers``; K/V go to ``cache``. States ``[tokens, hidden]``.
+
+    ``gates`` ``[layers, tokens]`` multiply what a layer adds to a token's state.
+    """
     states = model.model.embed_tokens(torch.tensor([list(ids)], dtype=torch.long))
     for index in layers:
         layer = model.model.layers[index]
         rope = _rope(model, layer.self_attn, states, start)
+        gate = 1 if gates is None else gates[index, :, None]
         mixed = _attend(layer.self_attn, layer.input_layernorm(states), rope, index, cache)
         if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma norms what is added, too
-            states = states + layer.post_attention_layernorm(mixed)
+            states = states + gate * layer.post_attention_layernorm(mixed)
             added = layer.mlp(layer.pre_feedforward_layernorm(states))
-            states = states + layer.post_feedforward_layernorm(added)
+            states = states + gate * layer.post_feedforward_layernorm(added)
         else:
-            states = states + mixed
-            states = states + layer.mlp(layer.post_attention_layernorm(states))
+            states = states + gate * mixed
+            states = states + gate * layer.mlp(layer.post_attention_layernorm(states))
     return states[0]
 
 

@@ -2,61 +2,33 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-import engines  # noqa: F401 - registers the attention that Gemma 2 is compared with
-from models import save_tiny, tiny_llama
+from engines import exact
+from models import save_tiny, tiny_model
 from readings import logits_of_text
+from reference import gated_logits
 from shoal.errors import MalformedWeights, UnsupportedModel
+from shoal.model.families import FAMILIES
 from shoal.model.files import locate
 from shoal.quality.gated import GatedModel, Gates
 from shoal.quality.subject import Subject, Treatment
 
-LAYERS, VOCAB = 4, 97
+LAYERS = 4
 IDS = tuple(7 + index * 31 % 83 for index in range(24))
 N = 15
 PROMPT, RESPONSE = IDS[:N], IDS[N:]
-OTHERS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
-OTHERS |= {"gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 
 
 def tiny(family: str) -> Any:
-    if family == "llama":
-        return in_float64(tiny_llama(layers=LAYERS)[1])
-    config = OTHERS[family](
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=8, bos_token_id=0, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return in_float64(model)
+    return exact(tiny_model(family, layers=LAYERS))
 
 
-def in_float64(model: Any) -> Any:
-    """Norms and softmax would take float32 even in a float64 model, too coarse for a finite difference."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(exact_norm, module)
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "exact")
-    return model
-
-
-def exact_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    is_gemma = type(norm).__name__.startswith("Gemma")
-    weight = norm.weight + 1 if is_gemma else norm.weight
-    return F.rms_norm(hidden, weight.shape, weight, norm.eps if is_gemma else norm.variance_epsilon)
-
-
-@pytest.fixture(scope="module", params=["llama", *OTHERS])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> tuple[Any, GatedModel]:
     return tiny(request.param), GatedModel(tiny(request.param))
 
@@ -98,6 +70,16 @@ def test_with_all_gates_at_zero_no_layer_says_anything(family):
     embedded = model.norm(model.embed_tokens(torch.tensor([IDS])))
     logits, cap = plain.lm_head(embedded)[0, N - 1 :], getattr(plain.config, "final_logit_softcapping", None)
     torch.testing.assert_close(gated.logits(IDS, N, gates(0, 0)), cap * (logits / cap).tanh() if cap else logits)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(0.5, 1.0), (1.0, 0.5), (0.5, 0.7)])
+def test_a_gate_multiplies_what_is_added_to_the_residual(family, prefill: float, decode: float):
+    """For Gemma that is what its norms behind attention and MLP let out: a gate before them would do nothing."""
+    plain, gated = family
+    at = gates(prefill, decode)
+    at.prefill[1], at.decode[2] = 0.9, 0.3
+    torch.testing.assert_close(gated.logits(IDS, N, at), gated_logits(plain, IDS, N, (at.prefill, at.decode)),
+                               atol=1e-10, rtol=0)  # fmt: skip
 
 
 @pytest.mark.parametrize("vector", ["prefill", "decode"])
@@ -154,14 +136,15 @@ def test_checkpoints_keep_one_layer_s_activations_at_a_time():
     assert held(checkpoints=True) < held(checkpoints=False) / 4
 
 
-@pytest.mark.parametrize("num_skipped", [1, 2, 3])
-def test_prefill_gates_at_zero_are_the_shallow_plan_with_its_projection(tmp_path, num_skipped: int):
-    gated = GatedModel(save_tiny(tmp_path, layers=LAYERS))
-    closed = gates()
-    closed.prefill[LAYERS - num_skipped :] = 0
+def test_prefill_gates_at_zero_are_the_shallow_plan_with_its_projection(family, tmp_path):
+    plain, gated = family
+    save_tiny(tmp_path, plain)
     subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=len(IDS))
-    expected = logits_of_text(subject, IDS, N, Treatment.SHALLOW, num_skipped)
-    torch.testing.assert_close(gated.logits(IDS, N, closed), expected, atol=1e-5, rtol=1e-5)
+    for num_skipped in (1, 2, 3):
+        closed = gates()
+        closed.prefill[LAYERS - num_skipped :] = 0
+        expected = logits_of_text(subject, IDS, N, Treatment.SHALLOW, num_skipped)
+        torch.testing.assert_close(gated.logits(IDS, N, closed), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_loaded_from_its_files_it_is_the_same_model(tmp_path):

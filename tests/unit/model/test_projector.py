@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engines import Ask, make_engine, parameters_of, run, run_handed_off
-from models import save_tiny, tiny_llama
+from engines import Ask, exact, logits_after, make_engine, parameters_of, run, run_handed_off
+from models import save_tiny, tiny_model
 from reference import Cache, all_layers, encode_shallow, logits_of, run_layers
 from shoal.config import load_config
 from shoal.engine.build import Served, load_parameters
 from shoal.errors import MalformedWeights, ModelError, ProjectorMismatch
-from shoal.messages import Stage
+from shoal.messages import Depth, Stage
+from shoal.model.families import FAMILIES
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, find_projector, load_projector, projector_beside, save_projector
@@ -38,8 +39,8 @@ def header(files: ModelFiles) -> ProjectorHeader:
     return ProjectorHeader(files.digest, 6, 4, data_digest="d", settings={"seed": 1}, scores={"kl": 0.1})
 
 
-def weight(seed: int = 0) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+def weight(shape: tuple[int, int] = SHAPE, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):
@@ -52,7 +53,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path, files: ModelFiles, header: Pro
 def test_the_digest_tells_projectors_apart(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):
     digests = set()
     for seed in (0, 1):
-        save_projector(tmp_path / "p.safetensors", header, weight(seed))
+        save_projector(tmp_path / "p.safetensors", header, weight(seed=seed))
         digests.add(load_projector(tmp_path / "p.safetensors", files, PLAN).digest)
     assert len(digests) == 2
 
@@ -147,39 +148,49 @@ def test_a_projector_of_the_wrong_shape_is_refused(tmp_path: Path, files: ModelF
 # --- what it computes -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_llama(attention_bias=True)[1]
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    """Of every family: biases, norms of keys, RoPE tables and windows stay when another matrix comes in.
+
+    None is tied: random and tied, Gemma repeats the last token whatever its K/V are.
+    """
+    options = {"attention_bias": True} if request.param == "llama" else {"tie_word_embeddings": False}
+    return exact(tiny_model(request.param, **options))
 
 
-def expected(model: Any, projector: torch.Tensor, ids: list[int], num_tokens: int) -> list[int]:
-    """Greedy tokens after a shallow prompt whose K/V ``projector`` makes, by the slow reference.
+def expected(model: Any, projector: torch.Tensor, ids: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens after a shallow prompt whose K/V ``projector`` makes, and the logits of the first
+    of them, by the slow reference.
 
     The paper's projection of a model whose skipped layers have this matrix, and a norm without weight, is it.
     """
     other = copy.deepcopy(model)
+    without_weight = 0 if model.config.model_type.startswith("gemma") else 1
     with torch.no_grad():
-        for layer, part in zip(other.model.layers[4:], projector.chunk(2), strict=True):
-            layer.input_layernorm.weight.fill_(1)
-            layer.self_attn.k_proj.weight.copy_(part[:32])
-            layer.self_attn.v_proj.weight.copy_(part[32:])
+        for layer, part in zip(exact(other).model.layers[4:], projector.chunk(2), strict=True):
+            layer.input_layernorm.weight.fill_(without_weight)
+            for matrix, rows in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), part.chunk(2), strict=True):
+                matrix.weight.copy_(rows)
     with torch.no_grad():
         cache: Cache = {}
         encode_shallow(other, ids[:-1], 2, cache)
-        tokens = [ids[-1]]
+        tokens, logits = [ids[-1]], []
         for position in range(len(ids) - 1, len(ids) - 1 + num_tokens):
-            logits = logits_of(model, run_layers(model, tokens[-1:], position, all_layers(model), cache))
-            tokens.append(int(logits[0].argmax()))
-    return tokens[1:]
+            logits += logits_of(model, run_layers(model, tokens[-1:], position, all_layers(model), cache))
+            tokens.append(int(logits[-1].argmax()))
+    return tokens[1:], logits[0]
 
 
 def test_served_alone_or_handed_off_it_computes_what_it_says(model: Any):
-    projector, ask = weight().double(), Ask([5 + 7 * index % 80 for index in range(30)], num_tokens=10)
+    num_outputs = 2 * 2 * model.model.layers[0].self_attn.k_proj.out_features
+    projector = weight((num_outputs, 64)).double()
+    ask = Ask([5 + 7 * index % 80 for index in range(30)], num_tokens=10)
     decode, prefill = (
         make_engine(model, 2, stage=stage, parameters=parameters_of(model, 2, stage, projector), max_step_tokens=9)
         for stage in (Stage.DECODE, Stage.PREFILL)
     )
-    tokens = expected(model, projector, ask.prompt, 10)
+    tokens, logits = expected(model, projector, ask.prompt, 10)
+    torch.testing.assert_close(logits_after(decode, ask.prompt, Depth.SHALLOW), logits, atol=1e-10, rtol=0)
     assert run(decode, [ask]) == [tokens]
     assert run_handed_off(prefill, decode, [ask]) == [tokens]
     assert run(make_engine(model, 2), [ask]) != [tokens], "the paper's projection happens to say the same"

@@ -28,7 +28,7 @@ from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import Anchors, LayerPlan
-from shoal.model.projector import PAPER, Projector, find_projector
+from shoal.model.projector import PAPER, Projector, find_projector, require_model
 from shoal.model.weights import open_weights
 
 _log = structlog.get_logger(__name__)
@@ -58,6 +58,8 @@ class Served:
         """Raises ModelError or ConfigError that says what to change."""
         files = locate(config.model.name)
         spec = describe(files.config())
+        if config.model.plan == "pop":
+            require_model(config.model.projector, files)
         plan = plan_of(config, spec)
         dtype = choose_dtype(config.model.dtype, device or torch.device("cpu"))
         kv_dtype = dtype if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]

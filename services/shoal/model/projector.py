@@ -25,6 +25,7 @@ from shoal.model.plan import LayerPlan
 PAPER = "paper"
 _FORMAT = 1
 _KEY = "shoal_projector"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SHIPPED = Path(__file__).parents[1] / "data" / "projectors"
 
 
@@ -42,15 +43,31 @@ class ProjectorHeader:
     settings: Mapping[str, Any]
     scores: Mapping[str, float]
 
+    @property
+    def num_skipped(self) -> int:
+        return self.num_layers - self.num_kept
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of text that it learnt from."""
+        return tuple(self.settings.get("texts", ()))
+
+    def require_model(self, path: Path, files: ModelFiles) -> None:
+        """Raises ProjectorMismatch if it's for other weights; it's the first thing to say, whatever else differs."""
+        if self.model_digest != files.digest:
+            raise ProjectorMismatch(
+                f"{path} was made for another model than {files.path}, one of {self.num_layers} layers, of which it "
+                f"skips {self.num_skipped}: calibrate again"
+            )
+
     def require_fit(self, path: Path, files: ModelFiles, plan: LayerPlan) -> None:
         """Raises ProjectorMismatch that says what differs."""
+        self.require_model(path, files)
         if (self.num_layers, self.num_kept) != (plan.num_layers, plan.num_kept):
             raise ProjectorMismatch(
                 f"{path} keeps {self.num_kept} of {self.num_layers} layers, this plan {plan.num_kept} of "
-                f"{plan.num_layers}: say --skip-layers {self.num_layers - self.num_kept}, or calibrate again"
+                f"{plan.num_layers}: say --skip-layers {self.num_skipped}, or calibrate again"
             )
-        if self.model_digest != files.digest:
-            raise ProjectorMismatch(f"{path} was made for another model than {files.path}: calibrate again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +80,17 @@ class Projector:
 
 
 def save_projector(path: Path, header: ProjectorHeader, weight: torch.Tensor) -> None:
-    """Write a file; a reader never sees half of it."""
-    from safetensors.torch import save_file
+    """Write a file; a reader never sees half of it. Who may read it is the umask's to say: safetensors' own files are
+    their owner's alone, and the pools may run as somebody else."""
+    from safetensors.torch import save
 
     part = path.with_name(path.name + ".part")
     said = json.dumps({"format": _FORMAT, **asdict(header)}, sort_keys=True)
-    save_file({"weight": weight.contiguous()}, part, metadata={_KEY: said})
-    part.replace(path)
+    try:
+        part.write_bytes(save({"weight": weight.contiguous()}, metadata={_KEY: said}))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_header(path: Path) -> ProjectorHeader:
@@ -83,9 +104,20 @@ def load_projector(path: Path, files: ModelFiles, plan: LayerPlan) -> Projector:
     with _opened(path) as (header, file):
         header.require_fit(path, files, plan)
         weight = file.get_tensor("weight")
+    if weight.dtype not in _DTYPES or weight.dim() != 2:
+        raise ModelError(
+            f"{path} holds no matrix of real numbers, but {weight.dtype} {tuple(weight.shape)}: calibrate again"
+        )
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"{path} holds numbers that aren't finite: calibrate again")
     return Projector(header, weight, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def require_model(wanted: str, files: ModelFiles) -> None:
+    """Before a plan is made: the file at the path ``wanted``, if it's one, is of this model. Raises ModelError."""
+    if wanted not in {PAPER, "auto"}:
+        path = Path(wanted).expanduser()
+        read_header(path).require_model(path, files)
 
 
 def find_projector(wanted: str, files: ModelFiles, plan: LayerPlan) -> Projector | None:
@@ -129,6 +161,23 @@ def _header(path: Path, said: str | None) -> ProjectorHeader:
         tree = json.loads(said or "")
         if tree.pop("format") != _FORMAT:
             raise ModelError(f"{path} has a format that this release doesn't know: calibrate again")
-        return ProjectorHeader(**tree)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        header = ProjectorHeader(**tree)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is no projector: make one with shoal calibrate") from error
+    damaged = [name for name, is_sound in _sound(header) if not is_sound]
+    if damaged:
+        raise ModelError(f"{path} has a damaged header ({', '.join(damaged)}): calibrate again")
+    return header
+
+
+def _sound(header: ProjectorHeader) -> Iterator[tuple[str, bool]]:
+    """Of each field whether it holds what it should: a file is data from outside."""
+    settings, scores = header.settings, header.scores
+    yield "model_digest", isinstance(header.model_digest, str)
+    yield "data_digest", isinstance(header.data_digest, str)
+    counts = header.num_kept, header.num_layers
+    are_counts = all(type(count) is int for count in counts)
+    yield "num_kept, num_layers", are_counts and 0 < counts[0] <= counts[1]
+    texts = settings.get("texts", []) if isinstance(settings, dict) else None
+    yield "settings", isinstance(texts, list) and all(isinstance(kind, str) for kind in texts)
+    yield "scores", isinstance(scores, dict) and all(type(score) in (int, float) for score in scores.values())

@@ -13,7 +13,7 @@ from shoal.errors import ConfigError
 from shoal.model.files import ModelFiles
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.model.projection import KvProjection
-from shoal.model.projector import PAPER, Projector, find_projector, load_projector, read_header
+from shoal.model.projector import PAPER, Projector, find_projector, load_projector, read_header, require_model
 from shoal.quality.subject import Subject, Treatment
 
 CALIBRATED = "calibrated"
@@ -100,13 +100,12 @@ def find_projectors(wanted: str, files: ModelFiles, counts: Sequence[int], num_l
 
     ``paper`` wants none at all. Raises ModelError, or ConfigError if the one wanted is of a number not asked for.
     """
+    require_model(wanted, files)
     plans = [LayerPlan(num_layers, count) for count in counts]
     found = {plan.num_skipped: find_projector(PAPER if wanted == PAPER else "auto", files, plan) for plan in plans}
     if wanted not in {PAPER, "auto"}:
         path = Path(wanted).expanduser()
-        header = read_header(path)
-        count = header.num_layers - header.num_kept
-        header.require_fit(path, files, LayerPlan(num_layers, count))
+        count = read_header(path).num_skipped
         if count not in found:
             raise ConfigError(f"{path} skips {count} layers, which isn't evaluated: say --skip-layers {count}")
         found[count] = load_projector(path, files, LayerPlan(num_layers, count))

@@ -20,6 +20,7 @@ from shoal.errors import ConfigError
 from shoal.model.families import describe
 from shoal.model.files import ModelFiles
 from shoal.model.plan import LayerPlan
+from shoal.model.projector import require_model
 from shoal.quality.arms import arms_of, find_projectors
 from shoal.quality.greedy_scores import GreedyScore, score_greedy
 from shoal.quality.instruction_scores import InstructionScore, instruction_prompts, score_instructions
@@ -167,6 +168,7 @@ class _Run:
     def __init__(self, files: ModelFiles, options: EvaluationOptions, on_progress: Progress) -> None:
         spec = describe(files.config())
         self._files, self._on_progress = files, on_progress
+        require_model(options.projector, files)
         self._counts = options.skip_layers or (LayerPlan.default(spec.num_layers).num_skipped,)
         self._options = _checked(options, self._counts, spec.num_layers, spec.max_context_tokens)
         self._projectors = find_projectors(options.projector, files, self._counts, spec.num_layers)
@@ -198,8 +200,7 @@ class _Run:
             device=options.device.type,
             texts=tuple(TextRead(text.kind, text.digest) for text in texts),
             projectors=tuple(
-                ProjectorUsed(count, found.digest, tuple(found.header.settings.get("texts", ())))
-                for count, found in self._projectors.items()
+                ProjectorUsed(count, found.digest, found.header.kinds) for count, found in self._projectors.items()
             ),
         )
 

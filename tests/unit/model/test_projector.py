@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,61 @@ def test_a_later_format_is_refused(tmp_path: Path, files: ModelFiles):
     save_file({"weight": weight()}, tmp_path / "p.safetensors", metadata={"shoal_projector": '{"format": 9}'})
     with pytest.raises(ModelError, match="this release"):
         load_projector(tmp_path / "p.safetensors", files, PLAN)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", "6"), ("num_layers", None), ("num_kept", 4.0), ("num_kept", 7), ("num_kept", 0),
+        ("model_digest", 5), ("data_digest", None), ("settings", [1]), ("settings", {"texts": "prose"}),
+        ("settings", {"texts": [3]}), ("scores", "good"), ("scores", {"kl": None}),
+    ],
+)  # fmt: skip
+def test_a_header_with_fields_of_other_types_is_refused(
+    tmp_path: Path, files: ModelFiles, header: ProjectorHeader, field: str, value: Any
+):
+    said = json.dumps({"format": 1, **asdict(header), field: value})
+    save_file({"weight": weight()}, tmp_path / "p.safetensors", metadata={"shoal_projector": said})
+    with pytest.raises(ModelError, match=rf"damaged header \(.*{field}.*calibrate again"):
+        load_projector(tmp_path / "p.safetensors", files, PLAN)
+
+
+@pytest.mark.parametrize(
+    "tensor", [weight().to(torch.int32), weight()[0], weight().bool()], ids=["int32", "a vector", "bool"]
+)
+def test_what_is_no_matrix_of_real_numbers_is_refused(
+    tmp_path: Path, files: ModelFiles, header: ProjectorHeader, tensor: torch.Tensor
+):
+    save_projector(tmp_path / "p.safetensors", header, tensor)
+    with pytest.raises(ModelError, match="no matrix of real numbers"):
+        load_projector(tmp_path / "p.safetensors", files, PLAN)
+
+
+def test_the_umask_says_who_may_read_it(tmp_path: Path, header: ProjectorHeader):
+    before = os.umask(0o027)
+    try:
+        save_projector(tmp_path / "p.safetensors", header, weight())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "p.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_half_of_a_file_is_not_left_behind(tmp_path: Path, header: ProjectorHeader):
+    (tmp_path / "p.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"p\.safetensors"):
+        save_projector(tmp_path / "p.safetensors", header, weight())
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+@pytest.mark.parametrize("skip_layers", [None, 2, 10])
+def test_that_it_is_of_another_model_is_said_before_its_plan_is_held_against_this_one(
+    tmp_path: Path, files: ModelFiles, header: ProjectorHeader, skip_layers: int | None
+):
+    path = tmp_path / "p.safetensors"
+    save_projector(path, replace(header, model_digest="other", num_layers=30, num_kept=20), weight())
+    model = {"name": str(files.path), "skip_layers": skip_layers, "projector": str(path)}
+    with pytest.raises(ProjectorMismatch, match=r"p\.safetensors was made for another model.* 30 layers.*skips 10"):
+        Served.of(load_config(model=model))
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):

@@ -13,6 +13,7 @@ from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
 from shoal.quality.arms import arms_of, find_projectors
+from shoal.quality.evaluation import EvaluationOptions, evaluate
 from shoal.quality.subject import Subject
 
 LAYERS = 6
@@ -96,6 +97,18 @@ def test_a_projector_of_another_model_is_refused(files: ModelFiles, tmp_path: Pa
     path = write(tmp_path / "other.safetensors", files, 2, digest="0" * 64)
     with pytest.raises(ProjectorMismatch, match="another model"):
         find_projectors(str(path), files, (2,), LAYERS)
+
+
+@pytest.mark.parametrize("counts", [(2,), (10,)])
+def test_that_it_is_of_another_model_is_said_first(files: ModelFiles, tmp_path: Path, counts: tuple[int, ...]):
+    path = tmp_path / "other.safetensors"
+    save_projector(path, ProjectorHeader("0" * 64, 30, 20, "data", {}, {}), torch.ones(2, 2))
+    for ask in (
+        lambda: find_projectors(str(path), files, counts, LAYERS),
+        lambda: evaluate(files, EvaluationOptions(skip_layers=counts, projector=str(path)), lambda *_: None),
+    ):
+        with pytest.raises(ProjectorMismatch, match=r"other\.safetensors was made for another model.*skips 10"):
+            ask()
 
 
 def test_a_projector_of_a_number_that_is_not_evaluated_is_refused(files: ModelFiles, tmp_path: Path):

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from models import save_tiny
+from shoal.cli import app
+from shoal.quality.evaluation import Task
+from shoal.quality.limits import MIN_PASSAGES, MIN_SAMPLES
+from shoal.quality.texts import Kind
 
 
 def shoal(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -24,6 +29,40 @@ def test_help_teaches_where_to_start():
     assert said.returncode == 0
     for word in ("doctor", "demo", "serve", "generate", "analyze", "eval", "prefill", "decode"):
         assert word in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("analyze", [f"[x>={MIN_SAMPLES}]"]),
+        ("eval", [*Kind, *Task, "keeps nothing"]),
+        ("calibrate", [*Kind, f"[x>={MIN_PASSAGES}]", f"hold {MIN_PASSAGES} at least", "[x>=2]", "keeps nothing"]),
+    ],
+)
+def test_what_may_be_chosen_is_readable_on_80_columns(command: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = shoal(command, "--help").stdout.splitlines()
+    said = " ".join(" ".join(line.strip("│ ") for line in lines).split())
+    assert max(map(len, lines)) <= 80 and all(word in said for word in words)
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_what_can_not_go_on_says_so_when_it_is_stopped_and_leaves_nothing(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_tiny(tmp_path / "model", dtype=torch.float32, layers=3, context=1024)
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shoal.quality.subject.Subject.load", stopped)
+    output = tmp_path / "new" / ("out" if command == "eval" else "p.safetensors")
+    wanted = {"eval": ["--tasks", "text", "--passages", "2"], "calibrate": ["--skip-layers", "2", "--kinds", "code"]}[
+        command
+    ]
+    said = CliRunner().invoke(app, [command, str(tmp_path / "model"), "--output", str(output), *wanted])
+    assert said.exit_code == 130 and "nothing is kept" in said.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_serve_names_every_option_that_the_readme_promises():
@@ -49,6 +88,7 @@ def test_serve_names_every_option_that_the_readme_promises():
         (("analyze", "smollm2", "--candidates", "4;8"), "commas"),
         (("analyze", "smollm2", "--data", "missing.txt"), "can't read missing.txt"),
         (("eval", "smollm2", "--tasks", "text,reading"), "'reading' is not a valid Task"),
+        (("calibrate", "smollm2", "--skip-layers", "30"), "choose 2 to 29"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

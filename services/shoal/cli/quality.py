@@ -9,6 +9,19 @@ import typer
 
 from shoal.cli.options import Dtype, DtypeOption, Projector
 from shoal.cli.progress import err, progress_bars
+from shoal.quality.limits import MIN_PASSAGES, MIN_SAMPLES
+
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's."),
+]
+Kinds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND,…",
+        help="Of Shoal's own text some, with commas between them: prose, technical, dialogue, code. Default: all.",
+    ),
+]
 
 
 def analyze(
@@ -19,7 +32,7 @@ def analyze(
     data: Annotated[
         Path | None, typer.Option(help="Prompts: .txt, or .jsonl with prompt or messages. Default: Shoal's own.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to draw and ask.")] = 200,
+    samples: Annotated[int, typer.Option(min=MIN_SAMPLES, help="Responses to draw and ask.")] = 200,
     response_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt; a .txt is cut to this.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same responses.")] = 0,
@@ -51,78 +64,111 @@ def analyze(
 def evaluate(
     model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation"),
-    tasks: Annotated[str, typer.Option(help="Some of text,greedy,retrieval,instructions.")] = "text,greedy,retrieval",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK,…",
+            help="Some, with commas between them: text, greedy, retrieval, instructions.",
+            show_default="all but the last",
+        ),
+    ] = "text,greedy,retrieval",
     skip_layers: Annotated[
-        str | None, typer.Option(help="Numbers of layers: 10,4,6. Controls come with the first. Default: a third.")
+        str | None,
+        typer.Option(metavar="N,…", help="Numbers of layers: 10,4,6. Controls come with the first. Default: a third."),
     ] = None,
     projector: Projector = None,
     boundary_tokens: Annotated[
-        str | None, typer.Option(help="More full-depth tokens at the prompt's end, too: 16,64. With the first number.")
+        str | None,
+        typer.Option(
+            metavar="N,…", help="More full-depth tokens at the prompt's end, too: 16,64. With the first number."
+        ),
     ] = None,
     controls: Annotated[
         bool, typer.Option(help="Also measure SPEED, and what goes wrong without parts of the method.")
     ] = True,
     int8: Annotated[bool, typer.Option("--int8", help="Also measure decode with its weights in int8.")] = False,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
-    ] = None,
-    kinds: Annotated[
-        str | None, typer.Option(help="Of Shoal's own text: prose,technical,dialogue,code. Default: all.")
-    ] = None,
+    data: Data = None,
+    kinds: Kinds = None,
     passages: Annotated[
-        int, typer.Option(min=2, help="Of each kind of text. Every eighth is also answered greedily.")
+        int,
+        typer.Option(metavar="N", min=2, help="Of each kind of text. Every eighth is also answered greedily."),
     ] = 200,
-    cases: Annotated[int, typer.Option(min=2, help="Retrieval cases of each length and depth.")] = 25,
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Length of each passage's prompt.")] = 512,
-    continuation_tokens: Annotated[int, typer.Option(min=2, help="How much of what follows is scored.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Of the facts, and of the intervals.")] = 0,
+    cases: Annotated[int, typer.Option(metavar="N", min=2, help="Retrieval cases of each length and depth.")] = 25,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Length of each passage's prompt.")] = 512,
+    continuation_tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, help="How much of what follows is scored.")
+    ] = 128,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the facts, and of the intervals.")] = 0,
     dtype: Dtype = DtypeOption.FLOAT32,
 ) -> None:
     """What does a shallow prompt cost? Side by side with full depth, a calibrated projection, and negative controls.
 
     Writes evaluation.json and report.html: perplexity and divergence on text, shared greedy output, facts found.
+    Stopped, it keeps nothing, and begins anew the next time.
     """
     from shoal.quality.commands import run_eval
 
-    with progress_bars() as on_progress:
-        said = run_eval(
-            model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers, boundary_tokens=boundary_tokens,
-            controls=controls, int8=int8, projector=projector or "auto", data=tuple(data or ()), kinds=kinds,
-            num_passages=passages, num_cases=cases, prompt_tokens=prompt_tokens,
-            continuation_tokens=continuation_tokens, seed=seed, dtype=dtype or DtypeOption.FLOAT32,
-        )  # fmt: skip
+    try:
+        with progress_bars() as on_progress:
+            said = run_eval(
+                model, on_progress, output=output, tasks=tasks, skip_layers=skip_layers,
+                boundary_tokens=boundary_tokens, controls=controls, int8=int8, projector=projector or "auto",
+                data=tuple(data or ()), kinds=kinds, num_passages=passages, num_cases=cases,
+                prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, seed=seed,
+                dtype=dtype or DtypeOption.FLOAT32,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print("stopped: nothing is kept, the same command begins anew")
+        raise typer.Exit(130) from None
     print(said)
 
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
-    skip_layers: Annotated[int, typer.Option(min=2, help="How many of the last layers a shallow prompt will skip.")],
+    skip_layers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="How many of the last layers a shallow prompt will skip: 2 to one less than the model has.",
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="The file. Default: beside the model, where serve finds it; for smollm2, here.")
     ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Your own text, .txt or .jsonl; may be given again. Default: Shoal's.")
-    ] = None,
-    kinds: Annotated[
-        str | None, typer.Option(help="Of Shoal's own text: prose,technical,dialogue,code. Default: all.")
-    ] = None,
-    passages: Annotated[int, typer.Option(min=1, help="At most so many of 640 tokens from each text.")] = 200,
-    steps: Annotated[int, typer.Option(min=0, help="Refinement, a passage a step; 0: the closed form alone.")] = 1200,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the refinement.")] = 3e-4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order in which passages come.")] = 0,
+    data: Data = None,
+    kinds: Kinds = None,
+    passages: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=MIN_PASSAGES,
+            help=f"At most so many of 640 tokens from each text, which must hold {MIN_PASSAGES} at least.",
+        ),
+    ] = 200,
+    steps: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Refinement, a passage a step; 0: the closed form alone.")
+    ] = 1200,
+    learning_rate: Annotated[float, typer.Option(metavar="X", min=0.0, help="Of the refinement.")] = 3e-4,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order in which passages come.")] = 0,
     dtype: Dtype = DtypeOption.FLOAT32,
 ) -> None:
     """Learn a K/V projection that loses less than the paper's, at the same cost of serving.
 
     Writes a projector, which serve takes by itself if it lies beside the model, or by --projector.
+    Stopped, it keeps nothing, and begins anew the next time.
     """
     from shoal.quality.calibration import CalibrationOptions
     from shoal.quality.commands import run_calibrate
 
     options = CalibrationOptions(skip_layers, num_steps=steps, learning_rate=learning_rate, seed=seed)
-    with progress_bars() as on_progress:
-        said = run_calibrate(
-            model, on_progress, output=output, data=data or (), kinds=kinds, num_passages=passages,
-            dtype=dtype or DtypeOption.FLOAT32, options=options,
-        )  # fmt: skip
+    try:
+        with progress_bars() as on_progress:
+            said = run_calibrate(
+                model, on_progress, output=output, data=data or (), kinds=kinds, num_passages=passages,
+                dtype=dtype or DtypeOption.FLOAT32, options=options,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print("stopped: nothing is kept, the same command begins anew")
+        raise typer.Exit(130) from None
     print(said)

@@ -22,6 +22,7 @@ from shoal.model.files import ModelFiles
 from shoal.model.plan import LayerPlan
 from shoal.quality.gated import GatedModel
 from shoal.quality.importance import GateGradients, Importance
+from shoal.quality.limits import MIN_SAMPLES
 from shoal.quality.losses import Loss, measure_losses
 from shoal.quality.prompts import Prompt, digest_of, held_out, read_prompts, shipped_prompts
 from shoal.quality.responses import draw_response
@@ -30,7 +31,6 @@ from shoal.quality.subject import Subject
 
 SAMPLES_FILE = "samples.jsonl"
 _DEFAULT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-_MIN_SAMPLES = 8
 # Held-out responses are drawn as other choices than those that the gates saw.
 _FIRST_HELD_OUT_CHOICE = 1 << 32
 
@@ -137,8 +137,8 @@ class _Run:
             LayerPlan(spec.num_layers, num_skipped)
             if num_skipped < 1:
                 raise ConfigError("to skip no layer costs nothing: give --candidates of 1 and more")
-        if options.num_samples < _MIN_SAMPLES:
-            raise ConfigError(f"{options.num_samples} samples tell nothing: ask for {_MIN_SAMPLES} or more")
+        if options.num_samples < MIN_SAMPLES:
+            raise ConfigError(f"{options.num_samples} samples tell nothing: ask for {MIN_SAMPLES} or more")
         self._files, self._options, self._on_progress = files, options, on_progress
         prompts = _prompts(
             files, options, min(options.prompt_tokens, spec.max_context_tokens - options.response_tokens)

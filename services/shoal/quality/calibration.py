@@ -94,7 +94,7 @@ class Calibrator:
         learnt, held_out, sums = self.observe(passages)
         if not (learnt and held_out):
             every = self.options.held_out_every
-            raise TooLittleText(f"{len(passages)} passages, and {every} are the least: give more, or raise --passages")
+            raise TooLittleText(f"of {len(passages)} passages none is held out, one in {every} should: give more text")
         weight, ridge = self.solve(sums, held_out)
         refined = self.refine(weight, learnt)
         stages = {"paper": self.paper.weight, "ridge": weight, "refined": refined}

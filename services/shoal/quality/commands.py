@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +21,8 @@ from shoal.model.projector import ProjectorHeader, projector_beside, save_projec
 from shoal.quality.analysis import Analysis, AnalysisOptions, Progress, analyze
 from shoal.quality.calibration import CalibrationOptions, Calibrator
 from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
+from shoal.quality.limits import MIN_PASSAGES
+from shoal.quality.output import output_folder
 from shoal.quality.subject import Subject
 from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 # Prompt and continuation of a passage, as quality is measured on them, too.
 PASSAGE_TOKENS = (512, 128)
-MIN_PASSAGES = 20
 
 
 def run_analyze(
@@ -84,13 +84,10 @@ def run_eval(
         kinds=parse_kinds(kinds),
         **options,
     )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{output} can't be made ({error.strerror}): choose another --output") from error
-    found = evaluate(locate(model), asked, on_progress)
-    on_progress("", 0, 0)
-    return _write_evaluation(found, output)
+    with output_folder(output):
+        found = evaluate(locate(model), asked, on_progress)
+        on_progress("", 0, 0)
+        return _write_evaluation(found, output)
 
 
 def run_calibrate(
@@ -106,29 +103,33 @@ def run_calibrate(
 ) -> str:
     """Write a projector; what to tell the user. Raises ShoalError."""
     files = locate(model)
-    plan = LayerPlan(describe(files.config()).num_layers, options.num_skipped)
+    plan = _plan_to_calibrate(describe(files.config()).num_layers, options.num_skipped)
+    if num_passages < MIN_PASSAGES:
+        raise ConfigError(f"--passages is {num_passages}, and {MIN_PASSAGES} of each text are the least: raise it")
     path = output or _beside(files, plan)
-    _require_writable(path)
-    tokenizer = files.tokenizer()
-    texts = _texts(data, kinds, tokenizer)
-    cut = [passage for text in texts for passage in _passages(text, tokenizer, num_passages)]
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file with --output")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose_dtype(cast("Dtype", dtype), device)
-    loading = partial(on_progress, "loading")
-    subject = Subject.load(files, dtype=chosen, max_tokens=sum(PASSAGE_TOKENS), device=device, on_progress=loading)
-    found = Calibrator(subject, options, on_progress).run(cut)
-    header = ProjectorHeader(
-        model_digest=files.digest,
-        num_layers=plan.num_layers,
-        num_kept=plan.num_kept,
-        data_digest=sha256("".join(text.digest for text in texts).encode()).hexdigest(),
-        settings={
-            **asdict(options), "ridge": found.ridge, "texts": [text.kind for text in texts],
-            "num_passages": len(cut), "dtype": str(chosen).removeprefix("torch."),
-        },
-        scores=found.scores,
-    )  # fmt: skip
-    save_projector(path, header, found.weight.to(torch.bfloat16).cpu())
+    with output_folder(path.parent):
+        tokenizer = files.tokenizer()
+        texts = _texts(data, kinds, tokenizer)
+        cut = [passage for text in texts for passage in _passages(text, tokenizer, num_passages)]
+        loading = partial(on_progress, "loading")
+        subject = Subject.load(files, dtype=chosen, max_tokens=sum(PASSAGE_TOKENS), device=device, on_progress=loading)
+        found = Calibrator(subject, options, on_progress).run(cut)
+        header = ProjectorHeader(
+            model_digest=files.digest,
+            num_layers=plan.num_layers,
+            num_kept=plan.num_kept,
+            data_digest=sha256("".join(text.digest for text in texts).encode()).hexdigest(),
+            settings={
+                **asdict(options), "ridge": found.ridge, "texts": [text.kind for text in texts],
+                "num_passages": len(cut), "dtype": str(chosen).removeprefix("torch."),
+            },
+            scores=found.scores,
+        )  # fmt: skip
+        save_projector(path, header, found.weight.to(torch.bfloat16).cpu())
     on_progress("", 0, 0)
     lines = [f"{name:>8}: {score:.4f} nats a token from full depth" for name, score in found.scores.items()]
     return "\n".join([f"on held-out passages of {', '.join(text.kind for text in texts)}:", *lines, f"written: {path}"])
@@ -149,14 +150,15 @@ def _passages(text: Text, tokenizer: Any, limit: int) -> list[Passage]:
     )  # fmt: skip
 
 
-def _require_writable(path: Path) -> None:
-    """Before all the work. Raises ConfigError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(f"nothing can be written to {path.parent} ({error.strerror}): choose an --output") from error
+def _plan_to_calibrate(num_layers: int, num_skipped: int) -> LayerPlan:
+    """Raises ConfigError that names the range: with one skipped layer nothing is lost, so nothing can be learnt."""
+    if num_layers < 3:
+        raise ConfigError(f"this model has {num_layers} layers: calibration needs 3, of which 2 can be skipped")
+    if not 2 <= num_skipped < num_layers:
+        raise ConfigError(
+            f"--skip-layers is {num_skipped}, this model has {num_layers} layers: choose 2 to {num_layers - 1}"
+        )
+    return LayerPlan(num_layers, num_skipped)
 
 
 def _beside(files: ModelFiles, plan: LayerPlan) -> Path:

@@ -280,6 +280,7 @@ class _Run:
             text.kind, text.token_ids(self._tokenizer), num_prompt=options.prompt_tokens,
             num_continuation=options.continuation_tokens, limit=options.num_passages, at_least=options.num_passages,
             opening=opening(self._tokenizer),
+            remedy="give more or longer text, or lower --passages, --prompt-tokens or --continuation-tokens",
         )  # fmt: skip
 
     def _retrieval_cases(self, seed: int) -> list[RetrievalCase]:

@@ -47,7 +47,7 @@ def read_prompts(path: Path, tokenizer: Any, *, max_tokens: int) -> list[Prompt]
             )
     if len(prompts) < 2:
         raise TooLittleText(
-            f"{path} gives {len(prompts)} prompts, and 2 are the least: one to learn from, one to check"
+            f"{path} gives too few prompts ({len(prompts)}): 2 are the least, one to learn from, one to check"
         )
     return prompts
 

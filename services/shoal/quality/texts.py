@@ -113,12 +113,13 @@ def passages(
     limit: int,
     at_least: int = 1,
     opening: Sequence[int] = (),
+    remedy: str = "give more text, or longer documents",
 ) -> list[Passage]:
     """At most ``limit`` passages of exactly these lengths in tokens, spread evenly over ``documents`` (token ids).
 
     No two overlap and none crosses documents; the same arguments give the same passages. Each prompt begins with
-    ``opening``, which counts; a document that begins with it already has it once. Raises TooLittleText if there are
-    fewer than ``at_least``.
+    ``opening``, which counts; a document that begins with it already has it once. Raises TooLittleText, which
+    ends with ``remedy``, if there are fewer than ``at_least``.
     """
     size = num_prompt + num_continuation - len(opening)
     opening = tuple(opening)
@@ -132,13 +133,17 @@ def passages(
     if len(starts) < at_least:
         num_tokens = sum(map(len, bodies))
         raise TooLittleText(
-            f"{kind}: {num_tokens:,} tokens in {len(documents):,} documents hold {len(starts):,} passages of "
-            f"{size:,}, and {at_least:,} are needed: give more text, or longer documents"
+            f"{kind}: {num_tokens:,} tokens in {_counted(len(documents), 'document')} hold "
+            f"{_counted(len(starts), 'passage')} of {size:,}, and {at_least:,} are needed: {remedy}"
         )
     number = min(limit, len(starts))
     chosen = (starts[index * len(starts) // number] for index in range(number))
     cuts = ((*opening, *document[start : start + size]) for document, start in chosen)
     return [Passage(kind, cut[:num_prompt], cut[num_prompt:]) for cut in cuts]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _document(line: str, where: str, tokenizer: PreTrainedTokenizerFast | None) -> str:

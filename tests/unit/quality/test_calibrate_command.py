@@ -19,6 +19,8 @@ from shoal.model.plan import LayerPlan
 from shoal.model.projector import find_projector
 from shoal.quality.calibration import CalibrationOptions, Calibrator
 from shoal.quality.commands import run_calibrate
+from shoal.quality.limits import MIN_PASSAGES
+from shoal.quality.subject import Subject
 from shoal.quality.texts import Kind, Split, load
 
 
@@ -62,7 +64,7 @@ def test_another_place_may_be_named(folder: Path, text: Path, tmp_path: Path):
 def test_a_folder_for_it_is_made_or_refused_before_the_work(folder: Path, text: Path, tmp_path: Path):
     calibrate(folder, text, output=tmp_path / "new" / "here.safetensors", num_steps=0)
     assert (tmp_path / "new" / "here.safetensors").is_file()
-    with pytest.raises(ConfigError, match="choose an --output"):
+    with pytest.raises(ConfigError, match="choose another --output"):
         calibrate(folder, tmp_path / "no-such.txt", output=text / "here.safetensors")
 
 
@@ -104,8 +106,33 @@ def test_an_unknown_kind_names_those_there_are(folder: Path):
 
 @pytest.mark.parametrize("num_skipped", [1, 6, 60])
 def test_layers_that_can_not_be_skipped_are_refused(folder: Path, text: Path, num_skipped: int):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=rf"--skip-layers is {num_skipped}, .* 6 layers: choose 2 to 5"):
         calibrate(folder, text, num_skipped=num_skipped)
+
+
+def test_too_few_passages_are_refused_before_the_weights_are_read(
+    folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Subject, "load", lambda *_, **__: pytest.fail("the weights are read"))
+    with pytest.raises(ConfigError, match=f"{MIN_PASSAGES} of each text are the least"):
+        calibrate(folder, text, num_passages=MIN_PASSAGES - 1)
+    short = text.with_name("short.txt")
+    short.write_text(text.read_text(encoding="utf-8")[: 640 * MIN_PASSAGES - 1], encoding="utf-8")
+    with pytest.raises(TooLittleText, match=r"in 1 document hold 19 passages .* more text, or longer documents"):
+        calibrate(folder, short)
+
+
+def test_the_least_that_is_told_can_be_learnt_from(folder: Path, text: Path):
+    assert "written" in calibrate(folder, text, num_passages=MIN_PASSAGES, num_steps=0)
+
+
+def test_nothing_is_left_behind_where_nothing_is_written(folder: Path, tmp_path: Path):
+    (tmp_path / "short.txt").write_text("a few words", encoding="utf-8")
+    with pytest.raises(TooLittleText):
+        calibrate(folder, tmp_path / "short.txt", output=tmp_path / "new" / "deep" / "p.safetensors")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match="is a folder"):
+        calibrate(folder, tmp_path / "short.txt", output=tmp_path)
 
 
 @pytest.mark.parametrize("num_steps", [0, 4])

@@ -193,7 +193,7 @@ def test_figures_are_written_with_their_intervals():
         ({"prompt_tokens": 510}, ConfigError, "lower --prompt-tokens"),
         ({"retrieval_lengths": (700,)}, ConfigError, "leave it out of --tasks"),
         ({"retrieval_lengths": (100,)}, TooLittleText, "don't fit"),
-        ({"num_passages": 100_000}, TooLittleText, "are needed"),
+        ({"num_passages": 100_000}, TooLittleText, "lower --passages, --prompt-tokens or --continuation-tokens"),
         ({"data": (Path("missing.txt"),)}, DataError, "can't read missing.txt"),
     ],
 )

@@ -45,8 +45,8 @@ def test_lines_may_be_prompts_or_conversations(tmp_path: Path):
     ("name", "content", "says"),
     [
         ("data.csv", b"a,b", "neither .txt"),
-        ("data.txt", b"short", "gives 0 prompts"),
-        ("data.jsonl", b'{"prompt": "one"}', "gives 1 prompts"),
+        ("data.txt", b"short", "too few prompts (0)"),
+        ("data.jsonl", b'{"prompt": "one"}', "too few prompts (1)"),
         ("data.jsonl", b'{"prompt": "one"}\n{"prompt": ', "line 2"),
         ("data.jsonl", b'{"prompt": "one"}\n{"prompt": "' + b"a" * 41 + b'"}', "prompt 2: 41 tokens, and 40"),
     ],

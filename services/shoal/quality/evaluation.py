@@ -25,6 +25,7 @@ from shoal.quality.arms import arms_of, find_projectors
 from shoal.quality.greedy_scores import GreedyScore, score_greedy
 from shoal.quality.instruction_scores import InstructionScore, instruction_prompts, score_instructions
 from shoal.quality.instructions import INSTRUCTIONS
+from shoal.quality.notes import notes_on
 from shoal.quality.prefill_times import PrefillTime, measure_prefill
 from shoal.quality.retrieval import DEPTHS, LENGTHS, RetrievalCase, retrieval_cases
 from shoal.quality.retrieval_scores import RetrievalScore, score_retrieval
@@ -128,7 +129,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The result, as ``evaluation.json`` has it. A task that wasn't asked for is empty."""
+    """The result, as ``evaluation.json`` has it. A task that wasn't asked for is empty.
+
+    ``notes`` are sentences on figures that say too little; files of older versions have none.
+    """
 
     settings: EvaluationSettings
     texts: tuple[TextScore, ...]
@@ -136,6 +140,7 @@ class Evaluation:
     retrieval: tuple[RetrievalScore, ...]
     instructions: tuple[InstructionScore, ...]
     prefill: tuple[PrefillTime, ...]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return _EVALUATION.dump_json(self, indent=2).decode() + "\n"
@@ -152,13 +157,15 @@ def evaluate(files: ModelFiles, options: EvaluationOptions, on_progress: Progres
     """Raises ConfigError, DataError or ModelError; all that can be refused without the weights is refused first."""
     run = _Run(files, options, on_progress)
     run.load()
+    texts, greedy, retrieval = run.texts(), run.greedy(), run.retrieval()
     return Evaluation(
         settings=run.settings,
-        texts=tuple(run.texts()),
-        greedy=tuple(run.greedy()),
-        retrieval=tuple(run.retrieval()),
+        texts=tuple(texts),
+        greedy=tuple(greedy),
+        retrieval=tuple(retrieval),
         instructions=tuple(run.instructions()),
         prefill=tuple(run.prefill()),
+        notes=notes_on(texts, greedy, retrieval),
     )
 
 
@@ -265,7 +272,9 @@ class _Run:
         if Task.TEXT not in self._options.tasks:
             return []
         prompt = next(iter(self._passages.values()))[0].prompt
-        return measure_prefill(self._subject, prompt, self._counts, partial(self._on_progress, "prefill timings"))
+        return measure_prefill(
+            self._subject, prompt, self._counts, partial(self._on_progress, "prefill timings"), seed=self._options.seed
+        )
 
     def _read_texts(self) -> list[Text]:
         if not {Task.TEXT, Task.GREEDY} & set(self._options.tasks):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from shoal.quality.arms import CALIBRATED
 from shoal.quality.evaluation import Evaluation
+from shoal.quality.limits import MIN_UNITS
+from shoal.quality.notes import introduce
 from shoal.quality.statistics import Interval
 from shoal.quality.subject import Treatment
 from shoal.quality.text_scores import ALL_KINDS, TextScore
@@ -29,12 +31,8 @@ def speed_plot(evaluation: Evaluation) -> str:
 def render_evaluation(evaluation: Evaluation) -> str:
     """One self-contained HTML page."""
     parts = [
-        Paragraph(
-            "What the last layers of a prompt are worth: full depth, a shallow prompt with the paper's K/V projection, "
-            "one with a calibrated projection where there is one, and three controls, each without a part of the "
-            "method: no_projection (the skipped layers hold no K/V of the prompt), no_boundary (the last prompt token "
-            "is shallow, too), removed (the layers are missing for all tokens)."
-        ),
+        Paragraph(introduce(_arm_names(evaluation))),
+        *map(Paragraph, evaluation.notes),
         *_texts(evaluation),
         *_greedy(evaluation),
         *_retrieval(evaluation),
@@ -61,12 +59,13 @@ def summarize(evaluation: Evaluation) -> list[str]:
     lines += [
         f"{_arm(score.treatment, score.num_skipped)}: {written(score.right, 100, 1)} % of facts found"
         for score in evaluation.retrieval
+        if score.right is not None
     ]
     lines += [
         f"{_arm(score.treatment, score.num_skipped)}: {written(score.passed, 100, 1)} % of checks passed"
         for score in evaluation.instructions
     ]
-    return lines
+    return [*lines, *(f"note: {note}" for note in evaluation.notes)]
 
 
 def written(interval: Interval | None, scale: float = 1.0, digits: int = 3) -> str:
@@ -116,7 +115,8 @@ def _texts(evaluation: Evaluation) -> Iterable[Part]:
 
 def _text_tables(kind: str, scores: Sequence[TextScore]) -> Iterable[Part]:
     name = "All kinds together" if kind == ALL_KINDS else f"Kind: {kind}"
-    caption = f"{name}; {scores[0].num_passages} passages."
+    few = "" if scores[0].num_passages >= MIN_UNITS else " Too few for their intervals."
+    caption = f"{name}; {scores[0].num_passages} passages.{few}"
     arms = [_arm(score.treatment, score.num_skipped) for score in scores]
     perplexities = [
         [written(found, digits=2) for found in (score.perplexity, score.first_perplexity, score.rest_perplexity)]
@@ -201,13 +201,19 @@ def _prefill(evaluation: Evaluation) -> Iterable[Part]:
         return
     yield Heading("What skipping gains")
     rows = [
-        (str(time.num_skipped), f"{1000 * time.median_s:.1f}", f"{time.speed_up:.2f}") for time in evaluation.prefill
+        (
+            str(time.num_skipped),
+            f"{1000 * time.median_s:.1f}",
+            written(time.interval, digits=2) if time.interval else f"{time.speed_up:.2f}",
+        )
+        for time in evaluation.prefill
     ]
     yield Table(
         ("skipped layers", "prefill (ms)", "speed-up"),
         rows,
         f"One prompt of {evaluation.settings.prompt_tokens} tokens, medians of interleaved rounds, in one process: no "
-        "queue, no hand-off. A calibrated projection has the shapes of the paper's, and takes as long.",
+        "queue, no hand-off. Intervals are over the rounds of this run; another run may lie outside. A calibrated "
+        "projection has the shapes of the paper's, and takes as long.",
     )
 
 
@@ -257,6 +263,11 @@ def _overall(evaluation: Evaluation) -> str:
     first = _overall_scores(evaluation)[0]
     of = "all kinds together" if first.kind == ALL_KINDS else first.kind
     return f"Of {of}, {first.num_passages} passages; bands are 95 % intervals."
+
+
+def _arm_names(evaluation: Evaluation) -> set[str]:
+    tasks = (evaluation.texts, evaluation.greedy, evaluation.retrieval, evaluation.instructions)
+    return {score.treatment for scores in tasks for score in scores}
 
 
 def _arm(treatment: str, num_skipped: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import ConfigError
+from shoal.quality.limits import MIN_UNITS
 
 Column = NDArray[np.float64]
 
@@ -35,6 +36,7 @@ class Bootstrap:
 
     def __init__(self, sizes: Sequence[int], *, seed: int, num_resamples: int = 4000) -> None:
         self.num_units = sum(sizes)
+        self._smallest = min((size for size in sizes if size), default=0)
         if self.num_units < 2:
             raise ConfigError(f"{self.num_units} units tell no interval: ask for 2 or more")
         rng = np.random.default_rng(seed)
@@ -59,8 +61,16 @@ class Bootstrap:
         """The share of the paper's loss that calibration undoes, from nats a token of each unit.
 
         ``1 - ln(calibrated / full) / ln(paper / full)`` in perplexities. ``None`` where the paper's loss itself isn't
-        told from nothing: a share of it would be noise.
+        told from nothing, or a stratum has fewer than ``MIN_UNITS``: a share would be noise that looks exact.
         """
-        if self.difference(paper, full).low <= 0:
+        if self._smallest < MIN_UNITS or self.difference(paper, full).low <= 0:
             return None
         return self.interval(lambda loss, left: 1 - left / loss, paper - full, calibrated - full)
+
+
+def ratio_of_medians(over: Column, under: Column, *, seed: int, num_resamples: int = 4000) -> Interval:
+    """``median(over) / median(under)``, both measured in the same rounds: rounds are resampled, in pairs."""
+    rounds = np.random.default_rng(seed).integers(len(over), size=(num_resamples, len(over)))
+    ratios = np.median(over[rounds], axis=1) / np.median(under[rounds], axis=1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Interval(float(np.median(over) / np.median(under)), float(low), float(high))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from shoal.quality import evaluation as module
 from shoal.quality.commands import parse_kinds, parse_tasks
 from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
 from shoal.quality.evaluation_page import loss_plot, render_evaluation, speed_plot, summarize, written
+from shoal.quality.limits import MIN_UNITS
 from shoal.quality.retrieval import RetrievalCase, retrieval_cases
 from shoal.quality.statistics import Interval
 from shoal.quality.subject import Subject
 from shoal.quality.texts import Kind, Split, load
 
+FIGURES = Path(__file__).parents[3] / "docs" / "figures"
 LAYERS = 6
 OPTIONS = EvaluationOptions(
     skip_layers=(3, 2), boundary_tokens=(4,), tasks=tuple(Task), kinds=(Kind.PROSE, Kind.CODE), num_passages=3,
@@ -66,7 +69,10 @@ def test_every_task_has_a_score_for_every_arm_that_it_can_ask(found: Evaluation)
     served = [arm for arm in ARMS if arm not in CONTROLS]
     assert [(score.treatment, score.num_skipped) for score in found.instructions] == served
     assert [time.num_skipped for time in found.prefill] == [0, 3, 2]
-    assert found.prefill[0].speed_up == 1 and min(time.median_s for time in found.prefill) > 0
+    assert found.prefill[0].speed_up == 1 and found.prefill[0].interval is None
+    for time in found.prefill[1:]:
+        assert time.interval is not None and time.interval.low <= time.speed_up <= time.interval.high
+    assert min(time.median_s for time in found.prefill) > 0
     assert len(found.retrieval[0].cells) == 5
 
 
@@ -89,7 +95,11 @@ def test_a_task_that_is_not_asked_for_is_not_done(files: ModelFiles):
     alone = evaluate(files, replace(OPTIONS, tasks=(Task.RETRIEVAL,)), lambda name, *_: names.add(name))
     assert names == {"layers", "retrieval cases"}
     assert alone.retrieval and not (alone.texts or alone.greedy or alone.instructions or alone.prefill)
-    assert "A fact in the prompt" in render_evaluation(alone) and len(summarize(alone)) == len(ARMS)
+    assert "A fact in the prompt" in render_evaluation(alone)
+    assert not any(cell.counts for cell in alone.retrieval[0].cells)
+    said = "Retrieval tells nothing: in no cell"
+    assert said in render_evaluation(alone) and any(line.startswith(f"note: {said}") for line in summarize(alone))
+    assert not any("None" in line or "- %" in line for line in summarize(alone))
 
 
 def test_int8_is_compared_where_it_is_asked_for(files: ModelFiles):
@@ -99,7 +109,8 @@ def test_int8_is_compared_where_it_is_asked_for(files: ModelFiles):
         assert [score.treatment for score in scores] == arms
     found = {score.treatment: score for score in alone.texts if score.kind == "all"}
     assert 0 < found["full, int8"].divergence.value < found["shallow"].divergence.value
-    assert "full, int8" in render_evaluation(alone)
+    page = render_evaluation(alone)
+    assert "full, int8" in page and "weights in int8, " not in page and "weights in int8." in page
 
 
 def test_what_is_measured_on_is_of_the_evaluation_split(found: Evaluation):
@@ -172,6 +183,44 @@ def test_the_page_has_every_arm_and_figure_and_both_plots(found: Evaluation):
         assert f"<td>{written(told.passed, 100, 1)}</td>" in page
     assert found.settings.model_digest in page
     assert "learnt from technical, code" in page and page.count("Beware: the projector that skips 3 learnt") == 1
+
+
+def test_that_units_are_too_few_is_said_in_file_page_and_terminal(found: Evaluation):
+    said = "Too few for an interval: 3 prose passages, 3 code passages, 4 greedy answers, 2 retrieval cases a cell."
+    assert found.notes[0].startswith(said) and said in found.to_json()
+    assert said in render_evaluation(found) and f"note: {found.notes[0]}" in summarize(found)
+    assert all(score.recovered is None for score in found.texts)
+    assert "3 passages. Too few for their intervals." in render_evaluation(found)
+
+
+def test_of_enough_units_nothing_is_noted(files: ModelFiles):
+    enough = replace(OPTIONS, tasks=(Task.TEXT,), num_passages=MIN_UNITS, skip_layers=(3,), controls=False)
+    alone = evaluate(files, enough, ignore)
+    assert alone.notes == () and "Too few" not in render_evaluation(alone)
+
+
+def test_the_page_begins_with_what_was_run_alone(found: Evaluation, files: ModelFiles):
+    page = render_evaluation(found)
+    for said in ("with 4 full-depth tokens", "SPEED, which is for", "no_boundary (", "removed (", "calibrated proj"):
+        assert said in page
+    bare = replace(
+        OPTIONS, tasks=(Task.TEXT,), kinds=(Kind.CODE,), controls=False, boundary_tokens=(), projector="paper"
+    )
+    page = html.unescape(render_evaluation(evaluate(files, bare, ignore)))
+    intro = "What the last layers of a prompt are worth: full depth, a shallow prompt with the paper's K/V projection."
+    assert intro in page
+
+
+def test_speed_ups_have_intervals_on_the_page_where_the_file_has_them(found: Evaluation):
+    page, time = render_evaluation(found), found.prefill[1]
+    assert f"<td>{written(time.interval, digits=2)}</td>" in page
+    before = replace(found, prefill=tuple(replace(one, interval=None) for one in found.prefill))
+    assert f"<td>{time.speed_up:.2f}</td>" in render_evaluation(before)
+
+
+@pytest.mark.parametrize("path", sorted(FIGURES.glob("evaluation-*.json")), ids=lambda path: path.stem)
+def test_the_figures_of_older_versions_still_load(path: Path):
+    assert Evaluation.from_json(path.read_text(encoding="utf-8")).settings.model
 
 
 def test_figures_are_written_with_their_intervals():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from shoal.errors import ConfigError
-from shoal.quality.statistics import Bootstrap
+from shoal.quality.limits import MIN_UNITS
+from shoal.quality.statistics import Bootstrap, ratio_of_medians
 
 
 def draws(seed: int, size: int = 60) -> np.ndarray:
@@ -73,6 +74,33 @@ def test_where_nothing_is_lost_nothing_is_recovered():
     noise = np.random.default_rng(2).normal(0, 1, 60)
     assert Bootstrap([60], seed=0).recovered(full, full, full) is None
     assert Bootstrap([60], seed=0).recovered(full, full + noise - noise.mean(), full) is None
+
+
+def test_of_few_units_no_share_is_told_and_intervals_are_too_narrow():
+    """What the documents, the note and the limit say: over 10 units 89 of 100 hold the mean, over 5 only 82."""
+    full = draws(1)[: MIN_UNITS - 1]
+    assert Bootstrap([len(full)], seed=0).recovered(full, full + 0.2, full + 0.1) is None
+    full = draws(1)[: 2 * MIN_UNITS - 1]
+    assert Bootstrap([len(full)], seed=0).recovered(full, full + 0.2, full + 0.1) is not None
+    assert Bootstrap([MIN_UNITS, MIN_UNITS - 1], seed=0).recovered(full, full + 0.2, full + 0.1) is None
+
+    def covered(size: int) -> float:
+        found = [Bootstrap([size], seed=0, num_resamples=1000).mean(draws(seed, size)) for seed in range(1000)]
+        return float(np.mean([interval.low <= 2.0 <= interval.high for interval in found]))
+
+    assert covered(MIN_UNITS) == pytest.approx(0.89, abs=0.03) and covered(5) == pytest.approx(0.82, abs=0.03)
+
+
+def test_a_ratio_of_medians_has_the_interval_of_pairs():
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(1, 3, 11)  # what the machine did in a round met both alike
+    found = ratio_of_medians(2 * noise, noise, seed=0)
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+    own = noise * rng.uniform(0.9, 1.1, 11)
+    found = ratio_of_medians(2 * noise, own, seed=0)
+    assert found.value == pytest.approx(2 * np.median(noise) / np.median(own))
+    apart = ratio_of_medians(2 * noise, np.roll(own, 3), seed=0)
+    assert found.low < found.value < found.high and found.high - found.low < apart.high - apart.low
 
 
 def test_one_unit_tells_no_interval():

@@ -39,7 +39,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """``ridges`` are tried on held-out passages, in units of the inputs' mean square. A step sees one passage."""
+    """``ridges`` are tried on held-out passages, in units of the inputs' mean square. A step sees one passage.
+
+    The first ``num_sinks`` positions are left out of the sums; the matrix that is learnt makes their K/V, too.
+    """
 
     num_skipped: int
     ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)

@@ -1,8 +1,9 @@
 """``shoal eval``: what a shallow prompt costs, next to full depth and to what goes wrong without parts of the method.
 
-All arms are measured on the same passages, cases and instructions, so that what is compared is paired. Nothing here is
-chosen by looking at the results: texts are of the evaluation split, the projectors are given, and the retrieval cells
-that count are chosen by cases of another seed.
+All arms are measured on the same passages, cases and instructions, so that what is compared is paired. A run
+chooses nothing by its results: texts are of the evaluation split, the projectors are given, and the retrieval cells
+that count are chosen by cases of another seed. What was once looked at before calibration's own defaults were fixed,
+docs/quality.md says.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Kind(enum.StrEnum):
 
 
 class Split(enum.StrEnum):
-    """Every choice is made on the first; the second is only measured on."""
+    """Choices are to be made on the first; the second is to be measured on (docs/quality.md says where it wasn't so)."""
 
     CALIBRATION = "calibration"
     EVALUATION = "evaluation"

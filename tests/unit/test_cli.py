@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from models import save_tiny
 from shoal.cli import app
-from shoal.quality.evaluation import Task
+from shoal.quality.evaluation_options import Task
 from shoal.quality.limits import MIN_PASSAGES, MIN_SAMPLES
 from shoal.quality.texts import Kind
 

@@ -20,7 +20,8 @@ from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
 from shoal.quality.analysis import Analysis, AnalysisOptions, Progress, analyze
 from shoal.quality.calibration import CalibrationOptions, Calibrator
-from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
+from shoal.quality.evaluation import Evaluation, evaluate
+from shoal.quality.evaluation_options import EvaluationOptions, Task
 from shoal.quality.limits import MIN_PASSAGES
 from shoal.quality.output import output_folder
 from shoal.quality.subject import Subject

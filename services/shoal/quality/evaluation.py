@@ -8,13 +8,10 @@ docs/quality.md says.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter
 
 from shoal.errors import ConfigError
@@ -23,69 +20,21 @@ from shoal.model.files import ModelFiles
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import require_model
 from shoal.quality.arms import arms_of, find_projectors
+from shoal.quality.evaluation_options import EvaluationOptions, Task, checked
 from shoal.quality.greedy_scores import GreedyScore, score_greedy
 from shoal.quality.instruction_scores import InstructionScore, instruction_prompts, score_instructions
 from shoal.quality.instructions import INSTRUCTIONS
 from shoal.quality.notes import notes_on
 from shoal.quality.prefill_times import PrefillTime, measure_prefill
-from shoal.quality.retrieval import DEPTHS, LENGTHS, RetrievalCase, retrieval_cases
+from shoal.quality.retrieval import DEPTHS, RetrievalCase, retrieval_cases
 from shoal.quality.retrieval_scores import RetrievalScore, score_retrieval
 from shoal.quality.subject import Subject
 from shoal.quality.text_scores import ALL_KINDS, TextScore, measure_passages, score_texts
 from shoal.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
 
-_PASSAGES_PER_GREEDY_ANSWER = 8
 _LONGEST_CODE_TOKENS = 16
 
 Progress = Callable[[str, int, int], None]
-
-
-class Task(enum.StrEnum):
-    """What is measured. Prefill is timed with ``text``, for the plot of loss against speed-up."""
-
-    TEXT = "text"
-    GREEDY = "greedy"
-    RETRIEVAL = "retrieval"
-    INSTRUCTIONS = "instructions"
-
-
-DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationOptions:
-    """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip.
-
-    With the first come ``boundary_tokens``, numbers of full-depth tokens at the prompt's end, besides 1; if
-    ``controls`` says so, SPEED and the negative controls; and if ``int8`` does, decode's weights in int8. ``projector``
-    is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``. ``num_passages`` are of each kind of
-    text, ``num_cases`` of each length and depth of retrieval; ``greedy_tokens`` and ``instruction_tokens`` are the
-    longest answers to passages and to instructions.
-    """
-
-    skip_layers: tuple[int, ...] = ()
-    boundary_tokens: tuple[int, ...] = ()
-    controls: bool = True
-    int8: bool = False
-    projector: str = "auto"
-    data: tuple[Path, ...] = ()
-    kinds: tuple[Kind, ...] = tuple(Kind)
-    tasks: tuple[Task, ...] = DEFAULT_TASKS
-    num_passages: int = 200
-    num_cases: int = 25
-    prompt_tokens: int = 512
-    continuation_tokens: int = 128
-    greedy_tokens: int = 64
-    instruction_tokens: int = 256
-    retrieval_lengths: tuple[int, ...] = LENGTHS
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-
-    @property
-    def num_greedy(self) -> int:
-        """Answers a kind of text."""
-        return max(2, self.num_passages // _PASSAGES_PER_GREEDY_ANSWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +127,7 @@ class _Run:
         self._files, self._on_progress = files, on_progress
         require_model(options.projector, files)
         self._counts = options.skip_layers or (LayerPlan.default(spec.num_layers).num_skipped,)
-        self._options = _checked(options, self._counts, spec.num_layers, spec.max_context_tokens)
+        self._options = checked(options, self._counts, spec.num_layers, spec.max_context_tokens)
         self._projectors = find_projectors(options.projector, files, self._counts, spec.num_layers)
         self._tokenizer = files.tokenizer()
         if Task.INSTRUCTIONS in options.tasks:
@@ -305,33 +254,6 @@ class _Run:
         return retrieval_cases(
             self._tokenizer, filler, seed=seed, num_cases_per_cell=options.num_cases, lengths=lengths, depths=DEPTHS
         )
-
-
-def _checked(
-    options: EvaluationOptions, counts: Sequence[int], num_layers: int, max_context_tokens: int
-) -> EvaluationOptions:
-    """Raises ConfigError."""
-    for count in counts:
-        if not 1 <= count < num_layers:
-            raise ConfigError(
-                f"--skip-layers has {count}, this model {num_layers} layers: choose 1 to {num_layers - 1}"
-            )
-    if any(not 1 < number < options.prompt_tokens for number in options.boundary_tokens):
-        raise ConfigError(f"--boundary-tokens: choose 2 to {options.prompt_tokens - 1}, for prompts of --prompt-tokens")
-    if len(set(options.boundary_tokens)) < len(options.boundary_tokens):
-        raise ConfigError("--boundary-tokens names a number twice: name each once")
-    if len(set(counts)) < len(counts):
-        raise ConfigError("--skip-layers names a number twice: name each once")
-    if options.num_passages < 2:
-        raise ConfigError(f"{options.num_passages} passages tell no interval: ask for 2 or more")
-    if options.num_cases < 2:
-        raise ConfigError(f"{options.num_cases} retrieval cases tell no interval: ask for 2 or more")
-    if options.prompt_tokens < 2 or options.continuation_tokens < 2:
-        raise ConfigError("prompts and continuations need 2 tokens or more")
-    longest = options.prompt_tokens + max(options.continuation_tokens, options.greedy_tokens)
-    if longest > max_context_tokens:
-        raise ConfigError(f"passages take {longest} tokens, the model {max_context_tokens}: lower --prompt-tokens")
-    return replace(options, skip_layers=tuple(counts))
 
 
 def _spread(found: Sequence[Passage], number: int) -> list[Passage]:

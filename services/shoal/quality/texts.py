@@ -33,7 +33,7 @@ class Kind(enum.StrEnum):
 
 
 class Split(enum.StrEnum):
-    """Choices are to be made on the first; the second is to be measured on (docs/quality.md says where it wasn't so)."""
+    """Choices are to be made on the first, figures on the second (docs/quality.md says where it wasn't so)."""
 
     CALIBRATION = "calibration"
     EVALUATION = "evaluation"

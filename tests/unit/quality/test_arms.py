@@ -13,7 +13,8 @@ from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
 from shoal.quality.arms import arms_of, find_projectors
-from shoal.quality.evaluation import EvaluationOptions, evaluate
+from shoal.quality.evaluation import evaluate
+from shoal.quality.evaluation_options import EvaluationOptions
 from shoal.quality.subject import Subject
 
 LAYERS = 6

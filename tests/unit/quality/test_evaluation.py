@@ -18,7 +18,8 @@ from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
 from shoal.quality import evaluation as module
 from shoal.quality.commands import parse_kinds, parse_tasks
-from shoal.quality.evaluation import Evaluation, EvaluationOptions, Task, evaluate
+from shoal.quality.evaluation import Evaluation, evaluate
+from shoal.quality.evaluation_options import EvaluationOptions, Task
 from shoal.quality.evaluation_page import loss_plot, render_evaluation, speed_plot, summarize, written
 from shoal.quality.limits import MIN_UNITS
 from shoal.quality.retrieval import RetrievalCase, retrieval_cases

@@ -170,9 +170,6 @@ class ParameterLoader:
             self._on_progress(index + 1, plan.num_layers)
         projection = KvProjection(spec, skipped) if skipped else None
         if projection is not None and projector is not None:
-            if projector.shape != projection.weight.shape:
-                shape, wanted = tuple(projector.shape), tuple(projection.weight.shape)
-                raise MalformedWeights(f"the projector has shape {shape}, this plan wants {wanted}: calibrate again")
             projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype))
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)

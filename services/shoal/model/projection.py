@@ -17,6 +17,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+from shoal.errors import MalformedWeights
 from shoal.model.families import ModelSpec
 from shoal.model.norm import rms_norm
 from shoal.model.rope import Rope
@@ -50,7 +51,13 @@ class KvProjection:
         self.ropes = [layer.rope for layer in layers]
 
     def replaced(self, weight: torch.Tensor) -> KvProjection:
-        """The same with another matrix ``[S * 2 * kv_size, hidden]``: a calibrated one (model/projector.py)."""
+        """The same with another matrix ``[S * 2 * kv_size, hidden]``: a calibrated one (model/projector.py).
+
+        Raises MalformedWeights if it has another shape.
+        """
+        if weight.shape != self.weight.shape:
+            shape, wanted = tuple(weight.shape), tuple(self.weight.shape)
+            raise MalformedWeights(f"the projector has shape {shape}, this plan wants {wanted}: calibrate again")
         other = copy.copy(self)
         other.weight = weight
         return other

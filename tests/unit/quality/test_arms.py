@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import save_tiny, tiny_model
-from shoal.errors import ConfigError, ModelError, ProjectorMismatch
+from shoal.errors import ConfigError, MalformedWeights, ModelError, ProjectorMismatch
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
@@ -110,6 +110,14 @@ def test_that_it_is_of_another_model_is_said_first(files: ModelFiles, tmp_path: 
     ):
         with pytest.raises(ProjectorMismatch, match=r"other\.safetensors was made for another model.*skips 10"):
             ask()
+
+
+def test_a_projector_of_the_wrong_shape_is_refused(files: ModelFiles, tmp_path: Path):
+    header = ProjectorHeader(files.digest, LAYERS, LAYERS - 2, "data", {}, {})
+    save_projector(tmp_path / "other.safetensors", header, torch.ones(3, 5))
+    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
+    with pytest.raises(MalformedWeights, match="calibrate again"):
+        arms_of(subject, (2,), find_projectors(str(tmp_path / "other.safetensors"), files, (2,), LAYERS))
 
 
 def test_a_projector_of_a_number_that_is_not_evaluated_is_refused(files: ModelFiles, tmp_path: Path):

@@ -79,10 +79,11 @@ def parameters_of(
     stage: Stage = Stage.DECODE,
     projector: torch.Tensor | None = None,
     plan: LayerPlan | None = None,
+    num_sinks: int = 0,
 ) -> Parameters:
     spec = describe(model.config)
     loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
-    return loader.load(plan or LayerPlan(spec.num_layers, num_skipped), stage, projector)
+    return loader.load(plan or LayerPlan(spec.num_layers, num_skipped), stage, projector, num_sinks)
 
 
 def make_engine(

@@ -122,7 +122,9 @@ def load_parameters(
         loader = ParameterLoader(
             reader, served.spec, dtype=served.dtype, device=device, int8=int8, on_progress=on_progress
         )
-        return loader.load(served.plan, stage, None if served.projector is None else served.projector.weight)
+        if served.projector is None:
+            return loader.load(served.plan, stage)
+        return loader.load(served.plan, stage, served.projector.weight, served.projector.header.num_sinks)
 
 
 def build_engine(

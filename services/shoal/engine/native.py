@@ -127,7 +127,7 @@ class NativeRows(TorchRows):
             return super().project(projection, hidden, rope)
         spec, rows = self._spec, hidden.shape[0]
         normed = self._kernels.add_norm(hidden, None, None, spec.norm_eps)[1]
-        flat = self.linear(normed, projection.weight, projection.bias)
+        flat = projection.put_sinks(self.linear(normed, projection.weight, projection.bias), normed, rope)
         heads = flat.view(rows, projection.num_layers, 2 * spec.num_kv_heads, spec.head_dim)
         projected = flat.new_empty(projection.num_layers, rows, 2, spec.num_kv_heads, spec.head_dim)
         for layer, table in enumerate(projection.ropes):

@@ -103,7 +103,7 @@ class Parameters:
                 if value is not None:
                     yield from _tensors(f"layers.{index}.{field}", value)
         if self.projection is not None:
-            for field in ("weight", "bias", "k_norm"):
+            for field in ("weight", "sink_weight", "bias", "k_norm"):
                 value = getattr(self.projection, field)
                 if value is not None:
                     yield f"projection.{field}", value
@@ -154,8 +154,11 @@ class ParameterLoader:
         self._device = device
         self._on_progress = on_progress or (lambda done, total: None)
 
-    def load(self, plan: LayerPlan, stage: Stage, projector: torch.Tensor | None = None) -> Parameters:
-        """All that ``stage`` needs to serve ``plan``; ``projector`` takes the place of the paper's matrix."""
+    def load(
+        self, plan: LayerPlan, stage: Stage, projector: torch.Tensor | None = None, num_sinks: int = 0
+    ) -> Parameters:
+        """All that ``stage`` needs to serve ``plan``; ``projector`` takes the place of the paper's matrix, for all but
+        the first ``num_sinks`` tokens."""
         spec = self._spec
         embedding = self._table("model.embed_tokens.weight")
         held = plan.layers_held(stage)
@@ -170,7 +173,7 @@ class ParameterLoader:
             self._on_progress(index + 1, plan.num_layers)
         projection = KvProjection(spec, skipped) if skipped else None
         if projection is not None and projector is not None:
-            projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype))
+            projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype), num_sinks)
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
         head = embedding if spec.tied_embeddings else self._table("lm_head.weight")

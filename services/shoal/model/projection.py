@@ -49,23 +49,39 @@ class KvProjection:
         k_norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
         self.k_norm = torch.stack(k_norms)[:, None] if k_norms else None  # [S, 1, head_dim]
         self.ropes = [layer.rope for layer in layers]
+        self.num_sinks = 0
+        self.sink_weight: torch.Tensor | None = None
 
-    def replaced(self, weight: torch.Tensor) -> KvProjection:
+    def replaced(self, weight: torch.Tensor, num_sinks: int = 0) -> KvProjection:
         """The same with another matrix ``[S * 2 * kv_size, hidden]``: a calibrated one (model/projector.py).
 
-        Raises MalformedWeights if it has another shape.
+        The first ``num_sinks`` positions keep this one. Deep layers rest their attention there (arXiv 2309.17453); the
+        states are unlike all others, and what is learnt from those is wrong for these. Raises MalformedWeights if it
+        has another shape.
         """
         if weight.shape != self.weight.shape:
             shape, wanted = tuple(weight.shape), tuple(self.weight.shape)
             raise MalformedWeights(f"the projector has shape {shape}, this plan wants {wanted}: calibrate again")
         other = copy.copy(self)
         other.weight = weight
+        other.num_sinks, other.sink_weight = num_sinks, self.weight if num_sinks else None
         return other
+
+    def put_sinks(self, flat: torch.Tensor, normed: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """``flat`` ``[tokens, S * 2 * kv_size]``, made of ``normed`` ``[tokens, hidden]`` by ``weight``, with the rows
+        of sinks as their own matrix has them."""
+        if self.sink_weight is None:
+            return flat
+        rows = (rope.positions < self.num_sinks).nonzero().squeeze(1)
+        if not rows.numel():
+            return flat
+        return flat.index_copy(0, rows, F.linear(normed[rows], self.sink_weight, self.bias).to(flat.dtype))
 
     def __call__(self, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """``hidden`` ``[tokens, hidden]`` -> K/V ``[S, tokens, 2, kv_heads, head_dim]`` (a strided view)."""
         spec = self._spec
-        flat = F.linear(rms_norm(hidden, None, spec.norm_eps), self.weight, self.bias)
+        normed = rms_norm(hidden, None, spec.norm_eps)
+        flat = self.put_sinks(F.linear(normed, self.weight, self.bias), normed, rope)
         kv = flat.view(hidden.shape[0], self.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         if self.k_norm is not None:
             # A new tensor, for a gradient needs what was normed.

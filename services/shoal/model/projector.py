@@ -23,7 +23,8 @@ from shoal.model.files import ModelFiles, ModelKind
 from shoal.model.plan import LayerPlan
 
 PAPER = "paper"
-_FORMAT = 1
+_FORMAT = 2
+_FORMATS_READ = (1, 2)  # in the first, all tokens have the learnt matrix: num_sinks is 0
 _KEY = "shoal_projector"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SHIPPED = Path(__file__).parents[1] / "data" / "projectors"
@@ -33,6 +34,7 @@ _SHIPPED = Path(__file__).parents[1] / "data" / "projectors"
 class ProjectorHeader:
     """What a projector was made for (``model_digest``, ``num_layers``, ``num_kept``) and from (the rest).
 
+    The first ``num_sinks`` positions of a prompt are not its: they keep the paper's projection.
     ``scores`` are figures of held-out calibration text, by name; ``settings`` what the calibration was told.
     """
 
@@ -42,6 +44,7 @@ class ProjectorHeader:
     data_digest: str
     settings: Mapping[str, Any]
     scores: Mapping[str, float]
+    num_sinks: int = 0
 
     @property
     def num_skipped(self) -> int:
@@ -159,7 +162,7 @@ def _opened(path: Path) -> Iterator[tuple[ProjectorHeader, Any]]:
 def _header(path: Path, said: str | None) -> ProjectorHeader:
     try:
         tree = json.loads(said or "")
-        if tree.pop("format") != _FORMAT:
+        if tree.pop("format") not in _FORMATS_READ:
             raise ModelError(f"{path} has a format that this release doesn't know: calibrate again")
         header = ProjectorHeader(**tree)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

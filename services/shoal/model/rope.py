@@ -11,9 +11,10 @@ from shoal.model.families import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Of each of the model's RoPE tables the cosines and sines ``[tokens, head_dim / 2]`` of the rows' positions, in
-    the activations' dtype."""
+    """Of each of the model's RoPE tables the cosines and sines ``[tokens, head_dim / 2]`` of the rows' ``positions``
+    ``[tokens]``, in the activations' dtype."""
 
+    positions: torch.Tensor
     cos: tuple[torch.Tensor, ...]
     sin: tuple[torch.Tensor, ...]
 
@@ -26,13 +27,13 @@ class Rope:
             angles = positions.to(torch.float32)[:, None] * inv_freq
             cos.append((angles.cos() * table.scale).to(dtype))
             sin.append((angles.sin() * table.scale).to(dtype))
-        return cls(tuple(cos), tuple(sin))
+        return cls(positions, tuple(cos), tuple(sin))
 
     def rows(self, index: torch.Tensor | None) -> Rope:
         """The same for some of the rows (``None``: all)."""
         if index is None:
             return self
-        return Rope(tuple(cos[index] for cos in self.cos), tuple(sin[index] for sin in self.sin))
+        return Rope(self.positions[index], tuple(cos[index] for cos in self.cos), tuple(sin[index] for sin in self.sin))
 
     def rotate_(self, x: torch.Tensor, table: int = 0) -> None:
         """Rotate ``x`` ``[tokens, ..., head_dim]`` in place: halves ``(a, b) -> (a cos - b sin, b cos + a sin)``."""

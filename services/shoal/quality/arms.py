@@ -75,8 +75,8 @@ def arms_of(
         served = [Arm(Treatment.SHALLOW.value, count, Treatment.SHALLOW)]
         if count in projectors:
             paper = subject.projection(count)
-            weight = projectors[count].weight.to(paper.weight)
-            served.append(Arm(CALIBRATED, count, Treatment.SHALLOW, paper.replaced(weight)))
+            weight, num_sinks = projectors[count].weight.to(paper.weight), projectors[count].header.num_sinks
+            served.append(Arm(CALIBRATED, count, Treatment.SHALLOW, paper.replaced(weight, num_sinks)))
         arms += served
         if count == counts[0]:
             arms += [

@@ -9,7 +9,9 @@
 The ridge solution (method: n(h) onto the full model's K/V, regularised towards the paper's matrix) makes each token's
 K/V as right as a linear map can. It weighs all errors alike, but a reader doesn't: so the matrix is then moved, by
 gradient, towards the full model's next-token distribution on the continuation of a shallow prompt (KL divergence).
-Both keep the shapes: serving costs the same. The first skipped layer keeps the paper's matrix, which is exact there.
+Both keep the shapes: serving costs the same. The first skipped layer keeps the paper's matrix, which is exact there,
+and so do the first few tokens in all layers, on which attention rests: their states are unlike all others, and what is
+learnt with them is worse for these and for the rest.
 
 Memory beside the model and the sums (normal_equations.py): a passage of T tokens keeps ``T d`` numbers of its state in
 the model's dtype, and the refinement three float32 copies of the matrix ``S · 2 kv · d``.
@@ -155,7 +157,7 @@ class Calibrator:
 
     def divergence(self, weight: torch.Tensor, example: Example) -> torch.Tensor:
         """KL divergence (nats a token, mean) of the shallow prompt's continuation from the full model's."""
-        projection = self.paper.replaced(weight.to(self.paper.weight.dtype))
+        projection = self.paper.replaced(weight.to(self.paper.weight.dtype), self.options.num_sinks)
         parameters = replace(self.subject.parameters, projection=projection)
         num_prompt = len(example.passage.prompt)
         decoder, batch = self.subject.step(self.plan, parameters, example.ids, num_prompt, example.shallow)

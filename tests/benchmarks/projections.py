@@ -61,18 +61,6 @@ class Corrected:
         return torch.cat([exact[:1], corrected[1:]])
 
 
-class SinksApart:
-    """The paper's projection for the first tokens, on which deep layers rest their attention; ``moved`` for others."""
-
-    def __init__(self, paper: KvProjection, moved: KvProjection, num_sinks: int):
-        self._paper, self._moved, self._num_sinks = paper, moved, num_sinks
-
-    def __call__(self, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
-        sinks, others = torch.arange(len(hidden)).tensor_split([self._num_sinks])
-        parts = (self._paper(hidden[sinks], rope.rows(sinks)), self._moved(hidden[others], rope.rows(others)))
-        return torch.cat(parts, dim=1)
-
-
 def main() -> None:
     options = _options()
     files = locate("smollm2")
@@ -163,7 +151,7 @@ def ways(calibrator: Calibrator, ridge: torch.Tensor, sums: NormalEquations, by_
         return other
 
     def apart(weight: torch.Tensor) -> SinksApart:
-        return SinksApart(paper, paper.replaced(weight), calibrator.options.num_sinks)
+        return paper.replaced(weight, calibrator.options.num_sinks)
 
     weight, again, third, fourth = ridge.clone(), own.clone(), ridge.clone(), ridge.clone()
     bias = torch.zeros(own.shape[0])

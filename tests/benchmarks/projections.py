@@ -150,7 +150,7 @@ def ways(calibrator: Calibrator, ridge: torch.Tensor, sums: NormalEquations, by_
         other.bias = bias
         return other
 
-    def apart(weight: torch.Tensor) -> SinksApart:
+    def apart(weight: torch.Tensor) -> KvProjection:
         return paper.replaced(weight, calibrator.options.num_sinks)
 
     weight, again, third, fourth = ridge.clone(), own.clone(), ridge.clone(), ridge.clone()

@@ -181,6 +181,7 @@ def _sound(header: ProjectorHeader) -> Iterator[tuple[str, bool]]:
     counts = header.num_kept, header.num_layers
     are_counts = all(type(count) is int for count in counts)
     yield "num_kept, num_layers", are_counts and 0 < counts[0] <= counts[1]
+    yield "num_sinks", type(header.num_sinks) is int and header.num_sinks >= 0
     texts = settings.get("texts", []) if isinstance(settings, dict) else None
     yield "settings", isinstance(texts, list) and all(isinstance(kind, str) for kind in texts)
     yield "scores", isinstance(scores, dict) and all(type(score) in (int, float) for score in scores.values())

@@ -132,3 +132,27 @@ def test_what_the_text_says_of_them():
     shows(said[0], extra[15]["calibrated"]["extra"]["value"])
     shows(said[1], extra[10]["shallow"]["extra"]["value"])
     assert extra[9]["shallow"]["extra"]["value"] > extra[10]["shallow"]["extra"]["value"]
+
+
+def test_ways_to_learn():
+    found = {one["way"]: one for one in figures("projections")["rows"]}
+    rows = table("[raw figures](figures/projections.json)")
+    assert {row[0] for row in rows} == set(found)
+    for way, perplexity, recovered, divergence in rows:
+        shows(perplexity, found[way]["perplexity"])
+        shows(divergence, found[way]["divergence"])
+        if found[way]["recovered"] is not None:
+            shows(recovered, found[way]["recovered"], 100)
+
+
+def test_answers():
+    document = figures("evaluation-answers")
+    found = {
+        one["treatment"]: one | told for one, told in zip(document["greedy"], document["instructions"], strict=True)
+    }
+    rows = table("[raw figures](figures/evaluation-answers.json)")
+    assert {treatment(row[0]) for row in rows} == set(found)
+    for label, shared, passed, followed in rows:
+        shows(shared, found[treatment(label)]["prefix"])
+        shows(passed, found[treatment(label)]["passed"], 100)
+        shows(followed, found[treatment(label)]["followed"], 100)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from shoal import routes
@@ -27,6 +28,20 @@ _Argument = TypeVar("_Argument", Grant, GenerateRequest)
 
 class AffineRouter(RequestRouter):
     """Serve takes the replica with the shorter queue of the first rank, and tells nobody but its router which."""
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        """Serve's index holds one request an id, but calls that are made while one request is answered share its id:
+        for those that the index doesn't have, Serve would look without end. Each call's metadata are its own."""
+        return next(
+            (
+                pending
+                for pending in self._pending_requests_to_fulfill
+                if pending.metadata is request_metadata and not pending.future.done()
+            ),
+            None,
+        )
 
     def choose(self, replicas: Sequence[RunningReplica], keys: Sequence[bytes]) -> list[list[RunningReplica]]:
         """Ranks to try, the better ones first."""
@@ -51,6 +66,7 @@ class GrantRouter(AffineRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        _let_back_off(pending_request)
         grant = _argument_of(pending_request, Grant)
         if grant is None:
             return self.choose(candidate_replicas, ())
@@ -75,6 +91,7 @@ class PromptRouter(AffineRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        _let_back_off(pending_request)
         return self.choose(candidate_replicas, self._keys_of(pending_request) if len(candidate_replicas) > 1 else ())
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -83,6 +100,12 @@ class PromptRouter(AffineRouter):
     def _keys_of(self, pending: PendingRequest | None) -> tuple[bytes, ...]:
         request = _argument_of(pending, GenerateRequest) if self._reuses else None
         return () if request is None else prefix_keys(request.context.tenant, request.prompt_token_ids)
+
+
+def _let_back_off(pending: PendingRequest | None) -> None:
+    """If none of the ranks would do, wait a moment before the next try: Serve does so only where it's told to."""
+    if pending is not None:
+        pending.routing_context.should_backoff = True
 
 
 def _argument_of(pending: PendingRequest | None, kind: type[_Argument]) -> _Argument | None:

@@ -65,7 +65,7 @@ async def test_where_it_is_asked_for_all_payload_is_read(kind: str) -> None:
         assert (session.carrier, session.carrier_reason) == (Carrier.NIXL, CarrierReason.CONFIGURED)
         arrived = await both.hand_off(prompt())
         both.assert_arrived(prompt())
-        assert both.counts.bytes_by_carrier == {Carrier.NIXL: arrived.shallow_bytes + arrived.deep_bytes}
+        assert both.counts.bytes_by_carrier == {Carrier.NIXL: arrived.num_bytes.total}
         assert both.nixl_loaders[0].num_lent == 0
         assert both.nixl[1].num_readers == 1
 
@@ -397,6 +397,8 @@ async def test_whoever_has_nothing_under_way_is_not_polled() -> None:
         waited_s = await next_poll_s(prefill)
         assert waited_s is not None and 0 < waited_s <= 5e-3
         loader.ended(lease_id_of(loader))
+        assert await next_poll_s(prefill) is not None  # decode may be in the midst of reading what it gave up
+        loader._lingers_until_s = 0.0
         assert await next_poll_s(prefill) is None
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.common import RequestMetadata
+from ray.serve.request_router import PendingRequest
 
 from shoal import routes
 from shoal.affinity import KEY_TOKENS, Affinity
@@ -59,7 +62,7 @@ async def first_rank(router: Any, request: Any, replicas: list[Any] = REPLICAS) 
 
 
 def pending(*args: Any) -> Any:
-    return SimpleNamespace(args=list(args))
+    return SimpleNamespace(args=list(args), routing_context=SimpleNamespace(should_backoff=False))
 
 
 async def chosen(router: Any, replicas: list[Any], request: Any) -> set[str]:
@@ -144,3 +147,28 @@ async def test_where_nothing_is_remembered_prompts_go_anywhere(prompts: Any):
     prompts.on_request_routed(pending(prompt()), IDS["b"], None)
     assert len(routes.affinity) == 0
     assert len(await first_rank(prompts, pending(prompt()))) == 2
+
+
+@pytest.mark.parametrize("kind", ["router", "prompts"])
+async def test_calls_of_one_request_share_its_id_and_each_finds_its_replica(kind: str, request: pytest.FixtureRequest):
+    """Serve's own code, with Serve's own requests: a call that it can't find, it would look for without end."""
+    router = request.getfixturevalue(kind)
+    metadata = [RequestMetadata(request_id="one", internal_request_id="shared") for _ in range(3)]
+    calls = [PendingRequest(args=[], kwargs={}, metadata=own) for own in metadata]
+    router._pending_requests_to_fulfill = deque(calls)
+    router._pending_requests_by_id = {}
+    router._routing_task_by_pending_request_future = {}
+    router.queue_wait_time_ms_histogram = SimpleNamespace(observe=lambda _waited: None)
+    for call in calls:
+        router._add_pending_request_to_indices(call)
+    for call, replica in zip(reversed(calls), REPLICAS, strict=False):
+        router._fulfill_next_pending_request(replica, call.metadata)
+        assert call.future.done() and call.future.result() is replica
+    router._fulfill_next_pending_request(REPLICAS[0], metadata[0])  # once more is a no-op
+
+
+async def test_where_no_replica_will_do_the_next_try_waits(router: Any, prompts: Any):
+    for one, argument in ((router, grant()), (prompts, prompt())):
+        call = pending(argument)
+        await one.choose_replicas(REPLICAS, call)
+        assert call.routing_context.should_backoff

@@ -82,8 +82,7 @@ async def open_decode(
             metrics.step(output.ended_s - output.started_s, output.num_sequences)
         for num_bytes in output.finished_kv_bytes:
             metrics.held(num_bytes)
-        if output.wants_blocks:
-            worker.give_up_youngest()
+        worker.told_of_blocks(wanted=output.wants_blocks)
 
     engine = EngineClient(core, name="shoal-decode", on_step=on_step)
     sink = PoolSink(core.runner.pool, _projection(served, parameters))

@@ -84,6 +84,7 @@ class DecodeWorker:
         self._prefill_remembers = prefill_remembers
         self._ladder = Ladder(config)
         self._given_up: Lease | None = None
+        self._wants_blocks = False
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
@@ -251,6 +252,7 @@ class DecodeWorker:
         """Open the lease, ask prefill, and wait until the K/V are verified. On return or error the lease is over and
         nobody writes into ``blocks`` any more."""
         async with self._desk.open(grant.lease_id, token_ids, blocks, num_present=grant.num_present) as lease:
+            self.told_of_blocks(wanted=self._wants_blocks)  # maybe said before there was a lease to give up
             call = asyncio.ensure_future(pool.ask(grant))
             arrived = asyncio.ensure_future(lease.arrived())
             try:
@@ -268,8 +270,11 @@ class DecodeWorker:
                 self._calls.add(call)
                 call.add_done_callback(self._call_ended)
 
-    def give_up_youngest(self) -> None:
-        """A running sequence wants blocks: the youngest lease that no prefill works on yet gives up its own."""
+    def told_of_blocks(self, *, wanted: bool) -> None:
+        """If a running sequence wants blocks, the youngest lease that no prefill works on yet gives up its own."""
+        self._wants_blocks = wanted
+        if not wanted:
+            return
         if self._given_up is not None and self._given_up.state not in ENDED:
             return  # one at a time
         self._given_up = self._desk.table.youngest_unclaimed

@@ -114,8 +114,9 @@ class EngineClient:
         for reservation in output.reserved:
             self._put(reservation.request_id, reservation)
         for chunk in output.chunks:
-            first_step_s = self._first_step_s.setdefault(chunk.request_id, output.started_s)
-            self._put(chunk.request_id, ChunkComputed(chunk, first_step_s, output.ended_s))
+            if chunk.request_id in self._inboxes:
+                first_step_s = self._first_step_s.setdefault(chunk.request_id, output.started_s)
+                self._put(chunk.request_id, ChunkComputed(chunk, first_step_s, output.ended_s))
         for prompt in output.prompts:
             self._put(prompt.request_id, Progress(prompt, output.ended_s))
         for token in output.tokens:

@@ -47,7 +47,7 @@ class CalibrationOptions:
     """
 
     num_skipped: int
-    ridges: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    ridges: tuple[float, ...] = (0.1, 0.3, 1.0)
     num_sinks: int = 4
     num_steps: int = 1000
     learning_rate: float = 3e-4

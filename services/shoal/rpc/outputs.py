@@ -138,14 +138,13 @@ def _from_report(message: worker_pb2.HandoffReport) -> HandoffReport:
     depth = DEPTHS_BACK.get(message.depth)
     if depth is None:
         raise ProtocolViolation(f"output.handoff.depth is {message.depth}, which this version doesn't know")
-    counts = (
-        "num_prefill_layers", "shallow_bytes", "deep_bytes", "hidden_bytes", "boundary_bytes", "num_cached_tokens"
-    )  # fmt: skip
+    counts = ("num_prefill_layers", "shallow_bytes", "deep_bytes", "boundary_bytes", "num_cached_tokens")
     return HandoffReport(
         depth,
         message.transferred,
         message.fallback if message.HasField("fallback") else None,
         **{name: _set(message, name) for name in counts},
+        hidden_bytes=message.hidden_bytes,  # a decode replica of an earlier release doesn't know it
     )
 
 

@@ -182,7 +182,8 @@ class DecodeSession(Session):
                 case Failed():
                     raise HandoffError(f"prefill gave the prompt up: {frame.reason}")
         except HandoffError as error:
-            lease.cancel(error)
+            # Its traceback would hold the chunk, and with it a buffer that the session needs.
+            lease.cancel(error.with_traceback(None))
 
     def _late(self, frame: LeaseFrame) -> None:
         """Drop it. Whoever still works for a lease that has ended didn't hear Cancel, so say it again."""

@@ -16,6 +16,8 @@ from shoal.transfer.slots import SlotLoader, num_slots_in, segment_bytes
 
 _MIN_POLL_S = 200e-6
 """Far less than a slot takes over TCP, and little work for the processor where decode needs no help."""
+_LINGER_S = 5.0
+"""How long decode may take to end what it was reading: after its deadline, it ends the session."""
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +34,7 @@ class NixlLoader(SlotLoader):
         self._registered = registered
         self._is_greeting = True
         self._touched_s = time.monotonic()
+        self._lingers_until_s = 0.0
         self.freed: Future[None] | None = None
         thread.add(self)
 
@@ -46,6 +49,13 @@ class NixlLoader(SlotLoader):
         self._thread.wake()
         return loaded
 
+    def ended(self, lease_id: bytes) -> None:
+        num_lent = self.num_lent
+        super().ended(lease_id)
+        if self.num_lent < num_lent:  # decode gave the lease up, maybe in the midst of reading: that has to end, too
+            self._lingers_until_s = time.monotonic() + _LINGER_S
+            self._thread.wake()
+
     def hide(self) -> None:
         """The greeting is over. Twice is a no-op."""
         self._is_greeting = False
@@ -56,7 +66,7 @@ class NixlLoader(SlotLoader):
             self.freed = self._thread.submit(self._free)
 
     def poll(self, now_s: float) -> float | None:
-        if self._agent is None or not (self._is_greeting or self.num_lent):
+        if self._agent is None or not (self._is_greeting or self.num_lent or now_s < self._lingers_until_s):
             return None
         try:
             self._agent.progress()

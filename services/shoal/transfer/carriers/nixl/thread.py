@@ -59,7 +59,8 @@ class NixlThread:
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
-            future.add_done_callback(lambda done: done.exception() or undo(done.result()))
+            # Also if it's done already: what it made is the thread's alone.
+            future.add_done_callback(lambda done: done.exception() or self.submit(lambda: undo(done.result())))
             raise
 
     def wake(self) -> None:
@@ -98,8 +99,16 @@ class NixlThread:
 
     def _poll(self) -> float | None:
         now_s = time.monotonic()
-        waits_s = [poller.poll(now_s) for poller in tuple(self._pollers)]
+        waits_s = [self._poll_one(poller, now_s) for poller in tuple(self._pollers)]
         return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
+
+    def _poll_one(self, poller: Poller, now_s: float) -> float | None:
+        try:
+            return poller.poll(now_s)
+        except Exception:  # noqa: BLE001 - the thread's edge: a defect in one session must not end all
+            _log.exception("a session's NIXL isn't polled any more")
+            self.remove(poller)
+            return None
 
 
 def poll_after(waited_s: float, *, min_s: float = _MIN_POLL_S, max_s: float = _MAX_POLL_S) -> float:

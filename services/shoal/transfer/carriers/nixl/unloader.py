@@ -50,9 +50,9 @@ class NixlUnloader:
         """
         make = partial(_make, thread, retired, segment, deadline_s / 2)
         try:
-            reader = await thread.call(make, undo=retired.end)
-        except Unavailable as error:
-            _log.warning("prefill's memory can't be read from here: %s", error.message)
+            reader = await thread.call(make, undo=partial(_give_back, thread, retired))
+        except (OSError, Unavailable) as error:
+            _log.warning("prefill's memory can't be read from here: %s", error)
             return None
         unloader = cls(thread, reader, retired, segment)
         try:
@@ -103,8 +103,12 @@ class NixlUnloader:
             function(argument)
 
     def _free(self) -> None:
-        self._thread.remove(self._reader)
-        self._retired.end(self._reader)
+        _give_back(self._thread, self._retired, self._reader)
+
+
+def _give_back(thread: NixlThread, retired: Retired, reader: Reader) -> None:
+    thread.remove(reader)
+    retired.end(reader)
 
 
 def _make(thread: NixlThread, retired: Retired, segment: RemoteSegment, deadline_s: float) -> Reader:

@@ -36,7 +36,6 @@ pytestmark = pytest.mark.parametrize(
         pytest.param("memory+nixl", marks=needs_nixl),
         "memory+hidden",
         "grpc+hidden",
-        "grpc+shm+hidden",
         "memory+far+hidden",
     ],
 )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from models import tiny_model
 from shoal.engine.engine import Engine
 from shoal.engine.native import make_decoder
 from shoal.engine.runner import PrefillChunk, Runner
@@ -60,6 +61,17 @@ def _exact_attention(
 
 AttentionInterface.register("exact", _exact_attention)
 AttentionMaskInterface.register("exact", eager_mask)
+
+
+def kernel_model(family: str, dtype: torch.dtype) -> Any:
+    """A tiny one whose shapes Shoal's kernels take."""
+    return tiny_model(family, dtype, head_dim=64, vocab=96, intermediate=128)
+
+
+def divergence(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    """KL divergence (nats) of one row's distribution from the exact one."""
+    ours, theirs = logits.double().log_softmax(-1), exact.double().log_softmax(-1)
+    return float((theirs.exp() * (theirs - ours)).sum())
 
 
 class ModelReader:

@@ -414,6 +414,21 @@ async def rig(
     assert all(each.num_readers == 0 for each in nixl)
 
 
+async def disconnect(kind: str, end: str, turns: int) -> None:
+    """Hand a prompt off, and close every session of one end after so many turns of the event loop."""
+    async with rig(kind) as both:
+        task = asyncio.ensure_future(both.hand_off(prompt(101)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if end == "prefill":
+            await both.pool.close()
+        else:
+            await asyncio.gather(*(session.close() for session in tuple(both.server._sessions)))
+        await asyncio.wait((task,))
+        if not task.cancelled() and task.exception() is None:
+            both.assert_arrived(prompt(101))
+
+
 async def _serve(server: HandoffServer, channel: Channel) -> None:
     with suppress(ShoalError):
         await server.serve(channel)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from arms import MODEL_NAME
+
+from shoal.bench.clock import RealClock
+from shoal.bench.endpoint import EndpointOptions, open_endpoint
+from shoal.bench.record import Record
 from shoal.bench.workload import PlannedRequest
 
 
@@ -48,3 +55,13 @@ class Loads:
         times = 2 + num_tokens // len(self._ids)
         prompt = (self._ids * times)[start : start + num_tokens]
         return PlannedRequest(index, key, prompt, num_tokens, max_tokens)
+
+
+async def send_at_once(url: str, requests: list[PlannedRequest]) -> list[Record]:
+    """Send all together and wait for all. Ends the program if one fails: its time would mean nothing."""
+    async with open_endpoint(EndpointOptions(url, model=MODEL_NAME, timeout_s=300), RealClock()) as endpoint:
+        records = await asyncio.gather(*(endpoint.send(one, endpoint.body(one), 0.0) for one in requests))
+    for record in records:
+        if record.failure is not None:
+            sys.exit(f"error: a request failed ({record.failure}): {record.detail}")
+    return list(records)

@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from arms import MODEL_NAME
 from child import free_port, serving
-from load import LoadOptions, Loads
+from load import LoadOptions, Loads, send_at_once
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.bench.clock import RealClock
-from shoal.bench.endpoint import EndpointOptions, open_endpoint
-from shoal.bench.record import Record
-from shoal.bench.workload import PlannedRequest
 from shoal.simulate.costs import DecodeCost, FitQuality, HandoffCost, ServingCost, SharingCost
 from shoal.simulate.fit import fit
 
@@ -69,10 +64,10 @@ async def _ask_all(
     alone, together = [], []
     for num_tokens in prompts:
         loads = Loads(range(1000, 9000), LoadOptions(prompt_tokens=num_tokens, output_tokens=2), seed=num_tokens)
-        await _send(url, [loads.alone("warm-up")])
+        await send_at_once(url, [loads.alone("warm-up")])
         for sample in range(samples):
             before = _stages(url)
-            [record] = await _send(url, [loads.alone(f"sample {sample}")])
+            [record] = await send_at_once(url, [loads.alone(f"sample {sample}")])
             told = {name: seconds - before[name] for name, seconds in _stages(url).items()}
             alone.append({"prompt_tokens": num_tokens, "ttft_s": record.ttft_s, **told})
             on_step()
@@ -80,20 +75,11 @@ async def _ask_all(
     loads = Loads(range(1000, 9000), load, seed=1)
     for num in streams:
         for sample in range(samples):
-            records = await _send(url, loads.together(f"sample {sample}", num))
+            records = await send_at_once(url, loads.together(f"sample {sample}", num))
             tpot_s = statistics.median(record.tpot_s for record in records if record.tpot_s is not None)
             together.append({"streams": num, "context": _SHORT_PROMPT + _STREAM_OUTPUT // 2, "tpot_s": tpot_s})
             on_step()
     return Asked(alone, together)
-
-
-async def _send(url: str, requests: list[PlannedRequest]) -> list[Record]:
-    async with open_endpoint(EndpointOptions(url, model=MODEL_NAME, timeout_s=300), RealClock()) as endpoint:
-        records = await asyncio.gather(*(endpoint.send(one, endpoint.body(one), 0.0) for one in requests))
-    for record in records:
-        if record.failure is not None:
-            sys.exit(f"error: a request failed ({record.failure}): {record.detail}")
-    return list(records)
 
 
 def _stages(url: str) -> dict[str, float]:

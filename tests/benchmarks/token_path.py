@@ -22,18 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
-from arms import MODEL_NAME
 from child import adopt_orphans, free_port, serving
-from load import LoadOptions, Loads
+from load import LoadOptions, Loads, send_at_once
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-from shoal.bench.clock import RealClock
-from shoal.bench.endpoint import EndpointOptions, open_endpoint
-from shoal.bench.record import Record
-from shoal.bench.workload import PlannedRequest
 
 _STEP = "shoal_decode_step_seconds"
 _HERE = str(Path(__file__).parents[2] / "services")
@@ -101,26 +95,17 @@ def _measure(tree: str, options: argparse.Namespace, number: int) -> dict[int, F
 async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[int, Figures]:
     load = LoadOptions(stream_prompt_tokens=options.prompt_tokens, stream_output_tokens=options.output_tokens)
     loads = Loads(range(1000, 9000), load, seed=number)
-    await _ask(url, loads.together("warm-up", max(options.streams), 8))
+    await send_at_once(url, loads.together("warm-up", max(options.streams), 8))
     figures = {}
     for streams in options.streams:
         before = _steps(url)
-        records = await _ask(url, loads.together(f"round {number}", streams))
+        records = await send_at_once(url, loads.together(f"round {number}", streams))
         seconds, steps = (now - then for now, then in zip(_steps(url), before, strict=True))
         tpot_s = statistics.median(record.tpot_s for record in records if record.tpot_s is not None)
         ended_s = max(record.sent_s + (record.e2e_s or 0) for record in records)
         took_s = ended_s - min(record.sent_s for record in records)
         figures[streams] = Figures(tpot_s, seconds / steps, sum(one.output_tokens for one in records) / took_s)
     return figures
-
-
-async def _ask(url: str, requests: list[PlannedRequest]) -> list[Record]:
-    async with open_endpoint(EndpointOptions(url, model=MODEL_NAME, timeout_s=300), RealClock()) as endpoint:
-        records = await asyncio.gather(*(endpoint.send(one, endpoint.body(one), 0.0) for one in requests))
-    for record in records:
-        if record.failure is not None:
-            sys.exit(f"error: a request failed ({record.failure}): {record.detail}")
-    return list(records)
 
 
 def _steps(url: str) -> tuple[float, float]:

@@ -39,6 +39,7 @@ from transfer_helpers import (
     RawPeer,
     Rig,
     chunk,
+    disconnect,
     lease_id,
     needs_nixl,
     prompt,
@@ -367,17 +368,7 @@ async def test_a_session_that_ends_while_reads_wait_gives_all_back() -> None:
 @pytest.mark.parametrize("turns", [0, 1, 3, 8, 21, 55, 144])
 @pytest.mark.parametrize("end", ["prefill", "decode"])
 async def test_whoever_disconnects_at_any_moment_leaves_nothing(end: str, turns: int) -> None:
-    async with rig("grpc+nixl") as both:
-        task = asyncio.ensure_future(both.hand_off(prompt(101)))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        if end == "prefill":
-            await both.pool.close()
-        else:
-            await asyncio.gather(*(session.close() for session in tuple(both.server._sessions)))
-        await asyncio.wait((task,))
-        if not task.cancelled() and task.exception() is None:
-            both.assert_arrived(prompt(101))
+    await disconnect("grpc+nixl", end, turns)
 
 
 # --- at idle --------------------------------------------------------------------------------------------

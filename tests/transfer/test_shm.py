@@ -51,6 +51,7 @@ from transfer_helpers import (
     RawPeer,
     Rig,
     chunk,
+    disconnect,
     lease_id,
     prompt,
     rig,
@@ -470,14 +471,4 @@ async def test_a_decode_that_is_killed_frees_the_slots_that_it_was_reading(tmp_p
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144])
 @pytest.mark.parametrize("end", ["prefill", "decode"])
 async def test_whoever_disconnects_at_any_moment_leaves_no_memory(end: str, turns: int) -> None:
-    async with rig("grpc+shm") as both:
-        task = asyncio.ensure_future(both.hand_off(prompt(101)))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        if end == "prefill":
-            await both.pool.close()
-        else:
-            await asyncio.gather(*(session.close() for session in tuple(both.server._sessions)))
-        await asyncio.wait((task,))
-        if not task.cancelled() and task.exception() is None:
-            both.assert_arrived(prompt(101))
+    await disconnect("grpc+shm", end, turns)

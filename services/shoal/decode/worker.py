@@ -261,7 +261,7 @@ class DecodeWorker:
                     # Prefill's call ends after its lease did, so either it is committed or it never will be.
                     _raise_if_given_up(await call)
                 return await arrived
-            except BaseException:
+            except BaseException:  # also a cancellation: prefill must not work on for nobody
                 call.cancel()
                 raise
             finally:

@@ -182,8 +182,7 @@ class DecodeSession(Session):
                 case Failed():
                     raise HandoffError(f"prefill gave the prompt up: {frame.reason}")
         except HandoffError as error:
-            # Its traceback would hold the chunk, and with it a buffer that the session needs.
-            lease.cancel(error.with_traceback(None))
+            lease.cancel(error)
 
     def _late(self, frame: LeaseFrame) -> None:
         """Drop it. Whoever still works for a lease that has ended didn't hear Cancel, so say it again."""

@@ -206,8 +206,7 @@ class HandoffDesk:
             await self._sink.write(held.blocks, chunk)
             error = None
         except ShoalError as known:
-            # Its traceback would hold the chunk, and with it a buffer that the session needs.
-            error = known.with_traceback(None)
+            error = known
         finally:
             if error is not None:
                 lease.cancel(error)

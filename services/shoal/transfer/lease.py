@@ -199,7 +199,8 @@ class Lease:
         """Give an uncommitted lease up because of ``error``; False, and no change, if it is past that."""
         if self.state not in UNCOMMITTED:
             return False
-        self.error = error
+        # The lease outlives what raised it: a traceback would hold the chunk, and a buffer that its session needs.
+        self.error = error.with_traceback(None)
         self._move(LeaseState.CANCELLING)
         self._settle()
         return True

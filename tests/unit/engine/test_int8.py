@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from engines import Ask, logits_after, make_engine, native_kernels, parameters_of, run, run_handed_off
+from engines import (
+    Ask,
+    divergence,
+    kernel_model,
+    logits_after,
+    make_engine,
+    native_kernels,
+    parameters_of,
+    run,
+    run_handed_off,
+)
 from int8 import dequantized
 from models import save_tiny, tiny_model
 from shoal.config import load_config
@@ -29,20 +38,11 @@ def kernels() -> NativeKernels:
     return native_kernels()
 
 
-def model_of(family: str, dtype: torch.dtype) -> Any:
-    return tiny_model(family, dtype, head_dim=64, vocab=96, intermediate=128)
-
-
-def divergence(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    ours, theirs = logits.double().log_softmax(-1), exact.double().log_softmax(-1)
-    return float((theirs.exp() * (theirs - ours)).sum())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_step_tokens", [512, 37])
 def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, max_step_tokens: int) -> None:
     """Both steps of many rows, which torch multiplies, and of few. Float32 is of the same int8 weights."""
-    rounded = model_of(family, torch.bfloat16)
+    rounded = kernel_model(family, torch.bfloat16)
     wide = dequantized(copy.deepcopy(rounded).float())
     held = parameters_of(rounded, 2).in_int8()
     exact = logits_after(make_engine(wide, 2), PROMPT, Depth.FULL)
@@ -57,7 +57,7 @@ def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, max_st
 
 
 def test_greedy_answers_are_float32_s_up_to_near_ties(kernels: NativeKernels) -> None:
-    model = model_of("llama", torch.bfloat16)
+    model = kernel_model("llama", torch.bfloat16)
     wide = dequantized(copy.deepcopy(model).float())
     ours = make_engine(model, 2, parameters=parameters_of(model, 2).in_int8(), kernels=kernels, num_blocks=1024)
     theirs = make_engine(wide, 2, num_blocks=1024)
@@ -69,7 +69,7 @@ def test_greedy_answers_are_float32_s_up_to_near_ties(kernels: NativeKernels) ->
 
 
 def test_handed_off_by_a_prefill_in_bfloat16(kernels: NativeKernels) -> None:
-    model = model_of("llama", torch.bfloat16)
+    model = kernel_model("llama", torch.bfloat16)
     held = parameters_of(model, 2).in_int8()
     held_by_prefill = parameters_of(model, 2, Stage.PREFILL)
     prefill = make_engine(model, 2, stage=Stage.PREFILL, kernels=kernels, parameters=held_by_prefill)

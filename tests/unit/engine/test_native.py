@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import Ask, logits_after, make_engine, native_kernels, run, run_handed_off
+from engines import Ask, divergence, kernel_model, logits_after, make_engine, native_kernels, run, run_handed_off
 from models import tiny_model
 from shoal.config import ModelConfig, ShoalConfig, StageConfig
 from shoal.engine import native
@@ -30,20 +30,11 @@ def kernels() -> NativeKernels:
     return native_kernels()
 
 
-def model_of(family: str, dtype: torch.dtype) -> Any:
-    return tiny_model(family, dtype, head_dim=64, vocab=96, intermediate=128)
-
-
-def divergence(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    ours, theirs = logits.double().log_softmax(-1), exact.double().log_softmax(-1)
-    return float((theirs.exp() * (theirs - ours)).sum())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("depth", list(Depth))
 @pytest.mark.parametrize("max_step_tokens", [512, 37])
 def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, depth: Depth, max_step_tokens: int) -> None:
-    rounded = model_of(family, torch.bfloat16)
+    rounded = kernel_model(family, torch.bfloat16)
     wide = copy.deepcopy(rounded).float()
     engine = {"num_skipped": 2, "max_step_tokens": max_step_tokens}
     exact, torchs, ours = (
@@ -56,7 +47,7 @@ def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, depth:
 
 def test_many_at_once_and_handed_off(kernels: NativeKernels) -> None:
     """Steps that hold prompts and single rows of different lengths, more of them than the kernels' few rows."""
-    model = model_of("llama", torch.bfloat16)
+    model = kernel_model("llama", torch.bfloat16)
     asks = [Ask(PROMPT[: 5 + 7 * index], num_tokens=6) for index in range(20)]
     decode = make_engine(model, 2, kernels=kernels, num_blocks=1024)
     alone = [run(decode, [ask])[0] for ask in asks]

@@ -10,16 +10,20 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray.serve.handle import DeploymentHandle
+from starlette.types import Receive, Scope, Send
 
 from shoal import directory
-from shoal.errors import InvalidRequest, ModelError, ShoalError
+from shoal.errors import Cancelled, InvalidRequest, ModelError, ShoalError
 from shoal.gateway.draining import DrainingBackend
+from shoal.gateway.edge import unless_disconnected
+from shoal.gateway.http_server import HttpServer
 
 # A file of this name in the folder makes prefill fail, or load for ever.
 FAIL, STAY = "fail", "stay"
@@ -106,34 +110,48 @@ class _Backend:
             outputs.cancel()
 
 
+class _Watched(StreamingResponse):
+    """Ends when its client leaves, also while there is nothing to send."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(Cancelled):
+            await unless_disconnected(receive, self.stream_response(send))
+
+
 class StandInGateway:
-    def __init__(self, config: dict[str, Any], decode: DeploymentHandle) -> None:
+    async def __init__(self, config: dict[str, Any], decode: DeploymentHandle, *, listens: bool) -> None:
+        assert listens
         self._diary = Diary(config["model"]["name"], "gateway")
         self._app_name = config["ray"]["app_name"]
         self._backend = DrainingBackend(_Backend(decode))
         self._drain_s = config["handoff"]["drain_s"]
+        self._server = HttpServer(self._app())
+        await self._server.start(config["gateway"]["host"], config["gateway"]["port"])
         self._entry = directory.entry_of_this_replica("gateway", metrics_address="127.0.0.1:4")
-        directory.register(self._entry)
+        await asyncio.to_thread(directory.register, self._entry)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def _app(self) -> FastAPI:
         app = FastAPI()
 
-        @app.get("/collect", response_model=None)
-        async def collect(mode: str = "short") -> list[int] | JSONResponse:
+        @app.get("/collect")
+        async def collect(request: Request, mode: str = "short") -> Response:
             try:
-                return [token async for token in self._backend.generate(mode)]
+                return JSONResponse(await unless_disconnected(request.receive, self._collect(mode)))
             except ShoalError as error:
                 return JSONResponse({"param": error.param, "message": error.message}, error.http_status)
 
         @app.get("/stream")
-        async def stream(mode: str = "short") -> StreamingResponse:
-            return StreamingResponse(self._events(mode))
+        async def stream(mode: str = "short") -> Response:
+            return _Watched(self._events(mode))
 
         @app.get("/replicas")
         async def replicas() -> list[str]:
             return [entry.role for entry in await asyncio.to_thread(directory.living, self._app_name)]
 
         return app
+
+    async def _collect(self, mode: str) -> list[int]:
+        return [token async for token in self._backend.generate(mode)]
 
     async def _events(self, mode: str) -> AsyncIterator[str]:
         try:
@@ -146,5 +164,6 @@ class StandInGateway:
         await self._backend.drain(self._drain_s)
 
     async def __del__(self) -> None:
-        directory.unregister(self._entry)
+        await asyncio.to_thread(directory.unregister, self._entry)
+        await self._server.stop()
         self._diary.write("closed")

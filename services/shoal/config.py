@@ -227,7 +227,9 @@ class GatewayConfig(_Frozen):
     reflection: bool = Field(True, description="Whether the gRPC server tells clients its schema; off in production.")
     retry: RateConfig = Field(RateConfig(), description="How often a request may go to another decode replica.")
     resource: str | None = Field(
-        None, description="A Ray resource that the gateway's node must have; a private cluster's is gateway."
+        None,
+        description="A Ray resource that the gateway's node must have; by default that of `shoal serve`, or of the "
+        "private cluster; anywhere for a Serve config file.",
     )
     num_cpus: Annotated[float, Field(ge=0)] = Field(0, description="CPUs that Ray sets aside for the gateway.")
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(4 << 20, description="Largest request; more gets 413.")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.app.daemons import Daemons
 from shoal.app.failures import explain, missing_resources
-from shoal.app.graph import Replicas, bind, demand, grace_s, is_private, num_replicas
+from shoal.app.graph import NODE_PREFIX, Replicas, bind, demand, grace_s, is_private, num_replicas, with_gateway
 from shoal.app.interrupts import Interrupts, caught
 from shoal.app.ports import free_port, require_free, url_of
 from shoal.app.progress import OnProgress, Progress
@@ -123,13 +123,13 @@ class _Start:
         self._is_over = threading.Event()
         self._calls: list[Future[Any]] = []
         self._gateway: DeploymentHandle[Any] | None = None
-        self._port = config.gateway.port
+        gateway = config.gateway
         if is_private(config):
-            self._port = self._port or free_port(config.gateway.host)
-            require_free(config.gateway.host, self._port)
-            if config.gateway.grpc_port:
-                require_free(config.gateway.host, config.gateway.grpc_port, "grpc_port")
-        elif not self._port:
+            self._config = with_gateway(config, port=gateway.port or free_port(gateway.host))
+            require_free(gateway.host, self._config.gateway.port)
+            if gateway.grpc_port:
+                require_free(gateway.host, gateway.grpc_port, "grpc_port")
+        elif not gateway.port:
             raise ConfigError(
                 "say which port: a cluster that is joined has no free one of its own (--port, gateway.port)"
             )
@@ -143,7 +143,7 @@ class _Start:
 
     @property
     def url(self) -> str:
-        return url_of(self._config.gateway.host, self._port)
+        return url_of(self._config.gateway.host, self._config.gateway.port)
 
     def start(self, interrupts: Interrupts) -> None:
         """Ray, then Serve: 5 to 10 s, in two steps that are not to be interrupted."""
@@ -173,6 +173,9 @@ class _Start:
                 f"there is no Ray cluster at {self._config.ray.address}: start one with 'ray start --head', or leave "
                 "--address (ray.address) out to get a private one"
             ) from error
+        if not is_private(self._config) and self._config.gateway.resource is None:
+            # Clients come in where they are told to, by this process.
+            self._config = with_gateway(self._config, resource=_resource_of_this_node())
         self.daemons.watch()
 
     def _wait_for_nodes(self) -> None:
@@ -197,14 +200,8 @@ class _Start:
         _set_global_client(None)  # type: ignore[no-untyped-call]
         if self._app in serve.status().applications:
             raise ConfigError(f"the cluster already serves {self._app!r}: choose another name with ray.app_name")
-        serve.start(
-            # One way in: a proxy on each node would open a port on each.
-            proxy_location="HeadOnly",
-            http_options={"host": self._config.gateway.host, "port": self._port},
-            logging_config=serve_logging(self._config),
-        )
-        # A cluster that has an HTTP server already keeps it as it is.
-        self._port = _client().http_config.port
+        # Clients come in by the gateway's own servers. A cluster that has proxies already keeps them, for others.
+        serve.start(proxy_location="Disabled", logging_config=serve_logging(self._config))
 
     def deploy(self) -> None:
         """Returns when every replica is ready and the HTTP server answers."""
@@ -214,7 +211,7 @@ class _Start:
         target = serve.RunTarget(
             bind(self._config, self._replicas),
             name=self._app,
-            route_prefix="/",
+            route_prefix=None,
             logging_config=serve_logging(self._config),
             # Whoever runs it may change a pool's size by Serve's own API, without a restart.
             external_scaler_enabled=True,
@@ -229,7 +226,6 @@ class _Start:
             self.daemons.require_live()
             self._is_over.wait(_WATCH_PERIOD_S)
         self._show(shown)
-        self._call(_client().wait_for_proxies_serving)
         self._gateway = gateway
 
     def _call(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -315,10 +311,13 @@ class _Start:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _client() -> Any:
-    from ray.serve.context import _get_global_client
+def _resource_of_this_node() -> str:
+    """What Ray calls the node that this process has joined by, among its resources."""
+    import ray
 
-    return _get_global_client(raise_if_no_controller_running=True)
+    here = ray.get_runtime_context().get_node_id()
+    [address] = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here]  # type: ignore[no-untyped-call]
+    return f"{NODE_PREFIX}{address}"
 
 
 def _kill_replicas(app: str) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Each pool bounds its own queue and says Overloaded at once. Serve's limit would make calls wait in the caller, where
 # nobody counts them, so it must never be the one that is reached.
 MAX_ONGOING_REQUESTS = 1_000_000
+# Ray names a node by its address, as a resource of which there is 1: a little of it says "there".
+NODE_PREFIX = "node:"
+_THERE = 0.001
 # What a replica may need, beyond what its open requests may, to close its servers and its engine.
 CLOSE_S = 2.0
 
@@ -27,10 +30,10 @@ CLOSE_S = 2.0
 class Replicas:
     """The three classes that serve.
 
-    ``gateway(config, decode)`` has ``__serve_build_asgi_app__``, which returns the HTTP application, and
-    ``async def drain``, which refuses new requests and returns when none is open; ``decode(config, prefill)``;
-    ``prefill(config)``. Each may have ``async def check_health`` (an exception has the replica replaced) and
-    ``async def __del__`` (runs before the process ends, but only if no request is left by then).
+    ``gateway(config, decode, listens=…)`` serves HTTP itself, or has Serve do it with the application that
+    ``__serve_build_asgi_app__`` returns; its ``async def drain`` refuses new requests and returns when none is open;
+    ``decode(config, prefill)``; ``prefill(config)``. Each may have ``async def check_health`` (an exception has the
+    replica replaced) and ``async def __del__`` (runs before the process ends, but only if no request is left by then).
     """
 
     gateway: type
@@ -47,18 +50,22 @@ class Replicas:
 
 
 def build(config: ShoalConfig | Mapping[str, Any]) -> Application:
-    """The application, bound but not deployed. A Ray Serve config file may name it as ``shoal.app:build``."""
+    """The application, bound but not deployed. A Ray Serve config file may name it as ``shoal.app:build``.
+
+    HTTP then comes by Serve's proxy, whose address that file says.
+    """
     if not isinstance(config, ShoalConfig):
         # Whoever deploys a file does it on a cluster that is there already.
         config = load_config(**_joining(config))
-    return bind(config, Replicas.shipped())
+    return bind(config, Replicas.shipped(), proxied=True)
 
 
 def _joining(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "ray": {"address": "auto", **config.get("ray", {})}}
 
 
-def bind(config: ShoalConfig, replicas: Replicas) -> Application:
+def bind(config: ShoalConfig, replicas: Replicas, *, proxied: bool = False) -> Application:
+    """The graph; with ``proxied``, clients come in by Serve's proxy rather than by the gateway's own HTTP server."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -74,12 +81,12 @@ def bind(config: ShoalConfig, replicas: Replicas) -> Application:
     prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill, grants))
     decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode, prompts))
     gateway = _deployment(
-        serve.ingress()(replicas.gateway),
+        serve.ingress()(replicas.gateway) if proxied else replicas.gateway,
         "gateway",
         config,
         {"ray_actor_options": {"num_cpus": config.gateway.num_cpus, "resources": _gateway_resource(config)}},
     )
-    return gateway.bind(plain, decode.bind(plain, prefill.bind(plain)))
+    return gateway.bind(plain, decode.bind(plain, prefill.bind(plain)), listens=not proxied)
 
 
 def demand(config: ShoalConfig) -> dict[str, float]:
@@ -98,6 +105,11 @@ def demand(config: ShoalConfig) -> dict[str, float]:
 def num_replicas(config: ShoalConfig) -> int:
     """Processes in all, the gateway included."""
     return 1 + config.prefill.replicas + config.decode.replicas
+
+
+def with_gateway(config: ShoalConfig, **changes: Any) -> ShoalConfig:
+    """The same configuration, with another port or place for the gateway."""
+    return config.model_copy(update={"gateway": config.gateway.model_copy(update=changes)})
 
 
 def is_private(config: ShoalConfig) -> bool:
@@ -146,7 +158,9 @@ def _of_stage(name: str, config: ShoalConfig, stage: StageConfig, router: Reques
 def _gateway_resource(config: ShoalConfig) -> dict[str, float]:
     # On a cluster that is joined there need be no node for it: without a resource, the gateway may run anywhere.
     name = config.gateway.resource or ("gateway" if is_private(config) else None)
-    return {} if name is None else {name: 1.0}
+    if name is None:
+        return {}
+    return {name: _THERE if name.startswith(NODE_PREFIX) else 1.0}
 
 
 def _environment(config: ShoalConfig, stage: StageConfig) -> dict[str, str]:

@@ -24,6 +24,7 @@ from shoal.gateway.backend import Readiness
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.draining import DrainingBackend
 from shoal.gateway.grpc_server import GrpcServer
+from shoal.gateway.http_server import HttpServer
 from shoal.gateway.intake import Services
 from shoal.gateway.poll import SharedPoll
 from shoal.gateway.retrying import RetryingBackend
@@ -116,9 +117,14 @@ def _call_ended(watch: asyncio.Task[None], stream: TokenStream) -> None:
 
 
 class GatewayReplica:
-    """Validates and tokenizes once; knows no device."""
+    """Validates and tokenizes once; knows no device.
 
-    async def __init__(self, config: dict[str, Any], decode: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+    With ``listens`` it serves HTTP itself; else Serve's proxy does, and calls it for each request.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, config: dict[str, Any], decode: DeploymentHandle[Any], *, listens: bool
+    ) -> None:
         self._settings = settings = ShoalConfig(**config)
         configure_logging(settings.log.level, settings.log.format)
         self._exits = AsyncExitStack()
@@ -157,17 +163,25 @@ class GatewayReplica:
             grpc_server = GrpcServer(self._services)
             await grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)
             self._exits.push_async_callback(grpc_server.stop)
+        if listens:
+            http_server = HttpServer(self._app(proxy_echoes_id=False))
+            await http_server.start(settings.gateway.host, settings.gateway.port)
+            self._exits.push_async_callback(http_server.stop)
+        self._is_drained = False
         self._entry = directory.entry_of_this_replica(
             "gateway", metrics_address=join_address(host.advertised, server.port)
         )
         await asyncio.to_thread(directory.register, self._entry)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app(proxy_echoes_id=True)
+
+    def _app(self, *, proxy_echoes_id: bool) -> FastAPI:
         return create_app(
             self._services,
             metrics_text=lambda: generate_latest(self._registry),
             metrics_targets=self._targets,
-            proxy_echoes_id=True,
+            proxy_echoes_id=proxy_echoes_id,
         )
 
     async def _targets(self) -> list[Any]:
@@ -176,9 +190,12 @@ class GatewayReplica:
 
     async def drain(self) -> None:
         """Refuse what is new; return when all that is open has finished, or was ended after ``handoff.drain_s``."""
+        self._is_drained = True
         await self._backend.drain(self._settings.handoff.drain_s)
 
     async def __del__(self) -> None:
         if hasattr(self, "_entry"):
             await asyncio.to_thread(directory.unregister, self._entry)
+            if not self._is_drained:  # this replica alone is stopped: Serve doesn't know what our own servers answer
+                await self._backend.drain(self._settings.ray.stop_timeout_s)
         await self._exits.aclose()

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from shoal.app.graph import Replicas, bind, build, demand
+from shoal.app.graph import Replicas, bind, build, demand, with_gateway
 from shoal.config import ShoalConfig
 
 
 class Plain:
-    def __init__(self, config: dict[str, Any], handle: Any = None) -> None:
+    def __init__(self, config: dict[str, Any], handle: Any = None, *, listens: bool = False) -> None:
         pass
 
 
@@ -102,6 +102,27 @@ def test_the_gateway_goes_where_its_resource_is():
     gateway, _, _ = (one for one, _ in chain(config))
     assert gateway.ray_actor_options["resources"] == {"front": 1}
     assert demand(config)["front"] == 1
+
+
+def test_of_a_node_little_is_asked_but_to_be_it():
+    config = ShoalConfig(ray={"address": "auto"}, gateway={"resource": "node:10.0.0.1"})
+    gateway, _, _ = (one for one, _ in chain(config))
+    assert gateway.ray_actor_options["resources"] == {"node:10.0.0.1": 0.001}
+
+
+def test_the_gateway_listens_unless_serve_s_proxy_does():
+    own = bind(ShoalConfig(), Replicas(Ingress, Plain, Plain))
+    assert own._bound_deployment.init_kwargs == {"listens": True}
+    assert own._bound_deployment.func_or_class is Ingress
+    proxied = build({})
+    assert proxied._bound_deployment.init_kwargs == {"listens": False}
+
+
+def test_another_port_changes_nothing_else():
+    config = ShoalConfig(gateway={"grpc_port": 0}, decode={"replicas": 3})
+    changed = with_gateway(config, port=1234)
+    assert changed.gateway.port == 1234
+    assert with_gateway(changed, port=config.gateway.port) == config
 
 
 def test_a_serve_configuration_file_joins_the_cluster_that_it_is_deployed_on():

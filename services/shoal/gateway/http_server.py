@@ -1,0 +1,81 @@
+"""The gateway's own HTTP server: a token goes from the process that gets it from decode straight to the client.
+
+Ray Serve's proxy would be one process more on its way. Where something needs the proxy (KubeRay looks at it, and turns
+clients from one cluster to the next by it), the same application stands behind it instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Generator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from shoal.errors import ConfigError
+from shoal.rpc.ports import join_address
+
+_log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+"""Longer than clients and load balancers keep a connection that is idle, a minute at most: they should end it."""
+_STOP_GRACE_S = 1
+"""Whatever was being answered has ended by then; this only lets the last bytes out."""
+
+
+class HttpServer:
+    """Serves an ASGI application on the event loop that starts it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,  # the gateway's log has a line a request already
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_STOP_GRACE_S,
+        )
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen on ``port``, or on any free one if it's 0; returns it. Raises ConfigError if it can't be bound."""
+        listener = _listen(host, port)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._serving.add_done_callback(_ended)
+        bound: int = listener.getsockname()[1]
+        return bound
+
+    async def stop(self) -> None:
+        """End all connections. Twice is a no-op."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await asyncio.wait([self._serving])
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are the replica's: Serve ends it, and then we are stopped."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    address = join_address(host, port)
+    try:
+        family, _, _, _, place = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(place[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"{address} can't be bound ({error.strerror}): choose another --port") from error
+
+
+def _ended(serving: asyncio.Task[None]) -> None:
+    if not serving.cancelled() and (error := serving.exception()) is not None:
+        _log.error("the HTTP server ended", exc_info=error)

@@ -405,6 +405,7 @@ async def rig(
         if serving:
             await asyncio.wait(serving)
         for each in nixl:
+            await _readers_gone(each)
             await each.close()
         left = os.listdir(folder)  # noqa: PTH208 - names say it all
         shutil.rmtree(folder)
@@ -412,6 +413,13 @@ async def rig(
     assert not left
     assert all(loader._memory.closed for loader in (*loaders, *nixl_loaders, *remote.loaders.values()))
     assert all(each.num_readers == 0 for each in nixl)
+
+
+async def _readers_gone(nixl: Nixl) -> None:
+    """A READ that was under way when its session ended keeps its buffer; NIXL says when it's over, and tells nobody."""
+    async with asyncio.timeout(10):
+        while nixl.num_readers:
+            await asyncio.sleep(0.01)
 
 
 async def disconnect(kind: str, end: str, turns: int) -> None:

@@ -349,7 +349,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"can't read the configuration {path}: {error}") from error
+        hint = "" if path.suffix in {".yaml", ".yml"} else "; if it's a model, say --model"
+        raise ConfigError(f"can't read the configuration {path}: {error}{hint}") from error
     if tree is None:
         return {}
     if not (isinstance(tree, dict) and all(isinstance(key, str) for key in tree)):

@@ -196,3 +196,10 @@ def test_a_configuration_can_not_be_changed() -> None:
     for layer, key in ((config, "decode"), (config.decode, "replicas"), (config.handoff.port_range, "first")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(layer, key, 1)
+
+
+@pytest.mark.parametrize(("name", "is_model"), [("smollm2", True), ("model.gguf", True), ("shoal.yaml", False)])
+def test_a_model_where_a_configuration_belongs_is_told_its_option(tmp_path: Path, name: str, is_model: bool):
+    with pytest.raises(ConfigError, match="can't read the configuration") as caught:
+        load_config(tmp_path / name)
+    assert ("--model" in caught.value.message) is is_model

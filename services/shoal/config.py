@@ -142,8 +142,12 @@ class StageConfig(_Frozen):
         "depend on what was asked before.",
     )
     max_step_tokens: Annotated[int, Field(ge=1)] = Field(
-        2048,
-        description="Tokens one forward may run: longer prompts come in chunks. Half a second of work is a good size.",
+        2048, description="Tokens one forward may run: longer prompts come in chunks."
+    )
+    target_step_s: Annotated[float, Field(gt=0)] = Field(
+        0.5,
+        description="How long a step with prompts in it should take: where max_step_tokens would take longer, chunks "
+        "are shorter, by what steps took before.",
     )
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
     max_queued: Annotated[int, Field(ge=1)] = Field(256, description="Requests that may wait; more get 429.")

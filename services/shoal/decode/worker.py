@@ -150,6 +150,7 @@ class DecodeWorker:
                 hold=pool is not None,
                 outline=request.outline,
                 tenant=request.context.tenant,
+                timeout_s=deadline_s - submitted_s,
             )
         )
         if pool is None:

@@ -158,6 +158,7 @@ def build_engine(
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
         num_deep_blocks=num_deep_blocks,
         reuse=Reuse(limits.reuse),
+        target_step_s=limits.target_step_s,
     )
     kernels = choose_kernels(limits, served, device)
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
@@ -213,6 +214,7 @@ def warm_up(engine: Engine, stage: Stage, device: torch.device) -> None:
             while not _checked(engine.step()).is_idle:
                 pass
     engine.finish(_WARM_UP)
+    scheduler.pace.forget()
 
 
 def _checked(output: StepOutput) -> StepOutput:

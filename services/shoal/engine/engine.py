@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,19 +55,23 @@ class Engine:
         hold: bool = False,
         outline: PromptOutline | None = None,
         tenant: str = "",
+        timeout_s: float = math.inf,
     ) -> None:
         """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``. K/V are shared
-        within a ``tenant`` only."""
+        within a ``tenant`` only. Who has the least ``timeout_s`` left comes first."""
         shallow = self.runner.decoder.plan.shallow_tokens(len(prompt), depth, outline)
         if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
         sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold, tenant=tenant)
+        sequence.deadline_s = self._clock() + timeout_s
         room = self.scheduler.num_tokens_left(sequence) + 1
         if sampling.may_shorten and 0 < room < sampling.max_tokens:
             sequence.sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         self._submit(sequence)
 
-    def submit_prefill(self, request_id: str, num_prompt_tokens: int, *, tenant: str = "") -> None:
+    def submit_prefill(
+        self, request_id: str, num_prompt_tokens: int, *, tenant: str = "", timeout_s: float = math.inf
+    ) -> None:
         """Queue a prompt whose K/V are to be computed and shipped. Its ids come with ``start_shipping``.
 
         Its depth is this stage's plan: all tokens but the boundary token, which isn't run here.
@@ -74,7 +79,9 @@ class Engine:
         shallow = range(num_prompt_tokens - 1 if self.runner.decoder.plan.num_skipped else 0)
         placeholder = (0,) * num_prompt_tokens
         sampling = SamplingParams(max_tokens=1)
-        self._submit(Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False, tenant=tenant))
+        sequence = Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False, tenant=tenant)
+        sequence.deadline_s = self._clock() + timeout_s
+        self._submit(sequence)
 
     def start_shipping(
         self, request_id: str, prompt: tuple[int, ...], *, num_present: int = 0, wire_mode: WireMode = WireMode.KV
@@ -158,9 +165,11 @@ class Engine:
             for sequence in plan.sequences:  # choices that this very step forked
                 self.finish(sequence.request_id)
             return StepOutput(started_s, self._clock(), self.counts(), plan.num_rows, failures=tuple(failed))
+        ended_s = self._clock()
+        self.scheduler.pace.saw(plan.num_rows, ended_s - started_s)
         return StepOutput(
             started_s,
-            self._clock(),
+            ended_s,
             self.counts(),
             plan.num_rows,
             len(plan.sequences),

@@ -1,17 +1,20 @@
 """What the next step runs. Plain Python: no tensors, no clock, no threads.
 
-First in, first out. Every step, running sequences get one token each (or the next chunk of their prompt), oldest
-first, within a token budget; what is left of it admits waiting ones. When a running sequence needs a block and none is
+Earliest deadline first, and of equal ones first in, first out. Every step, running sequences get one token each, then
+others the next chunk of their prompt, within a token budget and, of prompts, what a step's time allows; what is left of
+it admits waiting ones. When a running sequence needs a block and none is
 free, the youngest running one gives up all of its blocks and goes back to the head of the queue; it is recomputed from
 its tokens, each with the depth it had. While reserved ones hold blocks, the last one running waits for those instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from shoal.engine.pace import Pace
 from shoal.engine.sequence import Phase, Sequence
 from shoal.engine.tables import Reuse, block_tables
 from shoal.errors import InternalError, InvalidRequest, OutOfBlocks, Overloaded
@@ -79,7 +82,10 @@ class StepPlan:
 
 
 class Scheduler:
-    """Owns all sequences of one engine and decides who runs. Called by the engine thread alone."""
+    """Owns all sequences of one engine and decides who runs. Called by the engine thread alone.
+
+    A step runs at most ``max_step_tokens``, and with prompts in it should take ``target_step_s`` at most.
+    """
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class Scheduler:
         max_reserved_ratio: float = 1.0,
         num_deep_blocks: int = 0,
         reuse: Reuse = Reuse.NONE,
+        target_step_s: float = math.inf,
     ) -> None:
         self.layout = layout
         self.tables = block_tables(layout, num_blocks, num_deep_blocks, reuse)
@@ -101,6 +108,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._wants_blocks = False
         self.max_step_tokens = max_step_tokens
+        self.pace = Pace(target_step_s, max_step_tokens)
         self._max_sequences = max_sequences
         self._max_queued = max_queued
         self._max_reserved_ratio = max_reserved_ratio
@@ -119,7 +127,10 @@ class Scheduler:
                     f"{' in its deep layers' if table is not self.tables[0] else ''}",
                     param="prompt",
                 )
-        self.waiting.append(sequence)
+        index = len(self.waiting)
+        while index and self._is_due_before(sequence, self.waiting[index - 1]):
+            index -= 1
+        self.waiting.insert(index, sequence)
 
     @property
     def allocator(self) -> BlockAllocator:
@@ -232,7 +243,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Choose the next step's rows; empty if nothing can run now."""
-        budget = self.max_step_tokens
+        budget, prompt_budget = self.max_step_tokens, self.pace.num_tokens
         self._wants_blocks = False
         rows: list[ScheduledRows] = []
         recalls: list[ScheduledRows] = []
@@ -245,10 +256,14 @@ class Scheduler:
                 recalls.append(ScheduledRows(sequence, found.start, found.stop))
                 budget -= len(found)
                 continue
-            pieces = list(sequence.pieces(budget))
+            is_prompt = sequence.num_pending > 1
+            most = min(budget, prompt_budget) if is_prompt else budget
+            pieces = list(sequence.pieces(most)) if most > 0 else []
             if pieces and self._make_room(sequence, pieces, rows):
                 rows += (ScheduledRows(sequence, start, end) for start, end in pieces)
-                budget -= sum(end - start for start, end in pieces)
+                num_rows = sum(end - start for start, end in pieces)
+                budget -= num_rows
+                prompt_budget -= num_rows if is_prompt else 0
         # Without rows nothing runs, and copies wait for the next step.
         copies = [table.take_copies() if rows else () for table in self.tables]
         deep_copies = copies[1] if len(copies) > 1 else ()
@@ -264,11 +279,16 @@ class Scheduler:
 
     # --- helpers --------------------------------------------------------------------------------------
 
+    def _is_due_before(self, new: Sequence, waiting: Sequence) -> bool:
+        """One that was running already stays first: somebody may be reading its answer."""
+        return not waiting.came_back and new.deadline_s < waiting.deadline_s
+
     def _in_order(self) -> Iterator[Sequence]:
-        """Oldest first, but those that only need one token before those with a prompt to chew on."""
+        """Those that only need one token, oldest first, before those with a prompt to chew on."""
         snapshot = list(self.running)
         yield from (sequence for sequence in snapshot if sequence.num_pending == 1)
-        yield from (sequence for sequence in snapshot if sequence.num_pending > 1)
+        prompts = (sequence for sequence in snapshot if sequence.num_pending > 1)
+        yield from sorted(prompts, key=lambda sequence: sequence.deadline_s)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.phase = Phase.RUNNING
@@ -321,6 +341,7 @@ class Scheduler:
         sequence.num_present = sequence.num_computed = 0
         sequence.arrived = range(0)
         sequence.hold = False
+        sequence.came_back = True
         self.waiting.appendleft(sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:

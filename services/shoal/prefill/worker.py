@@ -53,12 +53,14 @@ class PrefillWorker:
         request_id = grant.lease_id.hex()
         with self._engine.open(request_id) as inbox:
             asked_s = time.monotonic()
-            tenant = grant.context.tenant
+            context = grant.context
             await self._engine.call(
-                lambda engine: engine.submit_prefill(request_id, grant.num_prompt_tokens, tenant=tenant)
+                lambda engine: engine.submit_prefill(
+                    request_id, grant.num_prompt_tokens, tenant=context.tenant, timeout_s=context.timeout_s
+                )
             )
             try:
-                async with asyncio.timeout(min(grant.claim_timeout_s, grant.context.timeout_s)):
+                async with asyncio.timeout(min(grant.claim_timeout_s, context.timeout_s)):
                     await inbox.reserved()
                 waited_s = time.monotonic() - asked_s
                 await self._hand_off(grant, inbox, waited_s)

@@ -70,6 +70,7 @@ class SimulatedEngine:
         self.num_steps += 1
         self.num_tokens += plan.num_rows
         self.busy_s += self._agenda.now_s - began_s
+        self.scheduler.pace.saw(plan.num_rows, self._agenda.now_s - began_s)
         for row in plan.rows:
             row.sequence.advance(row.end)
             if not row.sequence.sampled:

@@ -23,9 +23,9 @@ def make_scheduler(num_blocks: int = 64, **limits: float) -> Scheduler:
     return Scheduler(layout, num_blocks, **settings_)  # type: ignore[arg-type]
 
 
-def sequence(name: str, num_prompt: int, *, max_tokens: int = 4, choices: int = 1, **fields: bool) -> Sequence:
+def sequence(name: str, num_prompt: int, *, max_tokens: int = 4, choices: int = 1, **fields: float) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, num_choices=choices)
-    return Sequence(name, tuple(range(num_prompt)), range(num_prompt - 1), sampling, **fields)
+    return Sequence(name, tuple(range(num_prompt)), range(num_prompt - 1), sampling, **fields)  # type: ignore[arg-type]
 
 
 def rows_of(plan: StepPlan) -> list[tuple[str, int, int]]:
@@ -75,6 +75,47 @@ def test_admission_is_first_in_first_out_even_if_a_later_one_would_fit():
     scheduler.submit(sequence("small", 2))
     step(scheduler)
     assert [item.request_id for item in scheduler.waiting] == ["large", "small"]
+
+
+def test_who_has_the_least_time_left_is_admitted_first_and_of_equals_who_came_first():
+    scheduler = make_scheduler(max_sequences=1)
+    scheduler.submit(sequence("runs", 4))
+    step(scheduler)
+    for name, deadline_s in (("late", 600), ("soon", 10), ("late too", 600), ("sooner", 5), ("soon too", 10)):
+        scheduler.submit(sequence(name, 4, deadline_s=deadline_s))
+    expected = ["sooner", "soon", "soon too", "late", "late too"]
+    assert [item.request_id for item in scheduler.waiting] == expected
+
+
+def test_one_that_gave_its_blocks_up_comes_back_before_all_others_however_little_time_they_have():
+    scheduler = make_scheduler(num_blocks=8)
+    scheduler.submit(sequence("old", 12, max_tokens=20))
+    scheduler.submit(sequence("young", 12, max_tokens=20))
+    while scheduler.num_preemptions == 0:
+        step(scheduler)
+    scheduler.submit(sequence("urgent", 4, deadline_s=1))
+    assert [item.request_id for item in scheduler.waiting] == ["young", "urgent"]
+
+
+def test_of_prompts_that_run_the_one_with_the_least_time_left_is_computed_first():
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.submit(sequence("old", 30, deadline_s=600))
+    step(scheduler)
+    scheduler.submit(sequence("urgent", 12, deadline_s=5))
+    assert rows_of(step(scheduler)) == [("urgent", 0, 8)]
+    assert rows_of(step(scheduler)) == [("urgent", 8, 12), ("old", 8, 12)]
+
+
+def test_chunks_of_prompts_are_as_long_as_a_step_may_take_and_tokens_come_beside_them():
+    scheduler = make_scheduler(num_blocks=512, max_step_tokens=1024, target_step_s=0.5)
+    scheduler.submit(sequence("chats", 4, max_tokens=20))
+    step(scheduler)
+    scheduler.submit(sequence("long", 1000))
+    scheduler.submit(sequence("long too", 1000))
+    scheduler.pace.saw(1024, 2.0)
+    assert rows_of(step(scheduler)) == [("chats", 4, 5), ("long", 0, 256)]
+    scheduler.pace.forget()
+    assert rows_of(step(scheduler)) == [("chats", 5, 6), ("long", 256, 1000), ("long too", 0, 279)]
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back():

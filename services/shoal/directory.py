@@ -8,8 +8,8 @@
 Values are JSON. A replica that dies can't take its entry back, so a reader compares with the names of the actors that
 live, which Ray keeps right, and removes what a dead one left.
 
-All functions block for a round trip to the head node (about a millisecond): on an event loop call them in a thread, or
-ask a ``LivingPool``.
+All functions block for a few round trips to the head node, however many replicas there are (a millisecond): on an event
+loop call them in a thread, or ask a ``LivingPool``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -107,12 +108,10 @@ def loading(app: str) -> tuple[Loading, ...]:
 def _living(kind: str, record: type[_Record], app: str, role: Role | None) -> tuple[_Record, ...]:
     # The store is read before the names: an actor has its name before its entry, so an entry without one is dead.
     prefix = f"{app}/{kind}/" if role is None else f"{app}/{kind}/{role}/"
-    found = [_get(key, record) for key in sorted(_keys(prefix))]
+    found = _read_all(_keys(prefix), record)
     alive = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     records = []
     for entry in found:
-        if entry is None:
-            continue
         if entry.actor_name in alive:
             records.append(entry)
         else:
@@ -138,11 +137,17 @@ def _delete(kind: str, record: Entry | Loading) -> None:
     internal_kv._internal_kv_del(_key(kind, record), namespace=_NAMESPACE)
 
 
-def _get(key: bytes, record: type[_Record]) -> _Record | None:
-    """``None`` if its replica took it back meanwhile. Fields that this version doesn't know are left out."""
-    value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
-    if value is None:
-        return None
+def _read_all(keys: Sequence[bytes], record: type[_Record]) -> list[_Record]:
+    """In one round trip, by their keys' order; without those that were taken back meanwhile."""
+    if not keys:
+        return []
+    store = internal_kv.internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
+    values: dict[bytes, bytes] = store.internal_kv_multi_get(list(keys), _NAMESPACE.encode())
+    return [_parse(values[key], record) for key in sorted(values)]
+
+
+def _parse(value: bytes, record: type[_Record]) -> _Record:
+    """Fields that this version doesn't know are left out."""
     fields: dict[str, Any] = json.loads(value)
     known = {field.name for field in dataclasses.fields(record)}
     return record(**{name: field for name, field in fields.items() if name in known})

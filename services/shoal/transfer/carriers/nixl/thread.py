@@ -22,6 +22,7 @@ _MIN_POLL_S = 50e-6
 _MAX_POLL_S = 5e-3
 _POLLS_PER_WAIT = 8
 """The longer something takes, the less it matters when exactly its end is seen."""
+_CLOSE_S = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -75,15 +76,21 @@ class NixlThread:
         if poller in self._pollers:
             self._pollers.remove(poller)
 
-    def close(self) -> None:
-        """Finish what was submitted, and end the thread. Twice is a no-op."""
+    def close(self, within_s: float = _CLOSE_S) -> None:
+        """Finish what was submitted, and end the thread. Twice is a no-op.
+
+        One that hangs in NIXL can't be ended: after ``within_s`` it's left to the end of the process.
+        """
         with self._lock:
             if self._is_closed:
                 return
             self._is_closed = True
             self._calls.put(None)
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self._thread.ident is None:
+            return
+        self._thread.join(within_s)
+        if self._thread.is_alive():
+            _log.warning("a call of NIXL hasn't ended within %g s: its thread is left behind", within_s)
 
     def _run(self) -> None:
         timeout_s: float | None = None

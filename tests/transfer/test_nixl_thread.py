@@ -1,0 +1,41 @@
+"""The thread that calls NIXL, without NIXL."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from shoal.errors import Unavailable
+from shoal.transfer.carriers.nixl.thread import NixlThread
+
+
+def test_what_was_submitted_is_finished_before_the_end():
+    thread, done = NixlThread(), []
+    futures = [thread.submit(lambda number=number: done.append(number)) for number in range(3)]  # type: ignore[misc]
+    thread.close()
+    assert done == [0, 1, 2] and all(future.done() for future in futures)
+    with pytest.raises(Unavailable, match="closed"):
+        thread.submit(lambda: None).result(0)
+    thread.close()
+
+
+def test_a_call_that_hangs_does_not_hold_up_the_end_of_the_process(caplog: pytest.LogCaptureFixture):
+    thread, hangs, may_end = NixlThread(), threading.Event(), threading.Event()
+
+    def hang() -> bool:
+        hangs.set()
+        return may_end.wait(30)
+
+    future = thread.submit(hang)
+    assert hangs.wait(10)
+    with caplog.at_level(logging.WARNING):
+        thread.close(within_s=0.05)
+    assert "hasn't ended" in caplog.text and not future.done()
+    may_end.set()
+    assert future.result(10)
+
+
+def test_one_that_was_never_used_has_nothing_to_end():
+    NixlThread().close()

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import mmap
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kv_prompts import NUM_LAYERS, NUM_SHALLOW, PLAN, SHAPE, ArraySink, Prompt, lease_id, prompt
 from remote_memory import Remote
-from shoal.errors import HandoffError, PeerGone, ShoalError
-from shoal.messages import Carrier, Chunk, Envelope, Frame, Hello, WireMode
-from shoal.transfer.base import Channel, Clock, crc32c, new_incarnation
+from shoal.errors import ShoalError
+from shoal.messages import Carrier, WireMode
+from shoal.transfer.base import Channel, Clock, new_incarnation
 from shoal.transfer.carriers.nixl.loader import NixlLoader
 from shoal.transfer.carriers.nixl.process import Nixl
 from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader
@@ -36,10 +34,9 @@ from shoal.transfer.lease_table import LeaseTimes
 from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.server import HandoffServer
-from shoal.transfer.session import PROTOCOL_VERSION, Identity
+from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
 from shoal.transfer.staging import StagingSlots
-from shoal.transfer.terms import KvShape
 
 # Read by UCX, from the environment alone, when an agent is made: tests stay on loopback.
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
@@ -55,92 +52,11 @@ def _has_nixl() -> bool:
 
 needs_nixl = pytest.mark.skipif(not _has_nixl(), reason="NIXL isn't installed: pip install --no-deps nixl nixl-cu13")
 
-PLAN = "plan-a"
-NUM_LAYERS = 4
-NUM_SHALLOW = 3
-TOKEN_BYTES = 32
-STATE_BYTES = 16
-SHAPE = KvShape(PLAN, NUM_LAYERS, NUM_SHALLOW, TOKEN_BYTES, STATE_BYTES)
 TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0, drain_s=2.0)
 CREDIT_BYTES = 4096
 MAX_FRAME_BYTES = 1024
 CHUNK_TOKENS = 10
 PORTS = (23100, 23999)
-
-F = TypeVar("F", bound=Frame)
-_ids = itertools.count(1)
-
-
-def lease_id() -> bytes:
-    return next(_ids).to_bytes(16, "big")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Random token ids and K/V ``[layers, tokens, bytes]`` for all but the boundary token.
-
-    K/V that are projected are here their state, twice.
-    """
-
-    token_ids: tuple[int, ...]
-    kv: npt.NDArray[np.uint8]
-    blocks: tuple[int, ...]
-    num_present: int = 0
-
-    @property
-    def num_shipped(self) -> int:
-        return len(self.token_ids) - 1 - self.num_present
-
-    @property
-    def states(self) -> npt.NDArray[np.uint8]:
-        return self.kv[NUM_SHALLOW, :, :STATE_BYTES]
-
-
-def prompt(num_tokens: int = 41, *, num_present: int = 0, seed: int = 0) -> Prompt:
-    rng = np.random.default_rng(seed)
-    ids = tuple(int(value) for value in rng.integers(0, 1000, num_tokens))
-    kv = rng.integers(0, 256, (NUM_LAYERS, num_tokens - 1, TOKEN_BYTES), dtype=np.uint8)
-    kv[NUM_SHALLOW:] = project(kv[NUM_SHALLOW, :, :STATE_BYTES])
-    return Prompt(ids, kv, (seed, seed + 1000), num_present)
-
-
-def project(states: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """K/V ``[1, tokens, bytes]`` of states ``[tokens, bytes]``."""
-    return np.concatenate([states, states], axis=-1)[None]
-
-
-class ArraySink:
-    """Blocks are arrays ``[layers, tokens, bytes]``. ``gate`` holds copies up; ``fails`` makes them raise."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[tuple[int, ...], npt.NDArray[np.uint8]] = {}
-        self.written: Counter[tuple[int, ...]] = Counter()
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.started = asyncio.Event()
-        self.fails: Exception | None = None
-        self.writing: Counter[tuple[int, ...]] = Counter()
-        self.max_writing = 0
-
-    async def write(self, blocks: Sequence[int], chunk: Chunk) -> None:
-        key = tuple(blocks)
-        self.writing[key] += 1
-        self.max_writing = max(self.max_writing, self.writing[key])
-        self.started.set()
-        try:
-            await self.gate.wait()
-            if self.fails is not None:
-                raise self.fails
-            layers, tokens = chunk.layer_end - chunk.layer_start, chunk.token_end - chunk.token_start
-            rows = np.frombuffer(chunk.payload, np.uint8)
-            if chunk.wire_mode is WireMode.HIDDEN:
-                rows = project(rows.reshape(tokens, STATE_BYTES))
-            rows = rows.reshape(layers, tokens, TOKEN_BYTES)
-            array = self.arrays.setdefault(key, np.zeros((NUM_LAYERS, 512, TOKEN_BYTES), np.uint8))
-            array[chunk.layer_start : chunk.layer_end, chunk.token_start : chunk.token_end] = rows
-            self.written[key] += 1
-        finally:
-            self.writing[key] -= 1
 
 
 class Counts:
@@ -186,49 +102,6 @@ class Counts:
 
     def lease_expired(self) -> None:
         self.events["expired"] += 1
-
-
-class FakeTimer:
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self.callback: Callable[[], object] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
-class FakeClock:
-    """Time passes only in ``advance``, which calls what has become due, each at its own time."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        self._due: list[tuple[float, int, FakeTimer]] = []
-        self._order = itertools.count()
-
-    def time(self) -> float:
-        return self.now_s
-
-    def call_at(self, when: float, callback: Callable[[], object], /) -> FakeTimer:
-        timer = FakeTimer(callback)
-        heapq.heappush(self._due, (when, next(self._order), timer))
-        return timer
-
-    async def advance(self, seconds: float) -> None:
-        await settle()
-        end_s = self.now_s + seconds
-        while self._due and self._due[0][0] <= end_s:
-            when, _, timer = heapq.heappop(self._due)
-            self.now_s = max(self.now_s, when)
-            if timer.callback is not None:
-                timer.callback()
-                await settle()
-        self.now_s = end_s
-        await settle()
-
-
-async def settle() -> None:
-    """Let all tasks run until they wait for something that only the test can bring (in memory, that is)."""
-    for _ in range(50):
-        await asyncio.sleep(0)
 
 
 @dataclass
@@ -440,50 +313,3 @@ async def disconnect(kind: str, end: str, turns: int) -> None:
 async def _serve(server: HandoffServer, channel: Channel) -> None:
     with suppress(ShoalError):
         await server.serve(channel)
-
-
-class RawPeer:
-    """A prefill process that sends whatever a test wants. ``frames`` is what decode answered, without beats."""
-
-    def __init__(self, channel: Channel, incarnation: int = 77) -> None:
-        self.channel = channel
-        self.incarnation = incarnation
-
-    async def greet(self, *, version: int = PROTOCOL_VERSION, plans: tuple[str, ...] = (PLAN,)) -> Hello:
-        await self.send(Hello(version, plans, tuple(WireMode), peer="raw"))
-        answer = await self.receive()
-        assert isinstance(answer, Hello)
-        return answer
-
-    async def send(self, *frames: Frame, incarnation: int | None = None) -> None:
-        for frame in frames:
-            await self.channel.send(Envelope(self.incarnation if incarnation is None else incarnation, frame))
-
-    async def receive(self) -> Frame:
-        """The next frame that isn't a beat."""
-        while True:
-            frame = (await asyncio.wait_for(self.channel.receive(), 10)).frame
-            if type(frame).__name__ != "Beat":
-                return frame
-
-    async def expect(self, kind: type[F]) -> F:
-        frame = await self.receive()
-        assert isinstance(frame, kind), frame
-        return frame
-
-    async def until_gone(self) -> ShoalError:
-        """Read until decode ends the channel; returns why."""
-        while True:
-            try:
-                await self.receive()
-            except (PeerGone, HandoffError) as error:
-                return error
-
-
-def chunk(
-    new_id: bytes, seq: int, tokens: tuple[int, int], layers: tuple[int, int] = (0, NUM_LAYERS), **changes: object
-) -> Chunk:
-    """A well-formed chunk of zeros, or with ``changes``."""
-    payload = bytes(TOKEN_BYTES * (tokens[1] - tokens[0]) * (layers[1] - layers[0]))
-    fields = {"crc32c": crc32c(payload), "payload": payload} | changes
-    return Chunk(new_id, seq, *tokens, *layers, **fields)  # type: ignore[arg-type]

@@ -7,22 +7,14 @@ from dataclasses import asdict
 
 import pytest
 
+from kv_prompts import NUM_SHALLOW, STATE_BYTES, TOKEN_BYTES, lease_id, prompt
+from raw_peer import RawPeer
 from shoal.errors import Cancelled, HandoffError, LeaseLost, PeerGone, PlanMismatch, ShoalError, Unavailable
 from shoal.messages import Accepted, Claim, Hello, Refused, WireMode
 from shoal.transfer.lease import LeaseState
 from shoal.transfer.session import PROTOCOL_VERSION
 from shoal.transfer.terms import PartBytes
-from transfer_helpers import (
-    NUM_SHALLOW,
-    STATE_BYTES,
-    TOKEN_BYTES,
-    RawPeer,
-    lease_id,
-    needs_nixl,
-    prompt,
-    rig,
-    send_all,
-)  # fmt: skip
+from transfer_helpers import needs_nixl, rig, send_all
 
 pytestmark = pytest.mark.parametrize(
     "kind",

@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 
+from fake_clock import FakeClock, settle
+from kv_prompts import prompt
 from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import (
     Accepted,
@@ -26,7 +28,7 @@ from shoal.messages import (
 )
 from shoal.transfer.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault, Reset, Storm
 from shoal.transfer.channels.memory import Rule, deliver
-from transfer_helpers import TIMES, FakeClock, Rig, prompt, rig, settle
+from transfer_helpers import TIMES, Rig, rig
 
 FROM_PREFILL = (Hello, Claim, Chunk, Seal, Beat)
 FROM_DECODE = (Hello, Accepted, Credit, Committed, Beat)

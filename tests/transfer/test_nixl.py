@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import pytest
 
+from kv_prompts import PLAN, lease_id, prompt
+from raw_peer import RawPeer, chunk
 from shoal.errors import PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import (
     Accepted,
@@ -33,18 +35,7 @@ from shoal.transfer.carriers.nixl.unloader import NixlUnloader
 from shoal.transfer.channels.faults import Duplicate
 from shoal.transfer.decode_session import Attach
 from shoal.transfer.session import PROTOCOL_VERSION
-from transfer_helpers import (
-    MAX_FRAME_BYTES,
-    PLAN,
-    RawPeer,
-    Rig,
-    chunk,
-    disconnect,
-    lease_id,
-    needs_nixl,
-    prompt,
-    rig,
-)
+from transfer_helpers import MAX_FRAME_BYTES, Rig, disconnect, needs_nixl, rig
 
 pytestmark = needs_nixl
 KIND = "memory+nixl"

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 
+from kv_prompts import PLAN, SHAPE, ArraySink, lease_id, prompt
 from shoal.errors import LeaseLost, PeerGone
 from shoal.messages import Carrier
 from shoal.transfer.carriers.nixl.loader import NixlLoader
@@ -24,7 +25,7 @@ from shoal.transfer.offer import Staging
 from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
-from transfer_helpers import PLAN, PORTS, SHAPE, ArraySink, lease_id, needs_nixl, prompt, send_all
+from transfer_helpers import PORTS, needs_nixl, send_all
 
 pytestmark = needs_nixl
 
@@ -35,7 +36,7 @@ from shoal.transfer.channels.grpc import dial
 from shoal.transfer.offer import Staging
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
-from transfer_helpers import PLAN, TOKEN_BYTES
+from kv_prompts import PLAN, TOKEN_BYTES
 
 async def main(address, new_id, what_then):
     nixl = Nixl(0)

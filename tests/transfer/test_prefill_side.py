@@ -8,6 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from fake_clock import FakeClock, settle
+from kv_prompts import PLAN
+from raw_peer import RawPeer
 from shoal.errors import Cancelled, LeaseLost, PeerGone, PlanMismatch, ShoalError
 from shoal.messages import (
     Accepted,
@@ -29,7 +32,6 @@ from shoal.transfer.base import prompt_hash
 from shoal.transfer.channels.memory import memory_pair
 from shoal.transfer.prefill_side import PrefillSession, PromptClaim
 from shoal.transfer.session import PROTOCOL_VERSION, Identity
-from transfer_helpers import PLAN, FakeClock, RawPeer, settle
 
 ID = bytes(16)
 TOKEN_IDS = tuple(range(9))

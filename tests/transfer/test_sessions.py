@@ -7,12 +7,14 @@ import socket
 
 import pytest
 
+from fake_clock import FakeClock, settle
+from kv_prompts import PLAN, lease_id, prompt
 from shoal.errors import InternalError, PeerGone
 from shoal.messages import Carrier, CarrierReason, Chunk, Envelope
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
-from transfer_helpers import MAX_FRAME_BYTES, PLAN, FakeClock, lease_id, prompt, rig, settle
+from transfer_helpers import MAX_FRAME_BYTES, rig
 
 
 @pytest.mark.parametrize("kind", ["memory", "grpc"])

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from fake_clock import FakeClock, settle
+from kv_prompts import PLAN, TOKEN_BYTES, lease_id, prompt
+from raw_peer import RawPeer, chunk
 from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, PeerGone, ProtocolViolation
 from shoal.messages import (
     Accepted,
@@ -42,22 +45,7 @@ from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import PROTOCOL_VERSION, Identity
 from shoal.transfer.session_pool import SessionPool
-from transfer_helpers import (
-    MAX_FRAME_BYTES,
-    PLAN,
-    TIMES,
-    TOKEN_BYTES,
-    FakeClock,
-    RawPeer,
-    Rig,
-    chunk,
-    disconnect,
-    lease_id,
-    prompt,
-    rig,
-    send_all,
-    settle,
-)
+from transfer_helpers import MAX_FRAME_BYTES, TIMES, Rig, disconnect, rig, send_all
 
 KIND = "memory+shm"
 
@@ -375,7 +363,8 @@ from shoal.transfer.channels.grpc import dial
 from shoal.transfer.offer import Staging
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
-from transfer_helpers import PLAN, prompt, send_all
+from kv_prompts import PLAN, prompt
+from transfer_helpers import send_all
 
 async def main(address, folder, new_id):
     stage = partial(ShmLoader.create, 1024, 1 << 18, Path(folder))
@@ -398,7 +387,8 @@ from shoal.transfer.decode_session import Attach
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
-from transfer_helpers import CREDIT_BYTES, PLAN, PORTS, SHAPE, TIMES, ArraySink, prompt
+from kv_prompts import ArraySink, PLAN, SHAPE, prompt
+from transfer_helpers import CREDIT_BYTES, PORTS, TIMES
 
 async def main(folder, new_id):
     sink = ArraySink()

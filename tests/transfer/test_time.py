@@ -6,13 +6,16 @@ import asyncio
 
 import pytest
 
+from fake_clock import FakeClock, settle
+from kv_prompts import lease_id, prompt
+from raw_peer import RawPeer, chunk
 from shoal.errors import HandoffError, LeaseLost, PeerGone
 from shoal.messages import Accepted, Beat, Cancel, Chunk, Claim, Committed, Drained, Nack, Seal
 from shoal.transfer.base import prompt_hash
 from shoal.transfer.channels.faults import Drop
 from shoal.transfer.lease import LeaseState
 from shoal.transfer.staging import StagingSlots
-from transfer_helpers import TIMES, FakeClock, RawPeer, chunk, lease_id, prompt, rig, settle
+from transfer_helpers import TIMES, rig
 
 
 async def test_an_unclaimed_lease_expires_after_the_claim_timeout() -> None:

@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from fake_clock import settle
+from kv_prompts import PLAN, TOKEN_BYTES, lease_id, prompt
+from raw_peer import RawPeer, chunk
 from shoal.errors import HandoffError, ProtocolViolation
 from shoal.messages import (
     Accepted,
@@ -24,7 +27,7 @@ from shoal.messages import (
 )
 from shoal.transfer.base import prompt_hash
 from shoal.transfer.lease import LeaseState
-from transfer_helpers import PLAN, TOKEN_BYTES, RawPeer, Rig, chunk, lease_id, prompt, rig, settle
+from transfer_helpers import Rig, rig
 
 WANTED = prompt(21)
 

@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from fake_clock import FakeClock
+from kv_prompts import NUM_LAYERS, NUM_SHALLOW, PLAN, SHAPE, STATE_BYTES, TOKEN_BYTES, lease_id, prompt
+from raw_peer import RawPeer, chunk
 from shoal.errors import HandoffError, PlanMismatch, ProtocolViolation
 from shoal.messages import Accepted, Carrier, Chunk, Claim, Hello, WireMode
 from shoal.transfer.base import crc32c
@@ -13,21 +16,7 @@ from shoal.transfer.channels.memory import memory_pair
 from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import PROTOCOL_VERSION, Identity
 from shoal.transfer.terms import KvShape, PartBytes
-from transfer_helpers import (
-    MAX_FRAME_BYTES,
-    NUM_LAYERS,
-    NUM_SHALLOW,
-    PLAN,
-    SHAPE,
-    STATE_BYTES,
-    TOKEN_BYTES,
-    FakeClock,
-    RawPeer,
-    chunk,
-    lease_id,
-    prompt,
-    rig,
-)  # fmt: skip
+from transfer_helpers import MAX_FRAME_BYTES, rig
 
 KV, HIDDEN = WireMode.KV, WireMode.HIDDEN
 BOTH = (KV, HIDDEN)

@@ -163,10 +163,11 @@ class GatewayReplica:
             grpc_server = GrpcServer(self._services)
             await grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)
             self._exits.push_async_callback(grpc_server.stop)
+        self._http_server: HttpServer | None = None
         if listens:
-            http_server = HttpServer(self._app(proxy_echoes_id=False))
-            await http_server.start(settings.gateway.host, settings.gateway.port)
-            self._exits.push_async_callback(http_server.stop)
+            self._http_server = HttpServer(self._app(proxy_echoes_id=False))
+            await self._http_server.start(settings.gateway.host, settings.gateway.port)
+            self._exits.push_async_callback(self._http_server.stop)
         self._is_drained = False
         self._entry = directory.entry_of_this_replica(
             "gateway", metrics_address=join_address(host.advertised, server.port)
@@ -187,6 +188,11 @@ class GatewayReplica:
     async def _targets(self) -> list[Any]:
         entries = await asyncio.to_thread(directory.living, self._settings.ray.app_name)
         return list(targets_document(Target(entry.metrics_address, entry.role, entry.replica_id) for entry in entries))
+
+    async def check_health(self) -> None:
+        """Raises, and Serve replaces this replica, once nobody can reach it."""
+        if self._http_server is not None and not self._http_server.is_serving:
+            raise Unavailable("the gateway's HTTP server has ended")
 
     async def drain(self) -> None:
         """Refuse what is new; return when all that is open has finished, or was ended after ``handoff.drain_s``."""

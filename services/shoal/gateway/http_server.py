@@ -43,6 +43,11 @@ class HttpServer:
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
 
+    @property
+    def is_serving(self) -> bool:
+        """From ``start`` to ``stop``, unless a defect ended it."""
+        return self._serving is not None and not self._serving.done()
+
     async def start(self, host: str, port: int) -> int:
         """Listen on ``port``, or on any free one if it's 0; returns it. Raises ConfigError if it can't be bound."""
         listener = _listen(host, port)

@@ -36,15 +36,18 @@ def application() -> Starlette:
 
 async def test_it_answers_and_ends_connections_that_are_idle() -> None:
     server = HttpServer(application())
+    assert not server.is_serving
     port = await server.start("127.0.0.1", 0)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         answer = await client.get("/")
+        assert server.is_serving
         assert answer.text == "hello" and "server" not in answer.headers
         # The client keeps its connection; the server doesn't wait for it.
         await asyncio.wait_for(server.stop(), 5)
         with pytest.raises(httpx.ConnectError):
             await client.get("/")
     await server.stop()
+    assert not server.is_serving
 
 
 async def test_an_answer_that_does_not_end_is_ended() -> None:

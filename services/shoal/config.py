@@ -145,7 +145,7 @@ class StageConfig(_Frozen):
         2048, description="Tokens one forward may run: longer prompts come in chunks."
     )
     target_step_s: Annotated[float, Field(gt=0)] = Field(
-        0.5,
+        1.0,
         description="How long a step with prompts in it should take: where max_step_tokens would take longer, chunks "
         "are shorter, by what steps took before.",
     )

@@ -129,7 +129,7 @@ class TestCluster:
     def await_whole(self, within_s: float = 60) -> None:
         """Until every pool has all its replicas again: after one was killed, Serve starts another."""
         deadline_s = time.monotonic() + within_s
-        while Counter(entry.role for entry in self.live.replica_entries()) != self.num_by_role:
+        while Counter(entry.role for entry in self.live.replica_entries()) != Counter(self.num_by_role):
             assert time.monotonic() < deadline_s, self.live.replica_entries()
             threading.Event().wait(0.1)  # nobody tells
 

@@ -304,3 +304,42 @@ def test_half_of_64_clients_leave_whenever_they_like(live: TestCluster, known: M
     assert 32 + num_left / 2 <= rise(before, live.look(), "shoal_requests_total") <= 64
     assert rise(before, after, "shoal_kv_fallback_total", rung="unavailable") == 0
     assert live.look().metric("shoal_kv_blocks", state="free") == live.look().metric("shoal_kv_blocks")
+
+
+def test_a_gateway_that_is_killed_is_replaced_at_its_ports(live: TestCluster, known: Mapping[str, RealPrompt]):
+    [killed] = live.live.replica_entries("gateway")
+    live.kill(killed.replica_id)
+    while killed in live.live.replica_entries("gateway"):
+        pass
+    live.await_whole()
+    assert_answers_at_both_doors(live, known)
+
+
+def test_a_gateway_that_is_stopped_finishes_its_answers_and_leaves_its_ports_to_the_next(
+    live: TestCluster, known: Mapping[str, RealPrompt]
+):
+    prompt = min(known.values(), key=lambda one: len(one.token_ids))
+
+    async def run() -> None:
+        async with connected(live) as client:
+            answer = Answer(prompt, num_tokens=64)
+            asked = asyncio.create_task(ask(client, answer))
+            await until(live, asked, lambda _look: bool(answer.chunks))
+            await asyncio.to_thread(live.scale, "gateway", 0)
+            (await asked).assert_right()
+
+    asyncio.run(run())
+    live.scale("gateway", 1)
+    assert_answers_at_both_doors(live, known)
+
+
+def assert_answers_at_both_doors(live: TestCluster, known: Mapping[str, RealPrompt]) -> None:
+    prompt = min(known.values(), key=lambda one: len(one.token_ids))
+    target = f"127.0.0.1:{live.config.gateway.grpc_port}"
+
+    async def run() -> None:
+        async with connected(live) as http, AsyncClient(target, timeout_s=60) as grpc:
+            (await ask(http, Answer(prompt, num_tokens=4))).assert_right()
+            (await ask_grpc(grpc, Answer(prompt, num_tokens=4))).assert_right()
+
+    asyncio.run(run())

@@ -28,13 +28,17 @@ def test_a_call_that_hangs_does_not_hold_up_the_end_of_the_process(caplog: pytes
         hangs.set()
         return may_end.wait(30)
 
-    future = thread.submit(hang)
+    future, behind = thread.submit(hang), thread.submit(lambda: "behind it")
     assert hangs.wait(10)
     with caplog.at_level(logging.WARNING):
         thread.close(within_s=0.05)
-    assert "hasn't ended" in caplog.text and not future.done()
+    assert "hasn't ended" in caplog.text
+    for one in (future, behind):
+        with pytest.raises(Unavailable, match="hangs"):
+            one.result(0)
     may_end.set()
-    assert future.result(10)
+    thread._thread.join(10)
+    assert not thread._thread.is_alive()
 
 
 def test_one_that_was_never_used_has_nothing_to_end():

@@ -120,15 +120,14 @@ class _Start:
         self._app = config.ray.app_name
         self._folder: Path | None = None
         self._is_deployed = False
+        self._is_serve_ours = False
         self._is_over = threading.Event()
         self._calls: list[Future[Any]] = []
         self._gateway: DeploymentHandle[Any] | None = None
         gateway = config.gateway
         if is_private(config):
             self._config = with_gateway(config, port=gateway.port or free_port(gateway.host))
-            require_free(gateway.host, self._config.gateway.port)
-            if gateway.grpc_port:
-                require_free(gateway.host, gateway.grpc_port, "grpc_port")
+            self._require_free_ports()
         elif not gateway.port:
             raise ConfigError(
                 "say which port: a cluster that is joined has no free one of its own (--port, gateway.port)"
@@ -144,6 +143,13 @@ class _Start:
     @property
     def url(self) -> str:
         return url_of(self._config.gateway.host, self._config.gateway.port)
+
+    def _require_free_ports(self) -> None:
+        """On this machine, for the gateway."""
+        gateway = self._config.gateway
+        require_free(gateway.host, gateway.port)
+        if gateway.grpc_port:
+            require_free(gateway.host, gateway.grpc_port, "grpc_port")
 
     def start(self, interrupts: Interrupts) -> None:
         """Ray, then Serve: 5 to 10 s, in two steps that are not to be interrupted."""
@@ -176,6 +182,7 @@ class _Start:
         if not is_private(self._config) and self._config.gateway.resource is None:
             # Clients come in where they are told to, by this process.
             self._config = with_gateway(self._config, resource=_resource_of_this_node())
+            self._require_free_ports()
         self.daemons.watch()
 
     def _wait_for_nodes(self) -> None:
@@ -194,10 +201,11 @@ class _Start:
 
     def _start_serve(self) -> None:
         from ray import serve
-        from ray.serve.context import _set_global_client
+        from ray.serve.context import _get_global_client, _set_global_client
 
         # Serve remembers its controller beyond Ray's end; a cluster that this process had before had another one.
         _set_global_client(None)  # type: ignore[no-untyped-call]
+        self._is_serve_ours = _get_global_client(raise_if_no_controller_running=False) is None
         if self._app in serve.status().applications:
             raise ConfigError(f"the cluster already serves {self._app!r}: choose another name with ray.app_name")
         # Clients come in by the gateway's own servers. A cluster that has proxies already keeps them, for others.
@@ -292,8 +300,10 @@ class _Start:
                 if self._gateway is None:
                     # Nobody was served yet, so nothing has to finish: Serve would wait for weights to load first.
                     _kill_replicas(self._app)
-        while self._app in serve.status().applications and not self._is_over.wait(_WATCH_PERIOD_S):
+        while (left := serve.status().applications.keys()) & {self._app} and not self._is_over.wait(_WATCH_PERIOD_S):
             pass
+        if self._is_serve_ours and not left and not is_private(self._config):
+            serve.shutdown()  # type: ignore[no-untyped-call]  # whoever comes next may want proxies
 
     def stop(self, interrupts: Interrupts) -> None:
         """End Ray's processes, if they are ours: 1 to 3 s, not to be interrupted."""

@@ -33,7 +33,7 @@ class Replicas:
     ``gateway(config, decode, listens=…)`` serves HTTP itself, or has Serve do it with the application that
     ``__serve_build_asgi_app__`` returns; its ``async def drain`` refuses new requests and returns when none is open;
     ``decode(config, prefill)``; ``prefill(config)``. Each may have ``async def check_health`` (an exception has the
-    replica replaced) and ``async def __del__`` (runs before the process ends, but only if no request is left by then).
+    replica replaced) and ``async def __del__`` (runs before the process ends, once no call through Serve is open).
     """
 
     gateway: type

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
+from contextlib import suppress
 from typing import Literal
 
 from shoal.errors import ConfigError
 
 Setting = Literal["port", "grpc_port"]
 
+# Below what Linux gives away by itself, above the ranges of our other servers.
+_OURS = range(24000, 32000)
+_MAX_TRIES = 20
 _EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 
 
 def require_free(host: str, port: int, setting: Setting = "port") -> None:
-    """Raises ConfigError unless ``host:port`` can be bound. Serve would start, and only its log would tell."""
+    """Raises ConfigError unless ``host:port`` can be bound: the gateway would tell, but much later."""
     _bind(host, port, setting)
 
 
 def free_port(host: str) -> int:
-    """A port of ``host`` that nothing listens on now."""
+    """A port of ``host`` that nothing listens on now; not of those that the system gives away, Ray's daemons first."""
+    for port in random.sample(_OURS, _MAX_TRIES):
+        with suppress(ConfigError):
+            return _bind(host, port, "port")
     return _bind(host, 0, "port")
 
 

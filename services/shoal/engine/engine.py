@@ -24,6 +24,9 @@ from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams, W
 
 _log = logging.getLogger(__name__)
 
+PATIENCE_S = 10.0
+"""Who may wait longer is treated as if this were all: nobody is overtaken by what comes so much later."""
+
 
 class Engine:
     """``eos_token_ids`` end a choice unless it ignores them."""
@@ -58,12 +61,12 @@ class Engine:
         timeout_s: float = math.inf,
     ) -> None:
         """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``. K/V are shared
-        within a ``tenant`` only. Who has the least ``timeout_s`` left comes first."""
+        within a ``tenant`` only. Who has little of ``timeout_s`` left comes first."""
         shallow = self.runner.decoder.plan.shallow_tokens(len(prompt), depth, outline)
         if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
         sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold, tenant=tenant)
-        sequence.deadline_s = self._clock() + timeout_s
+        sequence.due_s = self._due_s(timeout_s)
         room = self.scheduler.num_tokens_left(sequence) + 1
         if sampling.may_shorten and 0 < room < sampling.max_tokens:
             sequence.sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
@@ -80,7 +83,7 @@ class Engine:
         placeholder = (0,) * num_prompt_tokens
         sampling = SamplingParams(max_tokens=1)
         sequence = Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False, tenant=tenant)
-        sequence.deadline_s = self._clock() + timeout_s
+        sequence.due_s = self._due_s(timeout_s)
         self._submit(sequence)
 
     def start_shipping(
@@ -166,7 +169,8 @@ class Engine:
                 self.finish(sequence.request_id)
             return StepOutput(started_s, self._clock(), self.counts(), plan.num_rows, failures=tuple(failed))
         ended_s = self._clock()
-        self.scheduler.pace.saw(plan.num_rows, ended_s - started_s)
+        if not plan.recalls:  # they take time, too, but no forward
+            self.scheduler.pace.saw(plan.num_rows, ended_s - started_s)
         return StepOutput(
             started_s,
             ended_s,
@@ -264,6 +268,9 @@ class Engine:
         )  # fmt: skip
 
     # --- helpers --------------------------------------------------------------------------------------
+
+    def _due_s(self, timeout_s: float) -> float:
+        return self._clock() + min(timeout_s, PATIENCE_S)
 
     def _held(self, request_id: str) -> Sequence:
         sequence = self._sequences.get(request_id, {}).get(0)

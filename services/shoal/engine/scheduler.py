@@ -1,10 +1,11 @@
 """What the next step runs. Plain Python: no tensors, no clock, no threads.
 
-Earliest deadline first, and of equal ones first in, first out. Every step, running sequences get one token each, then
-others the next chunk of their prompt, within a token budget and, of prompts, what a step's time allows; what is left of
-it admits waiting ones. When a running sequence needs a block and none is
-free, the youngest running one gives up all of its blocks and goes back to the head of the queue; it is recomputed from
-its tokens, each with the depth it had. While reserved ones hold blocks, the last one running waits for those instead.
+Who is due first comes first, and of equals who came first. In every step, running sequences get one token each; what is
+left of the token budget and of the step's time goes to chunks of prompts, and to waiting sequences.
+
+When a running sequence needs a block and none is free, the youngest running one gives up all of its blocks and goes
+back to the head of the queue; it is recomputed from its tokens, each with the depth it had. While reserved ones hold
+blocks, the last one running waits for those instead.
 """
 
 from __future__ import annotations
@@ -280,15 +281,15 @@ class Scheduler:
     # --- helpers --------------------------------------------------------------------------------------
 
     def _is_due_before(self, new: Sequence, waiting: Sequence) -> bool:
-        """One that was running already stays first: somebody may be reading its answer."""
-        return not waiting.came_back and new.deadline_s < waiting.deadline_s
+        """One that gave its blocks up stays first: somebody may be reading its answer."""
+        return not waiting.came_back and new.due_s < waiting.due_s
 
     def _in_order(self) -> Iterator[Sequence]:
         """Those that only need one token, oldest first, before those with a prompt to chew on."""
         snapshot = list(self.running)
         yield from (sequence for sequence in snapshot if sequence.num_pending == 1)
         prompts = (sequence for sequence in snapshot if sequence.num_pending > 1)
-        yield from sorted(prompts, key=lambda sequence: sequence.deadline_s)
+        yield from sorted(prompts, key=lambda sequence: sequence.due_s)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.phase = Phase.RUNNING

@@ -37,7 +37,7 @@ class Sequence:
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     Of a prompt that is shipped in ``wire_mode``, tokens before ``num_shipped`` need not be (any more); ``num_unsent``
     counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
-    ``deadline_s`` is when nobody waits for it any more, and ``came_back`` says that it gave its blocks up once.
+    ``due_s`` says who comes first (the engine's clock), and ``came_back`` that it gave its blocks up once.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
     """
 
@@ -60,7 +60,7 @@ class Sequence:
     wire_mode: WireMode = WireMode.KV
     num_shipped: int = 0
     num_unsent: int = 0
-    deadline_s: float = math.inf
+    due_s: float = math.inf
     came_back: bool = False
     first_step_s: float | None = None
 

@@ -159,10 +159,11 @@ class GatewayReplica:
         self._services = Services(
             self._backend, tokenizer, (model,), settings.gateway, metrics, wants_outline=settings.model.plan == "speed"
         )
+        self._grpc_server: GrpcServer | None = None
         if settings.gateway.grpc_port:
-            grpc_server = GrpcServer(self._services)
-            await grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)
-            self._exits.push_async_callback(grpc_server.stop)
+            self._grpc_server = GrpcServer(self._services)
+            await self._grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)
+            self._exits.push_async_callback(self._grpc_server.stop)
         self._http_server: HttpServer | None = None
         if listens:
             self._http_server = HttpServer(self._app(proxy_echoes_id=False))
@@ -202,6 +203,21 @@ class GatewayReplica:
     async def __del__(self) -> None:
         if hasattr(self, "_entry"):
             await asyncio.to_thread(directory.unregister, self._entry)
-            if not self._is_drained:  # this replica alone is stopped: Serve doesn't know what our own servers answer
-                await self._backend.drain(self._settings.ray.stop_timeout_s)
+            if not self._is_drained:
+                await self._leave()
         await self._exits.aclose()
+
+    async def _leave(self) -> None:
+        """This replica alone is stopped. Serve doesn't know what our own servers answer; the next one needs their
+        ports."""
+        time_s = self._settings.ray.stop_timeout_s
+        if self._http_server is not None:
+            if not self._http_server.is_serving:
+                time_s = self._settings.handoff.drain_s  # most clients are cut off as long as this one is here
+            self._http_server.refuse()
+        async with asyncio.TaskGroup() as leaving:
+            if self._grpc_server is not None:
+                leaving.create_task(self._grpc_server.stop(time_s))
+            await self._backend.drain(time_s)
+            if self._grpc_server is not None:
+                await self._grpc_server.stop()

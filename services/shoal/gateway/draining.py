@@ -10,6 +10,8 @@ from shoal.errors import Unavailable
 from shoal.gateway.backend import Backend, Readiness
 from shoal.messages import GenerateRequest, TokenOutput
 
+_CUT_WITHIN_S = 1.0
+
 
 class DrainingBackend:
     """``backend``, until ``drain``. Belongs to one event loop."""
@@ -46,21 +48,23 @@ class DrainingBackend:
         return Readiness(num_decode=0, num_prefill=0) if self._is_draining else await self._backend.readiness()
 
     async def drain(self, timeout_s: float) -> None:
-        """Returns when nothing is open any more: what isn't finished after ``timeout_s`` ends with Unavailable."""
+        """Returns when nothing is open any more: what isn't finished after ``timeout_s`` ends with Unavailable.
+
+        Or a second later: an answer whose client has stopped reading doesn't end.
+        """
         self._is_draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            await self._cut(timeout_s)
+            await self._cut()
 
-    async def _cut(self, timeout_s: float) -> None:
+    async def _cut(self) -> None:
         self._is_cut = True
         for wait in tuple(self._waiting):
             wait.reschedule(asyncio.get_running_loop().time())
-        # An answer whose client has stopped reading doesn't end: that one is left to the end of the process.
         with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(_CUT_WITHIN_S):
                 await self._idle.wait()
 
     @asynccontextmanager

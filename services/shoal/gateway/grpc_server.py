@@ -58,10 +58,10 @@ class GrpcServer:
         self._server = server
         return bound
 
-    async def stop(self) -> None:
-        """End all calls. Twice is a no-op."""
+    async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
+        """Take no new calls, and end those that are open after ``grace_s``, or what is less of a second time."""
         if self._server is not None:
-            await self._server.stop(_STOP_GRACE_S)
+            await self._server.stop(grace_s)
 
 
 def _options(max_body_bytes: int) -> Options:

@@ -41,6 +41,7 @@ class HttpServer:
             timeout_graceful_shutdown=_STOP_GRACE_S,
         )
         self._server = _Server(config)
+        self._listener: socket.socket | None = None
         self._serving: asyncio.Task[None] | None = None
 
     @property
@@ -50,11 +51,18 @@ class HttpServer:
 
     async def start(self, host: str, port: int) -> int:
         """Listen on ``port``, or on any free one if it's 0; returns it. Raises ConfigError if it can't be bound."""
-        listener = _listen(host, port)
+        self._listener = listener = _listen(host, port)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         self._serving.add_done_callback(_ended)
         bound: int = listener.getsockname()[1]
         return bound
+
+    def refuse(self) -> None:
+        """Take no new connections; another process may listen in this one's place."""
+        for server in getattr(self._server, "servers", ()):  # it has them once it's up
+            server.close()
+        if self._listener is not None:
+            self._listener.close()
 
     async def stop(self) -> None:
         """End all connections. Twice is a no-op."""
@@ -71,14 +79,25 @@ class _Server(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    address = join_address(host, port)
     try:
-        family, _, _, _, place = socket.getaddrinfo(
+        family, kind, protocol, _, place = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(place[:2], family=family, backlog=_BACKLOG)
+        listener = socket.socket(family, kind, protocol)
+        try:
+            # Of the options that would be usual, not IPV6_V6ONLY: "::" is every address, as it is for gRPC.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
-        raise ConfigError(f"{address} can't be bound ({error.strerror}): choose another --port") from error
+        raise ConfigError(
+            f"{join_address(host, port)} can't be bound ({error.strerror}): choose another --port, or a --host that is "
+            "this machine's"
+        ) from error
+    return listener
 
 
 def _ended(serving: asyncio.Task[None]) -> None:

@@ -64,7 +64,7 @@ class HandoffCost(_Frozen):
 
 
 class ServingCost(_Frozen):
-    """What isn't the engines': client, proxy, gateway, event loops. Where cores are shared, it is one thread's work."""
+    """What isn't the engines': client, gateway, event loops. Where cores are shared, it is one thread's work."""
 
     request_s: Seconds
     step_s: Seconds

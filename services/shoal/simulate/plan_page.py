@@ -124,7 +124,7 @@ def level_table(outcome: Outcome) -> Cells:
 def traffic_table(sized: Sequence[Size]) -> Cells:
     columns = ("replicas", "applications", "prefill + decode", "requests", "K/V GB", "out of a prefill",
                "into a decode", "frames", "sessions", "beats", "into a decode", "Serve calls", "token messages",
-               "serving cores", "Ray entries", "Ray reads", "health checks")  # fmt: skip
+               "serving cores", "Ray entries", "Ray reads", "entries read", "health checks")  # fmt: skip
     rows = [
         (
             f"{one.num_replicas:,}",
@@ -196,7 +196,8 @@ def _amounts(one: Size) -> tuple[float, ...]:
     return (
         one.work.requests_per_s, found.wire_bytes / 1e9, found.wire_bytes_out / 1e9, found.wire_bytes_into / 1e9,
         found.frames, found.num_sessions, found.beats, found.beats_into_decode, found.handle_calls,
-        found.token_messages, found.serving_cores, found.num_ray_entries, found.ray_reads, found.health_checks,
+        found.token_messages, found.serving_cores, found.num_ray_entries, found.ray_reads,
+        found.ray_entries_read, found.health_checks,
     )  # fmt: skip
 
 

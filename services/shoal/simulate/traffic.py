@@ -20,7 +20,7 @@ HEALTH_CHECK_PERIOD_S = 1.0  # app/graph.py
 _NUM_GATEWAYS = 1  # app/graph.py
 _FRAMES_PER_LEASE = 4  # Claim, Accepted, Seal, Committed
 _CALLS_PER_REQUEST = 2  # gateway -> decode, decode -> prefill
-_READS_PER_LISTING = 2  # the keys, and the names of all actors; then one for each entry
+READS_PER_LISTING = 3  # directory.py: the keys, all their entries, and the names of all actors
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,11 @@ class Traffic:
     handle_calls: float
     token_messages: float
     serving_cores: float
-    """Cores that client, proxy, gateway and event loops would keep busy, by the costs' ``serving``."""
+    """Cores that client, gateway and event loops would keep busy, by the costs' ``serving``."""
     num_ray_entries: int
     ray_reads: float
+    ray_entries_read: float
+    """What those reads bring."""
     health_checks: float
 
 
@@ -98,8 +100,7 @@ def traffic(work: Work, costs: StepCosts, config: ShoalConfig) -> Traffic:
             + tokens * costs.serving.token_s
         ),
         num_ray_entries=num_prefill + num_decode + _NUM_GATEWAYS,
-        ray_reads=(
-            num_decode * (num_prefill + _READS_PER_LISTING) + _NUM_GATEWAYS * (num_decode + _READS_PER_LISTING)
-        ) / ASKED_EVERY_S,
+        ray_reads=(num_decode + _NUM_GATEWAYS) * READS_PER_LISTING / ASKED_EVERY_S,
+        ray_entries_read=(num_decode * num_prefill + _NUM_GATEWAYS * num_decode) / ASKED_EVERY_S,
         health_checks=(num_prefill + num_decode + _NUM_GATEWAYS) / HEALTH_CHECK_PERIOD_S,
     )  # fmt: skip

@@ -36,6 +36,9 @@ _NOISY = (
     "uvicorn.access",
 )  # fmt: skip
 
+# It tells of clients that speak no HTTP, and of answers that were cut at the end, as of errors; its own end is raised.
+_SILENT = ("uvicorn.error",)
+
 
 def configure_logging(
     level: Literal["debug", "info", "warning", "error"] = "info",
@@ -74,6 +77,8 @@ def configure_logging(
     logging.captureWarnings(True)
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    for name in _SILENT:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _renderers(line_format: Literal["console", "json"], *, colors: bool) -> list[Processor]:

@@ -18,6 +18,7 @@ from models import save_tiny
 from reference import full_generate, pop_generate, speed_generate
 from shoal.config import load_config
 from shoal.decode.prefill_pool import PrefillPool
+from shoal.engine.engine import Engine
 from shoal.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -100,6 +101,20 @@ def ids(outputs: list[TokenOutput], choice: int = 0) -> tuple[int, ...]:
 
 
 PROMPT = [5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52, 33, 71, 28, 90, 14, 66, 8, 41, 25]
+
+
+async def test_both_engines_are_told_how_long_the_request_may_take(opened: Any, monkeypatch: pytest.MonkeyPatch):
+    told: list[float] = []
+
+    def remember(self: Engine, timeout_s: float) -> float:
+        told.append(timeout_s)
+        return 0.0
+
+    async with opened() as local:
+        monkeypatch.setattr(Engine, "_due_s", remember)
+        await collect(local, request(PROMPT, timeout_s=7.0))
+    of_decode, of_prefill = told
+    assert 5.0 < of_prefill < of_decode <= 7.0
 
 
 async def test_a_shallow_prompt_goes_through_both_stages(opened: Any, model: Any):

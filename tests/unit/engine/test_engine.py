@@ -146,3 +146,24 @@ def test_a_reservation_is_told_before_others_compute(model: Any):
     for name in ("runs", "waits"):
         engine.finish(name)
     assert_nothing_held(engine)
+
+
+def test_nobody_is_overtaken_by_what_comes_ten_seconds_later(model: Any):
+    now_s = 100.0
+    engine = make_engine(model, 0)
+    engine._clock = lambda: now_s
+    prompt = (3, 4, 5)
+    engine.submit_generate("patient", prompt, Depth.FULL, GREEDY, timeout_s=600)
+    engine.submit_generate("hurried", prompt, Depth.FULL, GREEDY, timeout_s=3)
+    engine.submit_generate("patient too", prompt, Depth.FULL, GREEDY)
+    now_s += 9
+    engine.submit_generate("late", prompt, Depth.FULL, GREEDY, timeout_s=3)
+    now_s -= 5
+    engine.submit_generate("later", prompt, Depth.FULL, GREEDY, timeout_s=1)
+    assert [one.request_id for one in engine.scheduler.waiting] == [
+        "hurried",
+        "later",
+        "patient",
+        "patient too",
+        "late",
+    ]

@@ -77,31 +77,31 @@ def test_admission_is_first_in_first_out_even_if_a_later_one_would_fit():
     assert [item.request_id for item in scheduler.waiting] == ["large", "small"]
 
 
-def test_who_has_the_least_time_left_is_admitted_first_and_of_equals_who_came_first():
+def test_who_is_due_first_is_admitted_first_and_of_equals_who_came_first():
     scheduler = make_scheduler(max_sequences=1)
     scheduler.submit(sequence("runs", 4))
     step(scheduler)
-    for name, deadline_s in (("late", 600), ("soon", 10), ("late too", 600), ("sooner", 5), ("soon too", 10)):
-        scheduler.submit(sequence(name, 4, deadline_s=deadline_s))
+    for name, due_s in (("late", 600), ("soon", 10), ("late too", 600), ("sooner", 5), ("soon too", 10)):
+        scheduler.submit(sequence(name, 4, due_s=due_s))
     expected = ["sooner", "soon", "soon too", "late", "late too"]
     assert [item.request_id for item in scheduler.waiting] == expected
 
 
-def test_one_that_gave_its_blocks_up_comes_back_before_all_others_however_little_time_they_have():
+def test_one_that_gave_its_blocks_up_comes_back_before_all_others_whenever_they_are_due():
     scheduler = make_scheduler(num_blocks=8)
     scheduler.submit(sequence("old", 12, max_tokens=20))
     scheduler.submit(sequence("young", 12, max_tokens=20))
     while scheduler.num_preemptions == 0:
         step(scheduler)
-    scheduler.submit(sequence("urgent", 4, deadline_s=1))
+    scheduler.submit(sequence("urgent", 4, due_s=1))
     assert [item.request_id for item in scheduler.waiting] == ["young", "urgent"]
 
 
-def test_of_prompts_that_run_the_one_with_the_least_time_left_is_computed_first():
+def test_of_prompts_that_run_the_one_that_is_due_first_is_computed_first():
     scheduler = make_scheduler(max_step_tokens=8)
-    scheduler.submit(sequence("old", 30, deadline_s=600))
+    scheduler.submit(sequence("old", 30, due_s=600))
     step(scheduler)
-    scheduler.submit(sequence("urgent", 12, deadline_s=5))
+    scheduler.submit(sequence("urgent", 12, due_s=5))
     assert rows_of(step(scheduler)) == [("urgent", 0, 8)]
     assert rows_of(step(scheduler)) == [("urgent", 8, 12), ("old", 8, 12)]
 

@@ -92,7 +92,7 @@ async def test_an_answer_whose_client_stopped_reading_does_not_hold_the_drain_up
     outputs = backend.generate(None)  # type: ignore[arg-type]
     pool.step.set()
     assert await anext(outputs) == "output 0"
-    await asyncio.wait_for(backend.drain(0.01), 1)
+    await asyncio.wait_for(backend.drain(0.01), 5)
     with pytest.raises(Unavailable, match="shutting down"):
         await anext(outputs)
     assert pool.num_open == 0

@@ -25,6 +25,6 @@ def test_a_task_reads_the_data_beside_it_and_does_not_give_answers_away(task: st
     document = yaml.safe_load((FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))
     assert document["task"] == task
     assert (FOLDER / document["dataset_kwargs"]["data_files"]["test"]).is_file()
-    shown = {line.split()[-1].rstrip(".") for line in document["doc_to_text"].splitlines()[:-1]}
-    assert shown and "{{capital}}" not in document["doc_to_text"]
-    assert not shown & {json.loads(line)["capital"] for line in (FOLDER / "capitals.jsonl").read_text().splitlines()}
+    assert "{{capital}}" not in document["doc_to_text"]
+    for line in (FOLDER / "capitals.jsonl").read_text(encoding="utf-8").splitlines():
+        assert json.loads(line)["capital"] not in document["doc_to_text"]

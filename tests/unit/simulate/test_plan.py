@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from shoal import directory
 from shoal.app import graph
 from shoal.bench.generator import Amount
 from shoal.bench.load import Load
@@ -15,7 +17,7 @@ from shoal.bench.mix import Slo, parse_mix
 from shoal.bench.workload import PromptKind, Workload
 from shoal.cli import app
 from shoal.config import ShoalConfig, StageConfig
-from shoal.directory import LivingPool
+from shoal.directory import Entry, LivingPool
 from shoal.errors import ConfigError
 from shoal.simulate import require_packages
 from shoal.simulate import traffic as traffic_module
@@ -150,7 +152,8 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     assert found.beats_into_decode == pytest.approx(2 * 3 / 5)
     assert found.handle_calls == 20 and found.token_messages == 50
     assert found.serving_cores == pytest.approx(10 * 0.005 + 50 * 0.001 + 110 * 0.0001)
-    assert found.num_ray_entries == 6 and found.ray_reads == 3 * (2 + 2) + 1 * (3 + 2) and found.health_checks == 6
+    assert found.num_ray_entries == 6 and found.ray_reads == (3 + 1) * 3 and found.health_checks == 6
+    assert found.ray_entries_read == 3 * 2 + 1 * 3
     alone = traffic(Work(0, 3, 10, 101, 11, 50), COSTS, ShoalConfig())
     assert alone.wire_bytes == alone.frames == alone.num_sessions == alone.beats == 0 and alone.handle_calls == 10
 
@@ -160,6 +163,36 @@ def test_traffic_follows_the_code_that_it_is_taken_from():
     assert traffic_module.ASKED_EVERY_S == LivingPool.BELIEVED_S
     deployment = graph._deployment(object, "a", ShoalConfig(), {})
     assert deployment._deployment_config.health_check_period_s == traffic_module.HEALTH_CHECK_PERIOD_S
+
+
+@pytest.mark.parametrize("num_replicas", [0, 1, 50])
+def test_a_listing_asks_ray_s_head_as_often_however_many_there_are(monkeypatch: pytest.MonkeyPatch, num_replicas: int):
+    entries = {
+        f"a/entry/prefill/{index}".encode(): json.dumps(
+            asdict(Entry("a", "prefill", str(index), f"actor {index}", "node", 1, "host:1"))
+        ).encode()
+        for index in range(num_replicas)
+    }
+    asked: list[str] = []
+
+    class Store:
+        def internal_kv_multi_get(self, keys: list[bytes], namespace: bytes) -> dict[bytes, bytes]:
+            asked.append("entries")
+            return {key: entries[key] for key in keys}
+
+    def keys(prefix: str, namespace: str) -> list[bytes]:
+        asked.append("keys")
+        return [key for key in entries if key.startswith(prefix.encode())]
+
+    def names(all_namespaces: bool) -> list[dict[str, str]]:
+        asked.append("names")
+        return [{"name": f"actor {index}"} for index in range(num_replicas)]
+
+    monkeypatch.setattr(directory.internal_kv, "_internal_kv_list", keys)
+    monkeypatch.setattr(directory.internal_kv, "internal_kv_get_gcs_client", Store)
+    monkeypatch.setattr(directory.ray.util, "list_named_actors", names)
+    assert len(directory.living("a", "prefill")) == num_replicas
+    assert len(asked) == (traffic_module.READS_PER_LISTING if num_replicas else 2)
 
 
 def test_columns_are_aligned():

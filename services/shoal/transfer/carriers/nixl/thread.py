@@ -12,8 +12,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 
 from shoal.errors import Unavailable
 
@@ -22,7 +23,8 @@ _MIN_POLL_S = 50e-6
 _MAX_POLL_S = 5e-3
 _POLLS_PER_WAIT = 8
 """The longer something takes, the less it matters when exactly its end is seen."""
-_CLOSE_S = 5.0
+_CLOSE_S = 1.5
+"""Less than a replica has to close (app/graph.py)."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +42,7 @@ class NixlThread:
         self._pollers: list[Poller] = []
         self._thread = threading.Thread(target=self._run, name="shoal-nixl", daemon=True)
         self._lock = threading.Lock()
+        self._open: set[Future[Any]] = set()
         self._is_closed = False
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -51,6 +54,8 @@ class NixlThread:
                 return future
             if self._thread.ident is None:
                 self._thread.start()
+            self._open.add(future)
+            future.add_done_callback(self._open.discard)
             self._calls.put(lambda: _settle(future, work))
         return future
 
@@ -79,7 +84,8 @@ class NixlThread:
     def close(self, within_s: float = _CLOSE_S) -> None:
         """Finish what was submitted, and end the thread. Twice is a no-op.
 
-        One that hangs in NIXL can't be ended: after ``within_s`` it's left to the end of the process.
+        One that hangs in NIXL can't be ended: after ``within_s`` it's left to the end of the process, and whoever waits
+        for a call gets Unavailable.
         """
         with self._lock:
             if self._is_closed:
@@ -91,6 +97,8 @@ class NixlThread:
         self._thread.join(within_s)
         if self._thread.is_alive():
             _log.warning("a call of NIXL hasn't ended within %g s: its thread is left behind", within_s)
+            for future in self._open.copy():
+                _tell(future, Unavailable("a call of NIXL hangs, and this process ends"))
 
     def _run(self) -> None:
         timeout_s: float | None = None
@@ -129,9 +137,15 @@ def _settle(future: Future[T], work: Callable[[], T]) -> None:
     except BaseException as error:  # noqa: BLE001 - the edge of a thread: whoever waits is told
         if not isinstance(error, Unavailable):
             _log.error("a call of NIXL failed", exc_info=error)
-        future.set_exception(error)
+        _tell(future, error)
     else:
-        future.set_result(result)
+        with suppress(InvalidStateError):  # it hung, and nobody waits any more
+            future.set_result(result)
+
+
+def _tell(future: Future[Any], error: BaseException) -> None:
+    with suppress(InvalidStateError):
+        future.set_exception(error)
 
 
 def _nothing() -> None: ...

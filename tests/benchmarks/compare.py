@@ -94,7 +94,7 @@ def main() -> None:
             metrics=metrics(load),
             baseline=options.baseline,
             measured={arm.name: Measured(arm, failure=arm.missing, version=_version(arm)) for arm in chosen},
-            quality=quality_rows(options.skip_layers, is_calibrated=served.projector is not None),
+            quality=quality_rows(served.files.digest, options.skip_layers, is_calibrated=served.projector is not None),
         )
         interrupted = False
         try:

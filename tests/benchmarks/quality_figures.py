@@ -9,12 +9,14 @@ from typing import Any
 _FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 
 
-def quality_rows(num_skipped: int, *, is_calibrated: bool) -> list[dict[str, Any]]:
-    """A row for each kind of text that was evaluated with so many layers skipped, full depth beside shallow."""
+def quality_rows(model_digest: str, num_skipped: int, *, is_calibrated: bool) -> list[dict[str, Any]]:
+    """Of one model, a row for each kind of text that was evaluated with so many layers skipped, full depth beside shallow."""
     treatment = "calibrated" if is_calibrated else "shallow"
     rows = []
     for path in sorted(_FIGURES.glob("evaluation-*.json")):
         evaluation = json.loads(path.read_text(encoding="utf-8"))
+        if evaluation["settings"]["model_digest"] != model_digest:
+            continue
         full = {text["kind"]: text for text in evaluation["texts"] if text["treatment"] == "full"}
         rows += [
             {

@@ -10,7 +10,7 @@ _FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 
 
 def quality_rows(model_digest: str, num_skipped: int, *, is_calibrated: bool) -> list[dict[str, Any]]:
-    """Of one model, a row for each kind of text that was evaluated with so many layers skipped, full depth beside shallow."""
+    """A row for each kind of text that one model was evaluated on with so many layers skipped, beside full depth."""
     treatment = "calibrated" if is_calibrated else "shallow"
     rows = []
     for path in sorted(_FIGURES.glob("evaluation-*.json")):

@@ -149,6 +149,13 @@ def calibrate(
     steps: Annotated[
         int, typer.Option(metavar="N", min=0, help="Refinement, a passage a step; 0: the closed form alone.")
     ] = 1200,
+    sinks_apart: Annotated[
+        bool,
+        typer.Option(
+            "--sinks-apart",
+            help="The first four positions keep the paper's matrix: better with little text, worse after many steps.",
+        ),
+    ] = False,
     learning_rate: Annotated[float, typer.Option(metavar="X", min=0.0, help="Of the refinement.")] = 3e-4,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order in which passages come.")] = 0,
     dtype: Dtype = DtypeOption.FLOAT32,
@@ -161,7 +168,9 @@ def calibrate(
     from shoal.quality.calibration import CalibrationOptions
     from shoal.quality.commands import run_calibrate
 
-    options = CalibrationOptions(skip_layers, num_steps=steps, learning_rate=learning_rate, seed=seed)
+    options = CalibrationOptions(
+        skip_layers, sinks_apart=sinks_apart, num_steps=steps, learning_rate=learning_rate, seed=seed
+    )
     try:
         with progress_bars() as on_progress:
             said = run_calibrate(

@@ -43,16 +43,23 @@ Progress = Callable[[str, int, int], None]
 class CalibrationOptions:
     """``ridges`` are tried on held-out passages, in units of the inputs' mean square. A step sees one passage.
 
-    The first ``num_sinks`` positions are left out of the sums; the matrix that is learnt makes their K/V, too.
+    The first ``num_sinks`` positions are left out of the sums. With ``sinks_apart`` they keep the paper's matrix; else
+    theirs is the learnt one, too.
     """
 
     num_skipped: int
     ridges: tuple[float, ...] = (0.1, 0.3, 1.0)
     num_sinks: int = 4
+    sinks_apart: bool = False
     num_steps: int = 1000
     learning_rate: float = 3e-4
     held_out_every: int = 10
     seed: int = 0
+
+    @property
+    def num_apart(self) -> int:
+        """How many positions keep the paper's matrix."""
+        return self.num_sinks if self.sinks_apart else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +164,7 @@ class Calibrator:
 
     def divergence(self, weight: torch.Tensor, example: Example) -> torch.Tensor:
         """KL divergence (nats a token, mean) of the shallow prompt's continuation from the full model's."""
-        projection = self.paper.replaced(weight.to(self.paper.weight.dtype), self.options.num_sinks)
+        projection = self.paper.replaced(weight.to(self.paper.weight.dtype), self.options.num_apart)
         parameters = replace(self.subject.parameters, projection=projection)
         num_prompt = len(example.passage.prompt)
         decoder, batch = self.subject.step(self.plan, parameters, example.ids, num_prompt, example.shallow)

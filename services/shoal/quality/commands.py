@@ -129,7 +129,7 @@ def run_calibrate(
                 "num_passages": len(cut), "dtype": str(chosen).removeprefix("torch."),
             },
             scores=found.scores,
-            num_sinks=options.num_sinks,
+            num_sinks=options.num_apart,
         )  # fmt: skip
         save_projector(path, header, found.weight.to(torch.bfloat16).cpu())
     on_progress("", 0, 0)

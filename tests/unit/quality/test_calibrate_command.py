@@ -38,8 +38,10 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def calibrate(folder: Path, *data: Path, num_skipped: int = 2, num_steps: int = 4, **fields: Any) -> str:
-    options = CalibrationOptions(num_skipped, num_steps=num_steps, ridges=(0.1,))
+def calibrate(
+    folder: Path, *data: Path, num_skipped: int = 2, num_steps: int = 4, sinks_apart: bool = False, **fields: Any
+) -> str:
+    options = CalibrationOptions(num_skipped, num_steps=num_steps, sinks_apart=sinks_apart, ridges=(0.1,))
     asked = {"output": None, "kinds": None, "num_passages": 30, "dtype": "float32"} | fields
     return run_calibrate(str(folder), lambda *_: None, data=data, options=options, **asked)
 
@@ -53,6 +55,16 @@ def test_what_it_writes_is_found_beside_the_model(folder: Path, text: Path):
     assert set(found.header.scores) == {"paper", "ridge", "refined"}
     assert f"{found.header.scores['refined']:.4f}" in said
     assert found.header.scores["ridge"] < found.header.scores["paper"]
+
+
+@pytest.mark.parametrize(("sinks_apart", "num_sinks"), [(False, 0), (True, 4)])
+def test_the_first_positions_keep_the_paper_s_matrix_where_that_is_wanted(
+    folder: Path, text: Path, sinks_apart: bool, num_sinks: int
+):
+    calibrate(folder, text, num_steps=0, sinks_apart=sinks_apart)
+    found = find_projector("auto", locate(str(folder)), LayerPlan(6, 2))
+    assert found is not None and found.header.num_sinks == num_sinks
+    assert found.header.settings["sinks_apart"] is sinks_apart
 
 
 def test_another_place_may_be_named(folder: Path, text: Path, tmp_path: Path):

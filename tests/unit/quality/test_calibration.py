@@ -49,6 +49,16 @@ def test_a_passage_is_either_learnt_from_or_held_out(observed):
     assert sums.num_rows == 12 * (NUM_PROMPT + NUM_CONTINUATION - OPTIONS.num_sinks)
 
 
+def test_a_matrix_is_judged_as_it_will_be_served(subject: Subject, observed):
+    _, held_out, _ = observed
+    wrong = 1.5 * calibrator(subject).paper.weight
+    scores = [
+        float(calibrator(subject, replace(OPTIONS, sinks_apart=apart, num_sinks=number)).divergence(wrong, held_out[0]))
+        for apart, number in ((False, 4), (False, 0), (True, 0), (True, 4))
+    ]
+    assert scores[0] == scores[1] == scores[2] != scores[3]
+
+
 def test_much_ridge_gives_the_paper_s_projection(subject: Subject, observed):
     _, held_out, sums = observed
     weight, _ = calibrator(subject, replace(OPTIONS, ridges=(1e12,))).solve(sums, held_out)

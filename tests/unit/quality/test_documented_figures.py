@@ -62,11 +62,18 @@ def row_of_text(cells: Sequence[str], score: dict[str, Any], names: Sequence[str
         shows(cell, score[name], 100 if name in ("agreement", "recovered") else 1)
 
 
-def test_each_kind_s_line():
-    rows = table("[code](figures/evaluation-code.json)")
-    assert [row[0] for row in rows] == ["prose", "dialogue", "technical", "code"]
+@pytest.mark.parametrize(
+    ("after", "name", "num_skipped", "kinds"),
+    [
+        ("[code](figures/evaluation-code.json)", "evaluation-", 10, ["prose", "dialogue", "technical", "code"]),
+        ("[dialogue](figures/evaluation-gemma-dialogue.json)", "evaluation-gemma-", 6, ["prose", "dialogue"]),
+    ],
+)
+def test_each_kind_s_line(after: str, name: str, num_skipped: int, kinds: list[str]):
+    rows = table(after)
+    assert [row[0] for row in rows] == kinds
     for kind, full, shallow, calibrated, recovered, lost, left in rows:
-        found = scores(f"evaluation-{kind}", 10)
+        found = scores(f"{name}{kind}", num_skipped)
         for cell, name in ((full, "full"), (shallow, "shallow"), (calibrated, "calibrated")):
             shows(cell, found[name]["perplexity"])
         shows(recovered, found["calibrated"]["recovered"], 100)
@@ -103,9 +110,10 @@ def test_all_that_was_compared(after: str, name: str, num_skipped: int, columns:
         row_of_text(cells, found[treatment(label)], columns)
 
 
-def test_retrieval():
-    found = {one["treatment"]: one for one in figures("evaluation-retrieval")["retrieval"]}
-    for label, right, difference in table("[raw figures](figures/evaluation-retrieval.json)"):
+@pytest.mark.parametrize("name", ["evaluation-retrieval", "evaluation-gemma-retrieval"])
+def test_retrieval(name: str):
+    found = {one["treatment"]: one for one in figures(name)["retrieval"]}
+    for label, right, difference in table(f"[raw figures](figures/{name}.json)"):
         shows(right, found[treatment(label)]["right"], 100)
         if difference:
             shows(difference, found[treatment(label)]["difference"], 100)
@@ -124,6 +132,13 @@ def test_what_the_gates_predict_and_what_is_lost():
 
 
 def test_what_the_text_says_of_them():
+    apart = scores("evaluation-gemma-sinks", 6)["calibrated"]["recovered"]
+    [cell] = re.findall(r"gives back (72\.8 \[.*?\]) %", TEXT)
+    shows(cell, apart, 100)
+    [said] = re.findall(r"than six on technical text: (.*?) nats a token", TEXT)
+    depths = [scores("evaluation-gemma-sinks", count)["shallow"]["extra"]["value"] for count in (2, 4, 6, 8, 9)]
+    for number, depth in zip(re.findall(r"0\.\d+", said), depths, strict=True):
+        shows(number, depth)
     shipped = scores("evaluation-technical-shipped", 10)["calibrated"]["recovered"]
     [cell] = re.findall(r"gives back (80\.4 \[.*?\]) %", TEXT)
     shows(cell, shipped, 100)

@@ -63,17 +63,17 @@ def row_of_text(cells: Sequence[str], score: dict[str, Any], names: Sequence[str
 
 
 @pytest.mark.parametrize(
-    ("after", "name", "num_skipped", "kinds"),
+    ("after", "beginning", "num_skipped", "kinds"),
     [
         ("[code](figures/evaluation-code.json)", "evaluation-", 10, ["prose", "dialogue", "technical", "code"]),
         ("[dialogue](figures/evaluation-gemma-dialogue.json)", "evaluation-gemma-", 6, ["prose", "dialogue"]),
     ],
 )
-def test_each_kind_s_line(after: str, name: str, num_skipped: int, kinds: list[str]):
+def test_each_kind_s_line(after: str, beginning: str, num_skipped: int, kinds: list[str]):
     rows = table(after)
     assert [row[0] for row in rows] == kinds
     for kind, full, shallow, calibrated, recovered, lost, left in rows:
-        found = scores(f"{name}{kind}", num_skipped)
+        found = scores(f"{beginning}{kind}", num_skipped)
         for cell, name in ((full, "full"), (shallow, "shallow"), (calibrated, "calibrated")):
             shows(cell, found[name]["perplexity"])
         shows(recovered, found["calibrated"]["recovered"], 100)

@@ -165,11 +165,16 @@ def calibrate(
     Writes a projector, which serve takes by itself if it lies beside the model, or by --projector.
     Stopped, it keeps nothing, and begins anew the next time.
     """
-    from shoal.quality.calibration import CalibrationOptions
+    from shoal.quality.calibration import RIDGES, RIDGES_SINKS_APART, CalibrationOptions
     from shoal.quality.commands import run_calibrate
 
     options = CalibrationOptions(
-        skip_layers, sinks_apart=sinks_apart, num_steps=steps, learning_rate=learning_rate, seed=seed
+        skip_layers,
+        ridges=RIDGES_SINKS_APART if sinks_apart else RIDGES,
+        sinks_apart=sinks_apart,
+        num_steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
     )
     try:
         with progress_bars() as on_progress:

@@ -38,6 +38,10 @@ from shoal.quality.texts import Passage
 # (what is done, of how many)
 Progress = Callable[[str, int, int], None]
 
+RIDGES = (0.01, 0.03, 0.1, 0.3)
+RIDGES_SINKS_APART = (0.1, 0.3, 1.0)
+"""Held-out text of the kinds that were learnt from would choose less, which other kinds then suffer from."""
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
@@ -48,7 +52,7 @@ class CalibrationOptions:
     """
 
     num_skipped: int
-    ridges: tuple[float, ...] = (0.1, 0.3, 1.0)
+    ridges: tuple[float, ...] = RIDGES
     num_sinks: int = 4
     sinks_apart: bool = False
     num_steps: int = 1000

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from models import save_tiny
+from shoal.cli import app
 from shoal.errors import CalibrationError, ConfigError, DataError, TooLittleText
 from shoal.model.files import locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import find_projector
-from shoal.quality.calibration import CalibrationOptions, Calibrator
+from shoal.quality import commands
+from shoal.quality.calibration import RIDGES, RIDGES_SINKS_APART, CalibrationOptions, Calibrator
 from shoal.quality.commands import run_calibrate
 from shoal.quality.limits import MIN_PASSAGES
 from shoal.quality.subject import Subject
@@ -65,6 +68,22 @@ def test_the_first_positions_keep_the_paper_s_matrix_where_that_is_wanted(
     found = find_projector("auto", locate(str(folder)), LayerPlan(6, 2))
     assert found is not None and found.header.num_sinks == num_sinks
     assert found.header.settings["sinks_apart"] is sinks_apart
+
+
+@pytest.mark.parametrize(("flags", "ridges"), [([], RIDGES), (["--sinks-apart"], RIDGES_SINKS_APART)])
+def test_with_sinks_apart_the_prior_is_stronger(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], ridges: tuple[float, ...]
+):
+    asked: list[CalibrationOptions] = []
+
+    def remember(*_: Any, options: CalibrationOptions, **__: Any) -> str:
+        asked.append(options)
+        return ""
+
+    monkeypatch.setattr(commands, "run_calibrate", remember)
+    done = CliRunner().invoke(app, ["calibrate", "some", "--skip-layers", "3", *flags])
+    assert done.exit_code == 0, done.output
+    assert [(one.ridges, one.sinks_apart) for one in asked] == [(ridges, bool(flags))]
 
 
 def test_another_place_may_be_named(folder: Path, text: Path, tmp_path: Path):

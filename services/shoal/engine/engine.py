@@ -65,8 +65,8 @@ class Engine:
         shallow = self.runner.decoder.plan.shallow_tokens(len(prompt), depth, outline)
         if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
-        sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold, tenant=tenant)
-        sequence.due_s = self._due_s(timeout_s)
+        due_s = self._due_s(timeout_s)
+        sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold, tenant=tenant, due_s=due_s)
         room = self.scheduler.num_tokens_left(sequence) + 1
         if sampling.may_shorten and 0 < room < sampling.max_tokens:
             sequence.sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
@@ -82,9 +82,10 @@ class Engine:
         shallow = range(num_prompt_tokens - 1 if self.runner.decoder.plan.num_skipped else 0)
         placeholder = (0,) * num_prompt_tokens
         sampling = SamplingParams(max_tokens=1)
-        sequence = Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False, tenant=tenant)
-        sequence.due_s = self._due_s(timeout_s)
-        self._submit(sequence)
+        due_s = self._due_s(timeout_s)
+        self._submit(
+            Sequence(request_id, placeholder, shallow, sampling, hold=True, sampled=False, tenant=tenant, due_s=due_s)
+        )
 
     def start_shipping(
         self, request_id: str, prompt: tuple[int, ...], *, num_present: int = 0, wire_mode: WireMode = WireMode.KV

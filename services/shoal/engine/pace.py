@@ -20,10 +20,7 @@ class Pace:
     @property
     def num_tokens(self) -> int:
         """Tokens that take about ``target_s``."""
-        if self._token_s is None:
-            return self._max_tokens
-        fitting = min(self._target_s / self._token_s, self._max_tokens)
-        if fitting == self._max_tokens:
+        if self._token_s is None or (fitting := self._target_s / self._token_s) >= self._max_tokens:
             return self._max_tokens
         return min(max(int(fitting) // _GRAIN_TOKENS * _GRAIN_TOKENS, _LEAST_TOKENS), self._max_tokens)
 

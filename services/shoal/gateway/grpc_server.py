@@ -59,7 +59,7 @@ class GrpcServer:
         return bound
 
     async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
-        """Take no new calls, and end those that are open after ``grace_s``, or what is less of a second time."""
+        """Take no new calls, and after ``grace_s`` end those that are open. A second time may end them sooner."""
         if self._server is not None:
             await self._server.stop(grace_s)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import enum
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from exported import Model
 
 _HERE = Path(__file__).parent
 MODEL_NAME = "smollm2"
@@ -46,20 +48,11 @@ PEER_MODES = (Mode.ONE_THREAD, Mode.PASSIVE, Mode.SPINNING)
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """SmolLM2 in the two shapes that servers read: the same weights, one of them packed."""
-
-    folder: Path
-    gguf: Path
-    max_context_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Arm:
     """``command`` makes the command line for a mode and a port; ``missing`` says why it can't run here, if so.
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
-    (``None``: it has none). ``is_packed``: it reads the weights as they are in the GGUF, else in bfloat16.
+    (``None``: it has none). ``weights`` is how it holds them: bfloat16, int8, or as they are in the GGUF.
     ``batch_field``: it must be told how many requests belong together. ``about`` is the command
     that says which release of a peer it is.
     """
@@ -73,7 +66,7 @@ class Arm:
     health: str = "/health"
     num_skipped: int = 0
     is_handed_off: bool | None = None
-    is_packed: bool = False
+    weights: str = "bfloat16"
     batch_field: str | None = None
     about: tuple[str, ...] = ()
     missing: str | None = None
@@ -87,10 +80,12 @@ def arms(
     return (
         _transformers(model),
         _vllm(model, scratch, vllm),
+        _vllm_pair(model, scratch, vllm),
         _llamacpp(model, llamacpp, llama_server),
         _shoal("shoal-full", "decode does all", model, 0, is_handed_off=False),
         _shoal("shoal-handed-off", "prefill and decode apart", model, 0, is_handed_off=True),
         _shoal("shoal-shallow", f"handed off, {num_skipped} layers skipped", model, num_skipped, is_handed_off=True),
+        _shoal("shoal-int8", "handed off, decode's weights in int8", model, 0, is_handed_off=True, weights="int8"),
     )
 
 
@@ -104,29 +99,59 @@ def _transformers(model: Model) -> Arm:
 
 def _vllm(model: Model, scratch: Path, python: Path | None) -> Arm:
     def command(mode: Mode, port: int) -> list[str]:
-        # Not the console script: that of the CPU build looks for a GPU.
-        return [
-            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder),
-            "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
-            "--max-model-len", str(model.max_context_tokens), "--no-enable-prefix-caching",
-        ]  # fmt: skip
+        return [*_vllm_command(model, python), "--port", str(port)]
 
     def environment(mode: Mode) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))[-mode.threads :]
-        return {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            "VLLM_CACHE_ROOT": str(scratch / "vllm"),
-            "VLLM_NO_USAGE_STATS": "1",
-        }
+        return {**_vllm_environment(scratch), "VLLM_CPU_OMP_THREADS_BIND": _bound(cores)}
 
     return Arm(
         "vllm", "vLLM on the CPU, bfloat16, torch.compile", command, environment=environment,
         about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'))"), missing=_missing(python, "--vllm-python"),
     )  # fmt: skip
+
+
+def _vllm_pair(model: Model, scratch: Path, python: Path | None) -> Arm:
+    """Its waiting threads must not spin: two processes of them starve one another."""
+
+    def command(mode: Mode, port: int) -> list[str]:
+        cores = sorted(os.sched_getaffinity(0))
+        prefill, decode = (cores[:1], cores[-1:]) if mode is Mode.ONE_THREAD else (cores, cores)
+        return [
+            sys.executable, str(_HERE / "vllm_pair.py"), "--port", str(port), "--prefill-cores", _bound(prefill),
+            "--decode-cores", _bound(decode), "--", *_vllm_command(model, python),
+        ]  # fmt: skip
+
+    return Arm(
+        "vllm-pair", "its own prefill and decode apart, by NixlConnector", command,
+        modes=(Mode.ONE_THREAD, Mode.PASSIVE), environment=lambda mode: _vllm_environment(scratch),
+        about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'), 'nixl', version('nixl'))"),
+        missing=_missing(python, "--vllm-python"),
+    )  # fmt: skip
+
+
+def _vllm_command(model: Model, python: Path | None) -> list[str]:
+    # Not the console script: that of the CPU build looks for a GPU.
+    return [
+        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder),
+        "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "bfloat16",
+        "--max-model-len", str(model.max_context_tokens), "--no-enable-prefix-caching",
+    ]  # fmt: skip
+
+
+def _bound(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
+
+
+def _vllm_environment(scratch: Path) -> dict[str, str]:
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CACHE_ROOT": str(scratch / "vllm"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
@@ -148,22 +173,25 @@ def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
 
     about = (str(python), "-c", _XLLAMACPP) if server is None else (str(server), "--version")
     return Arm(
-        "llama.cpp", "its own server, Q4_1", command, extra_body={"cache_prompt": False}, is_packed=True,
+        "llama.cpp", "its own server, Q4_1", command, extra_body={"cache_prompt": False}, weights="gguf",
         about=about, missing=_missing(server or python, "--llama-server or --llamacpp-python"),
     )  # fmt: skip
 
 
-def _shoal(name: str, what: str, model: Model, num_skipped: int, *, is_handed_off: bool) -> Arm:
+def _shoal(
+    name: str, what: str, model: Model, num_skipped: int, *, is_handed_off: bool, weights: str = "bfloat16"
+) -> Arm:
     def command(mode: Mode, port: int) -> list[str]:
         return [
             sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
             "--skip-layers", str(num_skipped), "--port", str(port), "--grpc-port", "0",
+            *(() if weights == "bfloat16" else ("--decode-weights", weights)),
         ]  # fmt: skip
 
     environment = {} if is_handed_off else {"SHOAL_HANDOFF__MIN_TOKENS": _NEVER_HAND_OFF}
     return Arm(
         name, what, command, modes=(Mode.OWN,), environment=lambda mode: environment, health="/readyz",
-        num_skipped=num_skipped, is_handed_off=is_handed_off,
+        num_skipped=num_skipped, is_handed_off=is_handed_off, weights=weights,
     )  # fmt: skip
 
 

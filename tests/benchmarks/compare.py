@@ -38,10 +38,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from arms import MODEL_NAME, Arm, Mode, Model, arms
+from arms import MODEL_NAME, Arm, Mode, arms
 from child import adopt_orphans
 from comparison import Comparison, Measured, metrics
 from comparison_table import Shape, show
+from exported import export
 from load import LoadOptions, Loads
 from quality_figures import quality_rows
 from rounds import Rounds
@@ -67,7 +68,7 @@ def main() -> None:
     served = Served.of(load_config(model={"name": MODEL_NAME, "skip_layers": options.skip_layers, "dtype": "bfloat16"}))
     with tempfile.TemporaryDirectory(prefix="shoal-compare-") as folder:
         scratch = Path(folder)
-        model = _export(served, scratch / "model")
+        model = export(served, scratch / "model")
         known = arms(
             model,
             scratch,
@@ -94,7 +95,9 @@ def main() -> None:
             metrics=metrics(load),
             baseline=options.baseline,
             measured={arm.name: Measured(arm, failure=arm.missing, version=_version(arm)) for arm in chosen},
-            quality=quality_rows(served.files.digest, options.skip_layers, is_calibrated=served.projector is not None),
+            quality=quality_rows(
+                served.files.digest, served.projector and served.projector.digest, options.skip_layers
+            ),
         )
         interrupted = False
         try:
@@ -118,19 +121,6 @@ def _run(comparison: Comparison, loads: Loads, scratch: Path, console: Console, 
         for number in range(1, options.rounds + 1):
             run.round(number)
             _write(comparison, options.json)
-
-
-def _export(served: Served, folder: Path) -> Model:
-    """The packaged weights as a folder, for the peers that read no GGUF; they are equal bit for bit."""
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from models import smollm2_reference
-
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    smollm2_reference(torch.bfloat16, "sdpa").save_pretrained(folder)
-    served.files.tokenizer().save_pretrained(folder)
-    return Model(folder, served.files.path, served.max_context_tokens)
 
 
 def _chosen(all_arms: Sequence[Arm], options: argparse.Namespace) -> list[Arm]:

@@ -61,6 +61,7 @@ class Measured:
             "version": self.version,
             "mode": self.mode,
             "skip_layers": self.arm.num_skipped,
+            "weights": self.arm.weights,
             "failure": self.failure,
             "trials": {mode: one if isinstance(one, str) else asdict(one) for mode, one in self.trials.items()},
             "rounds": {number: asdict(figures) for number, figures in self.rounds.items()},

@@ -24,7 +24,13 @@ class Shape:
 
     spec: ModelSpec
     load: LoadOptions
-    packed_bytes: int
+    gguf_bytes: int
+
+    def weight_bytes(self, weights: str) -> int:
+        """What a step reads of them: of int8 without the scales, which are less than a hundredth."""
+        if weights == "gguf":
+            return self.gguf_bytes
+        return work.weight_bytes(self.spec, element_bytes=1 if weights == "int8" else 2)
 
 
 def show(comparison: Comparison, shape: Shape, console: Console) -> None:
@@ -111,7 +117,7 @@ def _share(comparison: Comparison, measured: Measured, metric: Metric, shape: Sh
         return flops / load.stream_output_tokens * median / gemm
     if metric.name == "TTFT":
         return work.prefill_flops(spec, plan, load.prompt_tokens) / median / gemm
-    weights = shape.packed_bytes if measured.arm.is_packed else work.weight_bytes(spec)
+    weights = shape.weight_bytes(measured.arm.weights)
     return work.step_bytes(spec, load.prompt_tokens + load.output_tokens // 2, weights) / median / read
 
 
@@ -132,6 +138,7 @@ def _hand_off(comparison: Comparison, shape: Shape) -> Iterator[str]:
         measured.arm.is_handed_off: measured.median(Metric("TTFT"))
         for measured in comparison.measured.values()
         if measured.arm.is_handed_off is not None and not measured.arm.num_skipped
+        if measured.arm.weights == "bfloat16"
     }
     handed, aggregated, rate = by_way.get(True), by_way.get(False), comparison.limit("loopback_bytes")
     if handed and aggregated and rate:
@@ -146,14 +153,14 @@ def _quality(comparison: Comparison) -> RenderableType:
     if not comparison.quality:
         return "quality: docs/figures has no evaluation with so many layers skipped; run shoal eval"
     table = Table(
-        title=f"quality of shallow prompts ({comparison.quality[0]['treatment']}); all other arms are full depth",
-        caption="from docs/figures, by shoal eval, in float32: not measured in this run",
+        title="quality of what isn't full depth in bfloat16",
+        caption="from docs/figures, by shoal eval: not measured in this run",
     )
-    for column in ("text", "perplexity, full", "shallow", "KL", "top-1 agreement"):
-        table.add_column(column, justify="left" if column == "text" else "right")
+    for column in ("what", "text", "passages", "perplexity, full", "so", "KL", "top-1 agreement"):
+        table.add_column(column, justify="left" if column in {"what", "text"} else "right")
     for row in comparison.quality:
         table.add_row(
-            row["text"], f"{row['full_perplexity']:.2f}", f"{row['shallow_perplexity']:.2f}",
-            f"{row['divergence']:.3f}", f"{row['agreement']:.1%}",
+            row["treatment"], row["text"], str(row["passages"]), f"{row['full_perplexity']:.2f}",
+            f"{row['perplexity']:.2f}", f"{row['divergence']:.3f}", f"{row['agreement']:.1%}",
         )  # fmt: skip
     return table

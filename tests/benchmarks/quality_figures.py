@@ -1,4 +1,4 @@
-"""What a shallow prompt costs, from the figures that ``shoal eval`` wrote and docs/quality.md shows."""
+"""What shallow prompts and int8 weights cost, from the figures that ``shoal eval`` wrote and docs/quality.md shows."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ from pathlib import Path
 from typing import Any
 
 _FIGURES = Path(__file__).parents[2] / "docs" / "figures"
+_INT8 = "full, int8"
 
 
-def quality_rows(model_digest: str, num_skipped: int, *, is_calibrated: bool) -> list[dict[str, Any]]:
-    """A row for each kind of text that one model was evaluated on with so many layers skipped, beside full depth."""
-    treatment = "calibrated" if is_calibrated else "shallow"
+def quality_rows(model_digest: str, projector_digest: str | None, num_skipped: int) -> list[dict[str, Any]]:
+    """A row for each evaluation of the model with what is served, which is the projector or (``None``) the paper's.
+
+    Beside full depth on the same passages. ``treatment`` is as in the evaluation.
+    """
+    served = "shallow" if projector_digest is None else "calibrated"
     rows = []
     for path in sorted(_FIGURES.glob("evaluation-*.json")):
         evaluation = json.loads(path.read_text(encoding="utf-8"))
-        if evaluation["settings"]["model_digest"] != model_digest:
+        settings = evaluation["settings"]
+        if settings["model_digest"] != model_digest:
+            continue
+        if projector_digest not in {None, *(projector["digest"] for projector in settings["projectors"])}:
             continue
         full = {text["kind"]: text for text in evaluation["texts"] if text["treatment"] == "full"}
         rows += [
             {
                 "text": text["kind"],
-                "treatment": treatment,
+                "passages": settings["num_passages"],
+                "treatment": text["treatment"],
+                "dtype": settings["dtype"],
                 "full_perplexity": full[text["kind"]]["perplexity"]["value"],
-                "shallow_perplexity": text["perplexity"]["value"],
+                "perplexity": text["perplexity"]["value"],
                 "divergence": text["divergence"]["value"],
                 "agreement": text["agreement"]["value"],
                 "source": f"docs/figures/{path.name}",
             }
             for text in evaluation["texts"]
-            if text["treatment"] == treatment and text["num_skipped"] == num_skipped
+            if (text["treatment"], text["num_skipped"]) in {(served, num_skipped), (_INT8, 0)}
         ]
     return rows

@@ -19,6 +19,7 @@ ROWS = {
     "control: removed at every stage": "removed",
 }
 GEMMA = {
+    "prose": "evaluation-gemma-prose",
     "dialogue": "evaluation-gemma-dialogue",
     "technical": "evaluation-gemma",
     "prose, sinks apart": "evaluation-gemma-prose-apart",

@@ -90,7 +90,7 @@ def _prefill_step(engine: Engine) -> Iterator[None]:
     while True:
         engine.submit_prefill("one", len(prompt))
         engine.step()
-        engine.start("one", prompt=prompt)
+        engine.start_shipping("one", prompt)
         engine.step()
         engine.finish("one")
         yield

@@ -73,7 +73,7 @@ def _prompt(engine: Engine, key: str, num_tokens: int, chunk: int) -> list[tuple
     prompt = tuple(20 + (7919 * index) % 40_000 for index in range(num_tokens + 1))
     engine.submit_prefill(key, len(prompt))
     engine.step()
-    engine.start(key, prompt=prompt)
+    engine.start_shipping(key, prompt)
     found, end = [], 0
     while end < num_tokens:
         began_s = time.perf_counter()

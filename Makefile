@@ -58,6 +58,7 @@ format: $(STAMP) ## Repair what ruff can repair
 
 types: $(STAMP) ## Types (mypy, strict)
 	$(BIN)/mypy
+	MYPYPATH=services:tests:tests/benchmarks $(BIN)/mypy --follow-imports=silent tests/benchmarks
 
 imports: $(STAMP) ## Import contracts: imports point down (import-linter)
 	$(BIN)/lint-imports --no-logo

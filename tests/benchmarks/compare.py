@@ -96,7 +96,7 @@ def main() -> None:
             baseline=options.baseline,
             measured={arm.name: Measured(arm, failure=arm.missing, version=_version(arm)) for arm in chosen},
             quality=quality_rows(
-                served.files.digest, served.projector and served.projector.digest, options.skip_layers
+                served.files.digest, served.projector.digest if served.projector else None, options.skip_layers
             ),
         )
         interrupted = False

@@ -32,6 +32,7 @@ from shoal.model.files import locate
 from shoal.model.norm import rms_norm
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
+from shoal.model.rows import TorchRows
 from shoal.quality.calibration import CalibrationOptions, Calibrator, Example
 from shoal.quality.normal_equations import NormalEquations
 from shoal.quality.subject import Subject
@@ -71,7 +72,7 @@ def main() -> None:
     learnt, held_out, sums = calibrator.observe(seen)
     judged, _, _ = replace_held_out(calibrator).observe(_cut(files, options.kind, Split.CALIBRATION, options.judged))
     ridge, chosen = calibrator.solve(sums, held_out)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True)) as bar:
         for way in ways(calibrator, ridge, sums, attended(calibrator, learnt, chosen, bar)):
             if way.learnt:
@@ -104,7 +105,7 @@ def attended(calibrator: Calibrator, learnt: Sequence[Example], ridge: float, ba
     """The ridge solution where, in each layer, a token weighs as much as the continuation attends to it there."""
     subject, plan, num_sinks = calibrator.subject, calibrator.plan, calibrator.options.num_sinks
     rows = calibrator.paper.weight.shape[0] // plan.num_skipped
-    priors = calibrator.paper.weight.split(rows)
+    priors = torch.split(calibrator.paper.weight, rows)
     sums = [NormalEquations(calibrator.paper.weight.shape[1], rows) for _ in priors]
     for example in bar.track(learnt, description="ridge, by attention"):
         inputs = torch.empty(0)
@@ -126,7 +127,7 @@ def attended(calibrator: Calibrator, learnt: Sequence[Example], ridge: float, ba
 def attention_mass(subject: Subject, layer: int, hidden: torch.Tensor, num_prompt: int) -> torch.Tensor:
     """``[tokens]``: what the tokens from the boundary on attend to each, summed over them and the heads."""
     spec, own = subject.spec, subject.parameters.layers[layer]
-    heads = F.linear(rms_norm(hidden, own.input_norm, spec.norm_eps), own.qkv, own.qkv_bias)
+    heads = TorchRows(spec).linear(rms_norm(hidden, own.input_norm, spec.norm_eps), own.qkv, own.qkv_bias)
     heads = heads.view(len(hidden), -1, spec.head_dim)[:, : spec.num_heads + spec.num_kv_heads]
     positions = torch.arange(len(hidden))
     Rope.at(spec, positions, hidden.dtype).rotate_(heads, spec.layers[layer].rope)
@@ -185,7 +186,7 @@ def learn(calibrator: Calibrator, way: Way, learnt: Sequence[Example], options: 
             group["lr"] = calibrator.options.learning_rate * rate
         optimizer.zero_grad()
         ours, theirs = _logprobs(calibrator, way, learnt[order.pop()])
-        F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().backward()
+        F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().backward()  # type: ignore[no-untyped-call]
         for tensor in way.learnt:
             if tensor.grad is not None and tensor.shape[0] == calibrator.paper.weight.shape[0]:
                 tensor.grad[:first] = 0.0

@@ -58,17 +58,17 @@ def main() -> None:
             found[name, streams].append(figures)
     if options.json:
         raw = [
-            {"tree": name, "streams": streams, "rounds": [asdict(one) | {"overhead": one.overhead} for one in figures]}
-            for (name, streams), figures in found.items()
+            {"tree": name, "streams": streams, "rounds": [asdict(one) | {"overhead": one.overhead} for one in rounds]}
+            for (name, streams), rounds in found.items()
         ]
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         settings["beside"] = bool(options.beside)
         Path(options.json).write_text(json.dumps({"settings": settings, "figures": raw}, indent=2) + "\n")
     table = Table("tree", "streams", "per token", "a step", "not the engine's", "tokens/s")
-    for (name, streams), figures in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-        tpot, step = (statistics.median(getattr(one, key) for one in figures) for key in ("tpot_s", "step_s"))
-        overhead = statistics.median(one.overhead for one in figures)
-        rate = statistics.median(one.tokens_per_s for one in figures)
+    for (name, streams), rounds in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        tpot, step = (statistics.median(getattr(one, key) for one in rounds) for key in ("tpot_s", "step_s"))
+        overhead = statistics.median(one.overhead for one in rounds)
+        rate = statistics.median(one.tokens_per_s for one in rounds)
         table.add_row(
             name, str(streams), f"{1000 * tpot:.1f} ms", f"{1000 * step:.1f} ms", f"{overhead:.0%}", f"{rate:.0f}"
         )

@@ -228,6 +228,11 @@ class GatewayConfig(_Frozen):
     port: Port = Field(8000, description="HTTP. 0: any free one, on a private cluster.")
     grpc_port: Port = Field(9000, description="gRPC. 0: none.")
     tls: TlsConfig | None = Field(None, description="Of the gRPC server; without it, it speaks plain text.")
+    keys_file: Path | None = Field(
+        None,
+        description="Tenants, hashes of their keys, and what each may do, as shoal keys writes them; read again when "
+        "it changes. Without it, whoever reaches the gateway may ask.",
+    )
     reflection: bool = Field(True, description="Whether the gRPC server tells clients its schema; off in production.")
     retry: RateConfig = Field(RateConfig(), description="How often a request may go to another decode replica.")
     resource: str | None = Field(

@@ -6,9 +6,12 @@
     ├── RequestError                  the client's request is at fault
     │   ├── InvalidRequest            400  a field is wrong; ``param`` names it
     │   │   └── ContextLengthExceeded 400  prompt + max_tokens don't fit the model
+    │   ├── Unauthenticated           401  no key, or one that isn't known
+    │   ├── PermissionDenied          403  a key that doesn't open this
     │   ├── ModelNotFound             404
     │   └── RequestTooLarge           413
     ├── Overloaded                    429  a bounded queue is full; ``retry_after_s`` says when to come back
+    │   └── RateLimited               429  a tenant asks for more than it may
     ├── Unavailable                   503  nothing can serve this now
     │   └── PeerGone                  503  the other end of a channel went away
     ├── DeadlineExceeded              504
@@ -72,6 +75,18 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class Unauthenticated(RequestError):
+    http_status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(RequestError):
+    http_status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
 class ModelNotFound(RequestError):
     http_status = 404
     code = "model_not_found"
@@ -86,6 +101,11 @@ class Overloaded(ShoalError):
     http_status = 429
     type = "overloaded_error"
     code = "overloaded"
+
+
+class RateLimited(Overloaded):
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class Unavailable(ShoalError):

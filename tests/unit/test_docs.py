@@ -75,15 +75,19 @@ def test_paths_exist(document: Path) -> None:
 @each_document
 def test_commands_and_options_exist(document: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
-    for name, options in shoal_commands(document):
+    for name, subcommand, options in shoal_commands(document):
         assert name in commands
-        parameters = commands[name].params
-        known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)} | {"--help"}
+        command = commands[name]
+        if hasattr(command, "commands"):
+            assert subcommand in command.commands, name
+            command = command.commands[subcommand]
+        known = {option for one in command.params for option in (*one.opts, *one.secondary_opts)} | {"--help"}
         assert set(options) <= known, name
 
 
-def shoal_commands(document: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each ``shoal …`` that is told to be typed: its subcommand and its options; ``make serve ARGS='…'``, too."""
+def shoal_commands(document: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Each ``shoal …`` that is told to be typed: its command, the word behind it, and its options; ``make serve
+    ARGS='…'``, too."""
     for line in re.findall(r"^(?:\S*/)?(?:shoal|make) [a-z].*$", code(document), re.MULTILINE):
         words = shlex.split(line, comments=True)
         if words[0] == "make":
@@ -91,8 +95,8 @@ def shoal_commands(document: Path) -> Iterator[tuple[str, list[str]]]:
         else:
             words = words[1:]
         options = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
-        if options or words[0] in ("serve", "generate", "doctor", "demo"):
-            yield words[0], options
+        if options or words[0] in ("serve", "generate", "doctor", "demo", "keys"):
+            yield words[0], words[1] if len(words) > 1 else "", options
 
 
 @each_document

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shoal.cli.bench import bench
+from shoal.cli.keys import keys
 from shoal.cli.options import (
     Anchors,
     BoundaryTokens,
@@ -71,6 +72,9 @@ def serve(
     ] = None,
     dtype: Dtype = None,
     decode_weights: DecodeWeights = None,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="Who may ask, as shoal keys writes it. Default: anybody.", metavar="FILE")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="auto joins the running Ray cluster. Default: a private one.")
     ] = None,
@@ -94,7 +98,12 @@ def serve(
             "anchors": anchors,
             "boundary_tokens": boundary_tokens,
         },
-        gateway={"host": host, "port": port, "grpc_port": grpc_port},
+        gateway={
+            "host": host,
+            "port": port,
+            "grpc_port": grpc_port,
+            "keys_file": None if keys_file is None else keys_file.resolve(),
+        },
         prefill={"replicas": prefill_replicas, "reuse": reuse},
         decode={"replicas": decode_replicas, "reuse": reuse, "weights": decode_weights},
         ray={"address": address},
@@ -104,7 +113,10 @@ def serve(
 
 def _serve(settings: Any) -> None:
     from shoal.app.cluster import running
+    from shoal.gateway.keys import read_keys
 
+    if settings.gateway.keys_file is not None:
+        read_keys(settings.gateway.keys_file)  # what is wrong there is said before anything starts
     try:
         with (
             progress_bars() as on_progress,
@@ -213,6 +225,7 @@ app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(bench)
 app.command()(simulate)
+app.add_typer(keys, name="keys")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 import shoal
 from shoal.errors import InternalError, RequestError, Unavailable
+from shoal.gateway.access import KeyGuard
 from shoal.gateway.backend import Backend
 from shoal.gateway.edge import RequestEdge
 from shoal.gateway.endpoint import chat_completions, completions
@@ -47,6 +48,7 @@ def create_app(
         services.tokenizer.close()
 
     app = FastAPI(title="Shoal", openapi_url=None, lifespan=lifespan)
+    app.add_middleware(KeyGuard, access=services.access)
     app.add_middleware(RequestEdge, proxy_echoes_id=proxy_echoes_id)
     app.add_exception_handler(HTTPException, _routing_error)
     app.router.routes += [

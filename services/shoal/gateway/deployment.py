@@ -26,6 +26,7 @@ from shoal.gateway.draining import DrainingBackend
 from shoal.gateway.grpc_server import GrpcServer
 from shoal.gateway.http_server import HttpServer
 from shoal.gateway.intake import Services
+from shoal.gateway.keys import Keyring
 from shoal.gateway.poll import SharedPoll
 from shoal.gateway.retrying import RetryingBackend
 from shoal.gateway.tokenizer import Tokenizer
@@ -157,7 +158,13 @@ class GatewayReplica:
             )
         )
         self._services = Services(
-            self._backend, tokenizer, (model,), settings.gateway, metrics, wants_outline=settings.model.plan == "speed"
+            self._backend,
+            tokenizer,
+            (model,),
+            settings.gateway,
+            metrics,
+            wants_outline=settings.model.plan == "speed",
+            keyring=None if settings.gateway.keys_file is None else Keyring(settings.gateway.keys_file),
         )
         self._grpc_server: GrpcServer | None = None
         if settings.gateway.grpc_port:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,12 +18,17 @@ _log = structlog.get_logger(__name__)
 
 
 class Exchange:
-    """Open for as long as a request is being answered. ``model`` and ``generation`` are set once they're known."""
+    """Open for as long as a request is being answered; ``exits`` are left then.
+
+    ``tenant``, ``model`` and ``generation`` are set once they're known.
+    """
 
     def __init__(self, endpoint: str, observer: GatewayObserver, clock: Callable[[], float]) -> None:
         self.arrived_s = clock()
+        self.tenant = ""
         self.model = ""
         self.generation: Generation | None = None
+        self.exits = ExitStack()
         self._endpoint = endpoint
         self._observer = observer
         self._clock = clock
@@ -41,6 +47,7 @@ class Exchange:
             self._error = Cancelled("the server stopped this request")
         elif error is not None:
             self._error = error if isinstance(error, ShoalError) else InternalError("")
+        self.exits.close()
         self._tell()
 
     def failed(self, error: ShoalError) -> None:
@@ -68,6 +75,7 @@ class Exchange:
         ttft_s = min((timing.ttft_s for timing in self.generation.timings.values()), default=None)
         return {
             **code,
+            "tenant": self.tenant,
             "model": self.model,
             "depth": str(self.generation.depth),
             "num_prompt_tokens": self.generation.num_prompt_tokens,

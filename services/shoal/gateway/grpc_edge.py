@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from shoal.errors import InvalidRequest
+from shoal.gateway.access import Access
 from shoal.gateway.edge import as_shoal_error
 from shoal.rpc.statuses import abort
 
@@ -18,7 +20,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
-    """Answers every error. gRPC itself would send an unexpected one's class and text, also of bytes it can't read."""
+    """Lets in whom ``access`` does, and answers every error. gRPC itself would send an unexpected one's class and text,
+    also of bytes it can't read."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
 
     async def intercept_service(
         self,
@@ -28,27 +34,39 @@ class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         handler = await continuation(handler_call_details)
         if handler is None:
             return None  # there is no such method, and gRPC says so
-        return _streaming(handler) if handler.request_streaming else _unary(handler)
+        method: str = handler_call_details.method
+        admitted = partial(self._admitted, method)
+        return _streaming(handler, admitted) if handler.request_streaming else _unary(handler, admitted)
+
+    def _admitted(self, method: str, context: Context) -> AbstractContextManager[None]:
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        return self._access.admitted(method, metadata.get("authorization"))
 
 
-def _unary(handler: Any) -> Any:
+Admitted = Callable[[Context], AbstractContextManager[None]]
+
+
+def _unary(handler: Any, admitted: Admitted) -> Any:
     """A method that takes one message. One that streams its answer writes it, and doesn't yield it."""
     behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
     read = handler.request_deserializer or bytes
 
     async def answered(raw: bytes, context: Context) -> Any:
         async with _answering_errors(context):
-            return await behaviour(read(raw), context)
+            with admitted(context):
+                return await behaviour(read(raw), context)
 
     make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
     return make(answered, response_serializer=handler.response_serializer)
 
 
-def _streaming(handler: Any) -> Any:
+def _streaming(handler: Any, admitted: Admitted) -> Any:
     """A method that takes a stream and yields one, as reflection does."""
 
     async def answered(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         async with _answering_errors(context):
+            with admitted(context):
+                pass  # what follows asks nothing of a pool
             async for response in handler.stream_stream(requests, context):
                 yield response
 

@@ -40,7 +40,9 @@ class GrpcServer:
         """
         config = self._services.config
         credentials = None if config.tls is None else server_credentials(config.tls)
-        server = grpc.aio.server(interceptors=(GrpcEdge(),), options=_options(config.max_body_bytes))
+        server = grpc.aio.server(
+            interceptors=(GrpcEdge(self._services.access),), options=_options(config.max_body_bytes)
+        )
         InferenceService(self._services).add_to(server)
         HealthService(self._services.backend.readiness, inference.SERVICE_NAME).add_to(server)
         if config.reflection:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from shoal.config import GatewayConfig
+from shoal.gateway.access import Access, asking
 from shoal.gateway.backend import Backend, GatewayObserver
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
+from shoal.gateway.keys import Keyring
 from shoal.gateway.schema import ChatBody, CompletionBody
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel, check_limits, find_model, generate_requests
@@ -18,7 +20,10 @@ from shoal.messages import Depth, RequestContext
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What all requests share. ``clock`` is monotonic seconds. Only some plans want to know a conversation's parts."""
+    """What all requests share. ``clock`` is monotonic seconds. Only some plans want to know a conversation's parts.
+
+    With a ``keyring``, requests need a key.
+    """
 
     backend: Backend
     tokenizer: Tokenizer
@@ -27,6 +32,11 @@ class Services:
     observer: GatewayObserver
     clock: Callable[[], float] = time.monotonic
     wants_outline: bool = False
+    keyring: Keyring | None = None
+
+    @property
+    def access(self) -> Access:
+        return Access(self.keyring, self.observer)
 
 
 async def take_in(
@@ -43,7 +53,9 @@ async def take_in(
     ``timeout_s`` is how long the client waits, from the request's arrival; the configured deadline holds if it's
     sooner. Raises the RequestError that tells what is wrong.
     """
-    exchange.model = body.model
+    tenant = asking()
+    exchange.tenant, exchange.model = tenant.name, body.model
+    exchange.exits.enter_context(tenant.running())
     model = find_model(services.models, body.model)
     check_limits(body, model, services.config)
     prompts = await _encode(body, services.tokenizer, model.max_context_tokens)
@@ -52,6 +64,7 @@ async def take_in(
         request_id=request_id,
         timeout_s=deadline_s - (services.clock() - exchange.arrived_s),
         traceparent=traceparent,
+        tenant=tenant.name,
     )
     requests = generate_requests(body, prompts, model, context)
     if services.wants_outline and isinstance(body, ChatBody) and requests[0].depth is Depth.SHALLOW:

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from shoal.errors import InternalError, InvalidRequest, RequestError, ShoalError
+from shoal.errors import InternalError, InvalidRequest, RequestError, ShoalError, Unauthenticated
 from shoal.rpc.statuses import retry_delay_s
 
 
@@ -53,6 +53,8 @@ def error_response(error: ShoalError, headers: dict[str, str] | None = None) -> 
     """``error`` as an HTTP answer; with Retry-After where a later try may succeed."""
     headers = dict(headers or {})
     delay_s = retry_delay_s(error)
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
     if delay_s is not None:
         headers["retry-after"] = str(math.ceil(max(delay_s, 1.0)))
     return JSONResponse(error_document(error), status_code=error.http_status, headers=headers)

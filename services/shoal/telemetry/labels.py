@@ -27,6 +27,9 @@ class ErrorType(_OpenEnum):
 
     NONE = "none"
     INVALID_REQUEST = "invalid_request_error"
+    AUTHENTICATION = "authentication_error"
+    PERMISSION = "permission_error"
+    RATE_LIMIT = "rate_limit_error"
     OVERLOADED = "overloaded_error"
     UNAVAILABLE = "unavailable_error"
     TIMEOUT = "timeout_error"
@@ -58,6 +61,9 @@ class RejectReason(_OpenEnum):
 
     INVALID = "invalid_value"
     CONTEXT_LENGTH = "context_length_exceeded"
+    INVALID_KEY = "invalid_api_key"
+    PERMISSION = "permission_denied"
+    RATE_LIMIT = "rate_limit_exceeded"
     MODEL_NOT_FOUND = "model_not_found"
     TOO_LARGE = "request_too_large"
     OVERLOADED = "overloaded"

@@ -1,0 +1,88 @@
+"""What a key opens: every path and every method has a line here, and what has none wants a key, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from shoal.errors import ShoalError, Unauthenticated
+from shoal.gateway.backend import GatewayObserver
+from shoal.gateway.keys import Keyring, Role, Tenant, TenantConfig
+
+OPEN = frozenset({"/health", "/readyz", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+"""For probes, which have no key. They tell how many replicas are ready, and no more."""
+
+_ROLES = {
+    "/v1/": Role.GENERATE,
+    "/shoal.v1.InferenceService/": Role.GENERATE,
+    "/metrics": Role.METRICS,
+}
+"""By what a path, or gRPC's ``/service/method``, begins with. Others open to any key."""
+
+ANYBODY = Tenant("default", TenantConfig(roles=frozenset(Role)))
+"""Who asks where no keys are wanted."""
+
+_asking: ContextVar[Tenant | None] = ContextVar("asking", default=None)
+
+
+class Access:
+    """Lets in who shows a key of ``keyring``; without one, everybody."""
+
+    def __init__(self, keyring: Keyring | None, observer: GatewayObserver) -> None:
+        self._keyring = keyring
+        self._observer = observer
+
+    @contextmanager
+    def admitted(self, place: str, authorization: str | None) -> Iterator[None]:
+        """For the block, ``asking`` says who it is. Raises Unauthenticated or PermissionDenied, which are counted."""
+        if place in OPEN:
+            yield
+            return
+        token = _asking.set(self._tenant(place, authorization))
+        try:
+            yield
+        finally:
+            _asking.reset(token)
+
+    def _tenant(self, place: str, authorization: str | None) -> Tenant:
+        if self._keyring is None:
+            return ANYBODY
+        try:
+            tenant = self._keyring.tenant(authorization)
+            tenant.require(role_of(place))
+        except ShoalError as error:
+            self._observer.rejected(error.code)
+            raise
+        return tenant
+
+
+def role_of(place: str) -> Role | None:
+    """Which role opens a path or method; ``None``: any key does."""
+    return next((role for prefix, role in _ROLES.items() if place.startswith(prefix)), None)
+
+
+def asking() -> Tenant:
+    """Who is being answered. Raises Unauthenticated where nobody was let in: a door without a guard is shut."""
+    tenant = _asking.get()
+    if tenant is None:
+        raise Unauthenticated("nobody was let in here")
+    return tenant
+
+
+class KeyGuard:
+    """ASGI middleware: ``access`` for HTTP."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        with self._access.admitted(scope["path"], Headers(scope=scope).get("authorization")):
+            await self._app(scope, receive, send)

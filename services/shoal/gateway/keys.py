@@ -1,0 +1,202 @@
+"""Who may ask: tenants, the keys that they show, and what each of them may do.
+
+A key is ``sk-shoal-ID-SECRET``. The operator's file (``gateway.keys_file``) has the id, by which a key is found, and
+SHA-256 of the whole: a secret of 256 random bits needs no slower hash. The file is looked at again when it changes, so
+that keys come and go without a restart.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shoal.config import RateConfig
+from shoal.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
+from shoal.rate import RateLimit
+
+_log = logging.getLogger(__name__)
+
+_KEY = re.compile(r"sk-shoal-([0-9a-f]{8})-[A-Za-z0-9_-]{43}")
+_LOOK_EVERY_S = 1.0
+_NOBODY = "0" * 64
+
+
+class Role(enum.StrEnum):
+    """What a key opens."""
+
+    GENERATE = "generate"
+    METRICS = "metrics"
+
+
+class TenantConfig(BaseModel):
+    """One tenant in the file. Its cache is its own; two keys of it share all that is limited here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = (
+        Field({}, description="By the key's id, SHA-256 of the key in hex; shoal keys new writes both.")
+    )
+    roles: frozenset[Role] = Field(frozenset({Role.GENERATE}), description="What its keys open: generate, metrics.")
+    max_running: Annotated[int, Field(ge=1)] | None = Field(None, description="Requests at once; more get 429.")
+    requests: RateConfig | None = Field(None, description="How often it may ask; more often gets 429.")
+
+
+class KeysFile(BaseModel):
+    """The file as a whole."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tenants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")], TenantConfig] = {}
+
+    @model_validator(mode="after")
+    def _keys_are_one_tenant_s(self) -> KeysFile:
+        ids = [key_id for tenant in self.tenants.values() for key_id in tenant.keys]
+        if twice := {key_id for key_id in ids if ids.count(key_id) > 1}:
+            raise ValueError(f"key {min(twice)} is there twice: make another one of the two")
+        return self
+
+
+class Tenant:
+    """Whose requests these are. ``clock`` is monotonic seconds."""
+
+    def __init__(self, name: str, config: TenantConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = name
+        self.config = config
+        self.num_running = 0
+        self._clock = clock
+        self._rate = None if config.requests is None else RateLimit(config.requests, clock)
+
+    def changed(self, config: TenantConfig) -> None:
+        """Other limits from now on; what runs still counts."""
+        if config.requests != self.config.requests:
+            self._rate = None if config.requests is None else RateLimit(config.requests, self._clock)
+        self.config = config
+
+    def require(self, role: Role | None) -> None:
+        """Raises PermissionDenied unless its keys open this; ``None`` is what any key opens."""
+        if role is not None and role not in self.config.roles:
+            raise PermissionDenied(f"this key doesn't have the role {role}: ask whoever gave it to you")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count a request for as long as the block lasts. Raises RateLimited."""
+        if self.config.max_running is not None and self.num_running >= self.config.max_running:
+            raise RateLimited(
+                f"{self.num_running} requests of yours are running, which is what you may: wait for one",
+                retry_after_s=1,
+            )
+        if self._rate is not None and not self._rate.take():
+            raise RateLimited("you ask more often than you may", retry_after_s=self._rate.wait_s)
+        self.num_running += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+
+
+class Keyring:
+    """The tenants of a file, which is read again once it has changed. Raises ConfigError if it can't be at first.
+
+    One that is wrong later changes nothing: it's logged, and who had a key still has it.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._tenants: dict[str, Tenant] = {}
+        self._keys: dict[str, tuple[str, Tenant]] = {}
+        self._stamp = _stamp(path)
+        self._looked_s = clock()
+        self._take(read_keys(path))
+
+    def tenant(self, authorization: str | None) -> Tenant:
+        """Whose key ``authorization`` (the header's value) brings. Raises Unauthenticated."""
+        self._look()
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise Unauthenticated("this server wants a key: send it as Authorization: Bearer KEY")
+        found = _KEY.fullmatch(key.strip())
+        digest, tenant = self._keys.get(found[1] if found else "", (_NOBODY, None))
+        # Compared whoever it claims to be, so that an answer's time tells nothing.
+        is_theirs = hmac.compare_digest(digest, digest_of(key.strip()))
+        if tenant is None or not is_theirs:
+            raise Unauthenticated("this key isn't known here: it may have been taken back")
+        return tenant
+
+    def _look(self) -> None:
+        if self._clock() - self._looked_s < _LOOK_EVERY_S:
+            return
+        self._looked_s = self._clock()
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._take(read_keys(self._path))
+        except ConfigError as error:
+            _log.error("the keys stay as they were: %s", error.message)
+
+    def _take(self, file: KeysFile) -> None:
+        known, self._tenants, self._keys = self._tenants, {}, {}
+        for name, config in file.tenants.items():
+            tenant = self._tenants[name] = known.get(name) or Tenant(name, config, self._clock)
+            tenant.changed(config)
+            self._keys.update({key_id: (digest, tenant) for key_id, digest in config.keys.items()})
+
+
+def new_key() -> tuple[str, str]:
+    """A key, and its id."""
+    key_id = secrets.token_hex(4)
+    return f"sk-shoal-{key_id}-{secrets.token_urlsafe(32)}", key_id
+
+
+def digest_of(key: str) -> str:
+    """What the file has of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read_keys(path: Path) -> KeysFile:
+    """Raises ConfigError that names what is wrong in which place."""
+    try:
+        return KeysFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"can't read the keys in {path}: {error}; shoal keys new makes such a file") from error
+    except ValidationError as error:
+        lines = (f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"the keys in {path} are refused:\n" + "\n".join(lines)) from error
+
+
+def write_keys(path: Path, file: KeysFile) -> None:
+    """All at once, for its owner's eyes only. Raises ConfigError."""
+    tree = file.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            yaml.safe_dump(tree, stream, sort_keys=True)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ConfigError(f"can't write the keys to {path}: {error.strerror}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells one state of a file from the next, also behind a link that is turned, as Kubernetes does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,0 +1,156 @@
+"""Who is let in, at every path and every method: with the right key, and nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from inference_server import TIMEOUT_S, client_of, request, told
+from shoal.gateway.access import OPEN
+from shoal.gateway.api import create_app
+from shoal.gateway.intake import Services
+from shoal.gateway.keys import Keyring, KeysFile, digest_of, new_key, write_keys
+from shoal.v1 import inference_pb2 as pb
+
+BODY = {"model": "smollm2", "prompt": "Hello", "max_tokens": 3}
+KEYS = {name: new_key() for name in ("asker", "watcher", "one-at-a-time")}
+POLICIES: dict[str, Any] = {"asker": {}, "watcher": {"roles": ["metrics"]}, "one-at-a-time": {"max_running": 1}}
+
+
+@pytest.fixture
+def guarded(services: Services, tmp_path: Path) -> Services:
+    """Services that want one of the keys."""
+    tenants = {name: {**POLICIES[name], "keys": {key_id: digest_of(key)}} for name, (key, key_id) in KEYS.items()}
+    write_keys(tmp_path / "keys.yaml", KeysFile.model_validate({"tenants": tenants}))
+    return replace(services, keyring=Keyring(tmp_path / "keys.yaml"))
+
+
+@pytest.fixture
+async def http(guarded: Services) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(guarded, metrics_text=lambda: b"shoal_requests_in_flight 0\n")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {KEYS[name][0]}"}
+
+
+def routes(services: Services) -> list[tuple[str, str]]:
+    """Every method of every path that the application has."""
+    return [
+        (method, route.path.replace("{name:path}", "smollm2"))  # type: ignore[attr-defined]
+        for route in create_app(services).routes
+        for method in sorted(route.methods)  # type: ignore[attr-defined]
+    ]
+
+
+async def test_without_a_key_only_probes_are_answered(http: httpx.AsyncClient, guarded: Services):
+    paths = [
+        *routes(guarded),
+        ("GET", "/"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+        ("GET", "/health/"),
+        ("PUT", "/v1/x"),
+    ]
+    assert len(paths) > 12
+    for method, path in paths:
+        answer = await http.request(method, path, json=BODY if method == "POST" else None)
+        if path in OPEN:
+            assert answer.status_code in {200, 503}, path
+            continue
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), (method, path)
+        if method != "HEAD":
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.json()["error"]["type"] == "authentication_error"
+    assert set(guarded.observer.refusals) == {"invalid_api_key"}  # type: ignore[attr-defined]
+    assert not guarded.backend.requests  # type: ignore[attr-defined]
+
+
+async def test_a_key_opens_what_its_roles_say(http: httpx.AsyncClient):
+    asked = await http.post("/v1/completions", json=BODY, headers=bearer("asker"))
+    assert asked.status_code == 200, asked.text
+    for path in ("/metrics", "/metrics/targets"):
+        assert (await http.get(path, headers=bearer("asker"))).status_code == 403
+        assert (await http.get(path, headers=bearer("watcher"))).status_code == 200
+    refused = await http.post("/v1/completions", json=BODY, headers=bearer("watcher"))
+    assert refused.status_code == 403 and refused.json()["error"]["code"] == "permission_denied"
+    for name in ("asker", "watcher"):
+        assert (await http.get("/version", headers=bearer(name))).status_code == 200
+        assert (await http.get("/nowhere", headers=bearer(name))).status_code == 404
+
+
+async def test_a_request_is_its_tenant_s(http: httpx.AsyncClient, guarded: Services):
+    """The pools share K/V within a tenant alone, so what they are told is what the key says, and nothing else."""
+    for name in ("asker", "one-at-a-time"):
+        await http.post("/v1/completions", json=BODY, headers=bearer(name) | {"x-tenant": "watcher"})
+    found = [one.context.tenant for one in guarded.backend.requests]  # type: ignore[attr-defined]
+    assert found == ["asker", "one-at-a-time"]
+
+
+async def test_more_at_once_than_a_tenant_may_is_refused_and_others_go_on(http: httpx.AsyncClient, guarded: Services):
+    [mine] = [tenant for name, tenant in guarded.keyring._tenants.items() if name == "one-at-a-time"]  # type: ignore[union-attr]
+    with mine.running():
+        refused = await http.post("/v1/completions", json=BODY, headers=bearer("one-at-a-time"))
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert (await http.post("/v1/completions", json=BODY, headers=bearer("asker"))).status_code == 200
+    for stream in (False, True):  # what ended, however it was answered, counts no more
+        body = BODY | {"stream": stream}
+        assert (await http.post("/v1/completions", json=body, headers=bearer("one-at-a-time"))).status_code == 200
+    assert (await http.post("/v1/completions", json={}, headers=bearer("one-at-a-time"))).status_code == 400
+    assert mine.num_running == 0
+
+
+async def test_by_grpc_a_key_is_wanted_for_all_but_health(guarded: Services):
+    async with client_of(guarded) as client:
+        health = health_pb2_grpc.HealthStub(client.channel)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(client.channel)
+        names = reflection_pb2.ServerReflectionRequest(list_services="")
+        assert await health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        calls = {
+            "Generate": lambda metadata: client.stub.Generate(request(), timeout=TIMEOUT_S, metadata=metadata),
+            "GenerateStream": lambda metadata: _first(
+                client.stub.GenerateStream(request(), timeout=TIMEOUT_S, metadata=metadata)
+            ),
+            "ListModels": lambda metadata: client.stub.ListModels(
+                pb.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata
+            ),
+            "ServerReflectionInfo": lambda metadata: _first(
+                reflection.ServerReflectionInfo(iter([names]), timeout=TIMEOUT_S, metadata=metadata)
+            ),
+        }
+        for name, call in calls.items():
+            assert await call(tuple(bearer("asker").items())), name
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call(())
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, name
+            assert told(refused.value)[:2] == (401, "invalid_api_key")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await calls["Generate"](tuple(bearer("watcher").items()))
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert [one.context.tenant for one in client.backend.requests] == ["asker", "asker"]
+
+
+async def _first(answers: Any) -> Any:
+    async for answer in answers:
+        return answer
+    return None
+
+
+async def test_where_no_keys_are_wanted_anybody_may_ask(services: Services):
+    app = create_app(services, metrics_text=lambda: b"")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        for headers in ({}, bearer("asker")):
+            assert (await http.post("/v1/completions", json=BODY, headers=headers)).status_code == 200
+        assert (await http.get("/metrics")).status_code == 200
+    assert {one.context.tenant for one in services.backend.requests} == {"default"}  # type: ignore[attr-defined]

@@ -41,13 +41,15 @@ def metrics(options: LoadOptions) -> tuple[Metric, ...]:
 class Measured:
     """An arm's figures by round, and by mode those of the pre-run, or why there are none.
 
-    ``failure`` is why it isn't measured, or not any more.
+    ``retries`` are the rounds that it needed a second time, and why. ``failure`` is why it isn't measured, or not any
+    more.
     """
 
     arm: Arm
     mode: Mode | None = None
     trials: dict[Mode, Figures | str] = field(default_factory=dict)
     rounds: dict[int, Figures] = field(default_factory=dict)
+    retries: dict[int, str] = field(default_factory=dict)
     failure: str | None = None
     version: str | None = None
 
@@ -63,6 +65,7 @@ class Measured:
             "skip_layers": self.arm.num_skipped,
             "weights": self.arm.weights,
             "failure": self.failure,
+            "retries": self.retries,
             "trials": {mode: one if isinstance(one, str) else asdict(one) for mode, one in self.trials.items()},
             "rounds": {number: asdict(figures) for number, figures in self.rounds.items()},
         }

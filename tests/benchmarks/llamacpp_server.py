@@ -23,6 +23,7 @@ def main() -> None:
     params.hostnames = ["127.0.0.1"]
     params.port = options.port
     params.n_parallel = options.parallel
+    params.n_threads_http = 2 * options.parallel + 8  # connections that wait for their next request hold one each
     params.n_ctx = options.context
     params.kv_unified = True
     params.cache_prompt = False

@@ -63,6 +63,11 @@ class Rounds:
             key = f"round {number}"
             figures = self._try(measured.arm, measured.mode, key, samples=options.samples, streams=options.streams)
             if isinstance(figures, str):
+                measured.retries[number] = figures
+                self._say(f"{measured.arm.name}, once more in round {number}: {figures}")
+                self._grow(1)
+                figures = self._try(measured.arm, measured.mode, key, samples=options.samples, streams=options.streams)
+            if isinstance(figures, str):
                 measured.failure = figures
                 self._say(f"{measured.arm.name} failed: {figures}")
                 self._grow(number - self._num_rounds)  # its further rounds won't be

@@ -202,7 +202,9 @@ class HandoffConfig(_Frozen):
         "reads that never ended, which are used no more. Beyond it, new sessions go inline.",
     )
     min_tokens: Annotated[int, Field(ge=2)] = Field(
-        2, description="Shorter prompts are prefilled by decode itself: nothing is won by shipping them."
+        256,
+        description="Shorter prompts are prefilled by decode itself, at the depth that was asked for: a step that "
+        "decodes anyway takes them along, and to ship them would take longer than to compute them.",
     )
     local_tokens: Annotated[int, Field(ge=0)] = Field(
         512, description="Where decode has half of a prompt's K/V already, it computes up to so many tokens itself."

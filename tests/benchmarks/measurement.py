@@ -15,6 +15,7 @@ from shoal.bench.clock import RealClock
 from shoal.bench.endpoint import Endpoint, EndpointOptions, open_endpoint
 from shoal.bench.record import Record
 from shoal.bench.workload import PlannedRequest
+from shoal.config import HandoffConfig
 
 _TRANSFERS = "shoal_kv_transfer_seconds_count"
 
@@ -56,7 +57,8 @@ async def measure(
         on_step(f"{num_streams} streams")
         rates[num_streams] = _rate(await _ask_together(arm, url, loads.together(key, num_streams)))
     if arm.is_handed_off is not None:
-        _check_hand_off(arm, url, num_requests=samples + sum(streams))
+        is_worth_it = loads.options.stream_prompt_tokens >= HandoffConfig().min_tokens
+        _check_hand_off(arm, url, num_requests=samples + (sum(streams) if is_worth_it else 0))
     return Figures(
         start_s,
         ttft_s=tuple(record.ttft_s for record in alone if record.ttft_s is not None),

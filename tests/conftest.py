@@ -8,6 +8,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Most tests' prompts are short, and are to be handed over all the same.
+os.environ.setdefault("SHOAL_HANDOFF__MIN_TOKENS", "2")
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core
     os.environ["OMP_NUM_THREADS"] = "1"
 

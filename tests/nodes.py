@@ -33,6 +33,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
+    "SHOAL_HANDOFF__MIN_TOKENS": "2",  # as for all tests
 }
 START_WITHIN_S = 180
 _PAUSE_S = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shoal.bench.workload import PlannedRequest
-from shoal.config import ShoalConfig
+from shoal.config import HandoffConfig, ShoalConfig
 from shoal.simulate.costs import (
     DecodeCost,
     HandoffCost,
@@ -33,6 +33,8 @@ COSTS = StepCosts(
     decode_pool_tokens=200_000,
     sharing=SharingCost(cores=2, threads=2, efficiency=0.9),
 )
+SHIP_ALL = HandoffConfig(min_tokens=2)
+"""All prompts are handed over, however short."""
 FREE = {
     "prefill": (PrefillCost(skip_layers=0, step_s=0.0, token_s=0.0, token_context_s=0.0),),
     "decode": DecodeCost(step_s=0.0, sequence_s=0.0, context_token_s=0.0),
@@ -58,7 +60,7 @@ def run(
     requests: list[PlannedRequest], fleet: Fleet, known: StepCosts = COSTS, config: ShoalConfig | None = None
 ) -> System:
     """The system after all of it; that nothing is held any more, it checks itself."""
-    system = System(fleet, known, config or ShoalConfig(), seed=0)
+    system = System(fleet, known, config or ShoalConfig(handoff=SHIP_ALL), seed=0)
     system.offer(requests)
     system.run()
     return system

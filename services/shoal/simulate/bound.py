@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from shoal.bench.mix import RequestClass
 from shoal.config import ShoalConfig
@@ -22,8 +23,12 @@ class Bound:
 
 
 def bound(fleet: Fleet, costs: StepCosts, config: ShoalConfig, mix: Sequence[RequestClass]) -> Bound:
-    """Without queues: pools always busy, decode with as many sequences as its limits and the TPOT objective allow."""
-    prompt_s, token_s = _prompt_s(fleet, costs, config, mix), _token_s(costs, config, mix)
+    """Without queues: pools always busy, decode with as many sequences as its limits and the TPOT objective allow.
+
+    Prompts that aren't worth a hand-off are decode's, in steps that it takes anyway.
+    """
+    shipped_s, own_s = _prompt_s(fleet, costs, config, mix)
+    prompt_s, token_s = shipped_s + own_s, _token_s(costs, config, mix)
     num_outputs = _mean(mix, lambda one: _middle(one.output_tokens))
     answer_s = num_outputs * token_s
     serving_s = costs.serving.request_s + num_outputs * costs.serving.token_s
@@ -33,18 +38,23 @@ def bound(fleet: Fleet, costs: StepCosts, config: ShoalConfig, mix: Sequence[Req
     if not fleet.num_prefill:
         rate = _rate(fleet.num_decode, prompt_s + answer_s)
         return Bound(math.inf, rate, rate)
-    prefill, decode = _rate(fleet.num_prefill, prompt_s), _rate(fleet.num_decode, answer_s)
+    prefill, decode = _rate(fleet.num_prefill, shipped_s), _rate(fleet.num_decode, answer_s + own_s)
     return Bound(prefill, decode, min(prefill, decode))
 
 
-def _prompt_s(fleet: Fleet, costs: StepCosts, config: ShoalConfig, mix: Sequence[RequestClass]) -> float:
+def _prompt_s(fleet: Fleet, costs: StepCosts, config: ShoalConfig, mix: Sequence[RequestClass]) -> tuple[float, float]:
+    """Of a request, on average: what is shipped, and what decode computes itself."""
     cost, chunk = costs.of_skip(fleet.skip_layers), config.prefill.max_step_tokens
 
-    def seconds(one: RequestClass) -> float:
+    def seconds(one: RequestClass, *, shipped: bool) -> float:
         num = max(0, round(_middle(one.prompt_tokens)) - 1)
-        return cost.seconds(num, seen(0, num)) + cost.step_s * max(0, math.ceil(num / chunk) - 1)
+        is_shipped = num + 1 >= config.handoff.min_tokens
+        if is_shipped is not shipped:
+            return 0.0
+        tokens_s = cost.seconds(num, seen(0, num))
+        return tokens_s + cost.step_s * max(0, math.ceil(num / chunk) - 1) if shipped else tokens_s - cost.step_s
 
-    return _mean(mix, seconds)
+    return _mean(mix, partial(seconds, shipped=True)), _mean(mix, partial(seconds, shipped=False))
 
 
 def _token_s(costs: StepCosts, config: ShoalConfig, mix: Sequence[RequestClass]) -> float:

@@ -11,7 +11,7 @@ from shoal.bench.workload import PlannedRequest
 from shoal.config import ShoalConfig, StageConfig
 from shoal.simulate.costs import DecodeCost, HandoffCost, PrefillCost, ServingCost
 from shoal.simulate.system import Fleet, System
-from simulations import free, request, run
+from simulations import SHIP_ALL, free, request, run
 
 NUM_PROMPT, SERVICE_S = 101, 0.01
 ONE_PROMPT = PrefillCost(skip_layers=0, step_s=0.0, token_s=SERVICE_S / (NUM_PROMPT - 1), token_context_s=0.0)
@@ -19,6 +19,7 @@ ONE_PROMPT = PrefillCost(skip_layers=0, step_s=0.0, token_s=SERVICE_S / (NUM_PRO
 ONE_A_STEP = ShoalConfig(
     prefill=StageConfig(max_step_tokens=NUM_PROMPT - 1, max_queued=100_000),
     decode=StageConfig(max_sequences=100_000, max_queued=100_000),
+    handoff=SHIP_ALL,
 )
 
 
@@ -89,7 +90,7 @@ def test_a_request_alone_takes_the_sum_of_its_stages():
 def test_chunks_travel_while_the_next_are_computed_and_only_the_tail_shows():
     """Four chunks of 10 tokens; one takes 1 s to compute, and less than that to send."""
     cost = PrefillCost(skip_layers=0, step_s=0.0, token_s=0.1, token_context_s=0.0)
-    config = ShoalConfig(prefill=StageConfig(max_step_tokens=10))
+    config = ShoalConfig(prefill=StageConfig(max_step_tokens=10), handoff=SHIP_ALL)
 
     def ttft_s(bytes_per_s: float) -> float | None:
         handoff = HandoffCost(latency_s=0.0, bytes_per_s=bytes_per_s, token_bytes=10)

@@ -16,7 +16,7 @@ from shoal.bench.load import Load
 from shoal.bench.mix import Slo, parse_mix
 from shoal.bench.workload import PromptKind, Workload
 from shoal.cli import app
-from shoal.config import ShoalConfig, StageConfig
+from shoal.config import HandoffConfig, ShoalConfig, StageConfig
 from shoal.directory import Entry, LivingPool
 from shoal.errors import ConfigError
 from shoal.simulate import require_packages
@@ -30,15 +30,16 @@ from shoal.simulate.routing import Routing
 from shoal.simulate.system import Fleet
 from shoal.simulate.traffic import Work, traffic
 from shoal.transfer import session
-from simulations import COSTS, costs, free
+from simulations import COSTS, SHIP_ALL, costs, free
 
 MIX = parse_mix("101:11", Slo(300, 100))
+CONFIG = ShoalConfig(handoff=SHIP_ALL)
 FLEETS = tuple(Fleet(num_prefill, num_decode, skip) for skip in (0, 10) for num_prefill, num_decode in ratios(3))
 
 
 def options(**fields: object) -> PlanOptions:
     known = {
-        "costs": COSTS, "config": ShoalConfig(), "fleets": FLEETS, "mix": MIX, "loads": (),
+        "costs": COSTS, "config": CONFIG, "fleets": FLEETS, "mix": MIX, "loads": (),
         "amount": Amount(4, num_requests=60), "seed": 5,
     }  # fmt: skip
     return PlanOptions(**(known | fields))  # type: ignore[arg-type]
@@ -63,7 +64,7 @@ def test_no_fleet_bears_more_than_pools_without_queues_would(plan: Plan):
     """Steadily, that is: the last requests of a short load may find an empty house."""
     lasting = make_plan(options(amount=Amount(20, num_requests=800), fleets=FLEETS[:1]), lambda *_: None)
     for one in lasting.outcomes:
-        assert one.goodput <= 1.05 * bound(one.fleet, COSTS, ShoalConfig(), MIX).overall
+        assert one.goodput <= 1.05 * bound(one.fleet, COSTS, CONFIG, MIX).overall
 
 
 def test_fewer_layers_bear_at_least_as_much(plan: Plan):
@@ -103,9 +104,12 @@ def test_requests_are_those_that_a_benchmark_sends():
         ({"fleets": (Fleet(1, 0, 0),)}, "must be a decode replica"),
         ({"fleets": (Fleet(1, 1, 7),)}, "nothing of 7 skipped"),
         ({"fleets": (Fleet(1, 1, 0, is_shared=True),), "costs": costs(sharing=None)}, "leave out --shared"),
-        ({"config": ShoalConfig(decode=StageConfig(num_blocks=4))}, "doesn't fit decode's pool of 64"),
-        ({"config": ShoalConfig(prefill=StageConfig(num_blocks=1))}, "doesn't fit prefill's pool"),
-        ({"config": ShoalConfig(decode=StageConfig(kv_pool_bytes=1000))}, "holds no block"),
+        (
+            {"config": ShoalConfig(handoff=SHIP_ALL, decode=StageConfig(num_blocks=4))},
+            "doesn't fit decode's pool of 64",
+        ),
+        ({"config": ShoalConfig(handoff=SHIP_ALL, prefill=StageConfig(num_blocks=1))}, "doesn't fit prefill's pool"),
+        ({"config": ShoalConfig(handoff=SHIP_ALL, decode=StageConfig(kv_pool_bytes=1000))}, "holds no block"),
     ],
 )
 def test_what_can_not_be_simulated_is_said_first(fields: dict[str, object], says: str):
@@ -114,7 +118,7 @@ def test_what_can_not_be_simulated_is_said_first(fields: dict[str, object], says
 
 
 def test_the_page_and_the_lines_have_every_fleet_and_size(plan: Plan):
-    sized = sizes(plan, COSTS, ShoalConfig(), [30])
+    sized = sizes(plan, COSTS, CONFIG, [30])
     page, lines = render_plan(plan, COSTS, sized), summarize_plan(plan, sized)
     assert page.count("<svg") == 1 and plan.best.fleet.name in page and "A plan for a model" in page
     assert "3 in 1" in page and "30 in 1" in page and "30 in 10" in page
@@ -136,7 +140,7 @@ def test_arithmetic_is_called_so():
 def test_no_goodput_is_said_and_has_no_traffic():
     mix = parse_mix("101:11", Slo(0.001, 0.001))
     found = make_plan(options(mix=mix, fleets=FLEETS[:1], loads=(Load(rate=1.0),)), lambda *_: None)
-    assert sizes(found, COSTS, ShoalConfig(), [30]) == []
+    assert sizes(found, COSTS, CONFIG, [30]) == []
     assert "Goodput: none" in summarize_plan(found, [])[-1]
 
 
@@ -144,7 +148,7 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     work = Work(
         num_prefill=2, num_decode=3, requests_per_s=10, prompt_tokens=101, output_tokens=11, decode_steps_per_s=50
     )
-    found = traffic(work, COSTS, ShoalConfig())
+    found = traffic(work, COSTS, CONFIG)
     assert found.wire_bytes == 10 * 100 * 20_000
     assert (found.wire_bytes_out, found.wire_bytes_into) == (found.wire_bytes / 2, found.wire_bytes / 3)
     assert found.frames == 10 * (4 + 2 * 2)  # 2 MB are two frames of 1 MiB, each with its credit
@@ -154,7 +158,7 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     assert found.serving_cores == pytest.approx(10 * 0.005 + 50 * 0.001 + 110 * 0.0001)
     assert found.num_ray_entries == 6 and found.ray_reads == (3 + 1) * 3 and found.health_checks == 6
     assert found.ray_entries_read == 3 * 2 + 1 * 3
-    alone = traffic(Work(0, 3, 10, 101, 11, 50), COSTS, ShoalConfig())
+    alone = traffic(Work(0, 3, 10, 101, 11, 50), COSTS, CONFIG)
     assert alone.wire_bytes == alone.frames == alone.num_sessions == alone.beats == 0 and alone.handle_calls == 10
 
 
@@ -279,3 +283,12 @@ def test_an_error_is_a_sentence_that_says_what_to_do(
 def test_help_teaches():
     said = " ".join(typed("--help").split())
     assert "step_costs.py" in said and "90 % of requests" in said and "--scale" in said
+
+
+def test_the_bound_gives_short_prompts_to_decode():
+    """101 tokens are not worth a hand-off of 102 at least: prefill has nothing to do, and decode all of it."""
+    fleet, local = FLEETS[0], ShoalConfig(handoff=HandoffConfig(min_tokens=102))
+    shipped, own = (bound(fleet, COSTS, config, MIX) for config in (CONFIG, local))
+    assert own.prefill == float("inf") and own.decode < shipped.decode
+    lasting = make_plan(options(config=local, amount=Amount(20, num_requests=800), fleets=FLEETS[:1]), lambda *_: None)
+    assert lasting.outcomes[0].goodput <= 1.05 * own.overall

@@ -21,7 +21,7 @@ from simulations import COSTS, costs, free, request, run
 TIGHT = ShoalConfig(
     prefill=StageConfig(num_blocks=40, max_sequences=1, max_queued=4, max_step_tokens=96),
     decode=StageConfig(num_blocks=60, max_sequences=6, max_queued=8),
-    handoff=HandoffConfig(claim_timeout_s=0.02, other_replica=RateConfig(per_s=1, burst=5)),
+    handoff=HandoffConfig(min_tokens=2, claim_timeout_s=0.02, other_replica=RateConfig(per_s=1, burst=5)),
 )
 
 
@@ -103,7 +103,9 @@ def test_the_same_seed_gives_the_same_records_and_another_one_others(is_shared: 
 def test_where_prefill_has_no_room_in_time_decode_computes_the_prompt_itself():
     slow = (PrefillCost(skip_layers=0, step_s=0.0, token_s=0.1, token_context_s=0.0),)
     config = ShoalConfig(
-        prefill=StageConfig(max_sequences=1), decode=StageConfig(), handoff=HandoffConfig(claim_timeout_s=1.0)
+        prefill=StageConfig(max_sequences=1),
+        decode=StageConfig(),
+        handoff=HandoffConfig(min_tokens=2, claim_timeout_s=1.0),
     )
     system = run([request(0, 0.0), request(1, 0.0)], Fleet(1, 1, 0), free(prefill=slow), config)
     first, second = (record.ttft_s for record in system.records)
@@ -116,7 +118,7 @@ def test_where_prefill_has_no_room_in_time_decode_computes_the_prompt_itself():
 def test_below_the_last_rung_a_request_is_refused():
     config = ShoalConfig(
         prefill=StageConfig(max_sequences=1), decode=StageConfig(),
-        handoff=HandoffConfig(claim_timeout_s=1.0, max_attempts=1),
+        handoff=HandoffConfig(min_tokens=2, claim_timeout_s=1.0, max_attempts=1),
     )  # fmt: skip
     slow = (PrefillCost(skip_layers=0, step_s=0.0, token_s=0.1, token_context_s=0.0),)
     system = run([request(0, 0.0), request(1, 0.0)], Fleet(1, 1, 0), free(prefill=slow), config)
@@ -174,3 +176,12 @@ def test_a_link_is_waited_for_and_two_ways_in_are_two():
     one, two = (run([request(0, 0.0), request(1, 0.0)], fleet, known).records for fleet in fleets)
     assert sorted(record.ttft_s or 0 for record in one) == pytest.approx([2.0, 3.0])
     assert sorted(record.ttft_s or 0 for record in two) == pytest.approx([2.0, 2.0])
+
+
+def test_a_prompt_that_is_too_short_to_be_worth_it_is_computed_by_decode():
+    cost = (PrefillCost(skip_layers=0, step_s=0.0, token_s=0.01, token_context_s=0.0),)
+    config = ShoalConfig(handoff=HandoffConfig(min_tokens=102))
+    requests = [request(0, 0.0), request(1, 100.0, num_prompt=102)]
+    system = run(requests, Fleet(1, 1, 0), free(prefill=cost), config)
+    assert system.usage.wire_bytes == 101 and system.usage.num_fallbacks == 0
+    assert [record.ttft_s for record in system.records] == pytest.approx([1.01, 1.01])

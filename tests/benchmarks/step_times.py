@@ -43,6 +43,7 @@ def config_for(skip_layers: int, grid: Grid) -> ShoalConfig:
         model={"skip_layers": skip_layers, "dtype": "bfloat16", "projector": "paper"},
         prefill={"num_blocks": prefill, "block_tokens": block, "max_step_tokens": max(grid.chunks)},
         decode={"num_blocks": decode, "block_tokens": block, "max_sequences": max(grid.streams)},
+        handoff={"max_reserved_ratio": 1.0},
     )
 
 

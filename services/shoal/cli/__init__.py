@@ -102,7 +102,7 @@ def serve(
             "host": host,
             "port": port,
             "grpc_port": grpc_port,
-            "keys_file": None if keys_file is None else keys_file.resolve(),
+            "keys_file": None if keys_file is None else keys_file.absolute(),
         },
         prefill={"replicas": prefill_replicas, "reuse": reuse},
         decode={"replicas": decode_replicas, "reuse": reuse, "weights": decode_weights},

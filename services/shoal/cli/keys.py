@@ -36,22 +36,23 @@ def new(
 ) -> None:
     """Make a key and print it: this once, since the file has no more of it than its hash."""
     from shoal.errors import ConfigError
-    from shoal.gateway.keys import KeysFile, digest_of, new_key, read_keys, write_keys
+    from shoal.gateway.keys import KeysFile, changing, digest_of, new_key, read_keys, write_keys
 
-    found = read_keys(file) if file.exists() else KeysFile()
     key, key_id = new_key()
-    tree = found.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    mine = tree.setdefault("tenants", {}).setdefault(tenant, {})
-    mine.setdefault("keys", {})[key_id] = digest_of(key)
-    if role:
-        mine["roles"] = role
-    if max_running is not None:
-        mine["max_running"] = max_running
-    try:
-        changed = KeysFile.model_validate(tree)
-    except ValueError as error:
-        raise ConfigError(f"this can't be in {file}: {error}") from error
-    write_keys(file, changed)
+    with changing(file):
+        found = read_keys(file) if file.exists() else KeysFile()
+        tree = found.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        mine = tree.setdefault("tenants", {}).setdefault(tenant, {})
+        mine.setdefault("keys", {})[key_id] = digest_of(key)
+        if role:
+            mine["roles"] = role
+        if max_running is not None:
+            mine["max_running"] = max_running
+        try:
+            changed = KeysFile.model_validate(tree)
+        except ValueError as error:
+            raise ConfigError(f"this can't be in {file}: {error}") from error
+        write_keys(file, changed)
     err.print(f"{tenant} may use this key from now on; {file} has its hash:")
     print(key)
 
@@ -77,12 +78,13 @@ def revoke(
 ) -> None:
     """Take a key back. What was asked with it is still answered."""
     from shoal.errors import ConfigError
-    from shoal.gateway.keys import KeysFile, read_keys, write_keys
+    from shoal.gateway.keys import KeysFile, changing, read_keys, write_keys
 
-    tree = read_keys(file).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    owner = next((name for name, one in tree.get("tenants", {}).items() if key_id in one.get("keys", {})), None)
-    if owner is None:
-        raise ConfigError(f"{file} has no key {key_id}: shoal keys list shows those that it has")
-    del tree["tenants"][owner]["keys"][key_id]
-    write_keys(file, KeysFile.model_validate(tree))
+    with changing(file):
+        tree = read_keys(file).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        owner = next((name for name, one in tree.get("tenants", {}).items() if key_id in one.get("keys", {})), None)
+        if owner is None:
+            raise ConfigError(f"{file} has no key {key_id}: shoal keys list shows those that it has")
+        del tree["tenants"][owner]["keys"][key_id]
+        write_keys(file, KeysFile.model_validate(tree))
     err.print(f"{owner}'s key {key_id} opens nothing any more")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -37,22 +37,27 @@ class Access:
         self._observer = observer
 
     @contextmanager
-    def admitted(self, place: str, authorization: str | None) -> Iterator[None]:
-        """For the block, ``asking`` says who it is. Raises Unauthenticated or PermissionDenied, which are counted."""
+    def admitted(self, place: str, shown: Sequence[str]) -> Iterator[None]:
+        """For the block, ``asking`` says who it is, by what ``shown`` has: the values of the header authorization.
+
+        Raises Unauthenticated or PermissionDenied, which are counted.
+        """
         if place in OPEN:
             yield
             return
-        token = _asking.set(self._tenant(place, authorization))
+        token = _asking.set(self._tenant(place, shown))
         try:
             yield
         finally:
             _asking.reset(token)
 
-    def _tenant(self, place: str, authorization: str | None) -> Tenant:
+    def _tenant(self, place: str, shown: Sequence[str]) -> Tenant:
         if self._keyring is None:
             return ANYBODY
         try:
-            tenant = self._keyring.tenant(authorization)
+            if len(shown) > 1:  # a proxy may have looked at another one
+                raise Unauthenticated("one header Authorization, please")
+            tenant = self._keyring.tenant(shown[0] if shown else None)
             tenant.require(role_of(place))
         except ShoalError as error:
             self._observer.rejected(error.code)
@@ -84,5 +89,13 @@ class KeyGuard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        with self._access.admitted(scope["path"], Headers(scope=scope).get("authorization")):
+        shown = Headers(scope=scope).getlist("authorization")
+        with self._access.admitted(_routed(scope), shown):
             await self._app(scope, receive, send)
+
+
+def _routed(scope: Scope) -> str:
+    """The path that routes are found by: without the prefix that a server before this one may have."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if prefix and path.startswith(f"{prefix}/") else path

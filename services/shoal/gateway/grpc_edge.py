@@ -39,8 +39,9 @@ class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         return _streaming(handler, admitted) if handler.request_streaming else _unary(handler, admitted)
 
     def _admitted(self, method: str, context: Context) -> AbstractContextManager[None]:
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        return self._access.admitted(method, metadata.get("authorization"))
+        metadata = context.invocation_metadata() or ()
+        shown = [value for key, value in metadata if key == "authorization" and isinstance(value, str)]
+        return self._access.admitted(method, shown)
 
 
 Admitted = Callable[[Context], AbstractContextManager[None]]

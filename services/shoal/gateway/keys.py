@@ -8,15 +8,17 @@ that keys come and go without a restart.
 from __future__ import annotations
 
 import enum
+import fcntl
 import hashlib
 import hmac
 import logging
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -150,9 +152,10 @@ class Keyring:
             _log.error("the keys stay as they were: %s", error.message)
 
     def _take(self, file: KeysFile) -> None:
-        known, self._tenants, self._keys = self._tenants, {}, {}
+        # Who is gone may come back, and what runs still counts then.
+        self._keys = {}
         for name, config in file.tenants.items():
-            tenant = self._tenants[name] = known.get(name) or Tenant(name, config, self._clock)
+            tenant = self._tenants.setdefault(name, Tenant(name, config, self._clock))
             tenant.changed(config)
             self._keys.update({key_id: (digest, tenant) for key_id, digest in config.keys.items()})
 
@@ -171,26 +174,56 @@ def digest_of(key: str) -> str:
 def read_keys(path: Path) -> KeysFile:
     """Raises ConfigError that names what is wrong in which place."""
     try:
-        return KeysFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"can't read the keys in {path}: {error}; shoal keys new makes such a file") from error
+        return KeysFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         lines = (f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"the keys in {path} are refused:\n" + "\n".join(lines)) from error
+        raise ConfigError(_withheld(f"the keys in {path} are refused:\n" + "\n".join(lines))) from None
+    except OSError as error:
+        raise ConfigError(
+            f"can't read the keys in {path}: {error.strerror}; shoal keys new makes such a file"
+        ) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        # Not its own words: they quote the file.
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        raise ConfigError(f"the keys in {path} aren't YAML{where}: shoal keys new makes such a file") from None
 
 
 def write_keys(path: Path, file: KeysFile) -> None:
-    """All at once, for its owner's eyes only. Raises ConfigError."""
+    """All at once; a new file is for its owner's eyes only, another keeps its mode. Raises ConfigError."""
     tree = file.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    path = path.resolve()  # what a link leads to, as whoever reads by it does
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             yaml.safe_dump(tree, stream, sort_keys=True)
+            if path.exists():
+                os.fchmod(stream.fileno(), stat.S_IMODE(path.stat().st_mode))
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise ConfigError(f"can't write the keys to {path}: {error.strerror}") from error
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """One at a time: what is read within the block isn't changed by others before it is written. Raises ConfigError."""
+    try:
+        lock = os.open(path.resolve().parent, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"can't write the keys to {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _withheld(text: str) -> str:
+    """Without a key that stands where only its id should."""
+    return re.sub(r"sk-shoal-[\w-]+", "sk-shoal-…", text)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

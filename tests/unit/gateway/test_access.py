@@ -89,6 +89,27 @@ async def test_a_key_opens_what_its_roles_say(http: httpx.AsyncClient):
         assert (await http.get("/nowhere", headers=bearer(name))).status_code == 404
 
 
+async def test_a_prefix_before_all_paths_changes_nothing(guarded: Services):
+    """As Serve's route_prefix makes it: what is routed is the path without it."""
+    app = create_app(guarded, metrics_text=lambda: b"")
+    transport = httpx.ASGITransport(app, root_path="/llm")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test/llm") as http:
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.post("/v1/completions", json=BODY, headers=bearer("watcher"))).status_code == 403
+        assert (await http.get("/metrics", headers=bearer("asker"))).status_code == 403
+        assert (await http.post("/v1/completions", json=BODY, headers=bearer("asker"))).status_code == 200
+
+
+async def test_two_keys_at_once_are_none(http: httpx.AsyncClient, guarded: Services):
+    both = [("authorization", bearer(name)["authorization"]) for name in ("asker", "watcher")]
+    for headers in (both, both[::-1]):
+        assert (await http.get("/version", headers=headers)).status_code == 401
+    async with client_of(guarded) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await client.stub.Generate(request(), timeout=TIMEOUT_S, metadata=tuple(both))
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_a_request_is_its_tenant_s(http: httpx.AsyncClient, guarded: Services):
     """The pools share K/V within a tenant alone, so what they are told is what the key says, and nothing else."""
     for name in ("asker", "one-at-a-time"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,18 @@ import yaml
 
 from fake_clock import FakeClock
 from shoal.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
-from shoal.gateway.keys import Keyring, KeysFile, Role, Tenant, TenantConfig, digest_of, new_key, read_keys, write_keys
+from shoal.gateway.keys import (
+    Keyring,
+    KeysFile,
+    Role,
+    Tenant,
+    TenantConfig,
+    changing,
+    digest_of,
+    new_key,
+    read_keys,
+    write_keys,
+)
 
 
 class Operator:
@@ -100,7 +112,10 @@ async def test_what_runs_counts_on_when_the_file_changes(operator: Operator, clo
         pass
 
 
-@pytest.mark.parametrize("broken", ["tenants: [", "tenants: {alice: {keys: {x: y}}}", None])
+@pytest.mark.parametrize(
+    "broken",
+    ["tenants: [", "tenants: {alice: {keys: {x: y}}}", "", "false", "tenants: {a: 2024-13-45}", "[" * 5000, None],
+)
 async def test_a_file_that_breaks_later_takes_nobody_s_key(
     operator: Operator, clock: FakeClock, broken: str | None, caplog: pytest.LogCaptureFixture
 ):
@@ -158,3 +173,43 @@ async def test_a_tenant_that_asks_too_often_is_told_when_to_come_back(clock: Fak
     with tenant.running():
         assert tenant.num_running == 1
     assert tenant.num_running == 0
+
+
+async def test_who_comes_back_still_counts_what_runs(operator: Operator, clock: FakeClock):
+    key = operator.give("alice", max_running=1)
+    keyring = Keyring(operator.path, clock.time)
+    with keyring.tenant(f"Bearer {key}").running():
+        operator.path.write_text("tenants: {}")
+        await clock.advance(2)
+        with pytest.raises(Unauthenticated):
+            keyring.tenant(f"Bearer {key}")
+        operator.write()
+        await clock.advance(2)
+        with pytest.raises(RateLimited), keyring.tenant(f"Bearer {key}").running():
+            pass
+
+
+@pytest.mark.parametrize("text", ["tenants: {{alice: {{keys: {{{key}: x}}}}}}", "tenants: {{a: {key}: b"])
+def test_a_key_in_the_wrong_place_is_not_told(tmp_path: Path, text: str):
+    key, _ = new_key()
+    (tmp_path / "keys.yaml").write_text(text.format(key=key))
+    with pytest.raises(ConfigError) as refused:
+        read_keys(tmp_path / "keys.yaml")
+    assert key.rsplit("-", 1)[1][-8:] not in refused.value.message
+
+
+def test_a_link_leads_to_what_is_written_and_a_mode_stays(operator: Operator, tmp_path: Path):
+    operator.give("alice")
+    operator.path.chmod(0o640)
+    link = tmp_path / "link.yaml"
+    link.symlink_to(operator.path)
+    write_keys(link, KeysFile())
+    assert link.is_symlink() and read_keys(operator.path).tenants == {}
+    assert stat.S_IMODE(operator.path.stat().st_mode) == 0o640
+
+
+def test_changes_wait_for_one_another(operator: Operator):
+    with changing(operator.path):
+        command = ["flock", "--nonblock", str(operator.path.parent), "true"]
+        assert subprocess.run(command, check=False).returncode == 1
+    assert subprocess.run(command, check=False).returncode == 0

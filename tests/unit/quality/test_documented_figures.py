@@ -181,3 +181,13 @@ def test_answers():
         shows(shared, found[treatment(label)]["prefix"])
         shows(passed, found[treatment(label)]["passed"], 100)
         shows(followed, found[treatment(label)]["followed"], 100)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_the_prompt_s_times_are_those_of_the_raw_figures(page: str):
+    found, text = figures("prefill"), (DOCS.parent / page).read_text(encoding="utf-8")
+    kernels = "torch's kernels"
+    for variant in ("full", "shallow", f"full, {kernels}", f"shallow, {kernels}"):
+        assert re.search(rf"\b{found['median_s'][variant]:.3f}\b", text), variant
+    assert f"{found['full_share_of_gemm']:.0%}".replace("%", " %") in text
+    assert f"{found['full_over_shallow']:.2f}" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -166,6 +167,21 @@ BODIES = [
 @pytest.mark.parametrize(("post", "param", "code"), BODIES, ids=lambda value: str(value)[:70])
 def test_a_wrong_field_is_named(gateway: Any, post: Post, param: str, code: str) -> None:
     assert_refused(gateway, gateway.post(*post), 400, param, code)
+
+
+@pytest.mark.parametrize("post", [completion, chat])
+@pytest.mark.parametrize(
+    "name", ["kv_transfer_params", "lease_id", "handoff_address", "bootstrap_host", "num_present", "tenant", "attempt"]
+)
+def test_a_client_has_no_say_in_the_hand_off(gateway: Any, post: Callable[..., Post], name: str) -> None:
+    assert_refused(gateway, gateway.post(*post(**{name: {"host": "10.0.0.1"}})), 400, name, "unknown_field")
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template", "chat_template_kwargs", "guided_regex", "guided_json", "structured_outputs", "bad_words"]
+)
+def test_a_client_has_no_say_in_templates_and_patterns(gateway: Any, name: str) -> None:
+    assert_refused(gateway, gateway.post(*chat(**{name: "(a+)+$"})), 400, name, "unknown_field")
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])

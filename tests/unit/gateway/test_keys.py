@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import stat
 import subprocess
 from pathlib import Path
@@ -75,6 +76,25 @@ def test_whatever_is_no_key_opens_nothing(operator: Operator):
         with pytest.raises(Unauthenticated) as refused:
             keyring.tenant(authorization)
         assert key not in refused.value.message
+
+
+def test_a_key_is_compared_in_constant_time_whoever_it_claims_to_be(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+):
+    key, unknown = operator.give("alice"), new_key()[0]
+    keyring, compared = Keyring(operator.path), []
+
+    def compare(mine: str, theirs: str) -> bool:
+        compared.append((len(mine), len(theirs)))
+        return hmac_compare(mine, theirs)
+
+    hmac_compare = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    keyring.tenant(f"Bearer {key}")
+    for wrong in (key[:-1] + "?", unknown, "nothing like a key"):
+        with pytest.raises(Unauthenticated):
+            keyring.tenant(f"Bearer {wrong}")
+    assert compared == [(64, 64)] * 4  # digests, as long for nobody as for somebody
 
 
 def test_the_file_has_nothing_that_opens(operator: Operator):

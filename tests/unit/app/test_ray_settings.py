@@ -1,0 +1,30 @@
+"""What a Ray of our own may be reached by."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shoal.app.ray_settings import init_options, set_environment
+from shoal.config import ShoalConfig
+
+
+def test_a_ray_of_our_own_has_a_token_no_dashboard_and_loopback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    set_environment(ShoalConfig())
+    options = init_options(ShoalConfig(), tmp_path)
+    assert len(bytes.fromhex(os.environ["RAY_AUTH_TOKEN"])) == 32
+    assert options["include_dashboard"] is False
+    assert options["_node_ip_address"] == "127.0.0.1"
+
+
+def test_a_ray_that_is_joined_keeps_its_own_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = ShoalConfig.model_validate({"ray": {"address": "auto"}})
+    monkeypatch.setattr(os, "environ", {})
+    set_environment(config)
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert init_options(config, None) == {"address": "auto"}

@@ -237,6 +237,11 @@ class GatewayConfig(_Frozen):
     )
     reflection: bool = Field(True, description="Whether the gRPC server tells clients its schema; off in production.")
     retry: RateConfig = Field(RateConfig(), description="How often a request may go to another decode replica.")
+    resume: bool = Field(
+        True,
+        description="Whether another decode replica goes on with an answer whose own has died; else the answer ends "
+        "with an error once its first token was made.",
+    )
     resource: str | None = Field(
         None,
         description="A Ray resource that the gateway's node must have; by default that of `shoal serve`, or of the "

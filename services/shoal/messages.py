@@ -84,10 +84,26 @@ class PromptOutline:
 
 
 @dataclass(frozen=True, slots=True)
+class SentChoice:
+    """What was given out of a choice: its tokens so far, and whether they are all."""
+
+    token_ids: tuple[int, ...] = ()
+    is_complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """Where an answer goes on that a decode replica with that plan has begun: ``choices`` are all of the request's."""
+
+    plan_hash: str
+    choices: tuple[SentChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One prompt to be continued. ``prompt_token_ids`` has ``N >= 1`` ids; the last is a boundary token.
 
-    Of an answer that ``is_whole`` its client sees nothing before the end.
+    With a ``resumption``, outputs begin with what comes after the tokens that were sent, and some choice is incomplete.
     """
 
     context: RequestContext
@@ -95,8 +111,8 @@ class GenerateRequest:
     prompt_token_ids: tuple[int, ...]
     depth: Depth
     sampling: SamplingParams
-    is_whole: bool = False
     outline: PromptOutline = PromptOutline()
+    resumption: Resumption | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +150,7 @@ class HandoffReport:
 
     ``depth`` is the depth that was run, ``transferred`` whether prefill's KV was used, ``fallback`` the reason
     why not when a hand-off was tried. ``num_cached_tokens`` of the prompt were there from requests before.
+    ``plan_hash`` is decode's: only a replica of the same plan can go on with the answer.
     """
 
     depth: Depth
@@ -145,6 +162,7 @@ class HandoffReport:
     hidden_bytes: int = 0
     boundary_bytes: int = 0
     num_cached_tokens: int = 0
+    plan_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,23 @@ from functools import cache
 
 from shoal.engine.detokenizer import Detokenizer
 from shoal.engine.events import PromptEvent, TokenEvent
-from shoal.messages import FinishReason, GenerateRequest, TokenLogprob, TokenOutput
+from shoal.messages import FinishReason, GenerateRequest, SentChoice, TokenLogprob, TokenOutput
 
 
 class ChoiceStreams:
-    """Turns the engine's events into outputs. ``decode`` is ids -> text without special tokens."""
+    """Turns the engine's events into outputs. ``decode`` is ids -> text without special tokens.
+
+    Of a resumed answer, text that was held back with the last token sent comes out with the next: what a choice's
+    tokens make final, and when, depends on them alone.
+    """
 
     def __init__(self, request: GenerateRequest, decode: Callable[[Sequence[int]], str]) -> None:
         self._request = request
         self._decode = decode
         self._token_text = cache(lambda token_id: decode([token_id]))
-        self._open = {choice: self._detokenizer() for choice in range(request.sampling.num_choices)}
+        self._open = {
+            index: self._detokenizer(sent) for index, sent in enumerate(_sent(request)) if not sent.is_complete
+        }
         self._prompt_logprobs: list[TokenLogprob] = []
 
     @property
@@ -73,10 +79,20 @@ class ChoiceStreams:
         )
         return [output]
 
-    def _detokenizer(self) -> Detokenizer:
+    def _detokenizer(self, sent: SentChoice) -> Detokenizer:
         sampling = self._request.sampling
-        return Detokenizer(self._decode, stop=sampling.stop, min_tokens=sampling.min_tokens)
+        detokenizer = Detokenizer(self._decode, stop=sampling.stop, min_tokens=sampling.min_tokens)
+        for token_id in sent.token_ids:
+            detokenizer.add(token_id)
+        return detokenizer
 
     def _logprob(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
         texts = tuple((other, self._token_text(other), its_logprob) for other, its_logprob in top)
         return TokenLogprob(token_id, self._token_text(token_id), logprob, texts)
+
+
+def _sent(request: GenerateRequest) -> tuple[SentChoice, ...]:
+    """What was given out of each choice before."""
+    if request.resumption is None:
+        return (SentChoice(),) * request.sampling.num_choices
+    return request.resumption.choices

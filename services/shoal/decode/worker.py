@@ -26,7 +26,16 @@ from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams
 from shoal.engine.client import EngineClient, Inbox, Progress
 from shoal.engine.events import Reservation
-from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, OutOfBlocks, ShoalError, Unavailable
+from shoal.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    HandoffError,
+    InternalError,
+    OutOfBlocks,
+    PlanMismatch,
+    ShoalError,
+    Unavailable,
+)  # fmt: skip
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
 from shoal.telemetry import DecodeMetrics
@@ -88,7 +97,13 @@ class DecodeWorker:
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        """One output a step and choice. Closing the iterator, or cancelling it, frees everything."""
+        """One output a step and choice. Closing the iterator, or cancelling it, frees everything.
+
+        Raises PlanMismatch for an answer that a replica of another plan has begun.
+        """
+        resumption = request.resumption
+        if resumption is not None and resumption.plan_hash != self._plan_hash:
+            raise PlanMismatch("the answer was begun by a replica of another plan, and can't go on here: ask again")
         # Not the client's id: a retry of the same request must not meet its predecessor.
         key = f"{request.context.request_id}-{secrets.token_hex(4)}"
         deadline_s = time.monotonic() + request.context.timeout_s
@@ -104,11 +119,13 @@ class DecodeWorker:
                     raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
                 outputs = streams.accept(event.event)
                 if outputs and first:
-                    stages = _stages(begun, event)
-                    self._count_prompt(request, begun.report, stages, event.event.num_present)
-                    report = replace(begun.report, num_cached_tokens=event.event.num_present)
-                    outputs[0] = replace(outputs[0], stages=stages, handoff=report)
                     first = False
+                    stages = _stages(begun, event)
+                    num_cached = min(event.event.num_present, len(request.prompt_token_ids))
+                    self._count_prompt(request, begun.report, stages, num_cached)
+                    if resumption is None:  # else the replica before has told how its first token came
+                        report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
+                        outputs[0] = replace(outputs[0], stages=stages, handoff=report)
                 for output in outputs:
                     if isinstance(output.stop_reason, str):
                         choice = output.choice
@@ -151,6 +168,7 @@ class DecodeWorker:
                 outline=request.outline,
                 tenant=request.context.tenant,
                 timeout_s=deadline_s - submitted_s,
+                sent=() if request.resumption is None else request.resumption.choices,
             )
         )
         if pool is None:

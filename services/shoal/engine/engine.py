@@ -20,7 +20,7 @@ from shoal.engine.sampler import Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, ShoalError
-from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams, WireMode
+from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams, SentChoice, WireMode
 
 _log = logging.getLogger(__name__)
 
@@ -59,16 +59,26 @@ class Engine:
         outline: PromptOutline | None = None,
         tenant: str = "",
         timeout_s: float = math.inf,
+        sent: tuple[SentChoice, ...] = (),
     ) -> None:
         """Queue a prompt to be continued. With ``hold`` it waits, once it has its blocks, for ``start``. K/V are shared
-        within a ``tenant`` only. Who has little of ``timeout_s`` left comes first."""
+        within a ``tenant`` only. Who has little of ``timeout_s`` left comes first.
+
+        What was ``sent`` of each choice before is recomputed at full depth, as after a preemption, and continued."""
         shallow = self.runner.decoder.plan.shallow_tokens(len(prompt), depth, outline)
         if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
-        due_s = self._due_s(timeout_s)
+        due_s = self._due_s(0.0 if sent else timeout_s)  # somebody may be reading what was sent
         sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold, tenant=tenant, due_s=due_s)
+        outputs = _open_outputs(sampling.num_choices, sent)
+        sequence.choice = min(outputs)
+        if len(outputs) > 1:
+            sequence.forks = outputs
+        else:
+            sequence.output = outputs[sequence.choice]
         room = self.scheduler.num_tokens_left(sequence) + 1
         if sampling.may_shorten and 0 < room < sampling.max_tokens:
+            room = max(room, 1 + max(map(len, outputs.values())))  # another pool had room for those
             sequence.sampling = replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
         self._submit(sequence)
 
@@ -235,13 +245,14 @@ class Engine:
         return tokens, failures
 
     def _choices(self, item: ScheduledRows) -> list[Sequence]:
-        """The sequence itself and, right after its boundary step, the forks of its other choices."""
+        """The sequence itself and, right after its boundary step, the forks of its other choices; of those, only who
+        has said nothing yet: the others run first what they have said."""
         root = item.sequence
-        if root.output or root.choice or root.sampling.num_choices == 1:
+        if not root.forks:
             return [root]
         forks = self.scheduler.fork(root)
         self._sequences[root.request_id].update({fork.choice: fork for fork in forks})
-        return [root, *forks]
+        return [choice for choice in (root, *forks) if not choice.output]
 
     def _sample_row(self, sequence: Sequence, row_index: int) -> SampleRow:
         params = sequence.sampling
@@ -274,16 +285,16 @@ class Engine:
         return self._clock() + min(timeout_s, PATIENCE_S)
 
     def _held(self, request_id: str) -> Sequence:
-        sequence = self._sequences.get(request_id, {}).get(0)
-        if sequence is None:
+        if request_id not in self._sequences:
             raise InternalError(f"request {request_id} isn't here")
+        [sequence] = self._sequences[request_id].values()
         return sequence
 
     def _submit(self, sequence: Sequence) -> None:
         if sequence.request_id in self._sequences:
             raise InternalError(f"request {sequence.request_id} is here already")
         self.scheduler.submit(sequence)
-        self._sequences[sequence.request_id] = {0: sequence}
+        self._sequences[sequence.request_id] = {sequence.choice: sequence}
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.blocks:
@@ -302,6 +313,12 @@ class Engine:
             self._finish(sequence)
         known = error if isinstance(error, ShoalError) else InternalError("the engine failed on this request")
         return FailureEvent(sequence.request_id, sequence.choice, known)
+
+
+def _open_outputs(num_choices: int, sent: tuple[SentChoice, ...]) -> dict[int, list[int]]:
+    """What each choice that isn't complete has said already."""
+    choices = sent or (SentChoice(),) * num_choices
+    return {index: list(choice.token_ids) for index, choice in enumerate(choices) if not choice.is_complete}
 
 
 def _sample_alone(logits: torch.Tensor, row: SampleRow) -> Sampled | InternalError:

@@ -208,10 +208,11 @@ class Scheduler:
             table.allocator.forget(table.held(sequence))
 
     def fork(self, root: Sequence) -> list[Sequence]:
-        """The other choices of ``root``, sharing its blocks: its prompt is computed and nothing is sampled yet."""
-        forks = []
-        for choice in range(1, root.sampling.num_choices):
-            twin = replace(root, choice=choice, blocks=[], deep_blocks=[], output=[], phase=Phase.RUNNING)
+        """The other choices of ``root``, sharing its blocks: its prompt is computed, and each goes on from there."""
+        (_, root.output), *others = root.forks.items()
+        root.forks, forks = {}, []
+        for choice, output in others:
+            twin = replace(root, choice=choice, blocks=[], deep_blocks=[], output=output, phase=Phase.RUNNING)
             for table in self.tables:
                 table.share(root, twin)
             forks.append(twin)

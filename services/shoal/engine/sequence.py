@@ -32,8 +32,10 @@ class Sequence:
     """``num_prompt_tokens`` (N) and which positions are ``shallow`` are fixed at admission and never inferred again.
 
     ``num_to_compute`` is N for a sequence that is sampled and N - 1 at prefill, where the boundary token isn't run.
-    ``num_present`` tokens' K/V were there before, in blocks that others share. ``arrived`` are positions whose K/V came
-    from prefill, so that computing skips them. Deep layers that hold no shallow tokens have their own ``deep_blocks``.
+    ``forks`` are a prompt's choices if it has several, and what each has said already, until they part: after its
+    boundary step. ``num_present`` tokens' K/V were there before, in blocks that others share. ``arrived`` are positions
+    whose K/V came from prefill, so that computing skips them. Deep layers that hold no shallow tokens have their own
+    ``deep_blocks``.
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     Of a prompt that is shipped in ``wire_mode``, tokens before ``num_shipped`` need not be (any more); ``num_unsent``
     counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
@@ -50,6 +52,7 @@ class Sequence:
     sampled: bool = True
     phase: Phase = Phase.WAITING
     output: list[int] = field(default_factory=list)
+    forks: dict[int, list[int]] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
     deep_blocks: list[int] = field(default_factory=list)
     arrived: range = range(0)
@@ -76,7 +79,7 @@ class Sequence:
     @property
     def num_places(self) -> int:
         """How many sequences this is, or will be once its choices fork."""
-        return self.sampling.num_choices if not self.choice and not self.output else 1
+        return max(1, len(self.forks))
 
     @property
     def num_pending(self) -> int:

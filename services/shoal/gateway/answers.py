@@ -43,7 +43,7 @@ class Choice:
 async def whole_choices(generation: Generation) -> list[Choice]:
     """All choices of ``generation``, complete, by index."""
     choices = [Choice(index) for index in range(generation.num_choices)]
-    async with aclosing(generation.outputs(is_whole=True)) as outputs:
+    async with aclosing(generation.outputs()) as outputs:
         async for one in outputs:
             choices[one.index].add(one)
     return choices

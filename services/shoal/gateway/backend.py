@@ -80,6 +80,10 @@ class GatewayObserver(Protocol):
         """Another decode replica runs a prompt again. ``reason`` is ``ShoalError.code`` of what ended the first run."""
         ...
 
+    def resumed(self) -> None:
+        """It has been retried after some of its answer was given out: the other replica goes on from there."""
+        ...
+
 
 class NullObserver:
     """Looks away."""
@@ -111,4 +115,7 @@ class NullObserver:
         pass
 
     def retried(self, reason: str) -> None:
+        pass
+
+    def resumed(self) -> None:
         pass

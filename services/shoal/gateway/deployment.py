@@ -154,7 +154,8 @@ class GatewayReplica:
                 PoolBackend(settings.ray.app_name, decode, living, tokens),
                 max_attempts=settings.handoff.max_attempts,
                 limit=RateLimit(settings.gateway.retry),
-                retried=metrics.retried,
+                observer=metrics,
+                resumes=settings.gateway.resume,
             )
         )
         self._services = Services(

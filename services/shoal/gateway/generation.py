@@ -121,14 +121,10 @@ class Generation:
         """What each choice has generated so far."""
         return {index: choice.token_ids for index, choice in sorted(self._choices.items())}
 
-    async def outputs(self, *, is_whole: bool = False) -> AsyncGenerator[ChoiceOutput, None]:
-        """Everything until the last choice is complete. Closing it cancels what still runs.
-
-        ``is_whole`` says that nothing is sent to the client before.
-        """
+    async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
+        """Everything until the last choice is complete. Closing it cancels what still runs."""
         num_open = self.num_choices
-        requests = [replace(request, is_whole=is_whole) for request in self.requests]
-        async with aclosing(interleave([self._backend.generate(request) for request in requests])) as merged:
+        async with aclosing(interleave([self._backend.generate(request) for request in self.requests])) as merged:
             async for prompt_index, output in merged:
                 index = prompt_index * self.requests[prompt_index].sampling.num_choices + output.choice
                 is_first = index not in self._choices

@@ -1,33 +1,32 @@
-"""A request whose decode replica died is run again by another one, as long as the client has seen nothing of it.
+"""A request whose decode replica died goes to another one, which goes on where the answer stopped.
 
-Seed and sampling are fixed, so another run brings the same tokens. What a whole answer had already is compared with
-them and not given out twice; a stream, whose client has read it, ends with the error instead.
+The other one recomputes the prompt at the depth it had and the tokens sent at full depth; seed and counter of each draw
+are fixed, so that the answer is what it would have been. Where answers aren't resumed, one of which some was given out
+ends with the error instead.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
 import structlog
 
-from shoal.errors import DeadlineExceeded, PeerGone
-from shoal.gateway.backend import Backend, Readiness
-from shoal.messages import GenerateRequest, TokenOutput
+from shoal.errors import DeadlineExceeded, PeerGone, PlanMismatch
+from shoal.gateway.backend import Backend, GatewayObserver, Readiness
+from shoal.messages import GenerateRequest, Resumption, SentChoice, TokenOutput
 from shoal.rate import RateLimit
 
 _log = structlog.get_logger(__name__)
 
 
 class RetryingBackend:
-    """``backend``, and again if it raises PeerGone before the client has seen anything.
+    """``backend``, and again if it raises PeerGone; after some output only if it ``resumes``.
 
     At most ``max_attempts`` runs, no more often than ``limit`` allows over all requests; what a replica that died had
-    tried of the same budget nobody knows, so each run counts as one attempt. ``retried`` is told the code of each error
-    that another run follows.
+    tried of the same budget nobody knows, so each run counts as one attempt.
     """
 
     def __init__(
@@ -36,63 +35,75 @@ class RetryingBackend:
         *,
         max_attempts: int,
         limit: RateLimit,
-        retried: Callable[[str], None],
+        observer: GatewayObserver,
+        resumes: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
         self._max_attempts = max_attempts
         self._limit = limit
-        self._retried = retried
+        self._observer = observer
+        self._resumes = resumes
         self._clock = clock
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        """As the backend's; raises its last error once nothing is left to try, or something was sent already."""
+        """As the backend's; raises its last error once nothing is left to try."""
         deadline_s = self._clock() + request.context.timeout_s
-        given = _Given()
+        given = _Given(request.sampling.num_choices)
         while True:
             try:
                 async with aclosing(self._backend.generate(request)) as outputs:
                     async for output in outputs:
-                        if given.is_new(output):
-                            yield output
+                        given.note(output)
+                        yield output
                 return
-            except PeerGone as error:
-                is_seen = given.is_any and not request.is_whole
-                if is_seen or request.context.attempt >= self._max_attempts or not self._limit.take():
+            except (PeerGone, PlanMismatch) as error:  # the latter where old and new replicas are mixed
+                if given.is_complete:
+                    return
+                if given.is_any and not self._resumes:
                     raise
-                self._retried(error.code)
+                if request.context.attempt >= self._max_attempts or not self._limit.take():
+                    raise
+                self._observer.retried(error.code)
                 _log.warning("another decode replica takes over", attempt=request.context.attempt, code=error.code)
-                request = _next_attempt(request, deadline_s - self._clock())
-                given.begin_again()
+            request = _next_attempt(request, deadline_s - self._clock())
+            if given.is_any:
+                self._observer.resumed()
+                request = given.resuming(request)
 
     async def readiness(self) -> Readiness:
         return await self._backend.readiness()
 
 
 class _Given:
-    """The tokens of each output that was given out, by choice, and how many of them the run under way has repeated."""
+    """What was given out of a request's answer, and by which plan."""
 
-    def __init__(self) -> None:
-        self._outputs: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
-        self._num_repeated: Counter[int] = Counter()
+    def __init__(self, num_choices: int) -> None:
+        self._token_ids: list[list[int]] = [[] for _ in range(num_choices)]
+        self._complete: set[int] = set()
+        self._plan_hash = ""
+        self.is_any = False
 
     @property
-    def is_any(self) -> bool:
-        return bool(self._outputs)
+    def is_complete(self) -> bool:
+        return len(self._complete) == len(self._token_ids)
 
-    def begin_again(self) -> None:
-        self._num_repeated.clear()
+    def note(self, output: TokenOutput) -> None:
+        self.is_any = True
+        self._token_ids[output.choice] += output.token_ids
+        if output.finish_reason is not None:
+            self._complete.add(output.choice)
+        if output.handoff is not None:
+            self._plan_hash = output.handoff.plan_hash
 
-    def is_new(self, output: TokenOutput) -> bool:
-        """Whether no run before has brought it. Raises PeerGone where this run says something else than that one."""
-        known, index = self._outputs[output.choice], self._num_repeated[output.choice]
-        self._num_repeated[output.choice] += 1
-        if index == len(known):
-            known.append(output.token_ids)
-            return True
-        if known[index] != output.token_ids:
-            raise PeerGone("a decode replica went away, and another run took another turn: ask again")
-        return False
+    def resuming(self, request: GenerateRequest) -> GenerateRequest:
+        """``request`` without what it has already. What is told of a prompt came with the first output."""
+        choices = [SentChoice(tuple(ids), index in self._complete) for index, ids in enumerate(self._token_ids)]
+        return replace(
+            request,
+            sampling=replace(request.sampling, num_prompt_logprobs=None),
+            resumption=Resumption(self._plan_hash, tuple(choices)),
+        )
 
 
 def _next_attempt(request: GenerateRequest, timeout_s: float) -> GenerateRequest:

@@ -144,7 +144,9 @@ def _from_report(message: worker_pb2.HandoffReport) -> HandoffReport:
         message.transferred,
         message.fallback if message.HasField("fallback") else None,
         **{name: _set(message, name) for name in counts},
-        hidden_bytes=message.hidden_bytes,  # a decode replica of an earlier release doesn't know it
+        # A decode replica of an earlier release doesn't know these.
+        hidden_bytes=message.hidden_bytes,
+        plan_hash=message.plan_hash,
     )
 
 

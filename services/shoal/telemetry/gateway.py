@@ -78,6 +78,11 @@ class GatewayMetrics:
         self._retries = Counter(
             "shoal_retries_total", "Prompts that another decode replica ran again.", ("reason",), registry=registry
         )
+        self._resumes = Counter(
+            "shoal_resumes_total",
+            "Of those, answers that it went on with: some of their tokens had been made.",
+            registry=registry,
+        )
 
     def request_started(self) -> None:
         self._in_flight.inc()
@@ -126,3 +131,6 @@ class GatewayMetrics:
     def retried(self, reason: str) -> None:
         """``reason`` is ``ShoalError.code``."""
         self._retries.labels(HandoffReason(reason)).inc()
+
+    def resumed(self) -> None:
+        self._resumes.inc()

@@ -222,6 +222,7 @@ class HandoffReport(_message.Message):
     BOUNDARY_BYTES_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     HIDDEN_BYTES_FIELD_NUMBER: _builtins.int
+    PLAN_HASH_FIELD_NUMBER: _builtins.int
     depth: _inference_pb2.Depth.ValueType
     transferred: _builtins.bool
     fallback: _builtins.str
@@ -232,6 +233,8 @@ class HandoffReport(_message.Message):
     boundary_bytes: _builtins.int
     num_cached_tokens: _builtins.int
     hidden_bytes: _builtins.int
+    plan_hash: _builtins.str
+    """Decode's plan: only a replica of the same one can go on with the answer."""
     def __init__(
         self,
         *,
@@ -244,10 +247,11 @@ class HandoffReport(_message.Message):
         boundary_bytes: _builtins.int | None = ...,
         num_cached_tokens: _builtins.int | None = ...,
         hidden_bytes: _builtins.int | None = ...,
+        plan_hash: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes", "_deep_bytes", b"_deep_bytes", "_fallback", b"_fallback", "_hidden_bytes", b"_hidden_bytes", "_num_cached_tokens", b"_num_cached_tokens", "_num_prefill_layers", b"_num_prefill_layers", "_shallow_bytes", b"_shallow_bytes", "boundary_bytes", b"boundary_bytes", "deep_bytes", b"deep_bytes", "fallback", b"fallback", "hidden_bytes", b"hidden_bytes", "num_cached_tokens", b"num_cached_tokens", "num_prefill_layers", b"num_prefill_layers", "shallow_bytes", b"shallow_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes", "_deep_bytes", b"_deep_bytes", "_fallback", b"_fallback", "_hidden_bytes", b"_hidden_bytes", "_num_cached_tokens", b"_num_cached_tokens", "_num_prefill_layers", b"_num_prefill_layers", "_shallow_bytes", b"_shallow_bytes", "boundary_bytes", b"boundary_bytes", "deep_bytes", b"deep_bytes", "depth", b"depth", "fallback", b"fallback", "hidden_bytes", b"hidden_bytes", "num_cached_tokens", b"num_cached_tokens", "num_prefill_layers", b"num_prefill_layers", "shallow_bytes", b"shallow_bytes", "transferred", b"transferred"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes", "_deep_bytes", b"_deep_bytes", "_fallback", b"_fallback", "_hidden_bytes", b"_hidden_bytes", "_num_cached_tokens", b"_num_cached_tokens", "_num_prefill_layers", b"_num_prefill_layers", "_shallow_bytes", b"_shallow_bytes", "boundary_bytes", b"boundary_bytes", "deep_bytes", b"deep_bytes", "depth", b"depth", "fallback", b"fallback", "hidden_bytes", b"hidden_bytes", "num_cached_tokens", b"num_cached_tokens", "num_prefill_layers", b"num_prefill_layers", "plan_hash", b"plan_hash", "shallow_bytes", b"shallow_bytes", "transferred", b"transferred"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__boundary_bytes: _TypeAlias = _typing.Literal["boundary_bytes"]  # noqa: Y015
     _WhichOneofArgType__boundary_bytes: _TypeAlias = _typing.Literal["_boundary_bytes", b"_boundary_bytes"]  # noqa: Y015

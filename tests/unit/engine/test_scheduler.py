@@ -23,9 +23,18 @@ def make_scheduler(num_blocks: int = 64, **limits: float) -> Scheduler:
     return Scheduler(layout, num_blocks, **settings_)  # type: ignore[arg-type]
 
 
-def sequence(name: str, num_prompt: int, *, max_tokens: int = 4, choices: int = 1, **fields: float) -> Sequence:
+def sequence(
+    name: str, num_prompt: int, *, max_tokens: int = 4, choices: int = 1, num_sent: int = 0, **fields: float
+) -> Sequence:
+    """Of its ``choices``, each but the last has ``num_sent`` tokens already."""
     sampling = SamplingParams(max_tokens=max_tokens, num_choices=choices)
-    return Sequence(name, tuple(range(num_prompt)), range(num_prompt - 1), sampling, **fields)  # type: ignore[arg-type]
+    shallow = range(num_prompt - 1)
+    one = Sequence(name, tuple(range(num_prompt)), shallow, sampling, **fields)  # type: ignore[arg-type]
+    if choices > 1:
+        one.forks = {index: [0] * (num_sent if index < choices - 1 else 0) for index in range(choices)}
+    else:
+        one.output = [0] * num_sent
+    return one
 
 
 def rows_of(plan: StepPlan) -> list[tuple[str, int, int]]:
@@ -36,7 +45,7 @@ def carry_out(plan: StepPlan) -> None:
     """What the engine does with a step, with token 0 as every answer."""
     for item in plan.rows:
         item.sequence.advance(item.end)
-        if item.sequence.sampled and item.completes:
+        if item.sequence.sampled and item.completes and not item.sequence.forks:
             item.sequence.output.append(0)
 
 
@@ -201,8 +210,8 @@ def test_a_fork_shares_blocks_and_copies_only_the_one_it_writes():
     step(scheduler)
     forks = scheduler.fork(root)
     assert [fork.choice for fork in forks] == [1, 2] and scheduler.allocator.num_used == 2
-    for fork in forks:
-        fork.output.append(0)
+    for choice in (root, *forks):
+        choice.output.append(0)
     plan = scheduler.schedule()
     assert len(plan.copies) == 2 and len({source for source, _ in plan.copies}) == 1
     tails = {choice.blocks[1] for choice in (root, *forks)}
@@ -259,7 +268,9 @@ def test_finishing_twice_is_a_no_op_in_every_phase():
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 20), st.integers(1, 10), st.booleans(), st.integers(1, 3)), min_size=1, max_size=10
+        st.tuples(st.integers(1, 20), st.integers(1, 10), st.booleans(), st.integers(1, 3), st.integers(0, 9)),
+        min_size=1,
+        max_size=10,
     ),
     st.integers(8, 24),
     st.integers(1, 40),
@@ -267,11 +278,18 @@ def test_finishing_twice_is_a_no_op_in_every_phase():
     st.integers(0, 6),
 )
 def test_whatever_comes_everything_ends_and_no_slot_has_two_writers(
-    wanted: list[tuple[int, int, bool, int]], num_blocks: int, budget: int, deep: dict[str, float], num_anchors: int
+    wanted: list[tuple[int, int, bool, int, int]],
+    num_blocks: int,
+    budget: int,
+    deep: dict[str, float],
+    num_anchors: int,
 ):
     scheduler = make_scheduler(num_blocks=num_blocks, max_step_tokens=budget, **deep)
-    for index, (num_prompt, max_tokens, hold, choices) in enumerate(wanted):
-        one = sequence(str(index), num_prompt, max_tokens=max_tokens, hold=hold, choices=choices)
+    for index, (num_prompt, max_tokens, hold, choices, num_sent) in enumerate(wanted):
+        one = sequence(
+            str(index), num_prompt, max_tokens=max_tokens, hold=hold, choices=choices,
+            num_sent=min(num_sent, max_tokens - 1),
+        )  # fmt: skip
         one.shallow = range(num_anchors, num_prompt - 1) if num_anchors < num_prompt - 1 else range(0)
         try:
             scheduler.submit(one)
@@ -290,14 +308,12 @@ def test_whatever_comes_everything_ends_and_no_slot_has_two_writers(
                 for block in table.held(item.sequence)[start // BLOCK : -(-end // BLOCK) if start < end else 0]:
                     assert table.allocator.count(block) == 1
                     assert writers.setdefault(block, item.sequence) is item.sequence
-        roots = [
-            item.sequence for item in plan.rows
-            if item.completes and not item.sequence.output and not item.sequence.choice
-        ]  # fmt: skip
+        roots = [item.sequence for item in plan.rows if item.completes and item.sequence.forks]
         carry_out(plan)
         for root in roots:
-            for fork in scheduler.fork(root):
-                fork.output.append(0)
+            for choice in (root, *scheduler.fork(root)):
+                if not choice.output:
+                    choice.output.append(0)
         for item in list(scheduler.running):
             if len(item.output) >= item.sampling.max_tokens:
                 scheduler.finish(item)

@@ -8,16 +8,36 @@ from dataclasses import replace
 import pytest
 
 from shoal.config import RateConfig
-from shoal.errors import DeadlineExceeded, Overloaded, PeerGone, ShoalError, Unavailable
-from shoal.gateway.backend import Readiness
+from shoal.errors import DeadlineExceeded, Overloaded, PeerGone, PlanMismatch, ShoalError, Unavailable
+from shoal.gateway.backend import NullObserver, Readiness
 from shoal.gateway.retrying import RetryingBackend
-from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput
+from shoal.messages import (
+    Depth,
+    FinishReason,
+    GenerateRequest,
+    HandoffReport,
+    RequestContext,
+    Resumption,
+    SamplingParams,
+    SentChoice,
+    TokenOutput,
+)  # fmt: skip
 from shoal.rate import RateLimit
 
 REQUEST = GenerateRequest(
     RequestContext("one", timeout_s=10), "tiny", (1, 2, 3), Depth.SHALLOW, SamplingParams(max_tokens=2, seed=7)
 )
-OUTPUTS = [TokenOutput(0, (5,), "a"), TokenOutput(0, (6,), "b")]
+REPORT = HandoffReport(Depth.SHALLOW, transferred=True, plan_hash="pop")
+OUTPUTS = [
+    TokenOutput(0, (5,), "a", handoff=REPORT),
+    TokenOutput(0, (6,), "b", finish_reason=FinishReason.LENGTH),
+]
+
+
+def mixed() -> list[TokenOutput]:
+    """Two choices, of which the second is done first."""
+    others = [replace(output, choice=1, handoff=None) for output in OUTPUTS]
+    return [OUTPUTS[0], others[0], others[1], OUTPUTS[1]]
 
 
 class Clock:
@@ -28,14 +48,15 @@ class Clock:
 
 
 class Pool:
-    """Run ``i`` ends with ``failures[i]`` after ``num_before`` outputs and ``lasts_s``; a later one brings ``last``."""
+    """Run ``i`` takes ``lasts_s`` and ends with ``failures[i]``, the first of them after ``num_before`` outputs; each
+    goes on where those before have stopped."""
 
     def __init__(
         self,
         *failures: ShoalError,
         num_before: int = 0,
         lasts_s: float = 1.0,
-        last: Sequence[TokenOutput] = OUTPUTS,
+        outputs: Sequence[TokenOutput] = OUTPUTS,
     ) -> None:
         self.clock = Clock()
         self.requests: list[GenerateRequest] = []
@@ -43,7 +64,7 @@ class Pool:
         self._failures = list(failures)
         self._num_before = num_before
         self._lasts_s = lasts_s
-        self._last = last
+        self._outputs = list(outputs)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert self.num_open == 0, "the one before isn't over"
@@ -52,7 +73,9 @@ class Pool:
         try:
             self.clock.now_s += self._lasts_s
             failure = self._failures.pop(0) if self._failures else None
-            for output in self._last if failure is None else OUTPUTS[: self._num_before]:
+            num_now, self._num_before = len(self._outputs) if failure is None else self._num_before, 0
+            now, self._outputs = self._outputs[:num_now], self._outputs[num_now:]
+            for output in now:
                 yield output
             if failure is not None:
                 raise failure
@@ -63,66 +86,106 @@ class Pool:
         return Readiness(num_decode=2, num_prefill=1)
 
 
-class Run:
-    """What came of ``REQUEST``."""
+class Observer(NullObserver):
+    def __init__(self) -> None:
+        self.retries: list[str] = []
+        self.num_resumes = 0
 
-    def __init__(self, pool: Pool, max_attempts: int = 3, rate: RateConfig | None = None) -> None:
+    def retried(self, reason: str) -> None:
+        self.retries.append(reason)
+
+    def resumed(self) -> None:
+        self.num_resumes += 1
+
+
+class Run:
+    """What came of a request."""
+
+    def __init__(
+        self, pool: Pool, *, max_attempts: int = 3, rate: RateConfig | None = None, resumes: bool = True
+    ) -> None:
         self.outputs: list[TokenOutput] = []
-        self.retried: list[str] = []
+        self.seen = Observer()
         limit = RateLimit(rate or RateConfig(), pool.clock)
         self.backend = RetryingBackend(
-            pool, max_attempts=max_attempts, limit=limit, retried=self.retried.append, clock=pool.clock
+            pool, max_attempts=max_attempts, limit=limit, observer=self.seen, resumes=resumes, clock=pool.clock
         )
 
-    async def __call__(self, *, is_whole: bool = False) -> Run:
-        async for output in self.backend.generate(replace(REQUEST, is_whole=is_whole)):
+    async def __call__(self, request: GenerateRequest = REQUEST) -> Run:
+        async for output in self.backend.generate(request):
             self.outputs.append(output)
         return self
 
 
-async def test_another_replica_takes_over_and_continues_alike():
+async def test_another_replica_takes_over_from_the_beginning_if_nothing_came():
     pool = Pool(PeerGone("died"))
     run = await Run(pool)()
-    assert run.outputs == OUTPUTS and run.retried == ["peer_gone"]
+    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone"] and run.seen.num_resumes == 0
     first, second = pool.requests
+    assert second == replace(first, context=replace(first.context, attempt=2, timeout_s=9))
+    assert (first.context.attempt, first.context.timeout_s) == (1, 10)
+
+
+async def test_another_replica_goes_on_where_the_answer_stopped():
+    run = await Run(pool := Pool(PeerGone("died"), num_before=1))()
+    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone"] and run.seen.num_resumes == 1
+    first, second = pool.requests
+    assert first.resumption is None and second.resumption == Resumption("pop", (SentChoice((5,)),))
     assert second.sampling == first.sampling and second.prompt_token_ids == first.prompt_token_ids
-    assert (first.context.attempt, second.context.attempt) == (1, 2)
-    assert (first.context.timeout_s, second.context.timeout_s) == (10, 9)
 
 
-async def test_after_the_first_output_the_error_stands():
-    run = Run(pool := Pool(PeerGone("died"), num_before=1))
+async def test_each_choice_goes_on_where_it_stopped():
+    request = replace(REQUEST, sampling=replace(REQUEST.sampling, num_choices=2))
+    for num_before, sent in [
+        (1, (SentChoice((5,)), SentChoice())),
+        (2, (SentChoice((5,)), SentChoice((5,)))),
+        (3, (SentChoice((5,)), SentChoice((5, 6), is_complete=True))),
+    ]:
+        run = await Run(pool := Pool(PeerGone("died"), num_before=num_before, outputs=mixed()))(request)
+        assert run.outputs == mixed()
+        assert pool.requests[1].resumption == Resumption("pop", sent)
+
+
+async def test_it_goes_on_from_the_last_of_several():
+    outputs = [OUTPUTS[0], TokenOutput(0, (7,), "c"), OUTPUTS[1]]
+    pool = Pool(PeerGone("died"), PeerGone("died"), num_before=1, outputs=outputs)
+    run = await Run(pool)()
+    assert run.outputs == outputs and run.seen.num_resumes == 2
+    assert [request.resumption for request in pool.requests] == [None, *[Resumption("pop", (SentChoice((5,)),))] * 2]
+
+
+async def test_what_is_told_of_a_prompt_is_told_once():
+    request = replace(REQUEST, sampling=replace(REQUEST.sampling, num_prompt_logprobs=2))
+    for num_before, expected in ((0, 2), (1, None)):
+        await Run(pool := Pool(PeerGone("died"), num_before=num_before))(request)
+        assert pool.requests[1].sampling.num_prompt_logprobs == expected
+
+
+async def test_of_a_complete_answer_nothing_is_asked_for():
+    run = await Run(pool := Pool(PeerGone("its end was lost"), num_before=2))()
+    assert run.outputs == OUTPUTS and len(pool.requests) == 1 and not run.seen.retries
+
+
+async def test_one_of_another_plan_is_passed_over():
+    run = await Run(pool := Pool(PeerGone("died"), PlanMismatch("new"), num_before=1))()
+    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone", "plan_mismatch"]
+    assert pool.requests[1].resumption == pool.requests[2].resumption is not None
+
+
+async def test_where_answers_are_not_resumed_the_error_stands_after_the_first_output():
+    run = Run(pool := Pool(PeerGone("died"), num_before=1), resumes=False)
     with pytest.raises(PeerGone):
         await run()
-    assert run.outputs == OUTPUTS[:1] and len(pool.requests) == 1 and not run.retried
-
-
-@pytest.mark.parametrize("num_before", [1, 2])
-async def test_a_whole_answer_goes_on_where_the_dead_replica_stopped(num_before: int):
-    run = await Run(pool := Pool(PeerGone("died"), num_before=num_before))(is_whole=True)
-    assert run.outputs == OUTPUTS and len(pool.requests) == 2 and run.retried == ["peer_gone"]
-
-
-async def test_a_whole_answer_of_several_choices_goes_on_in_each():
-    others = [replace(output, choice=1) for output in OUTPUTS]
-    mixed = [OUTPUTS[0], others[0], others[1], OUTPUTS[1]]
-    run = await Run(Pool(PeerGone("died"), num_before=1, last=mixed))(is_whole=True)
-    assert run.outputs == mixed
-
-
-async def test_a_whole_answer_is_never_made_of_two():
-    other = [replace(OUTPUTS[0], token_ids=(9,)), OUTPUTS[1]]
-    run = Run(pool := Pool(PeerGone("died"), num_before=1, last=other))
-    with pytest.raises(PeerGone, match="another turn"):
-        await run(is_whole=True)
-    assert run.outputs == OUTPUTS[:1] and len(pool.requests) == 3
+    assert run.outputs == OUTPUTS[:1] and len(pool.requests) == 1 and not run.seen.retries
+    run = await Run(Pool(PeerGone("died")), resumes=False)()
+    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone"]
 
 
 async def test_attempts_are_bounded():
     run = Run(pool := Pool(*(PeerGone("died") for _ in range(5))))
     with pytest.raises(PeerGone):
         await run()
-    assert len(pool.requests) == 3 and run.retried == ["peer_gone"] * 2
+    assert len(pool.requests) == 3 and run.seen.retries == ["peer_gone"] * 2
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("no rung left"), DeadlineExceeded("late")], ids=str)

@@ -77,6 +77,7 @@ ROLES = [
             "shoal_rejected": lambda m: m.rejected("overloaded"),
             "shoal_cancelled": lambda m: m.cancelled(CancelStage.STREAMING),
             "shoal_retries": lambda m: m.retried("peer_gone"),
+            "shoal_resumes": lambda m: m.resumed(),
             "shoal_full_depth_requests": lambda m: m.needed_full_depth("echo"),
         },
     ),

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def pair(folder: Path, other: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[Models]:
-    """Two decode replicas, each with a prefill replica, that hold nothing in the end; ``other`` is the second's model."""
+    """Two decode replicas, each with its prefill replica, that hold nothing in the end; ``other`` is of the second."""
     stage = {"num_blocks": 64, "block_tokens": 4, "max_step_tokens": 16, "num_threads": 1}
     decode = stage | options.pop("decode", {})
     model = {"name": str(folder)} | options.pop("model", MODEL)

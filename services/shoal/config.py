@@ -151,6 +151,9 @@ class StageConfig(_Frozen):
     )
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
     max_queued: Annotated[int, Field(ge=1)] = Field(256, description="Requests that may wait; more get 429.")
+    max_queued_tokens: Annotated[int, Field(ge=1)] = Field(
+        1 << 20, description="Tokens that the requests which wait may have in all; a single one always may."
+    )
     skip_layers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Must agree between the two pools; leave it to model.skip_layers."
     )
@@ -254,8 +257,11 @@ class GatewayConfig(_Frozen):
     max_stop_strings: Annotated[int, Field(ge=0)] = Field(4, description="Most strings in stop.")
     max_stop_chars: Annotated[int, Field(ge=1)] = Field(256, description="Characters in one of them.")
     max_prompts: Annotated[int, Field(ge=1)] = Field(64, description="Prompts in one completions request.")
+    max_running: Annotated[int, Field(ge=1)] = Field(
+        2048, description="Requests that a gateway works on at once, waiting ones included; more get 429."
+    )
     deadline_s: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="How long a request may take in all; a gRPC client may ask for less."
+        600.0, description="How long a request may take in all; a client may ask for less."
     )
 
 

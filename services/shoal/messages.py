@@ -114,6 +114,11 @@ class GenerateRequest:
     outline: PromptOutline = PromptOutline()
     resumption: Resumption | None = None
 
+    @property
+    def max_kv_tokens(self) -> int:
+        """Tokens of the prompt, and of each choice at its longest."""
+        return len(self.prompt_token_ids) + self.sampling.num_choices * self.sampling.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

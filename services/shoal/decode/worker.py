@@ -21,6 +21,7 @@ import structlog
 
 from shoal.affinity import prefix_keys
 from shoal.config import HandoffConfig
+from shoal.decode.admission import Admission
 from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams
@@ -32,6 +33,7 @@ from shoal.errors import (
     HandoffError,
     InternalError,
     OutOfBlocks,
+    Overloaded,
     PlanMismatch,
     ShoalError,
     Unavailable,
@@ -91,6 +93,7 @@ class DecodeWorker:
         self.prefill = prefill
         self._metrics = metrics
         self._prefill_remembers = prefill_remembers
+        self.admission = Admission()
         self._ladder = Ladder(config)
         self._given_up: Lease | None = None
         self._wants_blocks = False
@@ -99,7 +102,8 @@ class DecodeWorker:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """One output a step and choice. Closing the iterator, or cancelling it, frees everything.
 
-        Raises PlanMismatch for an answer that a replica of another plan has begun.
+        Raises PlanMismatch for an answer that a replica of another plan has begun, and Overloaded for one that would be
+        too late.
         """
         resumption = request.resumption
         if resumption is not None and resumption.plan_hash != self._plan_hash:
@@ -107,7 +111,7 @@ class DecodeWorker:
         # Not the client's id: a retry of the same request must not meet its predecessor.
         key = f"{request.context.request_id}-{secrets.token_hex(4)}"
         deadline_s = time.monotonic() + request.context.timeout_s
-        with self._engine.open(key) as inbox:
+        with self.admission.admitted(request) as admitted, self._engine.open(key) as inbox:
             async with _until(deadline_s):
                 begun = await self._begin(key, request, inbox, deadline_s)
             streams = ChoiceStreams(request, self._decode_text)
@@ -131,6 +135,7 @@ class DecodeWorker:
                         choice = output.choice
                         self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
                     self._metrics.decoded(len(output.token_ids))
+                    admitted.num_sent += len(output.token_ids)
                     yield output
 
     def _count_prompt(
@@ -158,19 +163,7 @@ class DecodeWorker:
         if pool is not None and not await pool.living():
             # A call to nobody would just wait.
             pool, fallback = None, self._count_fallback(FallbackRung.LOCAL, "no_prefill")
-        await self._engine.call(
-            lambda engine: engine.submit_generate(
-                key,
-                request.prompt_token_ids,
-                request.depth,
-                request.sampling,
-                hold=pool is not None,
-                outline=request.outline,
-                tenant=request.context.tenant,
-                timeout_s=deadline_s - submitted_s,
-                sent=() if request.resumption is None else request.resumption.choices,
-            )
-        )
+        await self._submit(key, request, deadline_s - submitted_s, hold=pool is not None)
         if pool is None:
             report = HandoffReport(self._depth_run(request), transferred=False, fallback=fallback)
             return _Begun(report, submitted_s, submitted_s, submitted_s)
@@ -195,6 +188,25 @@ class DecodeWorker:
             boundary_bytes=BOUNDARY_TOKEN_BYTES,
         )
         return _Begun(report, submitted_s, reserved_s, ready_s, arrived)
+
+    async def _submit(self, key: str, request: GenerateRequest, timeout_s: float, *, hold: bool) -> None:
+        """Raises Overloaded if the queue is full, InvalidRequest if it could never fit."""
+        try:
+            await self._engine.call(
+                lambda engine: engine.submit_generate(
+                    key,
+                    request.prompt_token_ids,
+                    request.depth,
+                    request.sampling,
+                    hold=hold,
+                    outline=request.outline,
+                    tenant=request.context.tenant,
+                    timeout_s=timeout_s,
+                    sent=() if request.resumption is None else request.resumption.choices,
+                )
+            )
+        except Overloaded as error:
+            raise Overloaded(error.message, retry_after_s=self.admission.drain_s) from error
 
     async def _descend(
         self, pool: PrefillPool, request: GenerateRequest, reservation: Reservation, deadline_s: float

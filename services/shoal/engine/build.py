@@ -155,6 +155,7 @@ def build_engine(
         max_step_tokens=limits.max_step_tokens,
         max_sequences=limits.max_sequences,
         max_queued=limits.max_queued,
+        max_queued_tokens=limits.max_queued_tokens,
         max_reserved_ratio=config.handoff.max_reserved_ratio if stage is Stage.DECODE else 1.0,
         num_deep_blocks=num_deep_blocks,
         reuse=Reuse(limits.reuse),

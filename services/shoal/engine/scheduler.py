@@ -96,6 +96,7 @@ class Scheduler:
         max_step_tokens: int,
         max_sequences: int,
         max_queued: int,
+        max_queued_tokens: int = 1 << 62,
         max_reserved_ratio: float = 1.0,
         num_deep_blocks: int = 0,
         reuse: Reuse = Reuse.NONE,
@@ -112,14 +113,13 @@ class Scheduler:
         self.pace = Pace(target_step_s, max_step_tokens)
         self._max_sequences = max_sequences
         self._max_queued = max_queued
+        self._max_queued_tokens = max_queued_tokens
         self._max_reserved_ratio = max_reserved_ratio
 
     # --- commands -------------------------------------------------------------------------------------
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises Overloaded if the queue is full, InvalidRequest if it could never fit."""
-        if len(self.waiting) >= self._max_queued:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after_s=1.0)
+        """Queue a sequence. Raises InvalidRequest if it could never fit, Overloaded if the queue is full."""
         most = self.num_tokens_at_end(sequence)
         for table in self.tables:
             if (wanted := table.num_held_tokens(sequence, most)) > table.num_slots:
@@ -128,6 +128,11 @@ class Scheduler:
                     f"{' in its deep layers' if table is not self.tables[0] else ''}",
                     param="prompt",
                 )
+        if len(self.waiting) >= self._max_queued:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already: try again later")
+        num_queued = sum(one.num_to_compute for one in self.waiting)
+        if num_queued and num_queued + sequence.num_to_compute > self._max_queued_tokens:
+            raise Overloaded(f"requests with {num_queued} tokens are waiting already: try again later")
         index = len(self.waiting)
         while index and self._is_due_before(sequence, self.waiting[index - 1]):
             index -= 1

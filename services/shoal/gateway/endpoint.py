@@ -10,6 +10,7 @@ Nothing is sent before the first output, so whatever goes wrong until then is a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar
@@ -29,6 +30,7 @@ from shoal.messages import Depth
 
 DEPTH_HEADER = "x-shoal-depth"
 TIMING_HEADER = "x-shoal-timing"
+TIMEOUT_HEADER = "x-shoal-timeout"
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -70,7 +72,12 @@ class Endpoint(Generic[B]):
         headers, request_id = Headers(scope=scope), request_id_of(scope)
         body = _with_depth_header(parse(self._kind, raw), headers)
         generation = await take_in(
-            body, self._services, exchange, request_id=request_id, traceparent=traceparent_of(headers)
+            body,
+            self._services,
+            exchange,
+            request_id=request_id,
+            traceparent=traceparent_of(headers),
+            timeout_s=_timeout_of(headers),
         )
         wants_timing = headers.get(TIMING_HEADER) == "1"
         answer_format = self._format(body, self._services.tokenizer)
@@ -123,3 +130,17 @@ def _with_depth_header(body: B, headers: Headers) -> B:
         return body.model_copy(update={"depth": Depth(value)})
     except ValueError:
         raise InvalidRequest(f"{DEPTH_HEADER}: must be auto, shallow or full", param=DEPTH_HEADER) from None
+
+
+def _timeout_of(headers: Headers) -> float | None:
+    """Seconds that the client waits, if it says so. gRPC has its own way to."""
+    value = headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        timeout_s = float(value)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: must be seconds, more than 0, as 30 or 2.5", param=TIMEOUT_HEADER)
+    return timeout_s

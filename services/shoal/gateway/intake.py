@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 
 from shoal.config import GatewayConfig
+from shoal.errors import Overloaded
 from shoal.gateway.access import Access, asking
 from shoal.gateway.backend import Backend, GatewayObserver
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
 from shoal.gateway.keys import Keyring
+from shoal.gateway.places import Places
 from shoal.gateway.schema import ChatBody, CompletionBody
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel, check_limits, find_model, generate_requests
@@ -33,6 +36,7 @@ class Services:
     clock: Callable[[], float] = time.monotonic
     wants_outline: bool = False
     keyring: Keyring | None = None
+    places: Places = field(default_factory=Places)
 
     @property
     def access(self) -> Access:
@@ -51,10 +55,11 @@ async def take_in(
     """Everything that can be refused before a pool hears of the request; ``exchange`` learns what is known of it.
 
     ``timeout_s`` is how long the client waits, from the request's arrival; the configured deadline holds if it's
-    sooner. Raises the RequestError that tells what is wrong.
+    sooner. Raises the RequestError that tells what is wrong, Overloaded where too many are here.
     """
     tenant = asking()
     exchange.tenant, exchange.model = tenant.name, body.model
+    exchange.exits.enter_context(_admitted(services))
     exchange.exits.enter_context(tenant.running())
     model = find_model(services.models, body.model)
     check_limits(body, model, services.config)
@@ -67,6 +72,7 @@ async def take_in(
         tenant=tenant.name,
     )
     requests = generate_requests(body, prompts, model, context)
+    exchange.exits.enter_context(tenant.holding(sum(request.max_kv_tokens for request in requests)))
     if services.wants_outline and isinstance(body, ChatBody) and requests[0].depth is Depth.SHALLOW:
         outline = await services.tokenizer.outline_chat(body.messages, prompts[0])
         requests = tuple(replace(request, outline=outline) for request in requests)
@@ -81,6 +87,13 @@ async def take_in(
         echoes=_echoes(body, services.tokenizer),
     )
     return exchange.generation
+
+
+def _admitted(services: Services) -> AbstractContextManager[None]:
+    places, most = services.places, services.config.max_running
+    if places.num_taken >= most:
+        raise Overloaded(f"{most} requests are running, as many as may: try again later", retry_after_s=places.wait_s)
+    return places.taken()
 
 
 async def _encode(body: CompletionBody | ChatBody, tokenizer: Tokenizer, max_tokens: int) -> Sequence[Sequence[int]]:

@@ -26,7 +26,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoal.config import RateConfig
-from shoal.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
+from shoal.errors import ConfigError, InvalidRequest, PermissionDenied, RateLimited, Unauthenticated
+from shoal.gateway.places import Places
 from shoal.rate import RateLimit
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,11 @@ class TenantConfig(BaseModel):
     )
     roles: frozenset[Role] = Field(frozenset({Role.GENERATE}), description="What its keys open: generate, metrics.")
     max_running: Annotated[int, Field(ge=1)] | None = Field(None, description="Requests at once; more get 429.")
+    max_kv_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Tokens of its prompts and answers at once, each answer at its longest: so much K/V can be its own "
+        "in a pool. More get 429.",
+    )
     requests: RateConfig | None = Field(None, description="How often it may ask; more often gets 429.")
 
 
@@ -77,9 +83,14 @@ class Tenant:
     def __init__(self, name: str, config: TenantConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name
         self.config = config
-        self.num_running = 0
+        self.num_kv_tokens = 0
+        self._places = Places(clock)
         self._clock = clock
         self._rate = None if config.requests is None else RateLimit(config.requests, clock)
+
+    @property
+    def num_running(self) -> int:
+        return self._places.num_taken
 
     def changed(self, config: TenantConfig) -> None:
         """Other limits from now on; what runs still counts."""
@@ -98,15 +109,32 @@ class Tenant:
         if self.config.max_running is not None and self.num_running >= self.config.max_running:
             raise RateLimited(
                 f"{self.num_running} requests of yours are running, which is what you may: wait for one",
-                retry_after_s=1,
+                retry_after_s=self._places.wait_s,
             )
         if self._rate is not None and not self._rate.take():
             raise RateLimited("you ask more often than you may", retry_after_s=self._rate.wait_s)
-        self.num_running += 1
+        with self._places.taken():
+            yield
+
+    @contextmanager
+    def holding(self, num_tokens: int) -> Iterator[None]:
+        """Count K/V for as long as the block lasts. Raises RateLimited, or InvalidRequest if it never may."""
+        most = self.config.max_kv_tokens
+        if most is not None and num_tokens > most:
+            raise InvalidRequest(
+                f"prompt and answer may have {num_tokens} tokens, and all of yours at once {most}: "
+                "shorten the prompt or say a lower max_tokens"
+            )
+        if most is not None and self.num_kv_tokens + num_tokens > most:
+            raise RateLimited(
+                f"requests of yours with {self.num_kv_tokens} tokens are running, of {most} that may be: wait for one",
+                retry_after_s=self._places.wait_s,
+            )
+        self.num_kv_tokens += num_tokens
         try:
             yield
         finally:
-            self.num_running -= 1
+            self.num_kv_tokens -= num_tokens
 
 
 class Keyring:

@@ -14,7 +14,7 @@ import torch
 
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
 from shoal.engine.runner import PrefillChunk
-from shoal.errors import Cancelled, HandoffError, InternalError, LeaseLost, PlanMismatch, ShoalError
+from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, LeaseLost, PlanMismatch, ShoalError
 from shoal.messages import Depth, Grant, HandoffOutcome, WireMode
 from shoal.model.plan import LayerPlan
 from shoal.telemetry import PrefillMetrics
@@ -59,13 +59,15 @@ class PrefillWorker:
                     request_id, grant.num_prompt_tokens, tenant=context.tenant, timeout_s=context.timeout_s
                 )
             )
+            deadline = asyncio.timeout(context.timeout_s)
             try:
-                async with asyncio.timeout(min(grant.claim_timeout_s, context.timeout_s)):
-                    await inbox.reserved()
-                waited_s = time.monotonic() - asked_s
-                await self._hand_off(grant, inbox, waited_s)
+                async with deadline:  # decode ends it then, too; but decode may be gone
+                    async with asyncio.timeout(grant.claim_timeout_s):
+                        await inbox.reserved()
+                    await self._hand_off(grant, inbox, time.monotonic() - asked_s)
             except TimeoutError:
-                return HandoffOutcome(grant.lease_id, committed=False, reason="prefill_queue_timeout")
+                reason = DeadlineExceeded.code if deadline.expired() else "prefill_queue_timeout"
+                return HandoffOutcome(grant.lease_id, committed=False, reason=reason)
             except (HandoffError, ShoalError) as error:
                 return HandoffOutcome(grant.lease_id, committed=False, reason=error.code)
         return HandoffOutcome(grant.lease_id, committed=True)

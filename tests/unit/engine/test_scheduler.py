@@ -127,14 +127,32 @@ def test_chunks_of_prompts_are_as_long_as_a_step_may_take_and_tokens_come_beside
     assert rows_of(step(scheduler)) == [("chats", 5, 6), ("long", 256, 1000), ("long too", 0, 279)]
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back():
+def test_a_full_queue_refuses():
     scheduler = make_scheduler(max_queued=2)
     for name in "ab":
         scheduler.submit(sequence(name, 4))
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded, match="2 requests"):
         scheduler.submit(sequence("c", 4))
-    assert refused.value.retry_after_s == 1.0
     assert len(scheduler.waiting) == 2
+
+
+def test_a_queue_is_full_of_tokens_too_but_one_request_may_always_wait():
+    scheduler = make_scheduler(max_queued_tokens=10)
+    scheduler.submit(sequence("long", 12))
+    with pytest.raises(Overloaded, match="12 tokens"):
+        scheduler.submit(sequence("b", 1))
+    step(scheduler)
+    scheduler.submit(sequence("c", 6))
+    scheduler.submit(sequence("d", 4))
+    with pytest.raises(Overloaded, match="10 tokens"):
+        scheduler.submit(sequence("e", 1))
+
+
+def test_what_can_never_fit_is_told_so_even_if_the_queue_is_full():
+    scheduler = make_scheduler(num_blocks=4, max_queued=1)
+    scheduler.submit(sequence("a", 4))
+    with pytest.raises(InvalidRequest):
+        scheduler.submit(sequence("b", 40))
 
 
 def test_what_can_never_fit_is_refused_at_once():

@@ -21,8 +21,13 @@ from shoal.gateway.keys import Keyring, KeysFile, digest_of, new_key, write_keys
 from shoal.v1 import inference_pb2 as pb
 
 BODY = {"model": "smollm2", "prompt": "Hello", "max_tokens": 3}
-KEYS = {name: new_key() for name in ("asker", "watcher", "one-at-a-time")}
-POLICIES: dict[str, Any] = {"asker": {}, "watcher": {"roles": ["metrics"]}, "one-at-a-time": {"max_running": 1}}
+POLICIES: dict[str, Any] = {
+    "asker": {},
+    "watcher": {"roles": ["metrics"]},
+    "one-at-a-time": {"max_running": 1},
+    "small": {"max_kv_tokens": 20},
+}
+KEYS = {name: new_key() for name in POLICIES}
 
 
 @pytest.fixture
@@ -130,6 +135,31 @@ async def test_more_at_once_than_a_tenant_may_is_refused_and_others_go_on(http: 
         assert (await http.post("/v1/completions", json=body, headers=bearer("one-at-a-time"))).status_code == 200
     assert (await http.post("/v1/completions", json={}, headers=bearer("one-at-a-time"))).status_code == 400
     assert mine.num_running == 0
+
+
+async def test_no_more_requests_are_worked_on_than_may_be(services: Services):
+    services = replace(services, config=services.config.model_copy(update={"max_running": 2}))
+    transport = httpx.ASGITransport(create_app(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        with services.places.taken(), services.places.taken():
+            refused = await client.post("/v1/completions", json=BODY)
+            assert refused.status_code == 429 and refused.json()["error"]["code"] == "overloaded"
+            assert refused.headers["retry-after"] == "1"
+        assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+    assert services.places.num_taken == 0
+
+
+async def test_more_tokens_than_a_tenant_may_have_are_refused(http: httpx.AsyncClient, guarded: Services):
+    [mine] = [tenant for name, tenant in guarded.keyring._tenants.items() if name == "small"]  # type: ignore[union-attr]
+    asked = BODY | {"prompt": [5, 6, 7], "max_tokens": 4, "n": 2}  # 11 tokens
+    with mine.holding(9):
+        assert (await http.post("/v1/completions", json=asked, headers=bearer("small"))).status_code == 200
+    with mine.holding(10):
+        refused = await http.post("/v1/completions", json=asked, headers=bearer("small"))
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+    never = await http.post("/v1/completions", json=asked | {"max_tokens": 9}, headers=bearer("small"))
+    assert never.status_code == 400 and "21 tokens" in never.json()["error"]["message"]
+    assert mine.num_kv_tokens == 0
 
 
 async def test_by_grpc_a_key_is_wanted_for_all_but_health(guarded: Services):

@@ -259,6 +259,12 @@ def test_a_wrong_depth_header_is_refused(gateway: Any) -> None:
     assert_refused(gateway, response, 400, "x-shoal-depth", "invalid_value")
 
 
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
+def test_a_deadline_is_a_number_of_seconds(gateway: Any, value: str) -> None:
+    response = gateway.post(*completion(), headers={"x-shoal-timeout": value})
+    assert_refused(gateway, response, 400, "x-shoal-timeout", "invalid_value")
+
+
 def test_a_depth_header_that_contradicts_echo_is_refused(gateway: Any) -> None:
     response = gateway.post(*completion(echo=True), headers={"x-shoal-depth": "shallow"})
     assert_refused(gateway, response, 400, "depth", "invalid_value")

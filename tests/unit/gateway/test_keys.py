@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fake_clock import FakeClock
-from shoal.errors import ConfigError, PermissionDenied, RateLimited, Unauthenticated
+from shoal.errors import ConfigError, InvalidRequest, PermissionDenied, RateLimited, Unauthenticated
 from shoal.gateway.keys import (
     Keyring,
     KeysFile,
@@ -193,6 +193,30 @@ async def test_a_tenant_that_asks_too_often_is_told_when_to_come_back(clock: Fak
     with tenant.running():
         assert tenant.num_running == 1
     assert tenant.num_running == 0
+
+
+async def test_a_tenant_s_tokens_are_counted(clock: FakeClock):
+    tenant = Tenant("alice", TenantConfig(max_kv_tokens=100), clock.time)
+    with pytest.raises(InvalidRequest, match="101 tokens"), tenant.holding(101):
+        pass
+    with tenant.holding(60):
+        with pytest.raises(RateLimited, match="60 tokens are running"), tenant.holding(41):
+            pass
+        with tenant.holding(40):
+            assert tenant.num_kv_tokens == 100
+    assert tenant.num_kv_tokens == 0
+
+
+async def test_a_tenant_at_its_limit_is_told_when_one_of_its_own_will_be_done(clock: FakeClock):
+    tenant = Tenant("alice", TenantConfig(max_running=2, max_kv_tokens=1), clock.time)
+    for _ in range(8):
+        with tenant.running(), tenant.running():
+            await clock.advance(6)
+    with tenant.running(), tenant.running(), tenant.holding(1):
+        for limited in (tenant.running(), tenant.holding(1)):
+            with pytest.raises(RateLimited) as refused, limited:
+                pass
+            assert refused.value.retry_after_s == pytest.approx(3, rel=0.2)
 
 
 async def test_who_comes_back_still_counts_what_runs(operator: Operator, clock: FakeClock):

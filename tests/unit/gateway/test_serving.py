@@ -15,6 +15,7 @@ import pytest
 from fake_backend import STAGES
 from shoal.errors import DeadlineExceeded, HandoffError, Overloaded, Unavailable
 from shoal.gateway.backend import Readiness
+from shoal.gateway.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = {"model": "smollm2", "prompt": "Hello", "max_tokens": 50}
@@ -211,6 +212,18 @@ def test_leaving_while_sending_reaches_no_pool(gateway: Any) -> None:
     assert gateway.backend.requests == []
 
 
+def test_leaving_while_waiting_for_the_tokenizer_reaches_no_pool(gateway: Any, tokenizer: Tokenizer) -> None:
+    is_free = threading.Event()
+    tokenizer._threads.submit(is_free.wait, WAIT_S)
+    with posted(gateway.url, COMPLETIONS, {**PROMPT, "prompt": "a " * 5_000}):
+        while not tokenizer._threads._work_queue.qsize():
+            pass
+    gateway.observer.wait_finished()
+    assert gateway.observer.finished == [("smollm2", "completions", 499, "cancelled_error")]
+    is_free.set()
+    assert gateway.backend.requests == []
+
+
 def test_one_client_leaving_leaves_the_others(gateway: Any, leaving: httpx.Client) -> None:
     gateway.backend.hold_after = 1
     with leaving.stream("POST", COMPLETIONS, json={**PROMPT, "stream": True}):
@@ -356,6 +369,14 @@ def test_a_long_prompt_is_encoded_like_a_short_one(gateway: Any) -> None:
     ids = gateway.backend.encode(text)
     assert (response.status_code == 200) == (len(ids) + 50 <= 400)
     assert str(len(ids)) in response.text
+
+
+@pytest.mark.parametrize(("asked", "most_s"), [(None, 600), ("2.5", 2.5), ("1e6", 600)])
+def test_decode_is_told_what_is_left_of_the_client_s_time(gateway: Any, asked: str | None, most_s: float) -> None:
+    headers = {} if asked is None else {"x-shoal-timeout": asked}
+    assert gateway.post(COMPLETIONS, PROMPT, headers=headers).status_code == 200
+    [request] = gateway.backend.requests
+    assert most_s - 2 < request.context.timeout_s < most_s
 
 
 def test_several_clients_are_served_at_once(gateway: Any) -> None:

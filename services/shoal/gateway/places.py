@@ -1,0 +1,33 @@
+"""How many are here at once, and how long it takes until one of them leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from shoal.throughput import Throughput
+
+
+class Places:
+    """Counts who is here; whoever asks decides how many may be. ``clock`` is monotonic seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.num_taken = 0
+        self._throughput = Throughput(clock)
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long it takes, of late, until the next one leaves; ``None`` if nobody knows."""
+        return self._throughput.seconds_for(1)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        self.num_taken += 1
+        self._throughput.measure(True)
+        try:
+            yield
+        finally:
+            self.num_taken -= 1
+            self._throughput.done(1)
+            self._throughput.measure(self.num_taken > 0)

@@ -1,0 +1,186 @@
+"""Who is let in, over a pool of which everything is known: so many places, and how long each request takes."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from shoal.decode.admission import Admission, Admitted
+from shoal.errors import DeadlineExceeded, Overloaded
+from shoal.messages import Depth, GenerateRequest, RequestContext, Resumption, SamplingParams, SentChoice
+
+NUM_PLACES = 4
+TIMEOUT_S = 3.0
+REQUEST = GenerateRequest(
+    RequestContext("one", TIMEOUT_S), "tiny", (1,) * 50, Depth.SHALLOW, SamplingParams(max_tokens=50)
+)
+
+
+@dataclass
+class Open:
+    """One that was let in, and is due at that time."""
+
+    due_s: float
+    counted: AbstractContextManager[Admitted]
+    is_over: bool = False
+
+
+@dataclass
+class Pool:
+    """``NUM_PLACES`` requests run at once, first come first served, each for a second; the others wait. Who is late is
+    given up, even amid its answer."""
+
+    sheds: bool = True
+    now_s: float = 0.0
+    num_done: int = 0
+    num_late: int = 0
+    refusals: list[Overloaded] = field(default_factory=list)
+    waiting: deque[Open] = field(default_factory=deque)
+    running: list[tuple[float, int, Open]] = field(default_factory=list)
+    due: deque[Open] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(lambda: self.now_s)
+
+    def come(self, request: GenerateRequest = REQUEST) -> None:
+        counted = self.admission.admitted(request) if self.sheds else nullcontext(Admitted())
+        try:
+            counted.__enter__().num_sent = 50
+        except Overloaded as error:
+            self.refusals.append(error)
+            return
+        one = Open(self.now_s + request.context.timeout_s, counted)
+        self.due.append(one)
+        self.waiting.append(one)
+        self._fill()
+
+    def go_to(self, now_s: float) -> None:
+        """All that happens until then."""
+        while True:
+            ended_s = self.running[0][0] if self.running else now_s + 1
+            due_s = self.due[0].due_s if self.due else now_s + 1
+            if min(ended_s, due_s) > now_s:
+                break
+            if ended_s <= due_s:
+                self.now_s, _, one = heapq.heappop(self.running)
+                self._end(one, None)
+            else:
+                one = self.due.popleft()
+                self.now_s = one.due_s
+                if not one.is_over:
+                    self._end(one, DeadlineExceeded("late"))
+            self._fill()
+        self.now_s = now_s
+
+    def _end(self, one: Open, error: DeadlineExceeded | None) -> None:
+        if one.is_over:
+            return
+        one.is_over = True
+        self.num_done += error is None
+        self.num_late += error is not None
+        with suppress(DeadlineExceeded):
+            one.counted.__exit__(None if error is None else DeadlineExceeded, error, None)
+        self.running = [item for item in self.running if item[2] is not one]
+        heapq.heapify(self.running)
+
+    def _fill(self) -> None:
+        while self.waiting and len(self.running) < NUM_PLACES:
+            one = self.waiting.popleft()
+            if not one.is_over:
+                heapq.heappush(self.running, (self.now_s + 1.0, id(one), one))
+        self.admission.told_of_queue(sum(not one.is_over for one in self.waiting))
+
+
+def run(pool: Pool, load: float, seconds: float, seed: int = 0) -> tuple[float, float]:
+    """How many were done in time, and how many too late, each as a share of what the pool can do in that time."""
+    chance = random.Random(seed)
+    end_s, next_s = pool.now_s + seconds, pool.now_s
+    done, late = pool.num_done, pool.num_late
+    while (next_s := next_s + chance.expovariate(load * NUM_PLACES)) < end_s:
+        pool.go_to(next_s)
+        pool.come()
+    pool.go_to(end_s)
+    return (pool.num_done - done) / (seconds * NUM_PLACES), (pool.num_late - late) / (seconds * NUM_PLACES)
+
+
+@pytest.mark.parametrize("load", [2.0, 3.0, 10.0])
+def test_however_much_is_asked_as_much_is_done_as_can_be(load: float):
+    pool = Pool()
+    run(pool, load, seconds=30)
+    done, late = run(pool, load, seconds=300)
+    assert done > 0.9 and late < 0.1
+
+
+def test_without_it_hardly_anything_is_done_in_time():
+    """So the pool above is one that would fail."""
+    done, late = run(Pool(sheds=False), 3.0, seconds=300)
+    assert done < 0.5 and late > 1.5
+
+
+def test_who_can_be_served_is_never_refused():
+    pool = Pool()
+    done, late = run(pool, 0.5, seconds=300)
+    assert not pool.refusals and late < 0.01 and done == pytest.approx(0.5, rel=0.1)
+
+
+def test_after_an_overload_all_are_let_in_again():
+    pool = Pool()
+    run(pool, 3.0, seconds=60)
+    pool.go_to(pool.now_s + 600)
+    pool.refusals.clear()
+    run(pool, 0.5, seconds=120)
+    assert not pool.refusals
+
+
+def test_one_that_is_refused_is_told_when_it_would_have_been_taken():
+    pool = Pool()
+    run(pool, 3.0, seconds=60)
+    told = [error.retry_after_s for error in pool.refusals if error.retry_after_s is not None]
+    assert len(told) == len(pool.refusals) > 100
+    assert all(0 < seconds < TIMEOUT_S for seconds in told)
+    assert "about" in str(pool.refusals[-1])
+
+
+def test_who_has_more_time_is_still_let_in():
+    pool = Pool()
+    run(pool, 3.0, seconds=60)
+    num_refused = len(pool.refusals)
+    pool.come(replace(REQUEST, context=replace(REQUEST.context, timeout_s=60)))
+    assert len(pool.refusals) == num_refused
+
+
+def test_who_has_sent_some_is_let_in_whatever_comes():
+    pool = Pool()
+    run(pool, 10.0, seconds=60)
+    hurried = replace(REQUEST, context=replace(REQUEST.context, timeout_s=0.1))
+    num_refused = len(pool.refusals)
+    pool.come(replace(hurried, resumption=Resumption("plan", (SentChoice((1,)),))))
+    assert len(pool.refusals) == num_refused
+    pool.come(hurried)
+    assert len(pool.refusals) == num_refused + 1
+
+
+def test_all_that_is_here_drains_at_the_measured_rate():
+    pool = Pool()
+    assert pool.admission.drain_s is None
+    run(pool, 3.0, seconds=60)
+    drain_s = pool.admission.drain_s
+    num_here = len(pool.running) + sum(not one.is_over for one in pool.waiting)
+    assert drain_s == pytest.approx(num_here / NUM_PLACES, rel=0.3)
+
+
+def test_an_answer_is_expected_to_be_as_long_as_answers_are():
+    admission = Admission(lambda: 0.0)
+    short = replace(REQUEST, sampling=SamplingParams(max_tokens=1000, num_choices=2))
+    assert admission._expected(short) == 2050
+    assert admission._expected(replace(short, sampling=replace(short.sampling, may_shorten=True))) == 50
+    for _ in range(100):
+        with admission.admitted(short) as one:
+            one.num_sent = 40
+    assert admission._expected(short) == pytest.approx(50 + 40)
+    assert admission._expected(replace(short, sampling=SamplingParams(max_tokens=3))) == 53

@@ -1,0 +1,59 @@
+"""How much gets done in a second."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.throughput import Throughput
+
+
+class Clock:
+    now_s = 5.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def go_on(throughput: Throughput, clock: Clock, num: int, *, amount: float, every_s: float) -> None:
+    for _ in range(num):
+        clock.now_s += every_s
+        throughput.done(amount)
+
+
+def test_what_is_left_takes_as_long_as_what_was_done(clock: Clock):
+    throughput = Throughput(clock)
+    throughput.measure(True)
+    go_on(throughput, clock, 300, amount=10, every_s=0.5)
+    assert throughput.seconds_for(100) == pytest.approx(5, rel=0.02)
+
+
+def test_of_little_nothing_is_said(clock: Clock):
+    throughput = Throughput(clock)
+    throughput.measure(True)
+    go_on(throughput, clock, 7, amount=10, every_s=0.5)
+    assert throughput.seconds_for(100) is None
+    go_on(throughput, clock, 1, amount=10, every_s=0.5)
+    assert throughput.seconds_for(100) == pytest.approx(5, rel=0.1)
+
+
+def test_only_time_that_is_measured_counts(clock: Clock):
+    throughput = Throughput(clock)
+    for _ in range(100):
+        throughput.measure(True)
+        go_on(throughput, clock, 1, amount=10, every_s=0.5)
+        throughput.measure(False)
+        go_on(throughput, clock, 1, amount=10, every_s=100)
+    assert throughput.seconds_for(100) == pytest.approx(5, rel=0.02)
+
+
+def test_what_was_long_ago_counts_for_little(clock: Clock):
+    throughput = Throughput(clock)
+    throughput.measure(True)
+    go_on(throughput, clock, 100, amount=10, every_s=0.5)
+    go_on(throughput, clock, 40, amount=10, every_s=5)
+    assert throughput.seconds_for(100) == pytest.approx(50, rel=0.1)

@@ -18,10 +18,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from examples import examples
 from shoal.errors import Cancelled, HandoffError, LeaseLost, PeerGone
 from shoal.messages import Chunk, Envelope, Seal
 from shoal.transfer.base import crc32c, prompt_hash
@@ -387,10 +388,9 @@ class QuickLeaseMachine(LeaseMachine):
 
 
 for machine in (LeaseMachine, QuickLeaseMachine):
-    machine.TestCase.settings = settings(
-        max_examples=120,
+    machine.TestCase.settings = examples(
+        120,
         stateful_step_count=40,
-        deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
 

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 
 _WINDOW_S = 30.0
-_LEAST_DONE = 8
+_LEAST_SEEN = 8
 """Fewer things say little: they may have been begun long before, or all at once."""
+_MOST_S = 3600.0
 
 
 class Throughput:
@@ -21,7 +22,7 @@ class Throughput:
         self._seen_s = clock()
         self._seconds = 0.0
         self._amount = 0.0
-        self._num_done = 0
+        self._num_seen = 0
 
     def measure(self, is_measured: bool) -> None:
         """From now on, or from now on not."""
@@ -29,18 +30,18 @@ class Throughput:
         self._is_measured = is_measured
 
     def done(self, amount: float) -> None:
-        """Something that large is finished."""
+        """Something that large is finished; 0 if it came to nothing."""
         self._fade()
         if self._is_measured:
             self._amount += amount
-            self._num_done += 1
+            self._num_seen += 1
 
     def seconds_for(self, amount: float) -> float | None:
-        """How long so much takes; ``None`` as long as too little was seen."""
+        """How long so much takes, an hour at most; ``None`` as long as too little was seen."""
         self._fade()
-        if self._num_done < _LEAST_DONE or not self._amount:
+        if self._num_seen < _LEAST_SEEN:
             return None
-        return amount * self._seconds / self._amount
+        return min(_MOST_S, amount * self._seconds / self._amount) if self._amount else _MOST_S
 
     def _fade(self) -> None:
         now_s = self._clock()

@@ -41,6 +41,13 @@ def test_of_little_nothing_is_said(clock: Clock):
     assert throughput.seconds_for(100) == pytest.approx(5, rel=0.1)
 
 
+def test_where_nothing_comes_of_anything_it_takes_an_hour(clock: Clock):
+    throughput = Throughput(clock)
+    throughput.measure(True)
+    go_on(throughput, clock, 8, amount=0, every_s=0.5)
+    assert throughput.seconds_for(1) == 3600
+
+
 def test_only_time_that_is_measured_counts(clock: Clock):
     throughput = Throughput(clock)
     for _ in range(100):

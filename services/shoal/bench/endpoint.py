@@ -26,7 +26,8 @@ _KEEPALIVE_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class EndpointOptions:
-    """``extra_body`` is merged over each request's body. ``timeout_s`` is what one request has in all."""
+    """``extra_body`` is merged over each request's body. ``timeout_s`` is what one request has in all, and it
+    ``tells_timeout`` to a server of Shoal."""
 
     url: str
     model: str | None = None
@@ -35,6 +36,7 @@ class EndpointOptions:
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | None = None
     timeout_s: float = 120.0
+    tells_timeout: bool = False
 
 
 class Endpoint:
@@ -132,6 +134,8 @@ async def open_endpoint(options: EndpointOptions, clock: Clock) -> AsyncIterator
     headers = {"content-type": "application/json", "accept-encoding": "identity"}
     if options.api_key is not None:
         headers["authorization"] = f"Bearer {options.api_key}"
+    if options.tells_timeout:
+        headers["x-shoal-timeout"] = str(options.timeout_s)
     async with httpx.AsyncClient(
         base_url=base_url(options.url),
         headers=headers,

@@ -4,8 +4,9 @@ More requests than can be served before their deadlines would all be worked on, 
 Little's law, one that comes now takes as long as all that is here, itself included, takes at the rate at which things
 get done; if that's longer than it may take, it is told so at once, and when to come back.
 
-The rate is measured only while there is more to do than can be done: while some wait for a place, and for a while after
-one was refused or came too late. It is of what was answered; what was given up was no use to anybody.
+All that only while there is more to do than can be done: while some wait for a place, and for a while after one was
+refused or came too late. What was slow then says nothing of a time in which nobody waits. The rate is of what was
+answered; what was given up was no use to anybody.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class Admission:
         """How long all that is here takes; ``None`` if nobody knows."""
         return self._throughput.seconds_for(self._num_tokens)
 
+    @property
+    def _is_short(self) -> bool:
+        return self._is_queue or self._clock() < self._short_until_s
+
     def told_of_queue(self, num_waiting: int) -> None:
         """How many wait for a place now."""
         self._is_queue = num_waiting > 0
@@ -58,10 +63,10 @@ class Admission:
     def admitted(self, request: GenerateRequest) -> Iterator[Admitted]:
         """Count a request for as long as the block lasts, and as done if it ends well.
 
-        Raises Overloaded for one that would be too late; never if it's alone, nor if some of its answer was sent.
+        Raises Overloaded for one that would be too late; never if nobody waits, nor if some of its answer was sent.
         """
         num_tokens = self._expected(request)
-        if self._num_open and request.resumption is None:
+        if self._is_short and self._num_open and request.resumption is None:
             self._refuse_late(num_tokens, request.context.timeout_s)
         self._num_open += 1
         self._num_tokens += num_tokens
@@ -71,6 +76,7 @@ class Admission:
             yield one
         except DeadlineExceeded:
             self._note_shortage()
+            self._throughput.done(0)
             raise
         else:
             self._done(len(request.prompt_token_ids), one.num_sent / request.sampling.num_choices, one.num_sent)
@@ -105,5 +111,4 @@ class Admission:
         self._measure()
 
     def _measure(self) -> None:
-        is_short = self._is_queue or self._clock() < self._short_until_s
-        self._throughput.measure(is_short and self._num_open > 0)
+        self._throughput.measure(self._is_short and self._num_open > 0)

@@ -139,6 +139,14 @@ async def test_without_a_key_or_ignore_eos_neither_is_sent():
         await send(server.url, ignore_eos=False)
         [request] = server.requests
     assert "authorization" not in request.headers and "ignore_eos" not in request.body
+    assert "x-shoal-timeout" not in request.headers
+
+
+async def test_a_server_is_told_how_long_a_request_may_take_if_it_is_to_know():
+    async with scripted() as server:
+        await send(server.url, timeout_s=7.5, tells_timeout=True)
+        [request] = server.requests
+    assert request.headers["x-shoal-timeout"] == "7.5"
 
 
 async def test_connections_are_used_again():

@@ -33,9 +33,10 @@ class Open:
 @dataclass
 class Pool:
     """``NUM_PLACES`` requests run at once, first come first served, each for a second; the others wait. Who is late is
-    given up, even amid its answer."""
+    given up, even amid its answer. Without ``is_seen``, they wait where decode doesn't see it: for prefill."""
 
     sheds: bool = True
+    is_seen: bool = True
     now_s: float = 0.0
     num_done: int = 0
     num_late: int = 0
@@ -93,7 +94,7 @@ class Pool:
             one = self.waiting.popleft()
             if not one.is_over:
                 heapq.heappush(self.running, (self.now_s + 1.0, id(one), one))
-        self.admission.told_of_queue(sum(not one.is_over for one in self.waiting))
+        self.admission.told_of_queue(sum(not one.is_over for one in self.waiting) if self.is_seen else 0)
 
 
 def run(pool: Pool, load: float, seconds: float, seed: int = 0) -> tuple[float, float]:
@@ -108,9 +109,10 @@ def run(pool: Pool, load: float, seconds: float, seed: int = 0) -> tuple[float, 
     return (pool.num_done - done) / (seconds * NUM_PLACES), (pool.num_late - late) / (seconds * NUM_PLACES)
 
 
+@pytest.mark.parametrize("is_seen", [True, False])
 @pytest.mark.parametrize("load", [2.0, 3.0, 10.0])
-def test_however_much_is_asked_as_much_is_done_as_can_be(load: float):
-    pool = Pool()
+def test_however_much_is_asked_as_much_is_done_as_can_be(load: float, is_seen: bool):
+    pool = Pool(is_seen=is_seen)
     run(pool, load, seconds=30)
     done, late = run(pool, load, seconds=300)
     assert done > 0.9 and late < 0.1
@@ -135,6 +137,16 @@ def test_after_an_overload_all_are_let_in_again():
     pool.refusals.clear()
     run(pool, 0.5, seconds=120)
     assert not pool.refusals
+
+
+def test_what_was_slow_once_is_not_held_against_who_comes_when_nobody_waits():
+    pool = Pool()
+    run(pool, 3.0, seconds=60)
+    pool.go_to(pool.now_s + 60)
+    num_refused = len(pool.refusals)
+    pool.come()
+    pool.come(replace(REQUEST, prompt_token_ids=(1,) * 10_000))
+    assert len(pool.refusals) == num_refused
 
 
 def test_one_that_is_refused_is_told_when_it_would_have_been_taken():

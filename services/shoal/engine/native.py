@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from shoal.engine.attention import attend
+from shoal.engine.native_layers import NativeLayers
 from shoal.errors import ConfigError
-from shoal.kernels.native import HEAD_DIMS, NativeKernels, load
+from shoal.kernels.native import HEAD_DIMS, MAX_FEW_ROWS, NativeKernels, load
 from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan
@@ -34,10 +35,6 @@ def check_native(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, dev
         raise ConfigError("they take sizes that are multiples of 32")
 
 
-# With more rows torch's products are faster: it packs the weights, which then pays. crew.hpp says the same.
-_MAX_FEW_ROWS = 64
-
-
 def find_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> NativeKernels:
     """Raises ConfigError that says why torch must compute."""
     check_native(spec, dtype, kv_dtype, device)
@@ -50,7 +47,8 @@ def make_decoder(
     """``None``: torch computes."""
     if kernels is None:
         return Decoder(spec, plan, stage, parameters, attend)
-    return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels))
+    layers = NativeLayers(spec, parameters, kernels)
+    return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels), layers)
 
 
 class NativeAttention:
@@ -114,7 +112,7 @@ class NativeRows(TorchRows):
         return self._kernels.gate(both, is_gelu=self._is_gelu)
 
     def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if inputs.shape[0] > _MAX_FEW_ROWS or not inputs.is_contiguous():
+        if inputs.shape[0] > MAX_FEW_ROWS or not inputs.is_contiguous():
             return super().linear(inputs, weight, bias)
         if isinstance(weight, Int8Matrix):
             return self._kernels.int8_linear(inputs, weight.values, weight.scales, bias)

@@ -10,8 +10,11 @@ import torch
 
 from shoal.errors import ConfigError, InternalError
 from shoal.kernels.build import library
+from shoal.kernels.layers import Layer, Shape, Step
 
 HEAD_DIMS = frozenset({64, 128, 256})
+# With more rows torch's products are faster: it packs the weights, which then pays. crew.hpp says the same.
+MAX_FEW_ROWS = 64
 
 _PTR, _INT, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -25,6 +28,7 @@ _SIGNATURES = {
     "shoal_rotate_store": [_PTR, _INT64, _PTR, _PTR, _INT64, _INT, _INT, _INT, _PTR, _PTR, _INT],
     "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_int8_linear": [_PTR, _PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
+    "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
 }  # fmt: skip
 
@@ -120,7 +124,7 @@ class NativeKernels:
         )  # fmt: skip
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``inputs`` ``[rows, size]`` times ``weight`` ``[outputs, size]`` transposed: for few rows."""
+        """``inputs`` ``[rows, size]`` times ``weight`` ``[outputs, size]`` transposed: for few rows (MAX_FEW_ROWS)."""
         rows, size = inputs.shape
         out = inputs.new_empty(rows, weight.shape[0])
         self._call(
@@ -148,6 +152,13 @@ class NativeKernels:
         out = both.new_empty(rows, size)
         self._call("shoal_gate", both.data_ptr(), int(is_gelu), rows, size, out.data_ptr(), torch.get_num_threads())
         return out
+
+    def run_layers(self, shape: Shape, first: Layer, num_layers: int, step: Step) -> None:
+        """``num_layers`` of an array of layers from ``first`` on, for a step of few rows that each decode."""
+        self._call(
+            "shoal_layers", ctypes.addressof(shape), ctypes.addressof(first), num_layers, ctypes.addressof(step),
+            torch.get_num_threads(),
+        )  # fmt: skip
 
     def _call(self, name: str, *arguments: float | None) -> None:
         if self._functions[name](*arguments):

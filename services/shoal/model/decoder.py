@@ -7,7 +7,6 @@ deep layers stores the states instead, which ``project`` makes those K/V of. A S
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,6 +41,15 @@ class Attend(Protocol):
     ) -> torch.Tensor: ...
 
 
+class RunLayers(Protocol):
+    """Several layers at once (engine/native_layers.py): the states ``[rows, hidden]`` that leave the last of them, or
+    ``None`` where it can't, and nothing was done."""
+
+    def __call__(
+        self, layers: range, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan
+    ) -> torch.Tensor | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepTensors:
     """What a forward brings: ``logits`` ``[len(logit_rows), vocab]`` (``None`` without an lm_head).
@@ -53,7 +61,8 @@ class StepTensors:
 
 
 class Decoder:
-    """Runs ``plan`` with the parameters that ``stage`` holds; ``rows`` are torch's by default."""
+    """Runs ``plan`` with the parameters that ``stage`` holds. ``rows`` are torch's by default; layers run one by one
+    where there is no ``run_layers``, or it can't."""
 
     def __init__(
         self,
@@ -63,6 +72,7 @@ class Decoder:
         parameters: Parameters,
         attend: Attend,
         rows: RowOps | None = None,
+        run_layers: RunLayers | None = None,
     ) -> None:
         self.spec = spec
         self.plan = plan
@@ -70,6 +80,7 @@ class Decoder:
         self.parameters = parameters
         self._attend = attend
         self._rows = rows or TorchRows(spec)
+        self._run_layers = run_layers
         # Through float32 to the activations' dtype, as transformers rounds it.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 
@@ -81,7 +92,7 @@ class Decoder:
     def forward(self, batch: StepBatch, pool: KvPool) -> StepTensors:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
         rope = Rope.at(self.spec, batch.positions, self.dtype)
-        hidden = deque(self.states(batch, rope, pool), maxlen=1).pop()
+        hidden = self._run(self.plan.kept, self._embed(batch.token_ids), rope, pool, batch.kept)
         return self.deepen(batch, hidden, rope, pool)
 
     def states(self, batch: StepBatch, rope: Rope, pool: KvPool) -> Iterator[torch.Tensor]:
@@ -98,10 +109,16 @@ class Decoder:
         if batch.full_rows is not None:
             hidden, rope = hidden[batch.full_rows], rope.rows(batch.full_rows)
         if batch.deep is not None:
-            for layer in self.plan.skipped:
-                hidden = self._layer(layer, hidden, rope, pool, batch.deep)
+            hidden = self._run(self.plan.skipped, hidden, rope, pool, batch.deep)
         scored = None if batch.scored_rows is None else hidden[batch.scored_rows]
         return StepTensors(self.logits(hidden, batch.logit_rows), scored)
+
+    def _run(self, layers: range, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
+        if self._run_layers is not None and (out := self._run_layers(layers, hidden, rope, pool, reads)) is not None:
+            return out
+        for layer in layers:
+            hidden = self._layer(layer, hidden, rope, pool, reads)
+        return hidden
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         table = self.parameters.embedding

@@ -92,4 +92,4 @@ def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> 
 
 def test_python_and_kernels_agree_where_torchs_products_begin():
     source = resources.files("shoal.kernels") / "src" / "crew.hpp"
-    assert f"FEW_ROWS = {native._MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")
+    assert f"FEW_ROWS = {native.MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")

@@ -168,9 +168,11 @@ def test_rotate_and_store(kernels: NativeKernels, rows: int) -> None:
 def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
     with pytest.raises(InternalError, match="shoal_gate"):
         kernels.gate(random(2, 20), is_gelu=False)
+    with pytest.raises(InternalError, match="shoal_linear"):
+        kernels.linear(random(65, 32), random(16, 32), None)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 6, 16])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 17, 32, 33, 48, 49, 64])
 @pytest.mark.parametrize(("outputs", "size"), [(16, 32), (1024 + 48, 576)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_bias: bool) -> None:

@@ -1,8 +1,12 @@
-// Matrix products of few rows, as decoding has them: the time goes into reading the weights, each once.
+// Matrix products of few rows, as decoding has them: the weights are read once, as torch has them, and what is next is
+// fetched while what is there is multiplied.
 //
-// Both operands lie as torch has them, numbers of a row side by side, so sums run along the registers and are added
-// across at the end. A tile of weights' rows times inputs' rows shares its loads.
+//   up to 16 rows   a register holds numbers of one row, side by side: a tile of weights' rows times inputs' rows shares
+//                   its loads, and sums are added across at the end
+//   up to 64        a lane holds a row: inputs are turned once, each weight goes to all lanes, and nothing is added
+//                   across, which would take a sixth of the time
 #include <algorithm>
+#include <vector>
 
 #include "crew.hpp"
 #include "simd.hpp"
@@ -10,24 +14,33 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t PIECE = 64;  // weights' rows a thread takes at a time
+constexpr int64_t PIECE = 64;           // weights' rows a thread takes at a time
+constexpr int64_t MAX_ROWS_ACROSS = 16;  // with more, a lane each is faster
+constexpr int64_t TILE_ROWS = 6;
+constexpr int AHEAD = 8;  // weights' rows that are fetched so long before: what memory takes, or more
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;
     int64_t num_rows, num_outputs, size;
     bf16* out;
+
+    const bf16* weights_of(int64_t output) const { return weights + output * size; }
 };
 
-// Sixteen outputs of M rows, four weights' rows at a time.
+inline void fetch(const bf16* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
+
+// Sixteen outputs of M rows, four weights' rows at a time. The first rows that use weights fetch the next ones.
 template <int M>
-inline void sixteen(const Operands& of, int64_t row, int64_t output) {
+inline void sixteen(const Operands& of, int64_t row, int64_t output, bool is_first) {
     __m512 found[M][16];
     for (int part = 0; part < 16; part += 4) {
-        const bf16* const weights = of.weights + (output + part) * of.size;
+        const bf16* const weights = of.weights_of(output + part);
         __m512 acc[M][4];
         for (int m = 0; m < M; m++)
             for (int n = 0; n < 4; n++) acc[m][n] = _mm512_setzero_ps();
         for (int64_t k = 0; k < of.size; k += 32) {
+            if (is_first)
+                for (int n = 0; n < 4; n++) fetch(weights + (AHEAD + n) * of.size + k);
             __m512bh shared[4];
             for (int n = 0; n < 4; n++) shared[n] = (__m512bh)_mm512_loadu_si512(weights + n * of.size + k);
             for (int m = 0; m < M; m++) {
@@ -43,32 +56,104 @@ inline void sixteen(const Operands& of, int64_t row, int64_t output) {
         store(of.out + (row + m) * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
 }
 
-inline void few(const Operands& of, int64_t row, int n, int64_t output) {
+inline void few(const Operands& of, int64_t row, int64_t n, int64_t output) {
     switch (n) {
-        case 1: return sixteen<1>(of, row, output);
-        case 2: return sixteen<2>(of, row, output);
-        case 3: return sixteen<3>(of, row, output);
-        case 4: return sixteen<4>(of, row, output);
-        case 5: return sixteen<5>(of, row, output);
-        default: return sixteen<6>(of, row, output);
+        case 1: return sixteen<1>(of, row, output, row == 0);
+        case 2: return sixteen<2>(of, row, output, row == 0);
+        case 3: return sixteen<3>(of, row, output, row == 0);
+        case 4: return sixteen<4>(of, row, output, row == 0);
+        case 5: return sixteen<5>(of, row, output, row == 0);
+        default: return sixteen<TILE_ROWS>(of, row, output, row == 0);
     }
+}
+
+void multiply_across(const Operands& of, int num_threads) {
+    const int64_t num_tiles = (of.num_rows + TILE_ROWS - 1) / TILE_ROWS, most = (of.num_rows + num_tiles - 1) / num_tiles;
+    share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+        for (int64_t output = begin; output < end; output += 16)
+            for (int64_t row = 0; row < of.num_rows; row += most)
+                few(of, row, std::min(most, of.num_rows - row), output);
+    });
+}
+
+// The inputs of R times sixteen rows two by two, as dot products take them: [size / 2][R][16 rows], nothing where there
+// is no row.
+template <int R>
+void turn(const Operands& of, std::vector<__m512i>& to) {
+    to.resize(of.size / 2 * R);
+    for (int r = 0; r < R; r++)
+        for (int64_t k = 0; k < of.size; k += 32) {
+            __m512i block[16];
+            for (int64_t lane = 0; lane < 16; lane++) {
+                const int64_t row = 16 * r + lane;
+                block[lane] = row < of.num_rows ? _mm512_loadu_si512(of.inputs + row * of.size + k)
+                                                : _mm512_setzero_si512();
+            }
+            transpose(block);
+            for (int pair = 0; pair < 16; pair++) to[(k / 2 + pair) * R + r] = block[pair];
+        }
+}
+
+// Sixteen outputs of R times sixteen rows, N outputs at a time.
+template <int R, int N>
+inline void sixteen_by_lanes(const Operands& of, const __m512i* turned, int64_t output) {
+    __m512i found[R][16];
+    for (int part = 0; part < 16; part += N) {
+        const bf16* const weights = of.weights_of(output + part);
+        __m512 acc[N][R];
+        for (int n = 0; n < N; n++)
+            for (int r = 0; r < R; r++) acc[n][r] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < of.size; k += 32) {
+            for (int n = 0; n < N; n++) fetch(weights + (AHEAD + n) * of.size + k);
+#pragma GCC unroll 4
+            for (int64_t pair = k; pair < k + 32; pair += 2) {
+                __m512bh own[R];
+                for (int r = 0; r < R; r++) own[r] = (__m512bh)turned[pair / 2 * R + r];
+                for (int n = 0; n < N; n++) {
+                    int32_t two;
+                    std::memcpy(&two, weights + n * of.size + pair, sizeof two);
+                    const __m512bh shared = (__m512bh)_mm512_set1_epi32(two);
+                    for (int r = 0; r < R; r++) acc[n][r] = _mm512_dpbf16_ps(acc[n][r], own[r], shared);
+                }
+            }
+        }
+        for (int n = 0; n < N; n++)
+            for (int r = 0; r < R; r++) found[r][part + n] = _mm512_castps_si512(acc[n][r]);
+    }
+    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) {
+        transpose(found[r]);
+        for (int64_t lane = 0; lane < std::min<int64_t>(16, of.num_rows - 16 * r); lane++)
+            store(of.out + (16 * r + lane) * of.num_outputs + output,
+                  _mm512_add_ps(_mm512_castsi512_ps(found[r][lane]), bias));
+    }
+}
+
+template <int R, int N>
+void multiply_by_lanes(const Operands& of, int num_threads) {
+    static thread_local std::vector<__m512i> kept;
+    turn<R>(of, kept);
+    const __m512i* const turned = kept.data();  // the crew's threads have a `kept` of their own
+    share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+        for (int64_t output = begin; output < end; output += 16) sixteen_by_lanes<R, N>(of, turned, output);
+    });
 }
 
 }  // namespace
 }  // namespace shoal
 
 // out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed, plus bias
-// [num_outputs], if given. Returns 0, or 1 if size isn't a multiple of 32, or num_outputs of 16.
+// [num_outputs], if given. Returns 0, or 1 if size isn't a multiple of 32, num_outputs of 16, or there are more than 64
+// rows.
 extern "C" int shoal_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows,
                             int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
-    if (size % 32 || num_outputs % 16) return 1;
+    if (size % 32 || num_outputs % 16 || num_rows > FEW_ROWS) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
-    share_ranges(num_outputs, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
-        for (int64_t row = 0; row < num_rows; row += 6)
-            for (int64_t output = begin; output < end; output += 16)
-                few(of, row, (int)std::min<int64_t>(6, num_rows - row), output);
-    });
+    if (num_rows <= MAX_ROWS_ACROSS) multiply_across(of, num_threads);
+    else if (num_rows <= 32) multiply_by_lanes<2, 8>(of, num_threads);
+    else if (num_rows <= 48) multiply_by_lanes<3, 8>(of, num_threads);
+    else multiply_by_lanes<4, 4>(of, num_threads);
     return 0;
 }

@@ -53,6 +53,30 @@ inline __m512 sums(const __m512 (&v)[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(by8[0], by8[1], 0x88), _mm512_shuffle_f32x4(by8[0], by8[1], 0xdd));
 }
 
+// Sixteen rows of sixteen numbers become columns.
+inline void transpose(__m512i (&v)[16]) {
+    __m512i by2[16], by4[16];
+    for (int i = 0; i < 16; i += 2) {
+        by2[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        by2[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            by4[i + 2 * j] = _mm512_unpacklo_epi64(by2[i + j], by2[i + j + 2]);
+            by4[i + 2 * j + 1] = _mm512_unpackhi_epi64(by2[i + j], by2[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {  // of four registers each a quarter
+        const __m512i low = _mm512_shuffle_i32x4(by4[j], by4[4 + j], 0x88);
+        const __m512i low2 = _mm512_shuffle_i32x4(by4[8 + j], by4[12 + j], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(by4[j], by4[4 + j], 0xdd);
+        const __m512i high2 = _mm512_shuffle_i32x4(by4[8 + j], by4[12 + j], 0xdd);
+        v[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        v[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        v[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        v[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+}
+
 // Where a sequence's tokens lie in a layer of the pool, [slots, 2, kv_heads, D]: at `slots`, or one after the other.
 struct Context {
     const bf16* pool;

@@ -1,0 +1,110 @@
+"""Steps that only decode, by Shoal's own kernels: whole layers in one call instead of nine operations each."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from shoal.kernels import layers as native
+from shoal.kernels.layers import pointer
+from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
+from shoal.kv.pool import KvPool
+from shoal.model.batch import AttentionPlan, DecodeGroup
+from shoal.model.families import Activation, ModelSpec
+from shoal.model.int8 import Int8Matrix, Weight
+from shoal.model.parameters import LayerParameters, Parameters
+from shoal.model.rope import Rope
+
+
+class NativeLayers:
+    """Carries out ``RunLayers`` (model/decoder.py) for few rows, each a sequence's newest token."""
+
+    def __init__(self, spec: ModelSpec, parameters: Parameters, kernels: NativeKernels) -> None:
+        self._spec = spec
+        self._kernels = kernels
+        self._parameters = parameters
+        # Layers of one window read alike.
+        self._windows = sorted({look.window for look in spec.layers}, key=lambda window: window or 0)
+        self._shape = native.Shape(
+            spec.hidden_size,
+            spec.intermediate_size,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.norm_eps,
+            spec.attention_scale,
+            int(spec.activation is not Activation.SILU),
+        )
+        self._is_taken = all(_is_taken(tensor) for layer in parameters.layers for tensor in _parts(layer))
+        self._pool: KvPool | None = None
+        self._layers: ctypes.Array[native.Layer] | None = None
+
+    def __call__(
+        self, layers: range, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan
+    ) -> torch.Tensor | None:
+        if reads.prompts or reads.num_rows > MAX_FEW_ROWS or not (self._is_taken and layers):
+            return None
+        table, out = self._table(pool), hidden.clone(memory_format=torch.contiguous_format)
+        tables = [native.Rope(cos.data_ptr(), sin.data_ptr()) for cos, sin in zip(rope.cos, rope.sin, strict=True)]
+        views = [native.Reads.of([_group(one) for one in reads.within(window).groups]) for window in self._windows]
+        step = native.Step(
+            reads.num_rows,
+            out.data_ptr(),
+            reads.slots.data_ptr(),
+            (native.Rope * len(tables))(*tables),
+            (native.Reads * len(views))(*views),
+        )
+        self._kernels.run_layers(self._shape, table[layers.start], len(layers), step)
+        return out
+
+    def _table(self, pool: KvPool) -> ctypes.Array[native.Layer]:
+        if self._layers is None or self._pool is not pool:
+            self._pool = pool
+            layers = [self._layer(*each, pool) for each in enumerate(self._parameters.layers)]
+            self._layers = (native.Layer * len(layers))(*layers)
+        return self._layers
+
+    def _layer(self, index: int, layer: LayerParameters, pool: KvPool) -> native.Layer:
+        looks = self._spec.layers[index]
+        return native.Layer(
+            pointer(layer.input_norm),
+            _matrix(layer.qkv, layer.qkv_bias),
+            pointer(layer.q_norm),
+            pointer(layer.k_norm),
+            _matrix(layer.out, layer.out_bias),
+            pointer(layer.attention_post_norm),
+            pointer(layer.mlp_norm),
+            _matrix(layer.gate_up, layer.gate_up_bias),
+            _matrix(layer.down, layer.down_bias),
+            pointer(layer.mlp_post_norm),
+            pointer(pool.layers[index]),
+            looks.rope,
+            self._windows.index(looks.window),
+        )
+
+
+def _matrix(weight: Weight, bias: torch.Tensor | None) -> native.Matrix:
+    if isinstance(weight, Int8Matrix):
+        return native.Matrix(weight.values.data_ptr(), weight.scales.data_ptr(), pointer(bias))
+    return native.Matrix(weight.data_ptr(), None, pointer(bias))
+
+
+def _group(group: DecodeGroup) -> native.Group:
+    slots, first = (None, group.context.start) if isinstance(group.context, slice) else (group.context.data_ptr(), 0)
+    return native.Group(
+        group.rows.data_ptr(), slots, first, group.longest, group.lengths.data_ptr(), group.rows.shape[0]
+    )
+
+
+def _parts(layer: LayerParameters) -> list[Weight]:
+    parts = (getattr(layer, field) for field in LayerParameters.__slots__)
+    return [part for part in parts if part is not None]
+
+
+def _is_taken(part: Weight) -> bool:
+    """Whether the kernels take it as it lies."""
+    if isinstance(part, Int8Matrix):
+        return part.values.is_contiguous() and part.scales.is_contiguous()
+    is_even = part.dim() < 2 or (part.shape[0] % 16 == 0 and part.shape[1] % 32 == 0)
+    return part.dtype == torch.bfloat16 and part.is_contiguous() and is_even

@@ -1,0 +1,99 @@
+"""What whole layers are to the kernels: the structures of src/layers.cpp.
+
+All of it is pointers: whoever makes them keeps the tensors, which must be contiguous.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+_Pointer, _Int64, _Float, _Int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+
+
+class Shape(ctypes.Structure):
+    """Sizes of a model; ``activation`` is 0 for SiLU, 1 for GELU (tanh)."""
+
+    _fields_ = (
+        ("hidden_size", _Int64),
+        ("intermediate_size", _Int64),
+        ("num_heads", _Int64),
+        ("kv_heads", _Int64),
+        ("head_dim", _Int64),
+        ("eps", _Float),
+        ("attention_scale", _Float),
+        ("activation", _Int32),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """``[outputs, inputs]`` in bfloat16, or int8 with float32 ``scales``."""
+
+    _fields_ = (("weights", _Pointer), ("scales", _Pointer), ("bias", _Pointer))
+
+
+class Layer(ctypes.Structure):
+    """One layer; ``rope`` and ``reads`` are indices into the step's."""
+
+    _fields_ = (
+        ("input_norm", _Pointer),
+        ("qkv", Matrix),
+        ("q_norm", _Pointer),
+        ("k_norm", _Pointer),
+        ("out", Matrix),
+        ("attention_post_norm", _Pointer),
+        ("mlp_norm", _Pointer),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("mlp_post_norm", _Pointer),
+        ("pool", _Pointer),
+        ("rope", _Int64),
+        ("reads", _Int64),
+    )
+
+
+class Group(ctypes.Structure):
+    """Rows whose contexts are of like length; ``slots``, or without them ``first_slot`` and what follows."""
+
+    _fields_ = (
+        ("rows", _Pointer),
+        ("slots", _Pointer),
+        ("first_slot", _Int64),
+        ("longest", _Int64),
+        ("lengths", _Pointer),
+        ("batch", _Int64),
+    )
+
+
+class Reads(ctypes.Structure):
+    """How layers of one kind read the pool."""
+
+    _fields_ = (("groups", ctypes.POINTER(Group)), ("num_groups", _Int64))
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Reads:
+        return cls((Group * len(groups))(*groups), len(groups))
+
+
+class Rope(ctypes.Structure):
+    """Of one table, ``[rows, head_dim / 2]`` each."""
+
+    _fields_ = (("cos", _Pointer), ("sin", _Pointer))
+
+
+class Step(ctypes.Structure):
+    """``hidden`` is what goes in and comes out; ``slots`` ``[num_rows]`` are where K/V of the rows go."""
+
+    _fields_ = (
+        ("num_rows", _Int64),
+        ("hidden", _Pointer),
+        ("slots", _Pointer),
+        ("ropes", ctypes.POINTER(Rope)),
+        ("reads", ctypes.POINTER(Reads)),
+    )
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

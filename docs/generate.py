@@ -125,8 +125,10 @@ def _tables() -> Iterator[str]:
                 raise TypeError(f"{key.name} is no section: give it one, or teach docs/generate.py to list it")
             yield f"### {key.name}\n\n{_plain(key.section.__doc__)}\n"
             yield "| key and variable | value | default | what it does |\n|---|---|---|---|"
+            # One that may be something else than its keys has a line of its own.
+            own = [key] if key.description else []
             below = keys(key.section, key.path, key.default)
-            yield "\n".join(map(_row, below)) + "\n"
+            yield "\n".join(map(_row, [*own, *below])) + "\n"
 
 
 def _row(key: Key) -> str:

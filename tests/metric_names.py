@@ -8,7 +8,15 @@ from functools import cache
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.telemetry import DecodeMetrics, GatewayMetrics, PrefillMetrics, TransferMetrics, Transport, new_registry
+from shoal.telemetry import (
+    CertificateMetrics,
+    DecodeMetrics,
+    GatewayMetrics,
+    PrefillMetrics,
+    TransferMetrics,
+    Transport,
+    new_registry,
+)
 
 # What Prometheus adds to each series of a process: its own two, and those of /metrics/targets.
 TARGET_LABELS = frozenset({"job", "instance", "role", "replica"})
@@ -24,6 +32,7 @@ def exposed() -> Mapping[str, frozenset[str]]:
     TransferMetrics(decode, Transport.GRPC)
     labels: dict[str, frozenset[str]] = {"up": TARGET_LABELS}
     for registry in (gateway, prefill, decode):
+        CertificateMetrics(registry, lambda: 1.0)
         _touch_everything(registry)
         for family in text_string_to_metric_families(generate_latest(registry).decode()):
             for sample in family.samples:

@@ -34,6 +34,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
     "SHOAL_HANDOFF__MIN_TOKENS": "2",  # as for all tests
+    # Of this very checkout, even if another one is installed.
+    "PYTHONPATH": str(ROOT / "services"),
 }
 START_WITHIN_S = 180
 _PAUSE_S = 0.5

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc.aio
 
 from shoal.messages import TokenOutput
 from shoal.rpc.options import HANDOFF_SERVER_OPTIONS
+from shoal.rpc.peers import PeerTls, RoleGate
 from shoal.rpc.ports import bind_first_free, join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.rpc.token_server import Outlet, Place, TokenServer
@@ -23,7 +25,8 @@ def output(number: int, text: str = "") -> TokenOutput:
 class Decode:
     """A decode replica's token server, listening."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: PeerTls | None = None) -> None:
+        self._tls = tls
         self.tokens = TokenServer()
         self.address = ""
         self._server: grpc.aio.Server | None = None
@@ -33,9 +36,11 @@ class Decode:
         return self.tokens.at(self.address)
 
     async def listen(self) -> None:
-        self._server = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
+        gates = () if self._tls is None else (RoleGate(),)
+        credentials = None if self._tls is None else self._tls.server_credentials()
+        self._server = grpc.aio.server(interceptors=gates, options=HANDOFF_SERVER_OPTIONS)
         self.tokens.add_to(self._server)
-        port = bind_first_free(self._server, "127.0.0.1", 20_000, 29_999)
+        port = bind_first_free(self._server, "127.0.0.1", 20_000, 29_999, credentials)
         await self._server.start()
         self.address = join_address("127.0.0.1", port)
 
@@ -86,9 +91,10 @@ class Joined:
 
 
 @asynccontextmanager
-async def joined(patience_s: float = 0.01) -> AsyncIterator[Joined]:
-    """Nothing may be left on either end afterwards."""
-    both = Joined(Decode(), TokenClient(patience_s))
+async def joined(patience_s: float = 0.01, tls: Path | None = None) -> AsyncIterator[Joined]:
+    """Nothing may be left on either end afterwards. ``tls`` is a folder with both ends' certificates."""
+    ends = (None, None) if tls is None else (PeerTls(tls, "decode"), PeerTls(tls, "gateway"))
+    both = Joined(Decode(ends[0]), TokenClient(patience_s, ends[1]))
     await both.decode.listen()
     try:
         yield both

@@ -20,8 +20,10 @@ import pytest
 
 from kv_prompts import NUM_LAYERS, NUM_SHALLOW, PLAN, SHAPE, ArraySink, Prompt, lease_id, prompt
 from remote_memory import Remote
+from role_certificates import Roles
 from shoal.errors import ShoalError
 from shoal.messages import Carrier, WireMode
+from shoal.rpc.peers import PeerTls
 from shoal.transfer.base import Channel, Clock, new_incarnation
 from shoal.transfer.carriers.nixl.loader import NixlLoader
 from shoal.transfer.carriers.nixl.process import Nixl
@@ -210,8 +212,8 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     """Both sides, closed afterwards; fails if anything is held then.
 
-    ``kind`` is the channel (memory, grpc), the carriers beside inline (memory+shm, grpc+nixl, grpc+shm+nixl), and the
-    wire mode if it isn't kv (memory+hidden). ``far`` is a fake of nixl between two hosts: both greet twice, since
+    ``kind`` is the channel (memory, grpc, tls), the carriers beside inline (memory+shm, grpc+nixl, grpc+shm+nixl), and
+    the wire mode if it isn't kv (memory+hidden). ``far`` is a fake of nixl between two hosts: both greet twice, since
     decode doesn't find what is in shared memory.
     """
     channel_kind, *ways_of = kind.split("+")
@@ -235,14 +237,16 @@ async def rig(
     loaders: list[ShmLoader] = []
     nixl_loaders: list[NixlLoader] = []
     serving: set[asyncio.Task[None]] = set()
-    address = "memory" if channel_kind == "memory" else await server.listen("127.0.0.1", *PORTS)
+    certificates = Roles(folder / "certs").folder if channel_kind == "tls" else None
+    tls = None if certificates is None else PeerTls(certificates, "decode")
+    address = "memory" if channel_kind == "memory" else await server.listen("127.0.0.1", *PORTS, tls=tls)
 
     async def connect(address: str) -> Channel:
         if channel_kind == "memory":
             channel, other = memory_pair(prefill_sends=prefill_sends, decode_sends=decode_sends)
             serving.add(asyncio.ensure_future(_serve(server, other)))
         else:
-            channel = await dial(address)
+            channel = await dial(address, None if certificates is None else PeerTls(certificates, "prefill"))
         channels.append(channel)
         return channel
 
@@ -280,7 +284,7 @@ async def rig(
         for each in nixl:
             await _readers_gone(each)
             await each.close()
-        left = os.listdir(folder)  # noqa: PTH208 - names say it all
+        left = set(os.listdir(folder)) - {"certs"}  # noqa: PTH208 - names say it all
         shutil.rmtree(folder)
     both.assert_nothing_held()
     assert not left

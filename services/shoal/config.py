@@ -21,6 +21,10 @@ from pydantic_settings import (
 )
 
 from shoal.errors import ConfigError
+from shoal.machine import is_loopback
+
+AUTO = "auto"
+"""As a host: the address that the Ray cluster knows this node by."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -59,6 +63,15 @@ class TlsConfig(_Frozen):
     key_file: Path = Field(description="The certificate's private key, without a passphrase.")
     client_ca_file: Path | None = Field(
         None, description="Whose certificates clients must show; without it, they need none."
+    )
+
+
+class PeerTlsConfig(_Frozen):
+    """Mutual TLS between Shoal's own processes. The section itself may be ``off`` (docs/certificates.md)."""
+
+    folder: Path = Field(
+        description="Has a folder for each role on a host (gateway, prefill, decode) with ca.crt, tls.crt and tls.key, "
+        "as shoal certs makes them. Files that change are what the next connection uses."
     )
 
 
@@ -307,6 +320,10 @@ class ShoalConfig(BaseSettings):
     metrics: MetricsConfig = MetricsConfig()
     ray: RayConfig = RayConfig()
     log: LogConfig = LogConfig()
+    tls: PeerTlsConfig | Literal["off"] | None = Field(
+        None,
+        description="Without it, handoff.host must be loopback; off lets it be any address, in plain text.",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -331,6 +348,26 @@ class ShoalConfig(BaseSettings):
                     f"set model.{key} and leave the pools' own unset"
                 )
         return self
+
+    @field_validator("tls", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of the word
+
+    @model_validator(mode="after")
+    def _plain_text_stays_here(self) -> ShoalConfig:
+        if self.handoff.host != AUTO and (refusal := self.refusal_to_bind(self.handoff.host)) is not None:
+            raise ValueError(refusal)
+        return self
+
+    def refusal_to_bind(self, host: str) -> str | None:
+        """Why decode's server mustn't listen on ``host``: others reach it, and nothing says how they are known."""
+        if self.tls is not None or is_loopback(host):
+            return None
+        return (
+            f"handoff.host is {host or 'every interface'}, which other machines may reach: make certificates with "
+            "shoal certs and set tls.folder, or say tls: off if this network is yours alone"
+        )
 
     @model_validator(mode="after")
     def _int8_is_decode_s(self) -> ShoalConfig:

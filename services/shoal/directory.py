@@ -22,13 +22,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
 from ray.experimental import internal_kv
 
-Role = Literal["gateway", "prefill", "decode"]
+from shoal.messages import Role
 
 _NAMESPACE = "shoal"
 

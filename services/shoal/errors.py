@@ -21,7 +21,8 @@
     │   ├── LeaseLost                      unknown, expired, consumed or taken lease; other incarnation
     │   ├── PlanMismatch                   the two sides run different plans or protocol versions
     │   ├── ChecksumMismatch               a chunk stayed corrupt or lost after one resend
-    │   └── ProtocolViolation              frames that don't tile, don't match, or break a limit
+    │   ├── ProtocolViolation              frames that don't tile, don't match, or break a limit
+    │   └── UntrustedPeer                  a certificate of another role or authority, or one that has expired
     ├── OutOfBlocks                   503  the KV pool has no block left (the scheduler preempts)
     ├── DataError                          text to learn from or to measure on can't be used
     │   └── TooLittleText
@@ -154,6 +155,10 @@ class ChecksumMismatch(HandoffError):
 
 class ProtocolViolation(HandoffError):
     code = "protocol_violation"
+
+
+class UntrustedPeer(HandoffError):
+    code = "untrusted_peer"
 
 
 class OutOfBlocks(ShoalError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def usable_cores() -> float:
 def usable_threads() -> int:
     """As many as whole cores, so that none is throttled; at least one."""
     return max(1, int(usable_cores()))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what binds ``host``. Nobody is asked what a name means, so few names are."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def cpu_flags() -> frozenset[str]:

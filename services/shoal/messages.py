@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Role = Literal["gateway", "prefill", "decode"]
+"""What a process is."""
 
 
 class Depth(enum.StrEnum):

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 
 import ray
 import structlog
+from prometheus_client import CollectorRegistry
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from shoal.errors import InternalError, PeerGone, ShoalError
+from shoal.config import AUTO, PeerTlsConfig, ShoalConfig
+from shoal.errors import ConfigError, InternalError, PeerGone, ShoalError
+from shoal.machine import is_loopback
+from shoal.messages import Role
+from shoal.rpc.peers import PeerTls
+from shoal.telemetry import CertificateMetrics
 
 _log = structlog.get_logger(__name__)
 
-AUTO = "auto"
 _EVERY_INTERFACE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - nothing is bound here
 
 
@@ -32,6 +37,28 @@ def host_of_this_node(configured: str, advertised: str | None = None) -> Host:
     if advertised is None:
         advertised = _node_address() if configured in _EVERY_INTERFACE else configured
     return Host(configured, advertised)
+
+
+def host_of_handoff(config: ShoalConfig) -> Host:
+    """Where this decode replica listens. Raises ConfigError where others reach it and ``tls`` isn't set."""
+    host = host_of_this_node(config.handoff.host, config.handoff.advertised_host)
+    if (refusal := config.refusal_to_bind(host.bound)) is not None:
+        raise ConfigError(refusal)
+    if config.tls == "off" and not is_loopback(host.bound):
+        _log.warning(
+            "tls is off: whoever reaches this address can read prompts and K/V, and hand over K/V of their own",
+            address=host.bound,
+        )
+    return host
+
+
+def peer_tls(config: ShoalConfig, role: Role, registry: CollectorRegistry) -> PeerTls | None:
+    """This replica's certificate, if there is to be one, and its expiry among the metrics. Raises ConfigError."""
+    if not isinstance(config.tls, PeerTlsConfig):
+        return None
+    tls = PeerTls(config.tls.folder, role)
+    CertificateMetrics(registry, lambda: tls.current().expires_s)
+    return tls
 
 
 def known_error(error: Exception, pool: str) -> ShoalError:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.parametrize(
     [
         "memory",
         "grpc",
+        "tls",
         "grpc+shm",
         "memory+shm",
         "memory+far",

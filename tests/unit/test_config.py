@@ -203,3 +203,42 @@ def test_a_model_where_a_configuration_belongs_is_told_its_option(tmp_path: Path
     with pytest.raises(ConfigError, match="can't read the configuration") as caught:
         load_config(tmp_path / name)
     assert ("--model" in caught.value.message) is is_model
+
+
+# --- tls ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "node.example.com"])
+def test_others_may_reach_the_hand_off_only_by_tls_or_where_plain_text_is_asked_for(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"handoff\.host is .*shoal certs and set tls\.folder, or say tls: off"):
+        load_config(written(tmp_path, f"handoff: {{host: '{host}'}}"))
+    for said in ("tls: off", "tls: {folder: certs}"):
+        assert load_config(written(tmp_path, f"handoff: {{host: '{host}'}}\n{said}")).handoff.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost", "auto"])
+def test_loopback_needs_no_certificates_and_of_auto_the_node_decides(tmp_path: Path, host: str) -> None:
+    assert load_config(written(tmp_path, f"handoff: {{host: '{host}'}}")).tls is None
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", "false"])
+def test_off_is_one_word_however_yaml_reads_it(tmp_path: Path, word: str) -> None:
+    assert load_config(written(tmp_path, f"tls: {word}")).tls == "off"
+
+
+@pytest.mark.parametrize("value", ["on", "true", "certs", "{}", "{folder: a, key: b}"])
+def test_anything_else_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"tls\."):
+        load_config(written(tmp_path, f"tls: {value}"))
+
+
+def test_tls_comes_from_the_environment_too_and_survives_the_way_to_a_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_TLS__FOLDER", str(tmp_path))
+    config = load_config()
+    assert config.tls is not None and config.tls != "off" and config.tls.folder == tmp_path
+    assert ShoalConfig(**config.model_dump(mode="json")) == config
+    monkeypatch.delenv("SHOAL_TLS__FOLDER")
+    monkeypatch.setenv("SHOAL_TLS", "off")
+    assert load_config().tls == "off"

@@ -1,13 +1,22 @@
-"""What a failed call to another replica means."""
+"""Where a replica listens, by what certificate, and what a failed call to another replica means."""
 
 from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from shoal.errors import InternalError, InvalidRequest, PeerGone
-from shoal.replica import known_error
+from role_certificates import Roles
+from shoal import replica
+from shoal.config import ShoalConfig
+from shoal.errors import ConfigError, InternalError, InvalidRequest, PeerGone
+from shoal.replica import Host, host_of_handoff, known_error, peer_tls
+from shoal.telemetry import new_registry
+
+SOON = dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(days=2)
 
 
 def raised(cause: Exception) -> RayTaskError:
@@ -28,3 +37,49 @@ def test_what_ray_says_itself_means_that_the_replica_went_away(error: Exception)
 def test_a_defect_is_nothing_that_another_replica_could_mend():
     found = known_error(raised(ValueError("secret")), "decode")
     assert isinstance(found, InternalError) and "secret" not in found.message
+
+
+@pytest.fixture
+def far_node(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address that Ray knows this node by."""
+    monkeypatch.setattr(replica, "_node_address", lambda: "10.1.2.3")
+    return "10.1.2.3"
+
+
+def test_a_node_s_own_address_is_not_bound_in_plain_text_unless_that_is_said(far_node: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"handoff\.host is 10\.1\.2\.3, .*shoal certs.*tls: off"):
+        host_of_handoff(ShoalConfig(handoff={"host": "auto"}))
+    told = ShoalConfig(handoff={"host": "auto"}, tls={"folder": tmp_path})
+    assert host_of_handoff(told) == Host(far_node, far_node)
+
+
+@pytest.mark.parametrize(("host", "warns"), [("auto", True), ("0.0.0.0", True), ("127.0.0.1", False)])
+def test_plain_text_that_was_asked_for_is_warned_of_where_others_reach_it(
+    far_node: str, host: str, warns: bool, capsys: pytest.CaptureFixture[str]
+):
+    host_of_handoff(ShoalConfig(handoff={"host": host}, tls="off"))
+    assert ("tls is off" in capsys.readouterr().out) is warns
+
+
+def test_a_private_cluster_s_node_is_loopback_and_needs_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(replica, "_node_address", lambda: "127.0.0.1")
+    assert host_of_handoff(ShoalConfig(handoff={"host": "auto"})) == Host("127.0.0.1", "127.0.0.1")
+
+
+def test_a_replica_s_certificate_is_its_role_s_and_its_end_is_measured(tmp_path: Path):
+    roles = Roles(tmp_path)
+    config, registry = ShoalConfig(tls={"folder": tmp_path}), new_registry()
+    tls = peer_tls(config, "prefill", registry)
+    assert tls is not None
+    assert tls.current().chain == (tmp_path / "prefill" / "tls.crt").read_bytes()
+    before = registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds")
+    assert before == tls.current().expires_s
+    roles.write("prefill", not_after=SOON)
+    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") == SOON.timestamp()
+
+
+@pytest.mark.parametrize("tls", [None, "off"])
+def test_without_tls_there_is_no_certificate_and_no_metric(tls: str | None):
+    registry = new_registry()
+    assert peer_tls(ShoalConfig(tls=tls), "decode", registry) is None
+    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") is None

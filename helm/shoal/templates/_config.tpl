@@ -51,6 +51,7 @@ ray.join_timeout_s: ""
   "handoff" (dict "host" "auto")
   "metrics" (dict "host" "auto")
   "ray" (dict "address" "auto")
+  "tls" "off"
 -}}
 {{- range $pool := list "prefill" "decode" -}}
 {{- $_ := set $derived $pool (pick (index $.Values $pool) "replicas" "num_cpus" "num_gpus") -}}

@@ -36,7 +36,8 @@ from shoal.errors import ConfigError, Unavailable
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-    from shoal.directory import Entry, Role
+    from shoal.directory import Entry
+    from shoal.messages import Role
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shoal.cli.bench import bench
+from shoal.cli.certs import certs
 from shoal.cli.keys import keys
 from shoal.cli.options import (
     Anchors,
@@ -75,6 +76,13 @@ def serve(
     keys_file: Annotated[
         Path | None, typer.Option(help="Who may ask, as shoal keys writes it. Default: anybody.", metavar="FILE")
     ] = None,
+    tls: Annotated[
+        str | None,
+        typer.Option(
+            help="Where shoal certs put the certificates that the processes know one another by; or off.",
+            metavar="DIR|off",
+        ),
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="auto joins the running Ray cluster. Default: a private one.")
     ] = None,
@@ -107,16 +115,23 @@ def serve(
         prefill={"replicas": prefill_replicas, "reuse": reuse},
         decode={"replicas": decode_replicas, "reuse": reuse, "weights": decode_weights},
         ray={"address": address},
+        tls=tls if tls in {None, "off"} else {"folder": Path(tls).absolute()},
     )
     _serve(settings)
 
 
 def _serve(settings: Any) -> None:
     from shoal.app.cluster import running
+    from shoal.certs import ROLES
     from shoal.gateway.keys import read_keys
+    from shoal.rpc.certificates import read_certificate
 
+    # What is wrong in files is said before anything starts. Of a cluster, each host has those of its own roles.
     if settings.gateway.keys_file is not None:
-        read_keys(settings.gateway.keys_file)  # what is wrong there is said before anything starts
+        read_keys(settings.gateway.keys_file)
+    if settings.tls not in {None, "off"} and settings.ray.address is None:
+        for role in ROLES:
+            read_certificate(settings.tls.folder, role)
     try:
         with (
             progress_bars() as on_progress,
@@ -225,6 +240,7 @@ app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(bench)
 app.command()(simulate)
+app.command()(certs)
 app.add_typer(keys, name="keys")
 
 

@@ -17,7 +17,7 @@ from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
 from shoal.errors import Unavailable
 from shoal.messages import GenerateRequest, Grant, HandoffOutcome
-from shoal.replica import host_of_this_node, known_error
+from shoal.replica import host_of_handoff, host_of_this_node, known_error, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_server import Listener, Place, TokenServer
 from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
@@ -36,6 +36,8 @@ class DecodeReplica:
         ports = settings.metrics.port_range
         metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)
+        peers = host_of_handoff(settings)
+        tls = peer_tls(settings, "decode", registry)
         self._tokens = TokenServer()
         self._stage = await self._exits.enter_async_context(
             open_decode(
@@ -45,10 +47,14 @@ class DecodeReplica:
                 on_progress=_report_loading,
             )
         )
-        peers = host_of_this_node(settings.handoff.host, settings.handoff.advertised_host)
         ports = settings.handoff.port_range
         address = await self._stage.server.listen(
-            peers.bound, ports.first, ports.last, advertised_host=peers.advertised, also=self._tokens.add_to
+            peers.bound,
+            ports.first,
+            ports.last,
+            advertised_host=peers.advertised,
+            tls=tls,
+            also=self._tokens.add_to,
         )
         self._exits.callback(self._tokens.close)  # before the server, which would wait for its streams
         self._entry = directory.entry_of_this_replica(

@@ -34,7 +34,7 @@ from shoal.gateway.validation import ServedModel
 from shoal.messages import Depth, GenerateRequest, TokenOutput
 from shoal.model.files import locate
 from shoal.rate import RateLimit
-from shoal.replica import host_of_this_node, known_error
+from shoal.replica import host_of_this_node, known_error, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.telemetry import (
@@ -146,7 +146,7 @@ class GatewayReplica:
         self._exits.callback(server.close)
         tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(tokenizer.close)
-        tokens = TokenClient(patience_s=_GRACE_S)
+        tokens = TokenClient(patience_s=_GRACE_S, tls=peer_tls(settings, "gateway", self._registry))
         self._exits.push_async_callback(tokens.close)
         living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(

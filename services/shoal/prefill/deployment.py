@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from shoal import directory
@@ -12,9 +13,10 @@ from shoal.config import ShoalConfig
 from shoal.errors import Unavailable
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
-from shoal.replica import host_of_this_node
+from shoal.replica import host_of_this_node, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
+from shoal.transfer.channels.grpc import dial
 
 
 class PrefillReplica:
@@ -29,8 +31,9 @@ class PrefillReplica:
         ports = settings.metrics.port_range
         metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)
+        tls = peer_tls(settings, "prefill", registry)
         self._stage = await self._exits.enter_async_context(
-            open_prefill(settings, registry, on_progress=_report_loading)
+            open_prefill(settings, registry, connect=partial(dial, tls=tls), on_progress=_report_loading)
         )
         self._entry = directory.entry_of_this_replica(
             "prefill", metrics_address=join_address(host.advertised, metrics.port)

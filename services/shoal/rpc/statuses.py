@@ -50,6 +50,7 @@ STATUS_CODES: dict[type[errors.ShoalError], grpc.StatusCode] = {
     errors.PlanMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ChecksumMismatch: grpc.StatusCode.DATA_LOSS,
     errors.ProtocolViolation: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UntrustedPeer: grpc.StatusCode.PERMISSION_DENIED,
     errors.OutOfBlocks: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DataError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.TooLittleText: grpc.StatusCode.FAILED_PRECONDITION,

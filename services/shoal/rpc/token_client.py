@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from shoal.errors import PeerGone, ShoalError
 from shoal.messages import TokenOutput
 from shoal.rpc.options import TOKEN_CHANNEL_OPTIONS
 from shoal.rpc.outputs import OutputReader
+from shoal.rpc.peers import PeerTls, open_channel, refusal
 from shoal.rpc.token_server import ID_BYTES, Listener, Place
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
+
+_log = logging.getLogger(__name__)
 
 
 class TokenStream:
@@ -81,7 +85,8 @@ class TokenClient:
     fail them with that.
     """
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, tls: PeerTls | None = None) -> None:
+        self._tls = tls
         self._gateway_id = secrets.token_bytes(ID_BYTES)
         self._patience_s = patience_s
         self._open: dict[int, TokenStream] = {}
@@ -111,7 +116,7 @@ class TokenClient:
             task.add_done_callback(lambda _: self._lost(place))
 
     async def _read(self, place: Place) -> None:
-        async with grpc.aio.insecure_channel(place.address, options=TOKEN_CHANNEL_OPTIONS) as channel:
+        async with open_channel(place.address, TOKEN_CHANNEL_OPTIONS, self._tls) as channel:
             request = pb.FollowRequest(gateway_id=self._gateway_id, server_id=place.server_id)
             call = WorkerServiceStub(channel).Follow(request)
             try:
@@ -121,7 +126,9 @@ class TokenClient:
                         stream = self._open.get(output.key)
                         if stream is not None and stream.place in {None, place}:
                             stream.accept(output)
-            except grpc.aio.AioRpcError:
+            except grpc.aio.AioRpcError as error:
+                if (untrusted := refusal(error, place.address)) is not None:
+                    _log.error("no tokens: %s", untrusted.message)
                 return
 
     def _lost(self, place: Place) -> None:

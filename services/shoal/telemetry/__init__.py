@@ -1,5 +1,6 @@
 """What a process tells about itself: metrics, the port they are read from, and logs."""
 
+from shoal.telemetry.certificate import CertificateMetrics
 from shoal.telemetry.gateway import GatewayMetrics
 from shoal.telemetry.labels import (
     CancelStage,
@@ -20,6 +21,7 @@ from shoal.telemetry.transfer import TransferMetrics
 
 __all__ = [
     "CancelStage",
+    "CertificateMetrics",
     "DecodeMetrics",
     "Endpoint",
     "ErrorType",

@@ -88,6 +88,7 @@ class HandoffReason(_OpenEnum):
     PLAN_MISMATCH = "plan_mismatch"
     CHECKSUM_MISMATCH = "checksum_mismatch"
     PROTOCOL_VIOLATION = "protocol_violation"
+    UNTRUSTED_PEER = "untrusted_peer"
     OVERLOADED = "overloaded"
     OUT_OF_BLOCKS = "out_of_blocks"
     DEADLINE_EXCEEDED = "deadline_exceeded"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import grpc
 import grpc.aio
 
 from shoal.errors import InternalError, ShoalError, Unavailable
 from shoal.messages import Draining
 from shoal.rpc.options import HANDOFF_SERVER_OPTIONS
+from shoal.rpc.peers import PeerTls, RoleGate
 from shoal.rpc.ports import bind_first_free, join_address
 from shoal.transfer.base import Channel
 from shoal.transfer.channels.grpc import add_handoff_service
@@ -48,21 +48,24 @@ class HandoffServer:
         last_port: int,
         *,
         advertised_host: str | None = None,
-        credentials: grpc.ServerCredentials | None = None,
+        tls: PeerTls | None = None,
         also: Callable[[grpc.aio.Server], None] | None = None,
     ) -> str:
         """Listen on the first free port of the range; returns the address for prefill, which is also the desk's.
 
-        ``also`` adds other services to the server.
+        ``also`` adds other services to the server. With ``tls``, each is open to its callers' certificates alone;
+        without, to whoever comes.
 
         Raises ConfigError if no port is free, or ``host`` isn't this machine's.
         """
         if self._server is not None:
             raise InternalError("this hand-off server listens already")
-        server = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
+        gates = () if tls is None else (RoleGate(),)
+        server = grpc.aio.server(interceptors=gates, options=HANDOFF_SERVER_OPTIONS)
         add_handoff_service(server, self.serve)
         if also is not None:
             also(server)
+        credentials = None if tls is None else tls.server_credentials()
         port = bind_first_free(server, host, first_port, last_port, credentials)
         await server.start()
         self._server = server

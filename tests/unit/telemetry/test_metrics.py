@@ -11,7 +11,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shoal.messages import Carrier, CarrierReason, Depth, TtftStages, WireMode
-from shoal.telemetry import DecodeMetrics, GatewayMetrics, PrefillMetrics, TransferMetrics, Transport, new_registry
+from shoal.telemetry import (
+    CertificateMetrics,
+    DecodeMetrics,
+    GatewayMetrics,
+    PrefillMetrics,
+    TransferMetrics,
+    Transport,
+    new_registry,
+)
 from shoal.telemetry.labels import (
     CancelStage,
     Endpoint,
@@ -174,6 +182,14 @@ def test_transfers_in_flight_return_to_zero_however_they_end() -> None:
         assert registry.get_sample_value("shoal_kv_transfers_in_flight") == 1
         end()
         assert registry.get_sample_value("shoal_kv_transfers_in_flight") == 0
+
+
+def test_a_certificate_that_is_replaced_expires_later() -> None:
+    registry, expires = CollectorRegistry(), [1000.0]
+    CertificateMetrics(registry, lambda: expires[0])
+    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") == 1000
+    expires[0] = 2000.0
+    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") == 2000
 
 
 def test_a_state_without_leases_goes_back_to_zero() -> None:

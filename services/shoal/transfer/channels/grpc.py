@@ -7,13 +7,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import grpc
 import grpc.aio
 
 from shoal.errors import HandoffError, PeerGone, ShoalError
 from shoal.messages import Envelope
 from shoal.rpc.frames import from_request, from_response, to_request, to_response
 from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
+from shoal.rpc.peers import PeerTls, open_channel, refusal
 from shoal.rpc.statuses import abort, from_rpc_error
 from shoal.transfer.base import Channel
 from shoal.v1 import handoff_pb2 as pb
@@ -26,15 +26,12 @@ from shoal.v1.handoff_pb2_grpc import (
 _log = logging.getLogger(__name__)
 
 
-async def dial(address: str, credentials: grpc.ChannelCredentials | None = None) -> Channel:
+async def dial(address: str, tls: PeerTls | None = None) -> Channel:
     """Prefill's end of a new stream to the decode replica at ``address`` (``host:port``).
 
-    Returns at once: whether anybody is there shows at the first frame. Without ``credentials`` it's plain text.
+    Returns at once: whether anybody is there, and is decode, shows at the first frame. Without ``tls`` it's plain text.
     """
-    if credentials is None:
-        channel = grpc.aio.insecure_channel(address, options=HANDOFF_CHANNEL_OPTIONS)
-    else:
-        channel = grpc.aio.secure_channel(address, credentials, options=HANDOFF_CHANNEL_OPTIONS)
+    channel = open_channel(address, HANDOFF_CHANNEL_OPTIONS, tls)
     return _ClientEnd(address, channel, HandoffServiceStub(channel).Session())  # type: ignore[call-arg]
 
 
@@ -79,6 +76,8 @@ class _ClientEnd:
         if isinstance(error, asyncio.CancelledError):
             return error if _is_being_cancelled() else PeerGone(f"the stream to decode at {self._address} was closed")
         if isinstance(error, grpc.aio.AioRpcError):
+            if (untrusted := refusal(error, self._address)) is not None:
+                return untrusted
             known = from_rpc_error(error)
             return known if isinstance(known, HandoffError) else PeerGone(f"decode at {self._address}: {known.message}")
         return PeerGone(f"decode at {self._address} has ended the stream")

@@ -1,0 +1,111 @@
+"""``shoal certs``: what it writes is what replicas read, and nothing that is there is lost by it."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from typer.testing import CliRunner, Result
+
+from shoal.certs import ROLES
+from shoal.cli import app
+from shoal.config import TlsConfig
+from shoal.errors import ConfigError
+from shoal.gateway.tls import server_credentials
+from shoal.rpc.certificates import read_certificate
+from token_streams import joined
+
+
+def certs(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["certs", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = certs(tmp_path / "certs")
+    assert made.exit_code == 0, made.output
+    return tmp_path / "certs"
+
+
+def of_gateway(folder: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((folder / "gateway" / "tls.crt").read_bytes())
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def test_processes_know_one_another_by_it(folder: Path):
+    async with joined(tls=folder) as both:
+        await both.running()
+
+
+def test_every_role_has_what_it_needs_and_no_more(folder: Path):
+    for role in ROLES:
+        read_certificate(folder, role)
+        assert {path.name for path in (folder / role).iterdir()} == {"ca.crt", "tls.crt", "tls.key"}
+    assert {path.name for path in folder.iterdir()} == {"ca.crt", "ca.key", *ROLES}
+
+
+def test_all_of_it_is_its_owners_alone(folder: Path):
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files(folder)} == {0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_dir()} == {0o700}
+
+
+def test_what_is_there_is_replaced_by_force_alone_and_by_the_same_authority(folder: Path):
+    before = files(folder)
+    refused = certs(folder)
+    assert isinstance(refused.exception, ConfigError) and "--force" in refused.exception.message
+    assert files(folder) == before
+    assert certs(folder, "--force").exit_code == 0
+    after = files(folder)
+    same = {path.relative_to(folder) for path in after if after[path] == before[path]}
+    assert same == {Path("ca.crt"), Path("ca.key"), *(Path(role) / "ca.crt" for role in ROLES)}
+    # Who has the old files and who has the new ones believe each other: replaced in turn, none is cut off.
+    authority = x509.load_pem_x509_certificate(before[folder / "ca.crt"])
+    of_gateway(folder).verify_directly_issued_by(authority)
+
+
+def test_a_lone_key_isn_t_overwritten_either(tmp_path: Path):
+    (tmp_path / "decode").mkdir()
+    (tmp_path / "decode" / "tls.key").write_text("precious")
+    assert isinstance(certs(tmp_path).exception, ConfigError)
+    assert (tmp_path / "decode" / "tls.key").read_text() == "precious"
+
+
+@pytest.mark.parametrize("lost", ["ca.key", "ca.crt"])
+def test_half_an_authority_is_refused(folder: Path, lost: str):
+    (folder / lost).unlink()
+    refused = certs(folder, "--force")
+    assert isinstance(refused.exception, ConfigError) and "without the other" in refused.exception.message
+
+
+def test_days_are_so_many_and_never_more_than_the_authority_has(folder: Path):
+    assert certs(folder, "--force", "--days", 30).exit_code == 0
+    found = of_gateway(folder)
+    assert (found.not_valid_after_utc - found.not_valid_before_utc).days == 30
+    refused = certs(folder, "--force", "--days", 4000)
+    assert isinstance(refused.exception, ConfigError) and "fewer --days" in refused.exception.message
+
+
+def test_the_gateways_will_do_for_its_clients_by_the_names_they_use(folder: Path):
+    def names() -> set[str]:
+        found = of_gateway(folder).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return {*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))}
+
+    assert names() == {"gateway.shoal.internal", "localhost", "127.0.0.1", "::1"}
+    assert certs(folder, "--force", "--host", "reef.example.com", "--host", "10.1.2.3").exit_code == 0
+    assert names() == {"gateway.shoal.internal", "reef.example.com", "10.1.2.3"}
+    home = folder / "gateway"
+    assert server_credentials(TlsConfig(cert_file=home / "tls.crt", key_file=home / "tls.key")) is not None
+    others = x509.load_pem_x509_certificate((folder / "decode" / "tls.crt").read_bytes())
+    found = others.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert found.get_values_for_type(x509.DNSName) == ["decode.shoal.internal"]
+
+
+@pytest.mark.parametrize("host", ["a" * 64, ""])
+def test_a_host_that_none_can_have_is_refused(tmp_path: Path, host: str):
+    refused = certs(tmp_path, "--host", host)
+    assert isinstance(refused.exception, ConfigError) and "neither a host name" in refused.exception.message

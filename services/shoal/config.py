@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from shoal.errors import ConfigError
 from shoal.machine import is_loopback
+from shoal.yaml_file import read_yaml
 
 AUTO = "auto"
 """As a host: the address that the Ray cluster knows this node by."""
@@ -406,7 +407,7 @@ def load_config(path: Path | None = None, **overrides: Any) -> ShoalConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         hint = "" if path.suffix in {".yaml", ".yml"} else "; if it's a model, say --model"
         raise ConfigError(f"can't read the configuration {path}: {error}{hint}") from error

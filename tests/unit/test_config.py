@@ -127,6 +127,18 @@ def test_a_file_that_is_no_configuration_is_refused(text: str, tmp_path: Path) -
         load_config(written(tmp_path, text))
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)'replicas' is there twice.*line 3"):
+        load_config(written(tmp_path, "decode:\n  replicas: 1\n  replicas: 2"))
+
+
+def test_what_a_file_says_once_and_lays_over_it_is_taken(tmp_path: Path) -> None:
+    """YAML's merge keys: what is said beside them wins, and is no repetition."""
+    file = "prefill: &pool {replicas: 2, block_tokens: 8}\ndecode: {<<: *pool, replicas: 3}"
+    config = load_config(written(tmp_path, file))
+    assert (config.decode.replicas, config.decode.block_tokens) == (3, 8)
+
+
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shoal.yaml"
     path.write_bytes(b"\xff\xfe\x00")

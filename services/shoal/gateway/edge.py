@@ -29,6 +29,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 # A client that sent a little too much should get to read why; one that sends for ever should not be listened to.
 _MAX_DISCARDED_BODIES = 8
+_POLICY_VIOLATION = 1008
 
 
 class RequestEdge:
@@ -39,6 +40,9 @@ class RequestEdge:
         self._proxy_echoes_id = proxy_echoes_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # nothing here speaks it
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

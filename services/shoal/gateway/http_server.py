@@ -36,6 +36,7 @@ class HttpServer:
             log_config=None,
             access_log=False,  # the gateway's log has a line a request already
             lifespan="off",
+            ws="none",
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_STOP_GRACE_S,

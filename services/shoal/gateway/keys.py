@@ -29,6 +29,7 @@ from shoal.config import RateConfig
 from shoal.errors import ConfigError, InvalidRequest, PermissionDenied, RateLimited, Unauthenticated
 from shoal.gateway.places import Places
 from shoal.rate import RateLimit
+from shoal.yaml_file import read_yaml
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def digest_of(key: str) -> str:
 def read_keys(path: Path) -> KeysFile:
     """Raises ConfigError that names what is wrong in which place."""
     try:
-        return KeysFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return KeysFile.model_validate(read_yaml(path))
     except ValidationError as error:
         lines = (f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors())
         raise ConfigError(_withheld(f"the keys in {path} are refused:\n" + "\n".join(lines))) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
@@ -28,3 +30,16 @@ async def test_an_id_that_the_proxy_puts_into_the_answer_is_not_put_there_twice(
 async def test_without_a_proxy_each_answer_names_its_request_once(asked: str | None):
     [found] = await names(asked, proxy_echoes_id=False)
     assert (found == asked) is (asked == "mine-1")
+
+
+async def test_a_websocket_is_refused_before_anybody_looks_at_it() -> None:
+    said: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def never(*_: Any) -> Any:
+        raise AssertionError
+
+    await RequestEdge(never)({"type": "websocket", "path": "/v1/models", "headers": []}, never, send)
+    assert said == [{"type": "websocket.close", "code": 1008}]

@@ -242,6 +242,13 @@ def test_a_key_in_the_wrong_place_is_not_told(tmp_path: Path, text: str):
     assert key.rsplit("-", 1)[1][-8:] not in refused.value.message
 
 
+def test_a_tenant_that_is_there_twice_is_refused(tmp_path: Path):
+    """Of two, which one's keys are known would be a matter of order."""
+    (tmp_path / "keys.yaml").write_text("tenants:\n  alice: {}\n  alice: {max_running: 1}\n")
+    with pytest.raises(ConfigError, match="line 3"):
+        read_keys(tmp_path / "keys.yaml")
+
+
 def test_a_link_leads_to_what_is_written_and_a_mode_stays(operator: Operator, tmp_path: Path):
     operator.give("alice")
     operator.path.chmod(0o640)

@@ -16,8 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+
+# pytest makes checks of the assertions in tests, which hold under python -O, too; so it shall of those in helpers.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
 
 EXIT_STATUS = pytest.StashKey[int]()
 

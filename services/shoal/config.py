@@ -408,7 +408,7 @@ def load_config(path: Path | None = None, **overrides: Any) -> ShoalConfig:
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
         hint = "" if path.suffix in {".yaml", ".yml"} else "; if it's a model, say --model"
         raise ConfigError(f"can't read the configuration {path}: {error}{hint}") from error
     if tree is None:

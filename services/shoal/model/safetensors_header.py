@@ -16,6 +16,8 @@ from typing import Any
 from shoal.errors import MalformedWeights
 from shoal.model.tensor_file import MAX_HEADER_BYTES, TensorFile, TensorInfo
 
+_MAX_DIMENSIONS = 8
+"""Real ones have four at most; the product of very many takes hours."""
 # What a model that isn't quantized is stored in.
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -47,6 +49,8 @@ def _info(path: Path, name: str, row: Any, start: int) -> TensorInfo:
         raise MalformedWeights(f"{path}: the header's entry for tensor {name} is damaged") from error
     if not (isinstance(shape, list) and all(map(_is_count, [*shape, begin, end])) and begin <= end):
         raise MalformedWeights(f"{path}: tensor {name} has no valid shape and place ({shape}, {begin} to {end})")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise MalformedWeights(f"{path}: tensor {name} would have {len(shape)} dimensions")
     size = _DTYPE_BYTES.get(str(dtype))
     if size is not None and math.prod(shape) * size != end - begin:
         raise MalformedWeights(f"{path}: tensor {name} of shape {shape} in {dtype} can't fill {end - begin} bytes")

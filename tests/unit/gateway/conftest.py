@@ -152,6 +152,16 @@ def gateway(running: Gateway) -> Iterator[Gateway]:
 @pytest.fixture
 def services(smollm2: Any, tokenizer: Tokenizer, model: ServedModel) -> Services:
     """Of a gateway with a backend and an observer of its own."""
+    return services_of(smollm2, tokenizer, model)
+
+
+@pytest.fixture(scope="module")
+def module_services(smollm2: Any, tokenizer: Tokenizer, model: ServedModel) -> Services:
+    """The same for all examples of a module."""
+    return services_of(smollm2, tokenizer, model)
+
+
+def services_of(smollm2: Any, tokenizer: Tokenizer, model: ServedModel) -> Services:
     backend = FakeBackend(lambda text: list(smollm2.encode(text, add_special_tokens=False)), tokenizer.decode)
     return Services(backend, tokenizer, (model,), CONFIG, Recorder())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,3 +112,34 @@ def test_nothing_comes_after_the_end():
     assert reader.read(pb.Output(key=7, index=0, is_end=True)) is None and reader.is_complete
     with pytest.raises(ProtocolViolation):
         reader.read(message(index=1))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_nothing_else(data: bytes):
+    read_like_grpc(data)
+
+
+@given(st.lists(some_output, min_size=1, max_size=3), st.data())
+def test_damaged_outputs_raise_nothing_else(sent: list[TokenOutput], data: st.DataObject):
+    for number, output in enumerate(sent):
+        damaged = bytearray(next(iter(to_outputs(7, number, output))).SerializeToString())
+        for _ in range(data.draw(st.integers(1, 4))):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+        arrived = read_like_grpc(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
+        if arrived is not None:
+            numbers = [one.logprob for one in (*arrived.logprobs, *arrived.prompt_logprobs)]
+            assert not any(math.isnan(number) or number > 0 for number in numbers)
+            assert arrived.finish_reason is None or arrived.finish_reason in FinishReason
+
+
+def read_like_grpc(data: bytes) -> TokenOutput | None:
+    """gRPC drops what is no message; what is one is read as the next of its request, or refused."""
+    try:
+        message = pb.Output.FromString(data)
+    except DecodeError:
+        return None
+    message.index = 0
+    try:
+        return OutputReader().read(message)
+    except ProtocolViolation:
+        return None

@@ -29,5 +29,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Raises OSError, YAMLError, or ValueError for what is no text, or no value that there can be."""
-    return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - it's a safe one
+    """Raises OSError, YAMLError, RecursionError for what is nested too deeply, or ValueError for what is no text, or no
+    value that there can be."""
+    loader = _Loader(path.read_text(encoding="utf-8"))
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()

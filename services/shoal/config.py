@@ -246,7 +246,11 @@ class GatewayConfig(_Frozen):
     host: str = Field("127.0.0.1", description="Address of the HTTP and gRPC servers; loopback by default.")
     port: Port = Field(8000, description="HTTP. 0: any free one, on a private cluster.")
     grpc_port: Port = Field(9000, description="gRPC. 0: none.")
-    tls: TlsConfig | None = Field(None, description="Of the gRPC server; without it, it speaks plain text.")
+    tls: TlsConfig | None = Field(
+        None,
+        description="Of the HTTP and gRPC servers; without it, they speak plain text. Files that are replaced are what "
+        "the next connection gets. HTTP by Ray Serve's proxy (a Serve config file, the chart) has none.",
+    )
     keys_file: Path | None = Field(
         None,
         description="Tenants, hashes of their keys, and what each may do, as shoal keys writes them; read again when "

@@ -143,7 +143,8 @@ class _Start:
 
     @property
     def url(self) -> str:
-        return url_of(self._config.gateway.host, self._config.gateway.port)
+        gateway = self._config.gateway
+        return url_of(gateway.host, gateway.port, is_tls=gateway.tls is not None)
 
     def _require_free_ports(self) -> None:
         """On this machine, for the gateway."""

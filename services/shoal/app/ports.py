@@ -31,10 +31,10 @@ def free_port(host: str) -> int:
     return _bind(host, 0, "port")
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, *, is_tls: bool = False) -> str:
     """Where a client of this machine finds a server that binds ``host``."""
-    reached = _EVERY_INTERFACE.get(host, host)
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+    reached, scheme = _EVERY_INTERFACE.get(host, host), "https" if is_tls else "http"
+    return f"{scheme}://[{reached}]:{port}" if ":" in reached else f"{scheme}://{reached}:{port}"
 
 
 def _bind(host: str, port: int, setting: Setting) -> int:

@@ -29,6 +29,7 @@ from shoal.gateway.intake import Services
 from shoal.gateway.keys import Keyring
 from shoal.gateway.poll import SharedPoll
 from shoal.gateway.retrying import RetryingBackend
+from shoal.gateway.tls import server_context
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
 from shoal.messages import Depth, GenerateRequest, TokenOutput
@@ -174,9 +175,14 @@ class GatewayReplica:
             self._exits.push_async_callback(self._grpc_server.stop)
         self._http_server: HttpServer | None = None
         if listens:
-            self._http_server = HttpServer(self._app(proxy_echoes_id=False))
+            tls = settings.gateway.tls
+            self._http_server = HttpServer(
+                self._app(proxy_echoes_id=False), None if tls is None else server_context(tls)
+            )
             await self._http_server.start(settings.gateway.host, settings.gateway.port)
             self._exits.push_async_callback(self._http_server.stop)
+        elif settings.gateway.tls is not None:
+            _log.warning("HTTP comes by Ray Serve's proxy, in plain text: gateway.tls is for gRPC alone here")
         self._is_drained = False
         self._entry = directory.entry_of_this_replica(
             "gateway", metrics_address=join_address(host.advertised, server.port)

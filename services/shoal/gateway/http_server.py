@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Generator
 
 import uvicorn
@@ -30,7 +31,8 @@ _STOP_GRACE_S = 1
 class HttpServer:
     """Serves an ASGI application on the event loop that starts it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tls: ssl.SSLContext | None = None) -> None:
+        """With ``tls``, it speaks HTTPS alone."""
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -41,6 +43,8 @@ class HttpServer:
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_STOP_GRACE_S,
         )
+        config.load()
+        config.ssl = tls  # of its own options it would read files once
         self._server = _Server(config)
         self._listener: socket.socket | None = None
         self._serving: asyncio.Task[None] | None = None

@@ -50,3 +50,4 @@ def test_a_host_that_is_not_ours_is_refused_with_what_to_do(host: str):
 )
 def test_the_url_is_one_that_a_client_of_this_machine_can_reach(host: str, url: str):
     assert url_of(host, 80) == url
+    assert url_of(host, 80, is_tls=True) == url.replace("http", "https")

@@ -24,6 +24,7 @@ from shoal.gateway.health import HealthService
 from shoal.gateway.inference import SERVICE_NAME, InferenceService
 from shoal.gateway.intake import Services
 from shoal.v1 import inference_pb2 as pb
+from shoal.v1.inference_pb2_grpc import InferenceServiceStub
 
 
 def configured(services: Services, **changes: Any) -> Services:
@@ -88,6 +89,23 @@ async def test_a_client_authority_lets_its_own_clients_in_alone(
     assert await code_of_a_call(secure, trusting(authority, issued_by=trustme.CA())) == grpc.StatusCode.UNAVAILABLE
     assert await code_of_a_call(secure, trusting(authority)) == grpc.StatusCode.UNAVAILABLE
     assert len(services.backend.requests) == 1  # type: ignore[attr-defined]
+
+
+async def test_files_that_are_replaced_count_for_the_next_connection(services: Services, tls: TlsConfig) -> None:
+    server = GrpcServer(configured(services, tls=tls))
+    port = await server.start("127.0.0.1", 0)
+    try:
+        other = trustme.CA()
+        issued = other.issue_cert("127.0.0.1")
+        tls.cert_file.write_bytes(issued.cert_chain_pems[0].bytes())
+        tls.key_file.write_bytes(issued.private_key_pem.bytes())
+        assert tls.client_ca_file is not None
+        tls.client_ca_file.write_bytes(other.cert_pem.bytes())
+        async with grpc.aio.secure_channel(f"127.0.0.1:{port}", trusting(other, issued_by=other)) as channel:
+            stub = InferenceServiceStub(channel)
+            assert await stub.Generate(request(), timeout=TIMEOUT_S).code() == grpc.StatusCode.OK
+    finally:
+        await server.stop()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no PEM", b"\xff\xfe"], ids=repr)

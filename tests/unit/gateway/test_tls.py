@@ -1,0 +1,104 @@
+"""The gateway's certificate over HTTP, and its files that are replaced while it serves."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+from starlette.responses import PlainTextResponse
+
+from shoal.config import TlsConfig
+from shoal.gateway.http_server import HttpServer
+from shoal.gateway.tls import server_context
+
+
+class Files:
+    """Of a server at 127.0.0.1, and what its clients need; ``issue`` replaces all of them by another authority's."""
+
+    def __init__(self, folder: Path, *, asks_clients: bool) -> None:
+        self.tls = TlsConfig(
+            cert_file=folder / "cert", key_file=folder / "key", client_ca_file=folder / "ca" if asks_clients else None
+        )
+        self.issue()
+
+    def issue(self) -> None:
+        self.authority = trustme.CA()
+        issued = self.authority.issue_cert("127.0.0.1")
+        for path, content in (
+            (self.tls.cert_file, issued.cert_chain_pems[0].bytes()),
+            (self.tls.key_file, issued.private_key_pem.bytes()),
+            (self.tls.client_ca_file, self.authority.cert_pem.bytes()),
+        ):
+            if path is not None:
+                path.with_suffix(".new").write_bytes(content)
+                path.with_suffix(".new").replace(path)
+
+    def client(self, *, shows: bool = False) -> ssl.SSLContext:
+        """Of a client that trusts the newest authority, and may show a certificate of it."""
+        context = ssl.create_default_context(cadata=self.authority.cert_pem.bytes().decode())
+        if shows:
+            self.authority.issue_cert("client").configure_cert(context)
+        return context
+
+
+@asynccontextmanager
+async def serving(tls: TlsConfig) -> AsyncIterator[str]:
+    server = HttpServer(PlainTextResponse("hello"), server_context(tls))
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop()
+
+
+async def said(url: str, verify: ssl.SSLContext | bool = True) -> str:
+    async with httpx.AsyncClient(verify=verify) as client:
+        return (await client.get(url)).text
+
+
+async def test_https_alone_is_answered(tmp_path: Path) -> None:
+    files = Files(tmp_path, asks_clients=False)
+    async with serving(files.tls) as place:
+        assert await said(f"https://{place}", files.client()) == "hello"
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            await said(f"https://{place}")
+        with pytest.raises(httpx.TransportError):
+            await said(f"http://{place}")
+
+
+async def test_clients_need_a_certificate_where_one_is_asked_for(tmp_path: Path) -> None:
+    files = Files(tmp_path, asks_clients=True)
+    async with serving(files.tls) as place:
+        assert await said(f"https://{place}", files.client(shows=True)) == "hello"
+        with pytest.raises(httpx.TransportError):
+            await said(f"https://{place}", files.client())
+
+
+@pytest.mark.parametrize("asks_clients", [False, True])
+async def test_files_that_are_replaced_count_for_the_next_connection(tmp_path: Path, asks_clients: bool) -> None:
+    files = Files(tmp_path, asks_clients=asks_clients)
+    async with serving(files.tls) as place:
+        before = files.client(shows=asks_clients)
+        assert await said(f"https://{place}", before) == "hello"
+        files.issue()
+        after = files.client(shows=asks_clients)
+        assert await said(f"https://{place}", after) == "hello"
+        with pytest.raises(httpx.TransportError):
+            await said(f"https://{place}", before)
+
+
+async def test_files_that_are_wrong_later_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = Files(tmp_path, asks_clients=False)
+    async with serving(files.tls) as place:
+        client = files.client()
+        files.tls.cert_file.write_text("half a certif")
+        with caplog.at_level(logging.ERROR):
+            assert await said(f"https://{place}", client) == "hello"
+            assert await said(f"https://{place}", client) == "hello"
+    assert len([line for line in caplog.messages if "the certificate stays as it was" in line]) == 1

@@ -33,7 +33,7 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
 
     return grpc.dynamic_ssl_server_credentials(
         _configuration(tls),
-        fetch,  # type: ignore[arg-type] - none is what says that nothing changed
+        fetch,  # type: ignore[arg-type]  # none says that nothing changed
         require_client_authentication=tls.client_ca_file is not None,
     )
 

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.app.daemons import Daemons
 from shoal.app.failures import explain, missing_resources
-from shoal.app.graph import NODE_PREFIX, Replicas, bind, demand, grace_s, is_private, num_replicas, with_gateway
+from shoal.app.graph import NODE_PREFIX, Replicas, demand, grace_s, is_private, num_replicas, with_gateway
 from shoal.app.interrupts import Interrupts, caught
 from shoal.app.ports import free_port, require_free, url_of
 from shoal.app.progress import OnProgress, Progress
-from shoal.app.ray_settings import init_options, serve_logging, set_environment
+from shoal.app.ray_settings import init_options, run_target, serve_logging, set_environment
 from shoal.app.ray_thread import RayThread
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, Unavailable
@@ -218,14 +218,7 @@ class _Start:
         from ray import serve
 
         self._is_deployed = True
-        target = serve.RunTarget(
-            bind(self._config, self._replicas),
-            name=self._app,
-            route_prefix=None,
-            logging_config=serve_logging(self._config),
-            # Whoever runs it may change a pool's size by Serve's own API, without a restart.
-            external_scaler_enabled=True,
-        )
+        target = run_target(self._config, self._replicas)
         # Serve is asked to begin, and not to wait: a call of its that waits for weights to load can't be taken back.
         [gateway] = self._call(
             serve.run_many, [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False

@@ -8,10 +8,11 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.app.graph import demand, is_private
+from shoal.app.graph import Replicas, bind, demand, is_private
 from shoal.config import ShoalConfig
 
 if TYPE_CHECKING:
+    from ray.serve import RunTarget
     from ray.serve.schema import LoggingConfig
 
 # Ray reads some of these when it's imported, so it's imported after they are set. What the user has set wins.
@@ -63,3 +64,17 @@ def serve_logging(config: ShoalConfig) -> LoggingConfig:
     from ray.serve.schema import LoggingConfig
 
     return LoggingConfig(log_level="DEBUG" if config.log.level == "debug" else "WARNING", enable_access_log=False)
+
+
+def run_target(config: ShoalConfig, replicas: Replicas) -> RunTarget:
+    """What Serve is asked to run. Asked again with another configuration, it replaces replicas a few at a time."""
+    from ray import serve
+
+    return serve.RunTarget(
+        bind(config, replicas),
+        name=config.ray.app_name,
+        route_prefix=None,
+        logging_config=serve_logging(config),
+        # Whoever runs it may change a pool's size by Serve's own API, without a restart.
+        external_scaler_enabled=True,
+    )

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from shoal.cli.bench import bench
 from shoal.cli.certs import certs
+from shoal.cli.chaos import chaos
 from shoal.cli.keys import keys
 from shoal.cli.options import (
     Anchors,
@@ -241,6 +242,7 @@ app.command(name="eval")(evaluate)
 app.command()(bench)
 app.command()(simulate)
 app.command()(certs)
+app.command()(chaos)
 app.add_typer(keys, name="keys")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -16,11 +17,14 @@ from shoal.prefill.stage import open_prefill
 from shoal.replica import host_of_this_node, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
+from shoal.transfer.base import Channel
 from shoal.transfer.channels.grpc import dial
 
 
 class PrefillReplica:
-    """Called by decode replicas alone, through their Serve handle."""
+    """Called by decode replicas alone, through their Serve handle. ``dial`` is how it reaches their hand-off."""
+
+    dial: Callable[..., Awaitable[Channel]] = staticmethod(dial)
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ShoalConfig(**config)
@@ -33,7 +37,7 @@ class PrefillReplica:
         self._exits.callback(metrics.close)
         tls = peer_tls(settings, "prefill", registry)
         self._stage = await self._exits.enter_async_context(
-            open_prefill(settings, registry, connect=partial(dial, tls=tls), on_progress=_report_loading)
+            open_prefill(settings, registry, connect=partial(self.dial, tls=tls), on_progress=_report_loading)
         )
         self._entry = directory.entry_of_this_replica(
             "prefill", metrics_address=join_address(host.advertised, metrics.port)

@@ -1,4 +1,4 @@
-"""Faults for a memory channel: rules that lose, double, delay, reorder, corrupt, or break it.
+"""Faults for a channel: rules that lose, double, delay, reorder, truncate, corrupt, or break it.
 
 Each strikes where ``when`` says so, at most ``times`` times. They are deterministic: so is ``Storm``, by its seed.
 """
@@ -57,6 +57,13 @@ class Corrupt(Fault):
 
     def strike(self, envelope: Envelope) -> Iterable[Envelope]:
         return (flip_bit(envelope, 0),)
+
+
+class Truncate(Fault):
+    """Loses the second half of its payload, staged or not. Only chunks have one; others pass."""
+
+    def strike(self, envelope: Envelope) -> Iterable[Envelope]:
+        return (truncate(envelope),)
 
 
 class Delay(Fault):
@@ -120,3 +127,14 @@ def flip_bit(envelope: Envelope, bit: int) -> Envelope:
     payload = bytearray(frame.payload)
     payload[bit // 8 % len(payload)] ^= 1 << bit % 8
     return replace(envelope, frame=replace(frame, payload=bytes(payload)))
+
+
+def truncate(envelope: Envelope) -> Envelope:
+    """``envelope`` with the first half of its payload alone; itself if it has none."""
+    frame = envelope.frame
+    if not isinstance(frame, Chunk):
+        return envelope
+    if frame.staged is not None:
+        staged = replace(frame.staged, num_bytes=frame.staged.num_bytes // 2)
+        return replace(envelope, frame=replace(frame, staged=staged))
+    return replace(envelope, frame=replace(frame, payload=frame.payload[: len(frame.payload) // 2]))

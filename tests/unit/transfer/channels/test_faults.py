@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from shoal.errors import PeerGone
-from shoal.messages import Beat, Chunk, Envelope, Nack
-from shoal.transfer.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault, Reset, Storm, flip_bit
+from shoal.messages import Beat, Chunk, Envelope, Nack, StagedPayload
+from shoal.transfer.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault, Reset, Storm, Truncate, flip_bit
 from shoal.transfer.channels.memory import Rule
 
 CHUNK = Chunk(bytes(16), 0, 0, 1, 0, 1, 0, b"\x00\xff")
@@ -56,6 +56,15 @@ def test_corrupt_flips_one_bit_of_a_payload_and_nothing_else() -> None:
     assert flip_bit(envelope, 15).frame == replace(CHUNK, payload=b"\x00\x7f")
     assert flip_bit(flip_bit(envelope, 16), 16) == envelope
     assert flip_bit(Envelope(1, Beat()), 3) == Envelope(1, Beat())
+
+
+def test_truncate_loses_the_second_half_of_a_payload_and_nothing_else() -> None:
+    envelope = Envelope(1, CHUNK)
+    assert list(Truncate(Chunk)(envelope)) == [replace(envelope, frame=replace(CHUNK, payload=b"\x00"))]
+    staged = replace(CHUNK, payload=b"", staged=StagedPayload(3, 1, 64))
+    [cut] = Truncate(Chunk)(Envelope(1, staged))
+    assert cut.frame == replace(staged, staged=StagedPayload(3, 1, 32))
+    assert list(Truncate(Beat)(Envelope(1, Beat()))) == [Envelope(1, Beat())]
 
 
 def test_a_storm_is_the_same_for_the_same_seed_and_has_every_fault() -> None:

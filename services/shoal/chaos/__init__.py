@@ -1,0 +1,1 @@
+"""``shoal chaos``: real services on one host, load, faults, and a table of how they recovered."""

@@ -1,0 +1,80 @@
+"""What came of a scenario, and of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from shoal.chaos.load import End, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one scenario. ``num_in_flight`` is what was under way when the fault began; ``num_repairs`` how often decode
+    or the gateway took another way since; ``recovered_s`` is ``None`` if it didn't; ``left`` is what stayed held."""
+
+    scenario: str
+    says: str
+    num_in_flight: int
+    num_by_end: Mapping[str, int]
+    num_by_code: Mapping[str, int]
+    num_repairs: int
+    recovered_s: float | None
+    left: Mapping[str, float]
+    duration_s: float
+
+    @classmethod
+    def of(cls, scenario: str, says: str, outcomes: Sequence[Outcome], **others: Any) -> Self:
+        ends = Counter(str(outcome.end) for outcome in outcomes)
+        codes = Counter(outcome.code for outcome in outcomes if outcome.code)
+        return cls(scenario, says, num_by_end=dict(ends), num_by_code=dict(codes), **others)
+
+    @property
+    def num_requests(self) -> int:
+        return sum(self.num_by_end.values())
+
+    def num(self, end: End) -> int:
+        return self.num_by_end.get(end, 0)
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing was wrong, hung, or stayed held, and all came back."""
+        return not (self.num(End.WRONG) or self.num(End.HUNG) or self.left) and self.recovered_s is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All results, in the order in which they came; a scenario may come again."""
+
+    model: str
+    results: tuple[Result, ...]
+
+    @property
+    def is_clean(self) -> bool:
+        return all(result.is_clean for result in self.results)
+
+    @property
+    def num_requests(self) -> int:
+        return sum(result.num_requests for result in self.results)
+
+    def num(self, end: End) -> int:
+        return sum(result.num(end) for result in self.results)
+
+    @property
+    def correct_ratio(self) -> float:
+        """Of the requests whose connection held."""
+        return self.num(End.CORRECT) / max(1, self.num_requests - self.num(End.CUT_OFF))
+
+    def to_json(self) -> str:
+        tree = {
+            "model": self.model,
+            "num_requests": self.num_requests,
+            "num_by_end": {str(end): self.num(end) for end in End},
+            "correct_ratio": self.correct_ratio,
+            "is_clean": self.is_clean,
+            "results": [asdict(result) for result in self.results],
+        }
+        return json.dumps(tree, indent=1) + "\n"

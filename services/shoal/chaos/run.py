@@ -1,0 +1,120 @@
+"""A run: the right answers first, then a cluster for each carrier, and its scenarios one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby, product
+
+from shoal.app import running
+from shoal.app.ports import free_port, require_free
+from shoal.chaos.play import Limits, Play, Progress
+from shoal.chaos.proxy import DECODE_HOST, PROXY_HOST
+from shoal.chaos.result import Report, Result
+from shoal.chaos.scenario import Scenario
+from shoal.chaos.switchboard import switching
+from shoal.chaos.truth import Script, write_script
+from shoal.config import ShoalConfig, load_config
+from shoal.errors import ConfigError
+
+_NUM_REPLICAS = 2
+# Old and new replicas of a pool may be there together.
+_NUM_PORTS = 4 * _NUM_REPLICAS
+_PORTS = range(24000, 31000, _NUM_PORTS)
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosOptions:
+    """A run of several ``minutes`` begins again with the first scenario until they have passed."""
+
+    model: str
+    scenarios: tuple[Scenario, ...]
+    limits: Limits
+    minutes: float = 0.0
+    num_cases: int = 32
+    num_burst: int = 48
+    seed: int = 0
+    show_logs: bool = False
+
+
+def run(options: ChaosOptions, on_progress: Progress, on_result: Callable[[Result], None]) -> Report:
+    """Enter it in the main thread. Raises ConfigError where this host can't have it."""
+    began_s = time.monotonic()
+    script = asyncio.run(_write(options, on_progress))
+    results: list[Result] = []
+
+    def ended(result: Result) -> None:
+        results.append(result)
+        on_result(result)
+
+    while not results or time.monotonic() - began_s < 60 * options.minutes:
+        for carrier, scenarios in groupby(sorted(options.scenarios, key=_carrier), _carrier):
+            _play(options, script, carrier, tuple(scenarios), on_progress, ended)
+    return Report(options.model, tuple(results))
+
+
+def _play(
+    options: ChaosOptions,
+    script: Script,
+    carrier: str,
+    scenarios: tuple[Scenario, ...],
+    on_progress: Progress,
+    on_result: Callable[[Result], None],
+) -> None:
+    config = chaos_config(options.model, carrier)
+    with switching() as switchboard:
+        from shoal.app.ray_settings import set_environment
+
+        set_environment(config)
+        from shoal.chaos.replicas import REPLICAS  # it imports Ray, which reads its environment then
+
+        with running(
+            config,
+            lambda step: on_progress(step.name, step.num_done, step.num_total),
+            replicas=REPLICAS,
+            show_logs=options.show_logs,
+        ) as cluster:
+            play = Play(cluster, config, switchboard, script, options.limits, on_progress)
+            asyncio.run(play.run(scenarios, on_result))
+
+
+def chaos_config(model: str, carrier: str) -> ShoalConfig:
+    """Two replicas of each pool, and such limits that short prompts are handed over and a burst of long ones is too
+    much."""
+    return load_config(
+        model={"name": model, "dtype": "float32", "projector": "paper"},
+        prefill={"replicas": _NUM_REPLICAS, "num_blocks": 256},
+        decode={"replicas": _NUM_REPLICAS, "num_blocks": 192, "max_queued": 24},
+        handoff={"host": DECODE_HOST, "port_range": _free_ports(), "min_tokens": 16, "carrier": carrier},
+        gateway={"port": free_port(DECODE_HOST), "grpc_port": free_port(DECODE_HOST)},
+    )
+
+
+async def _write(options: ChaosOptions, on_progress: Progress) -> Script:
+    return await write_script(
+        chaos_config(options.model, "inline"),
+        num_cases=options.num_cases,
+        num_burst=options.num_burst,
+        seed=options.seed,
+        for_both_plans=any(scenario.changes_plan for scenario in options.scenarios),
+        on_progress=on_progress,
+    )
+
+
+def _carrier(scenario: Scenario) -> str:
+    return scenario.carrier
+
+
+def _free_ports() -> dict[str, int]:
+    """Where decode may listen, and the proxy in front of it. Raises ConfigError if there are none."""
+    for first in random.sample(_PORTS, len(_PORTS)):
+        ports = range(first, first + _NUM_PORTS)
+        with suppress(ConfigError):
+            for host, port in product((DECODE_HOST, PROXY_HOST), ports):
+                require_free(host, port)
+            return {"first": ports[0], "last": ports[-1]}
+    raise ConfigError(f"chaos needs {_NUM_PORTS} ports that are free on both {DECODE_HOST} and {PROXY_HOST}")

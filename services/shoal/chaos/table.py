@@ -1,0 +1,49 @@
+"""The recovery table."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from shoal.chaos.load import End
+from shoal.chaos.result import Report, Result
+from shoal.chaos.scenario import SCENARIOS
+
+_COLUMNS = ("requests", "correct", "clear errors", "cut off", "wrong", "hung", "recovered after", "left")
+
+
+def render(report: Report) -> Table:
+    """A row for each result, and one for all of them."""
+    table = Table(title=f"chaos: {report.model}", title_justify="left")
+    table.add_column("scenario", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    for result in report.results:
+        table.add_row(*row(result), style=None if result.is_clean else "red")
+    table.add_section()
+    table.add_row("all", str(report.num_requests), *(str(report.num(end)) for end in End), "", "")
+    return table
+
+
+def row(result: Result) -> tuple[str, ...]:
+    recovered = "never" if result.recovered_s is None else f"{result.recovered_s:.1f} s"
+    left = ", ".join(f"{value:g} {name}" for name, value in result.left.items()) or "0"
+    counts = (str(result.num(end)) for end in End)
+    return (result.scenario, str(result.num_requests), *counts, recovered, left)
+
+
+def summary(report: Report) -> str:
+    """One line: what it comes to."""
+    said = (
+        f"{report.num_requests} requests, {100 * report.correct_ratio:.2f} % of those whose connection held answered "
+        f"correctly, {report.num(End.WRONG)} wrong, {report.num(End.HUNG)} hung"
+    )
+    failed = [result.scenario for result in report.results if not result.is_clean]
+    return said + (f"; not well: {', '.join(failed)}" if failed else "; nothing was left behind")
+
+
+def list_scenarios() -> Table:
+    """Names, and what happens in each."""
+    table = Table("scenario", "what happens")
+    for scenario in SCENARIOS:
+        table.add_row(scenario.name, scenario.says)
+    return table

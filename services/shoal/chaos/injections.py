@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 FRAME_RATE = 0.1
 NUM_RESETS = 4
+BURST_TIMES = 5
 _HOUR_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a fault may touch. ``burst`` are requests beyond the load; ``skip_layers`` is the other plan's."""
+    """What a fault may touch. ``burst`` are long requests beyond the load; ``skip_layers`` is the other plan's."""
 
     victim: Victim
     load: Load
@@ -78,7 +79,7 @@ async def on_frames(fault: FrameFault, scene: Scene) -> AsyncIterator[Lost]:
 
 @asynccontextmanager
 async def burst(scene: Scene) -> AsyncIterator[Lost]:
-    await asyncio.gather(*(scene.load.ask(case) for case in scene.burst))
+    await asyncio.gather(*(scene.load.ask(case) for case in BURST_TIMES * scene.burst))
     yield ()
 
 

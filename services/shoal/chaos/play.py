@@ -22,7 +22,7 @@ from shoal.config import ShoalConfig
 
 Progress = Callable[[str, int, int], None]
 
-_REPAIRS = ("shoal_kv_fallback_total", "shoal_retries_total", "shoal_kv_transfer_failures_total")
+_REPAIRS = ("shoal_kv_fallback_total", "shoal_retries_total", "shoal_resumes_total", "shoal_kv_transfer_failures_total")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
+from grpc._cython import cygrpc
 from ray.serve.handle import DeploymentHandle
 
 from shoal.app import Replicas
@@ -60,6 +62,8 @@ def join_chaos() -> Switchboard:
     """Let this process suffer."""
     switchboard = Switchboard.of_this_process()
     right = time.time
+    # gRPC's Python compares with the clock of its native half, which is the host's and can't be moved for one process.
+    cygrpc.time = SimpleNamespace(time=right)
     time.time = lambda: right() + switchboard.clock_offset_s
     if switchboard.disk_is_full:
         limit_files(0, is_full=True)

@@ -29,14 +29,16 @@ _PORTS = range(24000, 31000, _NUM_PORTS)
 
 @dataclass(frozen=True, slots=True)
 class ChaosOptions:
-    """A run of several ``minutes`` begins again with the first scenario until they have passed."""
+    """A run of several ``minutes`` begins again with the first scenario until they have passed. ``ttl_s`` is
+    handoff.ttl_s."""
 
     model: str
     scenarios: tuple[Scenario, ...]
     limits: Limits
     minutes: float = 0.0
     num_cases: int = 32
-    num_burst: int = 48
+    num_burst: int = 16
+    ttl_s: float = 5.0
     seed: int = 0
     show_logs: bool = False
 
@@ -65,7 +67,7 @@ def _play(
     on_progress: Progress,
     on_result: Callable[[Result], None],
 ) -> None:
-    config = chaos_config(options.model, carrier)
+    config = chaos_config(options, carrier)
     with switching() as switchboard:
         from shoal.app.ray_settings import set_environment
 
@@ -82,21 +84,27 @@ def _play(
             asyncio.run(play.run(scenarios, on_result))
 
 
-def chaos_config(model: str, carrier: str) -> ShoalConfig:
+def chaos_config(options: ChaosOptions, carrier: str) -> ShoalConfig:
     """Two replicas of each pool, and such limits that short prompts are handed over and a burst of long ones is too
     much."""
     return load_config(
-        model={"name": model, "dtype": "float32", "projector": "paper"},
+        model={"name": options.model, "dtype": "float32", "projector": "paper"},
         prefill={"replicas": _NUM_REPLICAS, "num_blocks": 256},
-        decode={"replicas": _NUM_REPLICAS, "num_blocks": 192, "max_queued": 24},
-        handoff={"host": DECODE_HOST, "port_range": _free_ports(), "min_tokens": 16, "carrier": carrier},
+        decode={"replicas": _NUM_REPLICAS, "num_blocks": 192, "max_queued": 40},
+        handoff={
+            "host": DECODE_HOST,
+            "port_range": _free_ports(),
+            "min_tokens": 16,
+            "carrier": carrier,
+            "ttl_s": options.ttl_s,
+        },
         gateway={"port": free_port(DECODE_HOST), "grpc_port": free_port(DECODE_HOST)},
     )
 
 
 async def _write(options: ChaosOptions, on_progress: Progress) -> Script:
     return await write_script(
-        chaos_config(options.model, "inline"),
+        chaos_config(options, "inline"),
         num_cases=options.num_cases,
         num_burst=options.num_burst,
         seed=options.seed,

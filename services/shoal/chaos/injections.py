@@ -16,7 +16,8 @@ from shoal.chaos.victim import Victim
 from shoal.chaos.waiting import until
 
 if TYPE_CHECKING:
-    from shoal.directory import Entry, Role
+    from shoal.directory import Entry
+    from shoal.messages import Role
 
 FRAME_RATE = 0.1
 NUM_RESETS = 4

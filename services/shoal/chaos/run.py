@@ -99,6 +99,7 @@ def chaos_config(options: ChaosOptions, carrier: str) -> ShoalConfig:
             "ttl_s": options.ttl_s,
         },
         gateway={"port": free_port(DECODE_HOST), "grpc_port": free_port(DECODE_HOST)},
+        tls="off",
     )
 
 

@@ -14,7 +14,7 @@ from shoal.chaos.switchboard import FrameFault
 from shoal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shoal.directory import Role
+    from shoal.messages import Role
 
 ALL = "all"
 _DELAY_S = 0.3

@@ -23,7 +23,8 @@ from shoal.chaos.waiting import until
 from shoal.config import ShoalConfig
 
 if TYPE_CHECKING:
-    from shoal.directory import Entry, Role
+    from shoal.directory import Entry
+    from shoal.messages import Role
 
 _SCRAPE_TIMEOUT_S = 10.0
 

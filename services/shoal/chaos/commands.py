@@ -12,6 +12,7 @@ from shoal.chaos.run import ChaosOptions, run
 from shoal.chaos.scenario import choose
 from shoal.chaos.table import render, summary
 from shoal.errors import ConfigError
+from shoal.telemetry import configure_logging
 
 
 def run_chaos(
@@ -27,6 +28,7 @@ def run_chaos(
     show_logs: bool,
 ) -> bool:
     """Print the table; whether nothing was wrong, hung or left behind. Raises ShoalError."""
+    configure_logging("warning", "console")
     options = ChaosOptions(
         model, choose(scenario), Limits(num_requests, num_in_flight), minutes, seed=seed, show_logs=show_logs
     )

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format types imports generated generate tools unit bench compare clean
+.PHONY: help install demo serve test lint format types imports generated generate tools unit optimized audit sbom bench compare clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -81,6 +81,17 @@ tools: .tools/.complete ## Real helm, kubectl, promtool and prometheus for the t
 
 unit: $(STAMP) tools ## The quick tests only, on all cores at once
 	$(BIN)/pytest -m 'not slow and not cluster' --numprocesses auto $(ARGS) || [ $$? = 5 ]
+
+optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no check may be an assert
+	PYTHONOPTIMIZE=1 $(BIN)/pytest --numprocesses auto -p no:cacheprovider -W ignore::pytest.PytestConfigWarning $(addprefix tests/,\
+		unit/rpc unit/kv unit/transfer unit/test_damaged_files.py unit/model/test_damaged_headers.py transfer/test_violations.py \
+		unit/gateway/test_access.py unit/gateway/test_bad_input.py unit/gateway/test_both_doors.py unit/gateway/test_keys.py) $(ARGS)
+
+audit: $(STAMP) ## What is known against installed packages (pip-audit); says so where nobody can be asked
+	@$(BIN)/python tests/audit.py audit
+
+sbom: $(STAMP) ## All installed packages, as CycloneDX, in build/sbom.json
+	@$(BIN)/python tests/audit.py sbom
 
 bench: $(STAMP) ## Measure the speed floor, as ratios in one run
 	$(BIN)/python tests/benchmarks/prefill.py $(ARGS)

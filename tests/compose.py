@@ -21,18 +21,24 @@ from nodes import ENVIRONMENT, ROOT
 
 @dataclass(frozen=True)
 class Service:
-    """What a container would run. ``healthcheck`` is empty where there is none."""
+    """What a container would run. ``healthcheck`` is empty where there is none; ``volumes`` are names, by target."""
 
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
     mounts: Mapping[str, Path]
+    volumes: Mapping[str, str]
     healthcheck: tuple[str, ...]
 
-    def start(self, network: Network, *, program: Path | None = None) -> None:
-        """``program`` stands for the image's own, where the service names none."""
+    def start(self, network: Network, *, program: Path | None = None, folder: Path | None = None) -> None:
+        """``program`` stands for the image's own, where the service names none. Volumes are in ``folder``, if given."""
         command = self.command if program is None else (str(program), *self.command)
-        network.start(self.name, command, {**ENVIRONMENT, **self.environment}, self.mounts)
+        mounts = dict(self.mounts)
+        if folder is not None:
+            for target, volume in self.volumes.items():
+                mounts[target] = folder / volume
+                mounts[target].mkdir(mode=0o700, exist_ok=True)
+        network.start(self.name, command, {**ENVIRONMENT, **self.environment}, mounts)
 
 
 @cache
@@ -65,7 +71,8 @@ def _service(name: str, fields: Mapping[str, Any]) -> Service:
             # One of Docker's own, named by an option: a host has /run for what it writes.
             command = tuple(word.replace(f"={volume['target']}", f"=/run{volume['target']}") for word in command)
     mounts = {volume["target"]: Path(volume["source"]) for volume in volumes if volume["type"] == "bind"}
-    return Service(name, command, fields.get("environment") or {}, mounts, _words(check[1:]))
+    own = {volume["target"]: volume["source"] for volume in volumes if volume["type"] == "volume"}
+    return Service(name, command, fields.get("environment") or {}, mounts, own, _words(check[1:]))
 
 
 def _words(command: str | list[str] | None) -> tuple[str, ...]:

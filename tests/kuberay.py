@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +15,25 @@ _URL = "http://gateway:8265/api/serve/applications/"
 _HEADERS = {"x-ray-authorization": f"Bearer {ENVIRONMENT['RAY_AUTH_TOKEN']}"}
 
 
-def start_head(network: Network, params: Mapping[str, str], environment: Mapping[str, str] | None = None) -> None:
+def start_head(
+    network: Network,
+    params: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
+    mounts: Mapping[str, Path] | None = None,
+) -> None:
     """The head, on the host gateway. ``params`` are ``rayStartParams``."""
-    _start(network, "gateway", {"head": "", "port": "6379", "dashboard-host": "0.0.0.0", **params}, environment)
+    params = {"head": "", "port": "6379", "dashboard-host": "0.0.0.0", **params}
+    _start(network, "gateway", params, environment, mounts)
 
 
 def start_worker(
-    network: Network, name: str, params: Mapping[str, str], environment: Mapping[str, str] | None = None
+    network: Network,
+    name: str,
+    params: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
+    mounts: Mapping[str, Path] | None = None,
 ) -> None:
-    _start(network, name, {"address": "gateway:6379", **params}, environment)
+    _start(network, name, {"address": "gateway:6379", **params}, environment, mounts)
 
 
 def deploy(client: Client, config: Mapping[str, Any]) -> None:
@@ -31,10 +42,18 @@ def deploy(client: Client, config: Mapping[str, Any]) -> None:
     client.until(lambda: _all_run(client))
 
 
-def _start(network: Network, name: str, params: Mapping[str, str], environment: Mapping[str, str] | None) -> None:
+def _start(
+    network: Network,
+    name: str,
+    params: Mapping[str, str],
+    environment: Mapping[str, str] | None,
+    mounts: Mapping[str, Path] | None,
+) -> None:
     # Values are words of a shell, and bring their own quotes where they need any.
     options = " ".join(f"--{key}={value}" if value else f"--{key}" for key, value in params.items())
-    network.start(name, ["sh", "-c", f"exec ray start --block {options}"], {**ENVIRONMENT, **(environment or {})})
+    network.start(
+        name, ["sh", "-c", f"exec ray start --block {options}"], {**ENVIRONMENT, **(environment or {})}, mounts
+    )
 
 
 def _all_run(client: Client) -> bool:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import operator
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from cryptography import x509
 
 import compose
 import tools
@@ -24,10 +28,14 @@ from nodes import (
     assert_each_role_has_its_node,
     assert_hands_off,
 )
+from shoal.certs import ROLES
+from shoal.config import ShoalConfig
+from shoal.rpc.certificates import CHAIN_FILE, KEY_FILE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 PROMETHEUS = "http://prometheus:9090"
+SHOAL = Path(sys.executable).with_name("shoal")
 DASHBOARD = ROOT / "deploy" / "grafana" / "shoal.json"
 # What Grafana puts in, for a panel of a few hours and the data source's default scrape interval.
 VARIABLES = {"$__rate_interval": "1m", "$__interval": "15s"}
@@ -40,11 +48,19 @@ READY = '"ready"'
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("volumes")
+
+
+@pytest.fixture(scope="module")
+def client(volumes: Path) -> Iterator[Client]:
     services = compose.services()
     with network(*HOSTS, "prometheus") as hosts:
+        # On a host that another service then has: it ends before they begin.
+        replace(services["certs"], name="gateway").start(hosts, program=SHOAL, folder=volumes)
+        assert hosts.process("gateway").ended(within_s=60) == 0, hosts.process("gateway").tail()
         for name in ("gateway", "prefill", "decode"):
-            services[name].start(hosts)
+            services[name].start(hosts, folder=volumes)
         found = Client(hosts)
         # 200 as soon as decode can answer, which it does without prefill, too.
         found.until(lambda: found.get(f"{URL}/readyz"), lambda answer: answer.status == 200 and READY in answer.body)
@@ -53,6 +69,24 @@ def client() -> Iterator[Client]:
 
 def test_a_completion_crosses_from_the_prefill_node_to_the_decode_node(client: Client):
     assert_hands_off(client)
+
+
+def test_it_crosses_by_tls_with_the_certificates_that_were_made(client: Client, volumes: Path):
+    look = client.look()
+    for role in ROLES:
+        found = x509.load_pem_x509_certificate((volumes / f"{role}-certs" / CHAIN_FILE).read_bytes())
+        expires_s = found.not_valid_after_utc.timestamp()
+        assert look.metric("shoal_certificate_expiry_timestamp_seconds", role=role) == expires_s
+    port = ShoalConfig().handoff.port_range.first
+    asked = f"import ssl; print(ssl.get_server_certificate(('decode', {port})))"
+    shown = client.network.run("client", [sys.executable, "-c", asked])
+    assert shown.stdout.strip() == (volumes / "decode-certs" / CHAIN_FILE).read_text().strip(), shown.stderr
+
+
+def test_a_node_has_its_own_role_s_key_and_no_other(client: Client):
+    for role in ROLES:
+        found = client.network.execute(role, ["find", "/etc/shoal/certs", "-name", "*.key"])
+        assert found.stdout.split() == [f"/etc/shoal/certs/{role}/{KEY_FILE}"]
 
 
 def test_each_role_has_its_node(client: Client):
@@ -137,11 +171,11 @@ def has_numbers(samples: Sequence[dict[str, Any]]) -> bool:
 # --- what ends, Compose starts again: `restart: unless-stopped` -----------------------------------------
 
 
-def test_nodes_of_the_pools_that_were_killed_join_again(client: Client):
+def test_nodes_of_the_pools_that_were_killed_join_again(client: Client, volumes: Path):
     pools = ("prefill", "decode")
     gone = {replica for replica in client.replicas() if replica[0] in pools}
     for name in pools:
-        compose.services()[name].start(client.network)
+        compose.services()[name].start(client.network, folder=volumes)
 
     def all_are_new(seen: set[tuple[str, str]]) -> bool:
         return not seen & gone and {role for role, _ in seen} == {"gateway", *pools}
@@ -151,13 +185,13 @@ def test_nodes_of_the_pools_that_were_killed_join_again(client: Client):
 
 
 # The last one: no cluster is left.
-def test_a_gateway_whose_ray_died_ends_and_so_do_nodes_that_lost_their_head(client: Client):
+def test_a_gateway_whose_ray_died_ends_and_so_do_nodes_that_lost_their_head(client: Client, volumes: Path):
     hosts = client.network
     killed = hosts.execute("gateway", ["pkill", "-KILL", "-x", "raylet"])
     assert killed.returncode == 0, killed.stderr
     assert hosts.process("gateway").ended(within_s=60) != 0
     # Anywhere: of Ray's last words, which go on after it, there are more or fewer each time.
     assert "Ray has ended" in hosts.process("gateway").log.read_text()
-    compose.services()["gateway"].start(hosts)
+    compose.services()["gateway"].start(hosts, folder=volumes)
     for name in ("prefill", "decode"):
         assert hosts.process(name).ended(within_s=120) != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,16 +11,25 @@ import yaml
 import kuberay
 from netns import network
 from nodes import HOSTS, ROOT, Client, assert_each_role_has_its_node, assert_hands_off
+from shoal.certs import make_certificates
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    folder = tmp_path_factory.mktemp("certs")
+    make_certificates(folder, days=1)
+
+    def mounts(role: str) -> dict[str, Path]:
+        return {f"/etc/shoal/certs/{role}": folder / role}
+
     with network(*HOSTS) as hosts:
-        kuberay.start_head(hosts, {"num-cpus": "0", "resources": """'{"gateway": 1}'"""})
+        params = {"num-cpus": "0", "resources": """'{"gateway": 1}'"""}
+        kuberay.start_head(hosts, params, mounts=mounts("gateway"))
         for pool in ("prefill", "decode"):
-            kuberay.start_worker(hosts, pool, {"num-cpus": "1", "resources": f"""'{{"{pool}": 1}}'"""})
+            params = {"num-cpus": "1", "resources": f"""'{{"{pool}": 1}}'"""}
+            kuberay.start_worker(hosts, pool, params, mounts=mounts(pool))
         found = Client(hosts)
         kuberay.deploy(found, yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text(encoding="utf-8")))
         yield found

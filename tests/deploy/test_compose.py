@@ -16,8 +16,10 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from ray.scripts import scripts as ray_commands
+from typer.testing import CliRunner
 
 from shoal.app.graph import demand
+from shoal.cli import app
 from shoal.config import ShoalConfig, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +120,7 @@ def test_pools_join_the_gateways_cluster(shipped: dict[str, Any]) -> None:
     for name in ("prefill", "decode"):
         pool = ray_start(shipped[name])
         assert pool["block"] and pool["address"] == f"gateway:{head['port']}"
-        assert shipped[name]["depends_on"].keys() == {"gateway"}
+        assert shipped[name]["depends_on"].keys() == {"certs", "gateway"}
 
 
 def test_rays_object_store_fits_into_shared_memory(shipped: dict[str, Any]) -> None:
@@ -136,6 +138,7 @@ def test_the_gateway_waits_for_the_nodes_and_everybody_is_reached_by_the_nodes_a
 
 def test_pools_are_restarted_when_the_cluster_they_joined_is_gone(shipped: dict[str, Any]) -> None:
     assert {shipped[name]["restart"] for name in NODES} == {"unless-stopped"}
+    assert shipped["certs"]["restart"] == "no"
 
 
 def test_open_requests_may_finish_before_the_gateway_is_killed(
@@ -143,6 +146,51 @@ def test_open_requests_may_finish_before_the_gateway_is_killed(
 ) -> None:
     grace_s = float(shipped["gateway"]["stop_grace_period"].removesuffix("s"))
     assert grace_s > 2 * configuration(shipped, monkeypatch).handoff.drain_s
+
+
+# --- certificates ---------------------------------------------------------------------------------------
+
+
+def volumes(service: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Docker's own by what they are mounted at: their names, and whether they are only read."""
+    return {
+        one["target"]: (one["source"], one.get("read_only", False))
+        for one in service.get("volumes", ())
+        if one["type"] == "volume"
+    }
+
+
+def test_certificates_are_made_before_any_node_starts(
+    shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tls = configuration(shipped, monkeypatch).tls
+    assert tls is not None and tls != "off"
+    command, folder, *options = shipped["certs"]["command"]
+    assert (command, folder) == ("certs", str(tls.folder))
+    # Also where they are there already, as after the first start.
+    for _ in range(2):
+        assert CliRunner().invoke(app, [command, str(tmp_path), *options]).exit_code == 0
+    for name in NODES:
+        assert shipped[name]["depends_on"]["certs"]["condition"] == "service_completed_successfully"
+
+
+def test_a_node_reads_its_own_role_s_certificate_and_none_the_authority_s_key(
+    shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = configuration(shipped, monkeypatch).tls
+    assert tls is not None and tls != "off"
+    made = volumes(shipped["certs"])
+    assert made.keys() == {str(tls.folder), *(str(tls.folder / name) for name in NODES)}
+    assert not any(is_read_only for _, is_read_only in made.values())
+    for name in NODES:
+        home = str(tls.folder / name)
+        assert volumes(shipped[name]) == {home: (made[home][0], True)}
+
+
+def test_what_a_volume_is_mounted_at_is_the_user_s_in_the_image(shipped: dict[str, Any]) -> None:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    [line] = re.findall(r"install --directory --owner shoal --group shoal --mode 0755 \\\n *(.+)\n", dockerfile)
+    assert set(line.split()) == volumes(shipped["certs"]).keys()
 
 
 # --- from outside ---------------------------------------------------------------------------------------
@@ -171,7 +219,7 @@ def test_no_container_may_do_more_than_it_needs(shipped: dict[str, Any]) -> None
 
 
 def test_images_of_others_are_pinned(shipped: dict[str, Any]) -> None:
-    others = [service["image"] for name, service in shipped.items() if name not in NODES]
+    others = [service["image"] for name, service in shipped.items() if name not in (*NODES, "certs")]
     assert others and all(re.fullmatch(r".+:v?\d+\.\d+\.\d+", image) for image in others)
 
 

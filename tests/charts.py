@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 import tools
+from shoal.messages import Role
 
 CHART = Path(__file__).parents[1] / "helm" / "shoal"
 RELEASE = "fish"
@@ -74,6 +76,18 @@ def shoal_config(ray_service: Object) -> Object:
     return arguments
 
 
+def certificates(objects: Sequence[Object], folder: Path) -> dict[Role, Path]:
+    """Below ``folder`` by role, the files that the pods of a role find in its Secret."""
+    homes: dict[Role, Path] = {}
+    for role in get_args(Role):
+        (secret,) = (each for each in objects if each["kind"] == "Secret" and f"-{role}-" in each["metadata"]["name"])
+        homes[role] = folder / role
+        homes[role].mkdir()
+        for name, content in secret["data"].items():
+            (homes[role] / name).write_bytes(base64.b64decode(content))
+    return homes
+
+
 def head(ray_service: Object) -> Object:
     """The head's group: ``rayStartParams`` and ``template``."""
     group: Object = ray_service["spec"]["rayClusterConfig"]["headGroupSpec"]
@@ -122,6 +136,8 @@ PRODUCTION: Mapping[str, Any] = {
         "tls": {"existingSecret": "tls", "clientCa": True},
         "service": {"type": "LoadBalancer", "annotations": {"cloud": "c"}},
     },
+    "tls": {"from": "cert-manager", "issuer": {"name": "shoal", "kind": "ClusterIssuer"}},
+    "apiKeys": {"existingSecret": "keys", "clientSecret": "key"},
     "config": {"decode": {"kv_pool_bytes": 34359738368}, "handoff": {"drain_s": 5}, "log": {"level": "warning"}},
     "auth": {"existingSecret": "token"},
     "gcsFaultTolerance": {"redisAddress": "redis://redis:6379", "existingSecret": "redis"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,12 +17,17 @@ SCRIPT = charts.CHART / "files" / "completion.py"
 
 
 @contextmanager
-def gateway(*, counts: bool) -> Iterator[str]:
-    """A server that is gateway and replica at once; with ``counts``, a completion of a long prompt is one hand-off."""
+def gateway(*, counts: bool, key: str = "") -> Iterator[str]:
+    """A server that is gateway and replica at once; with ``counts``, a completion of a long prompt is one hand-off.
+
+    The gateway wants ``key``, and the replica's metrics must not be shown it.
+    """
     num_transfers = 3
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if not self._is_admitted():
+                return
             answers = {
                 "/v1/models": json.dumps({"data": [{"id": "fish"}]}),
                 "/metrics/targets": json.dumps([{"targets": [self.headers["host"]], "labels": {}}]),
@@ -31,10 +37,18 @@ def gateway(*, counts: bool) -> Iterator[str]:
 
         def do_POST(self) -> None:
             nonlocal num_transfers
+            if not self._is_admitted():
+                return
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if (self.path, asked["model"]) == ("/v1/completions", "fish"):
                 num_transfers += counts and len(asked["prompt"].split()) > 300
                 self._answer(json.dumps({"choices": [{"text": " it is safe."}]}))
+
+        def _is_admitted(self) -> bool:
+            wanted = f"Bearer {key}" if key and self.path != "/metrics" else None
+            if self.headers["authorization"] != wanted:
+                self.send_error(401)
+            return bool(self.headers["authorization"] == wanted)
 
         def _answer(self, body: str) -> None:
             self.send_response(200)
@@ -55,14 +69,24 @@ def gateway(*, counts: bool) -> Iterator[str]:
         server.server_close()
 
 
-def run(url: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, url], capture_output=True, text=True, timeout=60, check=False)
+def run(url: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **({} if key is None else {"SHOAL_API_KEY": key})}
+    return subprocess.run(
+        [sys.executable, SCRIPT, url], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_an_answer_by_way_of_prefill_passes() -> None:
     with gateway(counts=True) as url:
         done = run(url)
     assert (done.returncode, done.stdout) == (0, " it is safe.\n1 counted\n")
+
+
+def test_where_the_gateway_wants_a_key_it_gets_one_and_nobody_else_does() -> None:
+    with gateway(counts=True, key="sk-shoal-test") as url:
+        assert run(url, "sk-shoal-test").returncode == 0
+        refused = run(url)
+    assert refused.returncode == 1 and "401" in refused.stderr
 
 
 def test_an_answer_without_a_hand_off_fails() -> None:

@@ -60,6 +60,30 @@ CONTRADICTIONS: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {**TLS, "config": {"gateway": {"grpc_port": 0}}},
         "gateway.tls.existingSecret: of no use while config.gateway.grpc_port is 0",
     ),
+    "certificates twice": ({"config": {"tls": {"folder": "a"}}}, "config.tls: set tls.from instead"),
+    "plain text twice": ({"config": {"tls": "off"}}, "config.tls: set tls.from instead"),
+    "secrets of two roles": (
+        {"tls": {"from": "secrets", "secrets": {"gateway": "a", "decode": "b"}}},
+        "tls.secrets.prefill: name a Secret with ca.crt, tls.crt and tls.key, for prefill.shoal.internal",
+    ),
+    "a secret that nobody reads": (
+        {"tls": {"secrets": {"decode": "b"}}},
+        "tls.secrets.decode: of no use unless tls.from is secrets",
+    ),
+    "no issuer": ({"tls": {"from": "cert-manager"}}, "tls.issuer.name: name an issuer of cert-manager's"),
+    "an issuer that nobody asks": (
+        {"tls": {"issuer": {"name": "a"}}},
+        "tls.issuer.name: of no use unless tls.from is cert-manager",
+    ),
+    "keys twice": ({"config": {"gateway": {"keys_file": "a"}}}, "config.gateway.keys_file: set apiKeys.existingSecret"),
+    "keys that Prometheus hasn't": (
+        {"apiKeys": {"existingSecret": "keys"}},
+        "apiKeys.clientSecret: name a Secret with metrics-key and test-key",
+    ),
+    "a key that nobody asks for": (
+        {"apiKeys": {"clientSecret": "key"}},
+        "apiKeys.clientSecret: of no use without apiKeys.existingSecret",
+    ),
     "a password without Redis": (
         {"gcsFaultTolerance": {"existingSecret": "redis"}},
         "gcsFaultTolerance.existingSecret: needs gcsFaultTolerance.redisAddress",
@@ -124,6 +148,8 @@ MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "no replica": ({"prefill": {"replicas": 0}}, "at '/prefill/replicas'"),
     "half a GPU": ({"prefill": {"num_gpus": 0.5}}, "at '/prefill/num_gpus'"),
     "a level that isn't": ({"config": {"log": {"level": "loud"}}}, "at '/config/log/level'"),
+    "certificates from nowhere": ({"tls": {"from": "vault"}}, "at '/tls/from'"),
+    "half a role": ({"tls": {"secrets": {"decoder": "a"}}}, "additional properties 'decoder' not allowed"),
     "root": ({"podSecurityContext": {"runAsUser": 0}}, "at '/podSecurityContext/runAsUser'"),
     "a Redis without a scheme": ({"gcsFaultTolerance": {"redisAddress": "redis:6379"}}, "redisAddress"),
     "no quantity": ({"prefill": {"shmSize": "half a gig"}}, "at '/prefill/shmSize'"),
@@ -161,6 +187,8 @@ FINE: Mapping[str, Mapping[str, Any]] = {
     "just enough shared memory": {"head": {"shmSize": "128Mi"}, "decode": {"shmSize": "0.125Gi"}},
     "sizes of all kinds": {"head": {"shmSize": 2e8}, "prefill": {"shmSize": "135M"}, "decode": {"shmSize": "1Ti"}},
     "quantities of all kinds": {"head": {"resources": {"limits": {"cpu": "500m", "memory": "1e9"}}}},
+    "plain text, as YAML reads off": {"tls": {"from": False}},
+    "plain text": {"tls": {"from": "off"}},
     "no limits": {"head": {"resources": {"limits": None}}},
 }
 

@@ -89,6 +89,19 @@ def test_other_objects_are_what_their_operators_take(values: Mapping[str, Any], 
     jsonschema.validate(charts.only(charts.rendered(values, apis=MONITORING), kind), crd(OTHERS[kind]))
 
 
+def certificates() -> list[Object]:
+    return [each for each in charts.rendered(PRODUCTION) if each["kind"] == "Certificate"]
+
+
+def test_certificates_have_the_fields_that_we_know() -> None:
+    assert len(certificates()) == 3
+    for each in certificates():
+        jsonschema.validate(each, ours("Certificate"))
+    unknown = {**each, "spec": {**each["spec"], "fieldOfNobody": []}}
+    with pytest.raises(jsonschema.ValidationError, match="fieldOfNobody"):
+        jsonschema.validate(unknown, ours("Certificate"))
+
+
 def with_an_unknown_field(kind: str) -> Object:
     found = charts.only(charts.rendered(apis=MONITORING), kind)
     found["spec"]["fieldOfNobody"] = []

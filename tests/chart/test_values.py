@@ -25,10 +25,20 @@ OTHERS: Mapping[str, Any] = {
     "gateway.service.type": "NodePort",
     "config": {"log": {"format": "console"}},
     "gcsFaultTolerance.redisAddress": "redis://other:6379",
+    "tls.from": "off",
+    "tls.issuer.kind": "Issuer",
     "upgrade.type": "None",
     "serviceAccount.create": False,
     "monitoring.scrapeConfig.enabled": False,
     "monitoring.prometheusRule.enabled": False,
+}
+
+
+SECRETS = {"gateway": "g", "prefill": "p", "decode": "d"}
+# What counts only with another choice than that of EVERYTHING.
+CHOICES: Mapping[str, Any] = {
+    "tls.from": {"from": "secrets", "secrets": SECRETS},
+    **{f"tls.secrets.{role}": {"from": "secrets", "secrets": SECRETS} for role in SECRETS},
 }
 
 
@@ -81,7 +91,13 @@ def everything() -> str:
 @pytest.mark.parametrize("path", [path for path, _ in leaves(DEFAULTS)])
 def test_a_value_that_changes_changes_what_is_rendered(path: str, everything: str) -> None:
     value = OTHERS.get(path, other_than(at(EVERYTHING, path, at(DEFAULTS, path))))
-    assert charts.text_of(with_value(EVERYTHING, path, value), apis=MONITORING) != everything
+    chosen, before = EVERYTHING, everything
+    if path in CHOICES:
+        chosen = with_value(EVERYTHING, path.partition(".")[0], CHOICES[path])
+        before = charts.text_of(chosen, apis=MONITORING)
+    if path == "tls.from":
+        chosen = with_value(chosen, "tls", {})  # secrets would be of no use
+    assert charts.text_of(with_value(chosen, path, value), apis=MONITORING) != before
 
 
 def described(schema: Mapping[str, Any], node: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kuberay
-from charts import container, head, only, rendered, serve_config, worker_groups
+from charts import Object, certificates, container, head, only, rendered, serve_config, worker_groups
 from netns import network
 from nodes import ENVIRONMENT, HOSTS, Client, Question, assert_each_role_has_its_node, assert_hands_off
 
@@ -20,20 +21,43 @@ OTHER = "prefill-2"
 
 
 @pytest.fixture(scope="module")
-def groups() -> dict[str, Group]:
+def objects() -> list[Object]:
+    return rendered()  # once: its certificates are others each time
+
+
+@pytest.fixture(scope="module")
+def groups(objects: list[Object]) -> dict[str, Group]:
     """By the host that carries a pod of each."""
-    service = only(rendered(), "RayService")
+    service = only(objects, "RayService")
     return {"gateway": head(service), **worker_groups(service)}
 
 
 @pytest.fixture(scope="module")
-def client(groups: dict[str, Group]) -> Iterator[Client]:
+def mounts(
+    objects: list[Object], groups: dict[str, Group], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Path]]:
+    """By the same hosts, the Secret of its role where its pod mounts it."""
+    homes = certificates(objects, tmp_path_factory.mktemp("secrets"))
+    return {
+        role: {
+            mount["mountPath"]: homes[role]
+            for mount in container(groups[role])["volumeMounts"]
+            if mount["name"] == "certs"
+        }
+        for role in homes
+    }
+
+
+@pytest.fixture(scope="module")
+def client(objects: list[Object], groups: dict[str, Group], mounts: dict[str, dict[str, Path]]) -> Iterator[Client]:
     with network(*HOSTS, OTHER) as hosts:
-        kuberay.start_head(hosts, groups["gateway"]["rayStartParams"], environment(groups["gateway"]))
+        head_group = groups["gateway"]
+        kuberay.start_head(hosts, head_group["rayStartParams"], environment(head_group), mounts["gateway"])
         for pool in ("prefill", "decode"):
-            kuberay.start_worker(hosts, pool, groups[pool]["rayStartParams"], environment(groups[pool]))
+            group = groups[pool]
+            kuberay.start_worker(hosts, pool, group["rayStartParams"], environment(group), mounts[pool])
         found = Client(hosts)
-        kuberay.deploy(found, serve_config(only(rendered(), "RayService")))
+        kuberay.deploy(found, serve_config(only(objects, "RayService")))
         yield found
 
 
@@ -68,10 +92,12 @@ def test_the_probes_of_every_pod_succeed(client: Client, groups: dict[str, Group
     ]
 
 
-def test_a_pod_that_goes_away_hands_its_replica_over_first(client: Client, groups: dict[str, Group]):
+def test_a_pod_that_goes_away_hands_its_replica_over_first(
+    client: Client, groups: dict[str, Group], mounts: dict[str, dict[str, Path]]
+):
     """The hook that Kubernetes awaits: clients notice nothing, and then the pod may end."""
     group, hosts = groups["prefill"], client.network
-    kuberay.start_worker(hosts, OTHER, group["rayStartParams"], environment(group))
+    kuberay.start_worker(hosts, OTHER, group["rayStartParams"], environment(group), mounts["prefill"])
     command = container(group)["lifecycle"]["preStop"]["exec"]["command"]
     before = client.look()
     num_answered = 0

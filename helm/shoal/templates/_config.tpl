@@ -10,6 +10,7 @@ decode.replicas: decode.replicas
 decode.num_cpus: decode.num_cpus
 decode.num_gpus: decode.num_gpus
 gateway.tls: gateway.tls.existingSecret
+gateway.keys_file: apiKeys.existingSecret
 handoff.host: ""
 handoff.advertised_host: ""
 gateway.host: ""
@@ -38,6 +39,9 @@ ray.join_timeout_s: ""
 {{- if not (hasKey (default dict .Values.config.gateway) "reflection") -}}
 {{- $_ := set $gateway "reflection" false -}}
 {{- end -}}
+{{- if .Values.apiKeys.existingSecret -}}
+{{- $_ := set $gateway "keys_file" "/etc/shoal/keys/keys.yaml" -}}
+{{- end -}}
 {{- with .Values.gateway.tls -}}
 {{- if .existingSecret -}}
 {{- $tls := dict "cert_file" "/etc/shoal/tls/tls.crt" "key_file" "/etc/shoal/tls/tls.key" -}}
@@ -51,8 +55,9 @@ ray.join_timeout_s: ""
   "handoff" (dict "host" "auto")
   "metrics" (dict "host" "auto")
   "ray" (dict "address" "auto")
-  "tls" "off"
 -}}
+{{- $tls := dict "folder" "/etc/shoal/certs" -}}
+{{- $_ := set $derived "tls" (ternary "off" $tls (eq (include "shoal.tlsFrom" .) "off")) -}}
 {{- range $pool := list "prefill" "decode" -}}
 {{- $_ := set $derived $pool (pick (index $.Values $pool) "replicas" "num_cpus" "num_gpus") -}}
 {{- end -}}

@@ -27,6 +27,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- default (ternary (include "shoal.fullname" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name -}}
 {{- end -}}
 
+{{/* helm, cert-manager, secrets, or off, which YAML reads as false. */}}
+{{- define "shoal.tlsFrom" -}}
+{{- $from := toString .Values.tls.from -}}
+{{- ternary "off" $from (eq $from "false") -}}
+{{- end -}}
+
+{{/* The Secret with a role's certificate: (dict "root" . "role" "decode"). */}}
+{{- define "shoal.tlsSecret" -}}
+{{- default (printf "%s-%s-tls" (include "shoal.fullname" .root) .role) (get .root.Values.tls.secrets .role) -}}
+{{- end -}}
+
 {{/* Whether an optional object is made: (list . "auto|true|false" "api/version/Kind") gives "yes" or nothing. */}}
 {{- define "shoal.wanted" -}}
 {{- $root := index . 0 -}}

@@ -85,6 +85,19 @@ spec:
     - name: tls
       secret: {secretName: {{ $root.Values.gateway.tls.existingSecret }}}
     {{- end }}
+    {{- if ne (include "shoal.tlsFrom" $root) "off" }}
+    - name: certs
+      secret: {secretName: {{ include "shoal.tlsSecret" (dict "root" $root "role" (include "shoal.role" .)) }}, defaultMode: 0440}
+    {{- end }}
+    {{- if and (eq .component "head") $root.Values.apiKeys.existingSecret }}
+    - name: keys
+      secret: {secretName: {{ $root.Values.apiKeys.existingSecret }}, defaultMode: 0440}
+    {{- end }}
+{{- end -}}
+
+{{/* What Shoal's process in a pod is: the head carries the gateway. */}}
+{{- define "shoal.role" -}}
+{{- ternary "gateway" .component (eq .component "head") -}}
 {{- end -}}
 
 {{/* KubeRay adds `ray start`, the token, and what else is its own. */}}
@@ -131,6 +144,12 @@ spec:
     {{- end }}
     {{- if and $head .root.Values.gateway.tls.existingSecret }}
     - {name: tls, mountPath: /etc/shoal/tls, readOnly: true}
+    {{- end }}
+    {{- if ne (include "shoal.tlsFrom" .root) "off" }}
+    - {name: certs, mountPath: /etc/shoal/certs/{{ include "shoal.role" . }}, readOnly: true}
+    {{- end }}
+    {{- if and $head .root.Values.apiKeys.existingSecret }}
+    - {name: keys, mountPath: /etc/shoal/keys, readOnly: true}
     {{- end }}
 {{- end -}}
 

@@ -11,6 +11,7 @@
   {{- end -}}
 {{- end -}}
 {{- include "shoal.validatePorts" . -}}
+{{- include "shoal.validateSecrets" . -}}
 {{- range $key := list "skip_layers" "kv_dtype" -}}
   {{- $model := get (default dict $.Values.config.model) $key -}}
   {{- $ours := dict -}}
@@ -63,6 +64,33 @@
 {{- $grace := include "shoal.grace" . | int -}}
 {{- if lt (int .Values.drain.deadline_s) $grace -}}
   {{- fail (printf "drain.deadline_s: must be at least %d, the time in which a replica finishes and closes (config.ray.stop_timeout_s, config.handoff.drain_s, and 2 s)" $grace) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Certificates come from one place, and keys are for those, too, who ask for the operator. */}}
+{{- define "shoal.validateSecrets" -}}
+{{- if hasKey .Values.config "tls" -}}
+  {{- fail "config.tls: set tls.from instead, which is also where pods get their certificates from" -}}
+{{- end -}}
+{{- $from := include "shoal.tlsFrom" . -}}
+{{- range $role, $secret := .Values.tls.secrets -}}
+  {{- if and (eq $from "secrets") (not $secret) -}}
+    {{- fail (printf "tls.secrets.%[1]s: name a Secret with ca.crt, tls.crt and tls.key, for %[1]s.shoal.internal" $role) -}}
+  {{- else if and (ne $from "secrets") $secret -}}
+    {{- fail (printf "tls.secrets.%s: of no use unless tls.from is secrets" $role) -}}
+  {{- end -}}
+{{- end -}}
+{{- if and (eq $from "cert-manager") (not .Values.tls.issuer.name) -}}
+  {{- fail "tls.issuer.name: name an issuer of cert-manager's, one that signs for nobody else" -}}
+{{- else if and (ne $from "cert-manager") .Values.tls.issuer.name -}}
+  {{- fail "tls.issuer.name: of no use unless tls.from is cert-manager" -}}
+{{- end -}}
+{{- with .Values.apiKeys -}}
+  {{- if and .existingSecret (not .clientSecret) -}}
+    {{- fail "apiKeys.clientSecret: name a Secret with metrics-key and test-key: Prometheus and helm test need keys, too" -}}
+  {{- else if and .clientSecret (not .existingSecret) -}}
+    {{- fail "apiKeys.clientSecret: of no use without apiKeys.existingSecret" -}}
+  {{- end -}}
 {{- end -}}
 {{- end -}}
 

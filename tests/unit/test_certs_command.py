@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from shoal.certs import ROLES
 from shoal.cli import app
-from shoal.config import TlsConfig
+from shoal.config import ShoalConfig, TlsConfig
 from shoal.errors import ConfigError
 from shoal.gateway.tls import server_credentials
 from shoal.rpc.certificates import read_certificate
@@ -109,3 +109,52 @@ def test_the_gateways_will_do_for_its_clients_by_the_names_they_use(folder: Path
 def test_a_host_that_none_can_have_is_refused(tmp_path: Path, host: str):
     refused = certs(tmp_path, "--host", host)
     assert isinstance(refused.exception, ConfigError) and "neither a host name" in refused.exception.message
+
+
+# --- shoal serve --tls ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ShoalConfig]:
+    """What would have been served."""
+    configs: list[ShoalConfig] = []
+    monkeypatch.setattr("shoal.app.cluster.running", lambda config, *_args, **_kwargs: _Noted(config, configs))
+    return configs
+
+
+class _Noted:
+    def __init__(self, config: ShoalConfig, configs: list[ShoalConfig]) -> None:
+        configs.append(config)
+
+    def __enter__(self) -> None:
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_serve_takes_the_folder_wherever_replicas_run(
+    folder: Path, served: list[ShoalConfig], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(folder.parent)
+    assert CliRunner().invoke(app, ["serve", "--tls", folder.name]).exit_code == 0
+    [config] = served
+    assert config.tls is not None and config.tls != "off" and config.tls.folder == folder
+
+
+def test_serve_takes_off_and_leaves_a_configuration_s_own_word_otherwise(
+    folder: Path, tmp_path: Path, served: list[ShoalConfig]
+):
+    file = tmp_path / "shoal.yaml"
+    file.write_text(f"tls: {{folder: {folder}}}\nhandoff: {{host: 0.0.0.0}}\n")
+    assert CliRunner().invoke(app, ["serve", str(file)]).exit_code == 0
+    assert CliRunner().invoke(app, ["serve", str(file), "--tls", "off"]).exit_code == 0
+    assert [one.tls if one.tls in {None, "off"} else "a folder" for one in served] == ["a folder", "off"]
+
+
+def test_a_private_cluster_s_certificates_are_read_before_anything_starts(folder: Path, served: list[ShoalConfig]):
+    (folder / "decode" / "tls.key").unlink()
+    refused = CliRunner().invoke(app, ["serve", "--tls", str(folder)])
+    assert isinstance(refused.exception, ConfigError) and "decode/tls.key" in refused.exception.message
+    # Of a cluster that is joined, this host may have one role's alone.
+    assert CliRunner().invoke(app, ["serve", "--tls", str(folder), "--address", "auto"]).exit_code == 0
+    assert len(served) == 1

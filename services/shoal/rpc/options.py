@@ -23,6 +23,9 @@ MIN_PING_INTERVAL_S = 5
 INITIAL_RECONNECT_S = 0.1
 MAX_RECONNECT_S = 1.0
 
+HANDOFF_CONNECT_TIMEOUT_S = 2.0
+"""A handshake waits for Python at decode's end, which may be busy. After it, a prompt comes another way."""
+
 TOKEN_CONNECT_TIMEOUT_S = 5.0
 """A stream that can't be opened ends its requests, so that is not concluded sooner than from a missing ping."""
 
@@ -121,6 +124,6 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-HANDOFF_CHANNEL_OPTIONS = channel_options(HANDOFF_MAX_MESSAGE_BYTES)
+HANDOFF_CHANNEL_OPTIONS = channel_options(HANDOFF_MAX_MESSAGE_BYTES, HANDOFF_CONNECT_TIMEOUT_S)
 TOKEN_CHANNEL_OPTIONS = channel_options(HANDOFF_MAX_MESSAGE_BYTES, TOKEN_CONNECT_TIMEOUT_S)
 HANDOFF_SERVER_OPTIONS = server_options(HANDOFF_MAX_MESSAGE_BYTES)

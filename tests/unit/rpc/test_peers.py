@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ import pytest
 from kv_prompts import prompt
 from role_certificates import YESTERDAY, Roles
 from shoal.errors import ConfigError, PeerGone, ShoalError, UntrustedPeer
-from shoal.rpc.certificates import CHAIN_FILE, name_of
+from shoal.messages import Role
+from shoal.rpc import peers
+from shoal.rpc.certificates import CHAIN_FILE, Certificate, name_of, read_certificate
 from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS, HANDOFF_SERVER_OPTIONS
 from shoal.rpc.peers import CALLERS, PeerTls, RoleGate
 from shoal.rpc.ports import bind_first_free, join_address
@@ -152,6 +155,18 @@ async def test_without_a_certificate_of_ours_nobody_is_even_heard(roles: Roles, 
                 assert isinstance(await error_of(hand_off(channel)), PeerGone)
         # And yet it serves who may come.
         assert await both.running()
+
+
+async def test_a_handshake_may_take_a_while(roles: Roles, monkeypatch: pytest.MonkeyPatch):
+    def late(folder: Path, role: Role) -> Certificate:
+        threading.Event().wait(0.3)  # a decode process that is busy: longer than gRPC gives a connection by itself
+        return read_certificate(folder, role)
+
+    async with decode_server(roles) as address:
+        gateway = PeerTls(roles.folder, "gateway")
+        monkeypatch.setattr(peers, "read_certificate", late)
+        async with gateway.channel(address, HANDOFF_CHANNEL_OPTIONS) as channel:
+            assert (await error_of(follow(channel))).message == HEARD
 
 
 # --- at its clients -------------------------------------------------------------------------------------

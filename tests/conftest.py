@@ -20,8 +20,11 @@ from pathlib import Path
 
 import pytest
 
+import examples  # how hypothesis looks for them, in all tests
+
 # pytest makes checks of the assertions in tests, which hold under python -O, too; so it shall of those in helpers.
-pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
+_HELPERS = {path.stem for path in Path(__file__).parent.glob("*.py")}
+pytest.register_assert_rewrite(*sorted(_HELPERS - {examples.__name__}))
 
 EXIT_STATUS = pytest.StashKey[int]()
 

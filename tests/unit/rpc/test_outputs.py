@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from examples import examples
 from shoal.errors import ProtocolViolation
 from shoal.messages import Depth, FinishReason, HandoffReport, TokenLogprob, TokenOutput, TtftStages
 from shoal.rpc import outputs
@@ -114,11 +115,13 @@ def test_nothing_comes_after_the_end():
         reader.read(message(index=1))
 
 
+@examples(100)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_nothing_else(data: bytes):
     read_like_grpc(data)
 
 
+@examples(100, suppress_health_check=list(HealthCheck))
 @given(st.lists(some_output, min_size=1, max_size=3), st.data())
 def test_damaged_outputs_raise_nothing_else(sent: list[TokenOutput], data: st.DataObject):
     for number, output in enumerate(sent):

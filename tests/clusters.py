@@ -9,13 +9,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
-from shoal.app import Cluster, running
+from shoal.app import Cluster, Replicas, running
+from shoal.app.ray_settings import set_environment
 from shoal.chaos.look import Look, Scraped
 from shoal.config import ShoalConfig, load_config
 
@@ -47,13 +50,21 @@ class TestCluster:
         os.kill(entry.pid, signal.SIGKILL)
         self._num_blocks.pop(replica_id, None)
 
+    def replaced(self, *replica_ids: str) -> None:
+        """These have gone, and others have come."""
+        self.await_whole()
+        assert not {entry.replica_id for entry in self.live.replica_entries()} & set(replica_ids)
+        for replica_id in replica_ids:
+            self._num_blocks.pop(replica_id, None)
+
     def scale(self, role: str, replicas: int) -> None:
         """Let Serve add replicas to a pool, or stop some as it does on any shutdown; returns when it's done."""
         import ray  # not before the cluster has set Ray's environment
         from ray.serve._private.common import DeploymentID
         from ray.serve.context import _get_global_client
 
-        controller = _get_global_client()._controller
+        client: Any = _get_global_client()
+        controller = client._controller
         ray.get(controller.update_deployment_replicas.remote(DeploymentID(role, self.live.app), replicas))
         self.num_by_role[role] = replicas
         self._num_blocks.clear()
@@ -135,13 +146,25 @@ class TestCluster:
 
 
 @contextmanager
-def cluster(**overrides: Any) -> Iterator[TestCluster]:
+def _that_hang(config: ShoalConfig) -> Iterator[Replicas]:
+    """Replicas that can be made to hang."""
+    with pytest.MonkeyPatch.context() as patch:
+        tests = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent / "services")]))
+        set_environment(config)
+        from wedges import wedged  # not before: it imports Ray
+
+        yield wedged()
+
+
+@contextmanager
+def cluster(*, can_hang: bool = False, **overrides: Any) -> Iterator[TestCluster]:
     """A private cluster on free ports: float32, ten skipped layers, the paper's projection, or as ``overrides`` say."""
     model = {"dtype": "float32", "skip_layers": 10, "projector": "paper"} | overrides.pop("model", {})
     gateway = {"port": 0, "grpc_port": 0} | overrides.pop("gateway", {})
     config = load_config(model=model, gateway=gateway, **overrides)
     num_by_role = {"gateway": 1, "prefill": config.prefill.replicas, "decode": config.decode.replicas}
-    with running(config) as live:
+    with _that_hang(config) if can_hang else nullcontext() as replicas, running(config, replicas=replicas) as live:
         found = TestCluster(live.url, config, num_by_role, live)
         found.assert_nothing_held()
         yield found

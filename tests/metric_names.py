@@ -12,6 +12,7 @@ from shoal.telemetry import (
     CertificateMetrics,
     DecodeMetrics,
     GatewayMetrics,
+    HealthMetrics,
     PrefillMetrics,
     TransferMetrics,
     Transport,
@@ -33,6 +34,7 @@ def exposed() -> Mapping[str, frozenset[str]]:
     labels: dict[str, frozenset[str]] = {"up": TARGET_LABELS}
     for registry in (gateway, prefill, decode):
         CertificateMetrics(registry, lambda: 1.0)
+        HealthMetrics(registry)
         _touch_everything(registry)
         for family in text_string_to_metric_families(generate_latest(registry).decode()):
             for sample in family.samples:

@@ -302,6 +302,11 @@ class RayConfig(_Frozen):
         description="How long a replica that is stopped (a drained node, a smaller pool) may finish its answers; "
         "where all of it ends, that is handoff.drain_s.",
     )
+    stall_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        3.0,
+        description="How long a thread of a replica may have work and neither come any further nor compute; ten times "
+        "as long if it computes. Then the replica gets no more work, and Serve replaces it unless it goes on soon.",
+    )
     app_name: str = Field("shoal", description="The Ray Serve application; two on one cluster need two names.")
 
 

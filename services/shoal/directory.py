@@ -35,7 +35,10 @@ _NAMESPACE = "shoal"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One replica that is ready. Addresses are ``host:port``; ``handoff_address`` is decode's alone."""
+    """One replica that is ready, or was until a part of it stopped working.
+
+    Addresses are ``host:port``; ``handoff_address`` is decode's alone.
+    """
 
     app: str
     role: Role
@@ -45,6 +48,7 @@ class Entry:
     pid: int
     metrics_address: str
     handoff_address: str | None = None
+    is_healthy: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,11 @@ def unregister(entry: Entry) -> None:
     _delete("entry", entry)
 
 
+def publish_health(entry: Entry, is_healthy: bool) -> None:
+    """Let a replica that is registered get work, or none. Its metrics can be found all the same."""
+    register(dataclasses.replace(entry, is_healthy=is_healthy))
+
+
 def report_loading(role: Role, num_done: int, num_total: int) -> None:
     """Tell whoever waits for this replica how far its weights are."""
     replica_id = serve.get_replica_context().replica_id
@@ -96,7 +105,12 @@ def report_loading(role: Role, num_done: int, num_total: int) -> None:
 
 
 def living(app: str, role: Role | None = None) -> tuple[Entry, ...]:
-    """All ready replicas of ``app`` (of one role) whose process lives, sorted by role and id."""
+    """All ready replicas of ``app`` (of one role) whose process lives and is healthy, sorted by role and id."""
+    return tuple(entry for entry in registered(app, role) if entry.is_healthy)
+
+
+def registered(app: str, role: Role | None = None) -> tuple[Entry, ...]:
+    """The same with those that aren't healthy, and will be replaced."""
     return _living("entry", Entry, app, role)
 
 

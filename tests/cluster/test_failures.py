@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,7 +31,7 @@ PREFILL = {"replicas": 2, "max_step_tokens": 32}
 @pytest.fixture(scope="module")
 def live() -> Iterator[TestCluster]:
     gateway = {"grpc_port": free_port("127.0.0.1")}
-    with cluster(prefill=PREFILL, decode={"replicas": 2}, gateway=gateway) as found:
+    with cluster(can_hang=True, prefill=PREFILL, decode={"replicas": 2}, gateway=gateway) as found:
         yield found
 
 
@@ -213,6 +215,49 @@ def test_decode_dies_in_the_midst_of_an_answer(
     assert rise(before, after, "shoal_retries_total", reason="peer_gone") == 1
     assert rise(before, after, "shoal_resumes_total") == 1
     assert rise(before, after, "shoal_requests_total", status="200") == 1
+
+
+UNREADY_WITHIN_S = 5.0
+# Long enough to be handed over, and to be under way for a while.
+SOME = {str(start): list(range(start, start + 200)) for start in range(1000, 7000, 1000)}
+
+
+def forgotten(live: TestCluster, role: Any, num_left: int, within_s: float = UNREADY_WITHIN_S) -> None:
+    """Wait until the directory lists no more than ``num_left``: who isn't there gets no more work."""
+    deadline_s = time.monotonic() + within_s
+    while len(live.live.replica_entries(role)) > num_left:
+        assert time.monotonic() < deadline_s
+
+
+@contextmanager
+def both_at_work(live: TestCluster) -> Iterator[None]:
+    """Within the block, both decode replicas answer; whatever happens there, the answers are what they were before."""
+    asked = partial(live.complete, SOME, max_tokens=64, depth="shallow")
+    right = asked()
+    with ThreadPoolExecutor(1) as thread:
+        answers = thread.submit(asked)
+        while len(holders(live.look(), "shoal_kv_blocks", role="decode", state="used")) < 2:
+            assert not answers.done(), "it was answered before anything could happen to it"
+        yield
+        assert answers.result() == right
+
+
+def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestCluster):
+    """A decode replica's engine and a prefill replica's event loop: others finish what they had."""
+    from ray import serve  # not before the cluster has set Ray's environment
+
+    prefill = {entry.replica_id for entry in live.live.replica_entries("prefill")}
+    with both_at_work(live):
+        hangs = serve.get_deployment_handle("decode", live.live.app).wedge_engine.remote().result(timeout_s=20)
+        forgotten(live, "decode", num_left=1)
+        # Its metrics can still be found, and say which part it is.
+        assert live.look().each("shoal_component_healthy", component="engine")[hangs] == 0
+        serve.get_deployment_handle("prefill", live.live.app).wedge_loop.remote()
+        forgotten(live, "prefill", num_left=1)
+    live.await_whole()
+    left = {entry.replica_id for entry in live.live.replica_entries("prefill")} & prefill
+    live.replaced(hangs, *(prefill - left))
+    assert len(left) == 1
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -19,6 +19,7 @@ from shoal.telemetry import (
     CertificateMetrics,
     DecodeMetrics,
     GatewayMetrics,
+    HealthMetrics,
     PrefillMetrics,
     TransferMetrics,
     Transport,
@@ -128,12 +129,13 @@ def keys(kind: type[BaseModel], path: str = "") -> Iterator[str]:
 
 
 def test_metrics_that_are_named_exist() -> None:
-    registries = [CollectorRegistry() for _ in range(5)]
+    registries = [CollectorRegistry() for _ in range(6)]
     GatewayMetrics(registries[0], [])
     PrefillMetrics(registries[1])
     DecodeMetrics(registries[2])
     TransferMetrics(registries[3], Transport.GRPC)
     CertificateMetrics(registries[4], lambda: 0.0)
+    HealthMetrics(registries[5])
     known = {
         name
         for registry in registries

@@ -169,6 +169,8 @@ capabilities:
 - {name: USER, value: shoal}
 - {name: XDG_CACHE_HOME, value: /tmp/cache}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+# A replica whose engine hangs is ended at once: it can't finish its answers, and holds what its successor needs.
+- {name: RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS, value: "1"}
 {{- end -}}
 
 {{/*

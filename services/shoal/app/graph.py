@@ -22,6 +22,11 @@ MAX_ONGOING_REQUESTS = 1_000_000
 # Ray names a node by its address, as a resource of which there is 1: a little of it says "there".
 NODE_PREFIX = "node:"
 _THERE = 0.001
+# Serve asks each replica so often, and replaces it when three answers in a row were bad, or took so long. The replica
+# itself looks more often (watch.py), so that an answer is there at once; but on a machine that has too much to do, one
+# that is well may be late with it.
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 5.0
 # What a replica may need, beyond what its open requests may, to close its servers and its engine.
 CLOSE_S = 2.0
 
@@ -133,7 +138,8 @@ def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, An
     return serve.deployment(
         name=name,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        health_check_period_s=1,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=stop_s(config),
         graceful_shutdown_wait_loop_s=0.05,
         # On a machine of one's own, what failed once fails again; elsewhere a host may just have gone away.

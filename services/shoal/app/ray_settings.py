@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Ray reads some of these when it's imported, so it's imported after they are set. What the user has set wins.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A replica whose engine hangs can't finish its answers: it would be waited for all the same, for a minute and more,
+    # and would hold what its successor needs.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # A call that comes late, after Ray is down, would start another Ray.
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # Log lines of replicas arrive as they were written: JSON stays JSON.

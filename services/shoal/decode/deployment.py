@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayError
@@ -15,12 +16,12 @@ from ray.serve.handle import DeploymentHandle
 from shoal import directory, routes
 from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
-from shoal.errors import Unavailable
 from shoal.messages import GenerateRequest, Grant, HandoffOutcome
 from shoal.replica import host_of_handoff, host_of_this_node, known_error, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_server import Listener, Place, TokenServer
-from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
+from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
+from shoal.watch import Watch
 
 
 class DecodeReplica:
@@ -60,13 +61,26 @@ class DecodeReplica:
         self._entry = directory.entry_of_this_replica(
             "decode", metrics_address=join_address(host.advertised, metrics.port), handoff_address=address
         )
+        self._watch = Watch(
+            self._stage.heartbeats,
+            {
+                Component.METRICS_SERVER: metrics,
+                Component.ENGINE: self._stage.engine,
+                Component.HANDOFF_SERVER: self._stage.server,
+            },
+            limit_s=settings.ray.stall_timeout_s,
+            metrics=HealthMetrics(registry),
+            publish=partial(directory.publish_health, self._entry),
+        )
         await asyncio.to_thread(directory.register, self._entry)
+        self._watch.start()
 
     async def generate(self, request: GenerateRequest, listener: Listener) -> AsyncGenerator[Place, None]:
         """Continue one prompt; ending the iteration frees everything on both pools.
 
         Brings the place where ``listener`` gets the outputs, and is open until the last one is sent.
         """
+        self._watch.require_healthy()
         with bind_request(request.context.request_id), self._tokens.open(listener) as outlet:
             yield self._tokens.at(self._stage.desk.address)
             async with aclosing(self._stage.worker.generate(request)) as outputs:
@@ -87,11 +101,12 @@ class DecodeReplica:
         }
 
     async def check_health(self) -> None:
-        if not self._stage.engine.is_healthy:
-            raise Unavailable("the engine has stopped, or all of its last steps failed")
+        """Raises, and Serve replaces this replica, once one of its threads or servers doesn't work."""
+        self._watch.require_healthy()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_entry"):
+        if hasattr(self, "_watch"):
+            await self._watch.close()
             await asyncio.to_thread(directory.unregister, self._entry)
         await self._exits.aclose()
 

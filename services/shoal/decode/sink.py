@@ -6,11 +6,11 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from shoal.errors import InternalError
+from shoal.heartbeat import Heartbeat, SingleThread
 from shoal.kv.pool import KvPool
 from shoal.messages import Chunk, WireMode
 
@@ -29,9 +29,11 @@ class PoolSink:
     def __init__(self, pool: KvPool, project: Project | None = None) -> None:
         self._pool = pool
         self._project = project
-        self._copy_thread = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="shoal-copy", initializer=_compute_alone
-        )
+        self._copy_thread = SingleThread("copy", _compute_alone)
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        return self._copy_thread.heartbeat
 
     async def write(self, blocks: Sequence[int], chunk: Chunk) -> None:
         """Copy a verified chunk into the blocks that hold its tokens."""

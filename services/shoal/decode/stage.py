@@ -21,6 +21,7 @@ from shoal.engine.detokenizer import decode_with
 from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
+from shoal.heartbeat import Heartbeat
 from shoal.messages import Stage, WireMode
 from shoal.model.parameters import Parameters
 from shoal.model.rope import Rope
@@ -49,6 +50,8 @@ class DecodeStage:
     server: HandoffServer
     parameter_bytes: int
     registry: CollectorRegistry
+    heartbeats: tuple[Heartbeat, ...]
+    """Of all its threads."""
 
     async def counts(self) -> EngineCounts:
         return await self.engine.call(Engine.counts)
@@ -111,7 +114,8 @@ async def open_decode(
         prefill_remembers=config.prefill.reuse != "none",
     )
     try:
-        yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes, registry)
+        heartbeats = (engine.heartbeat, sink.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
+        yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes, registry, heartbeats)
     finally:
         await server.drain(config.handoff.drain_s)
         if nixl is not None:

@@ -16,6 +16,7 @@ from shoal.engine.events import FailureEvent, PromptEvent, Reservation, StepOutp
 from shoal.engine.runner import PrefillChunk
 from shoal.engine.thread import EngineThread
 from shoal.errors import InternalError, ShoalError, Unavailable
+from shoal.heartbeat import Heartbeat
 
 T = TypeVar("T")
 # A replica whose steps fail so often in a row is replaced: it isn't the requests' fault any more.
@@ -80,9 +81,14 @@ class EngineClient:
         self._thread = EngineThread(engine, asyncio.get_running_loop(), self._deliver, self._died, name=name)
 
     @property
-    def is_healthy(self) -> bool:
+    def is_serving(self) -> bool:
         """The thread lives, and its last steps did not all fail."""
         return self._thread.is_alive and self._num_failed_in_a_row < MAX_FAILED_STEPS
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """The thread's: a long step beats with every layer."""
+        return self._thread.heartbeat
 
     @contextmanager
     def open(self, request_id: str) -> Iterator[Inbox]:

@@ -46,6 +46,10 @@ class Engine:
         self._sequences: dict[str, dict[int, Sequence]] = {}
         self._finished_kv_bytes: list[int] = []
 
+    def told_of_progress(self, progressed: Callable[[], None]) -> None:
+        """Call it within a step, again and again: with every layer."""
+        self.runner.progressed = self.runner.decoder.progressed = progressed
+
     # --- commands -------------------------------------------------------------------------------------
 
     def submit_generate(

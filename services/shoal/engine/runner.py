@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -63,6 +63,7 @@ class Runner:
         self._device = decoder.parameters.embedding.device
         self.reads = ReadPlanner(pool.layout, self._device, decoder.spec.windows)
         self._is_apart = pool.layout.apart is not None
+        self.progressed: Callable[[], None] = lambda: None
 
     def run(self, plan: StepPlan) -> RunOutput:
         """Run one step; K/V of its rows are in the pool afterwards."""
@@ -148,6 +149,7 @@ class Runner:
             sequence = item.sequence
             if sequence.sampled:
                 continue
+            self.progressed()
             start = min(max(item.start, sequence.num_shipped), item.end)
             slots = self._index(self.pool.layout.slots(sequence.blocks, start, item.end))
             shallow = self.pool.read_layers(0, self.decoder.plan.num_kept, slots).cpu()

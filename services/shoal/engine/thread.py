@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.errors import Unavailable
+from shoal.heartbeat import Heartbeat
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
+        self.heartbeat = Heartbeat("engine")
+        engine.told_of_progress(self.heartbeat.beat)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -96,6 +99,7 @@ class EngineThread:
         may_run, counts = True, None  # the first look tells what an idle engine has
         try:
             while self._obey(wait=not may_run):
+                self.heartbeat.beat()
                 output = self._engine.step()
                 may_run = not output.is_idle
                 if may_run or output.wants_blocks or output.counts != counts:
@@ -104,6 +108,7 @@ class EngineThread:
         except Exception:  # noqa: BLE001 - the thread's edge: whoever waits is told below
             _log.exception("the engine thread failed")
         finally:
+            self.heartbeat.stop()
             self._on_loop(self._ended)
 
     def _ended(self) -> None:
@@ -116,10 +121,13 @@ class EngineThread:
     def _obey(self, *, wait: bool) -> bool:
         """Run all commands that are here (waiting for one first if told to). False once closed."""
         while True:
+            if wait:
+                self.heartbeat.rest()
             try:
                 command = self._commands.get(block=wait)
             except queue.Empty:
                 return True
+            self.heartbeat.beat()
             if command is None:
                 return False
             command(self._engine)

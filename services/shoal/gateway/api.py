@@ -12,9 +12,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import shoal
-from shoal.errors import InternalError, RequestError, Unavailable
+from shoal.errors import InternalError, RequestError, ShoalError, Unavailable
 from shoal.gateway.access import KeyGuard
-from shoal.gateway.backend import Backend
 from shoal.gateway.edge import RequestEdge
 from shoal.gateway.endpoint import chat_completions, completions
 from shoal.gateway.intake import Services
@@ -56,7 +55,7 @@ def create_app(
         Route("/v1/chat/completions", chat_completions(services), methods=["POST"]),
     ]
     _add_models(app, services.models)
-    _add_health(app, services.backend)
+    _add_health(app, services)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -79,16 +78,23 @@ def _add_models(app: FastAPI, models: tuple[ServedModel, ...]) -> None:
         return JSONResponse(_model_document(find_model(models, name)))
 
 
-def _add_health(app: FastAPI, backend: Backend) -> None:
+def _add_health(app: FastAPI, services: Services) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """This process answers."""
+        """This process answers, and all of its threads and servers work."""
+        try:
+            services.require_healthy()
+        except ShoalError as error:
+            return error_response(error)
         return JSONResponse({"status": "ok"})
 
     @app.get("/readyz")
     async def ready() -> Response:
         """Somebody behind it does, too."""
-        now = await backend.readiness()
+        try:
+            now = await services.readiness()
+        except ShoalError as error:
+            return error_response(error)
         document = {"status": now.status, "num_decode": now.num_decode, "num_prefill": now.num_prefill}
         if now.is_ready:
             return JSONResponse(document)

@@ -39,13 +39,17 @@ from shoal.replica import host_of_this_node, known_error, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.telemetry import (
+    Component,
     GatewayMetrics,
+    HealthMetrics,
+    MetricsServer,
     Target,
     configure_logging,
     new_registry,
     serve_metrics,
     targets_document,
 )  # fmt: skip
+from shoal.watch import Server, Watch
 
 _log = structlog.get_logger(__name__)
 
@@ -167,6 +171,7 @@ class GatewayReplica:
             metrics,
             wants_outline=settings.model.plan == "speed",
             keyring=None if settings.gateway.keys_file is None else Keyring(settings.gateway.keys_file),
+            require_healthy=self._require_healthy,
         )
         self._grpc_server: GrpcServer | None = None
         if settings.gateway.grpc_port:
@@ -187,7 +192,27 @@ class GatewayReplica:
         self._entry = directory.entry_of_this_replica(
             "gateway", metrics_address=join_address(host.advertised, server.port)
         )
+        self._watch = self._watch_over(metrics_server=server)
         await asyncio.to_thread(directory.register, self._entry)
+        self._watch.start()
+
+    def _watch_over(self, metrics_server: MetricsServer) -> Watch:
+        servers: dict[Component, Server | None] = {
+            Component.METRICS_SERVER: metrics_server,
+            Component.HTTP_SERVER: self._http_server,
+            Component.GRPC_SERVER: self._grpc_server,
+        }
+        return Watch(
+            (self._services.tokenizer.heartbeat,),
+            {name: server for name, server in servers.items() if server is not None},
+            limit_s=self._settings.ray.stall_timeout_s,
+            metrics=HealthMetrics(self._registry),
+            publish=partial(directory.publish_health, self._entry),
+        )
+
+    def _require_healthy(self) -> None:
+        if hasattr(self, "_watch"):  # its servers answer a little earlier
+            self._watch.require_healthy()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app(proxy_echoes_id=True)
@@ -201,13 +226,12 @@ class GatewayReplica:
         )
 
     async def _targets(self) -> list[Any]:
-        entries = await asyncio.to_thread(directory.living, self._settings.ray.app_name)
+        entries = await asyncio.to_thread(directory.registered, self._settings.ray.app_name)
         return list(targets_document(Target(entry.metrics_address, entry.role, entry.replica_id) for entry in entries))
 
     async def check_health(self) -> None:
-        """Raises, and Serve replaces this replica, once nobody can reach it."""
-        if self._http_server is not None and not self._http_server.is_serving:
-            raise Unavailable("the gateway's HTTP server has ended")
+        """Raises, and Serve replaces this replica, once one of its threads or servers doesn't work."""
+        self._require_healthy()
 
     async def drain(self) -> None:
         """Refuse what is new; return when all that is open has finished, or was ended after ``handoff.drain_s``."""
@@ -215,7 +239,8 @@ class GatewayReplica:
         await self._backend.drain(self._settings.handoff.drain_s)
 
     async def __del__(self) -> None:
-        if hasattr(self, "_entry"):
+        if hasattr(self, "_watch"):
+            await self._watch.close()
             await asyncio.to_thread(directory.unregister, self._entry)
             if not self._is_drained:
                 await self._leave()

@@ -6,6 +6,8 @@ unexpected errors to clients.
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
@@ -32,6 +34,12 @@ class GrpcServer:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._server: grpc.aio.Server | None = None
+        self._serving: asyncio.Task[bool] | None = None
+
+    @property
+    def is_serving(self) -> bool:
+        """From ``start`` to ``stop``, unless a defect ended it."""
+        return self._serving is not None and not self._serving.done()
 
     async def start(self, host: str, port: int) -> int:
         """Listen on ``port``, or on any free one if it's 0; returns it.
@@ -44,7 +52,7 @@ class GrpcServer:
             interceptors=(GrpcEdge(self._services.access),), options=_options(config.max_body_bytes)
         )
         InferenceService(self._services).add_to(server)
-        HealthService(self._services.backend.readiness, inference.SERVICE_NAME).add_to(server)
+        HealthService(self._services.readiness, inference.SERVICE_NAME).add_to(server)
         if config.reflection:
             names = (inference.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
@@ -58,6 +66,7 @@ class GrpcServer:
             raise ConfigError(f"{address} can't be bound: choose another --grpc-port, or 0 for none") from error
         await server.start()
         self._server = server
+        self._serving = asyncio.create_task(server.wait_for_termination())
         return bound
 
     async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from shoal.config import GatewayConfig
 from shoal.errors import Overloaded
 from shoal.gateway.access import Access, asking
-from shoal.gateway.backend import Backend, GatewayObserver
+from shoal.gateway.backend import Backend, GatewayObserver, Readiness
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
 from shoal.gateway.keys import Keyring
@@ -37,10 +37,17 @@ class Services:
     wants_outline: bool = False
     keyring: Keyring | None = None
     places: Places = field(default_factory=Places)
+    require_healthy: Callable[[], None] = lambda: None
+    """Raises the ShoalError that says which part of this process doesn't work."""
 
     @property
     def access(self) -> Access:
         return Access(self.keyring, self.observer)
+
+    async def readiness(self) -> Readiness:
+        """Of the pools behind. Raises a ShoalError where this process itself isn't healthy."""
+        self.require_healthy()
+        return await self.backend.readiness()
 
 
 async def take_in(

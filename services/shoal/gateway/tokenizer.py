@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +16,7 @@ from tokenizers.decoders import ByteLevel
 from shoal.engine.detokenizer import decode_with
 from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.gateway.schema import Message
+from shoal.heartbeat import Heartbeat, SingleThread
 from shoal.messages import PromptOutline
 
 if TYPE_CHECKING:
@@ -46,12 +46,17 @@ class Tokenizer:
         self._special_texts = {token_id: token.content for token_id, token in added if token.special}
         self._longest_token_bytes = _longest_token_bytes(self._backend)
         self._max_inline_chars = max_inline_chars
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._thread = SingleThread("tokenizer")
 
     @property
     def vocab_size(self) -> int:
         """Token ids are below this; added tokens count."""
         return len(self._tokenizer)
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """The thread's."""
+        return self._thread.heartbeat
 
     async def encode(self, text: str, *, max_tokens: int | None = None) -> tuple[int, ...]:
         """Ids of ``text`` with the special tokens that the tokenizer puts around a text.
@@ -119,7 +124,7 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the thread. Twice is a no-op."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _ids_of(self, messages: Sequence[Message], *, opens_answer: bool = True) -> tuple[int, ...]:
         """Nothing, if the template refuses them."""
@@ -147,7 +152,7 @@ class Tokenizer:
     async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
         if num_chars <= self._max_inline_chars:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 def _num_chars(messages: Sequence[Message]) -> int:

@@ -7,7 +7,7 @@ deep layers stores the states instead, which ``project`` makes those K/V of. A S
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,6 +81,8 @@ class Decoder:
         self._attend = attend
         self._rows = rows or TorchRows(spec)
         self._run_layers = run_layers
+        self.progressed: Callable[[], None] = lambda: None
+        """Called before each layer, and whatever else takes its time."""
         # Through float32 to the activations' dtype, as transformers rounds it.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 
@@ -134,6 +136,7 @@ class Decoder:
     def _project(self, states: torch.Tensor, rope: Rope) -> torch.Tensor:
         if self.parameters.projection is None:
             raise InternalError("a plan that projects, and no projection")
+        self.progressed()
         return self._rows.project(self.parameters.projection, states, rope)
 
     def _store_deep(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> None:
@@ -150,6 +153,7 @@ class Decoder:
             pool.write_layers(self.plan.num_kept, slots, self._project(hidden, rope))
 
     def _layer(self, index: int, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
+        self.progressed()
         layer = self.parameters.layers[index]
         mixed = self._attention(index, layer, self._rows.norm(hidden, layer.input_norm), rope, pool, reads)
         mixed = self._norm_if(mixed, layer.attention_post_norm)
@@ -185,5 +189,6 @@ class Decoder:
         norm, head = self.parameters.final_norm, self.parameters.lm_head
         if norm is None or head is None or rows.numel() == 0:
             return None
+        self.progressed()
         logits, cap = self._rows.linear(self._rows.norm(hidden[rows], norm), head), self.spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_() * cap

@@ -11,14 +11,14 @@ from typing import Any
 
 from shoal import directory
 from shoal.config import ShoalConfig
-from shoal.errors import Unavailable
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
 from shoal.replica import host_of_this_node, peer_tls
 from shoal.rpc.ports import join_address
-from shoal.telemetry import bind_request, configure_logging, new_registry, serve_metrics
+from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.transfer.base import Channel
 from shoal.transfer.channels.grpc import dial
+from shoal.watch import Watch
 
 
 class PrefillReplica:
@@ -42,10 +42,19 @@ class PrefillReplica:
         self._entry = directory.entry_of_this_replica(
             "prefill", metrics_address=join_address(host.advertised, metrics.port)
         )
+        self._watch = Watch(
+            self._stage.heartbeats,
+            {Component.METRICS_SERVER: metrics, Component.ENGINE: self._stage.engine},
+            limit_s=settings.ray.stall_timeout_s,
+            metrics=HealthMetrics(registry),
+            publish=partial(directory.publish_health, self._entry),
+        )
         await asyncio.to_thread(directory.register, self._entry)
+        self._watch.start()
 
     async def prefill(self, grant: Grant) -> HandoffOutcome:
         """Compute and ship one prompt; returns when its lease has ended."""
+        self._watch.require_healthy()
         with bind_request(grant.context.request_id):
             return await self._stage.worker.prefill(grant)
 
@@ -63,11 +72,12 @@ class PrefillReplica:
         }
 
     async def check_health(self) -> None:
-        if not self._stage.engine.is_healthy:
-            raise Unavailable("the engine has stopped, or all of its last steps failed")
+        """Raises, and Serve replaces this replica, once one of its threads or servers doesn't work."""
+        self._watch.require_healthy()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_entry"):
+        if hasattr(self, "_watch"):
+            await self._watch.close()
             await asyncio.to_thread(directory.unregister, self._entry)
         await self._exits.aclose()
 

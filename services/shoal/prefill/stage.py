@@ -17,6 +17,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
+from shoal.heartbeat import Heartbeat
 from shoal.messages import Stage, WireMode
 from shoal.prefill.worker import PrefillWorker
 from shoal.telemetry import PrefillMetrics
@@ -45,6 +46,8 @@ class PrefillStage:
     full_model_bytes: int
     parameter_names: tuple[str, ...]
     registry: CollectorRegistry
+    heartbeats: tuple[Heartbeat, ...]
+    """Of all its threads."""
 
     async def counts(self) -> EngineCounts:
         return await self.engine.call(Engine.counts)
@@ -86,7 +89,8 @@ async def open_prefill(
     worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
     names = tuple(name for name, _ in parameters.tensors())
     try:
-        yield PrefillStage(served, worker, engine, parameters.num_bytes, full_model_bytes, names, registry)
+        heartbeats = (engine.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
+        yield PrefillStage(served, worker, engine, parameters.num_bytes, full_model_bytes, names, registry, heartbeats)
     finally:
         await sessions.drain(config.handoff.drain_s)
         if nixl is not None:

@@ -2,8 +2,10 @@
 
 from shoal.telemetry.certificate import CertificateMetrics
 from shoal.telemetry.gateway import GatewayMetrics
+from shoal.telemetry.health import HealthMetrics
 from shoal.telemetry.labels import (
     CancelStage,
+    Component,
     Endpoint,
     ErrorType,
     FallbackRung,
@@ -22,12 +24,14 @@ from shoal.telemetry.transfer import TransferMetrics
 __all__ = [
     "CancelStage",
     "CertificateMetrics",
+    "Component",
     "DecodeMetrics",
     "Endpoint",
     "ErrorType",
     "FallbackRung",
     "GatewayMetrics",
     "HandoffReason",
+    "HealthMetrics",
     "LeaseState",
     "MetricsServer",
     "Part",

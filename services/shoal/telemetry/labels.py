@@ -152,6 +152,20 @@ class LeaseState(enum.StrEnum):
     RETIRED = "retired"
 
 
+class Component(enum.StrEnum):
+    """What a replica consists of: threads, and servers on them."""
+
+    EVENT_LOOP = "event_loop"
+    ENGINE = "engine"
+    COPY = "copy"
+    NIXL = "nixl"
+    TOKENIZER = "tokenizer"
+    HANDOFF_SERVER = "handoff_server"
+    HTTP_SERVER = "http_server"
+    GRPC_SERVER = "grpc_server"
+    METRICS_SERVER = "metrics_server"
+
+
 def status_label(status: int) -> str:
     """The HTTP statuses that Shoal answers, and ``other``."""
     return str(status) if status in _STATUSES else "other"

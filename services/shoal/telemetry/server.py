@@ -31,6 +31,10 @@ class MetricsServer:
         self.port: int = server.server_port
         self._closed = False
 
+    @property
+    def is_serving(self) -> bool:
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Free the port. Twice is a no-op."""
         if not self._closed:

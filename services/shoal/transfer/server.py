@@ -36,10 +36,16 @@ class HandoffServer:
         self._sessions: set[DecodeSession] = set()
         self._local: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
+        self._serving: asyncio.Task[bool] | None = None
 
     @property
     def num_sessions(self) -> int:
         return len(self._sessions)
+
+    @property
+    def is_serving(self) -> bool:
+        """From ``listen`` to ``close``, unless a defect ended it."""
+        return self._serving is not None and not self._serving.done()
 
     async def listen(
         self,
@@ -69,6 +75,7 @@ class HandoffServer:
         port = bind_first_free(server, host, first_port, last_port, credentials)
         await server.start()
         self._server = server
+        self._serving = asyncio.create_task(server.wait_for_termination())
         self._desk.address = join_address(advertised_host or host, port)
         return self._desk.address
 

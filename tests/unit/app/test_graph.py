@@ -130,3 +130,10 @@ def test_a_serve_configuration_file_joins_the_cluster_that_it_is_deployed_on():
     assert ShoalConfig(**gateway._bound_deployment.init_args[0]).ray.address == "auto"
     named = build({"ray": {"address": "10.0.0.1:6379"}})
     assert ShoalConfig(**named._bound_deployment.init_args[0]).ray.address == "10.0.0.1:6379"
+
+
+def test_serve_asks_each_replica_so_often_that_one_that_hangs_is_replaced_within_seconds():
+    for deployment, _ in chain(ShoalConfig()):
+        asked = deployment._deployment_config
+        # Three bad answers, or three that don't come.
+        assert 3 * asked.health_check_period_s < 5 and 3 * asked.health_check_timeout_s < 20

@@ -28,3 +28,10 @@ def test_a_ray_that_is_joined_keeps_its_own_token(monkeypatch: pytest.MonkeyPatc
     set_environment(config)
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert init_options(config, None) == {"address": "auto"}
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_replica_that_hangs_is_ended_and_not_waited_for(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    set_environment(ShoalConfig.model_validate({"ray": {"address": address}}))
+    assert os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1"

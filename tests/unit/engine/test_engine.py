@@ -119,7 +119,7 @@ async def test_an_engine_that_dies_tells_all_who_wait(model: Any):
             await asyncio.wait_for(waits, 10)
         with pytest.raises(Unavailable):
             await client.call(Engine.counts)
-        assert not client.is_healthy
+        assert not client.is_serving
     client.close()
 
 
@@ -127,12 +127,12 @@ async def test_an_engine_whose_steps_all_fail_is_not_healthy(model: Any, monkeyp
     client = EngineClient(make_engine(model, 0), name="test")
     monkeypatch.setattr("shoal.model.decoder.Decoder.forward", broken)
     for name in "abc":
-        assert client.is_healthy
+        assert client.is_serving
         with client.open(name) as inbox:
             await client.call(lambda engine, name=name: engine.submit_generate(name, (1, 2), Depth.FULL, GREEDY))
             with pytest.raises(InternalError):
                 await inbox.next()
-    assert not client.is_healthy
+    assert not client.is_serving
     client.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inference_server import TIMEOUT_S, Inference, client_of
+from shoal.errors import PeerGone
 from shoal.gateway import health
 from shoal.gateway.backend import Readiness
 from shoal.gateway.inference import SERVICE_NAME
@@ -88,3 +90,12 @@ async def test_while_readiness_isnt_known_nothing_serves(services: Services, mon
         assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.SERVING
         assert (await watch.read()).status == Status.SERVING
         watch.cancel()
+
+
+async def test_nothing_serves_where_a_thread_of_the_gateway_hangs(services: Services) -> None:
+    def hangs() -> None:
+        raise PeerGone("this replica is being replaced: tokenizer stopped working")
+
+    async with client_of(replace(services, require_healthy=hangs)) as inference:
+        stub = health_pb2_grpc.HealthStub(inference.channel)
+        assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.NOT_SERVING

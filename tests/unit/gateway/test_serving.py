@@ -7,14 +7,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from fake_backend import STAGES
-from shoal.errors import DeadlineExceeded, HandoffError, Overloaded, Unavailable
+from shoal.errors import DeadlineExceeded, HandoffError, Overloaded, PeerGone, Unavailable
+from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
+from shoal.gateway.intake import Services
 from shoal.gateway.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -214,9 +217,9 @@ def test_leaving_while_sending_reaches_no_pool(gateway: Any) -> None:
 
 def test_leaving_while_waiting_for_the_tokenizer_reaches_no_pool(gateway: Any, tokenizer: Tokenizer) -> None:
     is_free = threading.Event()
-    tokenizer._threads.submit(is_free.wait, WAIT_S)
+    tokenizer._thread.submit(is_free.wait, WAIT_S)
     with posted(gateway.url, COMPLETIONS, {**PROMPT, "prompt": "a " * 5_000}):
-        while not tokenizer._threads._work_queue.qsize():
+        while not tokenizer._thread._work_queue.qsize():
             pass
     gateway.observer.wait_finished()
     assert gateway.observer.finished == [("smollm2", "completions", 499, "cancelled_error")]
@@ -347,6 +350,18 @@ def test_readiness_needs_a_decode_replica(gateway: Any, now: Readiness, http_sta
     assert response.status_code == http_status
     assert response.json() == {"status": status, "num_decode": now.num_decode, "num_prefill": now.num_prefill}
     assert ("retry-after" in response.headers) == (http_status == 503)
+
+
+@pytest.mark.parametrize("path", ["/health", "/readyz"])
+async def test_neither_says_yes_where_a_thread_of_the_gateway_hangs(services: Services, path: str) -> None:
+    def hangs() -> None:
+        raise PeerGone("this replica is being replaced: tokenizer stopped working", retry_after_s=1.0)
+
+    app = create_app(replace(services, require_healthy=hangs))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        response = await client.get(path)
+    assert response.status_code == 503 and "tokenizer" in response.json()["error"]["message"]
+    assert response.headers["retry-after"] == "1"
 
 
 def test_version_metrics_and_targets_are_served(gateway: Any) -> None:

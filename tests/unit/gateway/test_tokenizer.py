@@ -109,7 +109,7 @@ async def test_long_texts_are_encoded_beside_the_event_loop(smollm2: Any, monkey
     short, long = await asyncio.gather(tokenizer.encode("a" * 10), tokenizer.encode("a" * 11))
     tokenizer.close()
     assert short and long
-    assert [name.startswith("tokenizer") for name in threads] == [False, True]
+    assert [name.startswith("shoal-tokenizer") for name in threads] == [False, True]
 
 
 async def test_a_conversation_is_as_long_as_its_messages_are_many(
@@ -125,7 +125,7 @@ async def test_a_conversation_is_as_long_as_its_messages_are_many(
     await tokenizer.encode_chat([Message(role="user", content="")])
     await tokenizer.encode_chat([Message(role="user", content="")] * 1000)
     await tokenizer.encode_chat([Message(role="user", content="", name="a" * 9000)])
-    assert [name.startswith("tokenizer") for name in threads] == [False, True, True]
+    assert [name.startswith("shoal-tokenizer") for name in threads] == [False, True, True]
 
 
 async def test_the_event_loop_keeps_turning_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:

@@ -15,6 +15,7 @@ from shoal.telemetry import (
     CertificateMetrics,
     DecodeMetrics,
     GatewayMetrics,
+    HealthMetrics,
     PrefillMetrics,
     TransferMetrics,
     Transport,
@@ -123,6 +124,14 @@ ROLES = [
             "shoal_kv_lease_age_seconds": lambda m: m.lease_ended(1.0),
             "shoal_kv_lease_expired": lambda m: m.lease_expired(),
             "shoal_kv_retired_bytes": lambda m: m.retired(4 << 20),
+        },
+    ),
+    Role(
+        "health",
+        HealthMetrics,
+        {
+            "shoal_component_healthy": lambda m: m.component("engine", is_healthy=True),
+            "shoal_event_loop_lag_seconds": lambda m: m.loop_lag(0.2),
         },
     ),
 ]

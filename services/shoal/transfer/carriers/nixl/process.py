@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from shoal.errors import ConfigError, ShoalError
+from shoal.heartbeat import Heartbeat
 from shoal.messages import RemoteSegment
 from shoal.transfer.carriers.nixl.agent import Agent, is_installed
 from shoal.transfer.carriers.nixl.loader import NixlLoader
@@ -35,6 +36,11 @@ class Nixl:
     ) -> NixlUnloader | None:
         """Decode's end, or ``None``. READs that take longer than ``deadline_s`` end the session, by ``failed``."""
         return await NixlUnloader.attach(self._thread, self._retired, segment, failed, deadline_s=deadline_s)
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """The thread's, which calls NIXL."""
+        return self._thread.heartbeat
 
     @property
     def num_readers(self) -> int:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from shoal.errors import Unavailable
+from shoal.heartbeat import Heartbeat
 
 T = TypeVar("T")
 _MIN_POLL_S = 50e-6
@@ -38,12 +39,14 @@ class NixlThread:
     """Starts with the first call."""
 
     def __init__(self) -> None:
+        self.heartbeat = Heartbeat("nixl")
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._pollers: list[Poller] = []
         self._thread = threading.Thread(target=self._run, name="shoal-nixl", daemon=True)
         self._lock = threading.Lock()
         self._open: set[Future[Any]] = set()
         self._is_closed = False
+        self._wait_s: float | None = None
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run ``work`` on the thread. The future has Unavailable once all is closed."""
@@ -101,16 +104,25 @@ class NixlThread:
                 _tell(future, Unavailable("a call of NIXL hangs, and this process ends"))
 
     def _run(self) -> None:
-        timeout_s: float | None = None
-        while True:
-            try:
-                call = self._calls.get(timeout=timeout_s)
-            except queue.Empty:
-                call = _nothing
-            if call is None:
-                return
-            call()
-            timeout_s = self._poll()
+        try:
+            while self._turn():
+                pass
+        finally:
+            self.heartbeat.stop()
+
+    def _turn(self) -> bool:
+        """Wait for a call, or until somebody is to be polled; False once closed."""
+        self.heartbeat.rest()
+        try:
+            call = self._calls.get(timeout=self._wait_s)
+        except queue.Empty:
+            call = _nothing
+        if call is None:
+            return False
+        self.heartbeat.beat()
+        call()
+        self._wait_s = self._poll()
+        return True
 
     def _poll(self) -> float | None:
         now_s = time.monotonic()

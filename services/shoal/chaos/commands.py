@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from shoal.chaos.play import Limits, Progress
-from shoal.chaos.result import Result
+from shoal.chaos.result import Report, Result
 from shoal.chaos.run import ChaosOptions, run
 from shoal.chaos.scenario import choose
 from shoal.chaos.table import render, summary
@@ -32,25 +32,26 @@ def run_chaos(
     options = ChaosOptions(
         model, choose(scenario), Limits(num_requests, num_in_flight), minutes, seed=seed, show_logs=show_logs
     )
-    if output is not None:
-        _try_to_write(output)
+    results: list[Result] = []
 
     def on_result(result: Result) -> None:
         on_progress(result.scenario, result.num_requests, result.num_requests)
+        results.append(result)
+        _write(output, Report(model, tuple(results)))
 
+    _write(output, Report(model, ()))
     report = run(options, on_progress, on_result)
     on_progress("", 0, 0)
-    if output is not None:
-        output.write_text(report.to_json(), encoding="utf-8")
     console = Console()
     console.print(render(report))
     console.print(summary(report))
     return report.is_clean
 
 
-def _try_to_write(path: Path) -> None:
-    """Before the run, not after it."""
+def _write(path: Path | None, report: Report) -> None:
+    """First of all, and after each scenario: a run that is stopped leaves what it has."""
     try:
-        path.touch()
+        if path is not None:
+            path.write_text(report.to_json(), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} can't be written ({error.strerror}): choose another --json") from error

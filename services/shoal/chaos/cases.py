@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from shoal.client import GenerateOptions
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
-_SHORT_TOKENS, _LONG_TOKENS = range(40, 101), range(200, 257)
-_OUTPUT_TOKENS = range(12, 33)
+_SHORT_TOKENS, _LONG_TOKENS = range(24, 65), range(200, 257)
+_OUTPUT_TOKENS = range(8, 25)
 _FULL_DEPTH_EVERY = 8
 # Of two candidates one can say how close the draw was: all that a random number decides is which side of one border
 # it lies on.

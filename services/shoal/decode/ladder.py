@@ -8,7 +8,8 @@
     then        UNAVAILABLE
 
 No rung changes the depth. Each is behind a rate limit, so that a broken pool doesn't multiply its own load, and the
-attempts are the request's: those that the gateway has made already count.
+attempts are the request's: those that the gateway has made already count. If they leave a single one, it's decode's own
+at once.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class Ladder:
         if num_left > 0 and self._local.take():
             return FallbackRung.LOCAL
         return FallbackRung.UNAVAILABLE
+
+    def is_at_its_end(self, attempt: int) -> bool:
+        """Whether a request that comes with attempt number ``attempt``, after others elsewhere, has no rung left."""
+        return 1 < attempt >= self._max_attempts and self._local.take()
 
     @property
     def retry_after_s(self) -> float:

@@ -163,6 +163,9 @@ class DecodeWorker:
         if pool is not None and not await pool.living():
             # A call to nobody would just wait.
             pool, fallback = None, self._count_fallback(FallbackRung.LOCAL, "no_prefill")
+        elif pool is not None and self._ladder.is_at_its_end(request.context.attempt):
+            # Other decode replicas have died under it: there would be nothing below a hand-off that fails.
+            pool, fallback = None, self._count_fallback(FallbackRung.LOCAL, "last_attempt")
         await self._submit(key, request, deadline_s - submitted_s, hold=pool is not None)
         if pool is None:
             report = HandoffReport(self._depth_run(request), transferred=False, fallback=fallback)

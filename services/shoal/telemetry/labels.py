@@ -82,6 +82,7 @@ class HandoffReason(_OpenEnum):
     """Why a hand-off failed, or was not tried."""
 
     NO_PREFILL = "no_prefill"
+    LAST_ATTEMPT = "last_attempt"
     PREFILL_QUEUE_TIMEOUT = "prefill_queue_timeout"
     PEER_GONE = "peer_gone"
     LEASE_LOST = "lease_lost"

@@ -49,3 +49,12 @@ def test_a_rung_that_is_passed_over_is_not_used_up():
     assert ladder.after(3, has_other_replica=True) is UNAVAILABLE
     assert ladder.after(1, has_other_replica=True) is OTHER
     assert ladder.after(1, has_other_replica=False) is LOCAL
+
+
+def test_the_last_attempt_of_several_is_decodes_own_at_once():
+    ladder = Ladder(HandoffConfig(max_attempts=3))
+    assert [ladder.is_at_its_end(attempt) for attempt in (1, 2, 3)] == [False, False, True]
+    # With a single attempt in all, prompts are handed over as ever.
+    assert not Ladder(HandoffConfig(max_attempts=1)).is_at_its_end(1)
+    seldom = Ladder(HandoffConfig(local=SELDOM), Clock())
+    assert [seldom.is_at_its_end(3) for _ in range(2)] == [True, False]

@@ -299,11 +299,20 @@ async def test_the_last_attempt_is_decodes_own(opened: Any, model: Any):
     assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
 
 
+async def test_after_other_decode_replicas_died_the_last_attempt_is_decodes_own(opened: Any, model: Any):
+    async with opened() as local:
+        local.decode.worker.prefill = pool = ScriptedPool(None, PeerGone("died"))
+        outputs = await collect(local, request(PROMPT, attempt=3))
+        assert fallbacks(local) == {("local", "last_attempt"): 1}
+    assert pool.grants == []
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+
+
 @pytest.mark.parametrize(
-    ("attempt", "handoff"), [(3, {}), (1, {"max_attempts": 1}), (2, {"local": {"per_s": 0.001, "burst": 1}})]
+    ("attempt", "handoff"), [(1, {"max_attempts": 1}), (2, {"local": {"per_s": 0.001, "burst": 1}})]
 )
 async def test_below_the_last_rung_the_request_is_refused_for_now(opened: Any, attempt: int, handoff: dict[str, Any]):
-    """The gateway has made the attempts, or there are none, or decode did it too often of late."""
+    """There are no more attempts, or decode did it too often of late."""
     async with opened(handoff=handoff) as local:
         local.decode.worker.prefill = ScriptedPool(None, PeerGone("died"))
         if "local" in handoff:

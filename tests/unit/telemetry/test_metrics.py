@@ -269,7 +269,7 @@ def test_reasons_are_codes_of_the_error_tree_or_ours() -> None:
     from shoal import errors
 
     codes = {value.code for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "code")}
-    own = {"no_prefill", "other", "prefill_queue_timeout"}
+    own = {"last_attempt", "no_prefill", "other", "prefill_queue_timeout"}
     assert {reason.value for reason in HandoffReason} <= codes | own
     assert {reason.value for reason in RejectReason} <= codes | own
     types = {value.type for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "type")}

@@ -33,14 +33,13 @@ class End(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request. Times are the event loop's. ``code`` is an error's, as is when it asked to come again."""
+    """One request. Times are the event loop's."""
 
     case: str
     end: End
     started_s: float
     ended_s: float
-    code: str = ""
-    retry_after_s: float = 0.0
+    error: ShoalError | None = None
 
 
 class Load:
@@ -60,25 +59,31 @@ class Load:
         """One request, from its first byte to its end."""
         clock = asyncio.get_running_loop()
         started_s, token_ids = clock.time(), list[int]()
+        error: ShoalError | None = None
         self.num_open += 1
         self._tell()
         try:
             async with asyncio.timeout(self._deadline_s + _GRACE_S):
                 await self._read(case, token_ids)
-            end, code, retry_after_s = End.CORRECT, "", 0.0
-        except (DeadlineExceeded, TimeoutError):
-            end, code, retry_after_s = End.HUNG, DeadlineExceeded.code, 0.0
-        except ShoalError as error:
-            lost = isinstance(error, PeerGone) and error.message.startswith(self._target)
-            end, code, retry_after_s = End.CUT_OFF if lost else End.ERROR, error.code, error.retry_after_s or 0.0
+            end = End.CORRECT
+        except TimeoutError:
+            end, error = End.HUNG, DeadlineExceeded("nothing was heard of it")
+        except ShoalError as raised:
+            end, error = self._end_of(raised), raised
         finally:
             self.num_open -= 1
         if not is_right(self._truths[case.name], token_ids, is_complete=end is End.CORRECT):
             end = End.WRONG
-        outcome = Outcome(case.name, end, started_s, clock.time(), code, retry_after_s)
+        outcome = Outcome(case.name, end, started_s, clock.time(), error)
         self.outcomes.append(outcome)
         self._tell()
         return outcome
+
+    def _end_of(self, error: ShoalError) -> End:
+        if isinstance(error, DeadlineExceeded):
+            return End.HUNG
+        is_cut_off = isinstance(error, PeerGone) and error.message.startswith(self._target)
+        return End.CUT_OFF if is_cut_off else End.ERROR
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait until the requests under way, or those that have ended, are such that ``holds``."""
@@ -101,8 +106,8 @@ class Load:
     async def run_lane(self, cases: itertools.cycle[Case]) -> None:
         while not self._is_over:
             outcome = await self.ask(next(cases))
-            if outcome.end in (End.CUT_OFF, End.ERROR):
-                await asyncio.sleep(outcome.retry_after_s)
+            if outcome.error is not None:
+                await asyncio.sleep(outcome.error.retry_after_s or 0)
                 await self._until_ready()
 
     async def _until_ready(self) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from shoal.app import Cluster
 from shoal.chaos.injections import Lost, Scene
 from shoal.chaos.load import End, Load, loading
-from shoal.chaos.look import Look
+from shoal.chaos.look import Look, Scraped
 from shoal.chaos.proxy import DECODE_HOST, PROXY_HOST, proxying
 from shoal.chaos.result import Result
 from shoal.chaos.scenario import Scenario, Sign
@@ -87,7 +88,7 @@ class Play:
             scenario.says,
             load.outcomes,
             num_in_flight=num_in_flight,
-            num_repairs=_num_repairs(before, await victim.look()),
+            repairs=_repairs(before, await victim.look()),
             recovered_s=recovered_s,
             left=left,
             duration_s=clock.time() - began_s,
@@ -141,17 +142,18 @@ async def _left(victim: Victim) -> dict[str, float]:
     return left
 
 
-def _num_repairs(before: Look, after: Look) -> int:
-    """How much the counters of repairs rose, of the processes that are there."""
-    return sum(
-        int(value - _each(before, name).get(replica, 0.0))
-        for name in _REPAIRS
-        for replica, value in _each(after, name).items()
-    )
+def _repairs(before: Look, after: Look) -> dict[str, int]:
+    """How often decode or the gateway took another way, by which and why; of the processes that are there."""
+    was = {key: value for process in before.processes for key, value in _counted(process)}
+    risen: Counter[str] = Counter()
+    for process in after.processes:
+        for key, value in _counted(process):
+            risen[key[1]] += int(value - was.get(key, 0.0))
+    return dict(+risen)
 
 
-def _each(look: Look, name: str) -> dict[str, float]:
-    try:
-        return look.each(name)
-    except KeyError:  # those that have it are gone
-        return {}
+def _counted(process: Scraped) -> Iterator[tuple[tuple[str, str], float]]:
+    for sample in process.samples:
+        if sample.name in _REPAIRS:
+            name = sample.name.removeprefix("shoal_").removesuffix("_total")
+            yield (process.replica_id, " ".join([name, *sample.labels.values()])), sample.value

@@ -10,18 +10,24 @@ from typing import Any, Self
 
 from shoal.chaos.load import End, Outcome
 
+_MAX_MESSAGES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one scenario. ``num_in_flight`` is what was under way when the fault began; ``num_repairs`` how often decode
-    or the gateway took another way since; ``recovered_s`` is ``None`` if it didn't; ``left`` is what stayed held."""
+    """Of one scenario. ``num_in_flight`` is what was under way when the fault began.
+
+    ``messages`` are errors', each once; ``repairs`` how often decode or the gateway took another way, by which and why;
+    ``recovered_s`` is ``None`` if it didn't recover; ``left`` is what stayed held.
+    """
 
     scenario: str
     says: str
     num_in_flight: int
     num_by_end: Mapping[str, int]
     num_by_code: Mapping[str, int]
-    num_repairs: int
+    messages: Sequence[str]
+    repairs: Mapping[str, int]
     recovered_s: float | None
     left: Mapping[str, float]
     duration_s: float
@@ -29,8 +35,12 @@ class Result:
     @classmethod
     def of(cls, scenario: str, says: str, outcomes: Sequence[Outcome], **others: Any) -> Self:
         ends = Counter(str(outcome.end) for outcome in outcomes)
-        codes = Counter(outcome.code for outcome in outcomes if outcome.code)
-        return cls(scenario, says, num_by_end=dict(ends), num_by_code=dict(codes), **others)
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        codes = Counter(error.code for error in errors)
+        messages = sorted({error.message for error in errors})
+        return cls(
+            scenario, says, num_by_end=dict(ends), num_by_code=dict(codes), messages=messages[:_MAX_MESSAGES], **others
+        )
 
     @property
     def num_requests(self) -> int:

@@ -21,7 +21,7 @@ from shoal.errors import ConfigError
 
 GOOD = Result.of(
     "reset", "all is reset", [Outcome("a", End.CORRECT, 0, 1)],
-    num_in_flight=40, num_repairs=0, recovered_s=1.0, left={}, duration_s=2.0,
+    num_in_flight=40, repairs={}, recovered_s=1.0, left={}, duration_s=2.0,
 )  # fmt: skip
 
 

@@ -42,7 +42,8 @@ async def test_an_error_of_the_server_is_clear_unless_a_token_before_it_was_wron
     service = FakeInference(num_words=2, last_failure=PeerGone("decode went away", retry_after_s=1.5))
     async with one_lane(service) as load:
         outcome = await load.ask(STREAMED)
-    assert (outcome.end, outcome.code, outcome.retry_after_s) == (End.ERROR, "peer_gone", 1.5)
+    assert outcome.end is End.ERROR and outcome.error is not None
+    assert (outcome.error.code, outcome.error.retry_after_s) == ("peer_gone", 1.5)
     async with one_lane(service, OTHER) as load:
         assert (await load.ask(STREAMED)).end is End.WRONG
 

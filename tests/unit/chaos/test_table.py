@@ -11,12 +11,12 @@ from shoal.chaos.load import End, Outcome
 from shoal.chaos.result import Report, Result
 from shoal.chaos.scenario import ALL, SCENARIOS, choose
 from shoal.chaos.table import render, summary
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, PeerGone
 
 
 def outcomes(**numbers: int) -> list[Outcome]:
     return [
-        Outcome("a", End(end), 0, 1, "peer_gone" if end == "error" else "")
+        Outcome("a", End(end), 0, 1, PeerGone("it went away") if end == "error" else None)
         for end, number in numbers.items()
         for _ in range(number)
     ]
@@ -24,7 +24,7 @@ def outcomes(**numbers: int) -> list[Outcome]:
 
 GOOD = Result.of(
     "kill-decode", "it dies", outcomes(correct=97, error=1, cut_off=2),
-    num_in_flight=40, num_repairs=3, recovered_s=1.26, left={}, duration_s=9.0,
+    num_in_flight=40, repairs={"retries peer_gone": 3}, recovered_s=1.26, left={}, duration_s=9.0,
 )  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def test_everything_is_in_the_json():
     assert tree["num_by_end"] == {"correct": 97, "error": 1, "cut_off": 2, "wrong": 0, "hung": 0}
     assert tree["is_clean"] is True
     [result] = tree["results"]
-    assert result["num_by_code"] == {"peer_gone": 1} and result["num_in_flight"] == 40
+    assert result["num_by_code"] == {"peer_gone": 1} and result["messages"] == ["it went away"]
+    assert result["repairs"] == {"retries peer_gone": 3} and result["num_in_flight"] == 40
 
 
 def test_scenarios_are_chosen_by_name_and_each_is_there_once():

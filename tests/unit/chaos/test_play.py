@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from shoal.chaos.look import Look, Scraped
+from shoal.chaos.play import _repairs
+
+METRICS = """\
+# HELP shoal_kv_fallback_total Steps down.
+# TYPE shoal_kv_fallback_total counter
+shoal_kv_fallback_total{{reason="peer_gone",rung="local"}} {local}
+shoal_kv_fallback_total{{reason="lease_lost",rung="local"}} 5
+# HELP shoal_retries_total Retries.
+# TYPE shoal_retries_total counter
+shoal_retries_total{{reason="peer_gone"}} {retries}
+"""
+
+
+def look(**values: tuple[int, int]) -> Look:
+    texts = {name: METRICS.format(local=local, retries=retries) for name, (local, retries) in values.items()}
+    return Look(tuple(Scraped.of("decode", name, text) for name, text in texts.items()))
+
+
+def test_repairs_are_told_apart_and_those_of_a_new_process_count_from_zero():
+    found = _repairs(look(a=(1, 2), gone=(7, 7)), look(a=(3, 2), new=(1, 0)))
+    assert found == {"kv_fallback peer_gone local": 3, "kv_fallback lease_lost local": 5}

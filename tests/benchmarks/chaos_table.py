@@ -1,0 +1,40 @@
+"""The figures of ``shoal chaos --json`` as a table for docs/reliability.md.
+
+python tests/benchmarks/chaos_table.py docs/figures/chaos.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shoal.chaos.load import End
+from shoal.chaos.result import Result
+from shoal.chaos.table import row
+
+COLUMNS = (
+    "scenario", "what happens", "requests", "correct", "clear errors", "cut off", "wrong", "hung", "recovered after",
+    "left",
+)  # fmt: skip
+
+
+def lines(tree: dict[str, Any]) -> Iterator[str]:
+    """A line for each scenario, between the head and the sums."""
+    yield _line(*COLUMNS)
+    yield _line("---", "---", *["---:"] * (len(COLUMNS) - 2))
+    for result in (Result(**one) for one in tree["results"]):
+        name, *cells = row(result)
+        yield _line(f"`{name}`", result.says, *cells)
+    sums = (tree["num_by_end"][end] for end in End)
+    yield _line("all", "", str(tree["num_requests"]), *map(str, sums), "", "")
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(lines(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import grpc.aio
 
-from shoal.messages import TokenOutput
+from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput
 from shoal.rpc.options import HANDOFF_SERVER_OPTIONS
 from shoal.rpc.peers import PeerTls, RoleGate
 from shoal.rpc.ports import bind_first_free, join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.rpc.token_server import Outlet, Place, TokenServer
+
+
+def generate_request(*token_ids: int) -> GenerateRequest:
+    return GenerateRequest(RequestContext("id", 60.0), "tiny", token_ids, Depth.FULL, SamplingParams(max_tokens=4))
 
 
 def output(number: int, text: str = "") -> TokenOutput:
@@ -79,7 +83,7 @@ class Joined:
     def request(self, client: TokenClient | None = None) -> Request:
         """A new one, of this gateway unless another's ``client`` is given; nobody follows it yet."""
         stream = self.held.enter_context((client or self.client).open())
-        return Request(self.decode, stream, self.held.enter_context(self.decode.tokens.open(stream.listener)))
+        return Request(self.decode, stream, self.held.enter_context(self.decode.tokens.open(stream.ticket)))
 
     async def running(self) -> Request:
         """One whose first output has arrived, so that the stream is there."""
@@ -102,7 +106,8 @@ async def joined(patience_s: float = 0.01, tls: Path | None = None) -> AsyncIter
         both.held.close()
         await both.client.close()
         await both.decode.vanish()
-        assert not both.client._open and not both.client._readers, "a request or a stream is left"
+        assert not both.client._open, "a request is left"
+        assert not both.client._stubs and not both.client._readers, "a stream is left"
         async with asyncio.timeout(10):
             while both.decode.tokens.num_gateways:  # gRPC doesn't wait for what it cancels
                 await asyncio.sleep(0)

@@ -270,7 +270,7 @@ class GatewayConfig(_Frozen):
     )
     num_cpus: Annotated[float, Field(ge=0)] = Field(0, description="CPUs that Ray sets aside for the gateway.")
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(4 << 20, description="Largest request; more gets 413.")
-    max_choices: Annotated[int, Field(ge=1)] = Field(16, description="Largest n.")
+    max_choices: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Largest n.")
     max_logprobs: Annotated[int, Field(ge=0)] = Field(20, description="Most alternatives that are told for a token.")
     max_stop_strings: Annotated[int, Field(ge=0)] = Field(4, description="Most strings in stop.")
     max_stop_chars: Annotated[int, Field(ge=1)] = Field(256, description="Characters in one of them.")

@@ -7,8 +7,8 @@ Durations are seconds and end in ``_s``; an absent value is ``None``, never ``-1
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 Role = Literal["gateway", "prefill", "decode"]
 """What a process is."""
@@ -125,6 +125,24 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Ticket:
+    """A gateway's call to decode over the Serve handle, which Ray pickles: it says nothing of the request, which comes
+    by gRPC (rpc/token_client.py) once it's known where to.
+
+    ``key`` is the name that the gateway process ``gateway_id`` has for it. ``prefix_keys`` are for that process' router
+    alone (affinity.py).
+    """
+
+    gateway_id: bytes
+    key: int
+    prefix_keys: tuple[bytes, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the router's keys: whoever reads along could tell prompts that begin alike."""
+        return Ticket, (self.gateway_id, self.key)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability (natural log, of the unmodified distribution) of a token, and the best alternatives."""
 
@@ -202,7 +220,7 @@ class Grant:
     """Decode's invitation to prefill one prompt; goes over the Serve handle, so it holds no token ids.
 
     ``excluded`` are ids of prefill replicas that have failed this prompt: it goes to another one. ``prefix_keys`` are
-    for the router alone (affinity.py).
+    for this process' router alone (affinity.py).
     """
 
     lease_id: bytes
@@ -215,6 +233,11 @@ class Grant:
     context: RequestContext
     excluded: frozenset[str] = frozenset()
     prefix_keys: tuple[bytes, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the router's keys, as a Ticket."""
+        *sent, _ = fields(self)
+        return Grant, tuple(getattr(self, field.name) for field in sent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -71,6 +73,19 @@ def known_error(error: Exception, pool: str) -> ShoalError:
         _log.error("a replica failed", exc_info=error)
         return InternalError(f"the {pool} replica failed")
     return PeerGone(f"the {pool} replica went away ({type(error).__name__})", retry_after_s=1.0)
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Ray pickles, and logs, what a replica's call ends with: an error of ours goes without what it came of, and any
+    other is logged here and told as a defect."""
+    try:
+        yield
+    except ShoalError as error:
+        raise error from None
+    except Exception as error:  # noqa: BLE001 - the process' edge: Ray would send the error's own text
+        _log.error("a replica failed", exc_info=error)
+        raise InternalError("a replica failed") from None
 
 
 def _node_address() -> str:

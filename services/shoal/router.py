@@ -14,8 +14,7 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from shoal import routes
-from shoal.affinity import prefix_keys
-from shoal.messages import GenerateRequest, Grant
+from shoal.messages import Grant, Ticket
 
 GRANTS, PROMPTS = "shoal.router.GrantRouter", "shoal.router.PromptRouter"
 
@@ -23,7 +22,7 @@ MAX_LONGER = 4
 """How much longer the queue of a replica that knows a prompt's beginning may be than the shortest one. Beyond that,
 waiting would take longer than computing it once more; and the other then knows it, too."""
 
-_Argument = TypeVar("_Argument", Grant, GenerateRequest)
+_Argument = TypeVar("_Argument", Grant, Ticket)
 
 
 class AffineRouter(RequestRouter):
@@ -84,22 +83,17 @@ class GrantRouter(AffineRouter):
 class PromptRouter(AffineRouter):
     """Runs in the gateways, which hold a handle to the decode deployment."""
 
-    def initialize_state(self, *, reuses: bool = False, **_others: Any) -> None:
-        """``reuses``: whether decode replicas remember what they have computed."""
-        self._reuses = reuses
-
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         _let_back_off(pending_request)
-        return self.choose(candidate_replicas, self._keys_of(pending_request) if len(candidate_replicas) > 1 else ())
+        ticket = _argument_of(pending_request, Ticket)
+        return self.choose(candidate_replicas, () if ticket is None else ticket.prefix_keys)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        routes.affinity.note(self._keys_of(pending_request), replica_id.unique_id)
-
-    def _keys_of(self, pending: PendingRequest | None) -> tuple[bytes, ...]:
-        request = _argument_of(pending, GenerateRequest) if self._reuses else None
-        return () if request is None else prefix_keys(request.context.tenant, request.prompt_token_ids)
+        ticket = _argument_of(pending_request, Ticket)
+        if ticket is not None:
+            routes.affinity.note(ticket.prefix_keys, replica_id.unique_id)
 
 
 def _let_back_off(pending: PendingRequest | None) -> None:

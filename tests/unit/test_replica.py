@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
+import traceback
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from role_certificates import Roles
 from shoal import replica
 from shoal.config import ShoalConfig
-from shoal.errors import ConfigError, InternalError, InvalidRequest, PeerGone
-from shoal.replica import Host, host_of_handoff, known_error, peer_tls
+from shoal.errors import ConfigError, InternalError, InvalidRequest, PeerGone, Unavailable
+from shoal.replica import Host, host_of_handoff, known_error, peer_tls, told_plainly
 from shoal.telemetry import new_registry
 
 SOON = dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(days=2)
@@ -83,3 +86,27 @@ def test_without_tls_there_is_no_certificate_and_no_metric(tls: str | None):
     registry = new_registry()
     assert peer_tls(ShoalConfig(tls=tls), "decode", registry) is None
     assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") is None
+
+
+def pickled(error: Exception) -> bytes:
+    """What Ray sends of an error, the traceback as it prints it included."""
+    told = "".join(traceback.format_exception(error))
+    return bytes(cloudpickle.dumps(RayTaskError("generate", told, error)))
+
+
+def test_an_error_says_no_more_than_its_message_when_it_leaves_a_replica():
+    with pytest.raises(Unavailable, match="try again") as caught, told_plainly():
+        raise Unavailable("try again", retry_after_s=1.0) from ValueError("secret prompt")
+    assert caught.value.retry_after_s == 1.0
+    assert b"secret prompt" not in pickled(caught.value)
+
+
+def test_a_defect_says_nothing_when_it_leaves_a_replica():
+    with pytest.raises(InternalError) as caught, told_plainly():
+        raise ValueError("secret prompt")
+    assert b"secret prompt" not in pickled(caught.value)
+
+
+def test_an_end_that_is_no_error_passes():
+    with pytest.raises(asyncio.CancelledError), told_plainly():
+        raise asyncio.CancelledError

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest
 
 from shoal import routes
-from shoal.affinity import KEY_TOKENS, Affinity
-from shoal.messages import Depth, GenerateRequest, Grant, RequestContext, SamplingParams
+from shoal.affinity import KEY_TOKENS, Affinity, prefix_keys
+from shoal.messages import Grant, RequestContext, Ticket
 from shoal.router import MAX_LONGER, GrantRouter, PromptRouter
 
 IDS = {name: SimpleNamespace(unique_id=name) for name in "abcd"}
@@ -41,9 +43,7 @@ def router(queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def prompts(queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
-    made = make(PromptRouter, queues, monkeypatch)
-    made.initialize_state(reuses=True)
-    return made
+    return make(PromptRouter, queues, monkeypatch)
 
 
 def grant(*excluded: str, keys: tuple[bytes, ...] = ()) -> Grant:
@@ -51,9 +51,8 @@ def grant(*excluded: str, keys: tuple[bytes, ...] = ()) -> Grant:
     return Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, context, frozenset(excluded), keys)
 
 
-def prompt(token_ids: tuple[int, ...] = PROMPT, tenant: str = "t") -> GenerateRequest:
-    context = RequestContext("one", timeout_s=1, tenant=tenant)
-    return GenerateRequest(context, "model", token_ids, Depth.SHALLOW, SamplingParams(max_tokens=1))
+def prompt(token_ids: tuple[int, ...] = PROMPT, tenant: str = "t") -> Ticket:
+    return Ticket(b"g" * 16, 1, prefix_keys(tenant, token_ids))
 
 
 async def first_rank(router: Any, request: Any, replicas: list[Any] = REPLICAS) -> list[str]:
@@ -136,17 +135,23 @@ async def test_a_busy_one_is_passed_over(
 
 
 async def test_a_prompt_goes_to_the_decode_replica_that_has_its_beginning(prompts: Any):
-    prompts.on_request_routed(pending(prompt(), "listener"), IDS["b"], None)
-    assert await first_rank(prompts, pending(prompt((*PROMPT, 5, 6)), "listener")) == ["b"]
-    assert len(await first_rank(prompts, pending(prompt(tenant="other"), "listener"))) == 2
-    assert await first_rank(prompts, pending(prompt(), "listener"), REPLICAS[:1]) == ["a"]
+    prompts.on_request_routed(pending(prompt()), IDS["b"], None)
+    assert await first_rank(prompts, pending(prompt((*PROMPT, 5, 6)))) == ["b"]
+    assert len(await first_rank(prompts, pending(prompt(tenant="other")))) == 2
+    assert await first_rank(prompts, pending(prompt()), REPLICAS[:1]) == ["a"]
 
 
 async def test_where_nothing_is_remembered_prompts_go_anywhere(prompts: Any):
-    prompts.initialize_state(reuses=False)
-    prompts.on_request_routed(pending(prompt()), IDS["b"], None)
+    prompts.on_request_routed(pending(prompt(())), IDS["b"], None)
     assert len(routes.affinity) == 0
-    assert len(await first_rank(prompts, pending(prompt()))) == 2
+    assert len(await first_rank(prompts, pending(prompt(())))) == 2
+
+
+@pytest.mark.parametrize("call", [grant("a", keys=(b"key",)), prompt()], ids=lambda call: type(call).__name__)
+def test_what_routers_go_by_stays_in_their_process(call: Grant | Ticket):
+    sent = cloudpickle.dumps(call)
+    assert not any(key in sent for key in call.prefix_keys)
+    assert cloudpickle.loads(sent) == replace(call, prefix_keys=())
 
 
 @pytest.mark.parametrize("kind", ["router", "prompts"])

@@ -79,10 +79,7 @@ def bind(config: ShoalConfig, replicas: Replicas, *, proxied: bool = False) -> A
     # What a pool's size is, is no replica's business: were it told, all would restart when one is added.
     plain = config.model_dump(mode="json", exclude={"prefill": {"replicas"}, "decode": {"replicas"}})
     grants = RequestRouterConfig(request_router_class=router.GRANTS)  # type: ignore[arg-type]
-    prompts = RequestRouterConfig(
-        request_router_class=router.PROMPTS,  # type: ignore[arg-type]
-        request_router_kwargs={"reuses": config.decode.reuse != "none"},
-    )
+    prompts = RequestRouterConfig(request_router_class=router.PROMPTS)  # type: ignore[arg-type]
     prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill, grants))
     decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode, prompts))
     gateway = _deployment(

@@ -16,10 +16,10 @@ from ray.serve.handle import DeploymentHandle
 from shoal import directory, routes
 from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
-from shoal.messages import GenerateRequest, Grant, HandoffOutcome
-from shoal.replica import host_of_handoff, host_of_this_node, known_error, peer_tls
+from shoal.messages import Grant, HandoffOutcome, Ticket
+from shoal.replica import host_of_handoff, host_of_this_node, known_error, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
-from shoal.rpc.token_server import Listener, Place, TokenServer
+from shoal.rpc.token_server import Place, TokenServer
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.watch import Watch
 
@@ -75,18 +75,21 @@ class DecodeReplica:
         await asyncio.to_thread(directory.register, self._entry)
         self._watch.start()
 
-    async def generate(self, request: GenerateRequest, listener: Listener) -> AsyncGenerator[Place, None]:
+    async def generate(self, ticket: Ticket) -> AsyncGenerator[Place, None]:
         """Continue one prompt; ending the iteration frees everything on both pools.
 
-        Brings the place where ``listener`` gets the outputs, and is open until the last one is sent.
+        Brings the place that the gateway brings the request to and gets its outputs from, and is open until the last
+        one is sent.
         """
         self._watch.require_healthy()
-        with bind_request(request.context.request_id), self._tokens.open(listener) as outlet:
+        with told_plainly(), self._tokens.open(ticket) as outlet:
             yield self._tokens.at(self._stage.desk.address)
-            async with aclosing(self._stage.worker.generate(request)) as outputs:
-                async for output in outputs:
-                    outlet.send(output)
-            await outlet.end()
+            request = await outlet.request()
+            with bind_request(request.context.request_id):
+                async with aclosing(self._stage.worker.generate(request)) as outputs:
+                    async for output in outputs:
+                        outlet.send(output)
+                await outlet.end()
 
     async def describe(self) -> dict[str, Any]:
         """What this live replica holds: for operators, the demo and the tests."""

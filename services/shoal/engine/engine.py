@@ -69,6 +69,7 @@ class Engine:
         within a ``tenant`` only. Who has little of ``timeout_s`` left comes first.
 
         What was ``sent`` of each choice before is recomputed at full depth, as after a preemption, and continued."""
+        self._require_known(prompt, *(choice.token_ids for choice in sent))
         shallow = self.runner.decoder.plan.shallow_tokens(len(prompt), depth, outline)
         if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
@@ -111,6 +112,7 @@ class Engine:
         sequence = self._held(request_id)
         if len(prompt) != sequence.num_prompt_tokens:
             raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
+        self._require_known(prompt)
         sequence.prompt, sequence.wire_mode = prompt, wire_mode
         self.scheduler.start_shipping(sequence, num_present)
         return sequence.num_present
@@ -287,6 +289,11 @@ class Engine:
 
     def _due_s(self, timeout_s: float) -> float:
         return self._clock() + min(timeout_s, PATIENCE_S)
+
+    def _require_known(self, *tokens: tuple[int, ...]) -> None:
+        """The gateway has refused others; a step with one would fail, and others' prompts in it."""
+        if max(map(max, filter(None, tokens))) >= self.runner.decoder.spec.vocab_size:
+            raise InternalError("a token id is outside the vocabulary")
 
     def _held(self, request_id: str) -> Sequence:
         if request_id not in self._sequences:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from shoal import directory
+from shoal.affinity import prefix_keys
 from shoal.config import ShoalConfig
-from shoal.errors import InternalError, PeerGone, Unavailable
+from shoal.errors import InternalError, PeerGone, ShoalError, Unavailable
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
 from shoal.gateway.deadline import until_deadline
@@ -60,24 +62,35 @@ _ARRIVE_S = 10.0
 
 
 class PoolBackend:
-    """The decode pool: requests go through its Serve handle, outputs come by ``tokens``."""
+    """The decode pool: its Serve handle says which replica; request and outputs go by ``tokens``.
+
+    ``decode_remembers`` what it computed: prompts that begin alike then go to one replica.
+    """
 
     def __init__(
-        self, app_name: str, decode: DeploymentHandle[Any], living: directory.LivingPool, tokens: TokenClient
+        self,
+        app_name: str,
+        decode: DeploymentHandle[Any],
+        living: directory.LivingPool,
+        tokens: TokenClient,
+        *,
+        decode_remembers: bool = False,
     ) -> None:
         self._app_name = app_name
         self._living = living
         self._decode: Any = decode.options(stream=True)
         self._tokens = tokens
+        self._decode_remembers = decode_remembers
         self._readiness = SharedPoll(self._ask_readiness)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if not await self._living.ids():
             # A call to nobody would wait for as long as the request may.
             raise Unavailable("no decode replica is ready: try again in a moment", retry_after_s=1.0)
-        with self._tokens.open() as stream:
-            call = self._decode.generate.remote(request, stream.listener)
-            watch = asyncio.create_task(_watch(call, stream))
+        keys = prefix_keys(request.context.tenant, request.prompt_token_ids) if self._decode_remembers else ()
+        with self._tokens.open(keys) as stream:
+            call = self._decode.generate.remote(stream.ticket)
+            watch = asyncio.create_task(_watch(call, stream, request))
             watch.add_done_callback(partial(_call_ended, stream=stream))
             try:
                 async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
@@ -101,11 +114,17 @@ class PoolBackend:
         return Readiness(num_decode=roles.count("decode"), num_prefill=roles.count("prefill"))
 
 
-async def _watch(call: Any, stream: TokenStream) -> None:
-    """What Serve says of the request: first where it runs; then, if it fails, why."""
+async def _watch(call: Any, stream: TokenStream, request: GenerateRequest) -> None:
+    """What Serve says of the request: first where it runs, which it's brought to; then, if it fails, why."""
+    clock = asyncio.get_running_loop().time
+    deadline_s = clock() + request.context.timeout_s
     try:
         async for place in call:
             stream.follow(place)
+            context = replace(request.context, timeout_s=max(0.0, deadline_s - clock()))
+            await stream.submit(replace(request, context=context))
+    except ShoalError as error:
+        stream.fail(error)
     except (RayError, RayServeException) as error:
         stream.fail(known_error(error, "decode"))
 
@@ -156,7 +175,13 @@ class GatewayReplica:
         living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(
             RetryingBackend(
-                PoolBackend(settings.ray.app_name, decode, living, tokens),
+                PoolBackend(
+                    settings.ray.app_name,
+                    decode,
+                    living,
+                    tokens,
+                    decode_remembers=settings.decode.reuse != "none",
+                ),
                 max_attempts=settings.handoff.max_attempts,
                 limit=RateLimit(settings.gateway.retry),
                 observer=metrics,

@@ -13,7 +13,7 @@ from shoal import directory
 from shoal.config import ShoalConfig
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
-from shoal.replica import host_of_this_node, peer_tls
+from shoal.replica import host_of_this_node, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.transfer.base import Channel
@@ -55,7 +55,7 @@ class PrefillReplica:
     async def prefill(self, grant: Grant) -> HandoffOutcome:
         """Compute and ship one prompt; returns when its lease has ended."""
         self._watch.require_healthy()
-        with bind_request(grant.context.request_id):
+        with told_plainly(), bind_request(grant.context.request_id):
             return await self._stage.worker.prefill(grant)
 
     async def describe(self) -> dict[str, Any]:

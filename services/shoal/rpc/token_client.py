@@ -2,7 +2,7 @@
 
 ::
 
-    open() ─> stream: its listener goes with the request ─> the replica's place comes back ─> follow(place)
+    open() ─> stream: its ticket goes to decode ─> the replica's place comes back ─> follow(place), submit(request)
                  └─< outputs, sorted by key <── one FollowResponse a step <── decode
 """
 
@@ -11,20 +11,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
-from shoal.errors import PeerGone, ShoalError
-from shoal.messages import TokenOutput
+from shoal.errors import PeerGone, ProtocolViolation, ShoalError
+from shoal.messages import GenerateRequest, Ticket, TokenOutput
 from shoal.rpc.options import TOKEN_CHANNEL_OPTIONS
 from shoal.rpc.outputs import OutputReader
 from shoal.rpc.peers import PeerTls, open_channel, refusal
-from shoal.rpc.token_server import ID_BYTES, Listener, Place
+from shoal.rpc.requests import to_submit
+from shoal.rpc.statuses import from_rpc_error
+from shoal.rpc.token_server import ID_BYTES, Place
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
+
+if TYPE_CHECKING:
+    from shoal.v1.worker_pb2_grpc import WorkerServiceAsyncStub
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +38,10 @@ _log = logging.getLogger(__name__)
 class TokenStream:
     """One request's outputs. Iterate over it once; it ends when the request is complete."""
 
-    def __init__(self, listener: Listener, follow: Callable[[Place], None]) -> None:
-        self.listener = listener
+    def __init__(self, ticket: Ticket, client: TokenClient) -> None:
+        self.ticket = ticket
         self.place: Place | None = None
-        self._follow = follow
+        self._client = client
         self._reader = OutputReader()
         self._items: asyncio.Queue[TokenOutput | ShoalError | None] = asyncio.Queue()
 
@@ -47,7 +53,14 @@ class TokenStream:
     def follow(self, place: Place) -> None:
         """The replica at ``place`` runs this request."""
         self.place = place
-        self._follow(place)
+        self._client.follow(place)
+
+    async def submit(self, request: GenerateRequest) -> None:
+        """Bring the request to the replica that is followed. What that one says against it ends the stream.
+
+        Raises RequestTooLarge if no message holds it.
+        """
+        await self._client.submit(self, request)
 
     def fail(self, error: ShoalError) -> None:
         """End it with ``error``, after what has come already; nothing if it is complete."""
@@ -90,54 +103,73 @@ class TokenClient:
         self._gateway_id = secrets.token_bytes(ID_BYTES)
         self._patience_s = patience_s
         self._open: dict[int, TokenStream] = {}
-        self._readers: dict[Place, asyncio.Task[None]] = {}
+        self._stubs: dict[Place, WorkerServiceAsyncStub] = {}
+        self._readers: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def open(self) -> Iterator[TokenStream]:
-        """A request's stream, for as long as it is waited for."""
+    def open(self, prefix_keys: tuple[bytes, ...] = ()) -> Iterator[TokenStream]:
+        """A request's stream, for as long as it is waited for. Of its ticket ``prefix_keys`` are for the router."""
         # Not to be guessed: outputs may come before it's known from where they must.
-        stream = TokenStream(Listener(self._gateway_id, secrets.randbits(64)), self._follow)
-        self._open[stream.listener.key] = stream
+        stream = TokenStream(Ticket(self._gateway_id, secrets.randbits(64), prefix_keys), self)
+        self._open[stream.ticket.key] = stream
         try:
             yield stream
         finally:
-            del self._open[stream.listener.key]
+            del self._open[stream.ticket.key]
 
     async def close(self) -> None:
         """End all streams. Twice is a no-op."""
-        readers = list(self._readers.values())
+        readers = list(self._readers)
         for task in readers:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+        self._stubs.clear()  # of those that had not begun
 
-    def _follow(self, place: Place) -> None:
-        if place not in self._readers:
-            task = self._readers[place] = asyncio.create_task(self._read(place))
-            task.add_done_callback(lambda _: self._lost(place))
+    def follow(self, place: Place) -> None:
+        """Read what the replica there sends, if that isn't done already."""
+        if place not in self._stubs:
+            channel = open_channel(place.address, TOKEN_CHANNEL_OPTIONS, self._tls)
+            self._stubs[place] = WorkerServiceStub(channel)
+            task = asyncio.create_task(self._read(place, channel))
+            self._readers.add(task)
+            task.add_done_callback(self._readers.discard)
 
-    async def _read(self, place: Place) -> None:
-        async with open_channel(place.address, TOKEN_CHANNEL_OPTIONS, self._tls) as channel:
-            request = pb.FollowRequest(gateway_id=self._gateway_id, server_id=place.server_id)
-            call = WorkerServiceStub(channel).Follow(request)
-            try:
-                async for message in call:
-                    for output in message.outputs:
-                        # One that was given up has no stream any more.
-                        stream = self._open.get(output.key)
-                        if stream is not None and stream.place in {None, place}:
-                            stream.accept(output)
-            except grpc.aio.AioRpcError as error:
-                if (untrusted := refusal(error, place.address)) is not None:
-                    _log.error("no tokens: %s", untrusted.message)
-                return
+    async def submit(self, stream: TokenStream, request: GenerateRequest) -> None:
+        place = stream.place
+        if place is None or place not in self._stubs:
+            return  # it's lost already, and the stream hears of it
+        try:
+            await self._stubs[place].Submit(to_submit(stream.ticket, place.server_id, request))
+        except grpc.aio.AioRpcError as error:
+            known = from_rpc_error(error)
+            self._fail_later([stream], known if isinstance(known, ProtocolViolation) else _gone())
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # The channel was closed, and the stream hears of it.
 
-    def _lost(self, place: Place) -> None:
-        del self._readers[place]
-        lost = [stream for stream in self._open.values() if stream.place == place]
-        if lost:
-            asyncio.get_running_loop().call_later(self._patience_s, _give_up, lost)
+    async def _read(self, place: Place, channel: grpc.aio.Channel) -> None:
+        request = pb.FollowRequest(gateway_id=self._gateway_id, server_id=place.server_id)
+        try:
+            async for message in self._stubs[place].Follow(request):
+                for output in message.outputs:
+                    # One that was given up has no stream any more.
+                    stream = self._open.get(output.key)
+                    if stream is not None and stream.place in {None, place}:
+                        stream.accept(output)
+        except grpc.aio.AioRpcError as error:
+            if (untrusted := refusal(error, place.address)) is not None:
+                _log.error("no tokens: %s", untrusted.message)
+        finally:
+            del self._stubs[place]
+            self._fail_later([stream for stream in self._open.values() if stream.place == place], _gone())
+            await channel.close(None)
+
+    def _fail_later(self, streams: Sequence[TokenStream], error: ShoalError) -> None:
+        for stream in streams:
+            asyncio.get_running_loop().call_later(self._patience_s, stream.fail, error)
 
 
-def _give_up(streams: list[TokenStream]) -> None:
-    for stream in streams:
-        stream.fail(PeerGone("the decode replica went away", retry_after_s=1.0))
+def _gone() -> PeerGone:
+    return PeerGone("the decode replica went away", retry_after_s=1.0)

@@ -1,9 +1,11 @@
-"""Decode's end of the token streams: what a step generated goes out as one message to each gateway.
+"""Decode's end of the token streams: requests come in, and what a step generated goes out as one message to each
+gateway.
 
 ::
 
-    open(listener) ─> outlet: send, send, …, end ──┐
-    open(listener) ─> outlet: send, …            ──┴─> the gateway's queue ─> one FollowResponse ─> gateway
+    open(ticket) ─> outlet: request <── SubmitRequest <── gateway
+                            send, send, …, end ──┐
+    open(ticket) ─> outlet: send, …            ──┴─> the gateway's queue ─> one FollowResponse ─> gateway
 
 A gateway's stream may come after the first outputs, which wait for it. When it ends, nobody can say what was read:
 all its open requests end with PeerGone, and the gateway asks again.
@@ -13,25 +15,29 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from shoal.errors import Overloaded, PeerGone, ProtocolViolation, ShoalError
-from shoal.messages import TokenOutput
+from shoal.messages import GenerateRequest, Ticket, TokenOutput
 from shoal.rpc.outputs import to_outputs
+from shoal.rpc.requests import from_submit
 from shoal.rpc.statuses import abort
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 
+T = TypeVar("T")
+
 ID_BYTES = 16
 MAX_GATEWAYS = 1024
 MAX_BATCH_BYTES = 1 << 20
-END_TIMEOUT_S = 10.0
+COME_TIMEOUT_S = 10.0
+"""How long a request, or its gateway's stream, is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,41 +48,43 @@ class Place:
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """Who a request's outputs are for: a gateway process, and its own name for the request."""
-
-    gateway_id: bytes
-    key: int
-
-
 class Outlet:
-    """Where one request's outputs go in."""
+    """Where one request comes out and its outputs go in."""
 
     def __init__(self, key: int, gateway: _Gateway) -> None:
         self._key = key
         self._gateway = gateway
+        self._request: GenerateRequest | None = None
         self._num_sent = 0
+
+    async def request(self, timeout_s: float = COME_TIMEOUT_S) -> GenerateRequest:
+        """What the gateway brings once it knows the place.
+
+        Raises PeerGone if the gateway's stream ends before, or it isn't here after ``timeout_s``.
+        """
+        return await self._gateway.until(lambda: self._request, timeout_s, "the gateway didn't bring the request")
+
+    def bring(self, request: GenerateRequest) -> None:
+        """Raises ProtocolViolation if it's here already."""
+        if self._request is not None:
+            raise ProtocolViolation("this request is here already")
+        self._request = request
+        self._gateway.proceed()
 
     def send(self, output: TokenOutput) -> None:
         """Never waits. Raises PeerGone once the gateway's stream has ended."""
         self._put(list(to_outputs(self._key, self._num_sent, output)))
 
-    async def end(self, timeout_s: float = END_TIMEOUT_S) -> None:
+    async def end(self, timeout_s: float = COME_TIMEOUT_S) -> None:
         """The request is complete: wait until all is written, and so the stream's to keep.
 
         Raises PeerGone if the gateway's stream ends before, or isn't there after ``timeout_s``.
         """
         self._put([pb.Output(key=self._key, index=self._num_sent, is_end=True)])
         gateway, number = self._gateway, self._gateway.num_put
-        try:
-            async with asyncio.timeout(timeout_s):
-                while gateway.num_written < number and not gateway.is_gone:
-                    await gateway.progress.wait()
-        except TimeoutError as error:
-            raise PeerGone("the gateway didn't come to listen") from error
-        if gateway.num_written < number:
-            raise _gone()
+        await gateway.until(
+            lambda: gateway.num_written >= number or None, timeout_s, "the gateway didn't come to listen"
+        )
 
     def _put(self, messages: Sequence[pb.Output]) -> None:
         if self._gateway.is_gone:
@@ -86,16 +94,16 @@ class Outlet:
 
 
 class _Gateway:
-    """A gateway's one stream to this process, from the first request that names it."""
+    """A gateway's one stream to this process, from the first request that names it; ``outlets`` are by its keys."""
 
     def __init__(self) -> None:
-        self.num_open = 0
+        self.outlets: dict[int, Outlet] = {}
         self.num_put = 0
         self.num_written = 0
         self.is_followed = False
         self.is_gone = False
         self.wake = asyncio.Event()
-        self.progress = asyncio.Event()
+        self._progress = asyncio.Event()
         """Replaced whenever it's set."""
         self._waiting: list[pb.Output] = []
 
@@ -111,17 +119,31 @@ class _Gateway:
 
     def written(self, number: int) -> None:
         self.num_written += number
-        self._proceed()
+        self.proceed()
 
     def drop(self) -> None:
         self.is_gone = True
         self._waiting.clear()
         self.wake.set()
-        self._proceed()
+        self.proceed()
 
-    def _proceed(self) -> None:
-        self.progress.set()
-        self.progress = asyncio.Event()
+    def proceed(self) -> None:
+        """Who waits for something looks again."""
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    async def until(self, look: Callable[[], T | None], timeout_s: float, otherwise: str) -> T:
+        """What ``look`` sees as soon as it sees something. Raises PeerGone if this gateway goes before, or with
+        ``otherwise`` after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (seen := look()) is None:
+                    if self.is_gone:
+                        raise _gone()
+                    await self._progress.wait()
+        except TimeoutError as error:
+            raise PeerGone(otherwise) from error
+        return seen
 
 
 class TokenServer:
@@ -149,24 +171,34 @@ class TokenServer:
             self._drop(gateway_id, gateway)
 
     @contextmanager
-    def open(self, listener: Listener) -> Iterator[Outlet]:
-        """A request's outlet, for as long as it runs."""
-        gateway = self._gateways.setdefault(listener.gateway_id, _Gateway())
-        gateway.num_open += 1
+    def open(self, ticket: Ticket) -> Iterator[Outlet]:
+        """A request's outlet, for as long as it runs. Raises ProtocolViolation if it has one."""
+        gateway = self._gateways.setdefault(ticket.gateway_id, _Gateway())
+        if ticket.key in gateway.outlets:
+            raise ProtocolViolation("this request is open already")
+        outlet = gateway.outlets[ticket.key] = Outlet(ticket.key, gateway)
         try:
-            yield Outlet(listener.key, gateway)
+            yield outlet
         finally:
-            gateway.num_open -= 1
-            if not gateway.num_open and not gateway.is_followed:
-                self._drop(listener.gateway_id, gateway)
+            del gateway.outlets[ticket.key]
+            if not gateway.outlets and not gateway.is_followed:
+                self._drop(ticket.gateway_id, gateway)
+
+    def submit(self, request: pb.SubmitRequest) -> None:
+        """Bring it to its outlet. Raises a ShoalError where none waits for it, or it isn't well formed."""
+        self._require(request.server_id)
+        gateway = self._gateways.get(request.gateway_id)
+        outlet = None if gateway is None else gateway.outlets.get(request.key)
+        if outlet is None:
+            raise PeerGone("no call waits for this request")
+        outlet.bring(from_submit(request))
 
     async def follow(self, request: pb.FollowRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Write that gateway's outputs until its stream ends. Raises a ShoalError where it is for somebody else."""
         gateway_id = request.gateway_id
         if len(gateway_id) != ID_BYTES:
             raise ProtocolViolation(f"a gateway id has {ID_BYTES} bytes, not {len(gateway_id)}")
-        if request.server_id != self._server_id:
-            raise PeerGone("another process listens here now")
+        self._require(request.server_id)
         if gateway_id not in self._gateways and len(self._gateways) >= MAX_GATEWAYS:
             raise Overloaded(f"{MAX_GATEWAYS} gateways listen here already")
         gateway = self._gateways.setdefault(gateway_id, _Gateway())
@@ -186,6 +218,10 @@ class TokenServer:
         finally:
             self._drop(gateway_id, gateway)
 
+    def _require(self, server_id: bytes) -> None:
+        if server_id != self._server_id:
+            raise PeerGone("another process listens here now")
+
     def _drop(self, gateway_id: bytes, gateway: _Gateway) -> None:
         gateway.drop()
         if self._gateways.get(gateway_id) is gateway:
@@ -195,6 +231,13 @@ class TokenServer:
 class _Servicer(WorkerServiceServicer):
     def __init__(self, server: TokenServer) -> None:
         self._server = server
+
+    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:
+        try:
+            self._server.submit(request)
+        except ShoalError as error:
+            await abort(context, error)
+        return pb.SubmitResponse()
 
     async def Follow(self, request: pb.FollowRequest, context: Any) -> None:  # type: ignore[override]
         try:

@@ -35,6 +35,11 @@ class WorkerServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Submit = channel.unary_unary(
+                '/shoal.v1.WorkerService/Submit',
+                request_serializer=shoal_dot_v1_dot_worker__pb2.SubmitRequest.SerializeToString,
+                response_deserializer=shoal_dot_v1_dot_worker__pb2.SubmitResponse.FromString,
+                _registered_method=True)
         self.Follow = channel.unary_stream(
                 '/shoal.v1.WorkerService/Follow',
                 request_serializer=shoal_dot_v1_dot_worker__pb2.FollowRequest.SerializeToString,
@@ -46,6 +51,13 @@ class WorkerServiceServicer:
     """Served by every decode replica, for gateways only.
     """
 
+    def Submit(self, request, context):
+        """Answered at once. Refused if no call of Ray Serve waits for the request, or one has it already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Follow(self, request, context):
         """Ends when either side goes away; what a gateway has not read by then is lost, and so are its requests.
         """
@@ -56,6 +68,11 @@ class WorkerServiceServicer:
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Submit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Submit,
+                    request_deserializer=shoal_dot_v1_dot_worker__pb2.SubmitRequest.FromString,
+                    response_serializer=shoal_dot_v1_dot_worker__pb2.SubmitResponse.SerializeToString,
+            ),
             'Follow': grpc.unary_stream_rpc_method_handler(
                     servicer.Follow,
                     request_deserializer=shoal_dot_v1_dot_worker__pb2.FollowRequest.FromString,
@@ -72,6 +89,33 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 class WorkerService:
     """Served by every decode replica, for gateways only.
     """
+
+    @staticmethod
+    def Submit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.WorkerService/Submit',
+            shoal_dot_v1_dot_worker__pb2.SubmitRequest.SerializeToString,
+            shoal_dot_v1_dot_worker__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Follow(request,

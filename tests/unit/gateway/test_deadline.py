@@ -14,10 +14,9 @@ from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, 
 from shoal.gateway import deployment
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.deployment import PoolBackend
-from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput
+from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, Ticket, TokenOutput
 from shoal.rpc.outputs import to_outputs
 from shoal.rpc.token_client import TokenClient
-from shoal.rpc.token_server import Listener
 from shoal.v1 import worker_pb2
 
 OUTPUT = TokenOutput(0, (1,), "a")
@@ -84,13 +83,13 @@ class Decode:
     def generate(self) -> Any:
         return self
 
-    def remote(self, request: GenerateRequest, listener: Listener) -> Call:
-        stream = self.tokens._open[listener.key]
+    def remote(self, ticket: Ticket) -> Call:
+        stream = self.tokens._open[ticket.key]
         for index in range(self._num_outputs):
-            for message in to_outputs(listener.key, index, OUTPUT):
+            for message in to_outputs(ticket.key, index, OUTPUT):
                 stream.accept(message)
         if not self._hangs:
-            stream.accept(worker_pb2.Output(key=listener.key, index=self._num_outputs, is_end=True))
+            stream.accept(worker_pb2.Output(key=ticket.key, index=self._num_outputs, is_end=True))
         return self.call
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from shoal.errors import PeerGone
-from shoal.messages import TokenLogprob, TokenOutput
+from shoal.messages import Ticket, TokenLogprob, TokenOutput
 from shoal.rpc import token_server
-from shoal.rpc.token_server import ID_BYTES, Listener, TokenServer
-from token_streams import joined, output
+from shoal.rpc.token_server import ID_BYTES, TokenServer
+from token_streams import generate_request, joined, output
 
 
 async def test_outputs_arrive_in_order_and_then_the_end():
@@ -36,7 +36,7 @@ async def test_requests_share_a_stream_and_get_their_own():
             one.outlet.send(output(index))
             await one.outlet.end()
         assert [await one.rest() for one in several] == [[output(index)] for index in range(5)]
-        assert len(both.client._readers) == 1
+        assert len(both.client._stubs) == 1
 
 
 async def test_what_a_step_brings_is_one_message(monkeypatch: pytest.MonkeyPatch):
@@ -72,7 +72,7 @@ async def test_a_message_stays_below_what_a_channel_takes():
 async def test_outputs_of_a_request_that_was_given_up_are_dropped():
     async with joined() as both:
         with both.client.open() as given_up:
-            outlet = both.held.enter_context(both.decode.tokens.open(given_up.listener))
+            outlet = both.held.enter_context(both.decode.tokens.open(given_up.ticket))
             given_up.follow(both.decode.place)
         one = both.request()
         one.follow()
@@ -95,9 +95,43 @@ async def test_a_request_that_is_complete_waits_for_its_gateway():
         assert await one.rest() == [output(0)]
 
 
+async def test_a_request_comes_to_the_call_that_waits_for_it():
+    async with joined() as both:
+        several = [both.request() for _ in range(5)]
+        waiting = [asyncio.create_task(one.outlet.request()) for one in several]
+        for index, one in reversed(list(enumerate(several))):
+            one.follow()
+            await one.stream.submit(generate_request(index))
+        assert await asyncio.gather(*waiting) == [generate_request(index) for index in range(5)]
+
+
+async def test_a_request_that_comes_before_it_is_waited_for_is_kept():
+    async with joined() as both:
+        one = both.request()
+        one.follow()
+        await one.stream.submit(generate_request(1))
+        assert await one.outlet.request() == generate_request(1)
+
+
+async def test_a_long_prompt_fits():
+    long = generate_request(*range(130_000, 130_000 + (1 << 17)))
+    async with joined() as both:
+        one = both.request()
+        one.follow()
+        await one.stream.submit(long)
+        assert await one.outlet.request() == long
+
+
+async def test_a_request_that_never_comes_is_not_waited_for_for_ever():
+    async with joined() as both:
+        one = await both.running()
+        with pytest.raises(PeerGone, match="bring the request"):
+            await one.outlet.request(timeout_s=0.01)
+
+
 async def test_a_gateway_that_never_comes_is_not_waited_for_for_ever():
     tokens = TokenServer()
-    with tokens.open(Listener(b"g" * ID_BYTES, 1)) as outlet:
+    with tokens.open(Ticket(b"g" * ID_BYTES, 1)) as outlet:
         outlet.send(output(0))
         assert tokens.num_gateways == 1
         with pytest.raises(PeerGone, match="come to listen"):

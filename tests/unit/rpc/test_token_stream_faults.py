@@ -10,11 +10,13 @@ import grpc.aio
 import pytest
 
 from shoal.errors import PeerGone, ProtocolViolation
-from shoal.rpc import token_server
+from shoal.rpc import token_client, token_server
+from shoal.rpc.frames import MAX_ID
+from shoal.rpc.requests import to_submit
 from shoal.rpc.token_server import ID_BYTES, Outlet
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
-from token_streams import joined, output
+from token_streams import Request, generate_request, joined, output
 
 
 async def send_for_ever(outlet: Outlet) -> None:
@@ -31,6 +33,25 @@ async def refusal(address: str, request: pb.FollowRequest) -> grpc.StatusCode:
         stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.Follow(request).read()
+    return refused.value.code()
+
+
+def submitted(one: Request, **changes: Any) -> pb.SubmitRequest:
+    """A message of this request, with some of its fields changed."""
+    place = one.stream.place
+    assert place is not None
+    message = to_submit(one.stream.ticket, place.server_id, generate_request(1))
+    for name in changes:
+        message.ClearField(name)
+    message.MergeFrom(pb.SubmitRequest(**changes))
+    return message
+
+
+async def refused_submit(address: str, request: pb.SubmitRequest) -> grpc.StatusCode:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Submit(request)
     return refused.value.code()
 
 
@@ -96,13 +117,79 @@ async def test_a_second_stream_of_a_gateway_ends_what_the_first_may_have_lost():
         one = await both.running()
         async with grpc.aio.insecure_channel(both.decode.address) as channel:
             stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
-            gateway_id, server_id = one.stream.listener.gateway_id, both.decode.place.server_id
+            gateway_id, server_id = one.stream.ticket.gateway_id, both.decode.place.server_id
             call = stub.Follow(pb.FollowRequest(gateway_id=gateway_id, server_id=server_id))
             with pytest.raises(PeerGone):  # the gateway's: its stream was ended
                 await one.first()
             with pytest.raises(PeerGone):
                 one.outlet.send(output(1))
             call.cancel()
+
+
+async def test_a_request_is_not_waited_for_from_a_gateway_that_went_away():
+    async with joined() as both:
+        one = await both.running()
+        waiting = asyncio.create_task(one.outlet.request(timeout_s=60))
+        await asyncio.sleep(0)  # let it begin
+        await both.client.close()
+        with pytest.raises(PeerGone, match="doesn't listen"):
+            await waiting
+
+
+async def test_a_request_that_no_call_waits_for_is_refused_and_not_kept():
+    async with joined() as both:
+        one = await both.running()
+        stranger = await refused_submit(both.decode.address, submitted(one, key=one.stream.ticket.key ^ 1))
+        assert stranger is grpc.StatusCode.UNAVAILABLE
+        unknown = await refused_submit(both.decode.address, submitted(one, gateway_id=b"g" * ID_BYTES))
+        assert unknown is grpc.StatusCode.UNAVAILABLE
+        assert both.decode.tokens.num_gateways == 1
+        with pytest.raises(PeerGone, match="bring the request"):
+            await one.outlet.request(timeout_s=0.01)
+
+
+async def test_a_request_for_another_process_is_refused():
+    async with joined() as both:
+        one = await both.running()
+        asked = submitted(one, server_id=b"s" * ID_BYTES)
+        assert await refused_submit(both.decode.address, asked) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_request_is_taken_once():
+    """What is sent twice doesn't change what runs."""
+    async with joined() as both:
+        one = await both.running()
+        await one.stream.submit(generate_request(1))
+        asked = to_submit(one.stream.ticket, both.decode.place.server_id, generate_request(2))
+        assert await refused_submit(both.decode.address, asked) is grpc.StatusCode.INVALID_ARGUMENT
+        assert await one.outlet.request() == generate_request(1)
+
+
+async def test_one_call_has_one_outlet():
+    async with joined() as both:
+        one = await both.running()
+        with pytest.raises(ProtocolViolation), both.decode.tokens.open(one.stream.ticket):
+            pytest.fail("it was opened twice")
+        one.outlet.send(output(1))
+        assert await one.first() == output(1)
+
+
+async def test_a_malformed_request_ends_it_with_what_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_client, "to_submit", lambda *_: submitted(one, prompt_token_ids=[MAX_ID + 1]))
+    async with joined() as both:
+        one = await both.running()
+        await one.stream.submit(generate_request(1))
+        with pytest.raises(ProtocolViolation, match="prompt_token_ids"):
+            await one.rest()
+
+
+async def test_a_request_for_a_replica_that_went_away_ends():
+    async with joined() as both:
+        one = await both.running()
+        await both.decode.vanish()
+        await one.stream.submit(generate_request(1))
+        with pytest.raises(PeerGone, match="went away"):
+            await one.rest()
 
 
 async def test_a_gap_ends_the_request():
@@ -128,7 +215,7 @@ async def test_a_replica_can_not_speak_for_another_one():
         own, foreign = both.request(), other.request(both.client)
         own.follow()
         foreign.follow()
-        with other.decode.tokens.open(own.stream.listener) as forged:
+        with other.decode.tokens.open(own.stream.ticket) as forged:
             forged.send(output(666))
             foreign.outlet.send(output(1))
             assert await foreign.first() == output(1)  # what was sent before it is here, too

@@ -35,9 +35,8 @@ _HERE = str(Path(__file__).parents[2] / "services")
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """``ttft_s`` and ``tpot_s`` are the streams' medians, ``step_s`` the mean of the steps that ran meanwhile."""
+    """``tpot_s`` is the streams' median, ``step_s`` the mean of the steps that ran meanwhile."""
 
-    ttft_s: float
     tpot_s: float
     step_s: float
     tokens_per_s: float
@@ -65,17 +64,14 @@ def main() -> None:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         settings["beside"] = bool(options.beside)
         Path(options.json).write_text(json.dumps({"settings": settings, "figures": raw}, indent=2) + "\n")
-    table = Table("tree", "streams", "first token", "per token", "a step", "not the engine's", "tokens/s")
+    table = Table("tree", "streams", "per token", "a step", "not the engine's", "tokens/s")
     for (name, streams), rounds in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-        ttft, tpot, step = (
-            statistics.median(getattr(one, key) for one in rounds) for key in ("ttft_s", "tpot_s", "step_s")
-        )
+        tpot, step = (statistics.median(getattr(one, key) for one in rounds) for key in ("tpot_s", "step_s"))
         overhead = statistics.median(one.overhead for one in rounds)
         rate = statistics.median(one.tokens_per_s for one in rounds)
         table.add_row(
-            name, str(streams), f"{1000 * ttft:.1f} ms", f"{1000 * tpot:.1f} ms", f"{1000 * step:.1f} ms",
-            f"{overhead:.0%}", f"{rate:.0f}",
-        )  # fmt: skip
+            name, str(streams), f"{1000 * tpot:.1f} ms", f"{1000 * step:.1f} ms", f"{overhead:.0%}", f"{rate:.0f}"
+        )
     Console().print(table)
 
 
@@ -105,11 +101,10 @@ async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[i
         before = _steps(url)
         records = await send_at_once(url, loads.together(f"round {number}", streams))
         seconds, steps = (now - then for now, then in zip(_steps(url), before, strict=True))
-        ttft_s = statistics.median(record.ttft_s for record in records if record.ttft_s is not None)
         tpot_s = statistics.median(record.tpot_s for record in records if record.tpot_s is not None)
         ended_s = max(record.sent_s + (record.e2e_s or 0) for record in records)
         took_s = ended_s - min(record.sent_s for record in records)
-        figures[streams] = Figures(ttft_s, tpot_s, seconds / steps, sum(one.output_tokens for one in records) / took_s)
+        figures[streams] = Figures(tpot_s, seconds / steps, sum(one.output_tokens for one in records) / took_s)
     return figures
 
 

@@ -1,18 +1,22 @@
-"""The prefill pool through its Serve handle: what decode gives up stops there, too."""
+"""Decode between two Serve handles: a gateway's call, and its own to the prefill pool, where what it gives up stops."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from shoal.decode.deployment import ServePrefillPool
+from shoal.decode.deployment import DecodeReplica, ServePrefillPool
 from shoal.errors import InternalError, PeerGone, ShoalError
-from shoal.messages import Grant, HandoffOutcome, RequestContext
+from shoal.messages import GenerateRequest, Grant, HandoffOutcome, RequestContext, Ticket, TokenOutput
+from shoal.rpc.token_server import Place
+from token_streams import Joined, generate_request, joined, output
 
 GRANT = Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, RequestContext("one", timeout_s=1))
 OUTCOME = HandoffOutcome(GRANT.lease_id, committed=True)
@@ -97,3 +101,71 @@ async def test_a_defect_of_the_replica_s_is_an_internal_error() -> None:
     defect = RayTaskError("prefill", "traceback", ZeroDivisionError("secret"))
     with pytest.raises(InternalError, match="the prefill replica failed"):
         await pool(Prefill(defect)).ask(GRANT)
+
+
+class Worker:
+    """It answers with ``outputs``, and then ``error`` if there is one."""
+
+    def __init__(self, *outputs: TokenOutput, error: Exception | None = None) -> None:
+        self.came: list[GenerateRequest] = []
+        self.is_open = False
+        self._outputs = outputs
+        self._error = error
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+        self.came.append(request)
+        self.is_open = True
+        try:
+            for one in self._outputs:
+                yield one
+            if self._error is not None:
+                raise self._error
+        finally:
+            self.is_open = False
+
+
+def called(both: Joined, worker: Worker, ticket: Ticket) -> AsyncGenerator[Place, None]:
+    """The call as a replica answers it, with no more of one than that needs."""
+    stage = SimpleNamespace(worker=worker, desk=SimpleNamespace(address=both.decode.address))
+    return DecodeReplica.generate(SimpleNamespace(_tokens=both.decode.tokens, _stage=stage), ticket)  # type: ignore[arg-type]
+
+
+async def test_a_call_brings_the_place_and_runs_what_comes_there() -> None:
+    worker = Worker(output(1), output(2))
+    async with joined() as both:
+        with both.client.open() as stream:
+            async with aclosing(called(both, worker, stream.ticket)) as call:
+                stream.follow(await anext(call))
+                assert not worker.came
+                await stream.submit(generate_request(5))
+                with pytest.raises(StopAsyncIteration):
+                    await anext(call)
+            assert [one async for one in stream] == [output(1), output(2)]
+    assert worker.came == [generate_request(5)]
+
+
+async def test_a_defect_leaves_as_one_and_says_nothing() -> None:
+    async with joined() as both:
+        with both.client.open() as stream:
+            call = called(both, Worker(error=ValueError("secret")), stream.ticket)
+            stream.follow(await anext(call))
+            await stream.submit(generate_request(5))
+            with pytest.raises(InternalError) as caught:
+                await anext(call)
+    assert "secret" not in str(caught.value) and caught.value.__suppress_context__
+
+
+async def test_a_call_that_is_cancelled_before_its_request_came_holds_nothing() -> None:
+    worker = Worker()
+    async with joined() as both:
+        with both.client.open() as stream:
+            call = called(both, worker, stream.ticket)
+            await anext(call)
+            waiting = asyncio.create_task(anext(call))
+            await asyncio.sleep(0)
+            assert both.decode.tokens.num_gateways == 1
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert both.decode.tokens.num_gateways == 0
+    assert not worker.came

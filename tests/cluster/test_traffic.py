@@ -1,0 +1,112 @@
+"""Who listens to all that Shoal's processes send one another: what of a prompt could be read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import capture
+import shoal
+from capture import Flow, Traffic, forms
+from netns import network
+from nodes import ENVIRONMENT
+from shoal.certs import make_certificates
+from shoal.model.files import locate
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+SERVICES = Path(shoal.__file__).parents[1]
+PROMPT = (
+    "Seventeen quokkas juggle tangerines behind the lighthouse of Ouagadougou while a bassoonist from Zanzibar counts "
+    "7919 marzipan hippopotami, forgets the number, sighs, and begins once more with the smallest of them:"
+)
+STOP = "xylophone-of-Samarkand"
+GATEWAY_PORT = 8000
+HANDOFF_PORTS = range(21000, 22000)
+
+# What the client runs on the host: it asks until there is an answer.
+_ASK = """
+import json, ssl, sys, time, urllib.error, urllib.request
+url, authority, body = json.load(sys.stdin)
+trust = ssl.create_default_context(cafile=authority) if authority else None
+request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+deadline_s = time.monotonic() + 100
+while True:
+    try:
+        with urllib.request.urlopen(request, timeout=60, context=trust) as answer:
+            print(answer.read().decode())
+        break
+    except urllib.error.URLError as error:
+        if time.monotonic() > deadline_s or getattr(error, "code", 503) != 503:
+            raise
+        time.sleep(0.3)
+"""
+
+
+def served(tmp_path: Path, tls: Path | None) -> tuple[Traffic, dict[str, Any]]:
+    """A run of ``shoal serve`` from its start to its end, with one prompt: all its traffic, and the answer."""
+    config: dict[str, Any] = {
+        "gateway": {"port": GATEWAY_PORT, "grpc_port": 0},
+        "handoff": {"carrier": "inline", "min_tokens": 2},
+        "ray": {"stop_timeout_s": 1},
+    }
+    if tls is not None:
+        make_certificates(tls, days=1, gateway_hosts=["127.0.0.1"])
+        own = tls / "gateway"
+        config["tls"] = {"folder": str(tls)}
+        config["gateway"]["tls"] = {"cert_file": str(own / "tls.crt"), "key_file": str(own / "tls.key")}
+    (tmp_path / "shoal.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    environment: Mapping[str, str] = {**ENVIRONMENT, "PYTHONPATH": str(SERVICES)}
+    serve = [sys.executable, "-c", "from shoal.command import main; main()", "serve", str(tmp_path / "shoal.yaml")]
+    body = {"model": "smollm2", "prompt": PROMPT, "stop": STOP, "max_tokens": 4, "temperature": 0}
+    question = ["http://" if tls is None else "https://", tls and str(tls / "ca.crt"), body]
+    question[0] += f"127.0.0.1:{GATEWAY_PORT}/v1/completions"
+    with network("host") as hosts:
+        process = hosts.start("host", [sys.executable, capture.__file__, str(tmp_path), *serve], environment)
+        asked = hosts.run("host", [sys.executable, "-c", _ASK], stdin=json.dumps(question))
+        assert asked.returncode == 0, f"{asked.stderr}\n{hosts.logs()}"
+        hosts.execute("host", ["kill", "1"])  # the capture, which hands it on
+        assert process.ended(60) == 0, hosts.logs()
+    return capture.read(tmp_path), json.loads(asked.stdout)
+
+
+def needles() -> list[bytes]:
+    """Of the prompt: its ids, its text, and what else the request says."""
+    token_ids = locate("smollm2").tokenizer().encode(PROMPT)
+    words = [PROMPT[start : start + 24] for start in range(0, len(PROMPT) - 24, 24)]
+    return [*forms(token_ids), *(word.encode() for word in (*words, STOP))]
+
+
+def ports(flows: Mapping[Flow, bytes]) -> set[str]:
+    """Whose the flows are."""
+    names = {GATEWAY_PORT: "client"} | dict.fromkeys(HANDOFF_PORTS, "decode")
+    return {names.get(flow.target) or names.get(flow.source) or str(flow) for flow in flows}
+
+
+def test_in_plain_text_a_prompt_is_seen_where_it_belongs_and_not_on_ray_s_plane(tmp_path: Path):
+    traffic, answer = served(tmp_path, None)
+    assert answer["choices"][0]["text"]
+    seen = traffic.where(needles())
+    assert ports(seen) == {"client", "decode"}
+    # From the gateway to decode, and from decode to prefill: what is looked for can be found.
+    assert {flow.target in HANDOFF_PORTS for flow in seen if GATEWAY_PORT not in flow} == {True, False}
+    assert_ray_was_heard(traffic)
+
+
+def test_under_tls_nothing_of_a_prompt_is_seen_anywhere(tmp_path: Path):
+    traffic, answer = served(tmp_path, tmp_path / "certificates")
+    assert answer["choices"][0]["text"]
+    assert traffic.where(needles()) == {}
+    assert {"client", "decode"} <= ports({flow: data for flow, data in traffic.by_flow.items() if data})
+    assert_ray_was_heard(traffic)
+
+
+def assert_ray_was_heard(traffic: Traffic) -> None:
+    """The gateway's call to decode, as Ray pickles it."""
+    assert not {"client", "decode"} & ports(calls := traffic.where([b"Ticket"])) and calls

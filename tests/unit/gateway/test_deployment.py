@@ -1,0 +1,166 @@
+"""From the gateway to a decode replica and back: what goes by Serve's handle, and what by gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
+
+from shoal.affinity import KEY_TOKENS, prefix_keys
+from shoal.errors import Overloaded, PeerGone, RequestTooLarge, ShoalError
+from shoal.gateway.deployment import PoolBackend
+from shoal.messages import GenerateRequest, RequestContext, Ticket
+from shoal.rpc.frames import MAX_ID
+from shoal.rpc.token_server import Outlet, Place
+from token_streams import Joined, generate_request, joined, output
+
+PROMPT = tuple(range(20_000, 20_000 + KEY_TOKENS))
+REQUEST = replace(generate_request(*PROMPT), context=RequestContext("id", 60.0, tenant="t"))
+
+
+class Serve:
+    """Its handle to the one decode replica of ``both``, which does with a request what ``work`` says."""
+
+    def __init__(self, both: Joined, work: Callable[[Outlet], Any]) -> None:
+        self.tickets: list[Ticket] = []
+        self.is_open = False
+        self._both = both
+        self._work = work
+
+    def options(self, *, stream: bool) -> Serve:
+        assert stream
+        return self
+
+    @property
+    def generate(self) -> Serve:
+        return self
+
+    def remote(self, ticket: Ticket) -> _Call:
+        self.tickets.append(ticket)
+        return _Call(partial(self._run, cloudpickle.loads(cloudpickle.dumps(ticket))))
+
+    async def _run(self, ticket: Ticket, place: asyncio.Future[Place]) -> None:
+        self.is_open = True
+        try:
+            with self._both.decode.tokens.open(ticket) as outlet:
+                place.set_result(self._both.decode.place)
+                await self._work(outlet)
+        except ShoalError as error:
+            raise RayTaskError("generate", "traceback", error) from None
+        finally:
+            self.is_open = False
+
+
+class _Call:
+    """It runs in the replica, whether anybody iterates or not."""
+
+    def __init__(self, run: Callable[[asyncio.Future[Place]], Coroutine[Any, Any, None]]) -> None:
+        self._place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        self._running = asyncio.create_task(run(self._place))
+
+    async def __aiter__(self) -> AsyncIterator[Place]:
+        yield await self._place
+        await asyncio.shield(self._running)
+
+    def cancel(self) -> None:
+        self._running.cancel()
+
+
+class Living:
+    async def ids(self) -> frozenset[str]:
+        return frozenset("a")
+
+
+def backend(both: Joined, serve: Serve, **options: Any) -> PoolBackend:
+    return PoolBackend("shoal", serve, Living(), both.client, **options)  # type: ignore[arg-type]
+
+
+async def outputs_of(pool: PoolBackend, request: GenerateRequest = REQUEST) -> list[Any]:
+    async with aclosing(pool.generate(request)) as outputs:
+        return [one async for one in outputs]
+
+
+async def test_the_request_goes_to_the_place_and_its_outputs_come_back():
+    came: list[GenerateRequest] = []
+
+    async def work(outlet: Outlet) -> None:
+        came.append(await outlet.request())
+        outlet.send(output(1))
+        await outlet.end()
+
+    async with joined() as both:
+        serve = Serve(both, work)
+        assert await outputs_of(backend(both, serve)) == [output(1)]
+        assert not serve.is_open
+    [arrived] = came
+    assert arrived == replace(REQUEST, context=replace(REQUEST.context, timeout_s=arrived.context.timeout_s))
+    assert 0 < arrived.context.timeout_s < REQUEST.context.timeout_s  # what has passed meanwhile is gone
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+async def test_routers_get_keys_only_where_decode_remembers(remembers: bool):
+    async def work(outlet: Outlet) -> None:
+        await outlet.request()
+        await outlet.end()
+
+    async with joined() as both:
+        serve = Serve(both, work)
+        await outputs_of(backend(both, serve, decode_remembers=remembers))
+    [ticket] = serve.tickets
+    assert ticket.prefix_keys == (prefix_keys("t", PROMPT) if remembers else ())
+
+
+async def test_a_replica_that_gets_no_request_says_so_and_the_gateway_may_ask_another(monkeypatch: pytest.MonkeyPatch):
+    async def never(*_: Any) -> None:
+        pass
+
+    async with joined() as both:
+        serve = Serve(both, lambda outlet: outlet.request(timeout_s=0.01))
+        monkeypatch.setattr(both.client, "submit", never)
+        with pytest.raises(PeerGone, match="bring the request"):
+            await outputs_of(backend(both, serve))
+
+
+async def test_what_decode_says_against_a_request_is_what_it_ends_with():
+    async def work(outlet: Outlet) -> None:
+        await outlet.request()
+        raise Overloaded("full", retry_after_s=3.0)
+
+    async with joined() as both:
+        with pytest.raises(Overloaded, match="full") as refused:
+            await outputs_of(backend(both, Serve(both, work)))
+    assert refused.value.retry_after_s == 3.0
+
+
+async def test_a_request_that_no_message_holds_is_refused():
+    async with joined() as both:
+        serve = Serve(both, lambda outlet: outlet.request())
+        with pytest.raises(RequestTooLarge):
+            await outputs_of(backend(both, serve), replace(REQUEST, prompt_token_ids=(MAX_ID,) * (1 << 19)))
+
+
+async def test_who_leaves_before_the_request_is_there_ends_the_call():
+    began = asyncio.Event()
+
+    async def work(_outlet: Outlet) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    async with joined() as both:
+        serve = Serve(both, work)
+        asking = asyncio.create_task(outputs_of(backend(both, serve)))
+        await began.wait()
+        assert serve.is_open
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        async with asyncio.timeout(5):
+            while serve.is_open:
+                await asyncio.sleep(0)

@@ -163,7 +163,6 @@ def forms(token_ids: Sequence[int], window: int = 6) -> list[bytes]:
             json.dumps(list(ids))[1:-1].encode(),
             json.dumps(list(ids), separators=(",", ":"))[1:-1].encode(),
             b"".join(map(_pickled, ids)),
-            b"".join(b"I%d\n" % one for one in ids),  # pickle's oldest form
             b"".join(map(_packed, ids)),
         ]
     return found

@@ -127,7 +127,9 @@ class Worker:
 def called(both: Joined, worker: Worker, ticket: Ticket) -> AsyncGenerator[Place, None]:
     """The call as a replica answers it, with no more of one than that needs."""
     stage = SimpleNamespace(worker=worker, desk=SimpleNamespace(address=both.decode.address))
-    return DecodeReplica.generate(SimpleNamespace(_tokens=both.decode.tokens, _stage=stage), ticket)  # type: ignore[arg-type]
+    watch = SimpleNamespace(require_healthy=lambda: None)
+    own: Any = SimpleNamespace(_tokens=both.decode.tokens, _stage=stage, _watch=watch)
+    return DecodeReplica.generate(own, ticket)
 
 
 async def test_a_call_brings_the_place_and_runs_what_comes_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
@@ -72,7 +73,8 @@ def test_a_process_is_seen_to_hold_what_it_holds(footprint: Any, tmp_path: Path)
     may_end = threading.Event()
     thread = threading.Thread(target=may_end.wait, args=(20,))
     thread.start()
-    held = bytearray(b"x" * (64 << 20))
+    held = mmap.mmap(-1, 64 << 20)  # pages of its own: what malloc gives may have been here before
+    held.write(b"x" * len(held))
     with (tmp_path / "open").open("w"):
         now = footprint.Footprint.of(os.getpid())
     may_end.set()

@@ -73,7 +73,8 @@ def test_a_process_is_seen_to_hold_what_it_holds(footprint: Any, tmp_path: Path)
     may_end = threading.Event()
     thread = threading.Thread(target=may_end.wait, args=(20,))
     thread.start()
-    held = mmap.mmap(-1, 64 << 20)  # pages of its own: what malloc gives may have been here before
+    # Pages of its own: what malloc gives may have been here before.
+    held = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     held.write(b"x" * len(held))
     with (tmp_path / "open").open("w"):
         now = footprint.Footprint.of(os.getpid())

@@ -11,6 +11,7 @@ from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, lease_id, prompt
 from shoal.errors import InternalError, PeerGone
 from shoal.messages import Carrier, CarrierReason, Chunk, Envelope
+from shoal.rpc.options import HANDOFF_CONNECT_TIMEOUT_S
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
@@ -37,6 +38,27 @@ async def test_decode_listens_on_its_address_alone() -> None:
         port = int(both.address.removeprefix("127.0.0.1:"))
         with socket.create_connection(("127.0.0.1", port)), pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port))
+
+
+async def test_who_takes_a_connection_and_says_nothing_is_given_up() -> None:
+    """Before gRPC itself gives the connection up, when it would tell nobody of a call that was cancelled meanwhile."""
+
+    async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+
+    connections: list[asyncio.StreamWriter] = []
+    pool = SessionPool(dial, Identity(1, (PLAN,)), ttl_s=HANDOFF_CONNECT_TIMEOUT_S / 10, max_frame_bytes=1024)
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    try:
+        port = server.sockets[0].getsockname()[1]
+        for _ in range(2):
+            async with asyncio.timeout(10):
+                with pytest.raises(PeerGone, match="nothing was heard"):
+                    await pool.get(f"127.0.0.1:{port}")
+    finally:
+        server.close()
+        for connection in connections:
+            connection.close()
 
 
 async def test_nobody_there_is_peer_gone_and_is_tried_again() -> None:

@@ -50,11 +50,13 @@ class _ClientEnd:
         self._address = address
         self._channel = channel
         self._call = call
+        self._writing: asyncio.Future[None] | None = None
 
     async def send(self, envelope: Envelope) -> None:
-        request = to_request(envelope)
+        # Apart, so that close() can end it: of a call that is cancelled before it is connected, gRPC says nothing.
+        self._writing = asyncio.ensure_future(self._call.write(to_request(envelope)))
         try:
-            await self._call.write(request)
+            await self._writing
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError) as error:
             raise self._reason(error) from error
 
@@ -69,6 +71,8 @@ class _ClientEnd:
 
     async def close(self) -> None:
         self._call.cancel()
+        if self._writing is not None:
+            self._writing.cancel()
         await self._channel.close(grace=None)
 
     def _reason(self, error: BaseException) -> BaseException:

@@ -15,12 +15,7 @@ import shoal
 from models import save_tiny
 from shoal.chaos.result import Result
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.slow,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif("SHOAL_TEST_CHAOS" not in os.environ, reason="minutes of chaos: SHOAL_TEST_CHAOS=1 runs them"),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 NAMES = "partition,bit-flip,full-pool"
 NUM_REQUESTS, NUM_IN_FLIGHT = 40, 32

@@ -124,21 +124,22 @@ class GenerateRequest:
         return len(self.prompt_token_ids) + self.sampling.num_choices * self.sampling.max_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Ticket:
     """A gateway's call to decode over the Serve handle, which Ray pickles: it says nothing of the request, which comes
     by gRPC (rpc/token_client.py) once it's known where to.
 
-    ``key`` is the name that the gateway process ``gateway_id`` has for it. ``prefix_keys`` are for that process' router
-    alone (affinity.py).
+    ``key`` is the name that the gateway process ``gateway_id`` has for it. For that process' router alone are
+    ``prefix_keys`` (affinity.py) and ``excluded``, the ids of decode replicas that have failed this request.
     """
 
     gateway_id: bytes
     key: int
     prefix_keys: tuple[bytes, ...] = ()
+    excluded: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without the router's keys: whoever reads along could tell prompts that begin alike."""
+        """Without what is the router's: by its keys, whoever reads along could tell prompts that begin alike."""
         return Ticket, (self.gateway_id, self.key)
 
 

@@ -1,5 +1,5 @@
 """How a request finds its replica: where its beginning is known already, if that one isn't too busy, and otherwise by
-Serve's two random choices; a grant never finds one that has failed its prompt.
+Serve's two random choices. It doesn't find one that has failed it, as long as there is another.
 
 Serve copies this module's code into the processes that route: it must hold no state (routes.py does).
 """
@@ -7,7 +7,7 @@ Serve copies this module's code into the processes that route: it must hold no s
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from ray.serve._private.common import RequestMetadata
@@ -42,10 +42,13 @@ class AffineRouter(RequestRouter):
             None,
         )
 
-    def choose(self, replicas: Sequence[RunningReplica], keys: Sequence[bytes]) -> list[list[RunningReplica]]:
+    def choose(self, candidates: list[RunningReplica], call: Grant | Ticket | None) -> list[list[RunningReplica]]:
         """Ranks to try, the better ones first."""
-        if not replicas:
+        if not candidates:
             return []
+        excluded, keys = (frozenset[str](), ()) if call is None else (call.excluded, call.prefix_keys)
+        # If all have failed it, one of them is still better than none.
+        replicas = _without(candidates, excluded) or candidates
         ranks = [random.sample(replicas, min(2, len(replicas)))]
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
         known = routes.affinity.best(keys, by_id.keys())
@@ -66,18 +69,10 @@ class GrantRouter(AffineRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         _let_back_off(pending_request)
-        grant = _argument_of(pending_request, Grant)
-        if grant is None:
-            return self.choose(candidate_replicas, ())
-        # If all have failed it, one of them is still better than none.
-        left = _without(candidate_replicas, grant.excluded) or candidate_replicas
-        return self.choose(left, grant.prefix_keys)
+        return self.choose(candidate_replicas, _argument_of(pending_request, Grant))
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        grant = _argument_of(pending_request, Grant)
-        if grant is not None:
-            routes.note(grant, replica_id.unique_id)
-            routes.affinity.note(grant.prefix_keys, replica_id.unique_id)
+        _note(_argument_of(pending_request, Grant), replica_id)
 
 
 class PromptRouter(AffineRouter):
@@ -87,19 +82,22 @@ class PromptRouter(AffineRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         _let_back_off(pending_request)
-        ticket = _argument_of(pending_request, Ticket)
-        return self.choose(candidate_replicas, () if ticket is None else ticket.prefix_keys)
+        return self.choose(candidate_replicas, _argument_of(pending_request, Ticket))
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        ticket = _argument_of(pending_request, Ticket)
-        if ticket is not None:
-            routes.affinity.note(ticket.prefix_keys, replica_id.unique_id)
+        _note(_argument_of(pending_request, Ticket), replica_id)
 
 
 def _let_back_off(pending: PendingRequest | None) -> None:
     """If none of the ranks would do, wait a moment before the next try: Serve does so only where it's told to."""
     if pending is not None:
         pending.routing_context.should_backoff = True
+
+
+def _note(call: Grant | Ticket | None, replica_id: ReplicaID) -> None:
+    if call is not None:
+        routes.note(call, replica_id.unique_id)
+        routes.affinity.note(call.prefix_keys, replica_id.unique_id)
 
 
 def _argument_of(pending: PendingRequest | None, kind: type[_Argument]) -> _Argument | None:

@@ -1,25 +1,25 @@
-"""What this process' routers know: which replica each grant went to, and where prompts that began alike went."""
+"""What this process' routers know: which replica each call went to, and where prompts that began alike went."""
 
 from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
 from shoal.affinity import Affinity
-from shoal.messages import Grant
+from shoal.messages import Grant, Ticket
 
-# A grant is forgotten with the grant itself. Serve's router writes in its thread, the replica reads in its own.
-_replica_ids: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
+# A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
+_replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 # Of the one pool that a process sends to; read and written by Serve's router alone.
 affinity = Affinity()
 
 
-def note(grant: Grant, replica_id: str) -> None:
-    _replica_ids[grant] = replica_id
+def note(call: Grant | Ticket, replica_id: str) -> None:
+    _replica_ids[call] = replica_id
 
 
-def replica_of(grant: Grant) -> str | None:
+def replica_of(call: Grant | Ticket) -> str | None:
     """``None`` if it went nowhere yet."""
-    return _replica_ids.get(grant)
+    return _replica_ids.get(call)
 
 
 def num_noted() -> int:

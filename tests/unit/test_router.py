@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -51,8 +52,8 @@ def grant(*excluded: str, keys: tuple[bytes, ...] = ()) -> Grant:
     return Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, context, frozenset(excluded), keys)
 
 
-def prompt(token_ids: tuple[int, ...] = PROMPT, tenant: str = "t") -> Ticket:
-    return Ticket(b"g" * 16, 1, prefix_keys(tenant, token_ids))
+def prompt(token_ids: tuple[int, ...] = PROMPT, tenant: str = "t", excluded: str = "") -> Ticket:
+    return Ticket(b"g" * 16, 1, prefix_keys(tenant, token_ids), frozenset(excluded))
 
 
 async def first_rank(router: Any, request: Any, replicas: list[Any] = REPLICAS) -> list[str]:
@@ -81,6 +82,11 @@ async def test_a_grant_goes_to_none_that_it_excludes_if_there_is_another(router:
     assert await chosen(router, REPLICAS, pending(grant(*excluded))) == set(left)
 
 
+@pytest.mark.parametrize(("excluded", "left"), [("b", "acd"), ("abd", "c"), ("abcd", "abcd"), ("xy", "abcd")])
+async def test_a_prompt_goes_to_none_that_has_failed_it_if_there_is_another(prompts: Any, excluded: str, left: str):
+    assert await chosen(prompts, REPLICAS, pending(prompt((), excluded=excluded))) == set(left)
+
+
 async def test_other_calls_go_anywhere(router: Any):
     assert await chosen(router, REPLICAS, pending()) == set("abcd")
     assert await chosen(router, REPLICAS, None) == set("abcd")
@@ -90,11 +96,14 @@ async def test_without_replicas_there_is_nothing_to_choose(router: Any):
     assert await router.choose_replicas([], pending(grant())) == []
 
 
-def test_it_is_known_where_a_grant_went_for_as_long_as_there_is_a_grant(router: Any):
-    one = grant()
+@pytest.mark.parametrize(("kind", "make_call"), [("router", grant), ("prompts", prompt)])
+def test_it_is_known_where_a_call_went_for_as_long_as_there_is_a_call(
+    kind: str, make_call: Callable[[], Grant | Ticket], request: pytest.FixtureRequest
+):
+    one = make_call()
     before = routes.num_noted()
     assert routes.replica_of(one) is None
-    router.on_request_routed(pending(one), SimpleNamespace(unique_id="c"), None)
+    request.getfixturevalue(kind).on_request_routed(pending(one), SimpleNamespace(unique_id="c"), None)
     assert routes.replica_of(one) == "c"
     del one
     gc.collect()
@@ -139,6 +148,7 @@ async def test_a_prompt_goes_to_the_decode_replica_that_has_its_beginning(prompt
     assert await first_rank(prompts, pending(prompt((*PROMPT, 5, 6)))) == ["b"]
     assert len(await first_rank(prompts, pending(prompt(tenant="other")))) == 2
     assert await first_rank(prompts, pending(prompt()), REPLICAS[:1]) == ["a"]
+    assert "b" not in await first_rank(prompts, pending(prompt(excluded="b")))  # it has failed this prompt
 
 
 async def test_where_nothing_is_remembered_prompts_go_anywhere(prompts: Any):
@@ -147,11 +157,12 @@ async def test_where_nothing_is_remembered_prompts_go_anywhere(prompts: Any):
     assert len(await first_rank(prompts, pending(prompt(())))) == 2
 
 
-@pytest.mark.parametrize("call", [grant("a", keys=(b"key",)), prompt()], ids=lambda call: type(call).__name__)
+@pytest.mark.parametrize("call", [grant("a", keys=(b"key",)), prompt(excluded="a")], ids=["Grant", "Ticket"])
 def test_what_routers_go_by_stays_in_their_process(call: Grant | Ticket):
     sent = cloudpickle.dumps(call)
     assert not any(key in sent for key in call.prefix_keys)
-    assert cloudpickle.loads(sent) == replace(call, prefix_keys=())
+    left = replace(call, prefix_keys=())
+    assert cloudpickle.loads(sent) == (replace(left, excluded=frozenset()) if isinstance(left, Ticket) else left)
 
 
 @pytest.mark.parametrize("kind", ["router", "prompts"])

@@ -41,6 +41,31 @@ class Backend(Protocol):
     async def readiness(self) -> Readiness: ...
 
 
+@dataclass(slots=True)
+class Route:
+    """One run of a request: decode replicas that it may not go to if there is another, and the one that it went to.
+
+    ``replica_id`` is right once the run has ended; ``None`` if it went to none.
+    """
+
+    excluded: frozenset[str] = frozenset()
+    replica_id: str | None = None
+
+
+class DecodePool(Protocol):
+    """The pools, of which it can be said which decode replica runs a request."""
+
+    def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenOutput, None]:
+        """As a Backend's."""
+        ...
+
+    async def living(self) -> frozenset[str]:
+        """Ids of the decode replicas that serve; may be a second or two old."""
+        ...
+
+    async def readiness(self) -> Readiness: ...
+
+
 class GatewayObserver(Protocol):
     """Told of each request to the generating endpoints. Times are seconds on the gateway's clock."""
 

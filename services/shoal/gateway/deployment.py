@@ -17,12 +17,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from shoal import directory
+from shoal import directory, routes
 from shoal.affinity import prefix_keys
 from shoal.config import ShoalConfig
 from shoal.errors import InternalError, PeerGone, ShoalError, Unavailable
 from shoal.gateway.api import create_app
-from shoal.gateway.backend import Readiness
+from shoal.gateway.backend import Readiness, Route
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.draining import DrainingBackend
 from shoal.gateway.grpc_server import GrpcServer
@@ -83,12 +83,12 @@ class PoolBackend:
         self._decode_remembers = decode_remembers
         self._readiness = SharedPoll(self._ask_readiness)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenOutput, None]:
         if not await self._living.ids():
             # A call to nobody would wait for as long as the request may.
             raise Unavailable("no decode replica is ready: try again in a moment", retry_after_s=1.0)
         keys = prefix_keys(request.context.tenant, request.prompt_token_ids) if self._decode_remembers else ()
-        with self._tokens.open(keys) as stream:
+        with self._tokens.open(keys, route.excluded) as stream:
             call = self._decode.generate.remote(stream.ticket)
             watch = asyncio.create_task(_watch(call, stream, request))
             watch.add_done_callback(partial(_call_ended, stream=stream))
@@ -99,10 +99,14 @@ class PoolBackend:
                 # Serve counts the request until its call has ended, which is a moment later.
                 await asyncio.wait([watch], timeout=_GRACE_S)
             finally:
+                route.replica_id = routes.replica_of(stream.ticket)
                 # However this ends: decode stops at once, and what it held on both pools is free again.
                 watch.cancel()
                 with suppress(RayError, RayServeException):  # one that never began says so once more
                     call.cancel()
+
+    async def living(self) -> frozenset[str]:
+        return await self._living.ids()
 
     async def readiness(self) -> Readiness:
         """Up to a second old, however many probe or watch: Ray's head is asked no more often."""

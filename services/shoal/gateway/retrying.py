@@ -3,27 +3,42 @@
 The other one recomputes the prompt at the depth it had and the tokens sent at full depth; seed and counter of each draw
 are fixed, so that the answer is what it would have been. Where answers aren't resumed, one of which some was given out
 ends with the error instead.
+
+::
+
+    a run fails ─> another one is there ──────────────────────────────────> the next run, at once
+                   only those are that failed ──────────> AGAIN_S later ──> the next run, at one of them
+                   none is ─> until one is, PATIENCE_S at most ───────────> the next run
+
+Without the wait, one replica that fails all that it's asked would be asked for all attempts within a moment: it looks
+like the one that has the least to do.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
 import structlog
 
 from shoal.errors import DeadlineExceeded, PeerGone, PlanMismatch
-from shoal.gateway.backend import Backend, GatewayObserver, Readiness
+from shoal.gateway.backend import DecodePool, GatewayObserver, Readiness, Route
 from shoal.messages import GenerateRequest, Resumption, SentChoice, TokenOutput
 from shoal.rate import RateLimit
 
+AGAIN_S = 1.0
+"""When one that failed is asked again, if there is no other."""
+PATIENCE_S = 5.0
+"""How long a pool may be empty. Who waited for longer should come again."""
+LOOK_S = 0.25
 _log = structlog.get_logger(__name__)
 
 
 class RetryingBackend:
-    """``backend``, and again if it raises PeerGone; after some output only if it ``resumes``.
+    """``pool``, and again if it raises PeerGone; after some output only if it ``resumes``.
 
     At most ``max_attempts`` runs, no more often than ``limit`` allows over all requests; what a replica that died had
     tried of the same budget nobody knows, so each run counts as one attempt.
@@ -31,28 +46,32 @@ class RetryingBackend:
 
     def __init__(
         self,
-        backend: Backend,
+        pool: DecodePool,
         *,
         max_attempts: int,
         limit: RateLimit,
         observer: GatewayObserver,
         resumes: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._backend = backend
+        self._pool = pool
         self._max_attempts = max_attempts
         self._limit = limit
         self._observer = observer
         self._resumes = resumes
         self._clock = clock
+        self._sleep = sleep
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        """As the backend's; raises its last error once nothing is left to try."""
+        """As the pool's; raises its last error once nothing is left to try."""
         deadline_s = self._clock() + request.context.timeout_s
         given = _Given(request.sampling.num_choices)
+        failed: frozenset[str] = frozenset()
         while True:
+            route = Route(failed)
             try:
-                async with aclosing(self._backend.generate(request)) as outputs:
+                async with aclosing(self._pool.generate(request, route)) as outputs:
                     async for output in outputs:
                         given.note(output)
                         yield output
@@ -66,13 +85,25 @@ class RetryingBackend:
                     raise
                 self._observer.retried(error.code)
                 _log.warning("another decode replica takes over", attempt=request.context.attempt, code=error.code)
+            failed |= frozenset(() if route.replica_id is None else (route.replica_id,))
+            await self._wait_for_another(failed, deadline_s)
             request = _next_attempt(request, deadline_s - self._clock())
             if given.is_any:
                 self._observer.resumed()
                 request = given.resuming(request)
 
     async def readiness(self) -> Readiness:
-        return await self._backend.readiness()
+        return await self._pool.readiness()
+
+    async def _wait_for_another(self, failed: frozenset[str], deadline_s: float) -> None:
+        """Until there is one that hasn't ``failed``, or one that has may be asked again; not beyond ``deadline_s``."""
+        began_s = now_s = self._clock()
+        while not (living := await self._pool.living()) - failed:
+            left_s = min(deadline_s, began_s + (AGAIN_S if living else PATIENCE_S)) - now_s
+            if left_s <= 0:
+                return
+            await self._sleep(min(LOOK_S, left_s))
+            now_s = self._clock()
 
 
 class _Given:

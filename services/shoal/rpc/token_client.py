@@ -107,10 +107,12 @@ class TokenClient:
         self._readers: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def open(self, prefix_keys: tuple[bytes, ...] = ()) -> Iterator[TokenStream]:
-        """A request's stream, for as long as it is waited for. Of its ticket ``prefix_keys`` are for the router."""
+    def open(
+        self, prefix_keys: tuple[bytes, ...] = (), excluded: frozenset[str] = frozenset()
+    ) -> Iterator[TokenStream]:
+        """A request's stream, for as long as it is waited for. What is given is for the router (``Ticket``)."""
         # Not to be guessed: outputs may come before it's known from where they must.
-        stream = TokenStream(Ticket(self._gateway_id, secrets.randbits(64), prefix_keys), self)
+        stream = TokenStream(Ticket(self._gateway_id, secrets.randbits(64), prefix_keys, excluded), self)
         self._open[stream.ticket.key] = stream
         try:
             yield stream

@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from models import TINY_VOCAB, tiny_llama
 from shoal.config import RateConfig, load_config
 from shoal.errors import PeerGone, PlanMismatch
-from shoal.gateway.backend import NullObserver, Readiness
+from shoal.gateway.backend import NullObserver, Readiness, Route
 from shoal.gateway.retrying import RetryingBackend
 from shoal.local import LocalShoal, open_local
 from shoal.messages import (
@@ -89,7 +89,10 @@ class Pool:
         self._dying, self._other = dying, other
         self._num_before = num_before
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def living(self) -> frozenset[str]:
+        return frozenset({"dying", "other"})
+
+    async def generate(self, request: GenerateRequest, _route: Route) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         is_dying = len(self.requests) == 1
         replica = self._dying if is_dying else self._other

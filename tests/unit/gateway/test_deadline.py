@@ -12,6 +12,7 @@ from ray.serve.exceptions import BackPressureError
 
 from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
 from shoal.gateway import deployment
+from shoal.gateway.backend import Route
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.deployment import PoolBackend
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, Ticket, TokenOutput
@@ -147,7 +148,7 @@ async def test_decode_that_doesnt_answer_is_cancelled_a_moment_after_the_deadlin
 ) -> None:
     monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
     decode = Decode(1, hangs=True)
-    answer = pool(decode).generate(request(timeout_s=0))
+    answer = pool(decode).generate(request(timeout_s=0), Route())
     assert await anext(answer) == OUTPUT
     assert not decode.call.is_cancelled
     with pytest.raises(DeadlineExceeded):
@@ -158,7 +159,7 @@ async def test_decode_that_doesnt_answer_is_cancelled_a_moment_after_the_deadlin
 async def test_an_answer_is_complete_without_waiting_long_for_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
     decode = Decode(2)
-    assert [output async for output in pool(decode).generate(request(timeout_s=60))] == [OUTPUT] * 2
+    assert [output async for output in pool(decode).generate(request(timeout_s=60), Route())] == [OUTPUT] * 2
     assert decode.call.is_cancelled and not decode.tokens._open
 
 
@@ -172,7 +173,7 @@ async def test_an_answer_is_complete_without_waiting_long_for_its_call(monkeypat
     ],
 )
 async def test_what_the_call_fails_with_ends_the_answer(error: BaseException, known: type[ShoalError]) -> None:
-    answer = pool(Decode(1, hangs=True, error=error)).generate(request(timeout_s=60))
+    answer = pool(Decode(1, hangs=True, error=error)).generate(request(timeout_s=60), Route())
     assert await anext(answer) == OUTPUT
     with pytest.raises(known):
         await anext(answer)
@@ -180,7 +181,7 @@ async def test_what_the_call_fails_with_ends_the_answer(error: BaseException, kn
 
 async def test_an_answer_that_was_lost_on_its_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment, "_ARRIVE_S", 0.02)
-    answer = pool(Decode(1, hangs=True, call_ends=True)).generate(request(timeout_s=60))
+    answer = pool(Decode(1, hangs=True, call_ends=True)).generate(request(timeout_s=60), Route())
     assert await anext(answer) == OUTPUT
     with pytest.raises(PeerGone, match="didn't arrive"):
         await anext(answer)
@@ -188,7 +189,7 @@ async def test_an_answer_that_was_lost_on_its_way_is_not_waited_for(monkeypatch:
 
 async def test_decode_is_cancelled_when_the_answer_is_closed() -> None:
     decode = Decode(2)
-    answer = pool(decode).generate(request(timeout_s=60))
+    answer = pool(decode).generate(request(timeout_s=60), Route())
     await anext(answer)
     await answer.aclose()
     assert decode.call.is_cancelled and not decode.tokens._open
@@ -196,5 +197,5 @@ async def test_decode_is_cancelled_when_the_answer_is_closed() -> None:
 
 async def test_without_a_decode_replica_nobody_waits_for_one() -> None:
     with pytest.raises(Unavailable, match="no decode replica") as refused:
-        await anext(pool(Decode(1), Living()).generate(request(timeout_s=60)))
+        await anext(pool(Decode(1), Living()).generate(request(timeout_s=60), Route()))
     assert refused.value.retry_after_s == 1

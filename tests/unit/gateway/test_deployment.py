@@ -13,8 +13,10 @@ import pytest
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
 
+from shoal import routes
 from shoal.affinity import KEY_TOKENS, prefix_keys
 from shoal.errors import Overloaded, PeerGone, RequestTooLarge, ShoalError
+from shoal.gateway.backend import Route
 from shoal.gateway.deployment import PoolBackend
 from shoal.messages import GenerateRequest, RequestContext, Ticket
 from shoal.rpc.frames import MAX_ID
@@ -82,8 +84,8 @@ def backend(both: Joined, serve: Serve, **options: Any) -> PoolBackend:
     return PoolBackend("shoal", serve, Living(), both.client, **options)  # type: ignore[arg-type]
 
 
-async def outputs_of(pool: PoolBackend, request: GenerateRequest = REQUEST) -> list[Any]:
-    async with aclosing(pool.generate(request)) as outputs:
+async def outputs_of(pool: PoolBackend, request: GenerateRequest = REQUEST, route: Route | None = None) -> list[Any]:
+    async with aclosing(pool.generate(request, route or Route())) as outputs:
         return [one async for one in outputs]
 
 
@@ -115,6 +117,20 @@ async def test_routers_get_keys_only_where_decode_remembers(remembers: bool):
         await outputs_of(backend(both, serve, decode_remembers=remembers))
     [ticket] = serve.tickets
     assert ticket.prefix_keys == (prefix_keys("t", PROMPT) if remembers else ())
+
+
+async def test_it_is_told_where_a_request_went_that_failed():
+    async def work(_outlet: Outlet) -> None:
+        routes.note(serve.tickets[-1], "a")  # as Serve's router does
+        raise PeerGone("died")
+
+    async with joined() as both:
+        serve = Serve(both, work)
+        route = Route(frozenset("b"))
+        with pytest.raises(PeerGone):
+            await outputs_of(backend(both, serve), route=route)
+    [ticket] = serve.tickets
+    assert ticket.excluded == {"b"} and route.replica_id == "a"
 
 
 async def test_a_replica_that_gets_no_request_says_so_and_the_gateway_may_ask_another(monkeypatch: pytest.MonkeyPatch):

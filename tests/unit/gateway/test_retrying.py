@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
 from shoal.config import RateConfig
 from shoal.errors import DeadlineExceeded, Overloaded, PeerGone, PlanMismatch, ShoalError, Unavailable
-from shoal.gateway.backend import NullObserver, Readiness
-from shoal.gateway.retrying import RetryingBackend
+from shoal.gateway.backend import NullObserver, Readiness, Route
+from shoal.gateway.retrying import AGAIN_S, LOOK_S, PATIENCE_S, RetryingBackend
 from shoal.messages import (
     Depth,
     FinishReason,
@@ -46,10 +46,15 @@ class Clock:
     def __call__(self) -> float:
         return self.now_s
 
+    async def sleep(self, time_s: float) -> None:
+        assert time_s > 0
+        self.now_s += time_s
+
 
 class Pool:
     """Run ``i`` takes ``lasts_s`` and ends with ``failures[i]``, the first of them after ``num_before`` outputs; each
-    goes on where those before have stopped."""
+    goes on where those before have stopped. It goes to the first replica that it doesn't exclude, or the first of all;
+    ``lives(now_s)`` are those that there are."""
 
     def __init__(
         self,
@@ -57,8 +62,12 @@ class Pool:
         num_before: int = 0,
         lasts_s: float = 1.0,
         outputs: Sequence[TokenOutput] = OUTPUTS,
+        lives: Callable[[float], str] = lambda _now_s: "abc",
     ) -> None:
         self.clock = Clock()
+        self.lives = lives
+        self.asked: list[tuple[str, float]] = []
+        """Each run's replica, and when it began."""
         self.requests: list[GenerateRequest] = []
         self.num_open = 0
         self._failures = list(failures)
@@ -66,8 +75,16 @@ class Pool:
         self._lasts_s = lasts_s
         self._outputs = list(outputs)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def living(self) -> frozenset[str]:
+        return frozenset(self.lives(self.clock.now_s))
+
+    async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenOutput, None]:
         assert self.num_open == 0, "the one before isn't over"
+        names = self.lives(self.clock.now_s)
+        if not names:
+            raise Unavailable("nobody is there")
+        route.replica_id = min(set(names) - route.excluded or names)
+        self.asked.append((route.replica_id, self.clock.now_s))
         self.requests.append(request)
         self.num_open += 1
         try:
@@ -108,7 +125,13 @@ class Run:
         self.seen = Observer()
         limit = RateLimit(rate or RateConfig(), pool.clock)
         self.backend = RetryingBackend(
-            pool, max_attempts=max_attempts, limit=limit, observer=self.seen, resumes=resumes, clock=pool.clock
+            pool,
+            max_attempts=max_attempts,
+            limit=limit,
+            observer=self.seen,
+            resumes=resumes,
+            clock=pool.clock,
+            sleep=pool.clock.sleep,
         )
 
     async def __call__(self, request: GenerateRequest = REQUEST) -> Run:
@@ -159,6 +182,49 @@ async def test_what_is_told_of_a_prompt_is_told_once():
     for num_before, expected in ((0, 2), (1, None)):
         await Run(pool := Pool(PeerGone("died"), num_before=num_before))(request)
         assert pool.requests[1].sampling.num_prompt_logprobs == expected
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+async def test_no_run_goes_to_a_replica_that_has_failed_if_another_is_there(num_before: int):
+    run = await Run(pool := Pool(PeerGone("died"), PlanMismatch("new"), num_before=num_before))()
+    assert run.outputs == OUTPUTS
+    assert pool.asked == [("a", 0), ("b", 1), ("c", 2)], "each at once"
+
+
+async def test_one_that_is_alone_is_asked_again_after_a_while():
+    pool = Pool(PeerGone("its connection broke"), PeerGone("again"), lives=lambda _now_s: "a")
+    assert (await Run(pool)()).outputs == OUTPUTS
+    assert pool.asked == [("a", 0), ("a", 1 + AGAIN_S), ("a", 2 * (1 + AGAIN_S))]
+
+
+async def test_another_that_comes_meanwhile_is_taken_at_once():
+    comes_s = 1 + AGAIN_S / 2
+    pool = Pool(PeerGone("hangs"), lives=lambda now_s: "a" if now_s < comes_s else "ab")
+    assert (await Run(pool)()).outputs == OUTPUTS
+    [_, (name, asked_s)] = pool.asked
+    assert name == "b" and comes_s <= asked_s < comes_s + LOOK_S
+
+
+async def test_where_nobody_is_left_the_next_one_is_waited_for():
+    comes_s = PATIENCE_S  # longer than one that is there is left alone for
+    pool = Pool(PeerGone("died"), num_before=1, lives=lambda now_s: "a" if not now_s else "b" * (now_s >= comes_s))
+    run = await Run(pool)()
+    assert run.outputs == OUTPUTS and [name for name, _ in pool.asked] == ["a", "b"]
+    assert pool.requests[1].context.timeout_s == REQUEST.context.timeout_s - pool.asked[1][1]
+
+
+async def test_a_pool_that_stays_empty_is_not_waited_for_any_longer():
+    run = Run(pool := Pool(PeerGone("died"), lives=lambda now_s: "a" if not now_s else ""))
+    with pytest.raises(Unavailable, match="nobody"):
+        await run()
+    assert pool.clock.now_s == 1 + PATIENCE_S
+
+
+async def test_nobody_is_waited_for_beyond_the_deadline():
+    run = Run(pool := Pool(PeerGone("died"), lasts_s=9, lives=lambda now_s: "a" if not now_s else ""))
+    with pytest.raises(DeadlineExceeded):
+        await run()
+    assert pool.clock.now_s == REQUEST.context.timeout_s
 
 
 async def test_of_a_complete_answer_nothing_is_asked_for():

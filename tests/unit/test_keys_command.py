@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from shoal.cli import app
-from shoal.errors import ConfigError, Unauthenticated
+from shoal.errors import ConfigError, InvalidRequest, Unauthenticated
 from shoal.gateway.keys import Keyring, Role, read_keys
 
 
@@ -30,10 +30,9 @@ def made(file: Path, tenant: str, *options: object) -> str:
 
 
 def test_a_key_that_was_made_opens_and_one_taken_back_does_not(file: Path):
-    first, second, other = made(file, "alice"), made(file, "alice", "--max-running", 3), made(file, "bob")
+    first, second, other = made(file, "alice"), made(file, "alice"), made(file, "bob")
     keyring = Keyring(file)
     assert [keyring.tenant(f"Bearer {key}").name for key in (first, second, other)] == ["alice", "alice", "bob"]
-    assert keyring.tenant(f"Bearer {first}").config.max_running == 3
     assert keys("revoke", first.split("-")[2], "--file", file).exit_code == 0
     keyring = Keyring(file)
     assert keyring.tenant(f"Bearer {second}").name == "alice"
@@ -46,6 +45,22 @@ def test_roles_are_as_asked_for(file: Path):
     made(file, "alice", "--role", "metrics", "--role", "generate")
     roles = {name: tenant.roles for name, tenant in read_keys(file).tenants.items()}
     assert roles == {"prometheus": {Role.METRICS}, "alice": {Role.METRICS, Role.GENERATE}}
+
+
+def test_limits_are_as_asked_for_and_stay_until_something_else_is(file: Path):
+    key = made(file, "alice", "--max-running", 3, "--max-kv-tokens", 5000)
+    alice = Keyring(file).tenant(f"Bearer {key}")
+    assert (alice.config.max_running, alice.config.max_kv_tokens) == (3, 5000)
+    with pytest.raises(InvalidRequest), alice.holding(5001):
+        pass
+    made(file, "alice", "--max-kv-tokens", 7000)
+    bob = made(file, "bob")
+    assert [(one.max_running, one.max_kv_tokens) for _, one in sorted(read_keys(file).tenants.items())] == [
+        (3, 7000),
+        (None, None),
+    ]
+    with Keyring(file).tenant(f"Bearer {bob}").holding(10**9):
+        pass
 
 
 def test_what_was_edited_by_hand_stays(file: Path):
@@ -72,8 +87,9 @@ def test_what_can_not_be_is_refused_and_changes_nothing(file: Path, arguments: l
 
 
 def test_the_list_has_no_secret(file: Path):
-    key = made(file, "alice", "--max-running", 7)
+    key = made(file, "alice", "--max-running", 7, "--max-kv-tokens", 4321)
     done = keys("list", "--file", file)
     assert done.exit_code == 0
-    assert "alice" in done.output and key.split("-")[2] in done.output and "7" in done.output
+    row = next(line for line in done.output.splitlines() if "alice" in line)
+    assert all(text in row for text in (key.split("-")[2], "7", "4321"))
     assert key not in done.output

@@ -33,8 +33,19 @@ def new(
     max_running: Annotated[
         int | None, typer.Option(min=1, help="Requests of the tenant at once. Default: as many as there is room for.")
     ] = None,
+    max_kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the tenant's prompts and answers at once, each answer at its longest. "
+            "Default: as many as there is room for.",
+        ),
+    ] = None,
 ) -> None:
-    """Make a key and print it: this once, since the file has no more of it than its hash."""
+    """Make a key and print it: this once, since the file has no more of it than its hash.
+
+    What is said of roles and limits holds for all keys of the tenant; what isn't said stays as it is.
+    """
     from shoal.errors import ConfigError
     from shoal.gateway.keys import KeysFile, changing, digest_of, new_key, read_keys, write_keys
 
@@ -48,6 +59,8 @@ def new(
             mine["roles"] = role
         if max_running is not None:
             mine["max_running"] = max_running
+        if max_kv_tokens is not None:
+            mine["max_kv_tokens"] = max_kv_tokens
         try:
             changed = KeysFile.model_validate(tree)
         except ValueError as error:
@@ -62,10 +75,11 @@ def list_keys(file: File = Path("keys.yaml")) -> None:
     """Tenants, the ids of their keys, and what they may do. An id is the part of a key before its secret."""
     from shoal.gateway.keys import read_keys
 
-    table = Table("tenant", "keys", "roles", "requests at once", "a second")
+    table = Table("tenant", "keys", "roles", "requests at once", "tokens at once", "requests a second")
     for name, one in sorted(read_keys(file).tenants.items()):
         table.add_row(
             name, " ".join(sorted(one.keys)), " ".join(sorted(one.roles)), str(one.max_running or ""),
+            str(one.max_kv_tokens or ""),
             "" if one.requests is None else f"{one.requests.per_s:g}, at once {one.requests.burst}",
         )  # fmt: skip
     err.print(table)

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import grpc
 import httpx
 import pytest
 
@@ -117,6 +119,30 @@ def test_a_client_that_leaves_while_prefill_works_ends_both(live: Live, path: st
         httpx.get(f"{live.cluster.url}/{path}", params={"mode": "prefill"}, timeout=httpx.Timeout(5, read=0.5))
     assert live.wrote("decode ended", decode + 1)
     assert live.wrote("prefill ended", prefill + 1)
+
+
+def test_ray_refuses_whoever_comes_without_its_token(live: Live):
+    """Where the directory, and all else of the cluster, is kept; and where its processes are started."""
+    import ray  # not before the cluster has set Ray's environment
+    from ray.core.generated.gcs_service_pb2 import InternalKVKeysRequest
+    from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
+    from ray.core.generated.node_manager_pb2 import GetNodeStatsRequest
+    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+
+    def answers(token: str | None) -> list[grpc.StatusCode]:
+        options: Any = {"metadata": token and (("authorization", f"Bearer {token}"),), "timeout": 10}
+        keys = InternalKVGcsServiceStub(head).InternalKVKeys.future(
+            InternalKVKeysRequest(namespace=b"shoal"), **options
+        )
+        stats = NodeManagerServiceStub(node).GetNodeStats.future(GetNodeStatsRequest(), **options)
+        return [keys.code(), stats.code()]
+
+    [found] = ray.nodes()
+    address = f"{found['NodeManagerAddress']}:{found['NodeManagerPort']}"
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as head, grpc.insecure_channel(address) as node:
+        assert answers(os.environ["RAY_AUTH_TOKEN"]) == 2 * [grpc.StatusCode.OK]
+        for wrong in (None, secrets.token_hex(32)):
+            assert answers(wrong) == 2 * [grpc.StatusCode.UNAUTHENTICATED]
 
 
 def test_a_killed_replica_leaves_the_directory_and_another_takes_its_place(live: Live):

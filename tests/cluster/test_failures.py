@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
+import os
 import random
+import signal
 import time
 from collections import ChainMap
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 
+from answers import Answer, ask, ask_grpc, ask_whole, connected
 from clusters import END_WITHIN_S, Look, TestCluster, cluster
-from real_prompts import RealPrompt, assert_same_tokens
+from real_prompts import RealPrompt
 from shoal.app.ports import free_port
-from shoal.client import AsyncClient, Depth
+from shoal.client import AsyncClient
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -47,81 +48,6 @@ def whole(live: TestCluster) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def long(known: Mapping[str, RealPrompt]) -> RealPrompt:
     return max(known.values(), key=lambda prompt: len(prompt.token_ids))
-
-
-@dataclass
-class Answer:
-    """What a client has seen of a stream."""
-
-    prompt: RealPrompt
-    num_tokens: int
-    status: int | None = None
-    chunks: list[dict[str, Any]] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    is_done: bool = False
-
-    @property
-    def error(self) -> dict[str, Any] | None:
-        return self.chunks[-1].get("error") if self.chunks else None
-
-    def assert_right(self) -> None:
-        """Every token is the reference's."""
-        assert self.status == 200 and self.is_done, (self.status, self.chunks[-1:])
-        reference = self.prompt.shallow
-        cut = replace(reference, token_ids=reference.token_ids[: self.num_tokens])
-        assert_same_tokens({self.prompt.name: self.token_ids}, {self.prompt.name: cut})
-
-
-@asynccontextmanager
-async def connected(live: TestCluster) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=live.url, timeout=280, limits=limits) as client:
-        yield client
-
-
-def body_of(answer: Answer) -> dict[str, Any]:
-    return {
-        "model": "smollm2", "prompt": list(answer.prompt.token_ids), "max_tokens": answer.num_tokens,
-        "temperature": 0, "ignore_eos": True, "depth": "shallow",
-    }  # fmt: skip
-
-
-async def ask(client: httpx.AsyncClient, answer: Answer, num_chunks: int | None = None) -> Answer:
-    """Read a stream to its end, or hang up after ``num_chunks``."""
-    body = body_of(answer) | {"stream": True}
-    async with client.stream("POST", "/v1/completions", json=body, headers={"x-shoal-timing": "1"}) as response:
-        answer.status = response.status_code
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
-                [choice] = answer.chunks[-1]["shoal"]["choices"]
-                answer.token_ids, answer.is_done = choice["token_ids"], True
-            elif line.startswith("data: "):
-                answer.chunks.append(json.loads(line.removeprefix("data: ")))
-                if len(answer.chunks) == num_chunks:
-                    break
-    return answer
-
-
-async def ask_whole(client: httpx.AsyncClient, answer: Answer) -> Answer:
-    """The same answer in one piece."""
-    response = await client.post("/v1/completions", json=body_of(answer), headers={"x-shoal-timing": "1"})
-    answer.status = response.status_code
-    [choice] = response.json()["shoal"]["choices"]
-    answer.token_ids, answer.is_done = choice["token_ids"], True
-    return answer
-
-
-async def ask_grpc(client: AsyncClient, answer: Answer, num_chunks: int | None = None) -> Answer:
-    """The same stream over gRPC."""
-    options = {"max_tokens": answer.num_tokens, "temperature": 0, "ignore_eos": True, "depth": Depth.SHALLOW}
-    num_read = 0
-    async for delta in client.stream(list(answer.prompt.token_ids), **options):  # type: ignore[arg-type]
-        answer.token_ids += delta.token_ids
-        num_read += 1
-        if num_read == num_chunks:
-            return answer
-    answer.status, answer.is_done = 200, True
-    return answer
 
 
 async def until(live: TestCluster, asked: asyncio.Task[Answer], holds: Callable[[Look], bool]) -> Look:
@@ -219,6 +145,8 @@ def test_decode_dies_in_the_midst_of_an_answer(
 
 
 UNREADY_WITHIN_S = 5.0
+# Serve asks for a replica's health once a second, waits for five, and gives up after three times.
+GONE_WITHIN_S = 30.0
 # Long enough to be handed over, and to be under way for a while.
 SOME = {str(start): list(range(start, start + 200)) for start in range(1000, 7000, 1000)}
 
@@ -230,11 +158,16 @@ def forgotten(live: TestCluster, role: Any, num_left: int, within_s: float = UNR
         assert time.monotonic() < deadline_s
 
 
+@pytest.fixture(scope="module")
+def right(live: TestCluster) -> dict[str, list[int]]:
+    """What nobody disturbs."""
+    return live.complete(SOME, max_tokens=192, depth="shallow")
+
+
 @contextmanager
-def both_at_work(live: TestCluster) -> Iterator[None]:
-    """Within the block, both decode replicas answer; whatever happens there, the answers are what they were before."""
-    asked = partial(live.complete, max_tokens=192, depth="shallow")
-    right = asked(SOME)
+def both_at_work(live: TestCluster, right: dict[str, list[int]], num_tokens: int = 192) -> Iterator[None]:
+    """Within the block, both decode replicas answer; whatever happens there, the answers are the ``right`` ones."""
+    asked = partial(live.complete, max_tokens=num_tokens, depth="shallow")
     with ThreadPoolExecutor(len(SOME)) as threads:
         answers: list[Future[dict[str, list[int]]]] = []
         for name, ids in SOME.items():
@@ -244,15 +177,16 @@ def both_at_work(live: TestCluster) -> Iterator[None]:
         while len(holders(live.look(), "shoal_kv_blocks", role="decode", state="used")) < 2:
             assert not all(answer.done() for answer in answers), "all were answered before anything could happen to it"
         yield
-        assert dict(ChainMap(*(answer.result() for answer in answers))) == right
+        told = dict(ChainMap(*(answer.result() for answer in answers)))
+        assert told == {name: ids[:num_tokens] for name, ids in right.items()}
 
 
-def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestCluster):
+def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestCluster, right: dict[str, list[int]]):
     """A decode replica's engine and a prefill replica's event loop: others finish what they had."""
     from ray import serve  # not before the cluster has set Ray's environment
 
     prefill = {entry.replica_id for entry in live.live.replica_entries("prefill")}
-    with both_at_work(live):
+    with both_at_work(live, right):
         hangs = serve.get_deployment_handle("decode", live.live.app).wedge_engine.remote().result(timeout_s=20)
         forgotten(live, "decode", num_left=1)
         # Its metrics can still be found, and say which part it is.
@@ -263,6 +197,37 @@ def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestClust
     left = {entry.replica_id for entry in live.live.replica_entries("prefill")} & prefill
     live.replaced(hangs, *(prefill - left))
     assert len(left) == 1
+
+
+def test_a_decode_process_that_stands_still_is_replaced_and_the_other_finishes_its_answers(
+    live: TestCluster, right: dict[str, list[int]]
+):
+    """The whole of it: no thread of its own can tell."""
+    before = live.look()
+    with both_at_work(live, right, num_tokens=64):
+        [one, _] = live.live.replica_entries("decode")
+        os.kill(one.pid, signal.SIGSTOP)
+        try:
+            forgotten(live, "decode", num_left=1, within_s=GONE_WITHIN_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGCONT)
+    live.replaced(one.replica_id)
+    after = live.look()
+    assert rise(before, after, "shoal_retries_total", reason="peer_gone") >= 1
+    assert rise(before, after, "shoal_requests_total", status="200") == len(SOME)
+
+
+def test_a_decode_process_that_is_told_to_end_does_and_all_is_answered(live: TestCluster, right: dict[str, list[int]]):
+    """SIGTERM to the process itself: Ray begins no more in it, and lets it finish; if that takes longer than Serve
+    waits for its health, the other one does the rest."""
+    before = live.look()
+    with both_at_work(live, right, num_tokens=48):
+        [one, _] = live.live.replica_entries("decode")
+        os.kill(one.pid, signal.SIGTERM)
+        forgotten(live, "decode", num_left=1, within_s=GONE_WITHIN_S)
+    live.replaced(one.replica_id)
+    assert rise(before, live.look(), "shoal_requests_total", status="200") == len(SOME)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -71,10 +71,16 @@ class TestCluster:
         self.await_whole()
 
     def await_whole(self, within_s: float = 60) -> None:
-        """Until every pool has all its replicas again: after one was killed, Serve starts another."""
+        """Until every pool has all its replicas again, and no other: after one was killed, Serve starts another."""
+        from shoal import directory  # not before the cluster has set Ray's environment
+
+        def is_whole() -> bool:
+            entries = directory.registered(self.live.app)  # also those that finish what they have
+            return Counter(entry.role for entry in entries) == self.num_by_role and all(it.is_healthy for it in entries)
+
         deadline_s = time.monotonic() + within_s
-        while Counter(entry.role for entry in self.live.replica_entries()) != Counter(self.num_by_role):
-            assert time.monotonic() < deadline_s, self.live.replica_entries()
+        while not is_whole():
+            assert time.monotonic() < deadline_s, directory.registered(self.live.app)
             threading.Event().wait(0.1)  # nobody tells
 
     def complete(self, prompts: Mapping[str, Sequence[int]], **fields: Any) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 ::
 
     <app>/loading/<role>/<replica_id>     while weights load        report_loading
-    <app>/entry/<role>/<replica_id>       from ready to draining    register, unregister
+    <app>/entry/<role>/<replica_id>       from ready to ended       register, unregister
 
 Values are JSON. A replica that dies can't take its entry back, so a reader compares with the names of the actors that
 live, which Ray keeps right, and removes what a dead one left.
@@ -35,7 +35,7 @@ _NAMESPACE = "shoal"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One replica that is ready, or was until a part of it stopped working.
+    """One replica that is ready, or was until a part of it stopped working, or Serve told it to stop.
 
     Addresses are ``host:port``; ``handoff_address`` is decode's alone.
     """
@@ -88,7 +88,7 @@ def register(entry: Entry) -> None:
 
 
 def unregister(entry: Entry) -> None:
-    """Take a replica back before it drains. Twice is a no-op."""
+    """Take a replica back before its process ends. Twice is a no-op."""
     _delete("entry", entry)
 
 
@@ -110,7 +110,7 @@ def living(app: str, role: Role | None = None) -> tuple[Entry, ...]:
 
 
 def registered(app: str, role: Role | None = None) -> tuple[Entry, ...]:
-    """The same with those that aren't healthy, and will be replaced."""
+    """The same with those that get no work: they aren't healthy, or finish what they have."""
     return _living("entry", Entry, app, role)
 
 

@@ -1,10 +1,12 @@
-"""What the replicas of all three deployments have in common: where they listen, and what errors of Ray's mean."""
+"""What the replicas of all three deployments have in common: where they listen, what errors of Ray's mean, and whether
+they are to stop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import structlog
@@ -73,6 +75,13 @@ def known_error(error: Exception, pool: str) -> ShoalError:
         _log.error("a replica failed", exc_info=error)
         return InternalError(f"the {pool} replica failed")
     return PeerGone(f"the {pool} replica went away ({type(error).__name__})", retry_after_s=1.0)
+
+
+def is_stopping() -> bool:
+    """Whether Serve has told the replica of this process to stop. It says so to nobody but its own code around the
+    replica, and calls that one only when all requests have ended."""
+    actors: dict[Any, Any] = ray._private.worker.global_worker.actors
+    return any(getattr(getattr(actor, "_replica_impl", None), "_shutting_down", False) for actor in actors.values())
 
 
 @contextmanager

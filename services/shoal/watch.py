@@ -8,6 +8,7 @@
             ├─> metrics say which one it is, and the log where every thread stands
             ├─> the directory forgets the replica: it gets no more work, and the gateway isn't ready if it was the last
             └─> check_health raises, and Ray Serve replaces the replica; unless all is well again before
+        Ray Serve stops the replica ─> the directory forgets it; it finishes what it has
 
 The event loop is watched as a thread is: it has work from when it's asked to say something until it has said it.
 """
@@ -40,8 +41,8 @@ class Server(Protocol):
 
 
 class Watch:
-    """``heartbeats`` are of threads. ``publish`` tells others whether this replica
-    is healthy; it may block, and is called again until it has succeeded.
+    """``heartbeats`` are of threads. ``publish`` tells others whether this replica is to get work: not if it isn't
+    healthy, nor if it ``is_stopping``. It may block, and is called again until it has succeeded.
 
     What counts is how often this one has looked: while the whole process was stopped, nobody could come further.
     """
@@ -54,6 +55,7 @@ class Watch:
         limit_s: float,
         metrics: HealthMetrics,
         publish: Callable[[bool], None],
+        is_stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit_s = limit_s
@@ -63,6 +65,7 @@ class Watch:
         self._servers = dict(servers)
         self._metrics = metrics
         self._publish = publish
+        self._is_stopping = is_stopping
         self._clock = clock
         self._looked_s = clock()
         self._is_published = True
@@ -120,15 +123,15 @@ class Watch:
         faulthandler.dump_traceback(file=2)  # where, and nothing of what with
 
     def _tell(self) -> None:
-        is_healthy = not self._unhealthy
-        if is_healthy == self._is_published or self._is_closed.is_set():
+        is_listed = not self._unhealthy and not self._is_stopping()
+        if is_listed == self._is_published or self._is_closed.is_set():
             return
         try:
-            self._publish(is_healthy)
+            self._publish(is_listed)
         except Exception:  # noqa: BLE001 - the thread's edge: Ray's head may be away, and it's tried again
             _log.exception("the directory couldn't be told")
         else:
-            self._is_published = is_healthy
+            self._is_published = is_listed
 
 
 class _Pulse:

@@ -234,7 +234,10 @@ def test_a_decode_process_that_is_told_to_end_does_and_all_is_answered(live: Tes
 def test_a_replica_that_is_shut_down_finishes_what_it_has(
     live: TestCluster, known: Mapping[str, RealPrompt], role: str
 ):
-    """Clients see nothing of it, however long their answers are, and none is asked for again."""
+    """It gets no more work at once. Clients see nothing of it, however long their answers are, and none is asked for
+    again."""
+    from shoal import directory  # not before the cluster has set Ray's environment
+
     some = sorted(known.values(), key=lambda prompt: len(prompt.token_ids))[8:16]
 
     def both_work(look: Look) -> bool:
@@ -250,6 +253,8 @@ def test_a_replica_that_is_shut_down_finishes_what_it_has(
             await until(live, asked[-1], both_work)
             # Whatever is asked meanwhile is answered, too.
             scaling = asyncio.create_task(asyncio.to_thread(live.scale, role, 1))
+            await asyncio.to_thread(forgotten, live, role, 1)
+            assert len(directory.registered(live.live.app, role)) == 2, "it had nothing to finish"
             while not scaling.done():
                 asked.append(asyncio.create_task(ask(client, Answer(some[0], num_tokens=2))))
                 await asyncio.wait((scaling, asked[-1]), return_when=asyncio.FIRST_COMPLETED)

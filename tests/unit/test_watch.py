@@ -51,6 +51,7 @@ class Watched:
     def __init__(self, *heartbeats: Heartbeat, servers: Mapping[Component, Server] | None = None) -> None:
         self.now_s = 1000.0
         self.published: list[bool] = []
+        self.is_stopping = False
         self.registry = CollectorRegistry()
         self.watch = Watch(
             heartbeats,
@@ -58,6 +59,7 @@ class Watched:
             limit_s=LIMIT_S,
             metrics=HealthMetrics(self.registry),
             publish=self.published.append,
+            is_stopping=lambda: self.is_stopping,
             clock=lambda: self.now_s,
         )
 
@@ -460,6 +462,16 @@ async def test_what_could_not_be_published_is_published_again(caplog: pytest.Log
     watch.look()
     watch.look()
     assert told == [False]
+
+
+async def test_a_replica_that_is_to_stop_gets_no_more_work_and_is_well() -> None:
+    it = Watched(Heartbeat("engine"))
+    await it.look()
+    assert it.published == []
+    it.is_stopping = True
+    assert await it.look(3) == ()
+    assert it.published == [False]
+    it.watch.require_healthy()
 
 
 async def test_nothing_is_published_any_more_once_it_is_closed() -> None:

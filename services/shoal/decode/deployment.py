@@ -17,7 +17,7 @@ from shoal import directory, routes
 from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
 from shoal.messages import Grant, HandoffOutcome, Ticket
-from shoal.replica import host_of_handoff, host_of_this_node, known_error, peer_tls, told_plainly
+from shoal.replica import host_of_handoff, host_of_this_node, is_stopping, known_error, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_server import Place, TokenServer
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
@@ -71,6 +71,7 @@ class DecodeReplica:
             limit_s=settings.ray.stall_timeout_s,
             metrics=HealthMetrics(registry),
             publish=partial(directory.publish_health, self._entry),
+            is_stopping=is_stopping,
         )
         await asyncio.to_thread(directory.register, self._entry)
         self._watch.start()

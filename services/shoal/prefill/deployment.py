@@ -13,7 +13,7 @@ from shoal import directory
 from shoal.config import ShoalConfig
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
-from shoal.replica import host_of_this_node, peer_tls, told_plainly
+from shoal.replica import host_of_this_node, is_stopping, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.transfer.base import Channel
@@ -48,6 +48,7 @@ class PrefillReplica:
             limit_s=settings.ray.stall_timeout_s,
             metrics=HealthMetrics(registry),
             publish=partial(directory.publish_health, self._entry),
+            is_stopping=is_stopping,
         )
         await asyncio.to_thread(directory.register, self._entry)
         self._watch.start()

@@ -133,10 +133,10 @@ def judge_gpus(gpus: list[tuple[str, int]]) -> Finding:
     return Finding("GPU", Level.OK, ", ".join(f"{name} ({size / GIB:.0f} GiB)" for name, size in gpus))
 
 
-def judge_kernels(problem: str | None, *, fits_cpu: bool) -> Finding:
+def judge_kernels(problem: str | None, *, fits_cpu: bool, has_tiles: bool = False) -> Finding:
     """``problem``: why torch computes instead. Where the CPU is it, nothing can be done."""
     if problem is None:
-        return Finding("kernels", Level.OK, "Shoal's own")
+        return Finding("kernels", Level.OK, "Shoal's own" + (", with the matrix unit (AMX)" if has_tiles else ""))
     if not fits_cpu:
         return Finding("kernels", Level.OK, f"torch's: {problem}")
     return Finding("kernels", Level.WARN, f"torch's: {problem}", "mend it: with Shoal's own, everything is faster")
@@ -207,10 +207,10 @@ def _examine_kernels() -> Finding:
         return judge_kernels("torch can't be imported", fits_cpu=True)
     build = importlib.import_module("shoal.kernels.build")
     try:
-        native.load()
+        has_tiles = native.load().use_tiles()
     except ConfigError as error:
         return judge_kernels(error.message, fits_cpu=cpu_flags() >= build.CPU_FLAGS)
-    return judge_kernels(None, fits_cpu=True)
+    return judge_kernels(None, fits_cpu=True, has_tiles=has_tiles)
 
 
 def _examine_model(name: str) -> Finding:

@@ -31,6 +31,7 @@ from shoal.doctor import GIB, Finding, Level
         (doctor.judge_bf16(native=True, bf16_flops=4e9, float32_flops=2e9), Level.OK),
         (doctor.judge_gpus([]), Level.OK),
         (doctor.judge_kernels(None, fits_cpu=True), Level.OK),
+        (doctor.judge_kernels(None, fits_cpu=True, has_tiles=True), Level.OK),
         (doctor.judge_kernels("no C++ compiler is at hand", fits_cpu=True), Level.WARN),
         (doctor.judge_kernels("this CPU lacks avx512_bf16", fits_cpu=False), Level.OK),
         (doctor.judge_ray(None), Level.FAIL),

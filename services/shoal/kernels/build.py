@@ -47,13 +47,13 @@ def library() -> Path:
     return path
 
 
-def compiled(folder: Path) -> Path:
+def compiled(folder: Path, *options: str) -> Path:
     """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError or OSError."""
-    sources = _sources()
-    digest = sha256("\0".join([*_OPTIONS, *(text for pair in sources for text in pair)]).encode()).hexdigest()
+    sources, options = _sources(), (*_OPTIONS, *options)
+    digest = sha256("\0".join([*options, *(text for pair in sources for text in pair)]).encode()).hexdigest()
     path = folder / f"{digest[:32]}.so"
     if not path.exists():
-        _compile(sources, path)
+        _compile(sources, options, path)
     return path
 
 
@@ -68,7 +68,7 @@ def _sources() -> list[tuple[str, str]]:
     return sorted((entry.name, entry.read_text(encoding="utf-8")) for entry in folder.iterdir())
 
 
-def _compile(sources: Iterable[tuple[str, str]], path: Path) -> None:
+def _compile(sources: Iterable[tuple[str, str]], options: Iterable[str], path: Path) -> None:
     tool = compiler()
     if tool is None:
         raise ConfigError("no C++ compiler is at hand: install g++")
@@ -81,7 +81,7 @@ def _compile(sources: Iterable[tuple[str, str]], path: Path) -> None:
             units = sorted(str(unit) for unit in folder.glob("*.cpp"))
             made = folder / "library"
             subprocess.run(
-                [*tool, *_OPTIONS, "-o", str(made), *units], check=True, capture_output=True, timeout=_TIMEOUT_S
+                [*tool, *options, "-o", str(made), *units], check=True, capture_output=True, timeout=_TIMEOUT_S
             )
             made.chmod(0o755)
             made.replace(path)  # whoever else compiles it makes the same

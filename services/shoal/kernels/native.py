@@ -29,6 +29,7 @@ _SIGNATURES = {
     "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_int8_linear": [_PTR, _PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
+    "shoal_tiles": [_INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
 }  # fmt: skip
 
@@ -53,6 +54,10 @@ class NativeKernels:
             function = getattr(loaded, name)
             function.argtypes, function.restype = signature, ctypes.c_int
             self._functions[name] = function
+
+    def use_tiles(self, allowed: bool = True) -> bool:
+        """Whether they multiply by the processor's matrix unit from now on: where it has one, and it is allowed."""
+        return bool(self._functions["shoal_tiles"](int(allowed)))
 
     def attend_prompt(
         self,

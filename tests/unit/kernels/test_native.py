@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,15 +12,28 @@ import torch.nn.functional as F
 
 from engines import native_kernels
 from shoal.errors import InternalError
+from shoal.kernels import build
 from shoal.kernels.native import NativeKernels
 
 # Outputs are rounded to bfloat16 (8 bits), and so are probabilities.
 CLOSE = {"rtol": 1 / 64, "atol": 1 / 64}
 
 
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
-    return native_kernels()
+@pytest.fixture(scope="module", params=["as it is", "without tiles", "emulated tiles"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeKernels]:
+    """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for."""
+    kernels = native_kernels()
+    if request.param == "emulated tiles":
+        path = build.compiled(tmp_path_factory.mktemp("kernels"), "-DSHOAL_EMULATE_TILES")
+        yield NativeKernels(ctypes.CDLL(str(path)))
+        return
+    has_tiles = kernels.use_tiles()
+    if request.param == "without tiles":
+        if not has_tiles:
+            pytest.skip("as it is, it has none")
+        assert not kernels.use_tiles(False)
+    yield kernels
+    assert kernels.use_tiles() == has_tiles
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -173,10 +188,22 @@ def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 17, 32, 33, 48, 49, 64])
-@pytest.mark.parametrize(("outputs", "size"), [(16, 32), (1024 + 48, 576)])
+@pytest.mark.parametrize(("outputs", "size"), [(16, 32), (1024 + 48, 576), (192, 96)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_bias: bool) -> None:
     inputs, weight = random(rows, size), random(outputs, size)
     bias = random(outputs) if has_bias else None
     expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(kernels.linear(inputs, weight, bias).double(), expected, **CLOSE)
+
+
+def test_torch_finds_the_tiles_as_it_left_them(kernels: NativeKernels) -> None:
+    """Its products set shapes of their own, and remember what they have set."""
+    inputs, weight = random(200, 40), random(72, 40)
+    queries, pool = random(90, 3, 64), random(90, 2, 1, 64)
+    expected = F.linear(inputs, weight)
+    for _ in range(3):
+        kernels.attend_prompt(queries, pool, slice(0, 90), 90, None, 0.125, torch.empty_like(queries))
+        assert torch.equal(F.linear(inputs, weight), expected)
+        kernels.linear(random(20, 64), random(64, 64), None)
+        assert torch.equal(F.linear(inputs, weight), expected)

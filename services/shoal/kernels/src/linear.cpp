@@ -5,11 +5,14 @@
 //                   its loads, and sums are added across at the end
 //   up to 64        a lane holds a row: inputs are turned once, each weight goes to all lanes, and nothing is added
 //                   across, which would take a sixth of the time
+//   by tiles        turned inputs are what tiles take, too, and the weights as they lie are the other side: where there
+//                   are tiles, 16 rows take hardly longer than one, and 64 twice as long
 #include <algorithm>
 #include <vector>
 
 #include "crew.hpp"
 #include "simd.hpp"
+#include "tiles.hpp"
 
 namespace shoal {
 namespace {
@@ -76,22 +79,29 @@ void multiply_across(const Operands& of, int num_threads) {
     });
 }
 
-// The inputs of R times sixteen rows two by two, as dot products take them: [size / 2][R][16 rows], nothing where there
-// is no row.
+// The inputs of R times sixteen rows from `first` on, two by two, as dot products take them: [size / 2][R][16 rows],
+// nothing where there is no row.
 template <int R>
-void turn(const Operands& of, std::vector<__m512i>& to) {
-    to.resize(of.size / 2 * R);
+void turn(const Operands& of, int64_t first, __m512i* to) {
     for (int r = 0; r < R; r++)
         for (int64_t k = 0; k < of.size; k += 32) {
             __m512i block[16];
             for (int64_t lane = 0; lane < 16; lane++) {
-                const int64_t row = 16 * r + lane;
+                const int64_t row = first + 16 * r + lane;
                 block[lane] = row < of.num_rows ? _mm512_loadu_si512(of.inputs + row * of.size + k)
                                                 : _mm512_setzero_si512();
             }
             transpose(block);
             for (int pair = 0; pair < 16; pair++) to[(k / 2 + pair) * R + r] = block[pair];
         }
+}
+
+// Writes sums of sixteen outputs [output][row] where they belong, with the bias; those of no row aren't.
+inline void put(const Operands& of, __m512i (&found)[16], int64_t row, int64_t output) {
+    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
+    transpose(found);
+    for (int64_t lane = 0; lane < std::min<int64_t>(16, of.num_rows - row); lane++)
+        store(of.out + (row + lane) * of.num_outputs + output, _mm512_add_ps(_mm512_castsi512_ps(found[lane]), bias));
 }
 
 // Sixteen outputs of R times sixteen rows, N outputs at a time.
@@ -120,22 +130,63 @@ inline void sixteen_by_lanes(const Operands& of, const __m512i* turned, int64_t 
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++) found[r][part + n] = _mm512_castps_si512(acc[n][r]);
     }
-    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
-    for (int r = 0; r < R; r++) {
-        transpose(found[r]);
-        for (int64_t lane = 0; lane < std::min<int64_t>(16, of.num_rows - 16 * r); lane++)
-            store(of.out + (16 * r + lane) * of.num_outputs + output,
-                  _mm512_add_ps(_mm512_castsi512_ps(found[r][lane]), bias));
-    }
+    for (int r = 0; r < R; r++) put(of, found[r], 16 * r, output);
 }
 
 template <int R, int N>
 void multiply_by_lanes(const Operands& of, int num_threads) {
     static thread_local std::vector<__m512i> kept;
-    turn<R>(of, kept);
+    kept.resize(of.size / 2 * R);
+    turn<R>(of, 0, kept.data());
     const __m512i* const turned = kept.data();  // the crew's threads have a `kept` of their own
     share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16) sixteen_by_lanes<R, N>(of, turned, output);
+    });
+}
+
+// 64 outputs of sixteen rows. Nothing is fetched ahead: the processor does that by itself, and a tile's load waits for
+// sixteen lines at once.
+inline void tiled(const Operands& of, const __m512i* turned, int64_t row, int64_t output) {
+    const int64_t size = of.size, weights_row = 2 * size;
+    const bf16* const weights = of.weights_of(output);
+    alignas(64) float found[64 * TILE];
+    Tiles::zero<0>();
+    Tiles::zero<1>();
+    Tiles::zero<2>();
+    Tiles::zero<3>();
+    for (int64_t k = 0; k < size; k += TILE_NUMBERS) {
+        Tiles::load<4>(turned + k / 2, 64);
+        Tiles::load<5>(weights + k, weights_row);
+        Tiles::multiply<0, 5, 4>();
+        Tiles::load<6>(weights + TILE * size + k, weights_row);
+        Tiles::multiply<1, 6, 4>();
+        Tiles::load<5>(weights + 2 * TILE * size + k, weights_row);
+        Tiles::multiply<2, 5, 4>();
+        Tiles::load<6>(weights + 3 * TILE * size + k, weights_row);
+        Tiles::multiply<3, 6, 4>();
+    }
+    Tiles::store<0>(found, 64);
+    Tiles::store<1>(found + TILE * TILE, 64);
+    Tiles::store<2>(found + 2 * TILE * TILE, 64);
+    Tiles::store<3>(found + 3 * TILE * TILE, 64);
+    for (int part = 0; part < 64; part += 16) {
+        __m512i block[16];
+        for (int n = 0; n < 16; n++) block[n] = _mm512_load_si512(found + (part + n) * TILE);
+        put(of, block, row, output + part);
+    }
+}
+
+void multiply_by_tiles(const Operands& of, int num_threads) {
+    static thread_local std::vector<__m512i> kept;
+    const int64_t turned_size = of.size / 2;
+    kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
+    for (int64_t row = 0; row < of.num_rows; row += TILE) turn<1>(of, row, kept.data() + row / TILE * turned_size);
+    const __m512i* const turned = kept.data();
+    static_assert(PIECE == 64);
+    share(of.num_outputs / PIECE, Team(num_threads, of.num_rows), [&](int64_t piece) {
+        const Tiles held;
+        for (int64_t row = 0; row < of.num_rows; row += TILE)
+            tiled(of, turned + row / TILE * turned_size, row, piece * PIECE);
     });
 }
 
@@ -151,7 +202,8 @@ extern "C" int shoal_linear(const void* inputs, const void* weights, const void*
     if (size % 32 || num_outputs % 16 || num_rows > FEW_ROWS) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
-    if (num_rows <= MAX_ROWS_ACROSS) multiply_across(of, num_threads);
+    if (num_rows > 1 && num_outputs % PIECE == 0 && have_tiles()) multiply_by_tiles(of, num_threads);
+    else if (num_rows <= MAX_ROWS_ACROSS) multiply_across(of, num_threads);
     else if (num_rows <= 32) multiply_by_lanes<2, 8>(of, num_threads);
     else if (num_rows <= 48) multiply_by_lanes<3, 8>(of, num_threads);
     else multiply_by_lanes<4, 4>(of, num_threads);

@@ -6,8 +6,10 @@
 //     keys    [panel of 64 keys][pair of channels][key][2]
 //     values  [pair of keys][channel][2]
 //
-// Six rows of queries share each load of them: 24 registers hold sums, four what was loaded. Rows go through the keys
-// block by block, with an online softmax between. Scores and sums are float32; probabilities are rounded to bfloat16.
+// Six rows of queries share each load of them: 24 registers hold sums, four what was loaded. Where the processor has
+// tiles, they multiply, and 32 rows share each load: what is packed for dot products is what tiles take. Rows go through
+// the keys block by block, with an online softmax between. Scores and sums are float32; probabilities are rounded to
+// bfloat16.
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +17,7 @@
 
 #include "crew.hpp"
 #include "simd.hpp"
+#include "tiles.hpp"
 
 namespace shoal {
 namespace {
@@ -59,37 +62,37 @@ inline void multiply(const bf16* left, int64_t left_row, const bf16* right, int6
         for (int j = 0; j < VECTORS; j++) _mm512_store_ps(sums + row * sums_row + 16 * j, acc[row][j]);
 }
 
-// What a row has seen so far: `sum` of 2^(score - top) * V, and `total` of 2^(score - top).
+// 2^x for x <= 0; what is below 2^-125 becomes that. An addition rounds x, and leaves the exponent where it can be shifted
+// into place. The relative error is below 8e-5, bfloat16's is 4e-3.
+inline __m512 probability(__m512 x) {
+    const __m512 ones = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: the last bit of a sum with it counts ones
+    x = _mm512_max_ps(_mm512_set1_ps(-125.0f), x);    // of a number and a NaN it gives the second: NaN must stay
+    const __m512 whole = _mm512_add_ps(x, ones);
+    const __m512 rest = _mm512_sub_ps(x, _mm512_sub_ps(whole, ones));  // in [-1/2, 1/2]
+    __m512 sum = _mm512_set1_ps(5.517167e-2f);
+    for (const float next : {2.4261112e-1f, 6.9326099e-1f, 9.9992807e-1f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(next));
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_slli_epi32(_mm512_castps_si512(whole), 23)));
+}
+
+// What a row has seen so far: `sum` of 2^(factor * (score - top)) * V, and `total` of these powers. Scores are subtracted
+// before anything is rounded: the largest one has a power of 1, however large it is.
 struct Softmax {
     float top = LOWEST, total = 0;
 
     // Turns the scores of a block, [0, width), into probabilities; those outside `seen` count nothing.
     template <int D>
-    void add(float* scores, int width, Range seen, float factor, float* sum, bf16* probabilities) {
-        const bool sees_all = seen.begin <= 0 && seen.end >= width;
-        __m512 most = _mm512_set1_ps(top);
-        for (int j = 0; j < width; j += 16) {
-            __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + j), _mm512_set1_ps(factor));
-            if (!sees_all)
-                scaled = _mm512_mask_blend_ps(mask(seen, j), _mm512_set1_ps(-INFINITY), scaled);
-            _mm512_store_ps(scores + j, scaled);
-            most = _mm512_max_ps(most, scaled);
-        }
-        const float now = _mm512_reduce_max_ps(most);
-        if (now > top) shrink<D>(now, sum);
-        __m512 added = _mm512_setzero_ps();
-        for (int j = 0; j < width; j += 16) {
-            __m512 probability = exp2(_mm512_sub_ps(_mm512_load_ps(scores + j), _mm512_set1_ps(top)));
-            if (!sees_all) probability = _mm512_maskz_mov_ps(mask(seen, j), probability);
-            added = _mm512_add_ps(added, probability);
-            store(probabilities + j, probability);
-        }
-        total += _mm512_reduce_add_ps(added);
+    void add(const float* scores, int width, Range seen, float factor, float* sum, bf16* probabilities) {
+        if (seen.begin <= 0 && seen.end >= width)
+            add<D>(scores, width, factor, sum, probabilities, [](int) { return (__mmask16)0xffff; });
+        else
+            add<D>(scores, width, factor, sum, probabilities, [seen](int j) { return mask(seen, j); });
     }
 
     template <int D>
-    void shrink(float now, float* sum) {
-        const __m512 by = exp2(_mm512_set1_ps(top - now));
+    void shrink(float now, float factor, float* sum) {
+        const __m512 by = exp2(_mm512_set1_ps(factor * (top - now)));
         for (int j = 0; j < D; j += 16) _mm512_store_ps(sum + j, _mm512_mul_ps(_mm512_load_ps(sum + j), by));
         total *= _mm512_cvtss_f32(by);
         top = now;
@@ -100,7 +103,42 @@ struct Softmax {
         const uint32_t high = (uint32_t)std::clamp<int64_t>(seen.end - j, 0, 16);
         return (__mmask16)(((1u << high) - 1) & ~((1u << low) - 1));
     }
+
+   private:
+    // Two registers at a time: neither waits for the other.
+    template <int D, class Seen>
+    void add(const float* scores, int width, float factor, float* sum, bf16* probabilities, const Seen& sees) {
+        const auto score = [&](int j) {
+            return _mm512_mask_mov_ps(_mm512_set1_ps(LOWEST), sees(j), _mm512_load_ps(scores + j));
+        };
+        __m512 most = _mm512_set1_ps(LOWEST), most2 = most;
+        for (int j = 0; j < width; j += 32) {
+            most = _mm512_max_ps(most, score(j));
+            most2 = _mm512_max_ps(most2, score(j + 16));
+        }
+        const float now = _mm512_reduce_max_ps(_mm512_max_ps(most, most2));
+        if (now > top) shrink<D>(now, factor, sum);
+        const auto at = [&](int j) {
+            const __m512 below = _mm512_sub_ps(_mm512_load_ps(scores + j), _mm512_set1_ps(top));
+            return probability(_mm512_mul_ps(below, _mm512_set1_ps(factor)));
+        };
+        __m512 added = _mm512_setzero_ps(), added2 = added;
+        for (int j = 0; j < width; j += 32) {
+            const __m512 one = _mm512_maskz_mov_ps(sees(j), at(j));
+            const __m512 two = _mm512_maskz_mov_ps(sees(j + 16), at(j + 16));
+            added = _mm512_add_ps(added, one);
+            added2 = _mm512_add_ps(added2, two);
+            _mm512_store_si512(probabilities + j, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+        }
+        total += _mm512_reduce_add_ps(_mm512_add_ps(added, added2));
+    }
 };
+
+template <int D>
+void finish(const float* sum, const Softmax& softmax, bf16* out) {
+    for (int j = 0; j < D; j += 16)
+        store(out + j, _mm512_mul_ps(_mm512_load_ps(sum + j), _mm512_set1_ps(1 / softmax.total)));
+}
 
 // N rows of one head, of which row i sees the keys of seen[i]; both ends only grow from row to row.
 template <int D, int N>
@@ -121,10 +159,42 @@ void attend(const bf16* queries, int64_t query_row, Packed kv, const Range* seen
             multiply<N>(probabilities, BLOCK, kv.values + block * D + 2 * channel, 2 * D, width / 2, sums + channel, D,
                         true);
     }
-    for (int row = 0; row < N; row++)
-        for (int j = 0; j < D; j += 16)
-            store(out + row * out_row + j,
-                  _mm512_mul_ps(_mm512_load_ps(sums + row * D + j), _mm512_set1_ps(1 / softmax[row].total)));
+    for (int row = 0; row < N; row++) finish<D>(sums + row * D, softmax[row], out + row * out_row);
+}
+
+// The same for num_rows of 32 rows, by tiles.
+template <int D>
+void attend_by_tiles(const bf16* queries, int64_t query_row, int num_rows, Packed kv, const Range* seen, float factor,
+                     bf16* out, int64_t out_row) {
+    constexpr int ROWS = 2 * TILE, BLOCK = 256;
+    // Rows a power of two apart would be in each other's way in the cache.
+    constexpr int SCORES = BLOCK + TILE, PROBABILITIES = BLOCK + TILE_NUMBERS;
+    alignas(64) bf16 left[ROWS * D] = {}, probabilities[ROWS * PROBABILITIES];
+    alignas(64) float scores[ROWS * SCORES], sums[ROWS * D] = {};
+    Softmax softmax[ROWS];
+    for (int row = 0; row < num_rows; row++)
+        std::memcpy(left + row * D, queries + row * query_row, D * sizeof(bf16));
+    const int64_t end = seen[num_rows - 1].end;
+    for (int64_t block = seen[0].begin / PANEL * PANEL; block < end; block += BLOCK) {
+        const int width = (int)(std::min<int64_t>(BLOCK, end - block) + TILE_NUMBERS - 1) / TILE_NUMBERS * TILE_NUMBERS;
+        for (int key = 0; key < width; key += 2 * TILE) {
+            const bf16* const keys = kv.keys + (block + key) / PANEL * PANEL * D + 2 * (key % PANEL);
+            Sums::zero();
+            for (int channel = 0; channel < D; channel += TILE_NUMBERS)
+                Sums::add(left + channel, D, keys + channel * PANEL, 2 * PANEL);
+            Sums::store(scores + key, SCORES);
+        }
+        for (int row = 0; row < num_rows; row++)
+            softmax[row].template add<D>(scores + row * SCORES, width, {seen[row].begin - block, seen[row].end - block},
+                                         factor, sums + row * D, probabilities + row * PROBABILITIES);
+        for (int channel = 0; channel < D; channel += 2 * TILE) {
+            Sums::load(sums + channel, D);
+            for (int key = 0; key < width; key += TILE_NUMBERS)
+                Sums::add(probabilities + key, PROBABILITIES, kv.values + (block + key) * D + 2 * channel, 2 * D);
+            Sums::store(sums + channel, D);
+        }
+    }
+    for (int row = 0; row < num_rows; row++) finish<D>(sums + row * D, softmax[row], out + row * out_row);
 }
 
 template <int D>
@@ -157,26 +227,33 @@ struct Rows {
     int num_threads;
 };
 
-// Rows [first, first + N) of the heads that share a K/V head.
-template <int D, int N>
-void attend_heads(const Rows& rows, int kv_head, int64_t first, Packed kv) {
+// Rows [first, first + num_rows) of the heads that share a K/V head: N at most, by tiles or without.
+template <int D, int N, bool BY_TILES>
+void attend_heads(const Rows& rows, int kv_head, int64_t first, int num_rows, Packed kv) {
     Range seen[N];
-    for (int row = 0; row < N; row++) {
+    for (int row = 0; row < num_rows; row++) {
         const int64_t end = rows.num_context - rows.num_rows + first + row + 1;
         seen[row] = {rows.window ? std::max<int64_t>(0, end - rows.window) : 0, end};
     }
     const int shared = rows.num_heads / rows.kv_heads;
     const int64_t out_row = (int64_t)rows.num_heads * D;
-    for (int head = kv_head * shared; head < (kv_head + 1) * shared; head++)
-        attend<D, N>(rows.queries + first * rows.query_row + head * D, rows.query_row, kv, seen, rows.factor,
-                     rows.out + first * out_row + head * D, out_row);
+    for (int head = kv_head * shared; head < (kv_head + 1) * shared; head++) {
+        const bf16* const queries = rows.queries + first * rows.query_row + head * D;
+        bf16* const out = rows.out + first * out_row + head * D;
+        if constexpr (BY_TILES)
+            attend_by_tiles<D>(queries, rows.query_row, num_rows, kv, seen, rows.factor, out, out_row);
+        else
+            attend<D, N>(queries, rows.query_row, kv, seen, rows.factor, out, out_row);
+    }
 }
 
 template <int D>
 bool attend_prompt(const Rows& rows, const Context& context) {
-    constexpr int64_t PIECE = 4 * PANEL, RUN = 8 * ROWS;
+    constexpr int64_t PIECE = 4 * PANEL, TILED_RUN = 2 * TILE;
+    const bool by_tiles = have_tiles();
+    const int64_t run = by_tiles ? TILED_RUN : 8 * ROWS;
     const int64_t padded = (rows.num_context + PANEL - 1) / PANEL * PANEL;
-    const int64_t num_pieces = (rows.num_context + PIECE - 1) / PIECE, num_runs = (rows.num_rows + RUN - 1) / RUN;
+    const int64_t num_pieces = (rows.num_context + PIECE - 1) / PIECE, num_runs = (rows.num_rows + run - 1) / run;
     bf16* const memory = static_cast<bf16*>(std::aligned_alloc(64, 2 * rows.kv_heads * padded * D * sizeof(bf16)));
     if (!memory) return false;
     const auto keys = [&](int head) { return memory + 2 * head * padded * D; };
@@ -191,12 +268,16 @@ bool attend_prompt(const Rows& rows, const Context& context) {
     // The last rows see most: first, so that no thread is left with them at the end.
     share(rows.kv_heads * num_runs, team, [&](int64_t item) {
         const int head = (int)(item % rows.kv_heads);
-        const int64_t begin = (num_runs - 1 - item / rows.kv_heads) * RUN;
-        const int64_t end = std::min(rows.num_rows, begin + RUN);
+        const int64_t begin = (num_runs - 1 - item / rows.kv_heads) * run;
+        const int64_t end = std::min(rows.num_rows, begin + run);
         const Packed kv = {keys(head), values(head)};
+        if (by_tiles) {
+            const Tiles held;
+            return attend_heads<D, TILED_RUN, true>(rows, head, begin, (int)(end - begin), kv);
+        }
         int64_t row = begin;
-        for (; row + ROWS <= end; row += ROWS) attend_heads<D, ROWS>(rows, head, row, kv);
-        for (; row < end; row++) attend_heads<D, 1>(rows, head, row, kv);
+        for (; row + ROWS <= end; row += ROWS) attend_heads<D, ROWS, false>(rows, head, row, ROWS, kv);
+        for (; row < end; row++) attend_heads<D, 1, false>(rows, head, row, 1, kv);
     });
     std::free(memory);
     return true;

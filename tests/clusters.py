@@ -76,7 +76,8 @@ class TestCluster:
 
         def is_whole() -> bool:
             entries = directory.registered(self.live.app)  # also those that finish what they have
-            return Counter(entry.role for entry in entries) == self.num_by_role and all(it.is_healthy for it in entries)
+            by_role = Counter(entry.role for entry in entries)
+            return by_role == Counter(self.num_by_role) and all(entry.is_healthy for entry in entries)
 
         deadline_s = time.monotonic() + within_s
         while not is_whole():

@@ -1,5 +1,5 @@
-// Attention of one row each of many sequences. The time goes into reading K and V: each is read once for all the query
-// heads that share it, and a long context is cut into parts for the threads, which are then put together.
+// Attention of one row each of many sequences. The time goes into reading K and V: each is read, and V widened, once for
+// the query heads that share it, and a long context is cut into parts for the threads, which are then put together.
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +12,7 @@ namespace shoal {
 namespace {
 
 constexpr int CHUNK = 64;
+constexpr int TOGETHER = 4;  // query heads that share what is loaded: their sums for 64 channels fit into registers
 constexpr int64_t MIN_PART = 128;
 constexpr int64_t JOINED = 16;  // heads at a time
 
@@ -21,25 +22,42 @@ struct Part {
     float top = LOWEST, total = 0;
 };
 
+// The tokens of a chunk, where they lie in the pool; up to the next multiple of 16, the last one again.
+struct Chunk {
+    const bf16* tokens[CHUNK];
+    int num_tokens, padded;
+
+    Chunk(const Context& context, int64_t begin, int64_t end)
+        : num_tokens((int)std::clamp<int64_t>(end - begin, 0, CHUNK)), padded((num_tokens + 15) / 16 * 16) {
+        for (int i = 0; i < padded; i++) tokens[i] = context[begin + std::min(i, num_tokens - 1)];
+    }
+
+    void fetch(int token, int64_t at) const {
+        if (token < num_tokens)
+            for (int64_t line = at; line < at + 64; line += 32) _mm_prefetch(tokens[token] + line, _MM_HINT_T1);
+    }
+};
+
 template <int D>
-void add_chunk(const bf16* query, const Context& context, int64_t key_at, int64_t value_at, int64_t begin, int n,
-               float factor, Part& part) {
-    alignas(64) float scores[CHUNK];
+void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, float* scores) {
     __m512bh own[D / 32];
     for (int j = 0; j < D / 32; j++) own[j] = (__m512bh)_mm512_loadu_si512(query + 32 * j);
-    const int padded = (n + 15) / 16 * 16;
-    for (int i = 0; i < padded; i += 16) {
+    for (int i = 0; i < chunk.padded; i += 16) {
         __m512 products[16];
         for (int key = 0; key < 16; key++) {
-            // Beyond the last key, the last again: what comes of it is overwritten.
-            const bf16* const numbers = context[begin + std::min(i + key, n - 1)] + key_at;
+            const bf16* const numbers = chunk.tokens[i + key] + key_at;
             products[key] = _mm512_setzero_ps();
             for (int j = 0; j < D / 32; j++)
                 products[key] = _mm512_dpbf16_ps(products[key], (__m512bh)_mm512_loadu_si512(numbers + 32 * j), own[j]);
         }
         _mm512_store_ps(scores + i, _mm512_mul_ps(sums(products), _mm512_set1_ps(factor)));
     }
-    std::fill(scores + n, scores + padded, LOWEST);
+    std::fill(scores + chunk.num_tokens, scores + chunk.padded, LOWEST);
+}
+
+// Scores become probabilities; the part's total and top are brought up to date, and by what its sums are to shrink is
+// returned.
+float weigh(float* scores, int padded, Part& part) {
     __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
     for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
     const float top = _mm512_reduce_max_ps(most), shrink = std::exp2(part.top - top);
@@ -50,15 +68,49 @@ void add_chunk(const bf16* query, const Context& context, int64_t key_at, int64_
     }
     part.total = part.total * shrink + _mm512_reduce_add_ps(total);
     part.top = top;
-    __m512 mixed[D / 16];
-    for (int j = 0; j < D / 16; j++)
-        mixed[j] = _mm512_mul_ps(_mm512_loadu_ps(part.sums + 16 * j), _mm512_set1_ps(shrink));
-    for (int i = 0; i < n; i++) {
-        const bf16* const value = context[begin + i] + value_at;
-        for (int j = 0; j < D / 16; j++)
-            mixed[j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[i]), load(value + 16 * j), mixed[j]);
+    return shrink;
+}
+
+// H query heads that share a K/V head. Meanwhile the next chunk is fetched, piece by piece: asked for all at once, it would
+// be waited for.
+template <int D, int H>
+void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor, Part* parts,
+               const Chunk& next) {
+    alignas(64) float scores[H][CHUNK];
+    float shrink[H];
+    for (int h = 0; h < H; h++) {
+        score<D>(queries + h * D, chunk, key_at, factor, scores[h]);
+        shrink[h] = weigh(scores[h], chunk.padded, parts[h]);
     }
-    for (int j = 0; j < D / 16; j++) _mm512_storeu_ps(part.sums + 16 * j, mixed[j]);
+    for (int channel = 0; channel < D; channel += 64) {
+        __m512 mixed[H][4];
+        for (int h = 0; h < H; h++)
+            for (int j = 0; j < 4; j++)
+                mixed[h][j] = _mm512_mul_ps(_mm512_loadu_ps(parts[h].sums + channel + 16 * j), _mm512_set1_ps(shrink[h]));
+        for (int i = 0; i < chunk.num_tokens; i++) {
+            next.fetch(i, key_at + channel);
+            next.fetch(i, value_at + channel);
+            const bf16* const value = chunk.tokens[i] + value_at + channel;
+            __m512 wide[4];
+            for (int j = 0; j < 4; j++) wide[j] = load(value + 16 * j);
+            for (int h = 0; h < H; h++)
+                for (int j = 0; j < 4; j++)
+                    mixed[h][j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[h][i]), wide[j], mixed[h][j]);
+        }
+        for (int h = 0; h < H; h++)
+            for (int j = 0; j < 4; j++) _mm512_storeu_ps(parts[h].sums + channel + 16 * j, mixed[h][j]);
+    }
+}
+
+template <int D>
+void add_chunk(int num_heads, const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor,
+               Part* parts, const Chunk& next) {
+    switch (num_heads) {
+        case 1: return add_chunk<D, 1>(queries, chunk, key_at, value_at, factor, parts, next);
+        case 2: return add_chunk<D, 2>(queries, chunk, key_at, value_at, factor, parts, next);
+        case 3: return add_chunk<D, 3>(queries, chunk, key_at, value_at, factor, parts, next);
+        default: return add_chunk<D, TOGETHER>(queries, chunk, key_at, value_at, factor, parts, next);
+    }
 }
 
 struct Rows {
@@ -92,13 +144,13 @@ template <int D>
 void add_chunks(const Rows& rows, const bf16* queries, const Context& context, int64_t begin, int64_t end, Part* parts) {
     const int shared = rows.num_heads / rows.kv_heads;
     for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
-        for (int64_t next = chunk + CHUNK; next < std::min(end, chunk + 2 * CHUNK); next++)
-            for (int64_t at = 0; at < context.slot_size; at += 32) _mm_prefetch(context[next] + at, _MM_HINT_T1);
-        for (int head = 0; head < rows.num_heads; head++) {
-            const int kv_head = head / shared;
-            add_chunk<D>(queries + head * D, context, kv_head * D, (rows.kv_heads + kv_head) * D, chunk,
-                         (int)std::min<int64_t>(CHUNK, end - chunk), rows.factor, parts[head]);
-        }
+        const Chunk tokens(context, chunk, end), next(context, chunk + CHUNK, end);
+        for (int kv_head = 0; kv_head < rows.kv_heads; kv_head++)
+            for (int first = 0; first < shared; first += TOGETHER) {
+                const int head = kv_head * shared + first;
+                add_chunk<D>(std::min(TOGETHER, shared - first), queries + head * D, tokens, kv_head * D,
+                             (rows.kv_heads + kv_head) * D, rows.factor, parts + head, next);
+            }
     }
 }
 
@@ -133,7 +185,8 @@ void attend_decode(const Rows& rows, const bf16* pool) {
 }  // namespace shoal
 
 // Of queries [rows, num_heads, D] (query_row numbers between rows) those at `rows` [batch], each over lengths[i] tokens
-// at slots [batch, longest], or without them at first_slot and what follows; out is [rows, num_heads, D], contiguous. Returns 0, or 1 if it can't.
+// at slots [batch, longest], or without them at first_slot and what follows; out is [rows, num_heads, D], contiguous.
+// Returns 0, or 1 if it can't.
 extern "C" int shoal_attend_decode(const void* queries, int64_t query_row, const int64_t* at, const void* pool,
                                    const int64_t* slots, int64_t first_slot, int64_t longest, const int64_t* lengths,
                                    int64_t batch, int num_heads, int kv_heads, int head_dim, float scale, void* out,

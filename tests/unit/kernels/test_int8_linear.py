@@ -8,18 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from engines import native_kernels
 from shoal.errors import InternalError
 from shoal.kernels.native import NativeKernels
 
 # Of what is stored, and of a row of inputs' largest number.
 HALF_BFLOAT16, HALF_STEP = 2.0**-8, 1 / (2 * 32639)
-SHAPES = [(1, 1), (16, 64), (17, 63), (15, 65), (50, 96), (1072, 576), (130, 1537)]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
-    return native_kernels()
+SHAPES = [(1, 1), (16, 64), (17, 63), (15, 65), (50, 96), (1072, 576), (130, 1537), (96, 192)]
 
 
 @pytest.fixture(params=[1, 2])

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engines import native_kernels
 from shoal.errors import InternalError
-from shoal.kernels import build
 from shoal.kernels.native import NativeKernels
 
 # Outputs are rounded to bfloat16 (8 bits), and so are probabilities.
 CLOSE = {"rtol": 1 / 64, "atol": 1 / 64}
-
-
-@pytest.fixture(scope="module", params=["as it is", "without tiles", "emulated tiles"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeKernels]:
-    """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for."""
-    kernels = native_kernels()
-    if request.param == "emulated tiles":
-        path = build.compiled(tmp_path_factory.mktemp("kernels"), "-DSHOAL_EMULATE_TILES")
-        yield NativeKernels(ctypes.CDLL(str(path)))
-        return
-    has_tiles = kernels.use_tiles()
-    if request.param == "without tiles":
-        if not has_tiles:
-            pytest.skip("as it is, it has none")
-        assert not kernels.use_tiles(False)
-    yield kernels
-    assert kernels.use_tiles() == has_tiles
 
 
 def random(*shape: int) -> torch.Tensor:

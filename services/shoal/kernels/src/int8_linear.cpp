@@ -5,7 +5,8 @@
 // that is rounded are inputs: by 1/65278 of their row's largest number at most. Over a row of some thousand numbers this
 // adds up to less than what bfloat16 has rounded it by.
 // The instruction wants one factor without a sign. Flipping a weight's highest bit adds 128 to it; 128 times the inputs'
-// sum is what sums begin with, taken off.
+// sum is what sums begin with, taken off. Tiles take signs on both sides: weights as they lie, and sixteen inputs' bytes
+// turned.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -13,6 +14,7 @@
 
 #include "crew.hpp"
 #include "simd.hpp"
+#include "tiles.hpp"
 
 namespace shoal {
 namespace {
@@ -20,8 +22,11 @@ namespace {
 constexpr int64_t BLOCK = 64;      // inputs in a register
 constexpr int64_t PIECE = 64;      // weights' rows a thread takes at a time
 constexpr int64_t ROWS_PIECE = 8;  // inputs' rows
+constexpr int64_t MIN_ROWS_TILED = 4;
 constexpr float LARGEST = 32639;   // 256 * 127 + 127
 constexpr float NOTHING = 1e-30f;  // above it LARGEST / x is finite
+
+static_assert(BLOCK == TILE_BYTES);
 
 // Of each row, for each block a register of high bytes and one of low, then what the sums of each begin with.
 struct Whole {
@@ -41,6 +46,8 @@ struct Operands {
     const bf16* bias;
     int64_t num_rows, num_outputs, size;
     bf16* out;
+
+    bool fit_tiles() const { return size % BLOCK == 0 && num_outputs % (2 * TILE) == 0; }
 };
 
 // The first of `size` lanes, all or none.
@@ -98,6 +105,10 @@ inline void add_products(__m512i& sum, __m512i unsigned_bytes, __m512i signed_by
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
 
+inline __m512 joined(__m512i high, __m512i low) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
+}
+
 // Of M rows and four outputs, by bytes of the inputs.
 template <int M>
 struct Sums {
@@ -147,8 +158,7 @@ inline void four(const Operands& of, const Whole& inputs, int64_t row, int64_t o
     }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < 4; n++)
-            found[m * 16 + part + n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.high[m][n]), _mm512_set1_ps(256),
-                                                       _mm512_cvtepi32_ps(sums.low[m][n]));
+            found[m * 16 + part + n] = joined(sums.high[m][n], sums.low[m][n]);
 }
 
 template <int M>
@@ -175,6 +185,79 @@ inline void few(const Operands& of, const Whole& inputs, int64_t row, int64_t n,
     }
 }
 
+// For tiles: of sixteen rows, for each block [16 times four inputs][row] of high bytes, then of low ones.
+struct Turned {
+    std::vector<__m512i> registers;
+
+    void turn(const Whole& from, int64_t num_rows) {
+        const int64_t num_blocks = from.num_blocks;
+        registers.resize((num_rows + TILE - 1) / TILE * num_blocks * 2 * TILE);
+        __m512i* to = registers.data();
+        for (int64_t first = 0; first < num_rows; first += TILE)
+            for (int64_t part = 0; part < 2 * num_blocks; part++, to += TILE) {
+                __m512i block[TILE];
+                for (int64_t row = 0; row < TILE; row++)
+                    block[row] = first + row < num_rows ? from.row(first + row)[part] : _mm512_setzero_si512();
+                transpose(block);
+                std::copy(block, block + TILE, to);
+            }
+    }
+
+    const __m512i* of(int64_t first, int64_t num_blocks) const {
+        return registers.data() + first / TILE * num_blocks * 2 * TILE;
+    }
+};
+
+// 32 outputs of sixteen rows.
+void tiled(const Operands& of, const Whole& inputs, const __m512i* turned, int64_t row, int64_t output) {
+    alignas(64) int32_t high[2 * TILE * TILE], low[2 * TILE * TILE];
+    const int8_t* const weights = of.weights + output * of.size;
+    Tiles::zero<0>();
+    Tiles::zero<1>();
+    Tiles::zero<2>();
+    Tiles::zero<3>();
+    for (int64_t block = 0; block < inputs.num_blocks; block++, turned += 2 * TILE) {
+        Tiles::load<4>(turned, TILE_BYTES);
+        Tiles::load<5>(turned + TILE, TILE_BYTES);
+        Tiles::load<6>(weights + block * BLOCK, of.size);
+        Tiles::multiply_bytes<0, 6, 4>();
+        Tiles::multiply_bytes<1, 6, 5>();
+        Tiles::load<7>(weights + TILE * of.size + block * BLOCK, of.size);
+        Tiles::multiply_bytes<2, 7, 4>();
+        Tiles::multiply_bytes<3, 7, 5>();
+    }
+    Tiles::store<0>(high, TILE_BYTES);
+    Tiles::store<1>(low, TILE_BYTES);
+    Tiles::store<2>(high + TILE * TILE, TILE_BYTES);
+    Tiles::store<3>(low + TILE * TILE, TILE_BYTES);
+    for (int part = 0; part < 2 * TILE; part += TILE) {
+        __m512i block[TILE];
+        for (int n = 0; n < TILE; n++)
+            block[n] = _mm512_castps_si512(joined(_mm512_load_si512(high + (part + n) * TILE),
+                                                  _mm512_load_si512(low + (part + n) * TILE)));
+        transpose(block);
+        const __m512 scales = _mm512_loadu_ps(of.scales + output + part);
+        const __m512 bias = of.bias ? load(of.bias + output + part) : _mm512_setzero_ps();
+        for (int64_t lane = 0; lane < std::min<int64_t>(TILE, of.num_rows - row); lane++) {
+            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scales[row + lane]));
+            store(of.out + (row + lane) * of.num_outputs + output + part,
+                  _mm512_fmadd_ps(_mm512_castsi512_ps(block[lane]), scale, bias));
+        }
+    }
+}
+
+void multiply_by_tiles(const Operands& of, const Whole& inputs, Team team) {
+    thread_local Turned kept;
+    kept.turn(inputs, of.num_rows);
+    const Turned& turned = kept;  // this thread's
+    share_ranges(of.num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
+        const Tiles held;
+        for (int64_t output = begin; output < end; output += 2 * TILE)
+            for (int64_t row = 0; row < of.num_rows; row += TILE)
+                tiled(of, inputs, turned.of(row, inputs.num_blocks), row, output);
+    });
+}
+
 }  // namespace
 }  // namespace shoal
 
@@ -197,6 +280,10 @@ extern "C" int shoal_int8_linear(const void* inputs, const void* weights, const 
     share_ranges(num_rows, ROWS_PIECE, team, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) make_whole(of.inputs + row * size, size, own, row);
     });
+    if (num_rows >= MIN_ROWS_TILED && of.fit_tiles() && have_tiles()) {
+        multiply_by_tiles(of, own, team);
+        return 0;
+    }
     share_ranges(num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
         for (int64_t row = 0; row < num_rows; row += 3)
             for (int64_t output = begin; output < end; output += 16)

@@ -15,8 +15,8 @@ bool asked_for() {
 #else
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned TILE_BF16 = 1u << 22, TILE_UNIT = 1u << 24;
-    if ((d & TILE_BF16) == 0 || (d & TILE_UNIT) == 0) return false;
+    constexpr unsigned BF16 = 1u << 22, UNIT = 1u << 24, BYTES = 1u << 25, ALL = BF16 | UNIT | BYTES;
+    if ((d & ALL) != ALL) return false;
     // Eight KiB more of each thread's state: Linux wants to be asked before it keeps them (from 5.16 on).
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;

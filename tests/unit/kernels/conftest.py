@@ -1,0 +1,29 @@
+"""The kernels in each of the ways in which they multiply."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+
+from engines import native_kernels
+from shoal.kernels import build
+from shoal.kernels.native import NativeKernels
+
+
+@pytest.fixture(scope="module", params=["as it is", "without tiles", "emulated tiles"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeKernels]:
+    """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for."""
+    kernels = native_kernels()
+    if request.param == "emulated tiles":
+        path = build.compiled(tmp_path_factory.mktemp("kernels"), "-DSHOAL_EMULATE_TILES")
+        yield NativeKernels(ctypes.CDLL(str(path)))
+        return
+    has_tiles = kernels.use_tiles()
+    if request.param == "without tiles":
+        if not has_tiles:
+            pytest.skip("as it is, it has none")
+        assert not kernels.use_tiles(False)
+    yield kernels
+    assert kernels.use_tiles() == has_tiles

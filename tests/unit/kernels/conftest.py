@@ -17,7 +17,9 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for."""
     kernels = native_kernels()
     if request.param == "emulated tiles":
-        path = build.compiled(tmp_path_factory.mktemp("kernels"), "-DSHOAL_EMULATE_TILES")
+        # Beside those of other processes of this run: whoever comes first compiles it.
+        folder = tmp_path_factory.getbasetemp().parent / "kernels"
+        path = build.compiled(folder, "-DSHOAL_EMULATE_TILES")
         yield NativeKernels(ctypes.CDLL(str(path)))
         return
     has_tiles = kernels.use_tiles()

@@ -105,6 +105,9 @@ def _context(tls: TlsConfig) -> ssl.SSLContext:
     if tls.client_ca_file is not None:
         context.load_verify_locations(cadata=_certificates(tls.client_ca_file, "client_ca_file").decode("ascii"))
         context.verify_mode = ssl.CERT_REQUIRED
+        # A session that is taken up again isn't asked for its certificate: not by other files, nor once it has expired.
+        context.num_tickets = 0
+        context.minimum_version = ssl.TLSVersion.TLSv1_3  # the one before remembers sessions without tickets, too
     return context
 
 

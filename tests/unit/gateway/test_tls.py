@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -91,6 +93,45 @@ async def test_files_that_are_replaced_count_for_the_next_connection(tmp_path: P
         assert await said(f"https://{place}", after) == "hello"
         with pytest.raises(httpx.TransportError):
             await said(f"https://{place}", before)
+
+
+REFUSED = (ssl.SSLError, ConnectionError)
+
+
+def spoken(place: str, client: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+    """The session of a connection that was answered. Raises one of REFUSED if it's turned away."""
+    host, port = place.split(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=10) as plain,
+        client.wrap_socket(plain, server_hostname=host, session=session) as connection,
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        if not answer.endswith(b"hello"):
+            raise ConnectionResetError
+        return connection.session
+
+
+async def test_whose_authority_is_taken_out_is_turned_away_also_with_a_session_of_before(tmp_path: Path) -> None:
+    files = Files(tmp_path, asks_clients=True)
+    assert files.tls.client_ca_file is not None
+    async with serving(files.tls) as place:
+        client = files.client(shows=True)
+        session = await asyncio.to_thread(spoken, place, client)
+        files.tls.client_ca_file.write_bytes(trustme.CA().cert_pem.bytes())
+        for one in (None, session):
+            with pytest.raises(REFUSED):
+                await asyncio.to_thread(spoken, place, client, one)
+
+
+async def test_who_shows_a_certificate_speaks_tls_1_3(tmp_path: Path) -> None:
+    """An older session could be taken up again without a look at the certificate."""
+    files = Files(tmp_path, asks_clients=True)
+    async with serving(files.tls) as place:
+        client = files.client(shows=True)
+        client.maximum_version = ssl.TLSVersion.TLSv1_2
+        with pytest.raises(REFUSED):
+            await asyncio.to_thread(spoken, place, client)
 
 
 async def test_files_that_are_wrong_later_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,8 +5,9 @@ Little's law, one that comes now takes as long as all that is here, itself inclu
 get done; if that's longer than it may take, it is told so at once, and when to come back.
 
 All that only while there is more to do than can be done: while some wait for a place, and for a while after one was
-refused or came too late. What was slow then says nothing of a time in which nobody waits. The rate is of what was
-answered; what was given up was no use to anybody.
+refused or came too late. What was slow then says nothing of a time in which nobody waits, nor does a request that has
+hardly any time of its own: a few of those would shut everybody else out. The rate is of what was answered; what was
+given up was no use to anybody.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from shoal.messages import GenerateRequest
 from shoal.throughput import Throughput
 
 _SHORT_S = 5.0
+_LEAST_S = 1.0
+"""Who may take less than that, and is too late, says nothing of how much there is to do."""
 _NEWEST = 0.1
 """The weight of the last answer in the usual length."""
 
@@ -75,8 +78,9 @@ class Admission:
         try:
             yield one
         except DeadlineExceeded:
-            self._note_shortage()
-            self._throughput.done(0)
+            if request.context.timeout_s >= _LEAST_S:
+                self._note_shortage()
+                self._throughput.done(0)
             raise
         else:
             self._done(len(request.prompt_token_ids), one.num_sent / request.sampling.num_choices, one.num_sent)
@@ -88,7 +92,8 @@ class Admission:
     def _refuse_late(self, num_tokens: float, timeout_s: float) -> None:
         takes_s = self._throughput.seconds_for(self._num_tokens + num_tokens)
         if takes_s is not None and takes_s > timeout_s:
-            self._note_shortage()
+            if timeout_s >= _LEAST_S:
+                self._note_shortage()
             raise Overloaded(
                 f"it would take about {takes_s:.0f} s, which is more than it may: too much is asked at once",
                 retry_after_s=takes_s - timeout_s,

@@ -177,6 +177,17 @@ def test_who_has_sent_some_is_let_in_whatever_comes():
     assert len(pool.refusals) == num_refused + 1
 
 
+def test_who_has_hardly_any_time_shuts_nobody_out():
+    admission = Admission(lambda: 0.0)
+    hurried = replace(REQUEST, context=replace(REQUEST.context, timeout_s=0.01))
+    with admission.admitted(REQUEST):
+        for _ in range(20):
+            with pytest.raises(DeadlineExceeded), admission.admitted(hurried):
+                raise DeadlineExceeded("late")
+        with admission.admitted(REQUEST):
+            pass
+
+
 def test_all_that_is_here_drains_at_the_measured_rate():
     pool = Pool()
     assert pool.admission.drain_s is None

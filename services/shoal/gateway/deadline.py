@@ -1,14 +1,18 @@
-"""A stream that is waited for until a deadline, and no longer."""
+"""What is waited for until a deadline, and no longer: decode's outputs, and the client itself."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from shoal.errors import DeadlineExceeded
 
 T = TypeVar("T")
+
+GRACE_S = 3.0
+"""By so much later all that waits for decode has given up."""
 
 
 async def until_deadline(outputs: AsyncIterator[T], timeout_s: float) -> AsyncGenerator[T, None]:
@@ -28,3 +32,17 @@ async def until_deadline(outputs: AsyncIterator[T], timeout_s: float) -> AsyncGe
                 raise
             raise DeadlineExceeded("the request's deadline has passed") from error
         yield output
+
+
+@asynccontextmanager
+async def done_within(timeout_s: float) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded if the block isn't done ``GRACE_S`` after ``timeout_s``: then it waits for a client that
+    doesn't send the rest of its request, or doesn't read its answer, and would hold its place for as long as it likes.
+    """
+    try:
+        async with asyncio.timeout(timeout_s + GRACE_S) as wait:
+            yield
+    except TimeoutError as error:
+        if not wait.expired():
+            raise
+        raise DeadlineExceeded("the request's deadline has passed") from error

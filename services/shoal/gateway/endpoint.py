@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal.errors import InvalidRequest
 from shoal.gateway.answers import Answer, AnswerFormat, ChatFormat, CompletionFormat, error_event, stream_end
+from shoal.gateway.deadline import done_within
 from shoal.gateway.edge import as_shoal_error, read_body, request_id_of, traceparent_of, unless_disconnected
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.intake import Services, take_in
@@ -53,12 +54,13 @@ class Endpoint(Generic[B]):
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        services = self._services
+        services, headers = self._services, Headers(scope=scope)
         with Exchange(self._name, services.observer, services.clock) as exchange:
-            raw = await read_body(Headers(scope=scope), receive, services.config.max_body_bytes)
-            rest = await unless_disconnected(receive, self._answer(scope, raw, send, exchange))
-            # All is generated: from here on, a client that hangs up has merely stopped listening.
-            await rest(scope, receive, send)
+            async with done_within(_patience_s(headers, services.config.deadline_s)):
+                raw = await read_body(headers, receive, services.config.max_body_bytes)
+                rest = await unless_disconnected(receive, self._answer(scope, raw, send, exchange))
+                # All is generated: from here on, a client that hangs up has merely stopped listening.
+                await rest(scope, receive, send)
 
     async def _answer(self, scope: Scope, raw: bytes, send: Send, exchange: Exchange) -> ASGIApp:
         """Everything that takes time; what is left to send comes back."""
@@ -144,3 +146,12 @@ def _timeout_of(headers: Headers) -> float | None:
     if not 0 < timeout_s < math.inf:
         raise InvalidRequest(f"{TIMEOUT_HEADER}: must be seconds, more than 0, as 30 or 2.5", param=TIMEOUT_HEADER)
     return timeout_s
+
+
+def _patience_s(headers: Headers, most_s: float) -> float:
+    """The same, or ``most_s`` if that is less; what is no number is told once the request is here."""
+    try:
+        timeout_s = _timeout_of(headers)
+    except InvalidRequest:
+        timeout_s = None
+    return most_s if timeout_s is None else min(timeout_s, most_s)

@@ -20,6 +20,7 @@ import grpc
 import grpc.aio
 
 from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, RequestTooLarge
+from shoal.gateway.deadline import done_within
 from shoal.gateway.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
@@ -84,13 +85,14 @@ class InferenceService:
         with bind_request(request_id):
             try:
                 with Exchange(endpoint, self._services.observer, self._services.clock) as exchange:
-                    try:
-                        generation = await self._begin(raw, context, exchange, request_id, traceparent_of(metadata))
-                        yield InferenceAnswer(generation, exchange.model, request_id)
-                    except (asyncio.CancelledError, Cancelled):
-                        if _is_late(context, timeout_s):
-                            exchange.failed(DeadlineExceeded("the client's deadline has passed"))
-                        raise
+                    async with done_within(self._services.config.deadline_s):  # the client's own, gRPC keeps
+                        try:
+                            generation = await self._begin(raw, context, exchange, request_id, traceparent_of(metadata))
+                            yield InferenceAnswer(generation, exchange.model, request_id)
+                        except (asyncio.CancelledError, Cancelled):
+                            if _is_late(context, timeout_s):
+                                exchange.failed(DeadlineExceeded("the client's deadline has passed"))
+                            raise
             except Exception as error:  # noqa: BLE001 - the process' edge: gRPC would send the error's own text
                 await abort(context, as_shoal_error(error), ((REQUEST_ID, request_id),))
 

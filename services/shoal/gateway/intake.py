@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from shoal.config import GatewayConfig
-from shoal.errors import Overloaded
+from shoal.errors import DeadlineExceeded, Overloaded
 from shoal.gateway.access import Access, asking
 from shoal.gateway.backend import Backend, GatewayObserver, Readiness
 from shoal.gateway.exchange import Exchange
@@ -62,7 +62,8 @@ async def take_in(
     """Everything that can be refused before a pool hears of the request; ``exchange`` learns what is known of it.
 
     ``timeout_s`` is how long the client waits, from the request's arrival; the configured deadline holds if it's
-    sooner. Raises the RequestError that tells what is wrong, Overloaded where too many are here.
+    sooner. Raises the RequestError that tells what is wrong, Overloaded where too many are here, DeadlineExceeded
+    where no time is left.
     """
     tenant = asking()
     exchange.tenant, exchange.model = tenant.name, body.model
@@ -72,9 +73,12 @@ async def take_in(
     check_limits(body, model, services.config)
     prompts = await _encode(body, services.tokenizer, model.max_context_tokens)
     deadline_s = services.config.deadline_s if timeout_s is None else min(timeout_s, services.config.deadline_s)
+    left_s = deadline_s - (services.clock() - exchange.arrived_s)
+    if left_s <= 0:
+        raise DeadlineExceeded("the request's deadline has passed")
     context = RequestContext(
         request_id=request_id,
-        timeout_s=deadline_s - (services.clock() - exchange.arrived_s),
+        timeout_s=left_s,
         traceparent=traceparent,
         tenant=tenant.name,
     )

@@ -1,20 +1,28 @@
-"""Decode that doesn't keep the deadline: the gateway does, and lets go of it."""
+"""Decode that doesn't keep the deadline, and clients that don't: the gateway does, and lets go of them."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from inference_server import request as grpc_request
 from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
-from shoal.gateway import deployment
+from shoal.gateway import deadline, deployment
+from shoal.gateway.api import create_app
 from shoal.gateway.backend import Route
 from shoal.gateway.deadline import until_deadline
 from shoal.gateway.deployment import PoolBackend
+from shoal.gateway.inference import SERVICE_NAME, InferenceService
+from shoal.gateway.intake import Services
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, Ticket, TokenOutput
 from shoal.rpc.outputs import to_outputs
 from shoal.rpc.token_client import TokenClient
@@ -199,3 +207,104 @@ async def test_without_a_decode_replica_nobody_waits_for_one() -> None:
     with pytest.raises(Unavailable, match="no decode replica") as refused:
         await anext(pool(Decode(1), Living()).generate(request(timeout_s=60), Route()))
     assert refused.value.retry_after_s == 1
+
+
+# --- clients ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hurried(services: Services, monkeypatch: pytest.MonkeyPatch) -> Services:
+    """Services under which nothing takes longer than a moment."""
+    monkeypatch.setattr(deadline, "GRACE_S", 0.1)
+    return replace(services, config=services.config.model_copy(update={"deadline_s": 0.2}))
+
+
+async def asked(services: Services, *, reads: bool, sends: bool, headers: dict[str, str] | None = None) -> list[Any]:
+    """What a client is sent that leaves out the end of its request, or stops reading its answer as it begins."""
+    body = json.dumps({"model": "smollm2", "prompt": "Hello", "max_tokens": 50, "stream": True}).encode()
+    coming = [{"type": "http.request", "body": body, "more_body": not sends}]
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        if not coming:
+            await asyncio.Event().wait()
+        return coming.pop()
+
+    async def send(message: Any) -> None:
+        said.append(message)
+        if not reads and message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    path = "/v1/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": raw, "query_string": b"", "root_path": ""}
+    await asyncio.wait_for(create_app(services)(scope, receive, send), 10)
+    return said
+
+
+def was_late(services: Services) -> bool:
+    """Whether the one request was, and holds nothing any more."""
+    backend: Any = services.backend
+    observer: Any = services.observer
+    assert backend.num_running == services.places.num_taken == 0
+    [(_, _, status, error_type)] = observer.finished
+    return bool((status, error_type) == (504, "timeout_error"))
+
+
+async def test_a_request_that_doesnt_come_to_its_end_is_answered_at_its_deadline(hurried: Services) -> None:
+    said = await asked(hurried, reads=True, sends=False)
+    assert said[0]["status"] == 504 and was_late(hurried)
+
+
+async def test_the_client_s_own_time_counts_while_it_sends(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "GRACE_S", 0.1)
+    said = await asked(services, reads=True, sends=False, headers={"x-shoal-timeout": "0.1"})
+    assert said[0]["status"] == 504 and was_late(services)
+
+
+async def test_a_request_whose_time_is_over_before_it_is_understood_reaches_no_pool(services: Services) -> None:
+    said = await asked(services, reads=True, sends=True, headers={"x-shoal-timeout": "1e-300"})
+    assert said[0]["status"] == 504 and was_late(services)
+    assert not services.backend.requests  # type: ignore[attr-defined]
+
+
+async def test_a_client_that_stops_reading_holds_no_place_beyond_its_deadline(hurried: Services) -> None:
+    said = await asked(hurried, reads=False, sends=True)
+    assert [message["type"] for message in said] == ["http.response.start", "http.response.body"]
+    assert was_late(hurried)
+
+
+class Deaf:
+    """A call by gRPC, without a deadline of its own, whose client reads nothing."""
+
+    code: grpc.StatusCode | None = None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def send_initial_metadata(self, _metadata: Any) -> None:
+        pass
+
+    async def write(self, _message: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def abort(self, code: grpc.StatusCode, _details: str, **_others: Any) -> None:
+        self.code = code
+        raise grpc.aio.AbortError
+
+
+async def test_a_client_of_grpc_that_stops_reading_holds_no_place_beyond_the_deadline(hurried: Services) -> None:
+    call, method = Deaf(), InferenceService(hurried)._generate_stream
+    raw = grpc_request(max_tokens=50).SerializeToString()
+    with hurried.access.admitted(f"/{SERVICE_NAME}/GenerateStream", ()), pytest.raises(grpc.aio.AbortError):
+        await asyncio.wait_for(method(raw, call), 10)  # type: ignore[arg-type]
+    assert call.code is grpc.StatusCode.DEADLINE_EXCEEDED and was_late(hurried)
+
+
+async def test_who_is_in_time_is_not_cut_off(services: Services) -> None:
+    said = await asked(services, reads=True, sends=True)
+    assert said[0]["status"] == 200 and not said[-1]["more_body"]
+    assert said[-1]["body"] == b"data: [DONE]\n\n"

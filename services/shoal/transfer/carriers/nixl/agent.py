@@ -81,6 +81,11 @@ class Agent:
         with _in_our_words("remove a peer's agent"):
             self._agent.remove_remote_agent(name)
 
+    def keep(self) -> None:
+        """Let it never end, not even with the process: where a connection broke, something of it may be pending, and
+        UCX then aborts the process that ends the agent. It costs some 6 MiB and a dozen files."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._agent))
+
     def progress(self) -> None:
         """Answer whatever peers have asked of this agent since."""
         with _in_our_words("make progress"):

@@ -59,6 +59,8 @@ class Reader:
         self._pending: deque[Read] = deque()
         self._active: list[_Reading] = []
         self._is_closed = False
+        self.is_broken = False
+        """A READ has failed: the agent can't be ended safely, and is kept."""
         self._agent: Agent | None = Agent()
         self._peer = self._agent.add_peer(segment.agent)
         try:
@@ -111,6 +113,7 @@ class Reader:
         try:
             handle = self._agent.read(self._peer, self._segment.address + read.offset, buffer, read.num_bytes)
         except Unavailable as error:
+            self.is_broken = True
             self._release(buffer)
             self._fail(read, error)
             return
@@ -125,7 +128,7 @@ class Reader:
         try:
             is_over = self._agent.is_done(reading.handle)
         except Unavailable as known:
-            is_over, error = True, known
+            self.is_broken, is_over, error = True, True, known
         if is_over:
             self._ended(reading, error)
         elif not reading.is_overdue and now_s - reading.started_s > self.deadline_s:
@@ -181,6 +184,8 @@ class Reader:
     def _end_if_done(self) -> None:
         if not self._active and self._agent is not None:
             _try(self._agent.remove_peer, self._peer)
+            if self.is_broken:
+                self._agent.keep()
             self._agent = None
             self._free.clear()
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from shoal.transfer.carriers.nixl.reader import Reader
 
+_MAX_KEPT = 32
+"""Agents whose READs failed, which can't be ended. With more of them this process reads by NIXL no more."""
 _log = logging.getLogger(__name__)
 _abandoned: list[Reader] = []
 """Of processes that end: freed by nobody, since NIXL might be writing."""
@@ -23,6 +25,7 @@ class Retired:
         self._told = told
         self._taken: dict[Reader, int] = {}
         self._retired: list[Reader] = []
+        self._num_kept = 0
 
     @property
     def num_bytes(self) -> int:
@@ -34,7 +37,7 @@ class Retired:
 
     def has_room(self, num_bytes: int) -> bool:
         taken = sum(num for reader, num in self._taken.items() if reader not in self._retired)
-        return taken + self.num_bytes + num_bytes <= self._max_bytes
+        return self._num_kept < _MAX_KEPT and taken + self.num_bytes + num_bytes <= self._max_bytes
 
     def took(self, reader: Reader, num_bytes: int) -> None:
         self._taken[reader] = num_bytes
@@ -45,7 +48,7 @@ class Retired:
             return
         reader.close()
         if not reader.is_reading:
-            del self._taken[reader]
+            self._gone(reader)
             return
         self._retired.append(reader)
         _log.warning("%d bytes are retired: a READ of a session that is over isn't", reader.reading_bytes)
@@ -57,7 +60,7 @@ class Retired:
         waits_s = [reader.poll(now_s) for reader in self._retired]
         for reader in [reader for reader in self._retired if not reader.is_reading]:
             self._retired.remove(reader)
-            del self._taken[reader]
+            self._gone(reader)
         if self.num_bytes != before:
             self._told(self.num_bytes)
         return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
@@ -65,3 +68,9 @@ class Retired:
     def abandon(self) -> None:
         """The process ends, or might as well: keep what NIXL has, for as long as there is memory."""
         _abandoned.extend(self._retired)
+
+    def _gone(self, reader: Reader) -> None:
+        del self._taken[reader]
+        if reader.is_broken:
+            self._num_kept += 1
+            _log.warning("an agent whose READ failed is kept, the %d. of %d", self._num_kept, _MAX_KEPT)

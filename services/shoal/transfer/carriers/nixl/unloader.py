@@ -114,7 +114,10 @@ def _give_back(thread: NixlThread, retired: Retired, reader: Reader) -> None:
 def _make(thread: NixlThread, retired: Retired, segment: RemoteSegment, deadline_s: float) -> Reader:
     num_bytes = reader_bytes(segment)
     if not retired.has_room(num_bytes):
-        raise Unavailable(f"{num_bytes} bytes more might have to be retired, beyond handoff.max_retired_bytes")
+        raise Unavailable(
+            f"{num_bytes} bytes more might have to be retired, beyond handoff.max_retired_bytes, or too many agents "
+            "whose READs failed are kept"
+        )
     reader = Reader(segment, deadline_s=deadline_s, wake=thread.wake)
     retired.took(reader, num_bytes)
     thread.add(reader)

@@ -24,9 +24,16 @@ class Roles:
         for role in _ROLES:
             self.write(role)
 
-    def write(self, role: Role, *, name: str | None = None, not_after: dt.datetime | None = None) -> None:
+    def write(
+        self,
+        role: Role,
+        *,
+        name: str | None = None,
+        not_after: dt.datetime | None = None,
+        not_before: dt.datetime | None = None,
+    ) -> None:
         """The files of ``role``, for its own name unless another is given."""
-        issued = self._issue(name or name_of(role), not_after)
+        issued = self._issue(name or name_of(role), not_after, not_before)
         home = self.folder / role
         home.mkdir(parents=True, exist_ok=True)
         self._ca.cert_pem.write_to_path(home / AUTHORITY_FILE)
@@ -53,5 +60,7 @@ class Roles:
         issued = self._issue(name, not_after)
         return grpc.ssl_server_credentials([(issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes())])
 
-    def _issue(self, name: str, not_after: dt.datetime | None) -> trustme.LeafCert:
-        return self._ca.issue_cert(name, not_after=not_after)
+    def _issue(
+        self, name: str, not_after: dt.datetime | None, not_before: dt.datetime | None = None
+    ) -> trustme.LeafCert:
+        return self._ca.issue_cert(name, not_after=not_after, not_before=not_before)

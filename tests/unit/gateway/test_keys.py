@@ -120,6 +120,21 @@ async def test_keys_come_and_go_without_a_restart(operator: Operator, clock: Fak
             keyring.tenant(f"Bearer {first}")
 
 
+async def test_a_key_that_is_exchanged_for_another_is_closed_though_the_file_is_as_long(
+    operator: Operator, clock: FakeClock
+):
+    first = operator.give("alice")
+    keyring = Keyring(operator.path, clock.time)
+    size = operator.path.stat().st_size
+    del operator.tenants["alice"]["keys"]
+    second = operator.give("alice")
+    assert operator.path.stat().st_size == size
+    await clock.advance(2)
+    assert keyring.tenant(f"Bearer {second}").name == "alice"
+    with pytest.raises(Unauthenticated):
+        keyring.tenant(f"Bearer {first}")
+
+
 async def test_what_runs_counts_on_when_the_file_changes(operator: Operator, clock: FakeClock):
     key = operator.give("alice", max_running=1)
     keyring = Keyring(operator.path, clock.time)

@@ -14,6 +14,8 @@ from role_certificates import YESTERDAY, Roles
 from shoal.errors import ConfigError
 from shoal.rpc.certificates import AUTHORITY_FILE, CHAIN_FILE, KEY_FILE, name_of, read_certificate
 
+TOMORROW = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+
 
 @pytest.fixture
 def roles(tmp_path: Path) -> Roles:
@@ -82,6 +84,7 @@ def of_another_authority(roles: Roles) -> None:
         (of_prefill(KEY_FILE), r"tls\.key isn't the key of .*tls\.crt"),
         (of_another_authority, r"tls\.crt isn't signed by an authority in .*ca\.crt"),
         (lambda roles: roles.write("decode", name=name_of("prefill")), r"isn't decode's: .*decode\.shoal\.internal"),
+        (lambda roles: roles.write("decode", not_before=TOMORROW), r"tls\.crt isn't valid before "),
         (lambda roles: roles.write("decode", not_after=YESTERDAY), r"tls\.crt expired on .*shoal certs --force"),
     ],
 )

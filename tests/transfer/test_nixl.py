@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-import time
-import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -15,7 +12,7 @@ import pytest
 
 from kv_prompts import PLAN, lease_id, prompt
 from raw_peer import RawPeer, chunk
-from shoal.errors import PeerGone, ProtocolViolation, ShoalError, Unavailable
+from shoal.errors import PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import (
     Accepted,
     Cancel,
@@ -31,11 +28,9 @@ from shoal.messages import (
     Seal,
 )
 from shoal.transfer.base import prompt_hash
-from shoal.transfer.carriers.nixl.agent import Agent, new_memory
+from shoal.transfer.carriers.nixl.agent import Agent
 from shoal.transfer.carriers.nixl.loader import NixlLoader
 from shoal.transfer.carriers.nixl.process import Nixl
-from shoal.transfer.carriers.nixl.reader import Read, Reader, reader_bytes
-from shoal.transfer.carriers.nixl.retired import Retired
 from shoal.transfer.carriers.nixl.unloader import NixlUnloader
 from shoal.transfer.channels.faults import Duplicate
 from shoal.transfer.decode_session import Attach
@@ -162,43 +157,6 @@ def test_no_two_agents_have_one_name_and_none_can_be_guessed() -> None:
     names = {Agent()._agent.name for _ in range(2)}
     assert len(names) == 2
     assert {len(name) for name in names} == {len("shoal-") + 32}
-
-
-def test_an_agent_whose_read_failed_is_never_ended_and_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """UCX aborts the process that ends one while something of its broken connection is pending."""
-    peer, memory = Agent(), new_memory(1 << 16)
-    registered = peer.register(memory)
-    segment = RemoteSegment(peer.metadata, registered.address, 1, 1 << 12, b"n" * 16)
-    retired = Retired(1 << 30, lambda num_bytes: None)
-
-    def ended_after(fails: bool) -> weakref.ref[object]:
-        reader = Reader(segment, deadline_s=5.0, wake=lambda: None)
-        retired.took(reader, reader_bytes(segment))
-        agent, found = reader._agent, []
-        assert agent is not None
-        if fails:
-            monkeypatch.setattr(agent, "read", _fail)
-        reader.read(Read(0, 16, found.append))
-        while not found:
-            reader.poll(time.monotonic())
-            peer.progress()
-        assert (found == [None]) == fails
-        found.clear()  # its buffer comes back
-        retired.end(reader)
-        return weakref.ref(agent._agent)
-
-    first, second = ended_after(fails=False), ended_after(fails=True)
-    gc.collect()
-    assert first() is None
-    assert second() is not None
-    assert retired.has_room(0)
-    monkeypatch.setattr(retired, "_num_kept", retired._num_kept + 31)
-    assert not retired.has_room(0)
-    peer.deregister(registered)
-
-
-def _fail(*_: object) -> None:
-    raise Unavailable("a peer that is gone")
 
 
 # --- a prefill that says whatever a test wants ----------------------------------------------------------

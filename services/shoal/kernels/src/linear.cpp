@@ -202,6 +202,7 @@ extern "C" int shoal_linear(const void* inputs, const void* weights, const void*
     if (size % 32 || num_outputs % 16 || num_rows > FEW_ROWS) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
+    // A single row takes as long as memory does, either way, and dot products need no turning.
     if (num_rows > 1 && num_outputs % PIECE == 0 && have_tiles()) multiply_by_tiles(of, num_threads);
     else if (num_rows <= MAX_ROWS_ACROSS) multiply_across(of, num_threads);
     else if (num_rows <= 32) multiply_by_lanes<2, 8>(of, num_threads);

@@ -179,19 +179,19 @@ void attend_by_tiles(const bf16* queries, int64_t query_row, int num_rows, Packe
         const int width = (int)(std::min<int64_t>(BLOCK, end - block) + TILE_NUMBERS - 1) / TILE_NUMBERS * TILE_NUMBERS;
         for (int key = 0; key < width; key += 2 * TILE) {
             const bf16* const keys = kv.keys + (block + key) / PANEL * PANEL * D + 2 * (key % PANEL);
-            Sums::zero();
+            Square::zero();
             for (int channel = 0; channel < D; channel += TILE_NUMBERS)
-                Sums::add(left + channel, D, keys + channel * PANEL, 2 * PANEL);
-            Sums::store(scores + key, SCORES);
+                Square::add(left + channel, D, keys + channel * PANEL, 2 * PANEL);
+            Square::store(scores + key, SCORES);
         }
         for (int row = 0; row < num_rows; row++)
             softmax[row].template add<D>(scores + row * SCORES, width, {seen[row].begin - block, seen[row].end - block},
                                          factor, sums + row * D, probabilities + row * PROBABILITIES);
         for (int channel = 0; channel < D; channel += 2 * TILE) {
-            Sums::load(sums + channel, D);
+            Square::load(sums + channel, D);
             for (int key = 0; key < width; key += TILE_NUMBERS)
-                Sums::add(probabilities + key, PROBABILITIES, kv.values + (block + key) * D + 2 * channel, 2 * D);
-            Sums::store(sums + channel, D);
+                Square::add(probabilities + key, PROBABILITIES, kv.values + (block + key) * D + 2 * channel, 2 * D);
+            Square::store(sums + channel, D);
         }
     }
     for (int row = 0; row < num_rows; row++) finish<D>(sums + row * D, softmax[row], out + row * out_row);

@@ -132,7 +132,7 @@ class Tiles {
 
 // Two by two tiles of sums, 32 rows of 32 columns: each row, and each column, that is loaded is used twice. `left_row`
 // and so on are numbers from a row to the next.
-struct Sums {
+struct Square {
     static void zero() {
         Tiles::zero<0>();
         Tiles::zero<1>();

@@ -73,4 +73,4 @@ class Retired:
         del self._taken[reader]
         if reader.is_broken:
             self._num_kept += 1
-            _log.warning("an agent whose READ failed is kept, the %d. of %d", self._num_kept, _MAX_KEPT)
+            _log.warning("an agent whose READ failed is kept: %d of at most %d", self._num_kept, _MAX_KEPT)

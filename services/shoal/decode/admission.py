@@ -2,12 +2,13 @@
 
 More requests than can be served before their deadlines would all be worked on, and none would be done in time. By
 Little's law, one that comes now takes as long as all that is here, itself included, takes at the rate at which things
-get done; if that's longer than it may take, it is told so at once, and when to come back.
+get done; if that's longer than it may take, it is told so at once, and when to come back. Nothing takes longer than it
+may: then it is given up.
 
-All that only while there is more to do than can be done: while some wait for a place, and for a while after one was
-refused or came too late. What was slow then says nothing of a time in which nobody waits, nor does a request that has
-hardly any time of its own: a few of those would shut everybody else out. The rate is of what was answered; what was
-given up was no use to anybody.
+All that only while there is more to do than can be done: while some wait for a place; and, for a tenant, for a while
+after one of its own was refused or came too late, so that nobody's hopeless requests shut others out. What was slow
+says nothing of a time in which nobody waits, nor does a request that has hardly any time of its own. The rate is of all
+tokens that were computed, also for what was given up in the end.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from shoal.errors import DeadlineExceeded, Overloaded
-from shoal.messages import GenerateRequest
+from shoal.messages import GenerateRequest, RequestContext
 from shoal.throughput import Throughput
 
 _SHORT_S = 5.0
 _LEAST_S = 1.0
 """Who may take less than that, and is too late, says nothing of how much there is to do."""
+_SURE = 0.75
+"""So much of its time may an estimate be; one that were as long as it may be would be too short half of the time."""
 _NEWEST = 0.1
 """The weight of the last answer in the usual length."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Admitted:
-    """An open request; ``num_sent`` tokens were generated for it so far."""
+    """An open request that is expected to be ``num_tokens`` of work, and is given up after ``timeout_s``; ``num_sent``
+    tokens were generated for it so far."""
 
+    num_tokens: float
+    timeout_s: float
     num_sent: int = 0
 
 
@@ -42,20 +48,18 @@ class Admission:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._throughput = Throughput(clock)
-        self._num_open = 0
-        self._num_tokens = 0.0
+        self._open: set[Admitted] = set()
         self._usual_answer_tokens: float | None = None
         self._is_queue = False
-        self._short_until_s = -math.inf
+        self._short_until_s: dict[str, float] = {}  # of each tenant
 
     @property
     def drain_s(self) -> float | None:
         """How long all that is here takes; ``None`` if nobody knows."""
-        return self._throughput.seconds_for(self._num_tokens)
-
-    @property
-    def _is_short(self) -> bool:
-        return self._is_queue or self._clock() < self._short_until_s
+        token_s = self._throughput.seconds_for(1.0)
+        if token_s is None:
+            return None
+        return sum(min(one.num_tokens * token_s, one.timeout_s) for one in self._open)
 
     def told_of_queue(self, num_waiting: int) -> None:
         """How many wait for a place now."""
@@ -64,40 +68,38 @@ class Admission:
 
     @contextmanager
     def admitted(self, request: GenerateRequest) -> Iterator[Admitted]:
-        """Count a request for as long as the block lasts, and as done if it ends well.
+        """Count a request for as long as the block lasts.
 
         Raises Overloaded for one that would be too late; never if nobody waits, nor if some of its answer was sent.
         """
-        num_tokens = self._expected(request)
-        if self._is_short and self._num_open and request.resumption is None:
-            self._refuse_late(num_tokens, request.context.timeout_s)
-        self._num_open += 1
-        self._num_tokens += num_tokens
+        one = Admitted(self._expected(request), request.context.timeout_s)
+        if self._is_short(request.context.tenant) and self._open and request.resumption is None:
+            self._refuse_late(request, one.num_tokens)
+        self._open.add(one)
         self._measure()
-        one = Admitted()
         try:
             yield one
         except DeadlineExceeded:
-            if request.context.timeout_s >= _LEAST_S:
-                self._note_shortage()
-                self._throughput.done(0)
+            self._note_shortage(request.context)
             raise
         else:
-            self._done(len(request.prompt_token_ids), one.num_sent / request.sampling.num_choices, one.num_sent)
+            self._note_length(one.num_sent / request.sampling.num_choices)
         finally:
-            self._num_open -= 1
-            self._num_tokens -= num_tokens
+            self._open.remove(one)
+            if one.num_sent:
+                self._throughput.done(len(request.prompt_token_ids) + one.num_sent)
             self._measure()
 
-    def _refuse_late(self, num_tokens: float, timeout_s: float) -> None:
-        takes_s = self._throughput.seconds_for(self._num_tokens + num_tokens)
-        if takes_s is not None and takes_s > timeout_s:
-            if timeout_s >= _LEAST_S:
-                self._note_shortage()
-            raise Overloaded(
-                f"it would take about {takes_s:.0f} s, which is more than it may: too much is asked at once",
-                retry_after_s=takes_s - timeout_s,
-            )
+    def _refuse_late(self, request: GenerateRequest, num_tokens: float) -> None:
+        timeout_s, here_s, own_s = request.context.timeout_s, self.drain_s, self._throughput.seconds_for(num_tokens)
+        if here_s is None or own_s is None or here_s + own_s <= _SURE * timeout_s:
+            return
+        self._note_shortage(request.context)
+        takes_s = here_s + own_s
+        raise Overloaded(
+            f"it would take about {takes_s:.1f} s, too long to be sure of its {timeout_s:.1f}: too much is asked at once",
+            retry_after_s=takes_s - _SURE * timeout_s,
+        )
 
     def _expected(self, request: GenerateRequest) -> float:
         """Answers are seldom as long as they may be."""
@@ -106,14 +108,19 @@ class Admission:
             usual = 0.0 if sampling.may_shorten else sampling.max_tokens
         return len(request.prompt_token_ids) + sampling.num_choices * min(sampling.max_tokens, usual)
 
-    def _done(self, num_prompt_tokens: int, answer_tokens: float, num_sent: int) -> None:
+    def _note_length(self, num_tokens: float) -> None:
         usual = self._usual_answer_tokens
-        self._usual_answer_tokens = answer_tokens if usual is None else usual + _NEWEST * (answer_tokens - usual)
-        self._throughput.done(num_prompt_tokens + num_sent)
+        self._usual_answer_tokens = num_tokens if usual is None else usual + _NEWEST * (num_tokens - usual)
 
-    def _note_shortage(self) -> None:
-        self._short_until_s = self._clock() + _SHORT_S
-        self._measure()
+    def _is_short(self, tenant: str) -> bool:
+        return self._is_queue or self._clock() < self._short_until_s.get(tenant, -math.inf)
+
+    def _note_shortage(self, context: RequestContext) -> None:
+        if context.timeout_s >= _LEAST_S:
+            self._short_until_s[context.tenant] = self._clock() + _SHORT_S
+            self._measure()
 
     def _measure(self) -> None:
-        self._throughput.measure(self._is_short and self._num_open > 0)
+        now_s = self._clock()
+        self._short_until_s = {tenant: end_s for tenant, end_s in self._short_until_s.items() if now_s < end_s}
+        self._throughput.measure((self._is_queue or bool(self._short_until_s)) and bool(self._open))

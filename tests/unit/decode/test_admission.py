@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -10,14 +11,16 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from fake_clock import FakeClock
 from shoal.decode.admission import Admission, Admitted
 from shoal.errors import DeadlineExceeded, Overloaded
 from shoal.messages import Depth, GenerateRequest, RequestContext, Resumption, SamplingParams, SentChoice
 
 NUM_PLACES = 4
 TIMEOUT_S = 3.0
+NUM_TOKENS = 50
 REQUEST = GenerateRequest(
-    RequestContext("one", TIMEOUT_S), "tiny", (1,) * 50, Depth.SHALLOW, SamplingParams(max_tokens=50)
+    RequestContext("one", TIMEOUT_S), "tiny", (1,) * NUM_TOKENS, Depth.SHALLOW, SamplingParams(max_tokens=NUM_TOKENS)
 )
 
 
@@ -27,6 +30,8 @@ class Open:
 
     due_s: float
     counted: AbstractContextManager[Admitted]
+    admitted: Admitted
+    began_s: float = math.inf
     is_over: bool = False
 
 
@@ -49,13 +54,13 @@ class Pool:
         self.admission = Admission(lambda: self.now_s)
 
     def come(self, request: GenerateRequest = REQUEST) -> None:
-        counted = self.admission.admitted(request) if self.sheds else nullcontext(Admitted())
+        counted = self.admission.admitted(request) if self.sheds else nullcontext(Admitted(0, 0))
         try:
-            counted.__enter__().num_sent = 50
+            admitted = counted.__enter__()
         except Overloaded as error:
             self.refusals.append(error)
             return
-        one = Open(self.now_s + request.context.timeout_s, counted)
+        one = Open(self.now_s + request.context.timeout_s, counted, admitted)
         self.due.append(one)
         self.waiting.append(one)
         self._fill()
@@ -84,6 +89,7 @@ class Pool:
         one.is_over = True
         self.num_done += error is None
         self.num_late += error is not None
+        one.admitted.num_sent = max(0, round(NUM_TOKENS * (self.now_s - one.began_s)))
         with suppress(DeadlineExceeded):
             one.counted.__exit__(None if error is None else DeadlineExceeded, error, None)
         self.running = [item for item in self.running if item[2] is not one]
@@ -93,6 +99,7 @@ class Pool:
         while self.waiting and len(self.running) < NUM_PLACES:
             one = self.waiting.popleft()
             if not one.is_over:
+                one.began_s = self.now_s
                 heapq.heappush(self.running, (self.now_s + 1.0, id(one), one))
         self.admission.told_of_queue(sum(not one.is_over for one in self.waiting) if self.is_seen else 0)
 
@@ -185,6 +192,48 @@ def test_who_has_hardly_any_time_shuts_nobody_out():
             with pytest.raises(DeadlineExceeded), admission.admitted(hurried):
                 raise DeadlineExceeded("late")
         with admission.admitted(REQUEST):
+            pass
+
+
+def _too_late(admission: Admission, clock: FakeClock, request: GenerateRequest, num_sent: int) -> None:
+    """If it's let in, it gets so far, and no further."""
+    with suppress(DeadlineExceeded, Overloaded), admission.admitted(request) as one:
+        clock.now_s += request.context.timeout_s
+        one.num_sent = num_sent
+        raise DeadlineExceeded("late")
+
+
+def _done(admission: Admission) -> None:
+    with admission.admitted(REQUEST) as one:
+        one.num_sent = NUM_TOKENS
+
+
+@pytest.mark.parametrize("num_sent", [0, 1, 100])
+def test_a_tenant_who_asks_for_what_can_not_be_done_shuts_no_other_out(num_sent: int):
+    clock = FakeClock()
+    admission = Admission(clock.time)
+    asks = replace(REQUEST.context, tenant="greedy", timeout_s=1.0)
+    greedy = replace(REQUEST, context=asks, prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=8000))
+    with admission.admitted(REQUEST):
+        for _ in range(20):
+            _too_late(admission, clock, greedy, num_sent)
+        with suppress(Overloaded), admission.admitted(greedy):
+            pass
+        _done(admission)
+
+
+def test_what_was_computed_counts_though_it_came_too_late():
+    """A few who ask for too much make the pool no slower than it is: who can be served is."""
+    clock = FakeClock()
+    admission = Admission(clock.time)
+    endless = replace(
+        REQUEST, context=replace(REQUEST.context, timeout_s=1.0), sampling=SamplingParams(max_tokens=8000)
+    )
+    with admission.admitted(REQUEST):
+        for _ in range(20):
+            _too_late(admission, clock, endless, num_sent=100)
+        _done(admission)
+        with pytest.raises(Overloaded), admission.admitted(endless):
             pass
 
 

@@ -2,8 +2,8 @@
 
 ::
 
-    body ─> schema ─> limits ─> token ids ─> requests ─> first output ─┬─> stream of chunks
-                                                                       └─> one body, at the end
+    place ─> body ─> schema ─> limits ─> token ids ─> requests ─> first output ─┬─> stream of chunks
+                                                                                └─> one body, at the end
 
 Nothing is sent before the first output, so whatever goes wrong until then is a proper HTTP status.
 """
@@ -24,7 +24,7 @@ from shoal.gateway.answers import Answer, AnswerFormat, ChatFormat, CompletionFo
 from shoal.gateway.deadline import done_within
 from shoal.gateway.edge import as_shoal_error, read_body, request_id_of, traceparent_of, unless_disconnected
 from shoal.gateway.exchange import Exchange
-from shoal.gateway.intake import Services, take_in
+from shoal.gateway.intake import Services, enter, take_in
 from shoal.gateway.schema import ChatBody, CompletionBody, parse
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.messages import Depth
@@ -56,6 +56,7 @@ class Endpoint(Generic[B]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services, headers = self._services, Headers(scope=scope)
         with Exchange(self._name, services.observer, services.clock) as exchange:
+            enter(services, exchange)
             async with done_within(_patience_s(headers, services.config.deadline_s)):
                 raw = await read_body(headers, receive, services.config.max_body_bytes)
                 rest = await unless_disconnected(receive, self._answer(scope, raw, send, exchange))

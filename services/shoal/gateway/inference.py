@@ -24,7 +24,7 @@ from shoal.gateway.deadline import done_within
 from shoal.gateway.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
-from shoal.gateway.intake import Services, take_in
+from shoal.gateway.intake import Services, enter, take_in
 from shoal.gateway.protobuf import InferenceAnswer, in_grpc_words, models_response, read_request, to_body
 from shoal.gateway.validation import find_model
 from shoal.rpc.statuses import abort
@@ -85,6 +85,7 @@ class InferenceService:
         with bind_request(request_id):
             try:
                 with Exchange(endpoint, self._services.observer, self._services.clock) as exchange:
+                    enter(self._services, exchange)
                     async with done_within(self._services.config.deadline_s):  # the client's own, gRPC keeps
                         try:
                             generation = await self._begin(raw, context, exchange, request_id, traceparent_of(metadata))

@@ -50,6 +50,17 @@ class Services:
         return await self.backend.readiness()
 
 
+def enter(services: Services, exchange: Exchange) -> None:
+    """Take a place, before anything of a request is read; ``exchange`` gives it back, and learns whose request it is.
+
+    Raises Overloaded where too many are here, RateLimited where this tenant asks for too much.
+    """
+    tenant = asking()
+    exchange.tenant = tenant.name
+    exchange.exits.enter_context(_admitted(services))
+    exchange.exits.enter_context(tenant.running())
+
+
 async def take_in(
     body: CompletionBody | ChatBody,
     services: Services,
@@ -59,16 +70,15 @@ async def take_in(
     traceparent: str | None = None,
     timeout_s: float | None = None,
 ) -> Generation:
-    """Everything that can be refused before a pool hears of the request; ``exchange`` learns what is known of it.
+    """Everything that can be refused before a pool hears of the request, which has entered; ``exchange`` learns what is
+    known of it.
 
     ``timeout_s`` is how long the client waits, from the request's arrival; the configured deadline holds if it's
-    sooner. Raises the RequestError that tells what is wrong, Overloaded where too many are here, DeadlineExceeded
-    where no time is left.
+    sooner. Raises the RequestError that tells what is wrong, RateLimited where its tenant holds too much,
+    DeadlineExceeded where no time is left.
     """
     tenant = asking()
-    exchange.tenant, exchange.model = tenant.name, body.model
-    exchange.exits.enter_context(_admitted(services))
-    exchange.exits.enter_context(tenant.running())
+    exchange.model = body.model
     model = find_model(services.models, body.model)
     check_limits(body, model, services.config)
     prompts = await _encode(body, services.tokenizer, model.max_context_tokens)

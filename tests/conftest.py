@@ -34,26 +34,12 @@ def known() -> Mapping[str, object]:
     """The twenty real prompts by name, with what the references say to them (``real_prompts.RealPrompt``)."""
     from real_prompts import real_prompts
 
-    found = {prompt.name: prompt for prompt in real_prompts()}
-    lengths = sorted(len(prompt.token_ids) for prompt in found.values())
-    assert len(lengths) == 20 and lengths[0] >= 20 and lengths[-1] <= 1500 and lengths[-4] > 1000
-    return found
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin with the references at once, if any test will want them: the tests before it leave cores idle."""
-    wants = any("known" in getattr(item, "fixturenames", ()) for item in session.items)
-    if wants and not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
-        import real_prompts
-
-        real_prompts.begin()
+    return {prompt.name: prompt for prompt in real_prompts()}
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[EXIT_STATUS] = int(exitstatus)
-    if "real_prompts" in sys.modules:
-        sys.modules["real_prompts"].end()
 
 
 @pytest.hookimpl(trylast=True)

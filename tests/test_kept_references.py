@@ -1,0 +1,42 @@
+"""The references that are kept are those that would be computed."""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+
+import pytest
+
+from real_prompts import KEPT, MAX_EXCUSED_GAP, made_of, real_prompts, refer
+from reference import Generated
+
+# Of the 64 that are kept.
+NUM_TOKENS = 16
+AGAIN = "compute them anew: python tests/real_prompts.py"
+
+
+def test_they_were_made_of_what_is_here():
+    assert json.loads(KEPT.read_text(encoding="utf-8"))["made_of"] == made_of(), AGAIN
+
+
+def test_twenty_prompts_of_all_lengths():
+    lengths = sorted(len(prompt.token_ids) for prompt in real_prompts())
+    assert len(lengths) == 20 and lengths[0] >= 20 and lengths[-1] <= 1500 and lengths[-4] > 1000
+
+
+def _same(kept: Generated, new: Generated) -> bool:
+    """Token by token, as far as ``new`` goes or was decided, and by the same distance to the second best."""
+    undecided = takewhile(lambda gap: gap >= MAX_EXCUSED_GAP, new.gaps)
+    decided = len(list(undecided))
+    return kept.token_ids[:decided] == new.token_ids[:decided] and kept.gaps[:decided] == pytest.approx(
+        new.gaps[:decided], rel=1e-2, abs=1e-3
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["01-question", "05-function", "09-recipe", "13-code-review", "15-proof"])
+def test_computed_anew_they_are_the_same(name: str):
+    [kept] = [prompt for prompt in real_prompts() if prompt.name == name]
+    new = refer(name, NUM_TOKENS)
+    assert kept.token_ids == new.token_ids, AGAIN
+    assert _same(kept.full, new.full) and _same(kept.shallow, new.shallow), AGAIN

@@ -97,7 +97,7 @@ class Admission:
         self._note_shortage(request.context)
         takes_s = here_s + own_s
         raise Overloaded(
-            f"it would take about {takes_s:.1f} s, too long to be sure of its {timeout_s:.1f}: too much is asked at once",
+            f"it would take about {takes_s:.1f} s, too long for its {timeout_s:.1f} s: too much is asked at once",
             retry_after_s=takes_s - _SURE * timeout_s,
         )
 

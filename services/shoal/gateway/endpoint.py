@@ -127,12 +127,13 @@ def _last_event(event: bytes) -> ASGIApp:
 def _with_depth_header(body: B, headers: Headers) -> B:
     """The header is for clients that can't add a field; the field wins."""
     value = headers.get(DEPTH_HEADER)
-    if value is None or body.depth is not None:
+    if value is None:
         return body
     try:
-        return body.model_copy(update={"depth": Depth(value)})
+        depth = Depth(value)
     except ValueError:
         raise InvalidRequest(f"{DEPTH_HEADER}: must be auto, shallow or full", param=DEPTH_HEADER) from None
+    return body if body.depth is not None else body.model_copy(update={"depth": depth})
 
 
 def _timeout_of(headers: Headers) -> float | None:

@@ -242,7 +242,7 @@ def test_the_largest_body_is_read(gateway: Any) -> None:
     assert gateway.http.post(COMPLETIONS, content=raw).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/completions/x", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/completions/x", "/docs", "/openapi.yaml"])
 def test_a_route_that_isnt_there_is_not_found(gateway: Any, path: str) -> None:
     assert_refused(gateway, gateway.http.get(path), 404, None, "not_found")
 
@@ -254,8 +254,9 @@ def test_a_method_that_isnt_allowed_is_refused(gateway: Any, method: str, path: 
     assert response.headers["allow"]
 
 
-def test_a_wrong_depth_header_is_refused(gateway: Any) -> None:
-    response = gateway.post(*completion(), headers={"x-shoal-depth": "abyss"})
+@pytest.mark.parametrize("depth", [None, "full"])
+def test_a_wrong_depth_header_is_refused_whoever_wins(gateway: Any, depth: str | None) -> None:
+    response = gateway.post(*completion(depth=depth), headers={"x-shoal-depth": "abyss"})
     assert_refused(gateway, response, 400, "x-shoal-depth", "invalid_value")
 
 

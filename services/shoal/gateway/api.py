@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +18,7 @@ from shoal.gateway.access import KeyGuard
 from shoal.gateway.edge import RequestEdge
 from shoal.gateway.endpoint import chat_completions, completions
 from shoal.gateway.intake import Services
+from shoal.gateway.openapi import openapi_document
 from shoal.gateway.refusals import MethodNotAllowed, RouteNotFound, error_response
 from shoal.gateway.validation import ServedModel, find_model
 
@@ -64,6 +66,12 @@ def create_app(
     @app.get("/metrics/targets")
     async def targets() -> Response:
         return JSONResponse(await metrics_targets())
+
+    document = lru_cache(1)(partial(openapi_document, services))  # it takes a while, and stays the same
+
+    @app.get("/openapi.json")
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(document(request.scope.get("root_path", "")))
 
     return app
 

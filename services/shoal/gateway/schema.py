@@ -1,7 +1,8 @@
 """The bodies of ``/v1/completions`` and ``/v1/chat/completions``, checked field by field; gRPC's requests become such.
 
 Types are strict (``"1"`` is no number, ``true`` no integer) and a field that isn't here is refused. ``null`` means
-the same as a field that is left out. What depends on the configuration or the model is in validation.py.
+the same as a field that is left out. What depends on the configuration or the model is in validation.py. A field with a
+validator of its own says beside it what the OpenAPI document tells (openapi.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from shoal.errors import InvalidRequest
@@ -27,6 +28,8 @@ IGNORED_FIELDS = frozenset(
 Prompt = str | tuple[int, ...]
 """Text to be encoded, or token ids."""
 
+T = TypeVar("T")
+
 _MAX_NAME_CHARS = 64
 _MAX_INT64 = 2**63 - 1
 
@@ -42,7 +45,7 @@ def _only(*neutral: object) -> PlainValidator:
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
             raise PydanticCustomError("unsupported_value", "this server doesn't support it: leave the field out")
 
-    return PlainValidator(check)
+    return PlainValidator(check, json_schema_input_type=Annotated[Any, WithJsonSchema({"enum": [*neutral]})])
 
 
 def _wrong(message: Literal["stop", "prompt", "content"]) -> PydanticCustomError:
@@ -102,12 +105,25 @@ def _content(value: object) -> str:
 Ignored = Annotated[Any, PlainValidator(lambda _: None)]
 Count = Annotated[int, Field(ge=1)]
 
+# What JSON brings where a validator above makes something else of it.
+_Some = Annotated[T, Field(min_length=1)]
+_Ids = _Some[list[Annotated[int, Field(ge=0)]]]
+_PromptJson = _Some[str] | _Some[list[_Some[str]]] | _Ids | _Some[list[_Ids]]
+_StopJson = _Some[str] | list[_Some[str]] | None
+
 
 # --- bodies ---------------------------------------------------------------------------------------------
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class TextPart(_Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
 
 
 class StreamOptions(_Strict):
@@ -122,7 +138,7 @@ class Message(_Strict):
     """One turn of a conversation. ``content`` is its text; several text parts become lines."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_content)]
+    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | _Some[list[TextPart]])]
     name: str | None = None
     # What an assistant's message that a client sends back carries.
     annotations: Annotated[Any, _only(None, [])] = None
@@ -141,7 +157,7 @@ class Body(_Strict):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Count | None = None
     seed: Annotated[int, Field(ge=-_MAX_INT64 - 1, le=_MAX_INT64)] | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_stop)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop, json_schema_input_type=_StopJson)] = ()
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_MAX_INT64)] | None = None
@@ -196,7 +212,7 @@ class CompletionBody(Body):
 
     prompt_field = "prompt"
 
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts, json_schema_input_type=_PromptJson)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     best_of: Annotated[Any, _only(None, 1)] = None

@@ -63,7 +63,6 @@ async def test_without_a_key_only_probes_are_answered(http: httpx.AsyncClient, g
         *routes(guarded),
         ("GET", "/"),
         ("GET", "/docs"),
-        ("GET", "/openapi.json"),
         ("GET", "/health/"),
         ("PUT", "/v1/x"),
     ]
@@ -91,6 +90,7 @@ async def test_a_key_opens_what_its_roles_say(http: httpx.AsyncClient):
     assert refused.status_code == 403 and refused.json()["error"]["code"] == "permission_denied"
     for name in ("asker", "watcher"):
         assert (await http.get("/version", headers=bearer(name))).status_code == 200
+        assert (await http.get("/openapi.json", headers=bearer(name))).status_code == 200
         assert (await http.get("/nowhere", headers=bearer(name))).status_code == 404
 
 

@@ -17,6 +17,8 @@ from doc_blocks import ROOT, Block, blocks, live_blocks, run
 from inference_server import Inference
 from shoal import errors
 from shoal.gateway import refusals
+from shoal.gateway.intake import Services
+from shoal.gateway.openapi import openapi_document
 from shoal.gateway.schema import IGNORED_FIELDS, Body, ChatBody, CompletionBody, StreamOptions, parse
 from shoal.rpc.statuses import status_code
 from shoal.v1 import inference_pb2
@@ -142,6 +144,16 @@ def test_the_table_of_errors_is_the_one_in_the_code() -> None:
         for kind in shipped
         if not issubclass(kind, NOT_FOR_CLIENTS)
     }
+
+
+def test_the_openapi_document_tells_the_same_errors(services: Services) -> None:
+    listed = {(row[0], code) for row in rows("HTTP") for code in names(row[1])}
+    elsewhere = {("404", refusals.RouteNotFound.code), ("405", refusals.MethodNotAllowed.code), ("499", "cancelled")}
+    told = set()
+    for status, response in openapi_document(services)["components"]["responses"].items():
+        [_, known] = response["content"]["application/json"]["schema"]["allOf"]
+        told |= {(status, code) for code in known["properties"]["error"]["properties"]["code"]["enum"]}
+    assert told == listed - elsewhere
 
 
 def test_what_is_worth_asking_again_is_what_has_retry_after() -> None:

@@ -26,11 +26,12 @@ def run_chaos(
     seed: int,
     output: Path | None,
     show_logs: bool,
+    tls: bool,
 ) -> bool:
     """Print the table; whether nothing was wrong, hung or left behind. Raises ShoalError."""
     configure_logging("warning", "console")
     options = ChaosOptions(
-        model, choose(scenario), Limits(num_requests, num_in_flight), minutes, seed=seed, show_logs=show_logs
+        model, choose(scenario), Limits(num_requests, num_in_flight), minutes, seed=seed, show_logs=show_logs, tls=tls
     )
     results: list[Result] = []
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from shoal.app import running
 from shoal.app.ports import free_port, require_free
+from shoal.certs import make_certificates
 from shoal.chaos.play import Limits, Play, Progress
 from shoal.chaos.proxy import DECODE_HOST, PROXY_HOST
 from shoal.chaos.result import Report, Result
@@ -25,12 +28,13 @@ _NUM_REPLICAS = 2
 # Old and new replicas of a pool may be there together.
 _NUM_PORTS = 4 * _NUM_REPLICAS
 _PORTS = range(24000, 31000, _NUM_PORTS)
+Tls = str | dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosOptions:
     """A run of several ``minutes`` begins again with the first scenario until they have passed. ``ttl_s`` is
-    handoff.ttl_s."""
+    handoff.ttl_s. With ``tls`` the processes show one another certificates, made for the run."""
 
     model: str
     scenarios: tuple[Scenario, ...]
@@ -41,6 +45,7 @@ class ChaosOptions:
     ttl_s: float = 5.0
     seed: int = 0
     show_logs: bool = False
+    tls: bool = False
 
 
 def run(options: ChaosOptions, on_progress: Progress, on_result: Callable[[Result], None]) -> Report:
@@ -53,21 +58,32 @@ def run(options: ChaosOptions, on_progress: Progress, on_result: Callable[[Resul
         results.append(result)
         on_result(result)
 
-    while not results or time.monotonic() - began_s < 60 * options.minutes:
-        for carrier, scenarios in groupby(sorted(options.scenarios, key=_carrier), _carrier):
-            _play(options, script, carrier, tuple(scenarios), on_progress, ended)
+    with _certificates(options) as tls:
+        while not results or time.monotonic() - began_s < 60 * options.minutes:
+            for carrier, scenarios in groupby(sorted(options.scenarios, key=_carrier), _carrier):
+                _play(options, chaos_config(options, carrier, tls), script, tuple(scenarios), on_progress, ended)
     return Report(options.model, tuple(results))
+
+
+@contextmanager
+def _certificates(options: ChaosOptions) -> Iterator[Tls]:
+    """What the configuration says of them; they are there for as long as the block lasts."""
+    if not options.tls:
+        yield "off"
+        return
+    with TemporaryDirectory(prefix="shoal-chaos-") as folder:
+        make_certificates(Path(folder), days=1)
+        yield {"folder": folder}
 
 
 def _play(
     options: ChaosOptions,
+    config: ShoalConfig,
     script: Script,
-    carrier: str,
     scenarios: tuple[Scenario, ...],
     on_progress: Progress,
     on_result: Callable[[Result], None],
 ) -> None:
-    config = chaos_config(options, carrier)
     with switching() as switchboard:
         from shoal.app.ray_settings import set_environment
 
@@ -84,7 +100,7 @@ def _play(
             asyncio.run(play.run(scenarios, on_result))
 
 
-def chaos_config(options: ChaosOptions, carrier: str) -> ShoalConfig:
+def chaos_config(options: ChaosOptions, carrier: str, tls: Tls = "off") -> ShoalConfig:
     """Two replicas of each pool, and such limits that short prompts are handed over and a burst of long ones is too
     much."""
     return load_config(
@@ -99,7 +115,7 @@ def chaos_config(options: ChaosOptions, carrier: str) -> ShoalConfig:
             "ttl_s": options.ttl_s,
         },
         gateway={"port": free_port(DECODE_HOST), "grpc_port": free_port(DECODE_HOST)},
-        tls="off",
+        tls=tls,
     )
 
 

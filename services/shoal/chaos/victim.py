@@ -114,8 +114,11 @@ class Victim:
             return {}
 
     async def left(self) -> dict[str, float]:
-        """What isn't free, by name; nothing where no request is open."""
-        held = (await self.look()).held()
+        """What isn't free, by name; nothing where no request is open and every pool has a replica."""
+        try:
+            held = (await self.look()).held()
+        except KeyError:
+            return {"pools without a replica": 1.0}
         entries = await self.entries()
         max_sessions = {"prefill": self._config.decode.replicas, "decode": self._config.prefill.replicas}
         segments = len(abandoned() - self._before) + sum(

@@ -22,6 +22,7 @@ def chaos(
     ] = "smollm2",
     requests: Annotated[int, typer.Option(min=1, help="At least so many in each scenario.")] = 64,
     in_flight: Annotated[int, typer.Option(min=1, help="So many of them at any time, also when the fault comes.")] = 40,
+    tls: Annotated[bool, typer.Option("--tls", help="Let the processes speak mutual TLS, as in production.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed asks the same.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write all figures here, too.", metavar="FILE")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Say what scenarios there are, and end.")] = False,
@@ -48,7 +49,7 @@ def chaos(
         with progress_bars() as on_progress:
             is_clean = run_chaos(
                 on_progress, model=model, scenario=scenario, minutes=minutes, num_requests=requests,
-                num_in_flight=in_flight, seed=seed, output=json, show_logs=show_logs,
+                num_in_flight=in_flight, seed=seed, output=json, show_logs=show_logs, tls=tls,
             )  # fmt: skip
     except KeyboardInterrupt:
         err.print("stopped")

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from shoal.messages import Role
 from shoal.rpc.certificates import AUTHORITY_FILE, CHAIN_FILE, KEY_FILE, name_of
@@ -53,6 +63,29 @@ class Roles:
         issued = self._issue(name, not_after)
         return grpc.ssl_channel_credentials(
             self._ca.cert_pem.bytes(), issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes()
+        )
+
+    def credentials_of(self, names: Sequence[x509.GeneralName], common_name: str = "") -> grpc.ChannelCredentials:
+        """Of a client whose certificate says so much and no more of whose it is."""
+        key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
+        signing = load_pem_private_key(self._ca.private_key_pem.bytes(), None)
+        assert isinstance(signing, ec.EllipticCurvePrivateKey)
+        common = [x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)] if common_name else []
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name(common))
+            .issuer_name(x509.load_pem_x509_certificate(self._ca.cert_pem.bytes()).subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(minutes=5))
+            .not_valid_after(now + dt.timedelta(days=1))
+        )
+        if names:
+            certificate = certificate.add_extension(x509.SubjectAlternativeName(names), critical=not common)
+        return grpc.ssl_channel_credentials(
+            self._ca.cert_pem.bytes(),
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+            certificate.sign(signing, hashes.SHA256()).public_bytes(Encoding.PEM),
         )
 
     def server_credentials(self, name: str, not_after: dt.datetime | None = None) -> grpc.ServerCredentials:

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from cryptography import x509
 
 from kv_prompts import prompt
 from role_certificates import YESTERDAY, Roles
@@ -70,7 +71,7 @@ async def decode_server(roles: Roles) -> AsyncIterator[str]:
     """Both services on one server, as a decode replica has them, with nothing behind the hand-off's."""
 
     async def serve(channel: Channel) -> None:
-        pytest.fail("a caller got through")
+        raise AssertionError("a caller got through")  # which gRPC tells the caller, in a status that isn't ours
 
     server = grpc.aio.server(interceptors=(RoleGate(),), options=HANDOFF_SERVER_OPTIONS)
     add_handoff_service(server, serve)
@@ -105,6 +106,29 @@ async def test_another_role_is_refused_by_name(roles: Roles, role: str, call: An
     assert isinstance(error, UntrustedPeer)
     assert f"is for {'prefill' if call is hand_off else 'gateway'} alone" in error.message
     assert f"who shows {role}.shoal.internal" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "common_name"),
+    [
+        ([x509.RFC822Name(name_of("prefill"))], ""),
+        ([x509.UniformResourceIdentifier(name_of("prefill"))], ""),
+        ([], name_of("prefill")),
+        ([x509.DNSName("a.shoal.internal"), x509.UniformResourceIdentifier(name_of("prefill"))], name_of("prefill")),
+    ],
+    ids=["an e-mail address", "a URI", "its subject", "a URI and its subject, beside another DNS name"],
+)
+async def test_a_name_that_is_no_dns_name_is_no_role(roles: Roles, names: list[x509.GeneralName], common_name: str):
+    credentials = roles.credentials_of(names, common_name)
+    async with decode_server(roles) as address, another_channel(address, credentials) as channel:
+        error = await error_of(hand_off(channel))
+    assert isinstance(error, UntrustedPeer) and "is for prefill alone" in error.message
+
+
+async def test_the_dns_name_of_a_role_is_all_that_it_takes(roles: Roles):
+    credentials = roles.credentials_of([x509.DNSName(name_of("gateway"))], "another subject")
+    async with decode_server(roles) as address, another_channel(address, credentials) as channel:
+        assert (await error_of(follow(channel))).message == HEARD
 
 
 async def test_every_service_of_decodes_server_is_one_roles():

@@ -311,10 +311,15 @@ class RayConfig(_Frozen):
 
 
 class LogConfig(_Frozen):
-    """What each process writes to its standard error. Never prompts, answers or token ids."""
+    """What each process writes to its standard error. Without ``error_text`` no prompts, answers or token ids."""
 
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is written.")
     format: Literal["console", "json"] = Field("json", description="json: one object a line; console: for people.")
+    error_text: bool = Field(
+        False,
+        description="Whether unexpected errors are told with their own text, which may quote a prompt or an answer; "
+        "without it, by their class and where they came from.",
+    )
 
 
 class ShoalConfig(BaseSettings):

@@ -29,7 +29,7 @@ def run_chaos(
     tls: bool,
 ) -> bool:
     """Print the table; whether nothing was wrong, hung or left behind. Raises ShoalError."""
-    configure_logging("warning", "console")
+    configure_logging("warning", "console", error_text=True)  # of prompts of one's own
     options = ChaosOptions(
         model, choose(scenario), Limits(num_requests, num_in_flight), minutes, seed=seed, show_logs=show_logs, tls=tls
     )

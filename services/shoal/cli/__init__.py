@@ -190,7 +190,7 @@ def generate(
         },
         decode={"weights": decode_weights},
     )
-    configure_logging("warning", "console")
+    configure_logging("warning", "console", error_text=True)  # of prompts of one's own
     text = sys.stdin.read() if prompt == "-" else prompt
     asyncio.run(_generate(settings, text, str(depth), max_tokens, temperature, raw=raw))
 

@@ -29,7 +29,7 @@ class DecodeReplica:
 
     async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         settings = ShoalConfig(**config)
-        configure_logging(settings.log.level, settings.log.format)
+        configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         self._prefill: Any = prefill
         self._exits = AsyncExitStack()
         registry = new_registry()

@@ -155,7 +155,7 @@ class GatewayReplica:
         self, config: dict[str, Any], decode: DeploymentHandle[Any], *, listens: bool
     ) -> None:
         self._settings = settings = ShoalConfig(**config)
-        configure_logging(settings.log.level, settings.log.format)
+        configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         self._exits = AsyncExitStack()
         self._registry = new_registry()
         files = locate(settings.model.name)

@@ -28,7 +28,7 @@ class PrefillReplica:
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ShoalConfig(**config)
-        configure_logging(settings.log.level, settings.log.format)
+        configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         self._exits = AsyncExitStack()
         registry = new_registry()
         host = host_of_this_node(settings.metrics.host)

@@ -3,13 +3,15 @@
 Shoal's modules log through the standard ``logging`` or through structlog; both end in the same lines, with the
 request's id in each. What clients write never gets into a log: fields are named in ``FIELDS``, and any other field
 is replaced by ``(withheld)``. Messages are constant text; what varies is a field, or an argument without client text.
+Of an exception, its class is told and where it came from, whoever logs it: its own text may quote a prompt.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TextIO
 
@@ -44,8 +46,13 @@ def configure_logging(
     level: Literal["debug", "info", "warning", "error"] = "info",
     line_format: Literal["console", "json"] = "json",
     stream: TextIO | None = None,
+    *,
+    error_text: bool = False,
 ) -> None:
-    """Send all logs of this process to ``stream`` (stderr by default). Calling again replaces the former setting."""
+    """Send all logs of this process to ``stream`` (stderr by default). Calling again replaces the former setting.
+
+    With ``error_text``, exceptions are told with their own text.
+    """
     out = stream or sys.stderr
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -67,7 +74,8 @@ def configure_logging(
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 withhold_unknown_fields,
-                *_renderers(line_format, colors=out.isatty()),
+                *(() if error_text else (withhold_objects,)),
+                *_renderers(line_format, told if error_text else outline, colors=out.isatty()),
             ],
         )
     )
@@ -81,17 +89,54 @@ def configure_logging(
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _renderers(line_format: Literal["console", "json"], *, colors: bool) -> list[Processor]:
+def _renderers(
+    line_format: Literal["console", "json"], text_of: Callable[[BaseException], str], *, colors: bool
+) -> list[Processor]:
     if line_format == "console":
-        # Plain tracebacks: the pretty ones print the local variables, prompts among them.
-        plain = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+
+        def write(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+            stream.write("\n" + text_of(exc_info[1]))
+
+        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=write)]
+    render = structlog.processors.ExceptionRenderer(lambda exc_info: text_of(exc_info[1]))
+    return [render, structlog.processors.JSONRenderer()]
 
 
 def withhold_unknown_fields(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Replace every field that ``FIELDS`` doesn't name."""
     return {key: value if key in FIELDS or key == "exc_info" else WITHHELD for key, value in event.items()}
+
+
+def withhold_objects(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Of what asyncio itself says of a task or a callback that failed: how it is written holds its exception's text."""
+    if event.get("logger") == "asyncio":
+        event["event"] = str(event["event"]).partition("\n")[0].partition("(")[0]
+    return event
+
+
+def told(error: BaseException) -> str:
+    """As Python prints it."""
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def outline(error: BaseException) -> str:
+    """The same without any exception's own text. It has no local variables either, as the pretty tracebacks do."""
+    return "\n".join(_outlined(error, set()))
+
+
+def _outlined(error: BaseException, seen: set[int]) -> Iterator[str]:
+    seen.add(id(error))
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None and id(before) not in seen:
+        yield from _outlined(before, seen)
+        yield "\nand then:\n"
+    yield "Traceback (most recent call last):"
+    yield "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    yield f"{type(error).__module__}.{type(error).__qualname__}"
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield "\nof which one is:\n"
+            yield from _outlined(one, seen)
 
 
 @contextmanager

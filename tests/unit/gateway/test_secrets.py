@@ -58,7 +58,7 @@ def bodies() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("defect", [None, ValueError("a defect of ours")])
+@pytest.mark.parametrize("defect", [None, ValueError(f"a defect of ours, which quotes {PROMPT}")])
 async def test_no_key_prompt_or_answer_is_told(
     services: Services, log: io.StringIO, tmp_path: Path, defect: Exception | None
 ) -> None:
@@ -89,7 +89,8 @@ async def test_no_key_prompt_or_answer_is_told(
     assert {200, 400, 401, 404} <= statuses
     lines, metrics = log.getvalue(), generate_latest(registry).decode()
     assert lines.count("\n") > 8 and "shoal_requests_total{" in metrics
-    assert (defect is None) != ("a defect of ours" in lines)  # of a defect the log says all
+    # Of a defect the log says what and where it was, and not what it says itself.
+    assert (defect is None) != ("fake_backend.py" in lines and "builtins.ValueError" in lines)
     for secret in (*SECRETS, key, wrong, key.rsplit("-", 1)[1], digest_of(key)):
         assert secret not in lines, next(line for line in lines.splitlines() if secret in line)
         assert secret not in metrics

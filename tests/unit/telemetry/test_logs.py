@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import structlog
@@ -71,22 +73,96 @@ def test_what_a_client_wrote_is_withheld(line_format: str, field: str) -> None:
     assert "num_prompt_tokens" in stream.getvalue()
 
 
-@pytest.mark.parametrize("line_format", ["json", "console"])
-def test_a_traceback_does_not_print_local_variables(line_format: str) -> None:
-    stream = io.StringIO()
-    configure_logging("info", line_format, stream)  # type: ignore[arg-type]
+def fail(prompt: str) -> None:
+    raise RuntimeError(f"a defect after {prompt}")
 
-    def fail(prompt: str) -> None:
+
+def fail_later(prompt: str) -> None:
+    try:
+        fail(prompt)
+    except RuntimeError as error:
+        error.add_note(prompt)
+        raise ValueError(prompt) from error
+
+
+def fail_meanwhile(prompt: str) -> None:
+    try:
+        fail(prompt)
+    except RuntimeError:
+        raise ValueError(prompt)  # noqa: B904 - that is what is looked at
+
+
+def fail_together(prompt: str) -> None:
+    try:
+        fail(prompt)
+    except RuntimeError as error:
+        raise ExceptionGroup(prompt, [error]) from None
+
+
+def log_failure(work: Callable[[str], None], prompt: str) -> None:
+    """By both loggers."""
+    try:
+        work(prompt)
+    except Exception as error:
+        structlog.get_logger().exception("failed")
+        logging.getLogger("shoal").error("failed", exc_info=error)  # noqa: TRY400 - as where it was caught elsewhere
+
+
+@pytest.mark.parametrize("line_format", ["json", "console"])
+@pytest.mark.parametrize("work", [fail, fail_later, fail_meanwhile, fail_together], ids=lambda it: it.__name__)
+def test_an_exception_is_told_by_class_and_place_and_without_its_text(
+    line_format: Literal["json", "console"], work: Callable[[str], None]
+) -> None:
+    stream = io.StringIO()
+    configure_logging("info", line_format, stream)
+    log_failure(work, SECRET)
+    told = stream.getvalue()
+    assert SECRET not in told
+    assert told.count("builtins.RuntimeError") == 2
+    assert "Traceback" in told and "test_logs.py" in told and "in fail" in told
+    assert work is fail or told.count("builtins.ValueError") + told.count("builtins.ExceptionGroup") == 2
+
+
+def test_exceptions_that_lead_to_one_another_are_told_once() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    one, other = ValueError(), KeyError()
+    one.__context__, other.__context__ = other, one
+    logging.getLogger("shoal").error("failed", exc_info=one)
+    [line] = written(stream)
+    assert str(line["exception"]).count("ValueError") == str(line["exception"]).count("KeyError") == 1
+
+
+@pytest.mark.parametrize("line_format", ["json", "console"])
+def test_its_text_is_told_where_that_is_asked_for_and_local_variables_are_not(
+    line_format: Literal["json", "console"],
+) -> None:
+    stream = io.StringIO()
+    configure_logging("info", line_format, stream, error_text=True)
+
+    def fail_briefly(prompt: str) -> None:
         raise RuntimeError(f"a defect after {len(prompt)} characters")
 
-    try:
-        fail(SECRET)
-    except RuntimeError:
-        structlog.get_logger().exception("failed")
-        logging.getLogger("shoal").exception("failed")
+    log_failure(fail_briefly, SECRET)
     assert stream.getvalue().count("a defect after 23 characters") == 2
-    assert "Traceback" in stream.getvalue()
     assert SECRET not in stream.getvalue()
+
+
+async def test_what_asyncio_says_of_a_task_that_failed_is_without_its_text() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    task = asyncio.create_task(asyncio.to_thread(fail, SECRET))
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+    asyncio.get_running_loop().call_soon(fail, SECRET)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    never_retrieved, callback = written(stream)
+    assert never_retrieved["event"] == "Task exception was never retrieved"
+    assert callback["event"] == "Exception in callback fail"
+    assert "RuntimeError" in str(callback["exception"]) and "in fail" in str(never_retrieved["exception"])
+    assert SECRET[:10] not in stream.getvalue()
 
 
 def test_no_field_that_can_be_logged_holds_text() -> None:

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_LENGTH = re.compile(r"[0-9]{1,19}")
+"""A longer number isn't looked at: Python refuses to read one of thousands of digits, and what comes is counted."""
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 # A client that sent a little too much should get to read why; one that sends for ever should not be listened to.
@@ -99,7 +101,7 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
     """The request's body. Raises RequestTooLarge beyond ``max_bytes``, Cancelled if the client leaves meanwhile."""
     too_large = RequestTooLarge(f"the body has more than {max_bytes} bytes: send less text in one request")
     declared = headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes * _MAX_DISCARDED_BODIES:
+    if _LENGTH.fullmatch(declared) and int(declared) > max_bytes * _MAX_DISCARDED_BODIES:
         raise too_large
     body, num_bytes, more = bytearray(), 0, True
     while more and num_bytes <= max_bytes * _MAX_DISCARDED_BODIES:

@@ -11,6 +11,7 @@ Nothing is sent before the first output, so whatever goes wrong until then is a 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar
@@ -32,6 +33,9 @@ from shoal.messages import Depth
 DEPTH_HEADER = "x-shoal-depth"
 TIMING_HEADER = "x-shoal-timing"
 TIMEOUT_HEADER = "x-shoal-timeout"
+
+_SECONDS = re.compile(r"([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+"""As clients' languages write a number. Python's float would also read 1_0, infinity and white space of Latin-1."""
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -141,10 +145,7 @@ def _timeout_of(headers: Headers) -> float | None:
     value = headers.get(TIMEOUT_HEADER)
     if value is None:
         return None
-    try:
-        timeout_s = float(value)
-    except ValueError:
-        timeout_s = math.nan
+    timeout_s = float(value) if _SECONDS.fullmatch(value) else math.nan
     if not 0 < timeout_s < math.inf:
         raise InvalidRequest(f"{TIMEOUT_HEADER}: must be seconds, more than 0, as 30 or 2.5", param=TIMEOUT_HEADER)
     return timeout_s

@@ -260,9 +260,29 @@ def test_a_wrong_depth_header_is_refused_whoever_wins(gateway: Any, depth: str |
     assert_refused(gateway, response, 400, "x-shoal-depth", "invalid_value")
 
 
-@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "soon",
+        "0",
+        "-1",
+        "nan",
+        "inf",
+        "infinity",
+        "",
+        "1_0",
+        "1e",
+        "1e999",
+        "+5",
+        "5.",
+        "0x10",
+        "1 0",
+        "10\xa0",
+        "9" * 400,
+    ],
+)
 def test_a_deadline_is_a_number_of_seconds(gateway: Any, value: str) -> None:
-    response = gateway.post(*completion(), headers={"x-shoal-timeout": value})
+    response = gateway.post(*completion(), headers={"x-shoal-timeout": value.encode("latin-1")})
     assert_refused(gateway, response, 400, "x-shoal-timeout", "invalid_value")
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
-from shoal.gateway.edge import RequestEdge
+from shoal.errors import RequestTooLarge
+from shoal.gateway.edge import RequestEdge, read_body
 
 
 async def names(asked: str | None, *, proxy_echoes_id: bool) -> list[str]:
@@ -43,3 +45,21 @@ async def test_a_websocket_is_refused_before_anybody_looks_at_it() -> None:
 
     await RequestEdge(never)({"type": "websocket", "path": "/v1/models", "headers": []}, never, send)
     assert said == [{"type": "websocket.close", "code": 1008}]
+
+
+async def body_of(declared: str, *, max_bytes: int = 10) -> bytes:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"a short one"[:max_bytes], "more_body": False}
+
+    return await read_body(Headers({"content-length": declared}), receive, max_bytes)
+
+
+@pytest.mark.parametrize("declared", ["10", "", "a few", "-1", "1_000_000", "\xb2", "9" * 5000], ids=lambda it: it[:9])
+async def test_a_length_that_says_nothing_is_passed_over_and_what_comes_is_counted(declared: str):
+    assert await body_of(declared) == b"a short on"
+
+
+@pytest.mark.parametrize("declared", ["1000000", "9" * 19])
+async def test_a_length_far_beyond_the_most_is_refused_unread(declared: str):
+    with pytest.raises(RequestTooLarge):
+        await body_of(declared)

@@ -386,7 +386,7 @@ def test_a_long_prompt_is_encoded_like_a_short_one(gateway: Any) -> None:
     assert str(len(ids)) in response.text
 
 
-@pytest.mark.parametrize(("asked", "most_s"), [(None, 600), ("2.5", 2.5), ("1e6", 600)])
+@pytest.mark.parametrize(("asked", "most_s"), [(None, 600), ("2.5", 2.5), ("30", 30), (".2e2", 20), ("1e6", 600)])
 def test_decode_is_told_what_is_left_of_the_client_s_time(gateway: Any, asked: str | None, most_s: float) -> None:
     headers = {} if asked is None else {"x-shoal-timeout": asked}
     assert gateway.post(COMPLETIONS, PROMPT, headers=headers).status_code == 200

@@ -64,23 +64,21 @@ _ARRIVE_S = 10.0
 class PoolBackend:
     """The decode pool: its Serve handle says which replica; request and outputs go by ``tokens``.
 
-    ``decode_remembers`` what it computed: prompts that begin alike then go to one replica.
+    Where decode remembers what it computed, prompts that begin alike go to one replica.
     """
 
     def __init__(
         self,
-        app_name: str,
+        settings: ShoalConfig,
         decode: DeploymentHandle[Any],
         living: directory.LivingPool,
         tokens: TokenClient,
-        *,
-        decode_remembers: bool = False,
     ) -> None:
-        self._app_name = app_name
+        self._app_name = settings.ray.app_name
+        self._decode_remembers = settings.decode.reuse != "none"
         self._living = living
         self._decode: Any = decode.options(stream=True)
         self._tokens = tokens
-        self._decode_remembers = decode_remembers
         self._readiness = SharedPoll(self._ask_readiness)
 
     async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenOutput, None]:
@@ -179,13 +177,7 @@ class GatewayReplica:
         living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(
             RetryingBackend(
-                PoolBackend(
-                    settings.ray.app_name,
-                    decode,
-                    living,
-                    tokens,
-                    decode_remembers=settings.decode.reuse != "none",
-                ),
+                PoolBackend(settings, decode, living, tokens),
                 max_attempts=settings.handoff.max_attempts,
                 limit=RateLimit(settings.gateway.retry),
                 observer=metrics,

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from inference_server import request as grpc_request
+from shoal.config import ShoalConfig
 from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
 from shoal.gateway import deadline, deployment
 from shoal.gateway.api import create_app
@@ -117,7 +118,7 @@ class Living:
 
 
 def pool(decode: Decode, living: Living | None = None) -> PoolBackend:
-    return PoolBackend("shoal", decode, living or Living("a"), decode.tokens)  # type: ignore[arg-type]
+    return PoolBackend(ShoalConfig(), decode, living or Living("a"), decode.tokens)  # type: ignore[arg-type]
 
 
 async def test_outputs_in_time_come_unchanged() -> None:

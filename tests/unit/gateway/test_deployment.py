@@ -15,6 +15,7 @@ from ray.exceptions import RayTaskError
 
 from shoal import routes
 from shoal.affinity import KEY_TOKENS, prefix_keys
+from shoal.config import ShoalConfig
 from shoal.errors import Overloaded, PeerGone, RequestTooLarge, ShoalError
 from shoal.gateway.backend import Route
 from shoal.gateway.deployment import PoolBackend
@@ -80,8 +81,8 @@ class Living:
         return frozenset("a")
 
 
-def backend(both: Joined, serve: Serve, **options: Any) -> PoolBackend:
-    return PoolBackend("shoal", serve, Living(), both.client, **options)  # type: ignore[arg-type]
+def backend(both: Joined, serve: Serve, **decode: Any) -> PoolBackend:
+    return PoolBackend(ShoalConfig(decode=decode), serve, Living(), both.client)  # type: ignore[arg-type]
 
 
 async def outputs_of(pool: PoolBackend, request: GenerateRequest = REQUEST, route: Route | None = None) -> list[Any]:
@@ -106,15 +107,15 @@ async def test_the_request_goes_to_the_place_and_its_outputs_come_back():
     assert 0 < arrived.context.timeout_s < REQUEST.context.timeout_s  # what has passed meanwhile is gone
 
 
-@pytest.mark.parametrize("remembers", [False, True])
-async def test_routers_get_keys_only_where_decode_remembers(remembers: bool):
+@pytest.mark.parametrize(("reuse", "remembers"), [("none", False), ("exact", True), ("any", True)])
+async def test_routers_get_keys_only_where_decode_remembers(reuse: str, remembers: bool):
     async def work(outlet: Outlet) -> None:
         await outlet.request()
         await outlet.end()
 
     async with joined() as both:
         serve = Serve(both, work)
-        await outputs_of(backend(both, serve, decode_remembers=remembers))
+        await outputs_of(backend(both, serve, reuse=reuse))
     [ticket] = serve.tickets
     assert ticket.prefix_keys == (prefix_keys("t", PROMPT) if remembers else ())
 

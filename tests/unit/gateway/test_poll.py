@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from shoal import directory
+from shoal.config import ShoalConfig
 from shoal.gateway.deployment import PoolBackend
 from shoal.gateway.poll import BELIEVED_S, SharedPoll
 
@@ -82,7 +83,7 @@ async def test_ray_is_asked_once_for_all_who_watch(monkeypatch: pytest.MonkeyPat
     class Handle:
         def options(self, *, stream: bool) -> None: ...
 
-    backend = PoolBackend("shoal", Handle(), directory.LivingPool("shoal", "decode"), None)  # type: ignore[arg-type]
+    backend = PoolBackend(ShoalConfig(), Handle(), directory.LivingPool("shoal", "decode"), None)  # type: ignore[arg-type]
     answers = await asyncio.gather(*(backend.readiness() for _ in range(500)))
     assert {answer.num_decode for answer in answers} == {0}
     assert asked == ["shoal"]

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from shoal.config import AUTO, PeerTlsConfig, ShoalConfig
+from shoal.config import AUTO, GatewayConfig, PeerTlsConfig, ShoalConfig
 from shoal.errors import ConfigError, InternalError, PeerGone, ShoalError
 from shoal.machine import is_loopback
 from shoal.messages import Role
@@ -52,6 +52,32 @@ def host_of_handoff(config: ShoalConfig) -> Host:
         _log.warning(
             "tls is off: whoever reaches this address can read prompts and K/V, and hand over K/V of their own",
             address=host.bound,
+        )
+    return host
+
+
+def host_of_metrics(config: ShoalConfig) -> Host:
+    """Where this process' metrics are read: by whoever reaches it, in plain text, which is said if others do."""
+    host = host_of_this_node(config.metrics.host)
+    if not is_loopback(host.bound):
+        _log.warning("metrics are in plain text, and open to whoever reaches this address", address=host.bound)
+    return host
+
+
+def host_of_gateway(config: GatewayConfig) -> str:
+    """Where clients come in. Who else can, and who can read along, is said if others reach it."""
+    host = config.host
+    if is_loopback(host):
+        return host
+    if config.tls is None:
+        _log.warning(
+            "what clients ask and are answered is in plain text: set gateway.tls, or encrypt it in front of this "
+            "address",
+            address=host,
+        )
+    if config.keys_file is None and (config.tls is None or config.tls.client_ca_file is None):
+        _log.warning(
+            "whoever reaches this address may ask: set gateway.keys_file or gateway.tls.client_ca_file", address=host
         )
     return host
 

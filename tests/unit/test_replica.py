@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray import cloudpickle
@@ -16,7 +17,7 @@ from role_certificates import Roles
 from shoal import replica
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, InternalError, InvalidRequest, PeerGone, Unavailable
-from shoal.replica import Host, host_of_handoff, known_error, peer_tls, told_plainly
+from shoal.replica import Host, host_of_gateway, host_of_handoff, host_of_metrics, known_error, peer_tls, told_plainly
 from shoal.telemetry import new_registry
 
 PROMPT = "what a client wrote"
@@ -63,6 +64,38 @@ def test_plain_text_that_was_asked_for_is_warned_of_where_others_reach_it(
 ):
     host_of_handoff(ShoalConfig(handoff={"host": host}, tls="off"))
     assert ("tls is off" in capsys.readouterr().out) is warns
+
+
+@pytest.mark.parametrize(("host", "warns"), [("auto", True), ("0.0.0.0", True), ("::", True), ("127.0.0.1", False)])
+def test_metrics_that_others_reach_are_warned_of(
+    far_node: str, host: str, warns: bool, capsys: pytest.CaptureFixture[str]
+):
+    found = host_of_metrics(ShoalConfig(metrics={"host": host}))
+    assert found.bound == (far_node if host == "auto" else host)
+    assert ("metrics are in plain text" in capsys.readouterr().out) is warns
+
+
+TLS = {"cert_file": "tls.crt", "key_file": "tls.key"}
+
+
+@pytest.mark.parametrize(
+    ("gateway", "is_plain", "is_open"),
+    [
+        ({"host": "127.0.0.1"}, False, False),
+        ({"host": "0.0.0.0"}, True, True),
+        ({"host": ""}, True, True),
+        ({"host": "10.1.2.3", "keys_file": "keys.yaml"}, True, False),
+        ({"host": "10.1.2.3", "tls": TLS}, False, True),
+        ({"host": "10.1.2.3", "tls": TLS, "keys_file": "keys.yaml"}, False, False),
+        ({"host": "10.1.2.3", "tls": TLS | {"client_ca_file": "clients.crt"}}, False, False),
+    ],
+)
+def test_a_gateway_that_others_reach_says_who_may_ask_and_read_along(
+    gateway: dict[str, Any], is_plain: bool, is_open: bool, capsys: pytest.CaptureFixture[str]
+):
+    assert host_of_gateway(ShoalConfig(gateway=gateway).gateway) == gateway["host"]
+    told = capsys.readouterr().out
+    assert ("in plain text" in told, "may ask" in told) == (is_plain, is_open)
 
 
 def test_a_private_cluster_s_node_is_loopback_and_needs_nothing(monkeypatch: pytest.MonkeyPatch):

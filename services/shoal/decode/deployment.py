@@ -17,7 +17,7 @@ from shoal import directory, routes
 from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
 from shoal.messages import Grant, HandoffOutcome, Ticket
-from shoal.replica import host_of_handoff, host_of_this_node, is_stopping, known_error, peer_tls, told_plainly
+from shoal.replica import host_of_handoff, host_of_metrics, is_stopping, known_error, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_server import Place, TokenServer
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
@@ -33,7 +33,7 @@ class DecodeReplica:
         self._prefill: Any = prefill
         self._exits = AsyncExitStack()
         registry = new_registry()
-        host = host_of_this_node(settings.metrics.host)
+        host = host_of_metrics(settings)
         ports = settings.metrics.port_range
         metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)

@@ -37,7 +37,7 @@ from shoal.gateway.validation import ServedModel
 from shoal.messages import Depth, GenerateRequest, TokenOutput
 from shoal.model.files import locate
 from shoal.rate import RateLimit
-from shoal.replica import host_of_this_node, known_error, peer_tls
+from shoal.replica import host_of_gateway, host_of_metrics, known_error, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.telemetry import (
@@ -166,7 +166,7 @@ class GatewayReplica:
             created_s=int(time.time()),
         )
         metrics = GatewayMetrics(self._registry, [model.name])
-        host = host_of_this_node(settings.metrics.host)
+        host = host_of_metrics(settings)
         ports = settings.metrics.port_range
         server = serve_metrics(self._registry, host.bound, ports.first, ports.last)
         self._exits.callback(server.close)
@@ -194,10 +194,11 @@ class GatewayReplica:
             keyring=None if settings.gateway.keys_file is None else Keyring(settings.gateway.keys_file),
             require_healthy=self._require_healthy,
         )
+        clients_host = host_of_gateway(settings.gateway)
         self._grpc_server: GrpcServer | None = None
         if settings.gateway.grpc_port:
             self._grpc_server = GrpcServer(self._services)
-            await self._grpc_server.start(settings.gateway.host, settings.gateway.grpc_port)
+            await self._grpc_server.start(clients_host, settings.gateway.grpc_port)
             self._exits.push_async_callback(self._grpc_server.stop)
         self._http_server: HttpServer | None = None
         if listens:
@@ -205,7 +206,7 @@ class GatewayReplica:
             self._http_server = HttpServer(
                 self._app(proxy_echoes_id=False), None if tls is None else server_context(tls)
             )
-            await self._http_server.start(settings.gateway.host, settings.gateway.port)
+            await self._http_server.start(clients_host, settings.gateway.port)
             self._exits.push_async_callback(self._http_server.stop)
         elif settings.gateway.tls is not None:
             _log.warning("HTTP comes by Ray Serve's proxy, in plain text: gateway.tls is for gRPC alone here")

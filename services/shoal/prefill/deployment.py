@@ -13,7 +13,7 @@ from shoal import directory
 from shoal.config import ShoalConfig
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
-from shoal.replica import host_of_this_node, is_stopping, peer_tls, told_plainly
+from shoal.replica import host_of_metrics, is_stopping, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.transfer.base import Channel
@@ -31,7 +31,7 @@ class PrefillReplica:
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         self._exits = AsyncExitStack()
         registry = new_registry()
-        host = host_of_this_node(settings.metrics.host)
+        host = host_of_metrics(settings)
         ports = settings.metrics.port_range
         metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)

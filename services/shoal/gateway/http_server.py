@@ -15,6 +15,7 @@ from collections.abc import Generator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shoal.errors import ConfigError
 from shoal.rpc.ports import join_address
@@ -24,6 +25,10 @@ _log = logging.getLogger(__name__)
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
 """Longer than clients and load balancers keep a connection that is idle, a minute at most: they should end it."""
+HEADERS_S = 30.0
+"""How long a client may take from connecting, or from the first byte of its next request, to the end of its headers."""
+_MAX_HEADER_BYTES = 64 << 10
+"""A read more may come on either side of it."""
 _STOP_GRACE_S = 1
 """Whatever was being answered has ended by then; this only lets the last bytes out."""
 
@@ -35,6 +40,7 @@ class HttpServer:
         """With ``tls``, it speaks HTTPS alone."""
         config = uvicorn.Config(
             app,
+            http=_Protocol,
             log_config=None,
             access_log=False,  # the gateway's log has a line a request already
             lifespan="off",
@@ -74,6 +80,56 @@ class HttpServer:
         self._server.should_exit = True
         if self._serving is not None:
             await asyncio.wait([self._serving])
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn itself waits for headers for as long as a client likes, and keeps as much of them, and of what may follow
+    a body, as comes."""
+
+    _late: asyncio.TimerHandle | None = None
+    _num_kept = 0  # bytes since the last that belonged to a body, or began or ended headers
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_headers(HEADERS_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._have_headers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._num_kept += len(data)
+        super().data_received(data)
+        if self._num_kept > _MAX_HEADER_BYTES:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_headers(HEADERS_S)
+        self._num_kept = 0
+
+    def on_headers_complete(self) -> None:
+        self._have_headers()
+        self._num_kept = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_kept = 0
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._late is None and self.cycle.response_complete:
+            self._await_headers(_KEEP_ALIVE_S)  # uvicorn's own timer ends at any byte, of no request even
+
+    def _await_headers(self, within_s: float) -> None:
+        self._have_headers()
+        self._late = self.loop.call_later(within_s, self.transport.abort)
+
+    def _have_headers(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from shoal.errors import ConfigError
+from shoal.gateway import http_server
 from shoal.gateway.http_server import HttpServer
 
 
@@ -30,8 +32,12 @@ async def _forever(_request: Request) -> StreamingResponse:
     return StreamingResponse(events())
 
 
+async def _body(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(await request.body())
+
+
 def application() -> Starlette:
-    return Starlette(routes=[Route("/", _hello), Route("/forever", _forever)])
+    return Starlette(routes=[Route("/", _hello), Route("/body", _body, methods=["POST"]), Route("/forever", _forever)])
 
 
 async def test_it_answers_and_ends_connections_that_are_idle() -> None:
@@ -68,6 +74,83 @@ async def test_signals_stay_as_they_were() -> None:
     async with httpx.AsyncClient() as client:
         await client.get(f"http://127.0.0.1:{port}/")
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    await server.stop()
+
+
+ENDLESS = [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nhost: here\r\nx-", b"GET /", b"\r\n"]
+
+
+@pytest.mark.parametrize("before", [b"", b"GET / HTTP/1.1\r\nhost: here\r\n\r\n"], ids=["first", "second request"])
+@pytest.mark.parametrize("sent", [b"", *ENDLESS], ids=repr)
+async def test_headers_that_do_not_end_are_waited_for_no_longer_than_a_while(
+    before: bytes, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "HEADERS_S", 0.2)
+    monkeypatch.setattr(http_server, "_KEEP_ALIVE_S", 0.2)  # of what has been answered and says no more
+    server = HttpServer(application())
+    port = await server.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(before)
+    if before:
+        assert await asyncio.wait_for(reader.readuntil(b"hello"), 20)
+    writer.write(sent)
+    with suppress(ConnectionResetError):
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
+    await server.stop()
+
+
+@pytest.mark.parametrize("piece", [b"x-more: 1\r\n" * 800, b"x" * 8000], ids=["many headers", "a long one"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET / HTTP/1.1\r\nhost: here\r\n",
+        b"GET /",
+        b"POST /body HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n1\r\n.\r\n0\r\n",
+    ],
+    ids=["headers", "a path", "after a body"],
+)
+async def test_headers_that_do_not_end_are_read_no_further_than_a_bound(line: bytes, piece: bytes) -> None:
+    server = HttpServer(application())
+    port = await server.start("127.0.0.1", 0)
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def send_for_ever() -> None:
+        writer.write(line)
+        for _ in range((64 << 20) // len(piece)):
+            writer.write(piece)
+            await writer.drain()
+
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        await send_for_ever()
+    writer.close()
+    await server.stop()
+
+
+async def test_for_a_body_and_an_answer_nobody_waits_by_the_clock_of_headers() -> None:
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: Request) -> PlainTextResponse:
+        asked.set()
+        body = await request.body()
+        await ended.wait()
+        return PlainTextResponse(body)
+
+    server = HttpServer(Starlette(routes=[Route("/", slow, methods=["POST"])]))
+    port = await server.start("127.0.0.1", 0)
+    size = 1 << 20
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2 * size)
+    for _ in range(2):  # the second one on the connection of the first
+        asked.clear()
+        ended.clear()
+        writer.write(b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n" % size + b"1" * (size - 1))
+        await asyncio.wait_for(asked.wait(), 20)
+        [connection] = server._server.server_state.connections
+        assert isinstance(connection, http_server._Protocol) and connection._late is None
+        writer.write(b"2")
+        ended.set()
+        assert await asyncio.wait_for(reader.readuntil(b"12"), 20)
+    writer.close()
     await server.stop()
 
 

@@ -23,7 +23,7 @@ from shoal.telemetry import CertificateMetrics
 
 _log = structlog.get_logger(__name__)
 
-_EVERY_INTERFACE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - nothing is bound here
+_EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class Host:
 
     bound: str
     advertised: str
+
+    @property
+    def own(self) -> str:
+        """What the process that binds it reaches it by."""
+        return _EVERY_INTERFACE.get(self.bound, self.bound)
 
 
 def host_of_this_node(configured: str, advertised: str | None = None) -> Host:

@@ -98,6 +98,13 @@ def test_a_gateway_that_others_reach_says_who_may_ask_and_read_along(
     assert ("in plain text" in told, "may ask" in told) == (is_plain, is_open)
 
 
+@pytest.mark.parametrize(
+    ("bound", "own"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("", "127.0.0.1"), ("10.1.2.3", "10.1.2.3")]
+)
+def test_a_replica_reaches_itself_where_it_listens(bound: str, own: str):
+    assert Host(bound, "far.example").own == own
+
+
 def test_a_private_cluster_s_node_is_loopback_and_needs_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(replica, "_node_address", lambda: "127.0.0.1")
     assert host_of_handoff(ShoalConfig(handoff={"host": "auto"})) == Host("127.0.0.1", "127.0.0.1")

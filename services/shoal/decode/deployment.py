@@ -19,6 +19,7 @@ from shoal.decode.stage import open_decode
 from shoal.messages import Grant, HandoffOutcome, Ticket
 from shoal.replica import host_of_handoff, host_of_metrics, is_stopping, known_error, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
+from shoal.rpc.probe import ProbedServer
 from shoal.rpc.token_server import Place, TokenServer
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.watch import Watch
@@ -57,6 +58,9 @@ class DecodeReplica:
             tls=tls,
             also=self._tokens.add_to,
         )
+        own_address = join_address(peers.own, int(address.rpartition(":")[2]))
+        probed = ProbedServer(self._stage.server, own_address, tls)
+        self._exits.push_async_callback(probed.close)
         self._exits.callback(self._tokens.close)  # before the server, which would wait for its streams
         self._entry = directory.entry_of_this_replica(
             "decode", metrics_address=join_address(host.advertised, metrics.port), handoff_address=address
@@ -66,7 +70,7 @@ class DecodeReplica:
             {
                 Component.METRICS_SERVER: metrics,
                 Component.ENGINE: self._stage.engine,
-                Component.HANDOFF_SERVER: self._stage.server,
+                Component.HANDOFF_SERVER: probed,
             },
             limit_s=settings.ray.stall_timeout_s,
             metrics=HealthMetrics(registry),

@@ -1,0 +1,68 @@
+"""Whether decode's server answers: asked over the wire, by the address and the certificates that others come with.
+
+That a server's task lives says nothing of gRPC's own threads, nor of the port. So it's asked for a method that it
+hasn't got, and whatever it says, it's there. One connection, as its peers have: it's opened anew when no answer comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
+from shoal.rpc.peers import PeerTls, open_channel, refusal
+
+PAUSE_S = 1.0
+PATIENCE_S = 1.2
+RETRY_S = 0.2
+MAX_UNANSWERED = 2
+"""In a row: an event loop that was late for a moment finds out about one question by itself."""
+_METHOD = "/shoal.v1.Probe/Ask"
+_SILENT = frozenset({grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE})
+
+
+class Server(Protocol):
+    @property
+    def is_serving(self) -> bool: ...
+
+
+class ProbedServer:
+    """``server``, which listens at ``address``, for whoever watches it. Belongs to the event loop that it's made on."""
+
+    def __init__(self, server: Server, address: str, tls: PeerTls | None) -> None:
+        self._server = server
+        self._address = address
+        self._tls = tls
+        self._num_unanswered = 0
+        self._asking = asyncio.create_task(self._ask_for_ever())
+
+    @property
+    def is_serving(self) -> bool:
+        answers = self._num_unanswered < MAX_UNANSWERED and not self._asking.done()
+        return answers and self._server.is_serving
+
+    async def close(self) -> None:
+        """Ask no more. Twice is a no-op."""
+        self._asking.cancel()
+        await asyncio.gather(self._asking, return_exceptions=True)
+
+    async def _ask_for_ever(self) -> None:
+        while True:
+            async with open_channel(self._address, HANDOFF_CHANNEL_OPTIONS, self._tls) as channel:
+                while await self._is_answered(channel):
+                    self._num_unanswered = 0
+                    await asyncio.sleep(PAUSE_S)
+            self._num_unanswered += 1
+            await asyncio.sleep(RETRY_S)
+
+    async def _is_answered(self, channel: grpc.aio.Channel) -> bool:
+        try:
+            ask = channel.unary_unary(_METHOD, request_serializer=bytes, response_deserializer=bytes)
+            await ask(b"", timeout=PATIENCE_S)
+        except grpc.aio.AioRpcError as error:
+            # An expired certificate is no fault of the server's, and connections that are there go on.
+            return error.code() not in _SILENT or refusal(error, self._address) is not None
+        return True

@@ -37,36 +37,9 @@ def known() -> Mapping[str, object]:
     return {prompt.name: prompt for prompt in real_prompts()}
 
 
-@pytest.fixture(scope="session")
-def chaos() -> list[dict[str, object]]:
-    """What came of each scenario of ``shoal chaos``."""
-    import chaos_run
-
-    return chaos_run.results()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who asks for chaos comes last: it was going on beside the others."""
-    items.sort(key=_wants_chaos)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    wants = any(map(_wants_chaos, session.items))
-    if wants and not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
-        import chaos_run
-
-        chaos_run.begin()
-
-
-def _wants_chaos(item: pytest.Item) -> bool:
-    return "chaos" in getattr(item, "fixturenames", ())
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[EXIT_STATUS] = int(exitstatus)
-    if "chaos_run" in sys.modules:
-        sys.modules["chaos_run"].end()
 
 
 @pytest.hookimpl(trylast=True)

@@ -23,8 +23,8 @@ from texts import prompts
 pytestmark = pytest.mark.slow
 
 NUM_SKIPPED = 10
-MAX_TEXT_TOKENS = 600
-SPLIT_TOKENS = 50
+MAX_TEXT_TOKENS = 400
+SPLIT_TOKENS = 100
 NUM_CONTINUED = 9
 
 

@@ -43,7 +43,7 @@ def test_all_at_once_full_depth_on_a_shallow_deployment_is_transformers_own(
 
 @pytest.mark.parametrize("depth", ["shallow", "full"])
 def test_one_by_one_is_the_same(shallow: TestCluster, known: Mapping[str, RealPrompt], depth: str):
-    some = {name: known[name] for name in sorted(known)[::5]}
+    some = {name: known[name] for name in sorted(known)[6::10]}
     tokens: dict[str, list[int]] = {}
     for name, prompt in some.items():
         tokens |= shallow.complete({name: prompt.token_ids}, depth=depth, max_tokens=NUM_TOKENS)

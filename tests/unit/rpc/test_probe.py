@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -79,6 +80,32 @@ async def test_a_listener_that_accepts_and_never_answers_does_not_serve() -> Non
         async with probed(f"127.0.0.1:{silent.getsockname()[1]}") as server:
             assert server.is_serving
             await until(lambda: not server.is_serving)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("offset_s", [-3600.0, 3600.0])
+async def test_a_wall_clock_that_jumps_is_no_silence(
+    port: int, monkeypatch: pytest.MonkeyPatch, offset_s: float
+) -> None:
+    asked = 0
+
+    class Count(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+        async def intercept_service(self, continuation, details):  # type: ignore[no-untyped-def]
+            nonlocal asked
+            asked += 1
+            return await continuation(details)
+
+    server = grpc.aio.server(interceptors=(Count(),), options=HANDOFF_SERVER_OPTIONS)
+    assert bind_first_free(server, "127.0.0.1", port, port, None) == port
+    await server.start()
+    own_s = time.time
+    async with probed(f"127.0.0.1:{port}") as probing:
+        await until(lambda: asked > 0)
+        monkeypatch.setattr(time, "time", lambda: own_s() + offset_s)
+        before = asked
+        await until(lambda: asked > before + 5 or not probing.is_serving)
+        assert probing.is_serving
+    await server.stop(0)
 
 
 @pytest.mark.usefixtures("at_once")

@@ -6,16 +6,15 @@ get done; if that's longer than it may take, it is told so at once, and when to 
 may: then it is given up.
 
 All that only while there is more to do than can be done: while some wait for a place; and, for a tenant, for a while
-after one of its own was refused or came too late, so that nobody's hopeless requests shut others out. What was slow
-says nothing of a time in which nobody waits, nor does a request that has hardly any time of its own. The rate is of all
-tokens that were computed, also for what was given up in the end.
+after one of its own was refused or came too late, so that nobody's hopeless requests shut others out; for all, where
+that happens to several. What was slow says nothing of a time in which nobody waits, nor does a request that has hardly
+any time of its own. The rate is of all tokens of which an answer came, also of one that was given up in the end.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +23,8 @@ from shoal.messages import GenerateRequest, RequestContext
 from shoal.throughput import Throughput
 
 _SHORT_S = 5.0
+_MANY = 3
+"""So many tenants whose requests are late aren't one that asks for too much: there is too much to do."""
 _LEAST_S = 1.0
 """Who may take less than that, and is too late, says nothing of how much there is to do."""
 _SURE = 0.75
@@ -34,11 +35,12 @@ _NEWEST = 0.1
 
 @dataclass(slots=True, eq=False)
 class Admitted:
-    """An open request that is expected to be ``num_tokens`` of work, and is given up after ``timeout_s``; ``num_sent``
-    tokens were generated for it so far."""
+    """An open request that is expected to be ``num_tokens`` of work, may take ``timeout_s``, and is given up at
+    ``due_s``; ``num_sent`` tokens were generated for it so far."""
 
     num_tokens: float
     timeout_s: float
+    due_s: float
     num_sent: int = 0
 
 
@@ -56,10 +58,7 @@ class Admission:
     @property
     def drain_s(self) -> float | None:
         """How long all that is here takes; ``None`` if nobody knows."""
-        token_s = self._throughput.seconds_for(1.0)
-        if token_s is None:
-            return None
-        return sum(min(one.num_tokens * token_s, one.timeout_s) for one in self._open)
+        return self._takes_s(self._open)
 
     def told_of_queue(self, num_waiting: int) -> None:
         """How many wait for a place now."""
@@ -72,9 +71,10 @@ class Admission:
 
         Raises Overloaded for one that would be too late; never if nobody waits, nor if some of its answer was sent.
         """
-        one = Admitted(self._expected(request), request.context.timeout_s)
+        timeout_s = request.context.timeout_s
+        one = Admitted(self._expected(request), timeout_s, self._clock() + timeout_s)
         if self._is_short(request.context.tenant) and self._open and request.resumption is None:
-            self._refuse_late(request, one.num_tokens)
+            self._refuse_late(request.context, one)
         self._open.add(one)
         self._measure()
         try:
@@ -90,16 +90,22 @@ class Admission:
                 self._throughput.done(len(request.prompt_token_ids) + one.num_sent)
             self._measure()
 
-    def _refuse_late(self, request: GenerateRequest, num_tokens: float) -> None:
-        timeout_s, here_s, own_s = request.context.timeout_s, self.drain_s, self._throughput.seconds_for(num_tokens)
-        if here_s is None or own_s is None or here_s + own_s <= _SURE * timeout_s:
+    def _refuse_late(self, context: RequestContext, one: Admitted) -> None:
+        # Whatever has more time lets it pass.
+        takes_s = self._takes_s([one, *(other for other in self._open if other.due_s <= one.due_s)])
+        if takes_s is None or takes_s <= _SURE * one.timeout_s:
             return
-        self._note_shortage(request.context)
-        takes_s = here_s + own_s
+        self._note_shortage(context)
         raise Overloaded(
-            f"it would take about {takes_s:.1f} s, too long for its {timeout_s:.1f} s: too much is asked at once",
-            retry_after_s=takes_s - _SURE * timeout_s,
+            f"it would take about {takes_s:.1f} s, too long for its {one.timeout_s:.1f} s: too much is asked at once",
+            retry_after_s=takes_s - _SURE * one.timeout_s,
         )
+
+    def _takes_s(self, some: Iterable[Admitted]) -> float | None:
+        token_s = self._throughput.seconds_for(1.0)
+        if token_s is None:
+            return None
+        return sum(min(one.num_tokens * token_s, one.timeout_s) for one in some)
 
     def _expected(self, request: GenerateRequest) -> float:
         """Answers are seldom as long as they may be."""
@@ -113,7 +119,8 @@ class Admission:
         self._usual_answer_tokens = num_tokens if usual is None else usual + _NEWEST * (num_tokens - usual)
 
     def _is_short(self, tenant: str) -> bool:
-        return self._is_queue or self._clock() < self._short_until_s.get(tenant, -math.inf)
+        short = {name for name, end_s in self._short_until_s.items() if self._clock() < end_s}
+        return self._is_queue or tenant in short or len(short) >= _MANY
 
     def _note_shortage(self, context: RequestContext) -> None:
         if context.timeout_s >= _LEAST_S:

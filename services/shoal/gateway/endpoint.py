@@ -34,6 +34,8 @@ DEPTH_HEADER = "x-shoal-depth"
 TIMING_HEADER = "x-shoal-timing"
 TIMEOUT_HEADER = "x-shoal-timeout"
 
+BODY_S = 30.0
+"""How long a client may take to send its request's body: it has a place meanwhile, which others wait for."""
 _SECONDS = re.compile(r"([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 """As clients' languages write a number. Python's float would also read 1_0, infinity and white space of Latin-1."""
 
@@ -62,7 +64,8 @@ class Endpoint(Generic[B]):
         with Exchange(self._name, services.observer, services.clock) as exchange:
             enter(services, exchange)
             async with done_within(_patience_s(headers, services.config.deadline_s)):
-                raw = await read_body(headers, receive, services.config.max_body_bytes)
+                async with done_within(BODY_S):
+                    raw = await read_body(headers, receive, services.config.max_body_bytes)
                 rest = await unless_disconnected(receive, self._answer(scope, raw, send, exchange))
                 # All is generated: from here on, a client that hangs up has merely stopped listening.
                 await rest(scope, receive, send)

@@ -124,7 +124,14 @@ class _Protocol(HttpToolsProtocol):
 
     def _await_headers(self, within_s: float) -> None:
         self._have_headers()
-        self._late = self.loop.call_later(within_s, self.transport.abort)
+        self._late = self.loop.call_later(within_s, self._give_up, within_s, self.transport.get_write_buffer_size())
+
+    def _give_up(self, within_s: float, num_unsent: int) -> None:
+        """Unless it's we who make the client wait, or it is still reading the answer before."""
+        if self.flow.read_paused or self.transport.get_write_buffer_size() < num_unsent:
+            self._await_headers(within_s)
+        else:
+            self.transport.abort()
 
     def _have_headers(self) -> None:
         if self._late is not None:

@@ -1,7 +1,7 @@
 """Whether decode's server answers: asked over the wire, by the address and the certificates that others come with.
 
 That a server's task lives says nothing of gRPC's own threads, nor of the port. So it's asked for a method that it
-hasn't got, and whatever it says, it's there. One connection, as its peers have: it's opened anew when no answer comes.
+hasn't got, and whatever it says, it's there. One connection, as its peers have: it's opened anew when no answers come.
 """
 
 from __future__ import annotations
@@ -51,11 +51,15 @@ class ProbedServer:
     async def _ask_for_ever(self) -> None:
         while True:
             async with open_channel(self._address, HANDOFF_CHANNEL_OPTIONS, self._tls) as channel:
-                while await self._is_answered(channel):
-                    self._num_unanswered = 0
-                    await asyncio.sleep(PAUSE_S)
-            self._num_unanswered += 1
-            await asyncio.sleep(RETRY_S)
+                num_tried = 0
+                while num_tried < MAX_UNANSWERED:  # before another connection, which takes longer still
+                    if await self._is_answered(channel):
+                        num_tried = self._num_unanswered = 0
+                        await asyncio.sleep(PAUSE_S)
+                    else:
+                        num_tried += 1
+                        self._num_unanswered += 1
+                        await asyncio.sleep(RETRY_S)
 
     async def _is_answered(self, channel: grpc.aio.Channel) -> bool:
         try:

@@ -36,8 +36,23 @@ async def _body(request: Request) -> PlainTextResponse:
     return PlainTextResponse(await request.body())
 
 
+LONG = 32 << 20
+"""More than the system keeps for a connection."""
+
+
+async def _long(_request: Request) -> PlainTextResponse:
+    return PlainTextResponse(b"x" * LONG)
+
+
 def application() -> Starlette:
-    return Starlette(routes=[Route("/", _hello), Route("/body", _body, methods=["POST"]), Route("/forever", _forever)])
+    return Starlette(
+        routes=[
+            Route("/", _hello),
+            Route("/long", _long),
+            Route("/body", _body, methods=["POST"]),
+            Route("/forever", _forever),
+        ]
+    )
 
 
 async def test_it_answers_and_ends_connections_that_are_idle() -> None:
@@ -150,6 +165,27 @@ async def test_for_a_body_and_an_answer_nobody_waits_by_the_clock_of_headers() -
         writer.write(b"2")
         ended.set()
         assert await asyncio.wait_for(reader.readuntil(b"12"), 20)
+    writer.close()
+    await server.stop()
+
+
+async def test_who_reads_slowly_gets_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as good as sent to the server, but not to the client."""
+    monkeypatch.setattr(http_server, "_KEEP_ALIVE_S", 0.1)
+    server = HttpServer(application())
+    port = await server.start("127.0.0.1", 0)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    client.connect(("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=client)
+    writer.write(b"GET /long HTTP/1.1\r\nhost: here\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    num_read = 0
+    for _ in range(8):  # pieces that take several times as long as an idle connection has
+        num_read += len(await reader.readexactly(LONG // 16))
+        await asyncio.sleep(0.05)
+    while num_read < LONG:
+        num_read += len(await reader.readexactly(LONG // 16))
     writer.close()
     await server.stop()
 

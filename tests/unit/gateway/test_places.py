@@ -10,6 +10,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from shoal.gateway import deadline, endpoint
 from shoal.gateway.api import create_app
 from shoal.gateway.http_server import HttpServer
 from shoal.gateway.intake import Services
@@ -63,3 +64,14 @@ async def test_who_is_still_sending_has_a_place_until_it_leaves(port: int, one_p
         while one_place.places.num_taken:
             await asyncio.sleep(0)
         assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_who_does_not_send_on_has_a_place_for_a_while_only(
+    port: int, one_place: Services, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(endpoint, "BODY_S", 0.1)
+    monkeypatch.setattr(deadline, "GRACE_S", 0.1)
+    reader, writer = await begin(port, 100, b"{")
+    assert await status_of(reader) == 504
+    assert one_place.places.num_taken == 0
+    writer.close()

@@ -2,7 +2,8 @@
 
 By default few, and the same ones in each run; no test fails because the machine is busy. With
 ``HYPOTHESIS_PROFILE=thorough`` it's other ones each time, and thirty times as many where a test takes its settings from
-``examples``; what is found is printed as a line to put above the test.
+``examples``; what is found is printed as a line to put above the test. Under ``python -O`` it's a quarter of the few:
+there, one only sees that the checks are still made.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from hypothesis import settings
 IS_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 settings.register_profile("quick", derandomize=True, database=None, deadline=None)
 settings.register_profile("thorough", print_blob=True, database=None, deadline=None)
-settings.load_profile("thorough" if IS_THOROUGH else "quick")  # for all tests: conftest.py sees to it
+settings.register_profile("optimized", settings.get_profile("quick"), max_examples=25)
+# For all tests: conftest.py sees to it.
+settings.load_profile("thorough" if IS_THOROUGH else "quick" if __debug__ else "optimized")
 
 
 def examples(number: int, **others: Any) -> settings:
     """Settings for a test that ``number`` examples tell enough about."""
-    return settings(max_examples=number * (30 if IS_THOROUGH else 1), **others)
+    if IS_THOROUGH:
+        return settings(max_examples=number * 30, **others)
+    return settings(max_examples=number if __debug__ else max(1, number // 4), **others)

@@ -89,7 +89,7 @@ def test_a_process_is_seen_to_hold_what_it_holds(footprint: Any, tmp_path: Path)
 @pytest.mark.timeout(180)
 def test_a_short_run_holds_nothing_between_its_rounds(tmp_path: Path) -> None:
     """The whole script. In half a minute memory is still warming up: its trend is told, and judged where it's long."""
-    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--minutes", "0.3", "--round-s", "3", "--warm-up", "0"]
+    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--minutes", "0.2", "--round-s", "3", "--warm-up", "0"]
     page, plot = tmp_path / "soak.html", tmp_path / "soak.svg"
     done = subprocess.run(
         [*command, "--html", str(page), "--svg", str(plot)], capture_output=True, text=True, timeout=170, check=False

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 LEFT_OUT = {
     "kill-prefill", "kill-prefill-pool", "kill-decode", "kill-gateway", "restart", "disk-full", "roll-plan",
     "kill-prefill-shm", "kill-decode-shm", "bit-flip-shm",
-    "pause-prefill", "partition-to-decode", "partition-to-prefill", "delay", "slow-reader",
+    "pause-prefill", "partition-to-decode", "partition-to-prefill", "delay", "slow-reader", "truncate", "duplicate",
 }  # fmt: skip
 QUICK = ",".join(scenario.name for scenario in SCENARIOS if scenario.name not in LEFT_OUT)
 NAMES = [scenario.name for scenario in choose(os.environ.get("SHOAL_TEST_CHAOS", QUICK))]

@@ -1,4 +1,4 @@
-"""A quarter of the twenty prompts where there are too few blocks for them all, and chunks are small."""
+"""Some of the twenty prompts where there are too few blocks for them all, and chunks are small."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_CHOICES, NUM_CHOICE_TOKENS = 16, 128
 
 
 def test_small_chunks_and_forced_preemption_change_nothing(known: Mapping[str, RealPrompt]):
-    known = {name: known[name] for name in sorted(known)[2::4]}
+    known = {name: known[name] for name in sorted(known)[2:19:8]}
     with cluster(prefill={"max_step_tokens": 100}, decode={"max_step_tokens": 100, "num_blocks": NUM_BLOCKS}) as tight:
         tokens = tight.complete(ids_of(known), depth="shallow", max_tokens=NUM_TOKENS)
         assert_same_tokens(tokens, references(known, "shallow"))

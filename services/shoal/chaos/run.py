@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ _NUM_REPLICAS = 2
 # Old and new replicas of a pool may be there together.
 _NUM_PORTS = 4 * _NUM_REPLICAS
 _PORTS = range(24000, 31000, _NUM_PORTS)
+_MINUTES_A_DAY = 24 * 60
 Tls = str | dict[str, str]
 
 
@@ -72,7 +74,7 @@ def _certificates(options: ChaosOptions) -> Iterator[Tls]:
         yield "off"
         return
     with TemporaryDirectory(prefix="shoal-chaos-") as folder:
-        make_certificates(Path(folder), days=1)
+        make_certificates(Path(folder), days=1 + math.ceil(options.minutes / _MINUTES_A_DAY))
         yield {"folder": folder}
 
 

@@ -91,14 +91,16 @@ class Admission:
             self._measure()
 
     def _refuse_late(self, context: RequestContext, one: Admitted) -> None:
-        # Whatever has more time lets it pass.
-        takes_s = self._takes_s([one, *(other for other in self._open if other.due_s <= one.due_s)])
+        ahead = [other for other in self._open if other.due_s <= one.due_s]  # what has more time lets it pass
+        takes_s = self._takes_s([one, *ahead])
         if takes_s is None or takes_s <= _SURE * one.timeout_s:
             return
         self._note_shortage(context)
+        # Whatever is ahead is done or given up by then.
+        gone_s = max((other.due_s for other in ahead), default=one.due_s) - self._clock()
         raise Overloaded(
             f"it would take about {takes_s:.1f} s, too long for its {one.timeout_s:.1f} s: too much is asked at once",
-            retry_after_s=takes_s - _SURE * one.timeout_s,
+            retry_after_s=min(takes_s - _SURE * one.timeout_s, gone_s),
         )
 
     def _takes_s(self, some: Iterable[Admitted]) -> float | None:
@@ -119,8 +121,8 @@ class Admission:
         self._usual_answer_tokens = num_tokens if usual is None else usual + _NEWEST * (num_tokens - usual)
 
     def _is_short(self, tenant: str) -> bool:
-        short = {name for name, end_s in self._short_until_s.items() if self._clock() < end_s}
-        return self._is_queue or tenant in short or len(short) >= _MANY
+        self._measure()  # which forgets whose time is over
+        return self._is_queue or tenant in self._short_until_s or len(self._short_until_s) >= _MANY
 
     def _note_shortage(self, context: RequestContext) -> None:
         if context.timeout_s >= _LEAST_S:

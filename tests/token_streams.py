@@ -44,7 +44,7 @@ class Decode:
         credentials = None if self._tls is None else self._tls.server_credentials()
         self._server = grpc.aio.server(interceptors=gates, options=HANDOFF_SERVER_OPTIONS)
         self.tokens.add_to(self._server)
-        port = bind_first_free(self._server, "127.0.0.1", 20_000, 29_999, credentials)
+        port = bind_first_free(self._server, "127.0.0.1", 0, 0, credentials)
         await self._server.start()
         self.address = join_address("127.0.0.1", port)
 

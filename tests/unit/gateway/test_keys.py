@@ -100,7 +100,7 @@ def test_a_key_is_compared_in_constant_time_whoever_it_claims_to_be(
 def test_the_file_has_nothing_that_opens(operator: Operator):
     key = operator.give("alice")
     text = operator.path.read_text()
-    assert key not in text and key.rsplit("-", 1)[1] not in text
+    assert key not in text and key[-43:] not in text
     assert stat.S_IMODE(operator.path.stat().st_mode) == 0o600
     assert [path.name for path in operator.path.parent.iterdir()] == ["keys.yaml"]
 
@@ -254,7 +254,7 @@ def test_a_key_in_the_wrong_place_is_not_told(tmp_path: Path, text: str):
     (tmp_path / "keys.yaml").write_text(text.format(key=key))
     with pytest.raises(ConfigError) as refused:
         read_keys(tmp_path / "keys.yaml")
-    assert key.rsplit("-", 1)[1][-8:] not in refused.value.message
+    assert key[-8:] not in refused.value.message
 
 
 def test_a_tenant_that_is_there_twice_is_refused(tmp_path: Path):

@@ -91,7 +91,7 @@ async def test_no_key_prompt_or_answer_is_told(
     assert lines.count("\n") > 8 and "shoal_requests_total{" in metrics
     # Of a defect the log says what and where it was, and not what it says itself.
     assert (defect is None) != ("fake_backend.py" in lines and "builtins.ValueError" in lines)
-    for secret in (*SECRETS, key, wrong, key.rsplit("-", 1)[1], digest_of(key)):
+    for secret in (*SECRETS, key, wrong, key[-43:], digest_of(key)):
         assert secret not in lines, next(line for line in lines.splitlines() if secret in line)
         assert secret not in metrics
     assert key not in command_line()

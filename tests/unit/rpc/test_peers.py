@@ -20,7 +20,7 @@ from shoal.errors import ConfigError, PeerGone, ShoalError, UntrustedPeer
 from shoal.messages import Role
 from shoal.rpc import peers
 from shoal.rpc.certificates import CHAIN_FILE, Certificate, name_of, read_certificate
-from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS, HANDOFF_SERVER_OPTIONS
+from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS, HANDOFF_SERVER_OPTIONS, TOKEN_CHANNEL_OPTIONS
 from shoal.rpc.peers import CALLERS, PeerTls, RoleGate
 from shoal.rpc.ports import bind_first_free, join_address
 from shoal.rpc.statuses import from_rpc_error
@@ -77,7 +77,7 @@ async def decode_server(roles: Roles) -> AsyncIterator[str]:
     add_handoff_service(server, serve)
     TokenServer().add_to(server)
     credentials = PeerTls(roles.folder, "decode").server_credentials()
-    port = bind_first_free(server, "127.0.0.1", 20_000, 29_999, credentials)
+    port = bind_first_free(server, "127.0.0.1", 0, 0, credentials)
     await server.start()
     try:
         yield join_address("127.0.0.1", port)
@@ -143,7 +143,7 @@ async def test_a_service_without_a_role_is_closed(roles: Roles):
     method = grpc.unary_unary_rpc_method_handler(answer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("another.Service", {"Ask": method}),))
     tls = PeerTls(roles.folder, "decode")
-    port = bind_first_free(server, "127.0.0.1", 20_000, 29_999, tls.server_credentials())
+    port = bind_first_free(server, "127.0.0.1", 0, 0, tls.server_credentials())
     await server.start()
     try:
         async with PeerTls(roles.folder, "prefill").channel(f"127.0.0.1:{port}", HANDOFF_CHANNEL_OPTIONS) as channel:
@@ -189,7 +189,7 @@ async def test_a_handshake_may_take_a_while(roles: Roles, monkeypatch: pytest.Mo
     async with decode_server(roles) as address:
         gateway = PeerTls(roles.folder, "gateway")
         monkeypatch.setattr(peers, "read_certificate", late)
-        async with gateway.channel(address, HANDOFF_CHANNEL_OPTIONS) as channel:
+        async with gateway.channel(address, TOKEN_CHANNEL_OPTIONS) as channel:
             assert (await error_of(follow(channel))).message == HEARD
 
 
@@ -200,7 +200,7 @@ async def test_a_handshake_may_take_a_while(roles: Roles, monkeypatch: pytest.Mo
 async def impostor(credentials: grpc.ServerCredentials | None) -> AsyncIterator[str]:
     """Somebody listens at the address that Ray says is decode's."""
     server = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
-    port = bind_first_free(server, "127.0.0.1", 20_000, 29_999, credentials)
+    port = bind_first_free(server, "127.0.0.1", 0, 0, credentials)
     await server.start()
     try:
         yield join_address("127.0.0.1", port)

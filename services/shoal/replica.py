@@ -69,20 +69,30 @@ def host_of_metrics(config: ShoalConfig) -> Host:
     return host
 
 
-def host_of_gateway(config: GatewayConfig) -> str:
-    """Where clients come in. Who else can, and who can read along, is said if others reach it."""
-    host = config.host
+def host_of_gateway(config: GatewayConfig, *, serves_http: bool) -> str:
+    """Where clients come in. Who else can, and who can read along, is said if others reach it.
+
+    Where it isn't this process that ``serves_http``, Ray Serve's proxy does: on its own address, without TLS.
+    """
+    host, tls = config.host, config.tls
+    if not serves_http and tls is not None:
+        _log.warning(
+            "HTTP comes by Ray Serve's proxy, in plain text and from whoever reaches it: gateway.tls is for gRPC alone"
+        )
     if is_loopback(host):
         return host
-    if config.tls is None:
+    if tls is None:
         _log.warning(
             "what clients ask and are answered is in plain text: set gateway.tls, or encrypt it in front of this "
             "address",
             address=host,
         )
-    if config.keys_file is None and (config.tls is None or config.tls.client_ca_file is None):
+    if config.keys_file is None and (tls is None or tls.client_ca_file is None or not serves_http):
         _log.warning(
-            "whoever reaches this address may ask: set gateway.keys_file or gateway.tls.client_ca_file", address=host
+            "whoever reaches this address may ask: set gateway.keys_file or gateway.tls.client_ca_file"
+            if serves_http
+            else "whoever reaches Ray Serve's proxy may ask: set gateway.keys_file",
+            address=host,
         )
     return host
 

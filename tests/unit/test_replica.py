@@ -93,9 +93,26 @@ TLS = {"cert_file": "tls.crt", "key_file": "tls.key"}
 def test_a_gateway_that_others_reach_says_who_may_ask_and_read_along(
     gateway: dict[str, Any], is_plain: bool, is_open: bool, capsys: pytest.CaptureFixture[str]
 ):
-    assert host_of_gateway(ShoalConfig(gateway=gateway).gateway) == gateway["host"]
+    assert host_of_gateway(ShoalConfig(gateway=gateway).gateway, serves_http=True) == gateway["host"]
     told = capsys.readouterr().out
     assert ("in plain text" in told, "may ask" in told) == (is_plain, is_open)
+
+
+@pytest.mark.parametrize(
+    ("gateway", "is_plain", "is_open"),
+    [
+        ({"host": "127.0.0.1"}, False, False),
+        ({"host": "127.0.0.1", "tls": TLS}, True, False),
+        ({"host": "10.1.2.3", "tls": TLS | {"client_ca_file": "clients.crt"}}, True, True),
+        ({"host": "10.1.2.3", "tls": TLS | {"client_ca_file": "clients.crt"}, "keys_file": "keys.yaml"}, True, False),
+    ],
+)
+def test_certificates_of_clients_guard_nothing_that_comes_by_serve_s_proxy(
+    gateway: dict[str, Any], is_plain: bool, is_open: bool, capsys: pytest.CaptureFixture[str]
+):
+    host_of_gateway(ShoalConfig(gateway=gateway).gateway, serves_http=False)
+    told = capsys.readouterr().out
+    assert ("in plain text" in told, "proxy may ask" in told) == (is_plain, is_open)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ class GatewayReplica:
             keyring=None if settings.gateway.keys_file is None else Keyring(settings.gateway.keys_file),
             require_healthy=self._require_healthy,
         )
-        clients_host = host_of_gateway(settings.gateway)
+        clients_host = host_of_gateway(settings.gateway, serves_http=listens)
         self._grpc_server: GrpcServer | None = None
         if settings.gateway.grpc_port:
             self._grpc_server = GrpcServer(self._services)
@@ -208,8 +208,6 @@ class GatewayReplica:
             )
             await self._http_server.start(clients_host, settings.gateway.port)
             self._exits.push_async_callback(self._http_server.stop)
-        elif settings.gateway.tls is not None:
-            _log.warning("HTTP comes by Ray Serve's proxy, in plain text: gateway.tls is for gRPC alone here")
         self._is_drained = False
         self._entry = directory.entry_of_this_replica(
             "gateway", metrics_address=join_address(host.advertised, server.port)

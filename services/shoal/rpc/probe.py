@@ -7,13 +7,18 @@ hasn't got, and whatever it says, it's there. One connection, as its peers have:
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextlib import suppress
 from typing import Protocol
 
 import grpc
 import grpc.aio
 
+from shoal.errors import UntrustedPeer
 from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
 from shoal.rpc.peers import PeerTls, open_channel, refusal
+
+_log = logging.getLogger(__name__)
 
 PAUSE_S = 1.0
 PATIENCE_S = 1.2
@@ -37,6 +42,7 @@ class ProbedServer:
         self._tls = tls
         self._num_unanswered = 0
         self._asking = asyncio.create_task(self._ask_for_ever())
+        self._asking.add_done_callback(_ended)
 
     @property
     def is_serving(self) -> bool:
@@ -51,17 +57,28 @@ class ProbedServer:
     async def _ask_for_ever(self) -> None:
         while True:
             async with open_channel(self._address, HANDOFF_CHANNEL_OPTIONS, self._tls) as channel:
-                num_tried = 0
-                while num_tried < MAX_UNANSWERED:  # before another connection, which takes longer still
-                    if await self._is_answered(channel):
-                        num_tried = self._num_unanswered = 0
-                        await asyncio.sleep(PAUSE_S)
-                    else:
-                        num_tried += 1
-                        self._num_unanswered += 1
-                        await asyncio.sleep(RETRY_S)
+                # Who can't be trusted is there, and the next connection has the certificates of then: that one has
+                # expired, or is another authority's, is no fault of the server's, and connections that are there go on.
+                with suppress(UntrustedPeer):
+                    await self._ask_until_unanswered(channel)
+                    continue
+            self._num_unanswered = 0
+            await asyncio.sleep(PAUSE_S)
+
+    async def _ask_until_unanswered(self, channel: grpc.aio.Channel) -> None:
+        """Twice in a row, before another connection, which takes longer still."""
+        num_tried = 0
+        while num_tried < MAX_UNANSWERED:
+            if await self._is_answered(channel):
+                num_tried = self._num_unanswered = 0
+                await asyncio.sleep(PAUSE_S)
+            else:
+                num_tried += 1
+                self._num_unanswered += 1
+                await asyncio.sleep(RETRY_S)
 
     async def _is_answered(self, channel: grpc.aio.Channel) -> bool:
+        """Raises UntrustedPeer if it's the server's certificate that was the answer."""
         try:
             ask = channel.unary_unary(_METHOD, request_serializer=bytes, response_deserializer=bytes)
             async with asyncio.timeout(PATIENCE_S):  # gRPC's own is by the wall clock, which may jump
@@ -69,6 +86,12 @@ class ProbedServer:
         except TimeoutError:
             return False
         except grpc.aio.AioRpcError as error:
-            # An expired certificate is no fault of the server's, and connections that are there go on.
-            return error.code() is not grpc.StatusCode.UNAVAILABLE or refusal(error, self._address) is not None
+            if (refused := refusal(error, self._address)) is not None:
+                raise refused from None
+            return error.code() is not grpc.StatusCode.UNAVAILABLE
         return True
+
+
+def _ended(asking: asyncio.Task[None]) -> None:
+    if not asking.cancelled():
+        _log.error("the probe of decode's server ended", exc_info=asking.exception())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,10 +84,20 @@ def configure_logging(
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    threading.excepthook = _log_ended_thread
+    sys.unraisablehook = _log_ignored
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     for name in _SILENT:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _log_ended_thread(ended: threading.ExceptHookArgs) -> None:
+    logging.getLogger(__name__).error("a thread ended", exc_info=ended.exc_value)
+
+
+def _log_ignored(ignored: sys.UnraisableHookArgs) -> None:
+    logging.getLogger(__name__).error("an exception that nobody could be told", exc_info=ignored.exc_value)
 
 
 def _renderers(

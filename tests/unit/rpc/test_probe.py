@@ -34,6 +34,16 @@ class Task:
     is_serving: bool = True
 
 
+class Count(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """How often the server was asked for anything."""
+
+    num_asked = 0
+
+    async def intercept_service(self, continuation, details):  # type: ignore[no-untyped-def]
+        self.num_asked += 1
+        return await continuation(details)
+
+
 @asynccontextmanager
 async def probed(address: str, tls: PeerTls | None = None, task: Task | None = None) -> AsyncIterator[ProbedServer]:
     server = ProbedServer(task or Task(), address, tls)
@@ -87,23 +97,16 @@ async def test_a_listener_that_accepts_and_never_answers_does_not_serve() -> Non
 async def test_a_wall_clock_that_jumps_is_no_silence(
     port: int, monkeypatch: pytest.MonkeyPatch, offset_s: float
 ) -> None:
-    asked = 0
-
-    class Count(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-        async def intercept_service(self, continuation, details):  # type: ignore[no-untyped-def]
-            nonlocal asked
-            asked += 1
-            return await continuation(details)
-
-    server = grpc.aio.server(interceptors=(Count(),), options=HANDOFF_SERVER_OPTIONS)
+    seen = Count()
+    server = grpc.aio.server(interceptors=(seen,), options=HANDOFF_SERVER_OPTIONS)
     assert bind_first_free(server, "127.0.0.1", port, port, None) == port
     await server.start()
     own_s = time.time
     async with probed(f"127.0.0.1:{port}") as probing:
-        await until(lambda: asked > 0)
+        await until(lambda: seen.num_asked > 0)
         monkeypatch.setattr(time, "time", lambda: own_s() + offset_s)
-        before = asked
-        await until(lambda: asked > before + 5 or not probing.is_serving)
+        before = seen.num_asked
+        await until(lambda: seen.num_asked > before + 5 or not probing.is_serving)
         assert probing.is_serving
     await server.stop(0)
 
@@ -160,6 +163,33 @@ async def test_a_certificate_that_has_expired_is_no_reason_to_replace_a_server(p
         listener = await started(port, roles.server_credentials(name_of("decode"), YESTERDAY))
         await until(lambda: server.is_serving)
         await listener.stop(None)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_certificates_that_are_replaced_are_what_it_shows_next(port: int, tmp_path: Path) -> None:
+    roles, others = Roles(tmp_path / "one"), Roles(tmp_path / "other")
+    seen = Count()
+    listener = grpc.aio.server(interceptors=(seen,), options=HANDOFF_SERVER_OPTIONS)
+    assert bind_first_free(listener, "127.0.0.1", port, port, others.server_credentials(name_of("decode"))) == port
+    await listener.start()
+    async with probed(f"127.0.0.1:{port}", PeerTls(roles.folder, "decode")) as server:
+        server._num_unanswered = 1
+        await until(lambda: server._num_unanswered == 0)  # it was told that nobody trusts it
+        assert seen.num_asked == 0 and server.is_serving
+        roles.renew(others)
+        await until(lambda: seen.num_asked > 1)
+        assert server.is_serving
+    await listener.stop(None)
+
+
+async def test_a_probe_that_ends_by_a_defect_is_told(
+    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(probe, "open_channel")
+    async with probed(f"127.0.0.1:{port}") as server:
+        await until(lambda: not server.is_serving and bool(caplog.records))
+    [told] = caplog.records
+    assert "probe" in told.message and told.exc_info and told.exc_info[0] is NameError
 
 
 async def test_a_server_that_says_itself_that_it_has_ended_is_believed(port: int) -> None:

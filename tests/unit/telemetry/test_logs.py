@@ -7,6 +7,8 @@ import gc
 import io
 import json
 import logging
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -23,7 +25,9 @@ SECRET = "my grandmother's recipe"
 def restore_logging() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    hooks = threading.excepthook, sys.unraisablehook
     yield
+    threading.excepthook, sys.unraisablehook = hooks
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
@@ -121,6 +125,33 @@ def test_an_exception_is_told_by_class_and_place_and_without_its_text(
     assert told.count("builtins.RuntimeError") == 2
     assert "Traceback" in told and "test_logs.py" in told and "in fail" in told
     assert work is fail or told.count("builtins.ValueError") + told.count("builtins.ExceptionGroup") == 2
+
+
+class Fails:
+    def __del__(self) -> None:
+        fail(SECRET)
+
+
+def end_a_thread() -> None:
+    thread = threading.Thread(target=fail, args=(SECRET,))
+    thread.start()
+    thread.join()
+
+
+def drop_what_fails() -> None:
+    Fails()
+
+
+@pytest.mark.parametrize("work", [end_a_thread, drop_what_fails], ids=lambda it: it.__name__)
+def test_what_python_itself_would_print_is_logged_without_its_text(
+    work: Callable[[], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    work()
+    [line] = written(stream)
+    assert "builtins.RuntimeError" in str(line["exception"]) and "in fail" in str(line["exception"])
+    assert SECRET not in stream.getvalue() + capfd.readouterr().err
 
 
 def test_exceptions_that_lead_to_one_another_are_told_once() -> None:

@@ -51,6 +51,11 @@ class Route:
     excluded: frozenset[str] = frozenset()
     replica_id: str | None = None
 
+    @property
+    def replicas(self) -> frozenset[str]:
+        """The one that it went to, if any."""
+        return frozenset() if self.replica_id is None else frozenset((self.replica_id,))
+
 
 class DecodePool(Protocol):
     """The pools, of which it can be said which decode replica runs a request."""

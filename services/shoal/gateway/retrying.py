@@ -9,6 +9,7 @@ ends with the error instead.
     a run fails ─> another one is there ──────────────────────────────────> the next run, at once
                    only those are that failed ──────────> AGAIN_S later ──> the next run, at one of them
                    none is ─> until one is, PATIENCE_S at most ───────────> the next run
+    one is full ─> another one is there, and only one was asked ──────────> it's asked, at once
 
 Without the wait, one replica that fails all that it's asked would be asked for all attempts within a moment: it looks
 like the one that has the least to do.
@@ -24,7 +25,7 @@ from dataclasses import replace
 
 import structlog
 
-from shoal.errors import DeadlineExceeded, PeerGone, PlanMismatch
+from shoal.errors import DeadlineExceeded, Overloaded, PeerGone, PlanMismatch
 from shoal.gateway.backend import DecodePool, GatewayObserver, Readiness, Route
 from shoal.messages import GenerateRequest, Resumption, SentChoice, TokenOutput
 from shoal.rate import RateLimit
@@ -34,6 +35,8 @@ AGAIN_S = 1.0
 PATIENCE_S = 5.0
 """How long a pool may be empty. Who waited for longer should come again."""
 LOOK_S = 0.25
+MAX_REFUSALS = 2
+"""What one replica has no room for, another one may have; if that hasn't either, all are full."""
 _log = structlog.get_logger(__name__)
 
 
@@ -41,7 +44,7 @@ class RetryingBackend:
     """``pool``, and again if it raises PeerGone; after some output only if it ``resumes``.
 
     At most ``max_attempts`` runs, no more often than ``limit`` allows over all requests; what a replica that died had
-    tried of the same budget nobody knows, so each run counts as one attempt.
+    tried of the same budget nobody knows, so each run counts as one attempt. To be refused is none.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class RetryingBackend:
         deadline_s = self._clock() + request.context.timeout_s
         given = _Given(request.sampling.num_choices)
         failed: frozenset[str] = frozenset()
+        num_refusals = 0
         while True:
             route = Route(failed)
             try:
@@ -76,6 +80,14 @@ class RetryingBackend:
                         given.note(output)
                         yield output
                 return
+            except Overloaded as error:
+                failed |= route.replicas
+                num_refusals += 1
+                if num_refusals == MAX_REFUSALS or not await self._pool.living() - failed:
+                    raise
+                self._observer.retried(error.code)
+                request = _in_time(request, deadline_s - self._clock())
+                continue
             except (PeerGone, PlanMismatch) as error:  # the latter where old and new replicas are mixed
                 if given.is_complete:
                     return
@@ -85,7 +97,7 @@ class RetryingBackend:
                     raise
                 self._observer.retried(error.code)
                 _log.warning("another decode replica takes over", attempt=request.context.attempt, code=error.code)
-            failed |= frozenset(() if route.replica_id is None else (route.replica_id,))
+            failed |= route.replicas
             await self._wait_for_another(failed, deadline_s)
             request = _next_attempt(request, deadline_s - self._clock())
             if given.is_any:
@@ -138,7 +150,12 @@ class _Given:
 
 
 def _next_attempt(request: GenerateRequest, timeout_s: float) -> GenerateRequest:
+    request = _in_time(request, timeout_s)
+    return replace(request, context=replace(request.context, attempt=request.context.attempt + 1))
+
+
+def _in_time(request: GenerateRequest, timeout_s: float) -> GenerateRequest:
+    """``request`` with so much time left."""
     if timeout_s <= 0:
         raise DeadlineExceeded("the request's deadline has passed")
-    context = request.context
-    return replace(request, context=replace(context, attempt=context.attempt + 1, timeout_s=timeout_s))
+    return replace(request, context=replace(request.context, timeout_s=timeout_s))

@@ -254,7 +254,43 @@ async def test_attempts_are_bounded():
     assert len(pool.requests) == 3 and run.seen.retries == ["peer_gone"] * 2
 
 
-@pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("no rung left"), DeadlineExceeded("late")], ids=str)
+async def test_what_one_has_no_room_for_another_one_is_asked_for():
+    run = await Run(pool := Pool(Overloaded("full")), rate=RateConfig(per_s=0.001, burst=1))()
+    assert run.outputs == OUTPUTS and run.seen.retries == ["overloaded"]
+    assert pool.asked == [("a", 0.0), ("b", 1.0)]
+    # Neither of its attempts nor of those that all have together: nothing was tried.
+    assert [one.context.attempt for one in pool.requests] == [1, 1]
+    assert [one.context.timeout_s for one in pool.requests] == [10, 9]
+
+
+async def test_what_two_have_no_room_for_is_refused():
+    run = Run(pool := Pool(*(Overloaded("full", retry_after_s=3.0) for _ in range(3))))
+    with pytest.raises(Overloaded) as refused:
+        await run()
+    assert len(pool.requests) == 2 and refused.value.retry_after_s == 3.0
+
+
+async def test_where_nobody_else_is_it_is_refused_at_once():
+    run = Run(pool := Pool(Overloaded("full"), lives=lambda _now_s: "a"))
+    with pytest.raises(Overloaded):
+        await run()
+    assert len(pool.requests) == 1 and pool.clock.now_s == 1.0 and run.seen.retries == []
+
+
+async def test_an_answer_that_has_begun_goes_on_where_there_is_room():
+    run = await Run(pool := Pool(PeerGone("died"), Overloaded("full"), num_before=1))()
+    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone", "overloaded"]
+    assert [name for name, _ in pool.asked] == ["a", "b", "c"] and pool.requests[2].resumption is not None
+
+
+async def test_who_is_asked_after_a_refusal_is_asked_in_what_time_is_left():
+    run = Run(pool := Pool(Overloaded("full"), lasts_s=11))
+    with pytest.raises(DeadlineExceeded):
+        await run()
+    assert len(pool.requests) == 1
+
+
+@pytest.mark.parametrize("error", [Unavailable("no rung left"), DeadlineExceeded("late")], ids=str)
 async def test_an_answer_of_the_pool_is_not_asked_for_again(error: ShoalError):
     run = Run(pool := Pool(error))
     with pytest.raises(type(error)):

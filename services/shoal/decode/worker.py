@@ -34,6 +34,7 @@ from shoal.errors import (
     InternalError,
     OutOfBlocks,
     Overloaded,
+    PeerGone,
     PlanMismatch,
     ShoalError,
     Unavailable,
@@ -214,7 +215,8 @@ class DecodeWorker:
     async def _descend(
         self, pool: PrefillPool, request: GenerateRequest, reservation: Reservation, deadline_s: float
     ) -> Arrived | _Local:
-        """Hand the prompt off, down the ladder as far as it takes. Raises Unavailable below the last rung."""
+        """Hand the prompt off, down the ladder as far as it takes. Raises Unavailable below the last rung, PeerGone if
+        this replica is shutting down."""
         excluded: frozenset[str] = frozenset()
         attempt = request.context.attempt
         while True:
@@ -226,6 +228,8 @@ class DecodeWorker:
             except OutOfBlocks as error:  # nobody failed: an older sequence wants the blocks, so it stands back
                 return _Local(self._count_fallback(FallbackRung.LOCAL, error.code), stands_back=True)
             except ShoalError as error:
+                if self._desk.is_closed:  # every rung would end with this process: another one goes on
+                    raise PeerGone("this decode replica is shutting down", retry_after_s=1.0) from error
                 failed = pool.asked(grant)
                 excluded |= frozenset(() if failed is None else (failed,))
                 rung = self._ladder.after(attempt, has_other_replica=bool(await pool.living(now=True) - excluded))

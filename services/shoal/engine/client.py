@@ -14,8 +14,8 @@ from typing import TypeVar
 from shoal.engine.engine import Engine
 from shoal.engine.events import FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.runner import PrefillChunk
-from shoal.engine.thread import EngineThread
-from shoal.errors import InternalError, ShoalError, Unavailable
+from shoal.engine.thread import EngineThread, has_stopped
+from shoal.errors import InternalError, PeerGone, ShoalError
 from shoal.heartbeat import Heartbeat
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Inbox:
         self._events.put_nowait(event)
 
     async def next(self) -> Event:
-        """The next event. Raises the request's own error, or Unavailable if the engine died."""
+        """The next event. Raises the request's own error, or PeerGone if the engine died."""
         event = await self._events.get()
         if isinstance(event, ShoalError):
             raise event
@@ -101,7 +101,7 @@ class EngineClient:
         finally:
             del self._inboxes[request_id]
             self._first_step_s.pop(request_id, None)
-            with suppress(Unavailable):  # an engine that has stopped holds nothing any more
+            with suppress(PeerGone):  # an engine that has stopped holds nothing any more
                 self._thread.post(lambda engine: engine.finish(request_id))
 
     async def call(self, command: Callable[[Engine], T]) -> T:
@@ -144,4 +144,4 @@ class EngineClient:
 
     def _died(self) -> None:
         for inbox in self._inboxes.values():
-            inbox.put(Unavailable("this replica's engine has stopped", retry_after_s=1.0))
+            inbox.put(has_stopped())

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
-from shoal.errors import Unavailable
+from shoal.errors import PeerGone
 from shoal.heartbeat import Heartbeat
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class EngineThread:
 
     def _put(self, command: Command) -> None:
         if self._closed or not self._thread.is_alive():
-            raise Unavailable("this replica's engine has stopped")
+            raise has_stopped()
         self._commands.put(command)
 
     def _run(self) -> None:
@@ -115,7 +115,7 @@ class EngineThread:
         """Whoever still waits for a command would wait for ever."""
         self._closed = True
         for future in tuple(self._pending):
-            _set_exception(future, Unavailable("this replica's engine has stopped"))
+            _set_exception(future, has_stopped())
         self._died()
 
     def _obey(self, *, wait: bool) -> bool:
@@ -137,6 +137,11 @@ class EngineThread:
         # At shutdown the loop may close first: nobody is left to be told.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def has_stopped() -> PeerGone:
+    """As of a replica that isn't there any more: nothing comes of it, and another one is to go on."""
+    return PeerGone("this replica's engine has stopped", retry_after_s=1.0)
 
 
 def _set_result(future: asyncio.Future[T], result: T) -> None:

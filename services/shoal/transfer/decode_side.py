@@ -117,6 +117,11 @@ class HandoffDesk:
 
     # --- for the replica ------------------------------------------------------------------------------
 
+    @property
+    def is_closed(self) -> bool:
+        """This replica is shutting down."""
+        return self.table.is_closed
+
     @asynccontextmanager
     async def open(
         self,

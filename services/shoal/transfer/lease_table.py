@@ -47,7 +47,7 @@ class LeaseTable:
         self._heap: list[tuple[float, int, Lease]] = []
         self._order = itertools.count()
         self._counts: Counter[LeaseState] = Counter()
-        self._is_closed = False
+        self.is_closed = False
 
     @property
     def num_open(self) -> int:
@@ -77,7 +77,7 @@ class LeaseTable:
 
         Raises Unavailable once the table is closed.
         """
-        if self._is_closed:
+        if self.is_closed:
             raise Unavailable("this decode replica is shutting down: no new leases")
         if lease_id in self._leases:
             raise InternalError(f"lease {lease_id.hex()} exists already: mint a new id for every grant")
@@ -86,7 +86,7 @@ class LeaseTable:
 
     def close(self) -> None:
         """Open no more leases."""
-        self._is_closed = True
+        self.is_closed = True
 
     # --- finding --------------------------------------------------------------------------------------
 

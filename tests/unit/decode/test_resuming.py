@@ -18,6 +18,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import TINY_VOCAB, tiny_llama
 from shoal.config import RateConfig, load_config
+from shoal.engine.engine import Engine
+from shoal.engine.events import StepOutput
 from shoal.errors import PeerGone, PlanMismatch
 from shoal.gateway.backend import NullObserver, Readiness, Route
 from shoal.gateway.retrying import RetryingBackend
@@ -76,6 +78,8 @@ async def pair(folder: Path, other: dict[str, Any] | None = None, **options: Any
         yield both[0], both[1]
         for local in both:
             await local.decode.desk.idle.wait()
+            if not local.decode.engine.is_serving:
+                continue
             counts = await local.decode.counts()
             assert (counts.num_waiting, counts.num_reserved, counts.num_running) == (0, 0, 0)
             assert counts.num_free_blocks == counts.num_blocks
@@ -106,6 +110,38 @@ class Pool:
 
     async def readiness(self) -> Readiness:
         return Readiness(num_decode=2, num_prefill=2)
+
+
+class DeadEngines(Pool):
+    """Each run goes to the first replica that it doesn't exclude, and ends as that one says."""
+
+    async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenOutput, None]:
+        self.requests.append(request)
+        is_dying = "dying" not in route.excluded
+        route.replica_id = "dying" if is_dying else "other"
+        replica = self._dying if is_dying else self._other
+        async with aclosing(replica.decode.worker.generate(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+
+async def let_die(local: LocalShoal, num_tokens: int) -> None:
+    """Decode's engine thread ends in the step that would bring the token after ``num_tokens``."""
+
+    def wrap(engine: Engine) -> None:
+        step, num_left = engine.step, num_tokens
+
+        def dying_step() -> StepOutput:
+            nonlocal num_left
+            output = step()
+            num_left -= len(output.tokens)
+            if num_left < 0:
+                raise RuntimeError("a defect of the scheduler")
+            return output
+
+        engine.step = dying_step  # type: ignore[method-assign]
+
+    await local.decode.engine.call(wrap)
 
 
 def request(sampling: SamplingParams, depth: Depth = Depth.SHALLOW) -> GenerateRequest:
@@ -155,6 +191,25 @@ async def test_after_any_token_by_any_plan(folder: Path, plan: str):
             assert expected[0].handoff is not None and expected[0].handoff.transferred
             for number in range(len(expected)):
                 assert of_choices(await cut(models, asked, number), asked) == of_choices(expected, asked)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 4])
+async def test_where_an_engine_dies_another_replica_goes_on(folder: Path, num_tokens: int):
+    """With what it has begun, and with what comes to it later, as long as the gateway hasn't heard of it."""
+    async with pair(folder) as models:
+        asked = request(SEEDED)
+        expected = of_choices(await whole(models[1], asked), asked)
+        await let_die(models[0], num_tokens)
+        for _ in range(2):
+            pool = DeadEngines(*models, 0)
+            backend = RetryingBackend(pool, max_attempts=3, limit=RateLimit(RateConfig()), observer=NullObserver())
+            outputs = [output async for output in backend.generate(asked)]
+            assert of_choices(outputs, asked) == expected
+            resumptions = [one.resumption for one in pool.requests]
+            num_sent = [0 if one is None else len(one.choices[0].token_ids) for one in resumptions]
+            assert num_sent == [0, num_tokens]
+            assert not models[0].decode.engine.is_serving
+            num_tokens = 0
 
 
 async def test_at_full_depth(folder: Path):

@@ -323,6 +323,18 @@ async def test_below_the_last_rung_the_request_is_refused_for_now(opened: Any, a
     assert refused.value.retry_after_s is not None and refused.value.retry_after_s >= 1
 
 
+async def test_what_is_not_handed_over_when_decode_shuts_down_is_for_another_replica(opened: Any):
+    """The rungs would end with this process, and a gateway asks no other one for what none could do."""
+    async with opened(handoff={"drain_s": 0.01}) as local:
+        local.decode.worker.prefill = pool = NobodyAnswers()
+        asking = asyncio.create_task(collect(local, request(PROMPT)))
+        await pool.has_asked.wait()
+        await local.decode.server.drain(0.01)
+        with pytest.raises(PeerGone, match="shutting down"):
+            await asyncio.wait_for(asking, 10)
+        assert fallbacks(local) == {}
+
+
 async def test_without_a_prefill_replica_nobody_waits_for_one(opened: Any, model: Any):
     async with opened() as local:
         local.decode.worker.prefill = pool = ScriptedPool(None)

@@ -16,7 +16,7 @@ from models import tiny_llama
 from shoal.engine.build import warm_up
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
-from shoal.errors import InternalError, Unavailable
+from shoal.errors import InternalError, PeerGone
 from shoal.messages import Depth, SamplingParams, Stage
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
@@ -113,11 +113,11 @@ async def test_an_engine_that_dies_tells_all_who_wait(model: Any):
         waits = asyncio.create_task(client.call(Engine.counts))
         await asyncio.sleep(0)  # the call is queued now
         called.set()
-        with pytest.raises(Unavailable):
+        with pytest.raises(PeerGone):  # which the gateway asks another replica for
             await asyncio.wait_for(inbox.next(), 10)
-        with suppress(Unavailable):  # it may have been in time
+        with suppress(PeerGone):  # it may have been in time
             await asyncio.wait_for(waits, 10)
-        with pytest.raises(Unavailable):
+        with pytest.raises(PeerGone):
             await client.call(Engine.counts)
         assert not client.is_serving
     client.close()

@@ -12,10 +12,11 @@ import logging
 import socket
 import ssl
 from collections.abc import Generator
+from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from shoal.errors import ConfigError
 from shoal.rpc.ports import join_address
@@ -27,6 +28,8 @@ _KEEP_ALIVE_S = 75
 """Longer than clients and load balancers keep a connection that is idle, a minute at most: they should end it."""
 HEADERS_S = 30.0
 """How long a client may take from connecting, or from the first byte of its next request, to the end of its headers."""
+_UNSENT_S = 5.0
+"""How long the last bytes of an answer that was broken off may take to its client, which perhaps reads nothing."""
 _MAX_HEADER_BYTES = 64 << 10
 """A read more may come on either side of it."""
 _STOP_GRACE_S = 1
@@ -84,7 +87,7 @@ class HttpServer:
 
 class _Protocol(HttpToolsProtocol):
     """uvicorn itself waits for headers for as long as a client likes, and keeps as much of them, and of what may follow
-    a body, as comes."""
+    a body, as comes. It closes the connection of an answer that was broken off, but not before all of it is read."""
 
     _late: asyncio.TimerHandle | None = None
     _num_kept = 0  # bytes since the last that belonged to a body, or began or ended headers
@@ -121,6 +124,17 @@ class _Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._late is None and self.cycle.response_complete:
             self._await_headers(_KEEP_ALIVE_S)  # uvicorn's own timer ends at any byte, of no request even
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            finally:
+                if cycle.response_started and not (cycle.response_complete or cycle.disconnected):
+                    self._have_headers()
+                    self._late = self.loop.call_later(_UNSENT_S, self.transport.abort)
+
+        super()._start_asgi_task(cycle, answered)  # type: ignore[arg-type]  # uvicorn has names of its own for them
 
     def _await_headers(self, within_s: float) -> None:
         self._have_headers()

@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, DeadlineExceeded
 from shoal.gateway import http_server
+from shoal.gateway.edge import RequestEdge
 from shoal.gateway.http_server import HttpServer
 
 
@@ -186,6 +187,49 @@ async def test_who_reads_slowly_gets_the_whole_answer(monkeypatch: pytest.Monkey
         await asyncio.sleep(0.05)
     while num_read < LONG:
         num_read += len(await reader.readexactly(LONG // 16))
+    writer.close()
+    await server.stop()
+
+
+async def _broken_off(_request: Request) -> StreamingResponse:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x" * LONG
+        raise DeadlineExceeded("after which nobody knows the rest")
+
+    return StreamingResponse(pieces())
+
+
+def breaking_off() -> HttpServer:
+    return HttpServer(RequestEdge(Starlette(routes=[Route("/", _broken_off)])))
+
+
+async def test_who_reads_nothing_of_an_answer_that_was_broken_off_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_UNSENT_S", 0.1)
+    is_lost = asyncio.Event()
+
+    class Noticed(http_server._Protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            is_lost.set()
+
+    monkeypatch.setattr(http_server, "_Protocol", Noticed)
+    server = breaking_off()
+    port = await server.start("127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+        await asyncio.wait_for(is_lost.wait(), 20)
+        assert not server._server.server_state.connections
+    await server.stop()
+
+
+async def test_who_reads_gets_all_that_an_answer_had_before_it_was_broken_off() -> None:
+    server = breaking_off()
+    port = await server.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nhost: here\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    rest = await asyncio.wait_for(reader.read(), 20)
+    assert rest.count(b"x") == LONG and not rest.endswith(b"0\r\n\r\n")
     writer.close()
     await server.stop()
 

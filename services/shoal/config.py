@@ -51,10 +51,19 @@ class PortRange(_Frozen):
 
 
 class RateConfig(_Frozen):
-    """A token bucket: ``burst`` at once, ``per_s`` on average. What comes too often is refused, not queued."""
+    """A token bucket: ``burst`` at once, ``per_s`` on average."""
 
-    per_s: Annotated[float, Field(gt=0)] = Field(10.0, description="On average; what comes more often is refused.")
+    per_s: Annotated[float, Field(gt=0)] = Field(10.0, description="On average.")
     burst: Annotated[int, Field(ge=1)] = Field(100, description="At once, after a quiet while.")
+
+
+class RetryConfig(RateConfig):
+    """What comes more often waits its turn. A replica that dies when it's full leaves 64 requests that ran and 256 that
+    waited: by default, all of them go on at once."""
+
+    burst: Annotated[int, Field(ge=1)] = Field(
+        320, description="At once, after a quiet while: as many as a full decode replica has that dies."
+    )
 
 
 class TlsConfig(_Frozen):
@@ -164,7 +173,9 @@ class StageConfig(_Frozen):
         "are shorter, by what steps took before.",
     )
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
-    max_queued: Annotated[int, Field(ge=1)] = Field(256, description="Requests that may wait; more get 429.")
+    max_queued: Annotated[int, Field(ge=1)] = Field(
+        256, description="Requests that may wait; more get 429, but answers that another replica has begun go on."
+    )
     max_queued_tokens: Annotated[int, Field(ge=1)] = Field(
         1 << 20, description="Tokens that the requests which wait may have in all; a single one always may."
     )
@@ -233,10 +244,13 @@ class HandoffConfig(_Frozen):
         3, description="Attempts at one request, those of the gateway and of decode together."
     )
     other_replica: RateConfig = Field(
-        RateConfig(), description="How often a decode replica may turn to another prefill replica after a failure."
+        RateConfig(),
+        description="How often a decode replica may turn to another prefill replica after a failure; beyond that, it "
+        "computes the prompt itself.",
     )
     local: RateConfig = Field(
-        RateConfig(), description="How often a decode replica may compute a prompt itself after a failure."
+        RateConfig(),
+        description="How often a decode replica may compute a prompt itself after a failure; beyond that, it's 503.",
     )
 
 
@@ -257,7 +271,11 @@ class GatewayConfig(_Frozen):
         "it changes. Without it, whoever reaches the gateway may ask.",
     )
     reflection: bool = Field(True, description="Whether the gRPC server tells clients its schema; off in production.")
-    retry: RateConfig = Field(RateConfig(), description="How often a request may go to another decode replica.")
+    retry: RetryConfig = Field(
+        RetryConfig(),
+        description="How often a request may go to another decode replica when its own has died; who comes more often "
+        "waits.",
+    )
     resume: bool = Field(
         True,
         description="Whether another decode replica goes on with an answer whose own has died; else the answer ends "

@@ -31,6 +31,17 @@ class RateLimit:
         self._level -= 1
         return True
 
+    def book(self, within_s: float) -> float | None:
+        """How long until it may be done; it counts as done, and who books first comes first.
+
+        ``None``, and nothing counts, if that's longer than ``within_s``.
+        """
+        wait_s = self.wait_s
+        if wait_s > within_s:
+            return None
+        self._level -= 1
+        return wait_s
+
     def _fill(self) -> None:
         now_s = self._clock()
         self._level = min(self._config.burst, self._level + (now_s - self._filled_s) * self._config.per_s)

@@ -19,7 +19,7 @@ from shoal.errors import InternalError, PeerGone, ShoalError
 from shoal.heartbeat import Heartbeat
 
 T = TypeVar("T")
-# A replica whose steps fail so often in a row is replaced: it isn't the requests' fault any more.
+# A replica whose steps fail for all so often in a row is replaced: it isn't the requests' fault any more.
 MAX_FAILED_STEPS = 3
 
 
@@ -129,7 +129,7 @@ class EngineClient:
             self._put(token.request_id, Progress(token, output.ended_s))
         for failure in output.failures:
             self._put(failure.request_id, failure)
-        if output.failures:
+        if output.all_failed:
             self._num_failed_in_a_row += 1
         elif output.num_rows:
             self._num_failed_in_a_row = 0

@@ -74,7 +74,9 @@ class Engine:
         if sampling.num_prompt_logprobs is not None and (shallow or hold):
             raise InternalError("prompt log-probabilities need a prompt that decode computes itself, at full depth")
         due_s = self._due_s(0.0 if sent else timeout_s)  # somebody may be reading what was sent
-        sequence = Sequence(request_id, prompt, shallow, sampling, hold=hold, tenant=tenant, due_s=due_s)
+        sequence = Sequence(
+            request_id, prompt, shallow, sampling, hold=hold, tenant=tenant, due_s=due_s, is_resumed=bool(sent)
+        )
         outputs = _open_outputs(sampling.num_choices, sent)
         sequence.choice = min(outputs)
         if len(outputs) > 1:
@@ -184,8 +186,11 @@ class Engine:
             failed = [self._fail(sequence, error) for sequence in plan.sequences]
             for sequence in plan.sequences:  # choices that this very step forked
                 self.finish(sequence.request_id)
-            return StepOutput(started_s, self._clock(), self.counts(), plan.num_rows, failures=tuple(failed))
+            return StepOutput(
+                started_s, self._clock(), self.counts(), plan.num_rows, failures=tuple(failed), all_failed=True
+            )
         ended_s = self._clock()
+        failures = (*unscored, *unsampled)
         if not plan.recalls:  # they take time, too, but no forward
             self.scheduler.pace.saw(plan.num_rows, ended_s - started_s)
         return StepOutput(
@@ -197,7 +202,8 @@ class Engine:
             prompts=tuple(prompts),
             tokens=tuple(tokens),
             chunks=output.chunks,
-            failures=(*unscored, *unsampled),
+            failures=failures,
+            all_failed=bool(failures) and not tokens and _are_all_of(failures, plan),
             wants_blocks=plan.wants_blocks,
         )
 
@@ -330,6 +336,10 @@ def _open_outputs(num_choices: int, sent: tuple[SentChoice, ...]) -> dict[int, l
     """What each choice that isn't complete has said already."""
     choices = sent or (SentChoice(),) * num_choices
     return {index: list(choice.token_ids) for index, choice in enumerate(choices) if not choice.is_complete}
+
+
+def _are_all_of(failures: tuple[FailureEvent, ...], plan: StepPlan) -> bool:
+    return {sequence.request_id for sequence in plan.sequences} == {failure.request_id for failure in failures}
 
 
 def _sample_alone(logits: torch.Tensor, row: SampleRow) -> Sampled | InternalError:

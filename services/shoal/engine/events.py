@@ -79,6 +79,7 @@ class StepOutput:
     """What one step brought. Times are monotonic seconds of this process.
 
     ``finished_kv_bytes``: what each choice held that has ended since the last step.
+    ``all_failed``: it ran something, and no request came any further.
     ``wants_blocks``: a running sequence waits for blocks that reserved ones hold, and the youngest should be given up.
     """
 
@@ -92,6 +93,7 @@ class StepOutput:
     tokens: tuple[TokenEvent, ...] = ()
     chunks: tuple[PrefillChunk, ...] = ()
     failures: tuple[FailureEvent, ...] = ()
+    all_failed: bool = False
     wants_blocks: bool = False
     finished_kv_bytes: tuple[int, ...] = ()
 

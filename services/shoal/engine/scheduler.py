@@ -119,7 +119,10 @@ class Scheduler:
     # --- commands -------------------------------------------------------------------------------------
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises InvalidRequest if it could never fit, Overloaded if the queue is full."""
+        """Queue a sequence. Raises InvalidRequest if it could never fit, Overloaded if the queue is full.
+
+        For one that is resumed it never is: somebody reads its answer, and there are no more than ran elsewhere.
+        """
         most = self.num_tokens_at_end(sequence)
         for table in self.tables:
             if (wanted := table.num_held_tokens(sequence, most)) > table.num_slots:
@@ -128,11 +131,8 @@ class Scheduler:
                     f"{' in its deep layers' if table is not self.tables[0] else ''}",
                     param="prompt",
                 )
-        if len(self.waiting) >= self._max_queued:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already: try again later")
-        num_queued = sum(one.num_to_compute for one in self.waiting)
-        if num_queued and num_queued + sequence.num_to_compute > self._max_queued_tokens:
-            raise Overloaded(f"requests with {num_queued} tokens are waiting already: try again later")
+        if not sequence.is_resumed:
+            self._refuse_if_full(sequence)
         index = len(self.waiting)
         while index and self._is_due_before(sequence, self.waiting[index - 1]):
             index -= 1
@@ -285,6 +285,13 @@ class Scheduler:
         return sum(len(sequence.blocks) for sequence in self.reserved)
 
     # --- helpers --------------------------------------------------------------------------------------
+
+    def _refuse_if_full(self, sequence: Sequence) -> None:
+        if len(self.waiting) >= self._max_queued:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already: try again later")
+        num_queued = sum(one.num_to_compute for one in self.waiting)
+        if num_queued and num_queued + sequence.num_to_compute > self._max_queued_tokens:
+            raise Overloaded(f"requests with {num_queued} tokens are waiting already: try again later")
 
     def _is_due_before(self, new: Sequence, waiting: Sequence) -> bool:
         """One that gave its blocks up stays first: somebody may be reading its answer."""

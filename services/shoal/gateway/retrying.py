@@ -43,8 +43,9 @@ _log = structlog.get_logger(__name__)
 class RetryingBackend:
     """``pool``, and again if it raises PeerGone; after some output only if it ``resumes``.
 
-    At most ``max_attempts`` runs, no more often than ``limit`` allows over all requests; what a replica that died had
-    tried of the same budget nobody knows, so each run counts as one attempt. To be refused is none.
+    At most ``max_attempts`` runs, no more often than ``limit`` allows over all requests: a run waits for its turn,
+    unless that came after its deadline. What a replica that died had tried of the same budget nobody knows, so each run
+    counts as one attempt. To be refused is none.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class RetryingBackend:
                     return
                 if given.is_any and not self._resumes:
                     raise
-                if request.context.attempt >= self._max_attempts or not self._limit.take():
+                if request.context.attempt >= self._max_attempts or not await self._wait_for_turn(deadline_s):
                     raise
                 self._observer.retried(error.code)
                 _log.warning("another decode replica takes over", attempt=request.context.attempt, code=error.code)
@@ -106,6 +107,13 @@ class RetryingBackend:
 
     async def readiness(self) -> Readiness:
         return await self._pool.readiness()
+
+    async def _wait_for_turn(self, deadline_s: float) -> bool:
+        """Until ``limit`` allows one more run; False, and at once, if that's beyond ``deadline_s``."""
+        wait_s = self._limit.book(within_s=max(0.0, deadline_s - self._clock()))
+        if wait_s:
+            await self._sleep(wait_s)
+        return wait_s is not None
 
     async def _wait_for_another(self, failed: frozenset[str], deadline_s: float) -> None:
         """Until there is one that hasn't ``failed``, or one that has may be asked again; not beyond ``deadline_s``."""

@@ -136,6 +136,25 @@ async def test_an_engine_whose_steps_all_fail_is_not_healthy(model: Any, monkeyp
     client.close()
 
 
+async def test_an_engine_with_some_requests_that_fail_is_healthy(model: Any, monkeypatch: pytest.MonkeyPatch):
+    """In each step one fails, and another goes on: with its answer, or with a prompt in chunks."""
+    for num_prompt_tokens in (2, 60):
+        engine = make_engine(model, 0, max_step_tokens=8)
+        client = EngineClient(make_engine(model, 0), name="test")
+        engine.submit_generate("goes on", (3,) * num_prompt_tokens, Depth.FULL, replace(GREEDY, max_tokens=20))
+        assert engine.step().num_rows == min(num_prompt_tokens, 8)
+        for name in "abc":
+            engine.submit_generate(name, (1, 2), Depth.FULL, GREEDY, timeout_s=1)
+            with monkeypatch.context() as patched:
+                spoil_logits(engine, patched, row=-1)
+                output = engine.step()
+            assert [failure.request_id for failure in output.failures] == [name]
+            client._deliver(output)
+            assert client.is_serving
+        engine.finish("goes on")
+        client.close()
+
+
 def test_a_reservation_is_told_before_others_compute(model: Any):
     engine = make_engine(model, 0)
     engine.submit_generate("runs", (5, 6, 7), Depth.FULL, GREEDY)

@@ -12,7 +12,7 @@ from engines import Ask, assert_nothing_held, make_engine, run_choices
 from models import tiny_llama
 from shoal.engine.engine import Engine
 from shoal.engine.tables import Reuse
-from shoal.errors import InvalidRequest
+from shoal.errors import InvalidRequest, Overloaded
 from shoal.messages import Depth, SamplingParams, SentChoice
 from shoal.model.plan import Anchors
 
@@ -52,6 +52,16 @@ def resume(engine: Engine, ask: Ask, sent: tuple[SentChoice, ...], *others: Ask,
                 choices[event.choice].append(event.token_id)
     assert_nothing_held(engine)
     return choices
+
+
+def test_where_the_queue_is_full(model: Any):
+    ask = Ask(PROMPT, sampling=GREEDY)
+    [whole] = run_choices(make_engine(model, SKIPPED), [ask])
+    engine = make_engine(model, SKIPPED, max_queued=1)
+    engine.submit_generate("waits", tuple(PROMPT), ask.depth, GREEDY)
+    with pytest.raises(Overloaded):
+        engine.submit_generate("new", tuple(PROMPT), ask.depth, GREEDY)
+    assert resume(engine, ask, sent_of(whole, 4)) == whole
 
 
 @pytest.mark.parametrize("hold", [False, True])

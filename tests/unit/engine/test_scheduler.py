@@ -148,6 +148,16 @@ def test_a_queue_is_full_of_tokens_too_but_one_request_may_always_wait():
         scheduler.submit(sequence("e", 1))
 
 
+def test_an_answer_that_was_begun_elsewhere_is_not_refused_by_a_full_queue():
+    for limits in ({"max_queued": 1}, {"max_queued_tokens": 10}):
+        scheduler = make_scheduler(max_sequences=1, **limits)
+        scheduler.submit(sequence("waits", 10))
+        scheduler.submit(sequence("resumed", 8, num_sent=2, due_s=1, is_resumed=True))
+        assert [item.request_id for item in scheduler.waiting] == ["resumed", "waits"]
+        with pytest.raises(Overloaded):
+            scheduler.submit(sequence("new", 8))
+
+
 def test_what_can_never_fit_is_told_so_even_if_the_queue_is_full():
     scheduler = make_scheduler(num_blocks=4, max_queued=1)
     scheduler.submit(sequence("a", 4))

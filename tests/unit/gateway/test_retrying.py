@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.config import RateConfig
+from shoal.config import RateConfig, ShoalConfig
 from shoal.errors import DeadlineExceeded, Overloaded, PeerGone, PlanMismatch, ShoalError, Unavailable
 from shoal.gateway.backend import NullObserver, Readiness, Route
 from shoal.gateway.retrying import AGAIN_S, LOOK_S, PATIENCE_S, RetryingBackend
@@ -302,7 +302,22 @@ async def test_a_pool_that_dies_and_dies_is_left_alone_for_a_while():
     run = Run(pool := Pool(*(PeerGone("died") for _ in range(4))), rate=RateConfig(per_s=0.001, burst=1))
     with pytest.raises(PeerGone):
         await run()
-    assert len(pool.requests) == 2
+    assert len(pool.requests) == 2 and pool.clock.now_s == 2, "its turn would come after its deadline"
+
+
+async def test_who_comes_too_often_waits_for_its_turn_and_loses_nothing():
+    pool = Pool(PeerGone("died"), PeerGone("died"), num_before=1)
+    run = await Run(pool, rate=RateConfig(per_s=0.25, burst=1))()
+    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone"] * 2
+    assert pool.asked == [("a", 0), ("b", 1), ("c", 5)]
+    assert pool.requests[2].context.timeout_s == REQUEST.context.timeout_s - 5
+
+
+async def test_all_that_a_full_replica_has_when_it_dies_go_on_at_once():
+    config, pool = ShoalConfig(), Pool()
+    limit = RateLimit(config.gateway.retry, pool.clock)
+    num_lost = config.decode.max_sequences + config.decode.max_queued
+    assert {limit.book(within_s=0) for _ in range(num_lost)} == {0}
 
 
 async def test_no_attempt_begins_after_the_deadline():

@@ -1,135 +1,207 @@
-"""Who is let in: nobody who would be done too late, as things have gone of late.
+"""Who is let in: nobody who would be done too late, as things are.
 
-More requests than can be served before their deadlines would all be worked on, and none would be done in time. By
-Little's law, one that comes now takes as long as all that is here, itself included, takes at the rate at which things
-get done; if that's longer than it may take, it is told so at once, and when to come back. Nothing takes longer than it
-may: then it is given up.
+More requests than can be served before their deadlines would all be worked on, and none would be done in time. So it is
+learned how much may be asked for at once. Each open request asks to be done within its time; together that is a demand,
+in requests a second. One that met with a mean demand ``D``, and took ``x`` times the time that it had, shows that
+``D / x`` can be borne: by Little's law, the rate at which things get done. That is a fact of the pool, wherever the
+time goes to: a queue, prefill, or steps that are shared by many.
 
-All that only while there is more to do than can be done: while some wait for a place; and, for a tenant, for a while
-after one of its own was refused or came too late, so that nobody's hopeless requests shut others out; for all, where
-that happens to several. What was slow says nothing of a time in which nobody waits, nor does a request that has hardly
-any time of its own. The rate is of all tokens of which an answer came, also of one that was given up in the end.
+What a request took is counted for an answer of usual length, as each token took so long: so one that asks for more than
+anybody could do in its time says nothing of the pool. Nor does one that would have been as slow alone. Until somebody
+has met with too much, all are let in.
 """
 
 from __future__ import annotations
 
+import enum
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from shoal.decode.tempo import Tempo
 from shoal.errors import DeadlineExceeded, Overloaded
-from shoal.messages import GenerateRequest, RequestContext
-from shoal.throughput import Throughput
+from shoal.messages import GenerateRequest, SamplingParams
 
-_SHORT_S = 5.0
-_MANY = 3
-"""So many tenants whose requests are late aren't one that asks for too much: there is too much to do."""
-_LEAST_S = 1.0
-"""Who may take less than that, and is too late, says nothing of how much there is to do."""
 _SURE = 0.75
-"""So much of its time may an estimate be; one that were as long as it may be would be too short half of the time."""
-_NEWEST = 0.1
-"""The weight of the last answer in the usual length."""
+"""So much of its time may a request take; an estimate of all of it would be too short half of the time."""
+_CROWDED = 1.25
+"""Who takes so many times as long as alone does so for the others' sake."""
+_SLACK = 0.8
+"""Who took less than that doesn't tell how much more could have been borne."""
+_LOWER, _RAISE = 0.2, 0.1
+"""The weight of one request that met with too much, or with less than could be borne."""
+_SHORT = 0.5
+"""Who is done in so much of its time as things are needs no room."""
+_LEAST_S = 1.0
+"""Who may take less than that asks for no more, and says nothing of how much there is to do if it's too late."""
+_EARLY = 16
+"""After so many tokens one knows how it goes, long before the end."""
 
 
-@dataclass(slots=True, eq=False)
+class _End(enum.Enum):
+    DONE = enum.auto()
+    LATE = enum.auto()
+    CANCELLED = enum.auto()
+
+
 class Admitted:
-    """An open request that is expected to be ``num_tokens`` of work, may take ``timeout_s``, and is given up at
-    ``due_s``; ``num_sent`` tokens were generated for it so far."""
+    """An open request; ``demand`` is what it asks for, in requests a second."""
 
-    num_tokens: float
-    timeout_s: float
-    due_s: float
-    num_sent: int = 0
+    def __init__(self, admission: Admission, request: GenerateRequest, usual_tokens: float, now_s: float) -> None:
+        self.num_choices = request.sampling.num_choices
+        self.max_tokens = request.sampling.max_tokens
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.timeout_s = request.context.timeout_s
+        self.demand = self.num_choices / (_SURE * max(_LEAST_S, self.timeout_s))
+        self.usual_tokens = usual_tokens
+        """Of an answer then."""
+        self.began_s = now_s
+        self.met_before = admission.met
+        self.first_s: float | None = None
+        self.num_sent = 0
+        self._admission = admission
+
+    def sent(self, num_tokens: int) -> None:
+        """So many more tokens came, of all its choices."""
+        self._admission.note_sent(self, num_tokens)
+
+    @property
+    def num_each(self) -> float:
+        """Tokens of each choice."""
+        return self.num_sent / self.num_choices
 
 
 class Admission:
-    """Of one decode replica; belongs to its event loop. ``clock`` is monotonic seconds. Work is counted in tokens."""
+    """Of one decode replica; belongs to its event loop. ``clock`` is monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._throughput = Throughput(clock)
+        self._tempo = Tempo()
         self._open: set[Admitted] = set()
-        self._usual_answer_tokens: float | None = None
-        self._is_queue = False
-        self._short_until_s: dict[str, float] = {}  # of each tenant
+        self._bearable: float | None = None
+        self._demand = 0.0
+        self._seen_s = clock()
+        self.met = 0.0
+        """All demand so far, over time: of two values the difference is what somebody met with meanwhile."""
 
     @property
     def drain_s(self) -> float | None:
-        """How long all that is here takes; ``None`` if nobody knows."""
-        return self._takes_s(self._open)
-
-    def told_of_queue(self, num_waiting: int) -> None:
-        """How many wait for a place now."""
-        self._is_queue = num_waiting > 0
-        self._measure()
+        """How long all that is here takes, as the last one does; ``None`` if nobody knows."""
+        usual_tokens = self._tempo.usual_tokens
+        return None if usual_tokens is None else self._tempo.now_s(usual_tokens)
 
     @contextmanager
     def admitted(self, request: GenerateRequest) -> Iterator[Admitted]:
         """Count a request for as long as the block lasts.
 
-        Raises Overloaded for one that would be too late; never if nobody waits, nor if some of its answer was sent.
+        Raises Overloaded for one that would be too late; never if it's alone, nor if some of its answer was sent.
         """
-        timeout_s = request.context.timeout_s
-        one = Admitted(self._expected(request), timeout_s, self._clock() + timeout_s)
-        if self._is_short(request.context.tenant) and self._open and request.resumption is None:
-            self._refuse_late(request.context, one)
+        one = Admitted(self, request, self._usual(request.sampling), self._look())
+        if self._open and request.resumption is None:
+            self._refuse_late(one)
         self._open.add(one)
-        self._measure()
+        self._sum_up()
+        end = _End.CANCELLED
         try:
             yield one
+            end = _End.DONE
         except DeadlineExceeded:
-            self._note_shortage(request.context)
+            end = _End.LATE
             raise
-        else:
-            self._note_length(one.num_sent / request.sampling.num_choices)
         finally:
+            self._look()
+            self._note_end(one, end)
             self._open.remove(one)
-            if one.num_sent:
-                self._throughput.done(len(request.prompt_token_ids) + one.num_sent)
-            self._measure()
+            self._sum_up()
 
-    def _refuse_late(self, context: RequestContext, one: Admitted) -> None:
-        ahead = [other for other in self._open if other.due_s <= one.due_s]  # what has more time lets it pass
-        takes_s = self._takes_s([one, *ahead])
-        if takes_s is None or takes_s <= _SURE * one.timeout_s:
+    def note_sent(self, one: Admitted, num_tokens: int) -> None:
+        """Of each output: nothing is summed up here."""
+        if one.first_s is None:
+            one.first_s = self._look()
+            self._tempo.began(one.first_s - one.began_s, one.num_prompt_tokens)
+        before, one.num_sent = one.num_each, one.num_sent + num_tokens
+        if before < _EARLY <= one.num_each:
+            self._look()
+            self._note_further(one)
+            self._learn(one, is_late=False)
+
+    def _usual(self, sampling: SamplingParams) -> float:
+        """Tokens of a choice. Answers are seldom as long as they may be."""
+        usual = self._tempo.usual_tokens
+        if usual is None:
+            return 0.0 if sampling.may_shorten else sampling.max_tokens
+        return usual
+
+    def _refuse_late(self, one: Admitted) -> None:
+        tempo, excess = self._tempo, self._demand + one.demand
+        num_tokens = min(one.max_tokens, one.usual_tokens)
+        further_s, alone_s = tempo.further_s(num_tokens), tempo.alone_s(0, num_tokens)
+        is_late = tempo.knows_best and further_s > max(one.timeout_s, _CROWDED * alone_s)
+        if self._bearable is not None:
+            excess -= self._bearable
+            is_short = tempo.now_s(num_tokens) <= _SHORT * _SURE * one.timeout_s
+            is_late = is_late or (excess > 0 and not is_short)
+        if not is_late:
             return
-        self._note_shortage(context)
-        # Whatever is ahead is done or given up by then.
-        gone_s = max((other.due_s for other in ahead), default=one.due_s) - self._clock()
+        # Of what is too much, so much is done by then; and whatever is here is done or given up.
+        wait_s = _SURE * one.timeout_s * max(excess, one.demand) / (self._bearable or self._demand)
+        gone_s = max(other.began_s + other.timeout_s for other in self._open) - self._seen_s
         raise Overloaded(
-            f"it would take about {takes_s:.1f} s, too long for its {one.timeout_s:.1f} s: too much is asked at once",
-            retry_after_s=min(takes_s - _SURE * one.timeout_s, gone_s),
+            f"it would take longer than its {one.timeout_s:.1f} s: too much is asked at once",
+            retry_after_s=max(0.0, min(wait_s, gone_s)),
         )
 
-    def _takes_s(self, some: Iterable[Admitted]) -> float | None:
-        token_s = self._throughput.seconds_for(1.0)
-        if token_s is None:
-            return None
-        return sum(min(one.num_tokens * token_s, one.timeout_s) for one in some)
+    def _note_end(self, one: Admitted, end: _End) -> None:
+        self._note_further(one)
+        if end is _End.LATE and one.first_s is None:
+            self._tempo.waited(self._seen_s - one.began_s)
+        if (length := self._length(one, end)) is not None:
+            self._tempo.ended(length)
+        if end is _End.LATE or one.first_s is not None:
+            self._learn(one, is_late=end is _End.LATE)
 
-    def _expected(self, request: GenerateRequest) -> float:
-        """Answers are seldom as long as they may be."""
-        sampling, usual = request.sampling, self._usual_answer_tokens
-        if usual is None:
-            usual = 0.0 if sampling.may_shorten else sampling.max_tokens
-        return len(request.prompt_token_ids) + sampling.num_choices * min(sampling.max_tokens, usual)
+    def _length(self, one: Admitted, end: _End) -> float | None:
+        """Of its answer. What isn't complete would have been longer: as long as it might have been, if that is no more
+        than can be done in its time."""
+        if end is _End.DONE:
+            return one.num_each
+        if end is _End.LATE and self._tempo.knows_best:
+            if self._tempo.alone_s(one.num_prompt_tokens, one.max_tokens) <= one.timeout_s:
+                return one.max_tokens
+            if one.num_each > one.usual_tokens:
+                return one.num_each
+        return None
 
-    def _note_length(self, num_tokens: float) -> None:
-        usual = self._usual_answer_tokens
-        self._usual_answer_tokens = num_tokens if usual is None else usual + _NEWEST * (num_tokens - usual)
+    def _note_further(self, one: Admitted) -> None:
+        if one.first_s is not None and one.num_each > 1:
+            self._tempo.went_on(self._seen_s - one.first_s, one.num_each - 1)
 
-    def _is_short(self, tenant: str) -> bool:
-        self._measure()  # which forgets whose time is over
-        return self._is_queue or tenant in self._short_until_s or len(self._short_until_s) >= _MANY
+    def _learn(self, one: Admitted, *, is_late: bool) -> None:
+        """How much can be borne, by what ``one`` met with."""
+        here_s = self._seen_s - one.began_s
+        if here_s <= 0:
+            return
+        num_tokens = max(one.usual_tokens, one.num_each) if is_late else one.usual_tokens
+        first_s = here_s if one.first_s is None else one.first_s - one.began_s
+        took_s = first_s + self._tempo.further_s(num_tokens)
+        took = took_s / (_SURE * one.timeout_s)
+        met = (self.met - one.met_before) / here_s
+        bearable = self._bearable
+        if took < 1:
+            could = (met + one.demand) / max(took, _SLACK)
+            if bearable is not None and could > bearable:
+                self._bearable = bearable + _RAISE * (could - bearable)
+        elif one.timeout_s >= _LEAST_S and took_s > _CROWDED * self._tempo.alone_s(one.num_prompt_tokens, num_tokens):
+            could = met / took
+            self._bearable = could if bearable is None else bearable + _LOWER * min(0.0, could - bearable)
 
-    def _note_shortage(self, context: RequestContext) -> None:
-        if context.timeout_s >= _LEAST_S:
-            self._short_until_s[context.tenant] = self._clock() + _SHORT_S
-            self._measure()
+    def _sum_up(self) -> None:
+        """As of the last look."""
+        self._demand = sum(one.demand for one in self._open)
 
-    def _measure(self) -> None:
+    def _look(self) -> float:
+        """The time now, up to which demand is counted."""
         now_s = self._clock()
-        self._short_until_s = {tenant: end_s for tenant, end_s in self._short_until_s.items() if now_s < end_s}
-        self._throughput.measure((self._is_queue or bool(self._short_until_s)) and bool(self._open))
+        self.met += self._demand * (now_s - self._seen_s)
+        self._seen_s = now_s
+        return now_s

@@ -86,7 +86,6 @@ async def open_decode(
         for num_bytes in output.finished_kv_bytes:
             metrics.held(num_bytes)
         worker.told_of_blocks(wanted=output.wants_blocks)
-        worker.admission.told_of_queue(output.counts.num_waiting)
 
     engine = EngineClient(core, name="shoal-decode", on_step=on_step)
     sink = PoolSink(core.runner.pool, _projection(served, parameters))

@@ -136,7 +136,7 @@ class DecodeWorker:
                         choice = output.choice
                         self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
                     self._metrics.decoded(len(output.token_ids))
-                    admitted.num_sent += len(output.token_ids)
+                    admitted.sent(len(output.token_ids))
                     yield output
 
     def _count_prompt(

@@ -17,10 +17,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from ray.experimental import internal_kv
 from shoal.messages import Role
 
 _NAMESPACE = "shoal"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,31 +170,70 @@ def _parse(value: bytes, record: type[_Record]) -> _Record:
 
 
 class LivingPool:
-    """Who of a pool lives. An answer is believed for ``BELIEVED_S``, and asked for again beside it."""
+    """Who of a pool lives, and who is there and gets no work. An answer is believed for ``BELIEVED_S``, and asked for
+    again beside it.
+
+    Replicas serve without Ray's head. While that one doesn't answer, who was there last is believed to be there still;
+    it's asked once at a time, and not again for ``BELIEVED_S`` after it failed to.
+    """
 
     BELIEVED_S = 1.0
+    PATIENCE_S = 1.0
+    """How long an answer is waited for where there is an older one."""
+    FIRST_S = 5.0
+    """And where nobody is known to live, so that there is nothing else to go by."""
 
-    def __init__(self, app: str, role: Role) -> None:
+    def __init__(self, app: str, role: Role, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._role: Role = role
+        self._clock = clock
         self._ids: frozenset[str] = frozenset()
-        self._seen_s = -math.inf
-        self._asking: asyncio.Task[frozenset[str]] | None = None
+        self._unfit: frozenset[str] = frozenset()
+        self._seen_s = self._failed_s = self._asked_s = -math.inf
+        self._asking: asyncio.Task[None] | None = None
+
+    @property
+    def unfit(self) -> frozenset[str]:
+        """Ids of those that are registered and get no work; as old as what ``ids`` said last. Serve still offers one
+        that hangs."""
+        return self._unfit
 
     async def ids(self, *, now: bool = False) -> frozenset[str]:
-        """Ids of the replicas that are ready, at most two seconds old; of an empty pool, or if asked to, ``now``."""
-        if now:
-            return await self._ask()
-        age_s = time.monotonic() - self._seen_s
-        if self._ids and age_s < self.BELIEVED_S:
-            return self._ids
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask())
-        # A pool that was just there most likely still is: nobody waits for the answer.
-        return self._ids if self._ids and age_s < 2 * self.BELIEVED_S else await asyncio.shield(self._asking)
+        """Ids of the replicas that are ready, at most two seconds old; of an empty pool, or if asked to, ``now``.
 
-    async def _ask(self) -> frozenset[str]:
-        entries = await asyncio.to_thread(living, self._app, self._role)
-        self._ids = frozenset(entry.replica_id for entry in entries)
-        self._seen_s = time.monotonic()
+        If Ray's head doesn't answer, those that were there last; none if there were none.
+        """
+        age_s = self._clock() - self._seen_s
+        if now:
+            await self._answered()  # what was asked before this
+        elif self._ids and age_s < self.BELIEVED_S:
+            return self._ids
+        self._ask()
+        # A pool that was just there most likely still is: nobody waits for the answer.
+        if now or not self._ids or age_s >= 2 * self.BELIEVED_S:
+            await self._answered()
         return self._ids
+
+    def _ask(self) -> None:
+        is_asking = self._asking is not None and not self._asking.done()
+        if is_asking or self._clock() - self._failed_s < self.BELIEVED_S:
+            return
+        self._asked_s = self._clock()
+        self._asking = asyncio.create_task(self._look())
+
+    async def _answered(self) -> None:
+        if self._asking is not None:
+            patience_s = self.PATIENCE_S if self._ids else self.FIRST_S
+            left_s = self._asked_s + patience_s - self._clock()
+            await asyncio.wait([self._asking], timeout=max(0.0, left_s))
+
+    async def _look(self) -> None:
+        try:
+            entries = await asyncio.to_thread(registered, self._app, self._role)
+        except Exception:  # noqa: BLE001 - whatever Ray raises, those that serve go on
+            _log.warning("Ray's head doesn't say who serves", exc_info=True)
+            self._failed_s = self._clock()
+            return
+        self._ids = frozenset(entry.replica_id for entry in entries if entry.is_healthy)
+        self._unfit = frozenset(entry.replica_id for entry in entries if not entry.is_healthy)
+        self._seen_s = self._clock()

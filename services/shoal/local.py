@@ -52,6 +52,7 @@ class OneReplica:
     """A prefill pool of the one stage beside us."""
 
     ID = "prefill"
+    unfit: frozenset[str] = frozenset()
 
     def __init__(self, stage: PrefillStage) -> None:
         self._stage = stage

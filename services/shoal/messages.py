@@ -130,7 +130,8 @@ class Ticket:
     by gRPC (rpc/token_client.py) once it's known where to.
 
     ``key`` is the name that the gateway process ``gateway_id`` has for it. For that process' router alone are
-    ``prefix_keys`` (affinity.py) and ``excluded``, the ids of decode replicas that have failed this request.
+    ``prefix_keys`` (affinity.py) and ``excluded``, the ids of decode replicas that have failed this request, or
+    get no work.
     """
 
     gateway_id: bytes
@@ -220,8 +221,8 @@ class TokenOutput:
 class Grant:
     """Decode's invitation to prefill one prompt; goes over the Serve handle, so it holds no token ids.
 
-    ``excluded`` are ids of prefill replicas that have failed this prompt: it goes to another one. ``prefix_keys`` are
-    for this process' router alone (affinity.py).
+    ``excluded`` are ids of prefill replicas that have failed this prompt, or get no work: it goes to another one.
+    ``prefix_keys`` are for this process' router alone (affinity.py).
     """
 
     lease_id: bytes

@@ -129,6 +129,10 @@ class ServePrefillPool:
     async def living(self, *, now: bool = False) -> frozenset[str]:
         return await self._living.ids(now=now)
 
+    @property
+    def unfit(self) -> frozenset[str]:
+        return self._living.unfit
+
     def asked(self, grant: Grant) -> str | None:
         return routes.replica_of(grant)
 

@@ -14,6 +14,11 @@ class PrefillPool(Protocol):
         """Ids of the replicas that serve; may be a second or two old, unless ``now`` is asked for."""
         ...
 
+    @property
+    def unfit(self) -> frozenset[str]:
+        """Ids of those that are there and get no work, say because they hang; as old as what ``living`` said last."""
+        ...
+
     async def ask(self, grant: Grant) -> HandoffOutcome:
         """Hand ``grant`` to a replica that it doesn't exclude; returns when its lease has ended.
 

@@ -220,7 +220,7 @@ class DecodeWorker:
         excluded: frozenset[str] = frozenset()
         attempt = request.context.attempt
         while True:
-            grant = self._grant(request, reservation.num_present, deadline_s, attempt, excluded)
+            grant = self._grant(request, reservation.num_present, deadline_s, attempt, excluded | pool.unfit)
             try:
                 return await self._hand_off(pool, grant, request.prompt_token_ids, reservation.blocks)
             except (Cancelled, DeadlineExceeded):

@@ -82,11 +82,14 @@ class PoolBackend:
         self._readiness = SharedPoll(self._ask_readiness)
 
     async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenOutput, None]:
-        if not await self._living.ids():
+        living = await self._living.ids()
+        if not living:
             # A call to nobody would wait for as long as the request may.
             raise Unavailable("no decode replica is ready: try again in a moment", retry_after_s=1.0)
         keys = prefix_keys(request.context.tenant, request.prompt_token_ids) if self._decode_remembers else ()
-        with self._tokens.open(keys, route.excluded) as stream:
+        # If all that live have failed it, one of them is still better than one that hangs.
+        failed = route.excluded if living - route.excluded else frozenset[str]()
+        with self._tokens.open(keys, failed | self._living.unfit) as stream:
             call = self._decode.generate.remote(stream.ticket)
             watch = asyncio.create_task(_watch(call, stream, request))
             watch.add_done_callback(partial(_call_ended, stream=stream))

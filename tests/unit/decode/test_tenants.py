@@ -26,6 +26,10 @@ class Watched:
         self._pool = pool
         self.grants: list[Grant] = []
 
+    @property
+    def unfit(self) -> frozenset[str]:
+        return self._pool.unfit
+
     async def living(self, *, now: bool = False) -> frozenset[str]:
         return await self._pool.living(now=now)
 

@@ -221,6 +221,8 @@ class ScriptedPool:
     A script raises an error, or gives the lease up for a reason. ``None`` in place of ``behind``: there is no last one.
     """
 
+    unfit: frozenset[str] = frozenset()
+
     def __init__(self, behind: PrefillPool | None, *scripts: ShoalError | str) -> None:
         self.grants: list[Grant] = []
         self._behind = behind
@@ -274,6 +276,15 @@ async def test_a_failed_hand_off_goes_to_another_replica(opened: Any, model: Any
     first, second = pool.grants
     assert (first.excluded, second.excluded) == (frozenset(), frozenset("a"))
     assert (first.context.attempt, second.context.attempt) == (1, 2) and first.lease_id != second.lease_id
+
+
+async def test_a_prefill_replica_that_hangs_is_asked_for_no_prompt(opened: Any, model: Any):
+    async with opened() as local:
+        local.decode.worker.prefill = pool = ScriptedPool(local.decode.worker.prefill, "cancelled", "cancelled")
+        pool.unfit = frozenset("a")
+        outputs = await collect(local, request(PROMPT))
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    assert [grant.excluded for grant in pool.grants] == [frozenset("a"), frozenset("ab")]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=str)

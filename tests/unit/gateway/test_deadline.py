@@ -110,6 +110,8 @@ def request(timeout_s: float) -> GenerateRequest:
 class Living:
     """Who of the decode pool lives."""
 
+    unfit: frozenset[str] = frozenset()
+
     def __init__(self, *names: str) -> None:
         self._names = frozenset(names)
 

@@ -13,10 +13,11 @@ import pytest
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
 
-from shoal import routes
+from shoal import directory, routes
 from shoal.affinity import KEY_TOKENS, prefix_keys
 from shoal.config import ShoalConfig
-from shoal.errors import Overloaded, PeerGone, RequestTooLarge, ShoalError
+from shoal.directory import LivingPool
+from shoal.errors import Overloaded, PeerGone, RequestTooLarge, ShoalError, Unavailable
 from shoal.gateway.backend import Route
 from shoal.gateway.deployment import PoolBackend
 from shoal.messages import GenerateRequest, RequestContext, Ticket
@@ -77,12 +78,15 @@ class _Call:
 
 
 class Living:
+    def __init__(self, ids: str = "a", unfit: str = "") -> None:
+        self._ids, self.unfit = frozenset(ids), frozenset(unfit)
+
     async def ids(self) -> frozenset[str]:
-        return frozenset("a")
+        return self._ids
 
 
-def backend(both: Joined, serve: Serve, **decode: Any) -> PoolBackend:
-    return PoolBackend(ShoalConfig(decode=decode), serve, Living(), both.client)  # type: ignore[arg-type]
+def backend(both: Joined, serve: Serve, living: Living | LivingPool | None = None, **decode: Any) -> PoolBackend:
+    return PoolBackend(ShoalConfig(decode=decode), serve, living or Living(), both.client)  # type: ignore[arg-type]
 
 
 async def outputs_of(pool: PoolBackend, request: GenerateRequest = REQUEST, route: Route | None = None) -> list[Any]:
@@ -132,6 +136,39 @@ async def test_it_is_told_where_a_request_went_that_failed():
             await outputs_of(backend(both, serve), route=route)
     [ticket] = serve.tickets
     assert ticket.excluded == {"b"} and route.replica_id == "a"
+
+
+@pytest.mark.parametrize(
+    ("living", "unfit", "failed", "excluded"),
+    [("ab", "", "", ""), ("ab", "c", "", "c"), ("ab", "c", "b", "bc"), ("ab", "c", "abc", "c"), ("a", "c", "a", "c")],
+)
+async def test_a_replica_that_hangs_is_asked_by_nobody_whoever_else_has_failed(
+    living: str, unfit: str, failed: str, excluded: str
+):
+    """Serve still offers it, and its queue is the shortest."""
+
+    async def work(outlet: Outlet) -> None:
+        await outlet.request()
+        await outlet.end()
+
+    async with joined() as both:
+        serve = Serve(both, work)
+        pool = backend(both, serve, Living(living, unfit))
+        await outputs_of(pool, route=Route(frozenset(failed)))
+    [ticket] = serve.tickets
+    assert ticket.excluded == frozenset(excluded)
+
+
+async def test_where_ray_s_head_has_never_said_who_serves_it_is_refused_for_now(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: str) -> Any:
+        raise ConnectionError("no head")
+
+    monkeypatch.setattr(directory, "registered", fails)
+    async with joined() as both:
+        serve = Serve(both, lambda outlet: outlet.request())
+        with pytest.raises(Unavailable, match="no decode replica") as refused:
+            await outputs_of(backend(both, serve, LivingPool("shoal", "decode")))
+    assert refused.value.retry_after_s == 1.0 and not serve.tickets
 
 
 async def test_a_replica_that_gets_no_request_says_so_and_the_gateway_may_ask_another(monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ Short texts are encoded where they are; long ones on a thread, so that the event
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 # About a millisecond's work.
 MAX_INLINE_CHARS = 4096
@@ -109,9 +112,12 @@ class Tokenizer:
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens_answer)
         except (TemplateError, ValueError, TypeError) as error:
-            raise InvalidRequest(
-                f"messages: the model's chat template refuses them: {error}", param="messages"
-            ) from None
+            if type(error) is TemplateError:  # raise_exception of the template; what else goes wrong is of a kind of it
+                why = f"the model's chat template refuses them: {error}"
+            else:
+                _log.warning("a chat template failed", exc_info=error)
+                why = "the model's chat template can't render them"
+            raise InvalidRequest(f"messages: {why}", param="messages") from None
         return str(text)
 
     def decode(self, ids: Sequence[int]) -> str:

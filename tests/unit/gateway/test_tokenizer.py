@@ -184,14 +184,27 @@ async def test_a_model_without_a_template_refuses_conversations(smollm2: Any, mo
         await Tokenizer(smollm2).encode_chat(TURNS)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9].content.x }}"])
-async def test_a_template_that_refuses_is_the_clients_fault(
-    smollm2: Any, monkeypatch: pytest.MonkeyPatch, template: str
-) -> None:
-    monkeypatch.setattr(smollm2, "chat_template", template)
-    with pytest.raises(InvalidRequest, match="chat template refuses") as refused:
+async def test_a_template_that_refuses_is_the_clients_fault(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InvalidRequest, match="chat template refuses them: roles must alternate") as refused:
         await Tokenizer(smollm2).encode_chat(TURNS)
     assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[9].content.x }}", "{{ messages[0].content.index('secret') }}", "{{ 'secret' + 1 }}", "{% secret %}"],
+)
+async def test_what_a_template_fails_with_is_told_to_the_log_alone(
+    smollm2: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, template: str
+) -> None:
+    monkeypatch.setattr(smollm2, "chat_template", template)
+    with pytest.raises(InvalidRequest) as refused:
+        await Tokenizer(smollm2).encode_chat(TURNS)
+    assert refused.value.message == "messages: the model's chat template can't render them"
+    assert refused.value.param == "messages"
+    [record] = caplog.records
+    assert record.message == "a chat template failed" and record.exc_info
 
 
 def test_a_prompt_is_never_cut_or_filled_up(smollm2: Any) -> None:

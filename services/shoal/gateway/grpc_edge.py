@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
+from inspect import isasyncgenfunction
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from shoal.errors import InvalidRequest
+from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from shoal.gateway.access import Access
 from shoal.gateway.edge import as_shoal_error
 from shoal.rpc.statuses import abort
@@ -19,12 +21,20 @@ from shoal.rpc.statuses import abort
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+MESSAGE_S = 30.0
+"""How long a client may take to send its message: gRPC itself would wait for as long as it likes."""
+
+_MAX_ASIDE = 128
+"""So many messages may be coming at once of calls that take no place, as those of probes, who have no key."""
+
+
 class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
-    """Lets in whom ``access`` does, and answers every error. gRPC itself would send an unexpected one's class and text,
-    also of bytes it can't read."""
+    """Lets in whom ``access`` does, before a byte of a message is read, and answers every error. gRPC itself would send
+    an unexpected one's class and text, also of bytes it can't read."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
+        self._num_aside = 0
 
     async def intercept_service(
         self,
@@ -36,32 +46,74 @@ class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
             return None  # there is no such method, and gRPC says so
         method: str = handler_call_details.method
         admitted = partial(self._admitted, method)
-        return _streaming(handler, admitted) if handler.request_streaming else _unary(handler, admitted)
+        if not handler.request_streaming:
+            return _unary(handler, admitted, self._read_aside)
+        behaviour = handler.stream_stream if handler.response_streaming else handler.stream_unary
+        if isasyncgenfunction(behaviour):
+            return _yielding(handler, admitted)
+        return _as_stream(handler, behaviour, admitted)
 
     def _admitted(self, method: str, context: Context) -> AbstractContextManager[None]:
         metadata = context.invocation_metadata() or ()
         shown = [value for key, value in metadata if key == "authorization" and isinstance(value, str)]
         return self._access.admitted(method, shown)
 
+    async def _read_aside(self, context: Context) -> Any:
+        if self._num_aside >= _MAX_ASIDE:
+            raise Overloaded("too many messages are coming: try again later")
+        self._num_aside += 1
+        try:
+            return await read_message(context)
+        finally:
+            self._num_aside -= 1
+
 
 Admitted = Callable[[Context], AbstractContextManager[None]]
 
 
-def _unary(handler: Any, admitted: Admitted) -> Any:
+async def read_message(context: Context) -> Any:
+    """The one message of a call. Raises DeadlineExceeded if it doesn't come, Cancelled if there is none."""
+    # It's never cancelled: what gRPC reads into has to outlive the call. The call's end ends it.
+    reading = asyncio.ensure_future(context.read())
+    reading.add_done_callback(_look_at)
+    await asyncio.wait((reading,), timeout=MESSAGE_S)
+    if not reading.done():
+        raise DeadlineExceeded("the message didn't come to its end in time")
+    message = reading.result()
+    if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # its stubs don't know it
+        raise Cancelled("the client went away while it sent its message")
+    return message
+
+
+def _look_at(reading: asyncio.Future[Any]) -> None:
+    """Or asyncio would complain that nobody has."""
+    if not reading.cancelled():
+        reading.exception()
+
+
+def _unary(handler: Any, admitted: Admitted, read: Callable[[Context], Awaitable[Any]]) -> Any:
     """A method that takes one message. One that streams its answer writes it, and doesn't yield it."""
     behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
-    read = handler.request_deserializer or bytes
 
-    async def answered(raw: bytes, context: Context) -> Any:
+    async def of_stream(_messages: Any, context: Context) -> Any:
+        return await behaviour(await read(context), context)
+
+    return _as_stream(handler, of_stream, admitted)
+
+
+def _as_stream(handler: Any, behaviour: Callable[[Any, Context], Awaitable[Any]], admitted: Admitted) -> Any:
+    """A method that reads for itself. The wire is the same; of one message alone, gRPC would have read all before."""
+
+    async def answered(messages: Any, context: Context) -> Any:
         async with _answering_errors(context):
             with admitted(context):
-                return await behaviour(read(raw), context)
+                return await behaviour(messages, context)
 
-    make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-    return make(answered, response_serializer=handler.response_serializer)
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(answered, handler.request_deserializer, handler.response_serializer)
 
 
-def _streaming(handler: Any, admitted: Admitted) -> Any:
+def _yielding(handler: Any, admitted: Admitted) -> Any:
     """A method that takes a stream and yields one, as reflection does."""
 
     async def answered(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:

@@ -11,6 +11,7 @@ import asyncio
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
+from shoal.config import GatewayConfig
 from shoal.errors import ConfigError
 from shoal.gateway import health, inference
 from shoal.gateway.grpc_edge import GrpcEdge
@@ -26,6 +27,9 @@ _STOP_GRACE_S = 0.5
 
 _MAX_READ_BODIES = 2
 """A client that sent a little too much gets to read why: what gRPC itself refuses looks like an overload."""
+
+_SPARE_STREAMS = 128
+"""Beside what runs: for health, and for calls that are one too many, which have to come to be told so."""
 
 
 class GrpcServer:
@@ -48,9 +52,7 @@ class GrpcServer:
         """
         config = self._services.config
         credentials = None if config.tls is None else server_credentials(config.tls)
-        server = grpc.aio.server(
-            interceptors=(GrpcEdge(self._services.access),), options=_options(config.max_body_bytes)
-        )
+        server = grpc.aio.server(interceptors=(GrpcEdge(self._services.access),), options=_options(config))
         InferenceService(self._services).add_to(server)
         HealthService(self._services.readiness, inference.SERVICE_NAME).add_to(server)
         if config.reflection:
@@ -75,6 +77,11 @@ class GrpcServer:
             await self._server.stop(grace_s)
 
 
-def _options(max_body_bytes: int) -> Options:
-    # gRPC takes the first of two values. An answer is as long as was asked for: clients limit what they read.
-    return (("grpc.max_send_message_length", -1), *server_options(_MAX_READ_BODIES * max_body_bytes))
+def _options(config: GatewayConfig) -> Options:
+    return (
+        # gRPC takes the first of two values. An answer is as long as was asked for: clients limit what they read.
+        ("grpc.max_send_message_length", -1),
+        # One connection may bring all that may run. More wait at its client.
+        ("grpc.max_concurrent_streams", config.max_running + _SPARE_STREAMS),
+        *server_options(_MAX_READ_BODIES * config.max_body_bytes),
+    )

@@ -2,8 +2,8 @@
 
 ::
 
-    bytes ─> body ─> limits ─> token ids ─> requests ─> first output ─┬─> stream of messages
-                                                                      └─> one message, at the end
+    place ─> bytes ─> body ─> limits ─> token ids ─> requests ─> first output ─┬─> stream of messages
+                                                                                └─> one message, at the end
 
 As for HTTP, nothing is sent before the first output. gRPC clients retry until they see response headers, so a call
 that fails before it is answered by trailers alone, and one that fails later has failed for good.
@@ -24,6 +24,7 @@ from shoal.gateway.deadline import done_within
 from shoal.gateway.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
+from shoal.gateway.grpc_edge import read_message
 from shoal.gateway.intake import Services, enter, take_in
 from shoal.gateway.protobuf import InferenceAnswer, in_grpc_words, models_response, read_request, to_body
 from shoal.gateway.validation import find_model
@@ -45,11 +46,12 @@ class InferenceService:
         self._services = services
 
     def add_to(self, server: grpc.aio.Server) -> None:
+        # What generates reads its one message for itself, once it has a place.
         handlers = {
-            "Generate": grpc.unary_unary_rpc_method_handler(
+            "Generate": grpc.stream_unary_rpc_method_handler(
                 self._generate, response_serializer=pb.GenerateResponse.SerializeToString
             ),
-            "GenerateStream": grpc.unary_stream_rpc_method_handler(
+            "GenerateStream": grpc.stream_stream_rpc_method_handler(
                 self._generate_stream, response_serializer=pb.GenerateStreamResponse.SerializeToString
             ),
             "ListModels": grpc.unary_unary_rpc_method_handler(
@@ -58,15 +60,15 @@ class InferenceService:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
-    async def _generate(self, raw: bytes, context: Context) -> pb.GenerateResponse:
-        async with self._answering("generate", raw, context) as answer:
+    async def _generate(self, _messages: Any, context: Context) -> pb.GenerateResponse:
+        async with self._answering("generate", context) as answer:
             response = await answer.whole()
             await _send_headers(context, answer)
             return response
 
-    async def _generate_stream(self, raw: bytes, context: Context) -> None:
+    async def _generate_stream(self, _messages: Any, context: Context) -> None:
         # Messages are written, not yielded: a generator that gRPC no longer reads would be closed late.
-        async with self._answering("generate_stream", raw, context) as answer, aclosing(answer.messages()) as messages:
+        async with self._answering("generate_stream", context) as answer, aclosing(answer.messages()) as messages:
             first = await anext(messages)
             await _send_headers(context, answer)
             await _send(context, first)
@@ -77,8 +79,8 @@ class InferenceService:
         return models_response(self._services.models)
 
     @asynccontextmanager
-    async def _answering(self, endpoint: str, raw: bytes, context: Context) -> AsyncIterator[InferenceAnswer]:
-        """The answer to ``raw``, while it's being made. Whatever goes wrong ends the call with its status."""
+    async def _answering(self, endpoint: str, context: Context) -> AsyncIterator[InferenceAnswer]:
+        """The answer to what comes, while it's being made. Whatever goes wrong ends the call with its status."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = sane_request_id(metadata.get(REQUEST_ID, ""))
         timeout_s = context.time_remaining()
@@ -88,7 +90,7 @@ class InferenceService:
                     enter(self._services, exchange)
                     async with done_within(self._services.config.deadline_s):  # the client's own, gRPC keeps
                         try:
-                            generation = await self._begin(raw, context, exchange, request_id, traceparent_of(metadata))
+                            generation = await self._begin(context, exchange, request_id, traceparent_of(metadata))
                             yield InferenceAnswer(generation, exchange.model, request_id)
                         except (asyncio.CancelledError, Cancelled):
                             if _is_late(context, timeout_s):
@@ -98,9 +100,9 @@ class InferenceService:
                 await abort(context, as_shoal_error(error), ((REQUEST_ID, request_id),))
 
     async def _begin(
-        self, raw: bytes, context: Context, exchange: Exchange, request_id: str, traceparent: str | None
+        self, context: Context, exchange: Exchange, request_id: str, traceparent: str | None
     ) -> Generation:
-        services = self._services
+        services, raw = self._services, await read_message(context)
         max_bytes = services.config.max_body_bytes
         if len(raw) > max_bytes:
             raise RequestTooLarge(f"the message has more than {max_bytes} bytes: send less text in one request")

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from inference_server import TIMEOUT_S, client_of, request, told
 from shoal.gateway.access import OPEN
 from shoal.gateway.api import create_app
+from shoal.gateway.inference import SERVICE_NAME
 from shoal.gateway.intake import Services
 from shoal.gateway.keys import Keyring, KeysFile, digest_of, new_key, write_keys
 from shoal.v1 import inference_pb2 as pb
@@ -160,6 +161,13 @@ async def test_more_tokens_than_a_tenant_may_have_are_refused(http: httpx.AsyncC
     never = await http.post("/v1/completions", json=asked | {"max_tokens": 9}, headers=bearer("small"))
     assert never.status_code == 400 and "21 tokens" in never.json()["error"]["message"]
     assert mine.num_kv_tokens == 0
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream", "ListModels"])
+async def test_by_grpc_who_has_no_key_is_refused_before_a_message_is_read(guarded: Services, method: str):
+    async with client_of(guarded) as client:
+        call = client.channel.stream_stream(f"/{SERVICE_NAME}/{method}")(timeout=TIMEOUT_S)  # it sends none
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_by_grpc_a_key_is_wanted_for_all_but_health(guarded: Services):

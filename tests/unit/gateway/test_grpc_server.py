@@ -13,12 +13,14 @@ import grpc.aio
 import pytest
 import trustme
 from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from inference_server import TIMEOUT_S, client_of, request, serving_inference
+from inference_server import TIMEOUT_S, client_of, request, serving_inference, told
 from shoal.config import TlsConfig
 from shoal.errors import ConfigError
+from shoal.gateway import grpc_edge, grpc_server, inference
 from shoal.gateway.grpc_server import GrpcServer
 from shoal.gateway.health import HealthService
 from shoal.gateway.inference import SERVICE_NAME, InferenceService
@@ -228,3 +230,80 @@ async def test_a_method_that_isnt_there_is_unimplemented(services: Services) -> 
     async with client_of(services) as inference:
         call = inference.channel.unary_unary(f"/{SERVICE_NAME}/Guess")(b"", timeout=TIMEOUT_S)
         assert await call.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+# --- messages that don't come ---------------------------------------------------------------------------
+
+CHECK = "grpc.health.v1.Health/Check"
+METHODS = [CHECK, *(f"{SERVICE_NAME}/{name}" for name in ("Generate", "GenerateStream", "ListModels"))]
+
+
+async def begun(channel: grpc.aio.Channel, method: str, reading: asyncio.Event) -> Any:
+    """A call that sends no message, which is being waited for."""
+    call = channel.stream_stream(f"/{method}")(timeout=TIMEOUT_S)
+    await asyncio.wait_for(reading.wait(), TIMEOUT_S)
+    return call
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once a message is waited for."""
+    is_waited_for, read = asyncio.Event(), grpc_edge.read_message
+
+    async def noted(context: Any) -> Any:
+        is_waited_for.set()
+        return await read(context)
+
+    monkeypatch.setattr(grpc_edge, "read_message", noted)
+    monkeypatch.setattr(inference, "read_message", noted)
+    return is_waited_for
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_message_that_doesnt_come_is_waited_for_no_longer_than_a_while(
+    services: Services, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(grpc_edge, "MESSAGE_S", 0.1)
+    async with client_of(services) as client:
+        call = client.channel.stream_stream(f"/{method}")()
+        assert await asyncio.wait_for(call.code(), TIMEOUT_S) == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert services.places.num_taken == 0
+        assert (await client.generate()).choices
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_call_that_ends_without_a_message_is_answered(services: Services, method: str) -> None:
+    async with client_of(services) as client:
+        call = client.channel.stream_stream(f"/{method}")(timeout=TIMEOUT_S)
+        await call.done_writing()
+        assert await call.code() == grpc.StatusCode.CANCELLED
+        assert services.places.num_taken == 0
+
+
+async def test_a_message_that_comes_has_a_place(services: Services, reading: asyncio.Event) -> None:
+    async with client_of(configured(services, max_running=1)) as client:
+        call = await begun(client.channel, f"{SERVICE_NAME}/Generate", reading)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await client.generate()
+        assert told(refused.value)[:2] == (429, "overloaded")
+        await call.write(request().SerializeToString())
+        assert pb.GenerateResponse.FromString(await call.read()).choices
+
+
+async def test_messages_that_come_without_a_place_are_few_at_once(
+    services: Services, monkeypatch: pytest.MonkeyPatch, reading: asyncio.Event
+) -> None:
+    monkeypatch.setattr(grpc_edge, "_MAX_ASIDE", 1)
+    async with client_of(services) as client:
+        call = await begun(client.channel, CHECK, reading)
+        another = client.channel.unary_unary(f"/{CHECK}")
+        assert await another(b"", timeout=TIMEOUT_S).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await client.generate()).choices
+        await call.write(b"")
+        assert await call.read() == health_pb2.HealthCheckResponse(status="SERVING").SerializeToString()
+        assert await another(b"", timeout=TIMEOUT_S).code() == grpc.StatusCode.OK
+
+
+def test_a_connection_may_bring_all_that_may_run_and_not_much_more(services: Services) -> None:
+    options = dict(grpc_server._options(services.config))
+    assert services.config.max_running < options["grpc.max_concurrent_streams"] < 2 * services.config.max_running

@@ -185,7 +185,7 @@ async def test_a_huge_message_is_too_large(inference: Inference) -> None:
 async def test_a_message_that_is_far_too_large_is_not_even_read(inference: Inference) -> None:
     refused = await refusal(inference, text="a" * 400_000)
     assert refused.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert inference.observer.started == 0
+    assert inference.backend.requests == []
     assert (await inference.generate()).choices
 
 

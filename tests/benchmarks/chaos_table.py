@@ -16,8 +16,8 @@ from shoal.chaos.result import Result
 from shoal.chaos.table import row
 
 COLUMNS = (
-    "scenario", "what happens", "requests", "correct", "clear errors", "cut off", "wrong", "hung", "recovered after",
-    "left",
+    "scenario", "what happens", "requests", "correct", "clear errors", "cut off", "wrong", "hung", "felt",
+    "recovered after", "left",
 )  # fmt: skip
 
 
@@ -25,11 +25,13 @@ def lines(tree: dict[str, Any]) -> Iterator[str]:
     """A line for each scenario, between the head and the sums."""
     yield _line(*COLUMNS)
     yield _line("---", "---", *["---:"] * (len(COLUMNS) - 2))
-    for result in (Result(**one) for one in tree["results"]):
+    results = [Result(**one) for one in tree["results"]]
+    for result in results:
         name, *cells = row(result)
         yield _line(f"`{name}`", result.says, *cells)
-    sums = (tree["num_by_end"][end] for end in End)
-    yield _line("all", "", str(tree["num_requests"]), *map(str, sums), "", "")
+    num_felt = sum(result.num_felt for result in results)
+    sums = (tree["num_requests"], *(tree["num_by_end"][end] for end in End), num_felt)
+    yield _line("all", "", *map(str, sums), "", "")
 
 
 def _line(*cells: str) -> str:

@@ -41,7 +41,7 @@ Inject = Callable[[Scene], AbstractAsyncContextManager[Lost]]
 
 @asynccontextmanager
 async def killed(role: Role, number: int | None, scene: Scene) -> AsyncIterator[Lost]:
-    lost = (await scene.victim.entries(role))[:number]
+    lost = (await scene.victim.busiest(role))[:number]
     scene.victim.kill(lost)
     yield lost
 
@@ -98,7 +98,7 @@ async def clock_jump(scene: Scene) -> AsyncIterator[Lost]:
 
 @asynccontextmanager
 async def paused(role: Role, scene: Scene) -> AsyncIterator[Lost]:
-    with scene.victim.paused((await scene.victim.entries(role))[:1]):
+    with scene.victim.paused((await scene.victim.busiest(role))[:1]):
         yield ()
 
 
@@ -107,7 +107,7 @@ async def disk_full(scene: Scene) -> AsyncIterator[Lost]:
     """Nobody can write a file, and a replica of each pool has to start."""
     await scene.victim.fill_disk(is_full=True)
     try:
-        lost = tuple([(await scene.victim.entries(role))[0] for role in ("prefill", "decode")])
+        lost = tuple([(await scene.victim.busiest(role))[0] for role in ("prefill", "decode")])
         scene.victim.kill(lost)
         await until(scene.victim.is_whole)
         yield lost

@@ -60,6 +60,12 @@ class Look:
             raise KeyError(f"no {role or 'process'} has a metric {name}")
         return found
 
+    def num_held(self, role: str) -> dict[str, float]:
+        """Blocks that aren't free, of each process of ``role``, by its replica id."""
+        taken = [state for state in BlockState if state is not BlockState.FREE]
+        by_state = [self.each("shoal_kv_blocks", role, state=state) for state in taken]
+        return {name: sum(one[name] for one in by_state) for name in by_state[0]}
+
     def held(self) -> dict[str, float]:
         """What isn't free, over all processes."""
         leases = {f"{state} leases": self.metric("shoal_kv_leases", state=state) for state in LeaseState}

@@ -23,7 +23,10 @@ from shoal.config import ShoalConfig
 
 Progress = Callable[[str, int, int], None]
 
-_REPAIRS = ("shoal_kv_fallback_total", "shoal_retries_total", "shoal_resumes_total", "shoal_kv_transfer_failures_total")
+_REPAIRS = (
+    "shoal_kv_fallback_total", "shoal_retries_total", "shoal_resumes_total", "shoal_kv_transfer_failures_total",
+    "shoal_kv_verify_failures_total",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,8 @@ async def _left(victim: Victim) -> dict[str, float]:
 
 
 def _repairs(before: Look, after: Look) -> dict[str, int]:
-    """How often decode or the gateway took another way, by which and why; of the processes that are there."""
+    """How often decode refused what came, or decode or the gateway took another way, by which and why; of the processes
+    that are there."""
     was = {key: value for process in before.processes for key, value in _counted(process)}
     risen: Counter[str] = Counter()
     for process in after.processes:

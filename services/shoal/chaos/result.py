@@ -17,8 +17,8 @@ _MAX_MESSAGES = 8
 class Result:
     """Of one scenario. ``num_in_flight`` is what was under way when the fault began.
 
-    ``messages`` are errors', each once; ``repairs`` how often decode or the gateway took another way, by which and why;
-    ``recovered_s`` is ``None`` if it didn't recover; ``left`` is what stayed held.
+    ``messages`` are errors', each once; ``repairs`` how often decode refused what came, or it or the gateway took
+    another way; ``recovered_s`` is ``None`` if it didn't recover; ``left`` is what stayed held.
     """
 
     scenario: str
@@ -50,6 +50,11 @@ class Result:
         return self.num_by_end.get(end, 0)
 
     @property
+    def num_felt(self) -> int:
+        """All repairs: with none, the fault hit nobody's request."""
+        return sum(self.repairs.values())
+
+    @property
     def is_clean(self) -> bool:
         """Nothing was wrong, hung, or stayed held, and all came back."""
         return not (self.num(End.WRONG) or self.num(End.HUNG) or self.left) and self.recovered_s is not None
@@ -69,6 +74,10 @@ class Report:
     @property
     def num_requests(self) -> int:
         return sum(result.num_requests for result in self.results)
+
+    @property
+    def num_felt(self) -> int:
+        return sum(result.num_felt for result in self.results)
 
     def num(self, end: End) -> int:
         return sum(result.num(end) for result in self.results)

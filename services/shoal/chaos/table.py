@@ -8,7 +8,7 @@ from shoal.chaos.load import End
 from shoal.chaos.result import Report, Result
 from shoal.chaos.scenario import SCENARIOS
 
-_COLUMNS = ("requests", "correct", "clear errors", "cut off", "wrong", "hung", "recovered after", "left")
+_COLUMNS = ("requests", "correct", "clear errors", "cut off", "wrong", "hung", "felt", "recovered after", "left")
 
 
 def render(report: Report) -> Table:
@@ -20,7 +20,8 @@ def render(report: Report) -> Table:
     for result in report.results:
         table.add_row(*row(result), style=None if result.is_clean else "red")
     table.add_section()
-    table.add_row("all", str(report.num_requests), *(str(report.num(end)) for end in End), "", "")
+    sums = (report.num_requests, *(report.num(end) for end in End), report.num_felt)
+    table.add_row("all", *map(str, sums), "", "")
     return table
 
 
@@ -28,7 +29,7 @@ def row(result: Result) -> tuple[str, ...]:
     recovered = "never" if result.recovered_s is None else f"{result.recovered_s:.1f} s"
     left = ", ".join(f"{value:g} {name}" for name, value in result.left.items()) or "0"
     counts = (str(result.num(end)) for end in End)
-    return (result.scenario, str(result.num_requests), *counts, recovered, left)
+    return (result.scenario, str(result.num_requests), *counts, str(result.num_felt), recovered, left)
 
 
 def summary(report: Report) -> str:

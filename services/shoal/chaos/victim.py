@@ -55,6 +55,22 @@ class Victim:
         entries = await asyncio.to_thread(self._cluster.replica_entries, role)
         return tuple(entry for entry in entries if entry.pid not in self._gone)
 
+    async def busiest(self, role: Role) -> tuple[Entry, ...]:
+        """The same of one pool, those first that hold most: a fault that hits nobody's request shows nothing.
+
+        If none holds anything, that's waited for, though not for long.
+        """
+        held: dict[str, float] = {}
+
+        async def is_busy() -> bool:
+            held.update((await self.look()).num_held(role))
+            return any(held.values())
+
+        with suppress(TimeoutError, KeyError):
+            async with asyncio.timeout(self.settle_s):
+                await until(is_busy)
+        return tuple(sorted(await self.entries(role), key=lambda entry: -held.get(entry.replica_id, 0.0)))
+
     async def is_whole(self) -> bool:
         """Whether every pool has all its replicas."""
         wanted = {"gateway": 1, "prefill": self._config.prefill.replicas, "decode": self._config.decode.replicas}

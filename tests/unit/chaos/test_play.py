@@ -11,6 +11,9 @@ shoal_kv_fallback_total{{reason="lease_lost",rung="local"}} 5
 # HELP shoal_retries_total Retries.
 # TYPE shoal_retries_total counter
 shoal_retries_total{{reason="peer_gone"}} {retries}
+# HELP shoal_kv_verify_failures_total Checks.
+# TYPE shoal_kv_verify_failures_total counter
+shoal_kv_verify_failures_total{{check="checksum"}} {local}
 """
 
 
@@ -21,4 +24,8 @@ def look(**values: tuple[int, int]) -> Look:
 
 def test_repairs_are_told_apart_and_those_of_a_new_process_count_from_zero():
     found = _repairs(look(a=(1, 2), gone=(7, 7)), look(a=(3, 2), new=(1, 0)))
-    assert found == {"kv_fallback peer_gone local": 3, "kv_fallback lease_lost local": 5}
+    assert found == {
+        "kv_fallback peer_gone local": 3,
+        "kv_fallback lease_lost local": 5,
+        "kv_verify_failures checksum": 3,
+    }

@@ -29,7 +29,7 @@ GOOD = Result.of(
 
 
 def text_of(report: Report) -> str:
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=140)
     console.print(render(report))
     console.print(summary(report), soft_wrap=True)
     written: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -39,8 +39,8 @@ def text_of(report: Report) -> str:
 def test_a_row_tells_all_and_the_last_one_adds_up():
     report = Report("tiny", (GOOD, GOOD))
     rows = [line.split() for line in text_of(report).replace("│", " ").splitlines()]
-    assert ["kill-decode", "100", "97", "1", "2", "0", "0", "1.3", "s", "0"] in rows
-    assert ["all", "200", "194", "2", "4", "0", "0"] in rows
+    assert ["kill-decode", "100", "97", "1", "2", "0", "0", "3", "1.3", "s", "0"] in rows
+    assert ["all", "200", "194", "2", "4", "0", "0", "6"] in rows
     # Whose connection broke isn't counted against the pools.
     assert "98.98 %" in summary(report) and "nothing was left behind" in summary(report)
     assert report.is_clean

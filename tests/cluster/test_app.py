@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,15 @@ def eventually(holds: Callable[[], bool], within_s: float = 10) -> bool:
             return False
         threading.Event().wait(0.02)
     return True
+
+
+def command_lines() -> list[str]:
+    """Of all processes that live."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended just now
+            lines.append(file.read_text(encoding="utf-8", errors="replace"))
+    return lines
 
 
 def diary(folder: Path) -> list[str]:
@@ -143,6 +152,13 @@ def test_ray_refuses_whoever_comes_without_its_token(live: Live):
         assert answers(os.environ["RAY_AUTH_TOKEN"]) == 2 * [grpc.StatusCode.OK]
         for wrong in (None, secrets.token_hex(32)):
             assert answers(wrong) == 2 * [grpc.StatusCode.UNAUTHENTICATED]
+
+
+def test_ray_s_token_is_in_no_command_line(live: Live):
+    """Every user of a machine may read them all."""
+    token, lines = os.environ["RAY_AUTH_TOKEN"], command_lines()
+    assert len(token) >= 32 and sum("ServeReplica" in line for line in lines) >= 4
+    assert not [line for line in lines if token in line]
 
 
 def test_a_killed_replica_leaves_the_directory_and_another_takes_its_place(live: Live):

@@ -44,10 +44,10 @@ demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep de
 serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
 	$(BIN)/shoal serve $(ARGS)
 
-test: $(STAMP) ## Everything that CI runs: the checks, then all tests
+test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long)
 	$(MAKE) --jobs 2 lint types imports generated tools
 	$(BIN)/pytest -m 'not cluster' --numprocesses auto $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
-	$(BIN)/pytest -m cluster --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit transfer chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP) ## Style and formatting (ruff)
 	$(BIN)/ruff check

@@ -37,6 +37,13 @@ def known() -> Mapping[str, object]:
     return {prompt.name: prompt for prompt in real_prompts()}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("SHOAL_TEST_ALL") != "1":
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip("takes long: SHOAL_TEST_ALL=1 runs it"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[EXIT_STATUS] = int(exitstatus)

@@ -74,7 +74,7 @@ def has_first_chunk(before: Look) -> Callable[[Look], bool]:
     )
 
 
-@pytest.mark.parametrize("num_killed", [1, 2])
+@pytest.mark.parametrize("num_killed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_prefill_dies_after_its_first_chunk(live: TestCluster, long: RealPrompt, num_killed: int):
     """With one dead the other one takes over; with both dead, decode computes the prompt itself."""
 
@@ -230,7 +230,7 @@ def test_a_decode_process_that_is_told_to_end_does_and_all_is_answered(live: Tes
     assert rise(before, live.look(), "shoal_requests_total", status="200") == len(SOME)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.long), "decode"])
 def test_a_replica_that_is_shut_down_finishes_what_it_has(
     live: TestCluster, known: Mapping[str, RealPrompt], role: str
 ):
@@ -270,6 +270,7 @@ def test_a_replica_that_is_shut_down_finishes_what_it_has(
     live.scale(role, 2)
 
 
+@pytest.mark.long
 def test_half_of_64_clients_leave_whenever_they_like(live: TestCluster, known: Mapping[str, RealPrompt]):
     """By HTTP and by gRPC. The others get what they would have got alone; afterwards everything is back."""
     chance = random.Random(5)

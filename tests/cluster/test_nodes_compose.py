@@ -171,6 +171,7 @@ def has_numbers(samples: Sequence[dict[str, Any]]) -> bool:
 # --- what ends, Compose starts again: `restart: unless-stopped` -----------------------------------------
 
 
+@pytest.mark.long
 def test_nodes_of_the_pools_that_were_killed_join_again(client: Client, volumes: Path):
     pools = ("prefill", "decode")
     gone = {replica for replica in client.replicas() if replica[0] in pools}
@@ -185,6 +186,7 @@ def test_nodes_of_the_pools_that_were_killed_join_again(client: Client, volumes:
 
 
 # The last one: no cluster is left.
+@pytest.mark.long
 def test_a_gateway_whose_ray_died_ends_and_so_do_nodes_that_lost_their_head(client: Client, volumes: Path):
     hosts = client.network
     killed = hosts.execute("gateway", ["pkill", "-KILL", "-x", "raylet"])

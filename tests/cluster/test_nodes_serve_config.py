@@ -13,7 +13,7 @@ from netns import network
 from nodes import HOSTS, ROOT, Client, assert_each_role_has_its_node, assert_hands_off
 from shoal.certs import make_certificates
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from clusters import Look, cluster
 from real_prompts import RealPrompt, assert_same_tokens
 from shoal.affinity import KEY_TOKENS
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(300)]
 
 BLOCK_TOKENS = 16
 NUM_TOKENS = 12

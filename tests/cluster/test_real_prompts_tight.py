@@ -10,7 +10,7 @@ from clusters import cluster
 from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, ids_of, references
 from shoal.telemetry.labels import HandoffReason
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # The longest alone needs 97. How many of them run at once is the machine's affair;
 # that sixteen choices of one end with 145 is not.

@@ -13,7 +13,7 @@ from real_prompts import assert_same_tokens
 from reference import speed_generate
 from shoal.model.files import locate
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_TOKENS = 16
 MESSAGES = [

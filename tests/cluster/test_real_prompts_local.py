@@ -13,7 +13,7 @@ from shoal.local import open_local
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 # Its references take several processes.
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # All twenty together end with 700 blocks.
 HALF_THE_LOAD_BLOCKS = 350

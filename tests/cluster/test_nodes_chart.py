@@ -92,6 +92,7 @@ def test_the_probes_of_every_pod_succeed(client: Client, groups: dict[str, Group
     ]
 
 
+@pytest.mark.long
 def test_a_pod_that_goes_away_hands_its_replica_over_first(
     client: Client, groups: dict[str, Group], mounts: dict[str, dict[str, Path]]
 ):

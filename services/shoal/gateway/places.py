@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from shoal.throughput import Throughput
+from shoal.gateway.throughput import Throughput
 
 
 class Places:
@@ -19,7 +19,7 @@ class Places:
     @property
     def wait_s(self) -> float | None:
         """How long it takes, of late, until the next one leaves; ``None`` if nobody knows."""
-        return self._throughput.seconds_for(1)
+        return self._throughput.seconds_each
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -29,5 +29,5 @@ class Places:
             yield
         finally:
             self.num_taken -= 1
-            self._throughput.done(1)
+            self._throughput.done()
             self._throughput.measure(self.num_taken > 0)

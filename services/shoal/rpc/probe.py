@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -57,13 +56,13 @@ class ProbedServer:
     async def _ask_for_ever(self) -> None:
         while True:
             async with open_channel(self._address, HANDOFF_CHANNEL_OPTIONS, self._tls) as channel:
-                # Who can't be trusted is there, and the next connection has the certificates of then: that one has
-                # expired, or is another authority's, is no fault of the server's, and connections that are there go on.
-                with suppress(UntrustedPeer):
+                try:
                     await self._ask_until_unanswered(channel)
-                    continue
-            self._num_unanswered = 0
-            await asyncio.sleep(PAUSE_S)
+                except UntrustedPeer:
+                    # It's there. That its certificate has expired, or is another authority's, is no fault of the
+                    # server's, and connections that are there go on; the next one has the certificates of then.
+                    self._num_unanswered = 0
+                    await asyncio.sleep(PAUSE_S)
 
     async def _ask_until_unanswered(self, channel: grpc.aio.Channel) -> None:
         """Twice in a row, before another connection, which takes longer still."""

@@ -152,9 +152,7 @@ def test_who_has_hardly_any_time_shuts_nobody_out():
 def test_long_prompts_that_are_let_in_leave_room_for_others(prompt_cost: float):
     pool = Pool(together=200.0, alone=40.0, num_places=16, prompt_cost=prompt_cost)
     chats = Source(3.75, asking(TIMEOUT_S, num_prompt_tokens=50), lambda _chance: NUM_TOKENS, "chat")
-    documents = Source(
-        0.1, asking(20.0, num_prompt_tokens=3000, max_tokens=20), lambda _chance: 20, "document"
-    )  # fmt: skip
+    documents = Source(0.1, asking(20.0, num_prompt_tokens=3000, max_tokens=20), lambda _chance: 20, "document")
     tallies = measured(pool, 2 * SECONDS, chats, documents)
     left = pool.together - 0.1 * (20 + 3000 * prompt_cost)
     assert tallies["chat"].done > 0.8 * 2 * SECONDS * left / (NUM_TOKENS + 50 * prompt_cost)

@@ -63,7 +63,7 @@ def test_the_usual_length_is_that_of_most_tokens_and_not_of_most_answers():
     assert tempo.usual_tokens == 7
 
 
-def test_answers_without_tokens_have_no_length_to_go_by():
+def test_where_no_answer_has_a_token_that_is_what_is_usual():
     tempo = Tempo()
     tempo.ended(0)
     assert tempo.usual_tokens == 0

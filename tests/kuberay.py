@@ -42,6 +42,12 @@ def deploy(client: Client, config: Mapping[str, Any]) -> None:
     client.until(lambda: _all_run(client))
 
 
+def warnings(network: Network) -> str:
+    """What the replicas on the hosts that still run have logged as worth a warning."""
+    find = 'grep -hE \'"level": "(warning|error)"\' /run/ray/session_*/logs/worker-*.err'
+    return "\n\n".join(f"--- {name} ---\n{network.execute(name, ['sh', '-c', find]).stdout}" for name in network.names)
+
+
 def _start(
     network: Network,
     name: str,

@@ -78,8 +78,12 @@ class Process:
     log: Path
     _popen: subprocess.Popen[bytes]
 
+    @property
+    def is_alive(self) -> bool:
+        return self._popen.poll() is None
+
     def require_alive(self) -> None:
-        if self._popen.poll() is not None:
+        if not self.is_alive:
             pytest.fail(f"{self.name} ended with {self._popen.returncode}:\n{self.tail()}")
 
     @property
@@ -100,7 +104,7 @@ class Process:
 
     def kill(self) -> None:
         """The host's first process, and so all of them, as if its machine were gone. Twice is a no-op."""
-        if self._popen.poll() is None:
+        if self.is_alive:
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait(_END_WITHIN_S)
 
@@ -141,6 +145,11 @@ class Network:
         process = Process(name, log, popen)
         self._processes.append(process)
         return process
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hosts whose main process runs."""
+        return tuple(process.name for process in self._processes if process.is_alive)
 
     def process(self, name: str) -> Process:
         """The main process of a host that has one."""

@@ -101,6 +101,9 @@ def test_prefill_dies_after_its_first_chunk(live: TestCluster, long: RealPrompt,
         num_local = rise(before, after, "shoal_kv_fallback_total", rung="local")
         assert num_local + rise(before, after, "shoal_kv_transfer_seconds_count") == 1
     assert rise(before, after, "shoal_kv_fallback_total", rung="unavailable") == 0
+    sessions = after.each("shoal_kv_sessions_total", role="prefill")
+    came = sessions.keys() - before.each("shoal_kv_sessions_total", role="prefill").keys()
+    assert [sessions[new] for new in came] == [2.0] * num_killed  # it has greeted both before it's asked for a prompt
 
 
 def test_decode_dies_before_the_first_token(live: TestCluster, long: RealPrompt):

@@ -15,7 +15,7 @@ from shoal.rpc.options import HANDOFF_CONNECT_TIMEOUT_S
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
-from transfer_helpers import MAX_FRAME_BYTES, rig
+from transfer_helpers import MAX_FRAME_BYTES, TIMES, rig
 
 
 @pytest.mark.parametrize("kind", ["memory", "grpc"])
@@ -74,6 +74,22 @@ async def test_nobody_there_is_peer_gone_and_is_tried_again() -> None:
             await asyncio.wait_for(pool.get("127.0.0.1:1"), 5)
     assert len(dialled) == 2
     await pool.close()
+
+
+async def test_whom_it_greets_before_the_first_prompt_it_needs_no_more_greeting() -> None:
+    async with rig("grpc") as both:
+        await both.pool.greet([both.address, "127.0.0.1:1"], within_s=10.0)  # nobody is at the second
+        assert len(both.channels) == 2
+        await both.hand_off(prompt())
+        assert len(both.channels) == 2
+
+
+async def test_who_does_not_greet_back_is_waited_for_no_longer_than_may_be() -> None:
+    clock = FakeClock()
+    async with rig(clock=clock, decode_sends=lambda _envelope: ()) as both:
+        await both.pool.greet(["memory"], within_s=0.01)
+        with pytest.raises(PeerGone, match="nothing was heard"):
+            await asyncio.gather(both.pool.get("memory"), clock.advance(TIMES.ttl_s))
 
 
 async def test_a_long_prompt_does_not_hold_up_a_short_one() -> None:

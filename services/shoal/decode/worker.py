@@ -233,7 +233,9 @@ class DecodeWorker:
                 failed = pool.asked(grant)
                 excluded |= frozenset(() if failed is None else (failed,))
                 rung = self._ladder.after(attempt, has_other_replica=bool(await pool.living(now=True) - excluded))
-                reason = self._count_fallback(rung, error.reason if isinstance(error, _GivenUp) else error.code)
+                # Of what prefill gave up, its own log says where.
+                reason, where = (error.reason, None) if isinstance(error, _GivenUp) else (error.code, error)
+                self._count_fallback(rung, reason, replica_id=failed, exc_info=where)
                 if rung is FallbackRung.LOCAL:
                     return _Local(reason)
                 if rung is FallbackRung.UNAVAILABLE:
@@ -319,9 +321,9 @@ class DecodeWorker:
         if self._given_up is not None:
             self._given_up.cancel(OutOfBlocks("an older sequence needs the blocks"))
 
-    def _count_fallback(self, rung: FallbackRung, reason: str) -> str:
+    def _count_fallback(self, rung: FallbackRung, reason: str, **about: object) -> str:
         self._metrics.fell_back(rung, reason)
-        _log.warning("the hand-off takes another way", rung=str(rung), reason=reason)
+        _log.warning("the hand-off takes another way", rung=str(rung), reason=reason, **about)
         return reason
 
     def _call_ended(self, call: asyncio.Future[HandoffOutcome]) -> None:

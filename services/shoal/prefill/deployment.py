@@ -50,6 +50,7 @@ class PrefillReplica:
             publish=partial(directory.publish_health, self._entry),
             is_stopping=is_stopping,
         )
+        await self._greet(settings)
         await asyncio.to_thread(directory.register, self._entry)
         self._watch.start()
 
@@ -75,6 +76,12 @@ class PrefillReplica:
     async def check_health(self) -> None:
         """Raises, and Serve replaces this replica, once one of its threads or servers doesn't work."""
         self._watch.require_healthy()
+
+    async def _greet(self, settings: ShoalConfig) -> None:
+        """Know those that will ask: the first prompt of each mustn't wait for it, nor fail where all is busy."""
+        decode = await asyncio.to_thread(directory.living, settings.ray.app_name, "decode")
+        addresses = [entry.handoff_address for entry in decode if entry.handoff_address is not None]
+        await self._stage.sessions.greet(addresses, within_s=settings.handoff.ttl_s)
 
     async def __del__(self) -> None:
         if hasattr(self, "_watch"):

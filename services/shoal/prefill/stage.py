@@ -41,6 +41,7 @@ class PrefillStage:
 
     served: Served
     worker: PrefillWorker
+    sessions: SessionPool
     engine: EngineClient
     parameter_bytes: int
     full_model_bytes: int
@@ -90,7 +91,9 @@ async def open_prefill(
     names = tuple(name for name, _ in parameters.tensors())
     try:
         heartbeats = (engine.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
-        yield PrefillStage(served, worker, engine, parameters.num_bytes, full_model_bytes, names, registry, heartbeats)
+        yield PrefillStage(
+            served, worker, sessions, engine, parameters.num_bytes, full_model_bytes, names, registry, heartbeats
+        )
     finally:
         await sessions.drain(config.handoff.drain_s)
         if nixl is not None:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
@@ -20,6 +21,8 @@ from shoal.model.plan import LayerPlan
 from shoal.telemetry import PrefillMetrics
 from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.session_pool import SessionPool
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class PrefillWorker:
                 reason = DeadlineExceeded.code if deadline.expired() else "prefill_queue_timeout"
                 return HandoffOutcome(grant.lease_id, committed=False, reason=reason)
             except (HandoffError, ShoalError) as error:
+                if not isinstance(error, Cancelled | LeaseLost):  # in both, decode wants it no more
+                    _log.warning("a hand-off failed", peer=grant.handoff_address, reason=error.code, exc_info=error)
                 return HandoffOutcome(grant.lease_id, committed=False, reason=error.code)
         return HandoffOutcome(grant.lease_id, committed=True)
 

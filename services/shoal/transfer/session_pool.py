@@ -1,9 +1,9 @@
-"""Prefill's sessions: one to each decode replica, opened when first needed, and again after it died."""
+"""Prefill's sessions: one to each decode replica, opened at the start or when first needed, and again after it died."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from shoal.errors import Unavailable
 from shoal.transfer.base import Channel, Clock
@@ -50,6 +50,18 @@ class SessionPool:
             self._opened[address] = opened
         # Several may wait for it: the first one's leaving mustn't end it.
         return await asyncio.shield(opened)
+
+    async def greet(self, addresses: Iterable[str], within_s: float) -> None:
+        """Open sessions before a prompt needs them: to greet takes a second or more where memory has to be made known.
+
+        Never raises. Whom it didn't reach is greeted again when a prompt goes there.
+        """
+        opening = [asyncio.ensure_future(self.get(address)) for address in addresses]
+        if opening:
+            await asyncio.wait(opening, timeout=within_s)
+        for one in opening:
+            one.cancel()  # who isn't there yet may still come
+        await asyncio.gather(*opening, return_exceptions=True)
 
     async def drain(self, drain_s: float) -> None:
         """Allow no new claims, let the open ones finish for ``drain_s``, then stop them, and close."""

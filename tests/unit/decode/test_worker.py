@@ -278,6 +278,26 @@ async def test_a_failed_hand_off_goes_to_another_replica(opened: Any, model: Any
     assert (first.context.attempt, second.context.attempt) == (1, 2) and first.lease_id != second.lease_id
 
 
+async def test_who_looks_for_why_a_hand_off_failed_finds_it_in_both_logs(opened: Any, monkeypatch: pytest.MonkeyPatch):
+    async def connect() -> Any:
+        raise PeerGone("nobody is there")
+
+    async with opened() as local:
+        monkeypatch.setattr(local.decode.server, "connect", connect)
+        with structlog.testing.capture_logs() as logs:
+            await collect(local, request(PROMPT))
+        local.decode.worker.prefill = ScriptedPool(local.decode.worker.prefill, PeerGone("it died"))
+        with structlog.testing.capture_logs() as later:
+            await collect(local, request(PROMPT))
+    prefill, decode = (log for log in logs if log["log_level"] == "warning")
+    assert (prefill["event"], prefill["peer"], prefill["reason"]) == ("a hand-off failed", "memory", "peer_gone")
+    assert str(prefill["exc_info"]) == "nobody is there"
+    assert (decode["event"], decode["rung"]) == ("the hand-off takes another way", "local")
+    assert (decode["reason"], decode["exc_info"]) == ("peer_gone", None)
+    other = later[0]
+    assert (other["rung"], other["replica_id"], str(other["exc_info"])) == ("other_replica", "a", "it died")
+
+
 async def test_a_prefill_replica_that_hangs_is_asked_for_no_prompt(opened: Any, model: Any):
     async with opened() as local:
         local.decode.worker.prefill = pool = ScriptedPool(local.decode.worker.prefill, "cancelled", "cancelled")

@@ -58,11 +58,11 @@ class RateConfig(_Frozen):
 
 
 class RetryConfig(RateConfig):
-    """What comes more often waits its turn. A replica that dies when it's full leaves 64 requests that ran and 256 that
-    waited: by default, all of them go on at once."""
+    """What follows a death. A replica that dies when it's full leaves 64 requests that ran and 256 that waited: by
+    default, all of them go on at once."""
 
     burst: Annotated[int, Field(ge=1)] = Field(
-        320, description="At once, after a quiet while: as many as a full decode replica has that dies."
+        320, description="At once, after a quiet while: as many requests as a full decode replica has."
     )
 
 
@@ -214,7 +214,8 @@ class HandoffConfig(_Frozen):
         "auto",
         description="How payload travels: inline in gRPC's frames, by shared memory where both replicas are on one "
         "host, or by NIXL, which decode reads prefill's memory with. auto is shm where that works, else nixl where it "
-        "does and both have it, else inline; shm and nixl warn where they don't work, and go inline, too.",
+        "does, both have it and tls isn't set, which it would go around, else inline; shm and nixl warn where they "
+        "don't work, and go inline, too.",
     )
     staging_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
         32 << 20,
@@ -248,8 +249,8 @@ class HandoffConfig(_Frozen):
         description="How often a decode replica may turn to another prefill replica after a failure; beyond that, it "
         "computes the prompt itself.",
     )
-    local: RateConfig = Field(
-        RateConfig(),
+    local: RetryConfig = Field(
+        RetryConfig(),
         description="How often a decode replica may compute a prompt itself after a failure; beyond that, it's 503.",
     )
 
@@ -392,6 +393,11 @@ class ShoalConfig(BaseSettings):
         if self.handoff.host != AUTO and (refusal := self.refusal_to_bind(self.handoff.host)) is not None:
             raise ValueError(refusal)
         return self
+
+    @property
+    def has_peer_tls(self) -> bool:
+        """Whether Shoal's processes know one another by certificates."""
+        return isinstance(self.tls, PeerTlsConfig)
 
     def refusal_to_bind(self, host: str) -> str | None:
         """Why decode's server mustn't listen on ``host``: others reach it, and nothing says how they are known."""

@@ -3,6 +3,7 @@ they are to stop."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ def host_of_handoff(config: ShoalConfig) -> Host:
             address=host.bound,
         )
     return host
+
+
+def leave_no_dump() -> None:
+    """A process that crashes would write prompts, K/V and keys to a disk."""
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 def host_of_metrics(config: ShoalConfig) -> Host:

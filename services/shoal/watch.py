@@ -31,6 +31,9 @@ from shoal.telemetry import Component, HealthMetrics
 LOOK_S = 0.25
 _COMPUTING = 10
 """So many times as long may native code compute without a sign: on a machine that has too much to do, it takes long."""
+_BUSY = 0.02
+"""The share of a look's time that a thread that computes gets of the processor, however many want it; one that only
+wakes now and then takes less."""
 _CLOSE_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -147,7 +150,7 @@ class _Pulse:
         num_beats, cpu_s = self._heartbeat.num_beats, self._heartbeat.cpu_s
         is_still = num_beats is not None and num_beats == self._num_beats
         self._num_still = self._num_still + 1 if is_still else 0
-        self._num_idle = self._num_idle + 1 if is_still and cpu_s == self._cpu_s else 0
+        self._num_idle = self._num_idle + 1 if is_still and cpu_s - self._cpu_s < _BUSY * LOOK_S else 0
         self._num_beats, self._cpu_s = num_beats, cpu_s
         is_late = self._num_idle >= max_looks or self._num_still >= _COMPUTING * max_looks
         return is_late or self._heartbeat.is_stopped

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import resource
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
@@ -17,11 +19,26 @@ from role_certificates import Roles
 from shoal import replica
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, InternalError, InvalidRequest, PeerGone, Unavailable
-from shoal.replica import Host, host_of_gateway, host_of_handoff, host_of_metrics, known_error, peer_tls, told_plainly
+from shoal.replica import (
+    Host,
+    host_of_gateway,
+    host_of_handoff,
+    host_of_metrics,
+    known_error,
+    leave_no_dump,
+    peer_tls,
+    told_plainly,
+)
 from shoal.telemetry import new_registry
 
 PROMPT = "what a client wrote"
 SOON = dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(days=2)
+
+
+@pytest.fixture(autouse=True)
+def printed_logs() -> None:
+    """Whatever another test has set up."""
+    structlog.reset_defaults()
 
 
 def raised(cause: Exception) -> RayTaskError:
@@ -168,3 +185,12 @@ def test_a_defect_says_nothing_when_it_leaves_a_replica():
 def test_an_end_that_is_no_error_passes():
     with pytest.raises(asyncio.CancelledError), told_plainly():
         raise asyncio.CancelledError
+
+
+def test_a_replica_that_crashes_leaves_no_dump() -> None:
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    try:
+        leave_no_dump()
+        assert resource.getrlimit(resource.RLIMIT_CORE) == (0, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)

@@ -231,12 +231,23 @@ async def test_a_step_that_takes_long_is_no_hang_as_long_as_its_layers_go_on() -
 
 
 class Computing(Heartbeat):
-    """Of a thread for which the processor works all the time."""
+    """Of a thread for which the processor works so long between two looks."""
+
+    between_s = 0.01
 
     @property
     def cpu_s(self) -> float:
-        self.time_s = getattr(self, "time_s", 0.0) + 0.001
+        self.time_s = getattr(self, "time_s", 0.0) + self.between_s
         return self.time_s
+
+
+async def test_a_thread_that_wakes_now_and_then_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Computing, "between_s", 0.001)
+    heartbeat = Computing("engine")
+    it = Watched(heartbeat)
+    heartbeat.beat()
+    assert await it.look(NUM_LOOKS) == ()
+    assert await it.look() == (Component.ENGINE,)
 
 
 async def test_a_thread_that_computes_has_longer_but_not_for_ever() -> None:

@@ -11,6 +11,7 @@ A private cluster's processes end with this one, however it ends; a cluster that
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -181,6 +182,11 @@ class _Start:
                 f"there is no Ray cluster at {self._config.ray.address}: start one with 'ray start --head', or leave "
                 "--address (ray.address) out to get a private one"
             ) from error
+        if not is_private(self._config) and os.environ.get("RAY_AUTH_MODE") != "token":
+            log.warning(
+                "this Ray cluster asks nobody for a token: whoever reaches its ports can run code on its nodes "
+                "(RAY_AUTH_MODE=token for every ray start, and here)"
+            )
         if not is_private(self._config) and self._config.gateway.resource is None:
             # Clients come in where they are told to, by this process.
             self._config = with_gateway(self._config, resource=_resource_of_this_node())

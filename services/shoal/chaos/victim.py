@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from shoal.app import Cluster
+from shoal.app.graph import num_replicas
 from shoal.app.ray_settings import run_target
 from shoal.chaos.disk import limit_files
 from shoal.chaos.look import Look, Scraped
@@ -131,10 +132,10 @@ class Victim:
 
     async def left(self) -> dict[str, float]:
         """What isn't free, by name; nothing where no request is open and every pool has a replica."""
-        try:
-            held = (await self.look()).held()
-        except KeyError:
-            return {"pools without a replica": 1.0}
+        look = await self.look()
+        if num_silent := num_replicas(self._config) - len(look.processes):
+            return {"replicas that don't answer": float(num_silent)}  # who knows what they hold
+        held = look.held()
         entries = await self.entries()
         max_sessions = {"prefill": self._config.decode.replicas, "decode": self._config.prefill.replicas}
         segments = len(abandoned() - self._before) + sum(

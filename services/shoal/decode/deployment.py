@@ -17,7 +17,15 @@ from shoal import directory, routes
 from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
 from shoal.messages import Grant, HandoffOutcome, Ticket
-from shoal.replica import host_of_handoff, host_of_metrics, is_stopping, known_error, peer_tls, told_plainly
+from shoal.replica import (
+    host_of_handoff,
+    host_of_metrics,
+    is_stopping,
+    known_error,
+    leave_no_dump,
+    peer_tls,
+    told_plainly,
+)
 from shoal.rpc.ports import join_address
 from shoal.rpc.probe import ProbedServer
 from shoal.rpc.token_server import Place, TokenServer
@@ -30,6 +38,7 @@ class DecodeReplica:
 
     async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         settings = ShoalConfig(**config)
+        leave_no_dump()
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         self._prefill: Any = prefill
         self._exits = AsyncExitStack()
@@ -91,7 +100,7 @@ class DecodeReplica:
             yield self._tokens.at(self._stage.desk.address)
             request = await outlet.request()
             with bind_request(request.context.request_id):
-                async with aclosing(self._stage.worker.generate(request)) as outputs:
+                async with outlet.unless_gone(), aclosing(self._stage.worker.generate(request)) as outputs:
                     async for output in outputs:
                         outlet.send(output)
                 await outlet.end()

@@ -68,7 +68,10 @@ async def open_decode(
 ) -> AsyncIterator[DecodeStage]:
     """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish."""
     transfer_metrics = TransferMetrics(registry, transport)
-    nixl = nixl_for(config.handoff.carrier, config.handoff.max_retired_bytes, transfer_metrics.retired)
+    handoff = config.handoff
+    nixl = nixl_for(
+        handoff.carrier, handoff.max_retired_bytes, transfer_metrics.retired, is_encrypted=config.has_peer_tls
+    )
     loaded = await load_stage(config, Stage.DECODE, on_progress)
     served, parameters, core = loaded.served, loaded.parameters, loaded.engine
     if served.plan.anchors is not None:

@@ -91,9 +91,11 @@ class ReadPlanner:
         for members in by_length.values():
             lengths = [len(slots) for _, slots in members]
             longest = max(lengths)
-            context = np.zeros((len(members), longest), dtype=np.int64)
+            context = np.empty((len(members), longest), dtype=np.int64)
             for index, (_, slots) in enumerate(members):
                 context[index, : len(slots)] = slots
+                # Nobody else's: what isn't to be seen counts by zero, and zero times what is no number is none.
+                context[index, len(slots) :] = slots[-1]
             limits = self._index(lengths)
             mask = None
             if min(lengths) < longest:

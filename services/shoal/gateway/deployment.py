@@ -37,7 +37,7 @@ from shoal.gateway.validation import ServedModel
 from shoal.messages import Depth, GenerateRequest, TokenOutput
 from shoal.model.files import locate
 from shoal.rate import RateLimit
-from shoal.replica import host_of_gateway, host_of_metrics, known_error, peer_tls
+from shoal.replica import host_of_gateway, host_of_metrics, known_error, leave_no_dump, peer_tls
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.telemetry import (
@@ -74,9 +74,9 @@ class PoolBackend:
         living: directory.LivingPool,
         tokens: TokenClient,
     ) -> None:
-        self._app_name = settings.ray.app_name
         self._decode_remembers = settings.decode.reuse != "none"
         self._living = living
+        self._living_prefill = directory.LivingPool(settings.ray.app_name, "prefill")
         self._decode: Any = decode.options(stream=True)
         self._tokens = tokens
         self._readiness = SharedPoll(self._ask_readiness)
@@ -110,13 +110,13 @@ class PoolBackend:
         return await self._living.ids()
 
     async def readiness(self) -> Readiness:
-        """Up to a second old, however many probe or watch: Ray's head is asked no more often."""
+        """Up to a second old, however many probe or watch: Ray's head is asked no more often. While it is silent, as it
+        was last: replicas serve without it."""
         return await self._readiness.answer()
 
     async def _ask_readiness(self) -> Readiness:
-        entries = await asyncio.to_thread(directory.living, self._app_name)
-        roles = [entry.role for entry in entries]
-        return Readiness(num_decode=roles.count("decode"), num_prefill=roles.count("prefill"))
+        decode, prefill = await asyncio.gather(self._living.ids(now=True), self._living_prefill.ids(now=True))
+        return Readiness(num_decode=len(decode), num_prefill=len(prefill))
 
 
 async def _watch(call: Any, stream: TokenStream, request: GenerateRequest) -> None:
@@ -156,6 +156,7 @@ class GatewayReplica:
         self, config: dict[str, Any], decode: DeploymentHandle[Any], *, listens: bool
     ) -> None:
         self._settings = settings = ShoalConfig(**config)
+        leave_no_dump()
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         self._exits = AsyncExitStack()
         self._registry = new_registry()

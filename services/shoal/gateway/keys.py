@@ -118,6 +118,24 @@ class Tenant:
             yield
 
     @contextmanager
+    def running_more(self, num_more: int) -> Iterator[None]:
+        """Count further prompts of a request that counts. Raises RateLimited, or InvalidRequest if they never may."""
+        most = self.config.max_running
+        if most is not None and num_more >= most:
+            raise InvalidRequest(
+                f"{num_more + 1} prompts in one request, and {most} of yours may run at once: send fewer",
+                param="prompt",
+            )
+        if most is not None and self.num_running + num_more > most:
+            raise RateLimited(
+                f"{self.num_running} requests of yours are running, of {most} that may, and this one has "
+                f"{num_more + 1} prompts: wait for some",
+                retry_after_s=self._places.wait_s,
+            )
+        with self._places.taken(num_more):
+            yield
+
+    @contextmanager
     def holding(self, num_tokens: int) -> Iterator[None]:
         """Count K/V for as long as the block lasts. Raises RateLimited, or InvalidRequest if it never may."""
         most = self.config.max_kv_tokens

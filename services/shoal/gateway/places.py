@@ -22,12 +22,13 @@ class Places:
         return self._throughput.seconds_each
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        self.num_taken += 1
-        self._throughput.measure(True)
+    def taken(self, num: int = 1) -> Iterator[None]:
+        self.num_taken += num
+        self._throughput.measure(self.num_taken > 0)
         try:
             yield
         finally:
-            self.num_taken -= 1
-            self._throughput.done()
+            self.num_taken -= num
+            for _ in range(num):
+                self._throughput.done()
             self._throughput.measure(self.num_taken > 0)

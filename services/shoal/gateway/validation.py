@@ -48,7 +48,7 @@ def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
         raise InvalidRequest("stream_options: only allowed with stream: true", param="stream_options")
     _check_told_of_prompt(body, config)
     if isinstance(body, CompletionBody):
-        _at_most(len(body.prompt), config.max_prompts, "prompt", "prompts")
+        _at_most(len(body.prompt), min(config.max_prompts, config.max_running), "prompt", "prompts")
         _at_most(body.logprobs, config.max_logprobs, "logprobs")
     if isinstance(body, ChatBody):
         check_num_messages(len(body.messages), model)

@@ -31,9 +31,9 @@ class PromptSegment:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Single rows of ``B`` sequences: ``rows`` ``[B]``, ``context`` slots ``[B * longest]`` (padded with slot 0), of
-    which each sees the first of ``lengths`` ``[B]``. ``mask`` says the same: ``[B, 1, 1, longest]`` (True = may look),
-    or ``None`` where nothing is padded."""
+    """Single rows of ``B`` sequences: ``rows`` ``[B]``, ``context`` slots ``[B * longest]`` (padded with its own last),
+    of which each sees the first of ``lengths`` ``[B]``. ``mask`` says the same: ``[B, 1, 1, longest]`` (True = may
+    look), or ``None`` where nothing is padded."""
 
     rows: torch.Tensor
     context: torch.Tensor | slice

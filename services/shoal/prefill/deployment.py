@@ -13,7 +13,7 @@ from shoal import directory
 from shoal.config import ShoalConfig
 from shoal.messages import Grant, HandoffOutcome
 from shoal.prefill.stage import open_prefill
-from shoal.replica import host_of_metrics, is_stopping, peer_tls, told_plainly
+from shoal.replica import host_of_metrics, is_stopping, leave_no_dump, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.transfer.base import Channel
@@ -28,6 +28,7 @@ class PrefillReplica:
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ShoalConfig(**config)
+        leave_no_dump()
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         self._exits = AsyncExitStack()
         registry = new_registry()

@@ -63,7 +63,7 @@ async def open_prefill(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[PrefillStage]:
     """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish."""
-    nixl = nixl_for(config.handoff.carrier)
+    nixl = nixl_for(config.handoff.carrier, is_encrypted=config.has_peer_tls)
     loaded = await load_stage(config, Stage.PREFILL, on_progress)
     served, parameters, core = loaded.served, loaded.parameters, loaded.engine
     metrics = PrefillMetrics(registry)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -86,6 +86,11 @@ class Outlet:
             lambda: gateway.num_written >= number or None, timeout_s, "the gateway didn't come to listen"
         )
 
+    def unless_gone(self) -> AbstractAsyncContextManager[None]:
+        """What is within ends with PeerGone as soon as the gateway's stream has: nothing else would tell a request that
+        waits, and hasn't an output to send, that it waits for nobody."""
+        return self._gateway.unless_gone()
+
     def _put(self, messages: Sequence[pb.Output]) -> None:
         if self._gateway.is_gone:
             raise _gone()
@@ -106,6 +111,7 @@ class _Gateway:
         self._progress = asyncio.Event()
         """Replaced whenever it's set."""
         self._waiting: list[pb.Output] = []
+        self._works: set[asyncio.Timeout] = set()
 
     def put(self, messages: Sequence[pb.Output]) -> None:
         self.num_put += len(messages)
@@ -122,8 +128,12 @@ class _Gateway:
         self.proceed()
 
     def drop(self) -> None:
+        """Twice is a no-op."""
         self.is_gone = True
         self._waiting.clear()
+        now_s = asyncio.get_running_loop().time() if self._works else 0.0
+        while self._works:
+            self._works.pop().reschedule(now_s)
         self.wake.set()
         self.proceed()
 
@@ -131,6 +141,22 @@ class _Gateway:
         """Who waits for something looks again."""
         self._progress.set()
         self._progress = asyncio.Event()
+
+    @asynccontextmanager
+    async def unless_gone(self) -> AsyncIterator[None]:
+        if self.is_gone:
+            raise _gone()
+        try:
+            async with asyncio.timeout(None) as work:
+                self._works.add(work)
+                try:
+                    yield
+                finally:
+                    self._works.discard(work)
+        except TimeoutError as error:
+            if not work.expired():
+                raise
+            raise _gone() from error
 
     async def until(self, look: Callable[[], T | None], timeout_s: float, otherwise: str) -> T:
         """What ``look`` sees as soon as it sees something. Raises PeerGone if this gateway goes before, or with

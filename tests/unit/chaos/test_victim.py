@@ -51,6 +51,10 @@ async def test_the_one_that_holds_most_is_hit_once_any_holds_something(monkeypat
     assert [one.replica_id for one in found] == ["b", "c", "a", "d"]
 
 
+async def test_who_does_not_answer_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await victim(monkeypatch, IDLE).left() == {"replicas that don't answer": 1.0}  # there should be a gateway
+
+
 async def test_where_none_holds_anything_all_are_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Victim, "settle_s", 0.01)
     assert len(await victim(monkeypatch, IDLE).busiest("decode")) == 4

@@ -104,18 +104,23 @@ async def test_a_defect_of_the_replica_s_is_an_internal_error() -> None:
 
 
 class Worker:
-    """It answers with ``outputs``, and then ``error`` if there is one."""
+    """It answers with ``outputs``, and then ``error`` if there is one; or ``waits`` for ever."""
 
-    def __init__(self, *outputs: TokenOutput, error: Exception | None = None) -> None:
+    def __init__(self, *outputs: TokenOutput, error: Exception | None = None, waits: bool = False) -> None:
         self.came: list[GenerateRequest] = []
         self.is_open = False
+        self.has_begun = asyncio.Event()
+        self._waits = waits
         self._outputs = outputs
         self._error = error
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
         self.came.append(request)
         self.is_open = True
+        self.has_begun.set()
         try:
+            if self._waits:
+                await asyncio.Event().wait()
             for one in self._outputs:
                 yield one
             if self._error is not None:
@@ -171,3 +176,20 @@ async def test_a_call_that_is_cancelled_before_its_request_came_holds_nothing() 
                 await waiting
             assert both.decode.tokens.num_gateways == 0
     assert not worker.came
+
+
+async def test_a_request_without_an_output_ends_with_its_gateway() -> None:
+    """It may wait for blocks, for prefill, for its turn; and Ray tells a replica nothing of a caller that has died."""
+    worker = Worker(waits=True)
+    async with joined() as both:
+        with both.client.open() as stream:
+            async with aclosing(called(both, worker, stream.ticket)) as call:
+                stream.follow(await anext(call))
+                await stream.submit(generate_request(5))
+                waiting = asyncio.ensure_future(anext(call))
+                async with asyncio.timeout(10):
+                    await worker.has_begun.wait()
+                    await both.client.close()
+                    with pytest.raises(PeerGone, match="the gateway doesn't listen any more"):
+                        await waiting
+    assert not worker.is_open and both.decode.tokens.num_gateways == 0

@@ -26,6 +26,7 @@ POLICIES: dict[str, Any] = {
     "asker": {},
     "watcher": {"roles": ["metrics"]},
     "one-at-a-time": {"max_running": 1},
+    "few-at-a-time": {"max_running": 3},
     "small": {"max_kv_tokens": 20},
 }
 KEYS = {name: new_key() for name in POLICIES}
@@ -136,6 +137,29 @@ async def test_more_at_once_than_a_tenant_may_is_refused_and_others_go_on(http: 
         assert (await http.post("/v1/completions", json=body, headers=bearer("one-at-a-time"))).status_code == 200
     assert (await http.post("/v1/completions", json={}, headers=bearer("one-at-a-time"))).status_code == 400
     assert mine.num_running == 0
+
+
+async def test_each_prompt_of_a_request_counts(services: Services, http: httpx.AsyncClient, guarded: Services):
+    tenants = guarded.keyring._tenants  # type: ignore[union-attr]
+    mine = tenants["few-at-a-time"]
+    three, headers = BODY | {"prompt": ["a", "b", "c"]}, bearer("few-at-a-time")
+    assert (await http.post("/v1/completions", json=three, headers=headers)).status_code == 200
+    with mine.running():
+        refused = await http.post("/v1/completions", json=three, headers=headers)
+        assert refused.status_code == 429 and "has 3 prompts" in refused.json()["error"]["message"]
+    never = await http.post("/v1/completions", json=BODY | {"prompt": ["a", "b", "c", "d"]}, headers=headers)
+    assert never.status_code == 400 and "4 prompts in one request" in never.json()["error"]["message"]
+    assert mine.num_running == 0
+
+    services = replace(services, config=services.config.model_copy(update={"max_running": 3}))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(services)), base_url="http://test") as client:
+        with services.places.taken():
+            refused = await client.post("/v1/completions", json=three)
+            assert refused.status_code == 429 and refused.json()["error"]["code"] == "overloaded"
+        assert (await client.post("/v1/completions", json=three)).status_code == 200
+        never = await client.post("/v1/completions", json=three | {"prompt": ["a"] * 4})
+        assert never.status_code == 400 and never.json()["error"]["param"] == "prompt"
+    assert services.places.num_taken == 0
 
 
 async def test_no_more_requests_are_worked_on_than_may_be(services: Services):

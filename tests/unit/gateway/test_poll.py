@@ -10,6 +10,7 @@ from shoal import directory
 from shoal.config import ShoalConfig
 from shoal.gateway.deployment import PoolBackend
 from shoal.gateway.poll import BELIEVED_S, SharedPoll
+from shoal.messages import Role
 
 
 class Oracle:
@@ -78,7 +79,7 @@ async def test_a_failure_is_an_answer_like_any() -> None:
 
 async def test_ray_is_asked_once_for_all_who_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(directory, "living", lambda app: asked.append(app) or ())  # type: ignore[func-returns-value]
+    monkeypatch.setattr(directory, "registered", lambda _app, role: asked.append(role) or ())  # type: ignore[func-returns-value]
 
     class Handle:
         def options(self, *, stream: bool) -> None: ...
@@ -86,4 +87,22 @@ async def test_ray_is_asked_once_for_all_who_watch(monkeypatch: pytest.MonkeyPat
     backend = PoolBackend(ShoalConfig(), Handle(), directory.LivingPool("shoal", "decode"), None)  # type: ignore[arg-type]
     answers = await asyncio.gather(*(backend.readiness() for _ in range(500)))
     assert {answer.num_decode for answer in answers} == {0}
-    assert asked == ["shoal"]
+    assert sorted(asked) == ["decode", "prefill"]
+
+
+async def test_who_was_there_is_ready_while_rays_head_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Handle:
+        def options(self, *, stream: bool) -> None: ...
+
+    def registered(_app: str, role: Role) -> tuple[directory.Entry, ...]:
+        if is_silent:
+            raise ConnectionError("no head")
+        return (directory.Entry("shoal", role, role, role, "node", 1, "127.0.0.1:1"),)
+
+    is_silent = False
+    monkeypatch.setattr(directory, "registered", registered)
+    backend = PoolBackend(ShoalConfig(), Handle(), directory.LivingPool("shoal", "decode"), None)  # type: ignore[arg-type]
+    ready = await backend.readiness()
+    is_silent = True
+    monkeypatch.setattr(backend, "_readiness", SharedPoll(backend._ask_readiness))  # nothing is remembered
+    assert await backend.readiness() == ready and (ready.num_decode, ready.num_prefill) == (1, 1)

@@ -32,6 +32,17 @@ def test_without_nixl_auto_does_without_and_asking_for_it_says_how_to_have_it(mo
         nixl_for("nixl")
 
 
+def test_what_tls_encrypts_goes_by_nixl_only_where_that_is_asked_for_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "is_installed", lambda: True)
+    monkeypatch.setattr(process.Nixl, "warm_up", lambda nixl: None)
+    assert nixl_for("auto", is_encrypted=True) is None and nixl_for("auto") is not None
+    assert not caplog.records
+    assert nixl_for("nixl", is_encrypted=True) is not None
+    assert "tls doesn't cover NIXL" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("carrier", "ways"),
     [("auto", (True, True)), ("shm", (True, False)), ("nixl", (False, True)), ("inline", (False, False))],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from shoal.errors import ConfigError, ShoalError
@@ -13,6 +14,8 @@ from shoal.transfer.carriers.nixl.loader import NixlLoader
 from shoal.transfer.carriers.nixl.retired import Retired
 from shoal.transfer.carriers.nixl.thread import NixlThread
 from shoal.transfer.carriers.nixl.unloader import NixlUnloader
+
+_log = logging.getLogger(__name__)
 
 
 class Nixl:
@@ -54,11 +57,23 @@ class Nixl:
 
 
 def nixl_for(
-    carrier: str, max_retired_bytes: int = 0, told: Callable[[int], None] = lambda num_bytes: None
+    carrier: str,
+    max_retired_bytes: int = 0,
+    told: Callable[[int], None] = lambda num_bytes: None,
+    *,
+    is_encrypted: bool = False,
 ) -> Nixl | None:
-    """NIXL, if ``handoff.carrier`` allows it and it's installed. Raises ConfigError if it asks for what isn't there."""
-    if carrier not in {"auto", "nixl"}:
+    """NIXL, if ``handoff.carrier`` allows it and it's installed. Raises ConfigError if it asks for what isn't there.
+
+    Where the hand-off ``is_encrypted``, it has to be asked for by name: UCX neither encrypts nor asks who is there.
+    """
+    if carrier not in {"auto", "nixl"} or (carrier == "auto" and is_encrypted):
         return None
+    if carrier == "nixl" and is_encrypted:
+        _log.warning(
+            "tls doesn't cover NIXL: K/V are in plain text, and whoever reaches UCX's ports can read and write this "
+            "process' memory (handoff.carrier: auto does without)"
+        )
     if is_installed():
         nixl = Nixl(max_retired_bytes, told)
         if carrier == "nixl":  # with auto, no session may ever need it

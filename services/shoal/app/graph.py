@@ -171,6 +171,8 @@ def _environment(config: ShoalConfig, stage: StageConfig) -> dict[str, str]:
     # The two pools of one machine take turns on its cores; OpenMP's spinning threads would starve the other one. Some
     # microseconds of it bridge the gaps within a step, where waking a thread takes as long as a product of few rows.
     variables = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", "TOKENIZERS_PARALLELISM": "false"}
+    # Each of the forty threads would get an arena of its own, and what was freed in one is of no use to the others.
+    variables["MALLOC_ARENA_MAX"] = "2"
     num_threads = stage.num_threads or (usable_threads() if is_private(config) else None)
     if num_threads is not None:
         # Ray sets 1 where num_cpus is 1 or less.

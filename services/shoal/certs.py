@@ -39,6 +39,8 @@ from shoal.rpc.certificates import AUTHORITY_FILE, CHAIN_FILE, KEY_FILE, name_of
 ROLES: Sequence[Role] = get_args(Role)
 AUTHORITY_KEY_FILE = "ca.key"
 AUTHORITY_DAYS = 3650
+DAYS = 365
+HOSTS = ("localhost", "127.0.0.1", "::1")
 _CLOCKS_DIFFER = dt.timedelta(minutes=5)
 _NO_USAGE = dict.fromkeys(
     (
@@ -55,12 +57,24 @@ class Authority:
     key: ec.EllipticCurvePrivateKey
 
 
-def make_certificates(folder: Path, *, days: int, gateway_hosts: Sequence[str] = (), replaces: bool = False) -> None:
-    """Write a certificate and key for each role, valid for ``days``, and the authority if it isn't there.
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """``hosts`` are names or IP addresses that clients reach the gateway by: its certificate may then be that of
+    ``gateway.tls``, too."""
 
-    ``gateway_hosts`` are names or IP addresses that clients reach the gateway by, so that its certificate may be that
-    of ``gateway.tls``, too. With ``replaces``, the roles' files may be there already. Raises ConfigError.
+    days: int = DAYS
+    hosts: Sequence[str] = HOSTS
+
+
+def make_certificates(
+    folder: Path, *, days: int | None = None, gateway_hosts: Sequence[str] = (), replaces: bool = False
+) -> Terms:
+    """Write a certificate and key for each role, and the authority if it isn't there. Returns for how long and whom.
+
+    With ``replaces``, the roles' files may be there already; what isn't said is as it was in those. Raises ConfigError.
     """
+    before = _terms_of(folder / "gateway" / CHAIN_FILE) if replaces else Terms()
+    days, gateway_hosts = days or before.days, gateway_hosts or before.hosts
     paths = [folder / role / name for role in ROLES for name in (AUTHORITY_FILE, CHAIN_FILE, KEY_FILE)]
     there = [path for path in paths if path.exists()]
     if there and not replaces:
@@ -76,13 +90,30 @@ def make_certificates(folder: Path, *, days: int, gateway_hosts: Sequence[str] =
         files = _issued(authority, role, days, gateway_hosts if role == "gateway" else ())
         for name, content in files.items():
             _write(folder / role / name, content)
+    return Terms(days, gateway_hosts)
+
+
+def _terms_of(path: Path) -> Terms:
+    """Of the gateway's certificate, if it's there and one."""
+    try:
+        leaf = x509.load_pem_x509_certificate(path.read_bytes())
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (OSError, ValueError, x509.ExtensionNotFound):
+        return Terms()
+    hosts = [name for name in names.get_values_for_type(x509.DNSName) if name != name_of("gateway")]
+    addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    return Terms((leaf.not_valid_after_utc - leaf.not_valid_before_utc).days or 1, (*hosts, *addresses))
 
 
 def _authority(folder: Path) -> Authority:
     """The one of ``folder``, or a new one."""
     certificate, key = folder / AUTHORITY_FILE, folder / AUTHORITY_KEY_FILE
     if certificate.exists() != key.exists():
-        raise ConfigError(f"{folder} has one of {AUTHORITY_FILE} and {AUTHORITY_KEY_FILE} without the other")
+        there, missing = (certificate, key) if certificate.exists() else (key, certificate)
+        raise ConfigError(
+            f"{there} is there without the other half of the authority: bring {missing.name} back for as long as this "
+            "takes, or begin a new authority in another folder"
+        )
     if not certificate.exists():
         made = _new_authority()
         _write(key, _pem(made.key))

@@ -16,6 +16,8 @@ from itertools import combinations
 
 _CHANCE = 3.0
 """Standard deviations of S: once in 700 series that don't grow."""
+FEWEST = 8
+"""So many samples at least. Of six, even those that all rise could be chance."""
 
 
 @dataclass(frozen=True, slots=True)

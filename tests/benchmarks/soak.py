@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table as RichTable
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from flatness import Trend, trend_of
+from flatness import FEWEST, Trend, trend_of
 from footprint import Footprint
 from soak_load import MixedLoad, Tally
 
@@ -76,10 +76,17 @@ class Verdict:
     quantity: str
     trend: Trend
     allowed: float
+    num_samples: int
 
     @property
     def grows(self) -> bool:
         return self.trend.grows(self.allowed)
+
+    @property
+    def says(self) -> str:
+        if self.num_samples < FEWEST:
+            return "too short"
+        return "GROWS" if self.grows else "flat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ def judge(samples: Sequence[Sample]) -> tuple[Verdict, ...]:
         mine = [sample for sample in samples if sample.process == process]
         for quantity in QUANTITIES:
             trend = trend_of([one.at_s for one in mine], [quantity.read(one.footprint) for one in mine])
-            verdicts.append(Verdict(process, quantity.name, trend, quantity.allowed(trend.level)))
+            verdicts.append(Verdict(process, quantity.name, trend, quantity.allowed(trend.level), len(mine)))
     return tuple(verdicts)
 
 
@@ -158,7 +165,7 @@ def _rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     return [
         (
             one.process, one.quantity, f"{one.trend.level:.1f}", f"{one.trend.rise:+.2f}", f"{one.allowed:.1f}",
-            f"{one.trend.time_s / 60:.1f}", f"{one.trend.sigmas:.1f}", "GROWS" if one.grows else "flat",
+            f"{one.trend.time_s / 60:.1f}", f"{one.trend.sigmas:.1f}", one.says,
         )
         for one in verdicts
     ]  # fmt: skip
@@ -217,6 +224,8 @@ def _show(result: Soak) -> None:
     console.print(f"{sum(result.tally.answered.values())} requests were answered as they should be")
     for fault in result.faults:
         console.print(f"fault: {fault}", markup=False)
+    if any(one.num_samples < FEWEST for one in result.verdicts):
+        console.print(f"fewer than {FEWEST} rounds after the warm-up can't tell whether anything grows: more --minutes")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from cryptography import x509
 from typer.testing import CliRunner, Result
 
 from shoal.certs import ROLES
-from shoal.cli import app
+from shoal.cli import _example, app
 from shoal.config import ShoalConfig, TlsConfig
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, ModelError
 from shoal.gateway.tls import server_credentials
 from shoal.rpc.certificates import read_certificate
 from token_streams import joined
@@ -79,7 +80,7 @@ def test_a_lone_key_isn_t_overwritten_either(tmp_path: Path):
 def test_half_an_authority_is_refused(folder: Path, lost: str):
     (folder / lost).unlink()
     refused = certs(folder, "--force")
-    assert isinstance(refused.exception, ConfigError) and "without the other" in refused.exception.message
+    assert isinstance(refused.exception, ConfigError) and f"bring {lost} back" in refused.exception.message
 
 
 def test_days_are_so_many_and_never_more_than_the_authority_has(folder: Path):
@@ -103,6 +104,19 @@ def test_the_gateways_will_do_for_its_clients_by_the_names_they_use(folder: Path
     others = x509.load_pem_x509_certificate((folder / "decode" / "tls.crt").read_bytes())
     found = others.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert found.get_values_for_type(x509.DNSName) == ["decode.shoal.internal"]
+
+
+def test_what_is_replaced_stays_as_long_and_for_whom_it_was(tmp_path: Path):
+    assert certs(tmp_path / "certs", "--host", "reef.example.com", "--host", "10.1.2.3", "--days", 30).exit_code == 0
+    before = of_gateway(tmp_path / "certs")
+    again = certs(tmp_path / "certs", "--force")
+    assert again.exit_code == 0 and "reef.example.com, 10.1.2.3" in " ".join(again.output.split())
+    after = of_gateway(tmp_path / "certs")
+    assert after.serial_number != before.serial_number
+    names = x509.SubjectAlternativeName
+    assert after.extensions.get_extension_for_class(names) == before.extensions.get_extension_for_class(names)
+    lasts, lasted = (one.not_valid_after_utc - one.not_valid_before_utc for one in (after, before))
+    assert lasts.days == lasted.days == 30
 
 
 @pytest.mark.parametrize("host", ["a" * 64, ""])
@@ -158,3 +172,40 @@ def test_a_private_cluster_s_certificates_are_read_before_anything_starts(folder
     # Of a cluster that is joined, this host may have one role's alone.
     assert CliRunner().invoke(app, ["serve", "--tls", str(folder), "--address", "auto"]).exit_code == 0
     assert len(served) == 1
+
+
+def test_roles_that_would_not_believe_one_another_are_told_before_anything_starts(
+    folder: Path, tmp_path: Path, served: list[ShoalConfig]
+):
+    assert certs(tmp_path / "others").exit_code == 0
+    shutil.rmtree(folder / "decode")
+    shutil.copytree(tmp_path / "others" / "decode", folder / "decode")
+    refused = CliRunner().invoke(app, ["serve", "--tls", str(folder)])
+    assert isinstance(refused.exception, ConfigError) and "decode wouldn't believe gateway" in refused.exception.message
+    # While an authority is replaced, both are believed.
+    both = (folder / "gateway" / "ca.crt").read_bytes() + (folder / "decode" / "ca.crt").read_bytes()
+    for role in ROLES:
+        (folder / role / "ca.crt").write_bytes(both)
+    assert CliRunner().invoke(app, ["serve", "--tls", str(folder)]).exit_code == 0
+    assert len(served) == 1
+
+
+def test_a_model_or_a_certificate_for_clients_that_is_not_there_is_told_before_anything_starts(
+    tmp_path: Path, served: list[ShoalConfig]
+):
+    missing = CliRunner().invoke(app, ["serve", "--model", str(tmp_path / "nowhere")])
+    assert isinstance(missing.exception, ModelError) and "there is no model" in missing.exception.message
+    file = tmp_path / "shoal.yaml"
+    file.write_text(f"gateway: {{tls: {{cert_file: {tmp_path}/no.crt, key_file: {tmp_path}/no.key}}}}\n")
+    missing = CliRunner().invoke(app, ["serve", str(file)])
+    assert isinstance(missing.exception, ConfigError) and "gateway.tls.cert_file" in missing.exception.message
+    assert not served
+
+
+def test_the_example_has_what_a_client_must_show():
+    tls = {"cert_file": "a", "key_file": "b", "client_ca_file": "c"}
+    config = ShoalConfig(gateway={"keys_file": "keys.yaml", "tls": tls})  # type: ignore[arg-type]
+    shown = _example(config, "https://127.0.0.1:8000")
+    assert "authorization: Bearer KEY" in shown and "--cacert" in shown and "--cert " in shown
+    plain = _example(ShoalConfig(), "http://127.0.0.1:8000")
+    assert plain.startswith("curl http://127.0.0.1:8000/v1/completions -H 'content-type")

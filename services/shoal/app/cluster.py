@@ -11,7 +11,6 @@ A private cluster's processes end with this one, however it ends; a cluster that
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -29,7 +28,7 @@ from shoal.app.graph import NODE_PREFIX, Replicas, demand, grace_s, is_private, 
 from shoal.app.interrupts import Interrupts, caught
 from shoal.app.ports import free_port, require_free, url_of
 from shoal.app.progress import OnProgress, Progress
-from shoal.app.ray_settings import init_options, run_target, serve_logging, set_environment
+from shoal.app.ray_settings import asks_for_token, init_options, run_target, serve_logging, set_environment
 from shoal.app.ray_thread import RayThread
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, Unavailable
@@ -182,7 +181,7 @@ class _Start:
                 f"there is no Ray cluster at {self._config.ray.address}: start one with 'ray start --head', or leave "
                 "--address (ray.address) out to get a private one"
             ) from error
-        if not is_private(self._config) and os.environ.get("RAY_AUTH_MODE") != "token":
+        if not is_private(self._config) and not asks_for_token():
             log.warning(
                 "this Ray cluster asks nobody for a token: whoever reaches its ports can run code on its nodes "
                 "(RAY_AUTH_MODE=token for every ray start, and here)"

@@ -42,6 +42,11 @@ def set_environment(config: ShoalConfig) -> None:
         os.environ.setdefault(name, value)
 
 
+def asks_for_token() -> bool:
+    """Whether the Ray that this process is in wants one. Ray sets the variable where it finds a token by itself."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
 def init_options(config: ShoalConfig, folder: Path | None) -> dict[str, Any]:
     """Arguments of ``ray.init``. ``folder`` is where a private cluster keeps its sockets and logs."""
     if not is_private(config):

@@ -41,12 +41,21 @@ def run_chaos(
         _write(output, Report(model, tuple(results)))
 
     _write(output, Report(model, ()))
-    report = run(options, on_progress, on_result)
+    try:
+        report = run(options, on_progress, on_result)
+    except KeyboardInterrupt:
+        if results:
+            _show(Report(model, tuple(results)))
+        raise
     on_progress("", 0, 0)
+    _show(report)
+    return report.is_clean
+
+
+def _show(report: Report) -> None:
     console = Console()
     console.print(render(report))
     console.print(summary(report))
-    return report.is_clean
 
 
 def _write(path: Path | None, report: Report) -> None:

@@ -10,10 +10,14 @@ from shoal.chaos.scenario import SCENARIOS
 
 _COLUMNS = ("requests", "correct", "clear errors", "cut off", "wrong", "hung", "felt", "recovered after", "left")
 
+_CAPTION = "felt: refusals and detours that it caused; left: what was still held when all should have been free"
+
 
 def render(report: Report) -> Table:
     """A row for each result, and one for all of them."""
-    table = Table(title=f"chaos: {report.model}", title_justify="left")
+    table = Table(
+        title=f"chaos: {report.model}", title_justify="left", caption=_CAPTION, caption_justify="left", pad_edge=False
+    )
     table.add_column("scenario", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right")

@@ -123,16 +123,8 @@ def serve(
 
 def _serve(settings: Any) -> None:
     from shoal.app.cluster import running
-    from shoal.certs import ROLES
-    from shoal.gateway.keys import read_keys
-    from shoal.rpc.certificates import read_certificate
 
-    # What is wrong in files is said before anything starts. Of a cluster, each host has those of its own roles.
-    if settings.gateway.keys_file is not None:
-        read_keys(settings.gateway.keys_file)
-    if settings.tls not in {None, "off"} and settings.ray.address is None:
-        for role in ROLES:
-            read_certificate(settings.tls.folder, role)
+    _check_files(settings)
     try:
         with (
             progress_bars() as on_progress,
@@ -143,12 +135,9 @@ def _serve(settings: Any) -> None:
             on_progress("", 0, 0)
             gateway = settings.gateway
             grpc = f", gRPC on [bold]{gateway.host}:{gateway.grpc_port}[/bold]" if gateway.grpc_port else ""
-            err.print(f"serving on [bold]{cluster.url}[/bold]{grpc}; stop with Ctrl-C. Try:")
-            body = json.dumps({"model": settings.model.served_name or settings.model.name, "prompt": "Whales are"})
-            err.print(
-                f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' -d '{body}'",
-                markup=False, soft_wrap=True,
-            )  # fmt: skip
+            everywhere = "" if gateway.host in cluster.url else f" (and on all of {gateway.host})"
+            err.print(f"serving on [bold]{cluster.url}[/bold]{everywhere}{grpc}; stop with Ctrl-C. Try:")
+            err.print(f"  {_example(settings, cluster.url)}", markup=False, soft_wrap=True)
             try:
                 cluster.wait()
             except KeyboardInterrupt:
@@ -156,6 +145,39 @@ def _serve(settings: Any) -> None:
                 raise
     except KeyboardInterrupt:
         err.print("stopped")
+
+
+def _check_files(settings: Any) -> None:
+    """What is wrong in files is said before anything starts. Of a cluster, each host has those of its own roles."""
+    from shoal.certs import ROLES
+    from shoal.gateway.keys import read_keys
+    from shoal.gateway.tls import server_context
+    from shoal.model.files import locate
+    from shoal.rpc.certificates import read_certificate, require_trust
+
+    if settings.gateway.keys_file is not None:
+        read_keys(settings.gateway.keys_file)
+    if settings.ray.address is not None:
+        return
+    locate(settings.model.name)
+    if settings.gateway.tls is not None:
+        server_context(settings.gateway.tls)
+    if settings.has_peer_tls:
+        for role in ROLES:
+            read_certificate(settings.tls.folder, role)
+        require_trust(settings.tls.folder, ("gateway", "prefill"))
+
+
+def _example(settings: Any, url: str) -> str:
+    """A first request, in words of a shell."""
+    tls = settings.gateway.tls
+    options = [
+        *(() if tls is None else ("--cacert CA.crt",)),
+        *(() if tls is None or tls.client_ca_file is None else ("--cert CLIENT.crt --key CLIENT.key",)),
+        *(() if settings.gateway.keys_file is None else ("-H 'authorization: Bearer KEY'",)),
+    ]
+    body = json.dumps({"model": settings.model.served_name or settings.model.name, "prompt": "Whales are"})
+    return " ".join(["curl", *options, f"{url}/v1/completions", "-H 'content-type: application/json'", f"-d '{body}'"])
 
 
 @app.command()

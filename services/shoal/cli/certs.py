@@ -12,12 +12,14 @@ from shoal.cli.progress import err
 
 def certs(
     folder: Annotated[Path, typer.Argument(help="Where they go; made if it isn't there.", metavar="DIR")],
-    days: Annotated[int, typer.Option(min=1, help="How long the roles' certificates are valid.")] = 365,
+    days: Annotated[
+        int | None, typer.Option(min=1, help="How long the roles' certificates are valid. Default: 365, or as before.")
+    ] = None,
     host: Annotated[
         list[str] | None,
         typer.Option(
             help="A name or IP address that clients reach the gateway by, one --host each: its certificate can then be "
-            "that of gateway.tls, too. Default: localhost, 127.0.0.1 and ::1.",
+            "that of gateway.tls, too. Default: localhost, 127.0.0.1 and ::1, or as before.",
             metavar="HOST",
         ),
     ] = None,
@@ -38,7 +40,9 @@ def certs(
     """
     from shoal.certs import ROLES, make_certificates
 
-    hosts = host or ["localhost", "127.0.0.1", "::1"]
-    make_certificates(folder, days=days, gateway_hosts=hosts, replaces=force)
-    err.print(f"{folder} has a certificate for each of {', '.join(ROLES)}, valid for {days} days. Serve with them:")
+    terms = make_certificates(folder, days=days, gateway_hosts=host or (), replaces=force)
+    err.print(
+        f"{folder} has a certificate for each of {', '.join(ROLES)}, valid for {terms.days} days, the gateway's also "
+        f"for {', '.join(terms.hosts)}. Serve with them:"
+    )
     err.print(f"  shoal serve --tls {folder}", markup=False, soft_wrap=True)

@@ -35,7 +35,7 @@ def chaos(
     each answer is compared with what this process computes by itself before. Ends with a table; exits 1 if an answer
     was wrong, a request hung, or memory stayed held. Nothing else on this machine is touched.
 
-    Try: shoal chaos --scenario kill-decode,partition. All of them take about a quarter of an hour on two cores.
+    Try: shoal chaos --scenario kill-decode,partition. All of them take about twenty minutes on two cores.
     """
     from rich.console import Console
 

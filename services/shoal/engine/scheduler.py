@@ -288,10 +288,10 @@ class Scheduler:
 
     def _refuse_if_full(self, sequence: Sequence) -> None:
         if len(self.waiting) >= self._max_queued:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already: try again later")
+            raise Overloaded("as many requests are waiting as may: try again later")
         num_queued = sum(one.num_to_compute for one in self.waiting)
         if num_queued and num_queued + sequence.num_to_compute > self._max_queued_tokens:
-            raise Overloaded(f"requests with {num_queued} tokens are waiting already: try again later")
+            raise Overloaded("as many tokens are waiting as may: try again later")
 
     def _is_due_before(self, new: Sequence, waiting: Sequence) -> bool:
         """One that gave its blocks up stays first: somebody may be reading its answer."""

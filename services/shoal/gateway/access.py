@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shoal.config import RateConfig
 from shoal.errors import ShoalError, Unauthenticated
 from shoal.gateway.backend import GatewayObserver
 from shoal.gateway.keys import Keyring, Role, Tenant, TenantConfig
+from shoal.rate import RateLimit
 
 OPEN = frozenset({"/health", "/readyz", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """For probes, which have no key. They tell how many replicas are ready, and no more."""
@@ -26,6 +29,10 @@ _ROLES = {
 ANYBODY = Tenant("default", TenantConfig(roles=frozenset(Role)))
 """Who asks where no keys are wanted."""
 
+_REFUSALS_LOGGED = RateConfig(per_s=1.0, burst=20)
+"""Whoever knocks without end doesn't fill a disk; all are counted."""
+
+_log = structlog.get_logger(__name__)
 _asking: ContextVar[Tenant | None] = ContextVar("asking", default=None)
 
 
@@ -35,25 +42,28 @@ class Access:
     def __init__(self, keyring: Keyring | None, observer: GatewayObserver) -> None:
         self._keyring = keyring
         self._observer = observer
+        self._refusals = RateLimit(_REFUSALS_LOGGED)
 
     @contextmanager
-    def admitted(self, place: str, shown: Sequence[str]) -> Iterator[None]:
+    def admitted(self, place: str, shown: Sequence[str], peer: str | None = None) -> Iterator[None]:
         """For the block, ``asking`` says who it is, by what ``shown`` has: the values of the header authorization.
 
-        Raises Unauthenticated or PermissionDenied, which are counted.
+        Raises Unauthenticated or PermissionDenied, which are counted, and logged with ``peer``, the address it came
+        from.
         """
         if place in OPEN:
             yield
             return
-        token = _asking.set(self._tenant(place, shown))
+        token = _asking.set(self._tenant(place, shown, peer))
         try:
             yield
         finally:
             _asking.reset(token)
 
-    def _tenant(self, place: str, shown: Sequence[str]) -> Tenant:
+    def _tenant(self, place: str, shown: Sequence[str], peer: str | None) -> Tenant:
         if self._keyring is None:
             return ANYBODY
+        tenant: Tenant | None = None
         try:
             if len(shown) > 1:  # a proxy may have looked at another one
                 raise Unauthenticated("one header Authorization, please")
@@ -61,6 +71,9 @@ class Access:
             tenant.require(role_of(place))
         except ShoalError as error:
             self._observer.rejected(error.code)
+            if self._refusals.take():
+                name = None if tenant is None else tenant.name
+                _log.warning("nobody is let in by what was shown", code=error.code, tenant=name, peer=peer)
             raise
         return tenant
 
@@ -90,7 +103,8 @@ class KeyGuard:
             await self._app(scope, receive, send)
             return
         shown = Headers(scope=scope).getlist("authorization")
-        with self._access.admitted(_routed(scope), shown):
+        client = scope.get("client")
+        with self._access.admitted(_routed(scope), shown, client[0] if client else None):
             await self._app(scope, receive, send)
 
 

@@ -71,7 +71,7 @@ class Exchange:
         """For the log: sizes and times, and nothing that a client wrote."""
         code = {} if self._error is None else {"code": self._error.code}
         if self.generation is None:
-            return code
+            return {**code, "tenant": self.tenant} if self.tenant else code
         ttft_s = min((timing.ttft_s for timing in self.generation.timings.values()), default=None)
         return {
             **code,

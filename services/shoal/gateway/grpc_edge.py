@@ -14,7 +14,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
-from shoal.gateway.access import Access
+from shoal.gateway.access import OPEN, Access
 from shoal.gateway.edge import as_shoal_error
 from shoal.rpc.statuses import abort
 
@@ -24,8 +24,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 MESSAGE_S = 30.0
 """How long a client may take to send its message: gRPC itself would wait for as long as it likes."""
 
+PROBE_S = 5.0
+"""The same for a probe, whose message has a few bytes, and who needs no key."""
+
 _MAX_ASIDE = 128
-"""So many messages may be coming at once of calls that take no place, as those of probes, who have no key."""
+"""So many messages may be coming at once of probes, and as many of other calls that take no place."""
 
 
 class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
@@ -34,7 +37,7 @@ class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._num_aside = 0
+        self._probes, self._others = _Aside(PROBE_S), _Aside()
 
     async def intercept_service(
         self,
@@ -47,7 +50,7 @@ class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         method: str = handler_call_details.method
         admitted = partial(self._admitted, method)
         if not handler.request_streaming:
-            return _unary(handler, admitted, self._read_aside)
+            return _unary(handler, admitted, (self._probes if method in OPEN else self._others).read)
         behaviour = handler.stream_stream if handler.response_streaming else handler.stream_unary
         if isasyncgenfunction(behaviour):
             return _yielding(handler, admitted)
@@ -56,27 +59,35 @@ class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
     def _admitted(self, method: str, context: Context) -> AbstractContextManager[None]:
         metadata = context.invocation_metadata() or ()
         shown = [value for key, value in metadata if key == "authorization" and isinstance(value, str)]
-        return self._access.admitted(method, shown)
+        return self._access.admitted(method, shown, context.peer())
 
-    async def _read_aside(self, context: Context) -> Any:
-        if self._num_aside >= _MAX_ASIDE:
+
+class _Aside:
+    """Messages that are coming, each within ``within_s``, of calls that take no place."""
+
+    def __init__(self, within_s: float | None = None) -> None:
+        self._within_s = within_s
+        self._num = 0
+
+    async def read(self, context: Context) -> Any:
+        if self._num >= _MAX_ASIDE:
             raise Overloaded("too many messages are coming: try again later")
-        self._num_aside += 1
+        self._num += 1
         try:
-            return await read_message(context)
+            return await read_message(context, self._within_s)
         finally:
-            self._num_aside -= 1
+            self._num -= 1
 
 
 Admitted = Callable[[Context], AbstractContextManager[None]]
 
 
-async def read_message(context: Context) -> Any:
+async def read_message(context: Context, within_s: float | None = None) -> Any:
     """The one message of a call. Raises DeadlineExceeded if it doesn't come, Cancelled if there is none."""
     # It's never cancelled: what gRPC reads into has to outlive the call. The call's end ends it.
     reading = asyncio.ensure_future(context.read())
     reading.add_done_callback(_look_at)
-    await asyncio.wait((reading,), timeout=MESSAGE_S)
+    await asyncio.wait((reading,), timeout=MESSAGE_S if within_s is None else within_s)
     if not reading.done():
         raise DeadlineExceeded("the message didn't come to its end in time")
     message = reading.result()

@@ -141,8 +141,8 @@ class Tenant:
         most = self.config.max_kv_tokens
         if most is not None and num_tokens > most:
             raise InvalidRequest(
-                f"prompt and answer may have {num_tokens} tokens, and all of yours at once {most}: "
-                "shorten the prompt or say a lower max_tokens"
+                f"prompt and answer may come to {num_tokens} tokens, and your key allows {most} at once: "
+                "shorten the prompt or say a lower max_tokens (without one, an answer may fill the context)"
             )
         if most is not None and self.num_kv_tokens + num_tokens > most:
             raise RateLimited(

@@ -17,9 +17,10 @@ class Places:
         self._throughput = Throughput(clock)
 
     @property
-    def wait_s(self) -> float | None:
-        """How long it takes, of late, until the next one leaves; ``None`` if nobody knows."""
-        return self._throughput.seconds_each
+    def wait_s(self) -> float:
+        """How long it takes, of late, until the next one leaves; a second if nobody knows."""
+        known = self._throughput.seconds_each
+        return 1.0 if known is None else known
 
     @contextmanager
     def taken(self, num: int = 1) -> Iterator[None]:

@@ -13,7 +13,7 @@ come from Ray, and stand in no certificate.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +64,19 @@ def read_certificate(folder: Path, role: Role) -> Certificate:
             "another one of the same authority"
         )
     return Certificate(authorities, chain, key, leaf.not_valid_after_utc.timestamp())
+
+
+def require_trust(folder: Path, roles: Iterable[Role]) -> None:
+    """Raises ConfigError unless decode and each of ``roles`` would believe each other. All files must be well by
+    themselves."""
+    for role in roles:
+        for shown, believing in ((role, "decode"), ("decode", role)):
+            chain, authorities = folder / shown / CHAIN_FILE, folder / believing / AUTHORITY_FILE
+            if not _leads_to(_parsed(_read(chain), chain), _parsed(_read(authorities), authorities)):
+                raise ConfigError(
+                    f"{believing} wouldn't believe {shown}: {chain} isn't signed by an authority in {authorities} "
+                    "(shoal certs makes all roles' of one)"
+                )
 
 
 def _read(path: Path) -> bytes:

@@ -144,7 +144,7 @@ class TokenClient:
             await self._stubs[place].Submit(to_submit(stream.ticket, place.server_id, request))
         except grpc.aio.AioRpcError as error:
             known = from_rpc_error(error)
-            self._fail_later([stream], known if isinstance(known, ProtocolViolation) else _gone())
+            self._fail_later([stream], known if isinstance(known, ProtocolViolation) else _lost(error, place))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -153,6 +153,7 @@ class TokenClient:
 
     async def _read(self, place: Place, channel: grpc.aio.Channel) -> None:
         request = pb.FollowRequest(gateway_id=self._gateway_id, server_id=place.server_id)
+        lost = _gone()
         try:
             async for message in self._stubs[place].Follow(request):
                 for output in message.outputs:
@@ -163,14 +164,21 @@ class TokenClient:
         except grpc.aio.AioRpcError as error:
             if (untrusted := refusal(error, place.address)) is not None:
                 _log.error("no tokens: %s", untrusted.message)
+                lost = _lost(error, place)
         finally:
             del self._stubs[place]
-            self._fail_later([stream for stream in self._open.values() if stream.place == place], _gone())
+            self._fail_later([stream for stream in self._open.values() if stream.place == place], lost)
             await channel.close(None)
 
     def _fail_later(self, streams: Sequence[TokenStream], error: ShoalError) -> None:
         for stream in streams:
             asyncio.get_running_loop().call_later(self._patience_s, stream.fail, error)
+
+
+def _lost(error: grpc.aio.AioRpcError, place: Place) -> PeerGone:
+    if refusal(error, place.address) is None:
+        return _gone()
+    return PeerGone("the gateway and a decode replica don't trust each other: the logs say why", retry_after_s=1.0)
 
 
 def _gone() -> PeerGone:

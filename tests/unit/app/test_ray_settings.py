@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.app.ray_settings import init_options, set_environment
+from shoal.app.ray_settings import asks_for_token, init_options, set_environment
 from shoal.config import ShoalConfig
 
 
@@ -35,3 +35,11 @@ def test_a_replica_that_hangs_is_ended_and_not_waited_for(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "environ", {})
     set_environment(ShoalConfig.model_validate({"ray": {"address": address}}))
     assert os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1"
+
+
+@pytest.mark.parametrize(("mode", "asks"), [("token", True), ("TOKEN", True), ("disabled", False), (None, False)])
+def test_whether_a_cluster_asks_for_a_token_is_what_ray_says(
+    monkeypatch: pytest.MonkeyPatch, mode: str | None, asks: bool
+) -> None:
+    monkeypatch.setattr(os, "environ", {} if mode is None else {"RAY_AUTH_MODE": mode})
+    assert asks_for_token() is asks

@@ -74,7 +74,8 @@ def test_it_fails_if_anything_was_not_well(asked: list[ChaosOptions]):
 
 def test_a_run_that_is_stopped_leaves_what_it_has(asked: list[ChaosOptions], tmp_path: Path):
     path = tmp_path / "chaos.json"
-    assert chaos("--model", "stop", "--json", str(path)).exit_code == 130
+    stopped = chaos("--model", "stop", "--json", str(path))
+    assert stopped.exit_code == 130 and "reset" in stopped.stdout  # the table of what was played
     assert len(json.loads(path.read_text())["results"]) == len(asked) == 1
 
 

@@ -131,7 +131,7 @@ def test_a_full_queue_refuses():
     scheduler = make_scheduler(max_queued=2)
     for name in "ab":
         scheduler.submit(sequence(name, 4))
-    with pytest.raises(Overloaded, match="2 requests"):
+    with pytest.raises(Overloaded, match="as many requests"):
         scheduler.submit(sequence("c", 4))
     assert len(scheduler.waiting) == 2
 
@@ -139,12 +139,12 @@ def test_a_full_queue_refuses():
 def test_a_queue_is_full_of_tokens_too_but_one_request_may_always_wait():
     scheduler = make_scheduler(max_queued_tokens=10)
     scheduler.submit(sequence("long", 12))
-    with pytest.raises(Overloaded, match="12 tokens"):
+    with pytest.raises(Overloaded, match="as many tokens"):
         scheduler.submit(sequence("b", 1))
     step(scheduler)
     scheduler.submit(sequence("c", 6))
     scheduler.submit(sequence("d", 4))
-    with pytest.raises(Overloaded, match="10 tokens"):
+    with pytest.raises(Overloaded, match="as many tokens"):
         scheduler.submit(sequence("e", 1))
 
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
 
 from inference_server import TIMEOUT_S, client_of, request, told
 from shoal.gateway.access import OPEN
@@ -80,6 +81,31 @@ async def test_without_a_key_only_probes_are_answered(http: httpx.AsyncClient, g
             assert answer.json()["error"]["type"] == "authentication_error"
     assert set(guarded.observer.refusals) == {"invalid_api_key"}  # type: ignore[attr-defined]
     assert not guarded.backend.requests  # type: ignore[attr-defined]
+
+
+async def test_who_is_refused_is_logged_by_where_it_comes_from_and_not_without_end(
+    http: httpx.AsyncClient, guarded: Services
+):
+    with capture_logs() as logs:
+        for _ in range(30):
+            await http.get("/version", headers={"authorization": "Bearer sk-shoal-guessed-secret"})
+        async with client_of(guarded) as client:  # it has limits of its own
+            with pytest.raises(grpc.aio.AioRpcError):
+                await client.stub.Generate(request(), timeout=TIMEOUT_S)
+    refused = [log for log in logs if log["log_level"] == "warning"]
+    assert {log["code"] for log in refused} == {"invalid_api_key"} and "guessed" not in str(logs)
+    assert 20 <= sum(log["peer"] == "127.0.0.1" for log in refused) < 30
+    assert sum(log["peer"].startswith("ipv4:127.0.0.1:") for log in refused) == 1
+
+
+async def test_what_was_refused_is_logged_with_whose_it_was(http: httpx.AsyncClient):
+    with capture_logs() as logs:
+        await http.post("/v1/completions", json=BODY | {"max_tokens": -1}, headers=bearer("asker"))
+        await http.post("/v1/completions", json=BODY, headers=bearer("watcher"))
+    [bad] = (log for log in logs if log["event"] == "request answered")
+    assert (bad["status"], bad["tenant"]) == (400, "asker") and "model" not in bad
+    [forbidden] = (log for log in logs if log["log_level"] == "warning")
+    assert (forbidden["code"], forbidden["tenant"]) == ("permission_denied", "watcher")
 
 
 async def test_a_key_opens_what_its_roles_say(http: httpx.AsyncClient):

@@ -250,9 +250,9 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """Set once a message is waited for."""
     is_waited_for, read = asyncio.Event(), grpc_edge.read_message
 
-    async def noted(context: Any) -> Any:
+    async def noted(context: Any, within_s: float | None = None) -> Any:
         is_waited_for.set()
-        return await read(context)
+        return await read(context, within_s)
 
     monkeypatch.setattr(grpc_edge, "read_message", noted)
     monkeypatch.setattr(inference, "read_message", noted)
@@ -271,6 +271,7 @@ async def test_a_message_that_doesnt_come_is_waited_for_no_longer_than_a_while(
     services: Services, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr(grpc_edge, "MESSAGE_S", 0.1)
+    monkeypatch.setattr(grpc_edge, "PROBE_S", 0.1)
     async with client_of(services) as client:
         call = client.channel.stream_stream(f"/{method}")()
         assert await asyncio.wait_for(call.code(), TIMEOUT_S) == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -306,6 +307,8 @@ async def test_messages_that_come_without_a_place_are_few_at_once(
         call = await begun(client.channel, CHECK, reading)
         another = client.channel.unary_unary(f"/{CHECK}")
         assert await another(b"", timeout=TIMEOUT_S).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        models = client.channel.unary_unary(f"/{SERVICE_NAME}/ListModels")
+        assert await models(b"", timeout=TIMEOUT_S).code() == grpc.StatusCode.OK  # probes are in nobody else's way
         assert (await client.generate()).choices
         await call.write(b"")
         assert await call.read() == health_pb2.HealthCheckResponse(status="SERVING").SerializeToString()

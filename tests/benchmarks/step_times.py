@@ -62,13 +62,13 @@ def prefill_times(engine: Engine, grid: Grid, on_step: Callable[[], None]) -> li
     times: dict[tuple[int, int], list[float]] = {}
     for number in range(grid.rounds):
         for chunk in grid.chunks:
-            for start, end, seconds in _prompt(engine, f"{number}, {chunk}", grid.prompt_tokens, chunk):
+            for start, end, seconds in run_prompt(engine, f"{number}, {chunk}", grid.prompt_tokens, chunk):
                 times.setdefault((start, end), []).append(seconds)
             on_step()
     return [{"start": start, "end": end, "seconds": statistics.median(found)} for (start, end), found in times.items()]
 
 
-def _prompt(engine: Engine, key: str, num_tokens: int, chunk: int) -> list[tuple[int, int, float]]:
+def run_prompt(engine: Engine, key: str, num_tokens: int, chunk: int) -> list[tuple[int, int, float]]:
     """All chunks of one prompt: start, end, seconds."""
     engine.scheduler.max_step_tokens = chunk
     prompt = tuple(20 + (7919 * index) % 40_000 for index in range(num_tokens + 1))

@@ -29,6 +29,9 @@ HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 5.0
 # What a replica may need, beyond what its open requests may, to close its servers and its engine.
 CLOSE_S = 2.0
+# oneDNN, and torch's layer above it, compile products for each number of rows that comes, and keep a thousand each:
+# with prompts of all lengths that is 0.6 GiB and more, filled within an hour. These are of some twenty lengths.
+KEPT_PRODUCTS = dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "128")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +174,7 @@ def _environment(config: ShoalConfig, stage: StageConfig) -> dict[str, str]:
     # The two pools of one machine take turns on its cores; OpenMP's spinning threads would starve the other one. Some
     # microseconds of it bridge the gaps within a step, where waking a thread takes as long as a product of few rows.
     variables = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", "TOKENIZERS_PARALLELISM": "false"}
-    # oneDNN, and torch's layer above it, each keep a thousand compiled products, of every number of rows that has come:
-    # with prompts of all lengths that is 0.8 GiB, filled within an hour. These are those of some twenty lengths.
-    variables |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "128")
+    variables |= KEPT_PRODUCTS
     num_threads = stage.num_threads or (usable_threads() if is_private(config) else None)
     if num_threads is not None:
         # Ray sets 1 where num_cpus is 1 or less.

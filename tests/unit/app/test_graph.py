@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from shoal.app.graph import Replicas, bind, build, demand, with_gateway
+from shoal.app.graph import KEPT_PRODUCTS, Replicas, bind, build, demand, with_gateway
 from shoal.config import ShoalConfig
 
 
@@ -72,6 +75,37 @@ def variables(config: ShoalConfig) -> dict[str, str]:
 
 def test_waiting_threads_leave_the_cores_to_the_other_pool():
     assert variables(ShoalConfig())["OMP_WAIT_POLICY"] == "passive"
+
+
+_MANY_LENGTHS = """
+import ctypes, torch
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefg", "used", "free", "top")]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+torch.set_num_threads(1)
+weight, inputs = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(500, 64, dtype=torch.bfloat16)
+torch.nn.functional.linear(inputs, weight)
+before = libc.mallinfo2().used
+for rows in range(65, 465):
+    torch.nn.functional.linear(inputs[:rows], weight)
+print(libc.mallinfo2().used - before)
+"""
+
+
+def test_prompts_of_all_lengths_leave_no_more_than_some():
+    """That torch and oneDNN read these variables at all is theirs to change."""
+
+    def grown(environment: Mapping[str, str]) -> int:
+        command = [sys.executable, "-c", _MANY_LENGTHS]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    kept = {name: value for name, value in variables(ShoalConfig()).items() if name in KEPT_PRODUCTS}
+    by_itself = grown({})
+    if by_itself < 16 << 20:
+        pytest.skip("torch compiles no products on this processor")
+    assert grown(kept) < by_itself / 2
 
 
 @pytest.mark.parametrize(

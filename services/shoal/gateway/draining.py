@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 
+from shoal.cutoff import Cutoff
 from shoal.errors import Unavailable
 from shoal.gateway.backend import Backend, Readiness
 from shoal.messages import GenerateRequest, TokenOutput
@@ -21,9 +22,8 @@ class DrainingBackend:
         self._num_open = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._waiting: set[asyncio.Timeout] = set()
+        self._cutoff = Cutoff(_shutting_down)
         self._is_draining = False
-        self._is_cut = False
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """As the backend's; raises Unavailable once the drain began, and in the midst of an answer once it's over."""
@@ -34,7 +34,7 @@ class DrainingBackend:
         try:
             async with aclosing(self._backend.generate(request)) as outputs:
                 while True:
-                    async with self._unless_cut():
+                    async with self._cutoff.within():
                         output = await anext(outputs, None)
                     if output is None:
                         return
@@ -60,28 +60,10 @@ class DrainingBackend:
             await self._cut()
 
     async def _cut(self) -> None:
-        self._is_cut = True
-        for wait in tuple(self._waiting):
-            wait.reschedule(asyncio.get_running_loop().time())
+        self._cutoff.cut()
         with suppress(TimeoutError):
             async with asyncio.timeout(_CUT_WITHIN_S):
                 await self._idle.wait()
-
-    @asynccontextmanager
-    async def _unless_cut(self) -> AsyncIterator[None]:
-        if self._is_cut:
-            raise _shutting_down()
-        try:
-            async with asyncio.timeout(None) as wait:
-                self._waiting.add(wait)
-                try:
-                    yield
-                finally:
-                    self._waiting.discard(wait)
-        except TimeoutError as error:
-            if not wait.expired():
-                raise
-            raise _shutting_down() from error
 
 
 def _shutting_down() -> Unavailable:

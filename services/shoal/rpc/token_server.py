@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
+from shoal.cutoff import Cutoff
 from shoal.errors import Overloaded, PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import GenerateRequest, Ticket, TokenOutput
 from shoal.rpc.outputs import to_outputs
@@ -89,7 +90,7 @@ class Outlet:
     def unless_gone(self) -> AbstractAsyncContextManager[None]:
         """What is within ends with PeerGone as soon as the gateway's stream has: nothing else would tell a request that
         waits, and hasn't an output to send, that it waits for nobody."""
-        return self._gateway.unless_gone()
+        return self._gateway.cutoff.within()
 
     def _put(self, messages: Sequence[pb.Output]) -> None:
         if self._gateway.is_gone:
@@ -111,7 +112,7 @@ class _Gateway:
         self._progress = asyncio.Event()
         """Replaced whenever it's set."""
         self._waiting: list[pb.Output] = []
-        self._works: set[asyncio.Timeout] = set()
+        self.cutoff = Cutoff(_gone)
 
     def put(self, messages: Sequence[pb.Output]) -> None:
         self.num_put += len(messages)
@@ -131,9 +132,7 @@ class _Gateway:
         """Twice is a no-op."""
         self.is_gone = True
         self._waiting.clear()
-        now_s = asyncio.get_running_loop().time() if self._works else 0.0
-        while self._works:
-            self._works.pop().reschedule(now_s)
+        self.cutoff.cut()
         self.wake.set()
         self.proceed()
 
@@ -141,22 +140,6 @@ class _Gateway:
         """Who waits for something looks again."""
         self._progress.set()
         self._progress = asyncio.Event()
-
-    @asynccontextmanager
-    async def unless_gone(self) -> AsyncIterator[None]:
-        if self.is_gone:
-            raise _gone()
-        try:
-            async with asyncio.timeout(None) as work:
-                self._works.add(work)
-                try:
-                    yield
-                finally:
-                    self._works.discard(work)
-        except TimeoutError as error:
-            if not work.expired():
-                raise
-            raise _gone() from error
 
     async def until(self, look: Callable[[], T | None], timeout_s: float, otherwise: str) -> T:
         """What ``look`` sees as soon as it sees something. Raises PeerGone if this gateway goes before, or with

@@ -295,7 +295,9 @@ class GatewayConfig(_Frozen):
     max_stop_chars: Annotated[int, Field(ge=1)] = Field(256, description="Characters in one of them.")
     max_prompts: Annotated[int, Field(ge=1)] = Field(64, description="Prompts in one completions request.")
     max_running: Annotated[int, Field(ge=1)] = Field(
-        2048, description="Requests that a gateway works on at once, waiting ones included; more get 429."
+        2048,
+        description="Requests that a gateway works on at once, waiting ones included, each of several prompts "
+        "counting; more get 429.",
     )
     deadline_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="How long a request may take in all; a client may ask for less."

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 from shoal.config import RateConfig
 
+TOLD = RateConfig(per_s=1.0, burst=20)
+"""For what is logged of each of many: whoever fails without end doesn't fill a disk. All are counted."""
+
 
 class RateLimit:
     """``burst`` at once, ``per_s`` on average. ``clock`` is monotonic seconds. Belongs to one thread."""

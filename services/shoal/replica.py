@@ -63,9 +63,11 @@ def host_of_handoff(config: ShoalConfig) -> Host:
 
 
 def leave_no_dump() -> None:
-    """A process that crashes would write prompts, K/V and keys to a disk."""
+    """A process that crashes would write prompts, K/V and keys to a disk, or to whatever /proc/sys/kernel/core_pattern
+    names."""
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
+    # A program behind a pipe gets a dump at any limit but 1, and a byte is less than any file would have.
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if most else 0, most))
 
 
 def host_of_metrics(config: ShoalConfig) -> Host:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -104,6 +105,13 @@ def test_prefill_dies_after_its_first_chunk(live: TestCluster, long: RealPrompt,
     sessions = after.each("shoal_kv_sessions_total", role="prefill")
     came = sessions.keys() - before.each("shoal_kv_sessions_total", role="prefill").keys()
     assert [sessions[new] for new in came] == [2.0] * num_killed  # it has greeted both before it's asked for a prompt
+
+
+def test_no_replica_that_crashes_leaves_a_dump(live: TestCluster):
+    for entry in live.live.replica_entries():
+        limits = Path(f"/proc/{entry.pid}/limits").read_text(encoding="ascii").splitlines()
+        [(soft, hard)] = [line.split()[4:6] for line in limits if line.startswith("Max core file size")]
+        assert soft == ("0" if hard == "0" else "1"), entry
 
 
 def test_decode_dies_before_the_first_token(live: TestCluster, long: RealPrompt):

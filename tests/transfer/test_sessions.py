@@ -78,7 +78,9 @@ async def test_nobody_there_is_peer_gone_and_is_tried_again() -> None:
 
 async def test_whom_it_greets_before_the_first_prompt_it_needs_no_more_greeting() -> None:
     async with rig("grpc") as both:
-        await both.pool.greet([both.address, "127.0.0.1:1"], within_s=10.0)  # nobody is at the second
+        nobody = "127.0.0.1:1"
+        failed = await both.pool.greet([both.address, nobody], within_s=10.0)
+        assert {address: error.code for address, error in failed.items()} == {nobody: "peer_gone"}
         assert len(both.channels) == 2
         await both.hand_off(prompt())
         assert len(both.channels) == 2
@@ -87,7 +89,7 @@ async def test_whom_it_greets_before_the_first_prompt_it_needs_no_more_greeting(
 async def test_who_does_not_greet_back_is_waited_for_no_longer_than_may_be() -> None:
     clock = FakeClock()
     async with rig(clock=clock, decode_sends=lambda _envelope: ()) as both:
-        await both.pool.greet(["memory"], within_s=0.01)
+        assert not await both.pool.greet(["memory"], within_s=0.01)
         with pytest.raises(PeerGone, match="nothing was heard"):
             await asyncio.gather(both.pool.get("memory"), clock.advance(TIMES.ttl_s))
 

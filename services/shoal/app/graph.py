@@ -5,6 +5,7 @@ Each deployment gets ``ShoalConfig`` as a plain dict, and the handle of the one 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -174,7 +175,7 @@ def _environment(config: ShoalConfig, stage: StageConfig) -> dict[str, str]:
     # The two pools of one machine take turns on its cores; OpenMP's spinning threads would starve the other one. Some
     # microseconds of it bridge the gaps within a step, where waking a thread takes as long as a product of few rows.
     variables = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", "TOKENIZERS_PARALLELISM": "false"}
-    variables |= KEPT_PRODUCTS
+    variables |= {name: os.environ.get(name, kept) for name, kept in KEPT_PRODUCTS.items()}
     num_threads = stage.num_threads or (usable_threads() if is_private(config) else None)
     if num_threads is not None:
         # Ray sets 1 where num_cpus is 1 or less.

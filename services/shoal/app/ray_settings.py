@@ -43,7 +43,8 @@ def set_environment(config: ShoalConfig) -> None:
 
 
 def asks_for_token() -> bool:
-    """Whether the Ray that this process is in wants one. Ray sets the variable where it finds a token by itself."""
+    """Whether this process shows one: a cluster that asks for none is joined without. Ray sets the variable where it
+    finds a token by itself, also one that nobody asked for."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 

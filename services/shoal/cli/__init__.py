@@ -135,7 +135,7 @@ def _serve(settings: Any) -> None:
             on_progress("", 0, 0)
             gateway = settings.gateway
             grpc = f", gRPC on [bold]{gateway.host}:{gateway.grpc_port}[/bold]" if gateway.grpc_port else ""
-            everywhere = "" if gateway.host in cluster.url else f" (and on all of {gateway.host})"
+            everywhere = " (and on every interface)" if gateway.host in {"", "0.0.0.0", "::"} else ""  # noqa: S104
             err.print(f"serving on [bold]{cluster.url}[/bold]{everywhere}{grpc}; stop with Ctrl-C. Try:")
             err.print(f"  {_example(settings, cluster.url)}", markup=False, soft_wrap=True)
             try:
@@ -157,11 +157,12 @@ def _check_files(settings: Any) -> None:
 
     if settings.gateway.keys_file is not None:
         read_keys(settings.gateway.keys_file)
+    is_gateway_here = settings.ray.address is None or settings.gateway.resource is None
+    if settings.gateway.tls is not None and is_gateway_here:
+        server_context(settings.gateway.tls)
     if settings.ray.address is not None:
         return
     locate(settings.model.name)
-    if settings.gateway.tls is not None:
-        server_context(settings.gateway.tls)
     if settings.has_peer_tls:
         for role in ROLES:
             read_certificate(settings.tls.folder, role)

@@ -31,7 +31,12 @@ def new(
         typer.Option(help="What the tenant's keys open: generate, metrics, or both, one --role each.", metavar="ROLE"),
     ] = None,
     max_running: Annotated[
-        int | None, typer.Option(min=1, help="Requests of the tenant at once. Default: as many as there is room for.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests of the tenant at once, each of several prompts counting. "
+            "Default: as many as there is room for.",
+        ),
     ] = None,
     max_kv_tokens: Annotated[
         int | None,

@@ -41,6 +41,7 @@ from shoal.errors import (
 )  # fmt: skip
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
+from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
 from shoal.telemetry.labels import FallbackRung
 from shoal.transfer.decode_side import Arrived, HandoffDesk
@@ -96,6 +97,7 @@ class DecodeWorker:
         self._prefill_remembers = prefill_remembers
         self.admission = Admission()
         self._ladder = Ladder(config)
+        self._told = RateLimit(TOLD)
         self._given_up: Lease | None = None
         self._wants_blocks = False
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
@@ -233,8 +235,9 @@ class DecodeWorker:
                 failed = pool.asked(grant)
                 excluded |= frozenset(() if failed is None else (failed,))
                 rung = self._ladder.after(attempt, has_other_replica=bool(await pool.living(now=True) - excluded))
-                # Of what prefill gave up, its own log says where.
                 reason, where = (error.reason, None) if isinstance(error, _GivenUp) else (error.code, error)
+                # Of what prefill gave up, its own log says where; of the others, once is enough.
+                where = where if where is not None and self._told.take() else None
                 self._count_fallback(rung, reason, replica_id=failed, exc_info=where)
                 if rung is FallbackRung.LOCAL:
                     return _Local(reason)

@@ -10,11 +10,10 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal.config import RateConfig
 from shoal.errors import ShoalError, Unauthenticated
 from shoal.gateway.backend import GatewayObserver
 from shoal.gateway.keys import Keyring, Role, Tenant, TenantConfig
-from shoal.rate import RateLimit
+from shoal.rate import TOLD, RateLimit
 
 OPEN = frozenset({"/health", "/readyz", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """For probes, which have no key. They tell how many replicas are ready, and no more."""
@@ -29,9 +28,6 @@ _ROLES = {
 ANYBODY = Tenant("default", TenantConfig(roles=frozenset(Role)))
 """Who asks where no keys are wanted."""
 
-_REFUSALS_LOGGED = RateConfig(per_s=1.0, burst=20)
-"""Whoever knocks without end doesn't fill a disk; all are counted."""
-
 _log = structlog.get_logger(__name__)
 _asking: ContextVar[Tenant | None] = ContextVar("asking", default=None)
 
@@ -42,7 +38,7 @@ class Access:
     def __init__(self, keyring: Keyring | None, observer: GatewayObserver) -> None:
         self._keyring = keyring
         self._observer = observer
-        self._refusals = RateLimit(_REFUSALS_LOGGED)
+        self._refusals = RateLimit(TOLD)
 
     @contextmanager
     def admitted(self, place: str, shown: Sequence[str], peer: str | None = None) -> Iterator[None]:

@@ -50,6 +50,10 @@ class Exchange:
         self.exits.close()
         self._tell()
 
+    def ran(self) -> bool:
+        """It wasn't sent away."""
+        return self.generation is not None
+
     def failed(self, error: ShoalError) -> None:
         """``error`` is why it ends, though not with that exception: its stream tells it, or nobody listens any more."""
         self._error = error

@@ -57,8 +57,8 @@ def enter(services: Services, exchange: Exchange) -> None:
     """
     tenant = asking()
     exchange.tenant = tenant.name
-    exchange.exits.enter_context(_admitted(services))
-    exchange.exits.enter_context(tenant.running())
+    exchange.exits.enter_context(_admitted(services, exchange))
+    exchange.exits.enter_context(tenant.running(ran=exchange.ran))
 
 
 async def take_in(
@@ -94,8 +94,8 @@ async def take_in(
     )
     requests = generate_requests(body, prompts, model, context)
     num_more = len(requests) - 1  # each is as much work as a request of its own
-    exchange.exits.enter_context(tenant.running_more(num_more))
-    exchange.exits.enter_context(_admitted(services, num_more))
+    exchange.exits.enter_context(tenant.running_more(num_more, ran=exchange.ran))
+    exchange.exits.enter_context(_admitted(services, exchange, num_more))
     exchange.exits.enter_context(tenant.holding(sum(request.max_kv_tokens for request in requests)))
     if services.wants_outline and isinstance(body, ChatBody) and requests[0].depth is Depth.SHALLOW:
         outline = await services.tokenizer.outline_chat(body.messages, prompts[0])
@@ -113,11 +113,13 @@ async def take_in(
     return exchange.generation
 
 
-def _admitted(services: Services, num: int = 1) -> AbstractContextManager[None]:
+def _admitted(services: Services, exchange: Exchange, num: int = 1) -> AbstractContextManager[None]:
     places, most = services.places, services.config.max_running
-    if places.num_taken + num > most:
-        raise Overloaded(f"{most} requests are running, as many as may: try again later", retry_after_s=places.wait_s)
-    return places.taken(num)
+    if (num_missing := places.num_taken + num - most) > 0:
+        raise Overloaded(
+            f"{most} requests are running, as many as may: try again later", retry_after_s=places.wait_s(num_missing)
+        )
+    return places.taken(num, ran=exchange.ran)
 
 
 async def _encode(body: CompletionBody | ChatBody, tokenizer: Tokenizer, max_tokens: int) -> Sequence[Sequence[int]]:

@@ -54,7 +54,9 @@ class TenantConfig(BaseModel):
         Field({}, description="By the key's id, SHA-256 of the key in hex; shoal keys new writes both.")
     )
     roles: frozenset[Role] = Field(frozenset({Role.GENERATE}), description="What its keys open: generate, metrics.")
-    max_running: Annotated[int, Field(ge=1)] | None = Field(None, description="Requests at once; more get 429.")
+    max_running: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Requests at once, each of several prompts counting; more get 429."
+    )
     max_kv_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="Tokens of its prompts and answers at once, each answer at its longest: so much K/V can be its own "
@@ -105,20 +107,20 @@ class Tenant:
             raise PermissionDenied(f"this key doesn't have the role {role}: ask whoever gave it to you")
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count a request for as long as the block lasts. Raises RateLimited."""
+    def running(self, *, ran: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Count a request for as long as the block lasts; ``ran`` is as for ``Places.taken``. Raises RateLimited."""
         if self.config.max_running is not None and self.num_running >= self.config.max_running:
             raise RateLimited(
                 f"{self.num_running} requests of yours are running, which is what you may: wait for one",
-                retry_after_s=self._places.wait_s,
+                retry_after_s=self._places.wait_s(),
             )
         if self._rate is not None and not self._rate.take():
             raise RateLimited("you ask more often than you may", retry_after_s=self._rate.wait_s)
-        with self._places.taken():
+        with self._places.taken(ran=ran):
             yield
 
     @contextmanager
-    def running_more(self, num_more: int) -> Iterator[None]:
+    def running_more(self, num_more: int, *, ran: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Count further prompts of a request that counts. Raises RateLimited, or InvalidRequest if they never may."""
         most = self.config.max_running
         if most is not None and num_more >= most:
@@ -126,13 +128,13 @@ class Tenant:
                 f"{num_more + 1} prompts in one request, and {most} of yours may run at once: send fewer",
                 param="prompt",
             )
-        if most is not None and self.num_running + num_more > most:
+        if most is not None and (num_missing := self.num_running + num_more - most) > 0:
             raise RateLimited(
                 f"{self.num_running} requests of yours are running, of {most} that may, and this one has "
                 f"{num_more + 1} prompts: wait for some",
-                retry_after_s=self._places.wait_s,
+                retry_after_s=self._places.wait_s(num_missing),
             )
-        with self._places.taken(num_more):
+        with self._places.taken(num_more, ran=ran):
             yield
 
     @contextmanager
@@ -147,7 +149,7 @@ class Tenant:
         if most is not None and self.num_kv_tokens + num_tokens > most:
             raise RateLimited(
                 f"requests of yours with {self.num_kv_tokens} tokens are running, of {most} that may be: wait for one",
-                retry_after_s=self._places.wait_s,
+                retry_after_s=self._places.wait_s(),
             )
         self.num_kv_tokens += num_tokens
         try:

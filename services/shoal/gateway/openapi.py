@@ -252,7 +252,7 @@ def _limit(fields: Json, services: Services) -> None:
         fields["messages"]["maxItems"] = context
     for prompts in _alternatives(fields.get("prompt", {}), "array"):
         ids = prompts if prompts["items"]["type"] == "integer" else prompts["items"]
-        prompts["maxItems"] = config.max_prompts
+        prompts["maxItems"] = min(config.max_prompts, config.max_running)
         if ids["type"] == "array":  # or it's a text
             ids["maxItems"] = context
             ids["items"]["maximum"] = last_id

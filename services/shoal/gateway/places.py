@@ -16,20 +16,20 @@ class Places:
         self.num_taken = 0
         self._throughput = Throughput(clock)
 
-    @property
-    def wait_s(self) -> float:
-        """How long it takes, of late, until the next one leaves; a second if nobody knows."""
+    def wait_s(self, num: int = 1) -> float:
+        """How long it takes, of late, until so many have left; a second each if nobody knows."""
         known = self._throughput.seconds_each
-        return 1.0 if known is None else known
+        return num * (1.0 if known is None else known)
 
     @contextmanager
-    def taken(self, num: int = 1) -> Iterator[None]:
+    def taken(self, num: int = 1, *, ran: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """For the block. ``ran`` is asked at its end: who was sent away says nothing of how long the others take."""
         self.num_taken += num
         self._throughput.measure(self.num_taken > 0)
         try:
             yield
         finally:
             self.num_taken -= num
-            for _ in range(num):
+            for _ in range(num if ran() else 0):
                 self._throughput.done()
             self._throughput.measure(self.num_taken > 0)

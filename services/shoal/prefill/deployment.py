@@ -9,6 +9,8 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
+import structlog
+
 from shoal import directory
 from shoal.config import ShoalConfig
 from shoal.messages import Grant, HandoffOutcome
@@ -19,6 +21,8 @@ from shoal.telemetry import Component, HealthMetrics, bind_request, configure_lo
 from shoal.transfer.base import Channel
 from shoal.transfer.channels.grpc import dial
 from shoal.watch import Watch
+
+_log = structlog.get_logger(__name__)
 
 
 class PrefillReplica:
@@ -79,10 +83,14 @@ class PrefillReplica:
         self._watch.require_healthy()
 
     async def _greet(self, settings: ShoalConfig) -> None:
-        """Know those that will ask: the first prompt of each mustn't wait for it, nor fail where all is busy."""
+        """Know those that are there and will ask: their first prompts mustn't wait for it, nor fail where all is busy.
+
+        Who comes later is greeted by its own first prompt."""
         decode = await asyncio.to_thread(directory.living, settings.ray.app_name, "decode")
         addresses = [entry.handoff_address for entry in decode if entry.handoff_address is not None]
-        await self._stage.sessions.greet(addresses, within_s=settings.handoff.ttl_s)
+        failed = await self._stage.sessions.greet(addresses, within_s=settings.handoff.ttl_s)
+        for address, error in failed.items():
+            _log.warning("a decode replica can't be greeted", peer=address, reason=error.code, exc_info=error)
 
     async def __del__(self) -> None:
         if hasattr(self, "_watch"):

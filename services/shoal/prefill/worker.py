@@ -18,6 +18,7 @@ from shoal.engine.runner import PrefillChunk
 from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, LeaseLost, PlanMismatch, ShoalError
 from shoal.messages import Depth, Grant, HandoffOutcome, WireMode
 from shoal.model.plan import LayerPlan
+from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import PrefillMetrics
 from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.session_pool import SessionPool
@@ -45,6 +46,7 @@ class PrefillWorker:
         self._num_kept, self._num_layers = plan.num_kept, plan.num_layers
         self._depth = Depth.SHALLOW if plan.num_skipped else Depth.FULL
         self._metrics = metrics
+        self._told = RateLimit(TOLD)
 
     async def prefill(self, grant: Grant) -> HandoffOutcome:
         """Compute and ship one prompt. Returns when its lease has ended, however it ended.
@@ -70,10 +72,11 @@ class PrefillWorker:
                     await self._hand_off(grant, inbox, time.monotonic() - asked_s)
             except TimeoutError:
                 reason = DeadlineExceeded.code if deadline.expired() else "prefill_queue_timeout"
+                self._tell(grant, reason)
                 return HandoffOutcome(grant.lease_id, committed=False, reason=reason)
             except (HandoffError, ShoalError) as error:
-                if not isinstance(error, Cancelled | LeaseLost):  # in both, decode wants it no more
-                    _log.warning("a hand-off failed", peer=grant.handoff_address, reason=error.code, exc_info=error)
+                if not isinstance(error, Cancelled):  # decode wants it no more
+                    self._tell(grant, error.code, error)
                 return HandoffOutcome(grant.lease_id, committed=False, reason=error.code)
         return HandoffOutcome(grant.lease_id, committed=True)
 
@@ -103,6 +106,11 @@ class PrefillWorker:
             self._engine.post(lambda engine: engine.chunk_sent(inbox.request_id))
             if event.chunk.end == end:
                 return _Computed(waited_s + event.first_step_s - started_s, event.ended_s - event.first_step_s)
+
+    def _tell(self, grant: Grant, reason: str, error: ShoalError | None = None) -> None:
+        """Why it failed, and now and then also where: of a peer that is gone, each prompt says the same."""
+        where = error if error is not None and self._told.take() else None
+        _log.warning("a hand-off failed", peer=grant.handoff_address, reason=reason, exc_info=where)
 
     def _count(self, computed: _Computed, num_tokens: int, num_cached: int) -> None:
         self._metrics.queued(computed.queue_s)

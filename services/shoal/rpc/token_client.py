@@ -144,7 +144,8 @@ class TokenClient:
             await self._stubs[place].Submit(to_submit(stream.ticket, place.server_id, request))
         except grpc.aio.AioRpcError as error:
             known = from_rpc_error(error)
-            self._fail_later([stream], known if isinstance(known, ProtocolViolation) else _lost(error, place))
+            lost = _gone() if refusal(error, place.address) is None else _untrusted()
+            self._fail_later([stream], known if isinstance(known, ProtocolViolation) else lost)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -164,7 +165,7 @@ class TokenClient:
         except grpc.aio.AioRpcError as error:
             if (untrusted := refusal(error, place.address)) is not None:
                 _log.error("no tokens: %s", untrusted.message)
-                lost = _lost(error, place)
+                lost = _untrusted()
         finally:
             del self._stubs[place]
             self._fail_later([stream for stream in self._open.values() if stream.place == place], lost)
@@ -175,9 +176,7 @@ class TokenClient:
             asyncio.get_running_loop().call_later(self._patience_s, stream.fail, error)
 
 
-def _lost(error: grpc.aio.AioRpcError, place: Place) -> PeerGone:
-    if refusal(error, place.address) is None:
-        return _gone()
+def _untrusted() -> PeerGone:
     return PeerGone("the gateway and a decode replica don't trust each other: the logs say why", retry_after_s=1.0)
 
 

@@ -107,12 +107,15 @@ class _Gateway:
         self.num_put = 0
         self.num_written = 0
         self.is_followed = False
-        self.is_gone = False
+        self.cutoff = Cutoff(_gone)
         self.wake = asyncio.Event()
         self._progress = asyncio.Event()
         """Replaced whenever it's set."""
         self._waiting: list[pb.Output] = []
-        self.cutoff = Cutoff(_gone)
+
+    @property
+    def is_gone(self) -> bool:
+        return self.cutoff.is_cut
 
     def put(self, messages: Sequence[pb.Output]) -> None:
         self.num_put += len(messages)
@@ -130,7 +133,6 @@ class _Gateway:
 
     def drop(self) -> None:
         """Twice is a no-op."""
-        self.is_gone = True
         self._waiting.clear()
         self.cutoff.cut()
         self.wake.set()
@@ -256,7 +258,7 @@ class _Servicer(WorkerServiceServicer):
 
 
 def _gone() -> PeerGone:
-    return PeerGone("the gateway doesn't listen any more")
+    return PeerGone("the stream between a gateway and a decode replica has ended")
 
 
 def _batches(outputs: Sequence[pb.Output]) -> Iterator[Sequence[pb.Output]]:

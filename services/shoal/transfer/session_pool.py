@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
-from shoal.errors import Unavailable
+from shoal.errors import ShoalError, Unavailable
 from shoal.transfer.base import Channel, Clock
 from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PrefillSession
@@ -51,17 +51,19 @@ class SessionPool:
         # Several may wait for it: the first one's leaving mustn't end it.
         return await asyncio.shield(opened)
 
-    async def greet(self, addresses: Iterable[str], within_s: float) -> None:
+    async def greet(self, addresses: Iterable[str], within_s: float) -> dict[str, ShoalError]:
         """Open sessions before a prompt needs them: to greet takes a second or more where memory has to be made known.
 
-        Never raises. Whom it didn't reach is greeted again when a prompt goes there.
+        Returns who refused, or isn't there, and why; they are greeted again when a prompt goes there, and so is who
+        hasn't answered after ``within_s``.
         """
-        opening = [asyncio.ensure_future(self.get(address)) for address in addresses]
+        opening = {address: asyncio.ensure_future(self.get(address)) for address in addresses}
         if opening:
-            await asyncio.wait(opening, timeout=within_s)
-        for one in opening:
+            await asyncio.wait(opening.values(), timeout=within_s)
+        for one in opening.values():
             one.cancel()  # who isn't there yet may still come
-        await asyncio.gather(*opening, return_exceptions=True)
+        ended = await asyncio.gather(*opening.values(), return_exceptions=True)
+        return {address: end for address, end in zip(opening, ended, strict=True) if isinstance(end, ShoalError)}
 
     async def drain(self, drain_s: float) -> None:
         """Allow no new claims, let the open ones finish for ``drain_s``, then stop them, and close."""

@@ -93,6 +93,12 @@ print(libc.mallinfo2().used - before)
 """
 
 
+def test_who_runs_it_may_have_more_or_less_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "17")
+    assert variables(ShoalConfig())["LRU_CACHE_CAPACITY"] == "17"
+    assert variables(ShoalConfig())["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+
+
 def test_prompts_of_all_lengths_leave_no_more_than_some():
     """That torch and oneDNN read these variables at all is theirs to change."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from models import save_tiny
@@ -215,7 +216,9 @@ async def test_prefill_keeps_the_deadline_itself(folder: Path):
         local.prefill.worker._sessions.get = never  # type: ignore[method-assign]
         context = RequestContext("late", timeout_s=0.2)
         grant = Grant(b"l" * 16, "memory", local.decode.served.plan_hash, 20, 0, 60.0, 60.0, context)
-        outcome = await local.prefill.worker.prefill(grant)
+        with structlog.testing.capture_logs() as logs:
+            outcome = await local.prefill.worker.prefill(grant)
+        assert [log["reason"] for log in logs if log["event"] == "a hand-off failed"] == ["deadline_exceeded"]
         assert session.is_set() and outcome == HandoffOutcome(grant.lease_id, False, "deadline_exceeded")
         await until(lambda: nothing_is_held(local))
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,6 +290,10 @@ async def test_who_looks_for_why_a_hand_off_failed_finds_it_in_both_logs(opened:
         local.decode.worker.prefill = ScriptedPool(local.decode.worker.prefill, PeerGone("it died"))
         with structlog.testing.capture_logs() as later:
             await collect(local, request(PROMPT))
+        local.decode.worker._told = SimpleNamespace(take=lambda: False)
+        local.decode.worker.prefill = ScriptedPool(local.decode.worker.prefill, PeerGone("it died, too"))
+        with structlog.testing.capture_logs() as much_later:
+            await collect(local, request(PROMPT))
     prefill, decode = (log for log in logs if log["log_level"] == "warning")
     assert (prefill["event"], prefill["peer"], prefill["reason"]) == ("a hand-off failed", "memory", "peer_gone")
     assert str(prefill["exc_info"]) == "nobody is there"
@@ -296,6 +301,8 @@ async def test_who_looks_for_why_a_hand_off_failed_finds_it_in_both_logs(opened:
     assert (decode["reason"], decode["exc_info"]) == ("peer_gone", None)
     other = later[0]
     assert (other["rung"], other["replica_id"], str(other["exc_info"])) == ("other_replica", "a", "it died")
+    # Of very many, each has its line, and no traceback.
+    assert (much_later[0]["rung"], much_later[0]["exc_info"]) == ("other_replica", None)
 
 
 async def test_a_prefill_replica_that_hangs_is_asked_for_no_prompt(opened: Any, model: Any):

@@ -173,6 +173,9 @@ async def test_each_prompt_of_a_request_counts(services: Services, http: httpx.A
     with mine.running():
         refused = await http.post("/v1/completions", json=three, headers=headers)
         assert refused.status_code == 429 and "has 3 prompts" in refused.json()["error"]["message"]
+    with mine.running(), mine.running():
+        refused = await http.post("/v1/completions", json=three, headers=headers)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "2"  # two must leave
     never = await http.post("/v1/completions", json=BODY | {"prompt": ["a", "b", "c", "d"]}, headers=headers)
     assert never.status_code == 400 and "4 prompts in one request" in never.json()["error"]["message"]
     assert mine.num_running == 0
@@ -180,8 +183,14 @@ async def test_each_prompt_of_a_request_counts(services: Services, http: httpx.A
     services = replace(services, config=services.config.model_copy(update={"max_running": 3}))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(services)), base_url="http://test") as client:
         with services.places.taken():
-            refused = await client.post("/v1/completions", json=three)
-            assert refused.status_code == 429 and refused.json()["error"]["code"] == "overloaded"
+            for _ in range(10):  # who is sent away leaves at once, which says nothing of when there's room
+                refused = await client.post("/v1/completions", json=three)
+                assert refused.status_code == 429 and refused.json()["error"]["code"] == "overloaded"
+                assert refused.headers["retry-after"] == "1"
+            assert services.places.wait_s() == mine._places.wait_s() == 1.0
+            with services.places.taken():
+                refused = await client.post("/v1/completions", json=three)
+                assert refused.status_code == 429 and refused.headers["retry-after"] == "2"
         assert (await client.post("/v1/completions", json=three)).status_code == 200
         never = await client.post("/v1/completions", json=three | {"prompt": ["a"] * 4})
         assert never.status_code == 400 and never.json()["error"]["param"] == "prompt"

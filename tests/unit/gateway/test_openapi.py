@@ -101,6 +101,13 @@ async def test_behind_a_prefix_it_names_it(services: Services) -> None:
     assert openapi_document(services, "/llm")["servers"] == [{"url": "/llm"}]
 
 
+def test_more_prompts_than_may_run_at_once_are_none_that_may_come(services: Services) -> None:
+    few = replace(services, config=services.config.model_copy(update={"max_prompts": 64, "max_running": 2}))
+    document = openapi_document(few)
+    assert not errors_of(document, "CompletionBody", COMPLETION | {"prompt": ["a", "b"]})
+    assert errors_of(document, "CompletionBody", COMPLETION | {"prompt": ["a", "b", "c"]})
+
+
 COMPLETION = {"model": "smollm2", "prompt": "Hello"}
 CHAT_BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}]}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from shoal.config import HandoffConfig
+from shoal.config import HandoffConfig, ShoalConfig
+from shoal.decode import stage as decode_stage
 from shoal.errors import ConfigError
 from shoal.messages import Carrier, CarrierReason, WireMode
 from shoal.prefill import stage
@@ -37,10 +39,32 @@ def test_what_tls_encrypts_goes_by_nixl_only_where_that_is_asked_for_by_name(
 ) -> None:
     monkeypatch.setattr(process, "is_installed", lambda: True)
     monkeypatch.setattr(process.Nixl, "warm_up", lambda nixl: None)
-    assert nixl_for("auto", is_encrypted=True) is None and nixl_for("auto") is not None
-    assert not caplog.records
+    caplog.set_level("INFO")
+    assert nixl_for("auto") is not None and not caplog.records
+    assert nixl_for("auto", is_encrypted=True) is None
+    assert "NIXL isn't used, since tls doesn't cover it" in caplog.text
     assert nixl_for("nixl", is_encrypted=True) is not None
     assert "tls doesn't cover NIXL" in caplog.text
+
+
+@pytest.mark.parametrize("tls", [None, "off", {"folder": "certificates"}], ids=str)
+async def test_both_stages_say_whether_the_hand_off_is_encrypted(tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(*_of: object, is_encrypted: bool) -> None:
+        raise Asked(is_encrypted)
+
+    monkeypatch.setattr(stage, "nixl_for", ask)
+    monkeypatch.setattr(decode_stage, "nixl_for", ask)
+    config = ShoalConfig(tls=tls)
+    for opened in (
+        stage.open_prefill(config, CollectorRegistry()),
+        decode_stage.open_decode(config, CollectorRegistry(), None),
+    ):
+        with pytest.raises(Asked) as asked:
+            await opened.__aenter__()
+        assert asked.value.args == (isinstance(tls, dict),)
 
 
 @pytest.mark.parametrize(

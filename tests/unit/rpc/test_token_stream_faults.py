@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from shoal.errors import PeerGone, ProtocolViolation
+from shoal.errors import PeerGone, ProtocolViolation, Unauthenticated
 from shoal.rpc import token_client, token_server
 from shoal.rpc.frames import MAX_ID
 from shoal.rpc.requests import to_submit
@@ -84,11 +84,24 @@ async def test_who_placed_the_request_may_know_better_why_it_ended():
             await one.first()
 
 
+async def test_who_is_not_trusted_is_not_called_dead(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Clients and operators are told apart what it is: one to ask again, the other which address to look at."""
+    async with joined(patience_s=0) as both:
+        address = "127.0.0.1:1"
+        monkeypatch.setattr(token_client, "refusal", lambda _error, of: Unauthenticated(f"{of} shows no certificate"))
+        one = both.request()
+        one.stream.follow(replace(both.decode.place, address=address))
+        with pytest.raises(PeerGone, match="don't trust each other"):
+            await one.rest()
+        await one.stream.submit(generate_request(1))
+    assert caplog.text.count(f"{address} shows no certificate") == 1
+
+
 async def test_a_gateway_that_goes_away_ends_its_requests_on_decode():
     async with joined() as both:
         one = await both.running()
         await both.client.close()
-        with pytest.raises(PeerGone, match="doesn't listen"):
+        with pytest.raises(PeerGone, match="has ended"):
             await send_for_ever(one.outlet)
 
 
@@ -132,7 +145,7 @@ async def test_a_request_is_not_waited_for_from_a_gateway_that_went_away():
         waiting = asyncio.create_task(one.outlet.request(timeout_s=60))
         await asyncio.sleep(0)  # let it begin
         await both.client.close()
-        with pytest.raises(PeerGone, match="doesn't listen"):
+        with pytest.raises(PeerGone, match="has ended"):
             await waiting
 
 

@@ -67,7 +67,11 @@ def nixl_for(
 
     Where the hand-off ``is_encrypted``, it has to be asked for by name: UCX neither encrypts nor asks who is there.
     """
-    if carrier not in {"auto", "nixl"} or (carrier == "auto" and is_encrypted):
+    if carrier not in {"auto", "nixl"}:
+        return None
+    if carrier == "auto" and is_encrypted:
+        if is_installed():
+            _log.info("NIXL isn't used, since tls doesn't cover it: handoff.carrier: nixl would, in plain text")
         return None
     if carrier == "nixl" and is_encrypted:
         _log.warning(

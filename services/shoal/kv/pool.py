@@ -26,7 +26,6 @@ class KvPool:
         self.layout = layout
         self.num_blocks = num_blocks
         self.dtype = dtype
-        self._device = device
         apart = layout.apart
         self._apart = range(0) if apart is None else range(apart.first, apart.last)
         self.layers = [
@@ -40,7 +39,7 @@ class KvPool:
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[tokens, 2, kv_heads, head_dim]`` at ``slots`` ``[tokens]`` (int64)."""
-        self.layers[layer].index_copy_(0, slots, kv.to(self.dtype))
+        _put(self.layers[layer], slots, kv.to(self.dtype))
 
     def read(self, layer: int, slots: torch.Tensor | slice) -> torch.Tensor:
         """K/V at ``slots``, ``[tokens, 2, kv_heads, head_dim]``: a view for a slice, else a copy."""
@@ -52,29 +51,23 @@ class KvPool:
         held = self.layers[layer_start:layer_end]
         copy = held[0].new_empty((len(held), len(slots), *held[0].shape[1:]))
         for layer, target in zip(held, copy, strict=True):
-            torch.index_select(layer, 0, slots, out=target)
+            _take(layer, slots, target)
         return copy
 
     def write_layers(self, layer_start: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[layers, tokens, 2, kv_heads, head_dim]`` into the layers from ``layer_start`` on."""
-        is_plain = kv.dtype == self.dtype and kv.is_contiguous() and not kv.requires_grad
-        if self._device.type != "cpu" or not is_plain:
-            for offset in range(kv.shape[0]):
-                self.write(layer_start + offset, slots, kv[offset])
-            return
-        # A token's K/V is one piece of memory here. index_copy_ goes element by element, and with threads of its own,
-        # which this one doesn't need: at best three times as long in bfloat16, at worst thirty.
-        rows = slots.numpy()
-        for held, arrived in zip(self.layers[layer_start:], kv, strict=False):
-            _tokens(held)[rows] = _tokens(arrived)
+        for offset, arrived in enumerate(kv):
+            self.write(layer_start + offset, slots, arrived)
 
     def write_states(self, slots: torch.Tensor, states: torch.Tensor) -> None:
         """Put ``states`` ``[tokens, state_dim]`` at ``slots``."""
-        self.states.index_copy_(0, slots, states.to(self.dtype))
+        _put(self.states, slots, states.to(self.dtype))
 
     def read_states(self, slots: torch.Tensor) -> torch.Tensor:
         """A contiguous copy ``[tokens, state_dim]``."""
-        return self.states.index_select(0, slots)
+        copy = self.states.new_empty((len(slots), *self.states.shape[1:]))
+        _take(self.states, slots, copy)
+        return copy
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], *, deep: bool = False) -> None:
         """Copy whole blocks ``(source, target)``: a choice gets its own copy of a block that it must write to.
@@ -90,9 +83,38 @@ class KvPool:
                 held[target * size : (target + 1) * size] = held[source * size : (source + 1) * size]
 
 
+# A token is one piece of memory. torch goes element by element in bfloat16, and with threads of its own, which a copy
+# doesn't need: at best three times as long, at worst thirty.
+
+
+def _put(held: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    if _is_plain(held) and _is_plain(rows):
+        _tokens(held)[slots.numpy()] = _tokens(rows)
+    else:
+        held.index_copy_(0, slots, rows)
+
+
+def _take(held: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    if _is_plain(held):  # nothing is out of bounds: ``clip`` spares numpy a copy that it would need to raise
+        np.take(_bytes(held), slots.numpy(), axis=0, out=_bytes(out), mode="clip")
+    else:
+        torch.index_select(held, 0, slots, out=out)
+
+
+def _is_plain(rows: torch.Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.is_contiguous() and not rows.requires_grad
+
+
+def _bytes(held: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """``[tokens, bytes]`` of a contiguous tensor ``[tokens, …]`` on the host: a view."""
+    row_bytes = held.shape[1:].numel() * held.element_size()
+    rows: npt.NDArray[np.uint8] = held.view(torch.uint8).view(held.shape[0], row_bytes).numpy()
+    return rows
+
+
 def _tokens(held: torch.Tensor) -> npt.NDArray[np.void]:
-    """``[tokens]`` of a contiguous tensor ``[tokens, …]`` on the host: a view, each token's bytes as one value."""
-    rows = held.view(torch.uint8).view(held.shape[0], -1).numpy()
+    """``[tokens]``: a view, too, each token's bytes as one value."""
+    rows = _bytes(held)
     return rows.view(np.dtype((np.void, rows.shape[1]))).reshape(-1)
 
 

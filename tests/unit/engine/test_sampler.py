@@ -302,10 +302,11 @@ def test_equal_alternatives_come_by_id():
     assert [token_id for token_id, _ in one.top] == [400, 0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
 @pytest.mark.parametrize("params", [GREEDY, FREE], ids=["greedy", "drawn"])
-def test_logits_that_are_not_numbers_are_a_defect(value: float, params: SamplingParams):
-    logits = random_logits(3)
+def test_logits_that_are_not_numbers_are_a_defect(value: float, params: SamplingParams, dtype: torch.dtype):
+    logits = random_logits(3).to(dtype)
     logits[1, 4] = value
     with pytest.raises(InternalError, match="NaN or infinite"):
         sample(logits, [SampleRow(params, 0, 0, i) for i in range(3)])
@@ -323,6 +324,19 @@ def test_logits_are_left_as_they_are_and_may_come_from_inference_mode():
     before = logits.clone()
     assert len(sample(logits, mixed_rows())) == 28
     assert torch.equal(logits, before)
+
+
+def test_bfloat16_says_what_the_same_numbers_in_float32_do():
+    """Rows in any order, some twice, of a tensor that needn't lie in one piece; zeros of both signs are equal."""
+    logits = random_logits(28, 2 * VOCAB, seed=3).to(torch.bfloat16)
+    logits[:, 4:9] = 0.0
+    logits[:, 6] = -0.0
+    logits[1] = torch.full((2 * VOCAB,), -math.inf)
+    logits[1, -3:] = -0.0
+    for one in (logits, logits[:, ::2], logits.flip(0)):
+        rows = mixed_rows()
+        for order in (rows, rows[::-1], [*rows, *rows]):
+            assert sample(one, order) == sample(one.float(), order)
 
 
 def test_no_rows_are_no_tokens():

@@ -54,3 +54,15 @@ def test_the_layout_counts_bytes():
     assert layout.token_layer_bytes == 2 * 2 * 2 * 4
     assert layout.block_bytes == 3 * 4 * layout.token_layer_bytes
     assert 4 * layout.block_bytes == sum(layer.nbytes for layer in make_pool().layers)
+
+
+def test_layers_are_read_as_they_lie_in_any_dtype_and_of_no_slots_nothing_is():
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        pool = KvPool(make_pool().layout, 4, dtype=dtype, device=torch.device("cpu"))
+        for layer in pool.layers:
+            layer.copy_(torch.randn(layer.shape))
+        for slots in ([9, 2, 3], []):
+            read = pool.read_layers(1, 3, torch.tensor(slots, dtype=torch.int64))
+            assert read.shape == (2, len(slots), 2, 2, 2) and read.dtype == dtype
+            for layer, found in zip(pool.layers[1:], read, strict=True):
+                assert torch.equal(layer.view(torch.uint8)[slots], found.view(torch.uint8))

@@ -109,19 +109,19 @@ inline __m512 joined(__m512i high, __m512i low) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
 }
 
-// Of M rows and four outputs, by bytes of the inputs.
-template <int M>
+// Of M rows and N outputs, by bytes of the inputs.
+template <int M, int N>
 struct Sums {
-    __m512i high[M][4], low[M][4];
+    __m512i high[M][N], low[M][N];
 
     // `weights` is a block of each output's, `blocks` the inputs' of the first row, `row_size` from one to the next.
-    inline __attribute__((always_inline)) void add(const __m512i (&weights)[4], const __m512i* blocks,
+    inline __attribute__((always_inline)) void add(const __m512i (&weights)[N], const __m512i* blocks,
                                                    int64_t row_size) {
-        __m512i flipped[4];
-        for (int n = 0; n < 4; n++) flipped[n] = _mm512_xor_si512(weights[n], _mm512_set1_epi8(-128));
+        __m512i flipped[N];
+        for (int n = 0; n < N; n++) flipped[n] = _mm512_xor_si512(weights[n], _mm512_set1_epi8(-128));
         for (int m = 0; m < M; m++) {
             const __m512i above = blocks[m * row_size], below = blocks[m * row_size + 1];
-            for (int n = 0; n < 4; n++) {
+            for (int n = 0; n < N; n++) {
                 add_products(high[m][n], flipped[n], above);
                 add_products(low[m][n], flipped[n], below);
             }
@@ -129,42 +129,43 @@ struct Sums {
     }
 };
 
-// Four outputs of M rows, from `output` on; those beyond the last one repeat it.
-template <int M>
-inline void four(const Operands& of, const Whole& inputs, int64_t row, int64_t output, __m512* found, int part) {
+// N outputs of M rows, from `output` on; those beyond the last one repeat it.
+template <int M, int N>
+inline void several(const Operands& of, const Whole& inputs, int64_t row, int64_t output, __m512* found, int part) {
     const int64_t row_size = inputs.row_size(), num_full = of.size / BLOCK;
-    const int8_t* weights[4];
-    for (int n = 0; n < 4; n++) weights[n] = of.weights + std::min(output + n, of.num_outputs - 1) * of.size;
+    const int8_t* weights[N];
+    for (int n = 0; n < N; n++) weights[n] = of.weights + std::min(output + n, of.num_outputs - 1) * of.size;
     const __m512i *const blocks = inputs.row(row), *const begin = blocks + 2 * inputs.num_blocks;
-    Sums<M> sums;
+    Sums<M, N> sums;
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < 4; n++) {
+        for (int n = 0; n < N; n++) {
             sums.high[m][n] = begin[m * row_size];
             sums.low[m][n] = begin[m * row_size + 1];
         }
-    __m512i own[4];
+    __m512i own[N];
     for (int64_t block = 0; block < num_full; block++) {
-        for (int n = 0; n < 4; n++) {
+        for (int n = 0; n < N; n++) {
             const int8_t* const from = weights[n] + block * BLOCK;
             own[n] = _mm512_loadu_si512(from);
-            _mm_prefetch(reinterpret_cast<const char*>(from + 4 * of.size), _MM_HINT_T0);  // the next four outputs'
+            // The next N outputs'. Of one after the other, the processor sees by itself what comes.
+            if (N > 1) _mm_prefetch(reinterpret_cast<const char*>(from + N * of.size), _MM_HINT_T0);
         }
         sums.add(own, blocks + 2 * block, row_size);
     }
     if (num_full < inputs.num_blocks) {
         const __mmask64 mask = lanes(of.size % BLOCK, BLOCK);  // inputs are 0 beyond
-        for (int n = 0; n < 4; n++) own[n] = _mm512_maskz_loadu_epi8(mask, weights[n] + num_full * BLOCK);
+        for (int n = 0; n < N; n++) own[n] = _mm512_maskz_loadu_epi8(mask, weights[n] + num_full * BLOCK);
         sums.add(own, blocks + 2 * num_full, row_size);
     }
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < 4; n++)
+        for (int n = 0; n < N; n++)
             found[m * 16 + part + n] = joined(sums.high[m][n], sums.low[m][n]);
 }
 
-template <int M>
+template <int M, int N>
 inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_t output) {
     __m512 found[M][16];
-    for (int part = 0; part < 16; part += 4) four<M>(of, inputs, row, output + part, found[0], part);
+    for (int part = 0; part < 16; part += N) several<M, N>(of, inputs, row, output + part, found[0], part);
     const int64_t left = of.num_outputs - output;
     const __mmask16 mask = (__mmask16)lanes(left, 16);
     const __m512 scales = _mm512_maskz_loadu_ps(mask, of.scales + output);
@@ -178,10 +179,12 @@ inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_
 }
 
 inline void few(const Operands& of, const Whole& inputs, int64_t row, int64_t n, int64_t output) {
+    // One or two rows wait for memory alone: weights' rows one after the other, as they lie (linear.cpp).
+    const bool is_all = n == of.num_rows;
     switch (n) {
-        case 1: return sixteen<1>(of, inputs, row, output);
-        case 2: return sixteen<2>(of, inputs, row, output);
-        default: return sixteen<3>(of, inputs, row, output);
+        case 1: return is_all ? sixteen<1, 1>(of, inputs, row, output) : sixteen<1, 4>(of, inputs, row, output);
+        case 2: return is_all ? sixteen<2, 1>(of, inputs, row, output) : sixteen<2, 4>(of, inputs, row, output);
+        default: return sixteen<3, 4>(of, inputs, row, output);
     }
 }
 

@@ -1,7 +1,9 @@
 // Matrix products of few rows, as decoding has them: the weights are read once, as torch has them, and what is next is
 // fetched while what is there is multiplied.
 //
-//   up to 16 rows   a register holds numbers of one row, side by side: a tile of weights' rows times inputs' rows shares
+//   up to 4 rows    memory is all that takes time: one weights' row after the other, as they lie. The processor sees by
+//                   itself what comes next, and asking for it only gets in the way
+//   up to 16        a register holds numbers of one row, side by side: a tile of weights' rows times inputs' rows shares
 //                   its loads, and sums are added across at the end
 //   up to 64        a lane holds a row: inputs are turned once, each weight goes to all lanes, and nothing is added
 //                   across, which would take a sixth of the time
@@ -19,6 +21,8 @@ namespace {
 
 constexpr int64_t PIECE = 64;           // weights' rows a thread takes at a time
 constexpr int64_t MAX_ROWS_ACROSS = 16;  // with more, a lane each is faster
+constexpr int64_t MAX_ROWS_IN_ORDER = 4;
+constexpr int AT_ONCE = 4;
 constexpr int64_t TILE_ROWS = 6;
 constexpr int AHEAD = 8;  // weights' rows that are fetched so long before: what memory takes, or more
 
@@ -32,9 +36,52 @@ struct Operands {
 
 inline void fetch(const bf16* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
 
-// Sixteen outputs of M rows, four weights' rows at a time. The first rows that use weights fetch the next ones.
+// Where sums of sixteen outputs belong, with the bias.
 template <int M>
-inline void sixteen(const Operands& of, int64_t row, int64_t output, bool is_first) {
+inline void put_across(const Operands& of, const __m512 (&found)[M][16], int64_t row, int64_t output) {
+    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
+    for (int m = 0; m < M; m++)
+        store(of.out + (row + m) * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
+}
+
+// Sixteen outputs of all M rows, one weights' row after the other. Several sums of each: one alone would be waited for.
+template <int M>
+inline void sixteen_in_order(const Operands& of, int64_t output) {
+    const bf16* const inputs = of.inputs;
+    const int64_t size = of.size;
+    __m512 found[M][16];
+    for (int n = 0; n < 16; n++) {
+        const bf16* const weights = of.weights_of(output + n);
+        __m512 acc[M][AT_ONCE];
+        for (int m = 0; m < M; m++)
+            for (int u = 0; u < AT_ONCE; u++) acc[m][u] = _mm512_setzero_ps();
+        const auto add = [&](int64_t k, int u) __attribute__((always_inline)) {
+            const __m512bh shared = (__m512bh)_mm512_loadu_si512(weights + k);
+            for (int m = 0; m < M; m++)
+                acc[m][u] = _mm512_dpbf16_ps(acc[m][u], shared, (__m512bh)_mm512_loadu_si512(inputs + m * size + k));
+        };
+        int64_t k = 0;
+        for (; k + 32 * AT_ONCE <= size; k += 32 * AT_ONCE) {
+#pragma GCC unroll 4
+            for (int u = 0; u < AT_ONCE; u++) add(k + 32 * u, u);
+        }
+        for (; k < size; k += 32) add(k, 0);
+        for (int m = 0; m < M; m++) {
+            found[m][n] = acc[m][0];
+            for (int u = 1; u < AT_ONCE; u++) found[m][n] = _mm512_add_ps(found[m][n], acc[m][u]);
+        }
+    }
+    put_across<M>(of, found, 0, output);
+}
+
+// What rows share in turns: of four weights' rows that come next, [first, last) are fetched, `ahead` rows before.
+struct Fetch {
+    int64_t ahead, first, last;
+};
+
+// Sixteen outputs of M rows, four weights' rows at a time.
+template <int M>
+inline void sixteen(const Operands& of, int64_t row, int64_t output, Fetch next) {
     __m512 found[M][16];
     for (int part = 0; part < 16; part += 4) {
         const bf16* const weights = of.weights_of(output + part);
@@ -42,8 +89,7 @@ inline void sixteen(const Operands& of, int64_t row, int64_t output, bool is_fir
         for (int m = 0; m < M; m++)
             for (int n = 0; n < 4; n++) acc[m][n] = _mm512_setzero_ps();
         for (int64_t k = 0; k < of.size; k += 32) {
-            if (is_first)
-                for (int n = 0; n < 4; n++) fetch(weights + (AHEAD + n) * of.size + k);
+            for (int64_t n = next.first; n < next.last; n++) fetch(weights + (next.ahead + n) * of.size + k);
             __m512bh shared[4];
             for (int n = 0; n < 4; n++) shared[n] = (__m512bh)_mm512_loadu_si512(weights + n * of.size + k);
             for (int m = 0; m < M; m++) {
@@ -54,28 +100,38 @@ inline void sixteen(const Operands& of, int64_t row, int64_t output, bool is_fir
         for (int m = 0; m < M; m++)
             for (int n = 0; n < 4; n++) found[m][part + n] = acc[m][n];
     }
-    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
-    for (int m = 0; m < M; m++)
-        store(of.out + (row + m) * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
+    put_across<M>(of, found, row, output);
 }
 
-inline void few(const Operands& of, int64_t row, int64_t n, int64_t output) {
+inline void few(const Operands& of, int64_t row, int64_t n, int64_t output, Fetch next) {
     switch (n) {
-        case 1: return sixteen<1>(of, row, output, row == 0);
-        case 2: return sixteen<2>(of, row, output, row == 0);
-        case 3: return sixteen<3>(of, row, output, row == 0);
-        case 4: return sixteen<4>(of, row, output, row == 0);
-        case 5: return sixteen<5>(of, row, output, row == 0);
-        default: return sixteen<TILE_ROWS>(of, row, output, row == 0);
+        case 1: return sixteen<1>(of, row, output, next);
+        case 2: return sixteen<2>(of, row, output, next);
+        case 3: return sixteen<3>(of, row, output, next);
+        case 4: return sixteen<4>(of, row, output, next);
+        case 5: return sixteen<5>(of, row, output, next);
+        default: return sixteen<TILE_ROWS>(of, row, output, next);
     }
+}
+
+void multiply_in_order(const Operands& of, int num_threads) {
+    share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+        for (int64_t output = begin; output < end; output += 16) switch (of.num_rows) {
+                case 1: sixteen_in_order<1>(of, output); break;
+                case 2: sixteen_in_order<2>(of, output); break;
+                case 3: sixteen_in_order<3>(of, output); break;
+                default: sixteen_in_order<MAX_ROWS_IN_ORDER>(of, output);
+            }
+    });
 }
 
 void multiply_across(const Operands& of, int num_threads) {
     const int64_t num_tiles = (of.num_rows + TILE_ROWS - 1) / TILE_ROWS, most = (of.num_rows + num_tiles - 1) / num_tiles;
     share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16)
-            for (int64_t row = 0; row < of.num_rows; row += most)
-                few(of, row, std::min(most, of.num_rows - row), output);
+            for (int64_t tile = 0; tile < num_tiles; tile++)
+                few(of, tile * most, std::min(most, of.num_rows - tile * most), output,
+                    {4 * (num_tiles + 1), tile * 4 / num_tiles, (tile + 1) * 4 / num_tiles});
     });
 }
 
@@ -204,6 +260,7 @@ extern "C" int shoal_linear(const void* inputs, const void* weights, const void*
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
     // A single row takes as long as memory does, either way, and dot products need no turning.
     if (num_rows > 1 && num_outputs % PIECE == 0 && have_tiles()) multiply_by_tiles(of, num_threads);
+    else if (num_rows <= MAX_ROWS_IN_ORDER) multiply_in_order(of, num_threads);
     else if (num_rows <= MAX_ROWS_ACROSS) multiply_across(of, num_threads);
     else if (num_rows <= 32) multiply_by_lanes<2, 8>(of, num_threads);
     else if (num_rows <= 48) multiply_by_lanes<3, 8>(of, num_threads);

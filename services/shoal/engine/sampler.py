@@ -66,7 +66,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         return []
     raw = _gather(logits, rows)
     likeliest = _argmax(raw)
-    if not bool(raw.gather(1, likeliest[:, None]).isfinite().all()):  # a NaN is the likeliest, too
+    if not _are_finite(raw, likeliest):  # a NaN is the likeliest, too
         raise InternalError(NOT_FINITE)
     allowed = _without_banned(raw, rows)
     chosen = likeliest if allowed is raw else _argmax(allowed)
@@ -114,6 +114,13 @@ def _argmax(raw: Tensor) -> Tensor:
     if raw.device.type != "cpu":
         return raw.argmax(dim=-1)
     return torch.from_numpy(raw.numpy().argmax(axis=-1))
+
+
+def _are_finite(raw: Tensor, at: Tensor) -> bool:
+    """Whether the number in each row at ``at`` ``[R]`` is one."""
+    if raw.device.type != "cpu":
+        return bool(raw.gather(1, at[:, None]).isfinite().all())
+    return bool(np.isfinite(np.take_along_axis(raw.numpy(), at.numpy()[:, None], axis=1)).all())
 
 
 def _without_banned(raw: Tensor, rows: Sequence[SampleRow]) -> Tensor:

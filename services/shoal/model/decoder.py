@@ -190,8 +190,6 @@ class Decoder:
         if norm is None or head is None or rows.numel() == 0:
             return None
         self.progressed()
-        logits, cap = (
-            self._rows.linear(self._rows.norm(hidden.index_select(0, rows), norm), head),
-            self.spec.logit_softcap,
-        )
+        normed = self._rows.norm(hidden.index_select(0, rows), norm)
+        logits, cap = self._rows.linear(normed, head), self.spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_() * cap

@@ -89,20 +89,29 @@ class KvPool:
 
 def _put(held: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
     if _is_plain(held) and _is_plain(rows):
-        _tokens(held)[slots.numpy()] = _tokens(rows)
+        _tokens(held)[_index(slots, held)] = _tokens(rows)
     else:
         held.index_copy_(0, slots, rows)
 
 
 def _take(held: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    if _is_plain(held):  # nothing is out of bounds: ``clip`` spares numpy a copy that it would need to raise
-        np.take(_bytes(held), slots.numpy(), axis=0, out=_bytes(out), mode="clip")
+    if _is_plain(held):  # its bounds are checked: ``clip`` spares numpy a copy, without which it couldn't raise
+        np.take(_bytes(held), _index(slots, held), axis=0, out=_bytes(out), mode="clip")
     else:
         torch.index_select(held, 0, slots, out=out)
 
 
 def _is_plain(rows: torch.Tensor) -> bool:
     return rows.device.type == "cpu" and rows.is_contiguous() and not rows.requires_grad
+
+
+def _index(slots: torch.Tensor, held: torch.Tensor) -> npt.NDArray[np.int64]:
+    """``slots`` for numpy, to which -1 would be the last one. Raises IndexError, as torch does, where one isn't there:
+    another's K/V would be a wrong token."""
+    index: npt.NDArray[np.int64] = slots.numpy()
+    if index.size and not (index.min() >= 0 and index.max() < len(held)):
+        raise IndexError(f"slots {index.min()} to {index.max()} of {len(held)}")
+    return index
 
 
 def _bytes(held: torch.Tensor) -> npt.NDArray[np.uint8]:

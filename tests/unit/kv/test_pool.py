@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from shoal.kv.layout import stage_layout
@@ -66,3 +69,20 @@ def test_layers_are_read_as_they_lie_in_any_dtype_and_of_no_slots_nothing_is():
             assert read.shape == (2, len(slots), 2, 2, 2) and read.dtype == dtype
             for layer, found in zip(pool.layers[1:], read, strict=True):
                 assert torch.equal(layer.view(torch.uint8)[slots], found.view(torch.uint8))
+
+
+@pytest.mark.parametrize("slot", [-1, 16])
+def test_a_slot_that_is_not_there_is_neither_read_nor_written(slot: int):
+    layout = replace(make_pool().layout, state_dim=2)
+    pool = KvPool(layout, 4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    slots, kv, states = torch.tensor([3, slot]), torch.ones(1, 2, 2, 2, 2), torch.ones(2, 2)
+    for use in (
+        lambda: pool.read_layers(0, 2, slots),
+        lambda: pool.read_states(slots),
+        lambda: pool.write(0, slots, kv[0]),
+        lambda: pool.write_layers(0, slots, kv),
+        lambda: pool.write_states(slots, states),
+    ):
+        with pytest.raises(IndexError):
+            use()
+    assert not any(held.any() for held in (*pool.layers, pool.states))

@@ -235,10 +235,10 @@ class DecodeWorker:
                 failed = pool.asked(grant)
                 excluded |= frozenset(() if failed is None else (failed,))
                 rung = self._ladder.after(attempt, has_other_replica=bool(await pool.living(now=True) - excluded))
-                reason, where = (error.reason, None) if isinstance(error, _GivenUp) else (error.code, error)
-                # Of what prefill gave up, its own log says where; of the others, once is enough.
-                where = where if where is not None and self._told.take() else None
-                self._count_fallback(rung, reason, replica_id=failed, exc_info=where)
+                # Of what prefill gave up, its own log says where; of a replica that is gone, each prompt says the same.
+                is_told = not isinstance(error, _GivenUp) and self._told.take()
+                reason = error.reason if isinstance(error, _GivenUp) else error.code
+                self._count_fallback(rung, reason, replica_id=failed, exc_info=error if is_told else None)
                 if rung is FallbackRung.LOCAL:
                     return _Local(reason)
                 if rung is FallbackRung.UNAVAILABLE:

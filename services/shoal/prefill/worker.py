@@ -15,7 +15,7 @@ import torch
 
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
 from shoal.engine.runner import PrefillChunk
-from shoal.errors import Cancelled, DeadlineExceeded, HandoffError, InternalError, LeaseLost, PlanMismatch, ShoalError
+from shoal.errors import Cancelled, DeadlineExceeded, InternalError, LeaseLost, PlanMismatch, ShoalError
 from shoal.messages import Depth, Grant, HandoffOutcome, WireMode
 from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
@@ -74,7 +74,7 @@ class PrefillWorker:
                 reason = DeadlineExceeded.code if deadline.expired() else "prefill_queue_timeout"
                 self._tell(grant, reason)
                 return HandoffOutcome(grant.lease_id, committed=False, reason=reason)
-            except (HandoffError, ShoalError) as error:
+            except ShoalError as error:
                 if not isinstance(error, Cancelled):  # decode wants it no more
                     self._tell(grant, error.code, error)
                 return HandoffOutcome(grant.lease_id, committed=False, reason=error.code)

@@ -20,11 +20,11 @@ namespace shoal {
 namespace {
 
 constexpr int64_t PIECE = 64;           // weights' rows a thread takes at a time
-constexpr int64_t MAX_ROWS_ACROSS = 16;  // with more, a lane each is faster
-constexpr int64_t MAX_ROWS_IN_ORDER = 4;
-constexpr int AT_ONCE = 4;
+constexpr int64_t MAX_ROWS_IN_ORDER = 4;  // with more, loading inputs again for each weights' row takes longer
+constexpr int64_t MAX_ROWS_ACROSS = 16;   // with more, a lane each is faster
+constexpr int AT_ONCE = 4;                // sums of an output in order: a product would wait for the one before
 constexpr int64_t TILE_ROWS = 6;
-constexpr int AHEAD = 8;  // weights' rows that are fetched so long before: what memory takes, or more
+constexpr int AHEAD = 8;  // by lanes, weights' rows that are fetched so long before: what memory takes, or more
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ from shoal.messages import Role
 from shoal.rpc.peers import PeerTls
 from shoal.telemetry import CertificateMetrics
 
+CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 _log = structlog.get_logger(__name__)
 
 _EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
@@ -63,11 +65,21 @@ def host_of_handoff(config: ShoalConfig) -> Host:
 
 
 def leave_no_dump() -> None:
-    """A process that crashes would write prompts, K/V and keys to a disk, or to whatever /proc/sys/kernel/core_pattern
-    names."""
+    """A process that crashes would write prompts, K/V and keys to a disk, or to whatever CORE_PATTERN names."""
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
     # A program behind a pipe gets a dump at any limit but 1, and a byte is less than any file would have.
-    resource.setrlimit(resource.RLIMIT_CORE, (1 if most else 0, most))
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, most or 1))
+    except ValueError:  # the limit is 0, and only root may raise it
+        if _has_dumps_piped():
+            _log.warning("a crash would pipe prompts, K/V and keys to a program: set the hard limit of core to 1, not 0")
+
+
+def _has_dumps_piped() -> bool:
+    try:
+        return CORE_PATTERN.read_text().startswith("|")
+    except OSError:  # not Linux, or not to be known
+        return False
 
 
 def host_of_metrics(config: ShoalConfig) -> Host:

@@ -192,6 +192,24 @@ def test_a_replica_that_crashes_leaves_no_dump() -> None:
     try:
         leave_no_dump()
         # 1, and not 0, is what a program behind a pipe gets no dump at: fs/coredump.c of the kernel.
-        assert resource.getrlimit(resource.RLIMIT_CORE) == (1 if before[1] else 0, before[1])
+        assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 1
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, before)
+
+
+@pytest.mark.parametrize(("pattern", "is_told"), [("|/usr/bin/a-program %p\n", True), ("core\n", False), (None, False)])
+def test_where_a_program_would_get_a_dump_nonetheless_it_is_said(
+    pattern: str | None, is_told: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def no_more_than_0(limit: int, limits: tuple[int, int]) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    path = tmp_path / "core_pattern"
+    if pattern is not None:
+        path.write_text(pattern)
+    monkeypatch.setattr(replica, "CORE_PATTERN", path)
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (0, 0))
+    monkeypatch.setattr(resource, "setrlimit", no_more_than_0)
+    leave_no_dump()
+    assert ("set the hard limit of core to 1" in capsys.readouterr().out) == is_told

@@ -99,7 +99,7 @@ def _gather(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """A row for each of ``rows``, float32 or, where the model is, float64; not to be written to."""
     index = [row.row_index for row in rows]
     if index != list(range(len(logits))):
-        logits = logits[torch.tensor(index, device=logits.device)]
+        logits = logits.index_select(0, torch.tensor(index, device=logits.device))  # where there is none, it's an error
     if logits.dtype != torch.bfloat16 or logits.device.type != "cpu":
         return logits if logits.dtype == torch.float64 else logits.float()
     # bfloat16 is the upper half of float32. torch does this, and what comes next, in a parallel region, for which a row

@@ -51,18 +51,25 @@ class Exchange:
         self._tell()
 
     def ran(self) -> bool:
-        """It wasn't sent away."""
-        return self.generation is not None
+        """It wasn't sent away, here or by decode."""
+        return self.generation is not None and not self._was_rejected()
 
     def failed(self, error: ShoalError) -> None:
         """``error`` is why it ends, though not with that exception: its stream tells it, or nobody listens any more."""
         self._error = error
 
+    def _has_output(self) -> bool:
+        return self.generation is not None and bool(self.generation.timings)
+
+    def _was_rejected(self) -> bool:
+        is_late = isinstance(self._error, Cancelled | InternalError | DeadlineExceeded)
+        return self._error is not None and not is_late and not self._has_output()
+
     def _tell(self) -> None:
-        error, has_output = self._error, self.generation is not None and bool(self.generation.timings)
+        error = self._error
         if isinstance(error, Cancelled):
-            self._observer.cancelled("streaming" if has_output else "waiting")
-        elif error is not None and not has_output and not isinstance(error, InternalError | DeadlineExceeded):
+            self._observer.cancelled("streaming" if self._has_output() else "waiting")
+        elif error is not None and self._was_rejected():
             self._observer.rejected(error.code)
         status, error_type = (200, "none") if error is None else (error.http_status, error.type)
         duration_s = self._clock() - self.arrived_s

@@ -211,7 +211,7 @@ class Keyring:
 
 def new_key() -> tuple[str, str]:
     """A key, and its id."""
-    key_id = secrets.token_hex(4)
+    key_id = secrets.choice("abcdef") + secrets.token_hex(4)[1:]  # in YAML no number, with or without quotes
     return f"sk-shoal-{key_id}-{secrets.token_urlsafe(32)}", key_id
 
 

@@ -88,6 +88,8 @@ class KvPool:
 
 
 def _put(held: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    if rows.shape != (len(slots), *held.shape[1:]):  # numpy would repeat, cut or fill up
+        raise ValueError(f"{tuple(rows.shape)} doesn't fit into {len(slots)} slots of {tuple(held.shape[1:])}")
     if _is_plain(held) and _is_plain(rows):
         _tokens(held)[_index(slots, held)] = _tokens(rows)
     else:

@@ -342,3 +342,10 @@ def test_bfloat16_says_what_the_same_numbers_in_float32_do():
 def test_no_rows_are_no_tokens():
     assert sample(random_logits(2), []) == []
     assert sample(random_logits(2), [SampleRow(GREEDY, 0, 0, 1)]) == [Sampled(int(random_logits(2)[1].argmax()))]
+
+
+@pytest.mark.parametrize("row_index", [-1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_is_not_there_is_an_error_and_not_another_s(row_index: int, dtype: torch.dtype):
+    with pytest.raises(IndexError):
+        sample(torch.randn(3, 11).to(dtype), [SampleRow(GREEDY, 0, 0, row_index)])

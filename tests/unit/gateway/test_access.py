@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import httpx
@@ -14,7 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
+from fake_backend import FakeBackend
 from inference_server import TIMEOUT_S, client_of, request, told
+from shoal.errors import Overloaded
 from shoal.gateway.access import OPEN
 from shoal.gateway.api import create_app
 from shoal.gateway.inference import SERVICE_NAME
@@ -195,6 +197,19 @@ async def test_each_prompt_of_a_request_counts(services: Services, http: httpx.A
         never = await client.post("/v1/completions", json=three | {"prompt": ["a"] * 4})
         assert never.status_code == 400 and never.json()["error"]["param"] == "prompt"
     assert services.places.num_taken == 0
+
+
+async def test_what_decode_has_no_room_for_says_nothing_of_how_long_others_take(services: Services):
+    backend = cast(FakeBackend, services.backend)
+    backend.fail_after, backend.error = 0, Overloaded("out of blocks")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(services)), base_url="http://test") as client:
+        for _ in range(10):
+            assert (await client.post("/v1/completions", json=BODY)).status_code == 429
+        assert services.places.wait_s() == 1.0  # as if nobody had been here
+        backend.fail_after = None
+        for _ in range(8):
+            assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+        assert services.places.wait_s() < 1.0
 
 
 async def test_no_more_requests_are_worked_on_than_may_be(services: Services):

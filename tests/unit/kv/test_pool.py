@@ -86,3 +86,11 @@ def test_a_slot_that_is_not_there_is_neither_read_nor_written(slot: int):
         with pytest.raises(IndexError):
             use()
     assert not any(held.any() for held in (*pool.layers, pool.states))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (3, 2, 2, 1), (3, 2, 2, 3), (3, 8), (4, 2, 2, 2)])
+def test_rows_that_do_not_fit_are_not_written(shape: tuple[int, ...]):
+    pool, slots = make_pool(), torch.tensor([5, 6, 12])
+    with pytest.raises(ValueError, match="doesn't fit into 3 slots"):
+        pool.write(0, slots, torch.ones(shape))
+    assert pool.layers[0].abs().sum() == 0

@@ -72,7 +72,7 @@ def leave_no_dump() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (1, most or 1))
     except ValueError:  # the limit is 0, and only root may raise it
         if _has_dumps_piped():
-            _log.warning("a crash would pipe prompts, K/V and keys to a program: set the hard limit of core to 1, not 0")
+            _log.warning("a crash would pipe prompts, K/V and keys to a program: make the hard limit of core 1, not 0")
 
 
 def _has_dumps_piped() -> bool:

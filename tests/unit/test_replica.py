@@ -212,4 +212,4 @@ def test_where_a_program_would_get_a_dump_nonetheless_it_is_said(
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (0, 0))
     monkeypatch.setattr(resource, "setrlimit", no_more_than_0)
     leave_no_dump()
-    assert ("set the hard limit of core to 1" in capsys.readouterr().out) == is_told
+    assert ("make the hard limit of core 1" in capsys.readouterr().out) == is_told

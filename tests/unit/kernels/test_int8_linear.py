@@ -46,7 +46,7 @@ def assert_exact(
     assert bool((error <= bound + HALF_BFLOAT16 * (expected.abs() + bound)).all())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 17, 25, 33, 64])
 @pytest.mark.parametrize(("outputs", "size"), SHAPES)
 def test_sizes(kernels: NativeKernels, num_threads: int, rows: int, outputs: int, size: int) -> None:
     inputs, values, scales, bias = operands(rows, outputs, size)
@@ -61,6 +61,16 @@ def test_a_row_is_the_same_alone_and_beside_others(kernels: NativeKernels) -> No
     together = kernels.int8_linear(inputs, values, scales, bias)
     for row in (0, 1, 2, 31, 63):
         assert torch.equal(kernels.int8_linear(inputs[row : row + 1], values, scales, bias)[0], together[row])
+
+
+@pytest.mark.parametrize("size", [64, 1536])
+def test_sums_are_the_same_to_the_bit_however_many_rows_there_are(kernels: NativeKernels, size: int) -> None:
+    values = torch.randint(64, 128, (4096, size), dtype=torch.int8, generator=torch.Generator().manual_seed(size))
+    inputs = 1 + torch.rand(64, size, generator=torch.Generator().manual_seed(1))  # sums are beyond float32's 2^24
+    inputs, scales = inputs.bfloat16(), torch.full((4096,), 1.0)
+    together = kernels.int8_linear(inputs, values, scales, None)
+    for rows in (1, 2, 3, 8, 16, 24, 32, 40):
+        assert torch.equal(kernels.int8_linear(inputs[:rows], values, scales, None), together[:rows])
 
 
 @pytest.mark.parametrize("size", [64, 14336])

@@ -1,43 +1,28 @@
 // Matrix products of few rows with weights of int8, as decoding may have them: half of bfloat16's bytes are read.
 //
-// Nothing is widened on the way. Inputs become whole numbers of 16 bits, by one scale a row, as two bytes each:
-// x = scale * (256 high + low). Weights are multiplied by either byte, 64 at a time, and summed as whole numbers, so all
-// that is rounded are inputs: by 1/65278 of their row's largest number at most. Over a row of some thousand numbers this
-// adds up to less than what bfloat16 has rounded it by.
+// Nothing is widened on the way. Inputs are two bytes each (whole.hpp): weights are multiplied by either one, 64 at a time,
+// and summed as whole numbers, so all that is rounded are inputs.
 // The instruction wants one factor without a sign. Flipping a weight's highest bit adds 128 to it; 128 times the inputs'
-// sum is what sums begin with, taken off. Tiles take signs on both sides: weights as they lie, and sixteen inputs' bytes
-// turned.
+// sum is what sums begin with, taken off. By lanes, inputs' bytes are turned, and each four or eight weights go to all rows
+// (linear.cpp). Tiles take signs on both sides: weights as they lie, and sixteen inputs' bytes turned.
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <vector>
 
 #include "crew.hpp"
 #include "simd.hpp"
 #include "tiles.hpp"
+#include "whole.hpp"
 
 namespace shoal {
 namespace {
 
-constexpr int64_t BLOCK = 64;      // inputs in a register
-constexpr int64_t PIECE = 64;      // weights' rows a thread takes at a time
-constexpr int64_t ROWS_PIECE = 8;  // inputs' rows
+constexpr int64_t PIECE = 64;          // weights' rows a thread takes at a time
+constexpr int64_t ROWS_PIECE = 8;      // inputs' rows
+constexpr int64_t TILE_ROWS = 3;       // of inputs; with more of them, a lane or two each is faster (linear.cpp)
+constexpr int AHEAD = 8;               // by lanes, weights' rows that are fetched so long before they are needed
 constexpr int64_t MIN_ROWS_TILED = 8;  // with fewer, dot products take no longer, and turn nothing
-constexpr float LARGEST = 32639;   // 256 * 127 + 127
-constexpr float NOTHING = 1e-30f;  // above it LARGEST / x is finite
 
 static_assert(BLOCK == TILE_BYTES);
-
-// Of each row, for each block a register of high bytes and one of low, then what the sums of each begin with.
-struct Whole {
-    std::vector<__m512i> registers;
-    std::vector<float> scales;
-    int64_t num_blocks;
-
-    int64_t row_size() const { return 2 * num_blocks + 2; }
-    __m512i* row(int64_t index) { return registers.data() + index * row_size(); }
-    const __m512i* row(int64_t index) const { return registers.data() + index * row_size(); }
-};
 
 struct Operands {
     const bf16* inputs;
@@ -48,56 +33,8 @@ struct Operands {
     bf16* out;
 
     bool fit_tiles() const { return size % BLOCK == 0 && num_outputs % (2 * TILE) == 0; }
+    bool fit_lanes() const { return size % BLOCK == 0 && num_outputs % 16 == 0; }
 };
-
-// The first of `size` lanes, all or none.
-inline uint64_t lanes(int64_t left, int size) {
-    if (left >= size) return size == 64 ? ~0ull : (1ull << size) - 1;
-    return left <= 0 ? 0 : (1ull << left) - 1;
-}
-
-inline __m512 load_some(const bf16* from, int64_t left) {
-    const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)lanes(left, 16), from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-// The largest of a row's absolute values, as bits: those of what isn't finite are above all numbers'.
-inline float largest_of(const bf16* from, int64_t size) {
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t j = 0; j < size; j += 16) {
-        const __m512i bits = _mm512_castps_si512(load_some(from + j, size - j));
-        most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-    }
-    return std::bit_cast<float>(_mm512_reduce_max_epu32(most));
-}
-
-// One row of inputs. Where a number isn't finite, the scale is NaN, and so is all that comes of the row.
-void make_whole(const bf16* from, int64_t size, Whole& to, int64_t row) {
-    const float largest = largest_of(from, size);
-    const bool is_finite = std::isfinite(largest), is_nothing = largest < NOTHING;
-    to.scales[row] = !is_finite ? NAN : is_nothing ? 0 : largest / LARGEST;
-    const __m512 factor = _mm512_set1_ps(!is_finite || is_nothing ? 0 : LARGEST / largest);
-    const __m512i flipped = _mm512_set1_epi8(-128);  // 128, without a sign
-    __m512i* const blocks = to.row(row);
-    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
-    for (int64_t block = 0; block < to.num_blocks; block++) {
-        alignas(64) int8_t high[BLOCK], low[BLOCK];
-        for (int64_t j = 0; j < BLOCK; j += 16) {
-            const __m512 numbers = load_some(from + block * BLOCK + j, size - block * BLOCK - j);
-            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, factor));
-            const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-            const __m512i below = _mm512_sub_epi32(whole, _mm512_slli_epi32(above, 8));
-            _mm_store_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(above));
-            _mm_store_si128(reinterpret_cast<__m128i*>(low + j), _mm512_cvtepi32_epi8(below));
-        }
-        blocks[2 * block] = _mm512_load_si512(high);
-        blocks[2 * block + 1] = _mm512_load_si512(low);
-        high_sum = _mm512_dpbusd_epi32(high_sum, flipped, blocks[2 * block]);
-        low_sum = _mm512_dpbusd_epi32(low_sum, flipped, blocks[2 * block + 1]);
-    }
-    blocks[2 * to.num_blocks] = _mm512_sub_epi32(_mm512_setzero_si512(), high_sum);
-    blocks[2 * to.num_blocks + 1] = _mm512_sub_epi32(_mm512_setzero_si512(), low_sum);
-}
 
 // Adds to `sum` the products of bytes, four to a lane. In assembler: with the intrinsic, GCC 12 keeps a copy of each sum
 // in memory, which takes twice as long.
@@ -131,7 +68,8 @@ struct Sums {
 
 // N outputs of M rows, from `output` on; those beyond the last one repeat it.
 template <int M, int N>
-inline void several(const Operands& of, const Whole& inputs, int64_t row, int64_t output, __m512* found, int part) {
+inline void several(const Operands& of, const Whole& inputs, int64_t row, int64_t output, int part,
+                    ints (&high)[M][16], ints (&low)[M][16]) {
     const int64_t row_size = inputs.row_size(), num_full = of.size / BLOCK;
     const int8_t* weights[N];
     for (int n = 0; n < N; n++) weights[n] = of.weights + std::min(output + n, of.num_outputs - 1) * of.size;
@@ -148,7 +86,7 @@ inline void several(const Operands& of, const Whole& inputs, int64_t row, int64_
             const int8_t* const from = weights[n] + block * BLOCK;
             own[n] = _mm512_loadu_si512(from);
             // The next N outputs'. Of one after the other, the processor sees by itself what comes.
-            if (N > 1) _mm_prefetch(reinterpret_cast<const char*>(from + N * of.size), _MM_HINT_T0);
+            if (N > 1) fetch(from + N * of.size);
         }
         sums.add(own, blocks + 2 * block, row_size);
     }
@@ -158,21 +96,23 @@ inline void several(const Operands& of, const Whole& inputs, int64_t row, int64_
         sums.add(own, blocks + 2 * num_full, row_size);
     }
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            found[m * 16 + part + n] = joined(sums.high[m][n], sums.low[m][n]);
+        for (int n = 0; n < N; n++) {
+            high[m][part + n] = (ints)sums.high[m][n];
+            low[m][part + n] = (ints)sums.low[m][n];
+        }
 }
 
 template <int M, int N>
 inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_t output) {
-    __m512 found[M][16];
-    for (int part = 0; part < 16; part += N) several<M, N>(of, inputs, row, output + part, found[0], part);
+    ints high[M][16], low[M][16];
+    for (int part = 0; part < 16; part += N) several<M, N>(of, inputs, row, output + part, part, high, low);
     const int64_t left = of.num_outputs - output;
     const __mmask16 mask = (__mmask16)lanes(left, 16);
     const __m512 scales = _mm512_maskz_loadu_ps(mask, of.scales + output);
     const __m512 bias = of.bias ? load_some(of.bias + output, left) : _mm512_setzero_ps();
     for (int m = 0; m < M; m++) {
         const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scales[row + m]));
-        const __m512 result = _mm512_fmadd_ps(sums(found[m]), scale, bias);
+        const __m512 result = _mm512_fmadd_ps(joined((__m512i)sums(high[m]), (__m512i)sums(low[m])), scale, bias);
         _mm256_mask_storeu_epi16(of.out + (row + m) * of.num_outputs + output, mask,
                                  (__m256i)_mm512_cvtneps_pbh(result));
     }
@@ -184,32 +124,121 @@ inline void few(const Operands& of, const Whole& inputs, int64_t row, int64_t n,
     switch (n) {
         case 1: return is_all ? sixteen<1, 1>(of, inputs, row, output) : sixteen<1, 4>(of, inputs, row, output);
         case 2: return is_all ? sixteen<2, 1>(of, inputs, row, output) : sixteen<2, 4>(of, inputs, row, output);
-        default: return sixteen<3, 4>(of, inputs, row, output);
+        default: return sixteen<TILE_ROWS, 4>(of, inputs, row, output);
     }
 }
 
-// For tiles: of sixteen rows, for each block [16 times four inputs][row] of high bytes, then of low ones.
-struct Turned {
-    std::vector<__m512i> registers;
+// Of R registers of rows, all that a register's rows have, so many bytes at a time, high ones and low ones: [size /
+// bytes][R][high, low][row]; then what sums begin with, [R][high, low][row]. Where there is no row, there is nothing.
+//   sixteen rows  four bytes each
+//   eight rows    eight, in two lanes: where half of sixteen would hold nothing
+template <int ROWS>
+constexpr int BYTES = 64 / ROWS;
 
-    void turn(const Whole& from, int64_t num_rows) {
-        const int64_t num_blocks = from.num_blocks;
-        registers.resize((num_rows + TILE - 1) / TILE * num_blocks * 2 * TILE);
-        __m512i* to = registers.data();
-        for (int64_t first = 0; first < num_rows; first += TILE)
-            for (int64_t part = 0; part < 2 * num_blocks; part++, to += TILE) {
-                __m512i block[TILE];
-                for (int64_t row = 0; row < TILE; row++)
-                    block[row] = first + row < num_rows ? from.row(first + row)[part] : _mm512_setzero_si512();
-                transpose(block);
-                std::copy(block, block + TILE, to);
+template <int ROWS, int R>
+int64_t turned_registers(const Whole& from) {
+    return (from.num_blocks * BLOCK / BYTES<ROWS> + 1) * R * 2;
+}
+
+template <int ROWS, int R>
+void turn(const Whole& from, int64_t first, __m512i* to) {
+    constexpr int AT_A_TIME = BLOCK / BYTES<ROWS>;
+    __m512i* const begin = to + from.num_blocks * AT_A_TIME * R * 2;
+    for (int r = 0; r < R; r++)
+        for (int part = 0; part < 2; part++) {
+            const int64_t row = first + ROWS * r, num_rows = std::clamp<int64_t>(from.num_rows - row, 0, ROWS);
+            const __m512i* const rows = from.row(row) + part;
+            for (int64_t block = 0; block < from.num_blocks; block++) {
+                __m512i found[ROWS];
+                for (int n = 0; n < ROWS; n++)
+                    found[n] = n < num_rows ? rows[n * from.row_size() + 2 * block] : _mm512_setzero_si512();
+                transpose(found);
+                for (int at = 0; at < AT_A_TIME; at++)
+                    to[((block * AT_A_TIME + at) * R + r) * 2 + part] = found[at];
             }
-    }
+            alignas(64) int32_t sums[16] = {};
+            for (int n = 0; n < num_rows; n++)
+                sums[n * 16 / ROWS] = _mm512_reduce_add_epi32(rows[n * from.row_size() + 2 * from.num_blocks]);
+            begin[r * 2 + part] = _mm512_load_si512(sums);
+        }
+}
 
-    const __m512i* of(int64_t first, int64_t num_blocks) const {
-        return registers.data() + first / TILE * num_blocks * 2 * TILE;
+// So many of a weights' row, for each row of a register, their highest bit flipped.
+template <int ROWS>
+inline __m512i spread(const int8_t* from) {
+    if constexpr (ROWS == 16) {
+        int32_t four;
+        std::memcpy(&four, from, sizeof four);
+        return _mm512_xor_si512(_mm512_set1_epi32(four), _mm512_set1_epi8(-128));
+    } else {
+        int64_t eight;
+        std::memcpy(&eight, from, sizeof eight);
+        return _mm512_xor_si512(_mm512_set1_epi64(eight), _mm512_set1_epi8(-128));
     }
-};
+}
+
+// Sixteen outputs of R registers of rows, N outputs at a time.
+template <int ROWS, int R, int N>
+inline void sixteen_by_lanes(const Operands& of, const Whole& inputs, const __m512i* turned, int64_t first,
+                             int64_t output) {
+    constexpr int AT_A_TIME = BLOCK / BYTES<ROWS>, LANES = 16 / ROWS;
+    const __m512i* const begin = turned + inputs.num_blocks * AT_A_TIME * R * 2;
+    __m512i found[R][2][16];
+    for (int part = 0; part < 16; part += N) {
+        const int8_t* const weights = of.weights + (output + part) * of.size;
+        __m512i acc[N][R][2];
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 2 * R; i++) acc[n][i / 2][i % 2] = begin[i];
+        const __m512i* own = turned;
+        for (int64_t k = 0; k < of.size; k += BLOCK) {
+            for (int n = 0; n < N; n++) fetch(weights + (AHEAD + n) * of.size + k);
+#pragma GCC unroll 4
+            for (int64_t at = k; at < k + BLOCK; at += BYTES<ROWS>, own += 2 * R)
+                for (int n = 0; n < N; n++) {
+                    const __m512i shared = spread<ROWS>(weights + n * of.size + at);
+                    for (int i = 0; i < 2 * R; i++) add_products(acc[n][i / 2][i % 2], shared, own[i]);
+                }
+        }
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 2 * R; i++) found[i / 2][i % 2][part + n] = acc[n][i / 2][i % 2];
+    }
+    const __m512 scales = _mm512_loadu_ps(of.scales + output);
+    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) {
+        transpose(found[r][0]);  // to [lane][output]
+        transpose(found[r][1]);
+        const int64_t row = first + ROWS * r;
+        for (int64_t n = 0; n < std::min<int64_t>(ROWS, of.num_rows - row); n++) {
+            const auto sum = [&](int part) {
+                const __m512i* const lanes = &found[r][part][n * LANES];
+                return LANES == 2 ? _mm512_add_epi32(lanes[0], lanes[1]) : lanes[0];
+            };
+            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scales[row + n]));
+            store(of.out + (row + n) * of.num_outputs + output, _mm512_fmadd_ps(joined(sum(0), sum(1)), scale, bias));
+        }
+    }
+}
+
+template <int ROWS, int R, int N>
+void multiply_by_lanes(const Operands& of, const Whole& inputs, int64_t first, Team team) {
+    thread_local std::vector<__m512i> kept;
+    kept.resize(turned_registers<ROWS, R>(inputs));
+    turn<ROWS, R>(inputs, first, kept.data());
+    const __m512i* const turned = kept.data();  // this thread's
+    share_ranges(of.num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
+        for (int64_t output = begin; output < end; output += 16)
+            sixteen_by_lanes<ROWS, R, N>(of, inputs, turned, first, output);
+    });
+}
+
+void multiply_by_lanes(const Operands& of, const Whole& inputs, Team team) {
+    for (int64_t first = 0; first < of.num_rows; first += 32) switch ((of.num_rows - first + 7) / 8) {
+            case 1: multiply_by_lanes<8, 1, 8>(of, inputs, first, team); break;
+            case 2: multiply_by_lanes<8, 2, 4>(of, inputs, first, team); break;
+            case 3: multiply_by_lanes<8, 3, 4>(of, inputs, first, team); break;
+            default: multiply_by_lanes<16, 2, 4>(of, inputs, first, team);
+        }
+}
 
 // 32 outputs of sixteen rows.
 void tiled(const Operands& of, const Whole& inputs, const __m512i* turned, int64_t row, int64_t output) {
@@ -220,8 +249,8 @@ void tiled(const Operands& of, const Whole& inputs, const __m512i* turned, int64
     Tiles::zero<2>();
     Tiles::zero<3>();
     for (int64_t block = 0; block < inputs.num_blocks; block++, turned += 2 * TILE) {
-        Tiles::load<4>(turned, TILE_BYTES);
-        Tiles::load<5>(turned + TILE, TILE_BYTES);
+        Tiles::load<4>(turned, 2 * TILE_BYTES);
+        Tiles::load<5>(turned + 1, 2 * TILE_BYTES);
         Tiles::load<6>(weights + block * BLOCK, of.size);
         Tiles::multiply_bytes<0, 6, 4>();
         Tiles::multiply_bytes<1, 6, 5>();
@@ -250,14 +279,16 @@ void tiled(const Operands& of, const Whole& inputs, const __m512i* turned, int64
 }
 
 void multiply_by_tiles(const Operands& of, const Whole& inputs, Team team) {
-    thread_local Turned kept;
-    kept.turn(inputs, of.num_rows);
-    const Turned& turned = kept;  // this thread's
+    thread_local std::vector<__m512i> kept;
+    const int64_t turned_size = turned_registers<16, 1>(inputs);
+    kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
+    for (int64_t row = 0; row < of.num_rows; row += TILE) turn<16, 1>(inputs, row, kept.data() + row / TILE * turned_size);
+    const __m512i* const turned = kept.data();  // this thread's
     share_ranges(of.num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
         const Tiles held;
         for (int64_t output = begin; output < end; output += 2 * TILE)
             for (int64_t row = 0; row < of.num_rows; row += TILE)
-                tiled(of, inputs, turned.of(row, inputs.num_blocks), row, output);
+                tiled(of, inputs, turned + row / TILE * turned_size, row, output);
     });
 }
 
@@ -275,6 +306,7 @@ extern "C" int shoal_int8_linear(const void* inputs, const void* weights, const 
                          static_cast<const float*>(scales), static_cast<const bf16*>(bias), num_rows, num_outputs, size,
                          static_cast<bf16*>(out)};
     thread_local Whole whole;  // kept: the next product is as large
+    whole.num_rows = num_rows;
     whole.num_blocks = (size + BLOCK - 1) / BLOCK;
     whole.registers.resize(std::max(whole.registers.size(), (size_t)(num_rows * whole.row_size())));
     whole.scales.resize(FEW_ROWS);
@@ -287,10 +319,14 @@ extern "C" int shoal_int8_linear(const void* inputs, const void* weights, const 
         multiply_by_tiles(of, own, team);
         return 0;
     }
+    if (num_rows > TILE_ROWS && of.fit_lanes()) {
+        multiply_by_lanes(of, own, team);
+        return 0;
+    }
     share_ranges(num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
-        for (int64_t row = 0; row < num_rows; row += 3)
+        for (int64_t row = 0; row < num_rows; row += TILE_ROWS)
             for (int64_t output = begin; output < end; output += 16)
-                few(of, own, row, std::min<int64_t>(3, num_rows - row), output);
+                few(of, own, row, std::min(TILE_ROWS, num_rows - row), output);
     });
     return 0;
 }

@@ -1,14 +1,12 @@
 // Matrix products of few rows, as decoding has them: the weights are read once, as torch has them, and what is next is
 // fetched while what is there is multiplied.
 //
-//   up to 4 rows    memory is all that takes time: one weights' row after the other, as they lie. The processor sees by
-//                   itself what comes next, and asking for it only gets in the way
-//   up to 16        a register holds numbers of one row, side by side: a tile of weights' rows times inputs' rows shares
-//                   its loads, and sums are added across at the end
-//   up to 64        a lane holds a row: inputs are turned once, each weight goes to all lanes, and nothing is added
-//                   across, which would take a sixth of the time
-//   by tiles        turned inputs are what tiles take, too, and the weights as they lie are the other side: where there
-//                   are tiles, 16 rows take hardly longer than one, and 64 twice as long
+//   one or two rows  memory is all that takes time: one weights' row after the other, as they lie. The processor sees by
+//                    itself what comes next, and asking for it only gets in the way. Sums are added across at the end
+//   up to 64         a lane or two hold a row: inputs are turned once, each weight goes to all rows, and hardly anything is
+//                    added across, which would take a sixth of the time
+//   by tiles         inputs are turned, and the weights as they lie are the other side: where there
+//                    are tiles, 16 rows take hardly longer than one, and 64 twice as long
 #include <algorithm>
 #include <vector>
 
@@ -20,11 +18,9 @@ namespace shoal {
 namespace {
 
 constexpr int64_t PIECE = 64;           // weights' rows a thread takes at a time
-constexpr int64_t MAX_ROWS_IN_ORDER = 4;  // with more, loading inputs again for each weights' row takes longer
-constexpr int64_t MAX_ROWS_ACROSS = 16;   // with more, a lane each is faster
-constexpr int AT_ONCE = 4;                // sums of an output in order: a product would wait for the one before
-constexpr int64_t TILE_ROWS = 6;
-constexpr int AHEAD = 8;  // by lanes, weights' rows that are fetched so long before: what memory takes, or more
+constexpr int64_t MAX_ROWS_IN_ORDER = 2;
+constexpr int AT_ONCE = 4;  // sums of an output in order: a product would wait for the one before
+constexpr int AHEAD = 8;    // by lanes, weights' rows that are fetched so long before: what memory takes, or more
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;
@@ -33,16 +29,6 @@ struct Operands {
 
     const bf16* weights_of(int64_t output) const { return weights + output * size; }
 };
-
-inline void fetch(const bf16* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
-
-// Where sums of sixteen outputs belong, with the bias.
-template <int M>
-inline void put_across(const Operands& of, const __m512 (&found)[M][16], int64_t row, int64_t output) {
-    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
-    for (int m = 0; m < M; m++)
-        store(of.out + (row + m) * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
-}
 
 // Sixteen outputs of all M rows, one weights' row after the other. Several sums of each: one alone would be waited for.
 template <int M>
@@ -71,74 +57,26 @@ inline void sixteen_in_order(const Operands& of, int64_t output) {
             for (int u = 1; u < AT_ONCE; u++) found[m][n] = _mm512_add_ps(found[m][n], acc[m][u]);
         }
     }
-    put_across<M>(of, found, 0, output);
-}
-
-// What rows share in turns: of four weights' rows that come next, [first, last) are fetched, `ahead` rows before.
-struct Fetch {
-    int64_t ahead, first, last;
-};
-
-// Sixteen outputs of M rows, four weights' rows at a time.
-template <int M>
-inline void sixteen(const Operands& of, int64_t row, int64_t output, Fetch next) {
-    __m512 found[M][16];
-    for (int part = 0; part < 16; part += 4) {
-        const bf16* const weights = of.weights_of(output + part);
-        __m512 acc[M][4];
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < 4; n++) acc[m][n] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < of.size; k += 32) {
-            for (int64_t n = next.first; n < next.last; n++) fetch(weights + (next.ahead + n) * of.size + k);
-            __m512bh shared[4];
-            for (int n = 0; n < 4; n++) shared[n] = (__m512bh)_mm512_loadu_si512(weights + n * of.size + k);
-            for (int m = 0; m < M; m++) {
-                const __m512bh own = (__m512bh)_mm512_loadu_si512(of.inputs + (row + m) * of.size + k);
-                for (int n = 0; n < 4; n++) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], shared[n], own);
-            }
-        }
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < 4; n++) found[m][part + n] = acc[m][n];
-    }
-    put_across<M>(of, found, row, output);
-}
-
-inline void few(const Operands& of, int64_t row, int64_t n, int64_t output, Fetch next) {
-    switch (n) {
-        case 1: return sixteen<1>(of, row, output, next);
-        case 2: return sixteen<2>(of, row, output, next);
-        case 3: return sixteen<3>(of, row, output, next);
-        case 4: return sixteen<4>(of, row, output, next);
-        case 5: return sixteen<5>(of, row, output, next);
-        default: return sixteen<TILE_ROWS>(of, row, output, next);
-    }
+    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
+    for (int m = 0; m < M; m++) store(of.out + m * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
 }
 
 void multiply_in_order(const Operands& of, int num_threads) {
     share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
-        for (int64_t output = begin; output < end; output += 16) switch (of.num_rows) {
-                case 1: sixteen_in_order<1>(of, output); break;
-                case 2: sixteen_in_order<2>(of, output); break;
-                case 3: sixteen_in_order<3>(of, output); break;
-                default: sixteen_in_order<MAX_ROWS_IN_ORDER>(of, output);
-            }
-    });
-}
-
-void multiply_across(const Operands& of, int num_threads) {
-    const int64_t num_tiles = (of.num_rows + TILE_ROWS - 1) / TILE_ROWS, most = (of.num_rows + num_tiles - 1) / num_tiles;
-    share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16)
-            for (int64_t tile = 0; tile < num_tiles; tile++)
-                few(of, tile * most, std::min(most, of.num_rows - tile * most), output,
-                    {4 * (num_tiles + 1), tile * 4 / num_tiles, (tile + 1) * 4 / num_tiles});
+            of.num_rows == 1 ? sixteen_in_order<1>(of, output) : sixteen_in_order<2>(of, output);
     });
 }
 
-// The inputs of R times sixteen rows from `first` on, two by two, as dot products take them: [size / 2][R][16 rows],
-// nothing where there is no row.
+// Of R registers of rows, all that a register's rows have, so many numbers at a time: [size / numbers][R][row].
+//   sixteen rows  two numbers each
+//   eight rows    four, in two lanes: where half of sixteen would hold nothing
+// Where there is no row, there is nothing.
+template <int ROWS>
+constexpr int NUMBERS = 32 / ROWS;
+
 template <int R>
-void turn(const Operands& of, int64_t first, __m512i* to) {
+void turn_sixteen(const Operands& of, int64_t first, __m512i* to) {
     for (int r = 0; r < R; r++)
         for (int64_t k = 0; k < of.size; k += 32) {
             __m512i block[16];
@@ -152,16 +90,48 @@ void turn(const Operands& of, int64_t first, __m512i* to) {
         }
 }
 
-// Writes sums of sixteen outputs [output][row] where they belong, with the bias; those of no row aren't.
-inline void put(const Operands& of, __m512i (&found)[16], int64_t row, int64_t output) {
-    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
-    transpose(found);
-    for (int64_t lane = 0; lane < std::min<int64_t>(16, of.num_rows - row); lane++)
-        store(of.out + (row + lane) * of.num_outputs + output, _mm512_add_ps(_mm512_castsi512_ps(found[lane]), bias));
+template <int R>
+void turn_eight(const Operands& of, __m512i* to) {
+    for (int r = 0; r < R; r++)
+        for (int64_t k = 0; k < of.size; k += 32) {
+            __m512i block[8];
+            for (int64_t n = 0; n < 8; n++)
+                block[n] = 8 * r + n < of.num_rows ? _mm512_loadu_si512(of.inputs + (8 * r + n) * of.size + k)
+                                                   : _mm512_setzero_si512();
+            transpose(block);
+            for (int four = 0; four < 8; four++) to[(k / 4 + four) * R + r] = block[four];
+        }
 }
 
-// Sixteen outputs of R times sixteen rows, N outputs at a time.
-template <int R, int N>
+// So many numbers of a weights' row, for each row of a register.
+template <int ROWS>
+inline __m512bh spread(const bf16* from) {
+    if constexpr (ROWS == 16) {
+        int32_t two;
+        std::memcpy(&two, from, sizeof two);
+        return (__m512bh)_mm512_set1_epi32(two);
+    } else {
+        int64_t four;
+        std::memcpy(&four, from, sizeof four);
+        return (__m512bh)_mm512_set1_epi64(four);
+    }
+}
+
+// Writes sums of sixteen outputs, [output][lane], where they belong, with the bias; those of no row aren't.
+template <int ROWS>
+inline void put(const Operands& of, __m512i (&found)[16], int64_t row, int64_t output) {
+    constexpr int LANES = 16 / ROWS;
+    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
+    transpose(found);
+    for (int64_t n = 0; n < std::min<int64_t>(ROWS, of.num_rows - row); n++) {
+        __m512 sum = _mm512_castsi512_ps(found[n * LANES]);
+        if constexpr (LANES == 2) sum = _mm512_add_ps(sum, _mm512_castsi512_ps(found[n * LANES + 1]));
+        store(of.out + (row + n) * of.num_outputs + output, _mm512_add_ps(sum, bias));
+    }
+}
+
+// Sixteen outputs of R registers of rows, N outputs at a time.
+template <int ROWS, int R, int N>
 inline void sixteen_by_lanes(const Operands& of, const __m512i* turned, int64_t output) {
     __m512i found[R][16];
     for (int part = 0; part < 16; part += N) {
@@ -172,13 +142,11 @@ inline void sixteen_by_lanes(const Operands& of, const __m512i* turned, int64_t 
         for (int64_t k = 0; k < of.size; k += 32) {
             for (int n = 0; n < N; n++) fetch(weights + (AHEAD + n) * of.size + k);
 #pragma GCC unroll 4
-            for (int64_t pair = k; pair < k + 32; pair += 2) {
+            for (int64_t at = k; at < k + 32; at += NUMBERS<ROWS>) {
                 __m512bh own[R];
-                for (int r = 0; r < R; r++) own[r] = (__m512bh)turned[pair / 2 * R + r];
+                for (int r = 0; r < R; r++) own[r] = (__m512bh)turned[at / NUMBERS<ROWS> * R + r];
                 for (int n = 0; n < N; n++) {
-                    int32_t two;
-                    std::memcpy(&two, weights + n * of.size + pair, sizeof two);
-                    const __m512bh shared = (__m512bh)_mm512_set1_epi32(two);
+                    const __m512bh shared = spread<ROWS>(weights + n * of.size + at);
                     for (int r = 0; r < R; r++) acc[n][r] = _mm512_dpbf16_ps(acc[n][r], own[r], shared);
                 }
             }
@@ -186,18 +154,31 @@ inline void sixteen_by_lanes(const Operands& of, const __m512i* turned, int64_t 
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++) found[r][part + n] = _mm512_castps_si512(acc[n][r]);
     }
-    for (int r = 0; r < R; r++) put(of, found[r], 16 * r, output);
+    for (int r = 0; r < R; r++) put<ROWS>(of, found[r], ROWS * r, output);
 }
 
-template <int R, int N>
+template <int ROWS, int R, int N>
 void multiply_by_lanes(const Operands& of, int num_threads) {
     static thread_local std::vector<__m512i> kept;
-    kept.resize(of.size / 2 * R);
-    turn<R>(of, 0, kept.data());
+    kept.resize(of.size / NUMBERS<ROWS> * R);
+    if constexpr (ROWS == 16) turn_sixteen<R>(of, 0, kept.data());
+    else turn_eight<R>(of, kept.data());
     const __m512i* const turned = kept.data();  // the crew's threads have a `kept` of their own
     share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
-        for (int64_t output = begin; output < end; output += 16) sixteen_by_lanes<R, N>(of, turned, output);
+        for (int64_t output = begin; output < end; output += 16) sixteen_by_lanes<ROWS, R, N>(of, turned, output);
     });
+}
+
+void multiply_by_lanes(const Operands& of, int num_threads) {
+    switch ((of.num_rows + 7) / 8) {
+        case 1: return multiply_by_lanes<8, 1, 8>(of, num_threads);
+        case 2: return multiply_by_lanes<8, 2, 8>(of, num_threads);
+        case 3: return multiply_by_lanes<8, 3, 8>(of, num_threads);
+        case 4: return multiply_by_lanes<16, 2, 8>(of, num_threads);
+        case 5: return multiply_by_lanes<8, 5, 4>(of, num_threads);
+        case 6: return multiply_by_lanes<16, 3, 8>(of, num_threads);
+        default: return multiply_by_lanes<16, 4, 4>(of, num_threads);
+    }
 }
 
 // 64 outputs of sixteen rows. Nothing is fetched ahead: the processor does that by itself, and a tile's load waits for
@@ -228,7 +209,7 @@ inline void tiled(const Operands& of, const __m512i* turned, int64_t row, int64_
     for (int part = 0; part < 64; part += 16) {
         __m512i block[16];
         for (int n = 0; n < 16; n++) block[n] = _mm512_load_si512(found + (part + n) * TILE);
-        put(of, block, row, output + part);
+        put<16>(of, block, row, output + part);
     }
 }
 
@@ -236,7 +217,7 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
     static thread_local std::vector<__m512i> kept;
     const int64_t turned_size = of.size / 2;
     kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
-    for (int64_t row = 0; row < of.num_rows; row += TILE) turn<1>(of, row, kept.data() + row / TILE * turned_size);
+    for (int64_t row = 0; row < of.num_rows; row += TILE) turn_sixteen<1>(of, row, kept.data() + row / TILE * turned_size);
     const __m512i* const turned = kept.data();
     static_assert(PIECE == 64);
     share(of.num_outputs / PIECE, Team(num_threads, of.num_rows), [&](int64_t piece) {
@@ -250,20 +231,17 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
 }  // namespace shoal
 
 // out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed, plus bias
-// [num_outputs], if given. Returns 0, or 1 if size isn't a multiple of 32, num_outputs of 16, or there are more than 64
-// rows.
+// [num_outputs], if given. Returns 0, or 1 if size isn't a multiple of 32, num_outputs of 16, or there are no rows,
+// or more than 64.
 extern "C" int shoal_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows,
                             int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
-    if (size % 32 || num_outputs % 16 || num_rows > FEW_ROWS) return 1;
+    if (size % 32 || num_outputs % 16 || num_rows < 1 || num_rows > FEW_ROWS) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
     // A single row takes as long as memory does, either way, and dot products need no turning.
     if (num_rows > 1 && num_outputs % PIECE == 0 && have_tiles()) multiply_by_tiles(of, num_threads);
     else if (num_rows <= MAX_ROWS_IN_ORDER) multiply_in_order(of, num_threads);
-    else if (num_rows <= MAX_ROWS_ACROSS) multiply_across(of, num_threads);
-    else if (num_rows <= 32) multiply_by_lanes<2, 8>(of, num_threads);
-    else if (num_rows <= 48) multiply_by_lanes<3, 8>(of, num_threads);
-    else multiply_by_lanes<4, 4>(of, num_threads);
+    else multiply_by_lanes(of, num_threads);
     return 0;
 }

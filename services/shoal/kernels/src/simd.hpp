@@ -10,6 +10,10 @@ namespace shoal {
 
 using bf16 = uint16_t;
 
+// Into the second cache: the first one is too small for what is so far ahead, and has few places for what is asked of
+// memory, which loads need. It matters: 14 ms instead of 26 for the products of eight rows.
+inline void fetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
+
 // As good as minus infinity for a score, without its NaNs.
 constexpr float LOWEST = -1e30f;
 constexpr float LOG2_E = 1.44269504088896341f;
@@ -34,23 +38,27 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-// The sums of sixteen registers, in order: neighbours are added and interleaved until one register is left.
-inline __m512 sums(const __m512 (&v)[16]) {
-    __m512 by2[8], by4[4], by8[2];
+using ints = int32_t __attribute__((vector_size(64)));
+
+// The sums of sixteen registers of float32 or int32, in order: neighbours are added and interleaved until one is left.
+template <class Register>
+inline Register sums(const Register (&v)[16]) {
+    const auto pick = [](Register a, __m512i which, Register b) __attribute__((always_inline)) {
+        return (Register)_mm512_permutex2var_epi32((__m512i)a, which, (__m512i)b);
+    };
+    Register by2[8], by4[4], by8[2];
     const __m512i even = _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
     const __m512i odd = _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    for (int i = 0; i < 8; i++)
-        by2[i] = _mm512_add_ps(_mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]),
-                               _mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]));
+    for (int i = 0; i < 8; i++) by2[i] = pick(v[2 * i], even, v[2 * i + 1]) + pick(v[2 * i], odd, v[2 * i + 1]);
     const __m512i even2 = _mm512_setr_epi32(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
     const __m512i odd2 = _mm512_setr_epi32(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    for (int i = 0; i < 4; i++)
-        by4[i] = _mm512_add_ps(_mm512_permutex2var_ps(by2[2 * i], even2, by2[2 * i + 1]),
-                               _mm512_permutex2var_ps(by2[2 * i], odd2, by2[2 * i + 1]));
-    for (int i = 0; i < 2; i++)
-        by8[i] = _mm512_add_ps(_mm512_shuffle_f32x4(by4[2 * i], by4[2 * i + 1], 0x88),
-                               _mm512_shuffle_f32x4(by4[2 * i], by4[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(by8[0], by8[1], 0x88), _mm512_shuffle_f32x4(by8[0], by8[1], 0xdd));
+    for (int i = 0; i < 4; i++) by4[i] = pick(by2[2 * i], even2, by2[2 * i + 1]) + pick(by2[2 * i], odd2, by2[2 * i + 1]);
+    const auto halves = [](Register a, Register b) __attribute__((always_inline)) {
+        return (Register)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0x88) +
+               (Register)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0xdd);
+    };
+    for (int i = 0; i < 2; i++) by8[i] = halves(by4[2 * i], by4[2 * i + 1]);
+    return halves(by8[0], by8[1]);
 }
 
 // Sixteen rows of sixteen numbers become columns.
@@ -74,6 +82,25 @@ inline void transpose(__m512i (&v)[16]) {
         v[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
         v[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
         v[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+}
+
+// Eight rows of eight pairs of numbers become columns.
+inline void transpose(__m512i (&v)[8]) {
+    __m512i by2[8];
+    for (int i = 0; i < 8; i += 2) {
+        by2[i] = _mm512_unpacklo_epi64(v[i], v[i + 1]);
+        by2[i + 1] = _mm512_unpackhi_epi64(v[i], v[i + 1]);
+    }
+    for (int j = 0; j < 2; j++) {  // of four registers each a quarter
+        const __m512i low = _mm512_shuffle_i64x2(by2[j], by2[2 + j], 0x88);
+        const __m512i low2 = _mm512_shuffle_i64x2(by2[4 + j], by2[6 + j], 0x88);
+        const __m512i high = _mm512_shuffle_i64x2(by2[j], by2[2 + j], 0xdd);
+        const __m512i high2 = _mm512_shuffle_i64x2(by2[4 + j], by2[6 + j], 0xdd);
+        v[j] = _mm512_shuffle_i64x2(low, low2, 0x88);
+        v[4 + j] = _mm512_shuffle_i64x2(low, low2, 0xdd);
+        v[2 + j] = _mm512_shuffle_i64x2(high, high2, 0x88);
+        v[6 + j] = _mm512_shuffle_i64x2(high, high2, 0xdd);
     }
 }
 

@@ -1,0 +1,78 @@
+// Rows of inputs as whole numbers of 16 bits, by one scale a row, as two bytes each: x = scale * (256 high + low).
+//
+// What is rounded is 1/65278 of a row's largest number at most. Over a row of some thousand numbers this adds up to less
+// than what bfloat16 has rounded it by.
+#pragma once
+#include <bit>
+#include <cmath>
+#include <vector>
+
+#include "simd.hpp"
+
+namespace shoal {
+
+constexpr int64_t BLOCK = 64;      // inputs in a register
+constexpr float LARGEST = 32639;   // 256 * 127 + 127
+constexpr float NOTHING = 1e-30f;  // above it LARGEST / x is finite
+
+// Of each row, for each block a register of high bytes and one of low, then what the sums of each begin with.
+struct Whole {
+    std::vector<__m512i> registers;
+    std::vector<float> scales;
+    int64_t num_rows, num_blocks;
+
+    int64_t row_size() const { return 2 * num_blocks + 2; }
+    __m512i* row(int64_t index) { return registers.data() + index * row_size(); }
+    const __m512i* row(int64_t index) const { return registers.data() + index * row_size(); }
+};
+
+// The first of `size` lanes, all or none.
+inline uint64_t lanes(int64_t left, int size) {
+    if (left >= size) return size == 64 ? ~0ull : (1ull << size) - 1;
+    return left <= 0 ? 0 : (1ull << left) - 1;
+}
+
+inline __m512 load_some(const bf16* from, int64_t left) {
+    const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)lanes(left, 16), from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// The largest of a row's absolute values, as bits: those of what isn't finite are above all numbers'.
+inline float largest_of(const bf16* from, int64_t size) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t j = 0; j < size; j += 16) {
+        const __m512i bits = _mm512_castps_si512(load_some(from + j, size - j));
+        most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    return std::bit_cast<float>(_mm512_reduce_max_epu32(most));
+}
+
+// One row of inputs. Where a number isn't finite, the scale is NaN, and so is all that comes of the row.
+inline void make_whole(const bf16* from, int64_t size, Whole& to, int64_t row) {
+    const float largest = largest_of(from, size);
+    const bool is_finite = std::isfinite(largest), is_nothing = largest < NOTHING;
+    to.scales[row] = !is_finite ? NAN : is_nothing ? 0 : largest / LARGEST;
+    const __m512 factor = _mm512_set1_ps(!is_finite || is_nothing ? 0 : LARGEST / largest);
+    const __m512i flipped = _mm512_set1_epi8(-128);  // 128, without a sign
+    __m512i* const blocks = to.row(row);
+    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+    for (int64_t block = 0; block < to.num_blocks; block++) {
+        alignas(64) int8_t high[BLOCK], low[BLOCK];
+        for (int64_t j = 0; j < BLOCK; j += 16) {
+            const __m512 numbers = load_some(from + block * BLOCK + j, size - block * BLOCK - j);
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, factor));
+            const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+            const __m512i below = _mm512_sub_epi32(whole, _mm512_slli_epi32(above, 8));
+            _mm_store_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(above));
+            _mm_store_si128(reinterpret_cast<__m128i*>(low + j), _mm512_cvtepi32_epi8(below));
+        }
+        blocks[2 * block] = _mm512_load_si512(high);
+        blocks[2 * block + 1] = _mm512_load_si512(low);
+        high_sum = _mm512_dpbusd_epi32(high_sum, flipped, blocks[2 * block]);
+        low_sum = _mm512_dpbusd_epi32(low_sum, flipped, blocks[2 * block + 1]);
+    }
+    blocks[2 * to.num_blocks] = _mm512_sub_epi32(_mm512_setzero_si512(), high_sum);
+    blocks[2 * to.num_blocks + 1] = _mm512_sub_epi32(_mm512_setzero_si512(), low_sum);
+}
+
+}  // namespace shoal

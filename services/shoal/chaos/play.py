@@ -132,11 +132,12 @@ async def _is_seen(sign: Sign, scene: Scene, lost: Lost, over_s: float, transfer
 
 async def _left(victim: Victim) -> dict[str, float]:
     """What is still held when everything must be free."""
-    left: dict[str, float] = {}
+    left = {"what nobody could tell": 1.0}
 
     async def is_free() -> bool:
+        found = await victim.left()  # if it doesn't come, what was found before stands
         left.clear()
-        left.update(await victim.left())
+        left.update(found)
         return not left
 
     with suppress(TimeoutError):

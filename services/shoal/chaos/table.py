@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
 from shoal.chaos.load import End
 from shoal.chaos.result import Report, Result
 from shoal.chaos.scenario import SCENARIOS
 
-_COLUMNS = ("requests", "correct", "clear errors", "cut off", "wrong", "hung", "felt", "recovered after", "left")
+# Over each other: with so many, 80 columns are enough.
+_COLUMNS = ("requests", "correct", "clear\nerrors", "cut\noff", "wrong", "hung", "felt", "recovered\nafter", "left")
 
 _CAPTION = "felt: refusals and detours that it caused; left: what was still held when all should have been free"
 
@@ -16,11 +18,12 @@ _CAPTION = "felt: refusals and detours that it caused; left: what was still held
 def render(report: Report) -> Table:
     """A row for each result, and one for all of them."""
     table = Table(
-        title=f"chaos: {report.model}", title_justify="left", caption=_CAPTION, caption_justify="left", pad_edge=False
-    )
+        title=f"chaos: {report.model}", title_justify="left", caption=_CAPTION, caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False,
+    )  # fmt: skip
     table.add_column("scenario", no_wrap=True)
     for name in _COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name != "left")
     for result in report.results:
         table.add_row(*row(result), style=None if result.is_clean else "red")
     table.add_section()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import httpx
 
 from shoal.app import Cluster
-from shoal.app.graph import num_replicas
 from shoal.app.ray_settings import run_target
 from shoal.chaos.disk import limit_files
 from shoal.chaos.look import Look, Scraped
@@ -40,6 +39,10 @@ class Victim:
         self.switchboard = switchboard
         self._gone: set[int] = set()
         self._before = abandoned()
+
+    @property
+    def _wanted(self) -> Counter[str]:
+        return Counter(gateway=1, prefill=self._config.prefill.replicas, decode=self._config.decode.replicas)
 
     @property
     def hold_s(self) -> float:
@@ -74,8 +77,7 @@ class Victim:
 
     async def is_whole(self) -> bool:
         """Whether every pool has all its replicas."""
-        wanted = {"gateway": 1, "prefill": self._config.prefill.replicas, "decode": self._config.decode.replicas}
-        return Counter(entry.role for entry in await self.entries()) == wanted
+        return Counter(entry.role for entry in await self.entries()) == self._wanted
 
     def kill(self, entries: Iterable[Entry]) -> None:
         """SIGKILL, as the system does to one that takes too much memory."""
@@ -133,8 +135,8 @@ class Victim:
     async def left(self) -> dict[str, float]:
         """What isn't free, by name; nothing where no request is open and every pool has a replica."""
         look = await self.look()
-        if num_silent := num_replicas(self._config) - len(look.processes):
-            return {"replicas that don't answer": float(num_silent)}  # who knows what they hold
+        if silent := self._wanted - Counter(process.role for process in look.processes):  # who knows what they hold
+            return {f"{role} that doesn't answer": float(number) for role, number in silent.items()}
         held = look.held()
         entries = await self.entries()
         max_sessions = {"prefill": self._config.decode.replicas, "decode": self._config.prefill.replicas}

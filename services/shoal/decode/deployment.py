@@ -16,6 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from shoal import directory, routes
 from shoal.config import ShoalConfig
 from shoal.decode.stage import open_decode
+from shoal.decode.worker import DecodeWorker
+from shoal.errors import PeerGone
 from shoal.messages import Grant, HandoffOutcome, Ticket
 from shoal.replica import (
     host_of_handoff,
@@ -28,7 +30,7 @@ from shoal.replica import (
 )
 from shoal.rpc.ports import join_address
 from shoal.rpc.probe import ProbedServer
-from shoal.rpc.token_server import Place, TokenServer
+from shoal.rpc.token_server import Outlet, Place, TokenServer
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.watch import Watch
 
@@ -98,12 +100,13 @@ class DecodeReplica:
         self._watch.require_healthy()
         with told_plainly(), self._tokens.open(ticket) as outlet:
             yield self._tokens.at(self._stage.desk.address)
-            request = await outlet.request()
-            with bind_request(request.context.request_id):
-                async with outlet.unless_gone(), aclosing(self._stage.worker.generate(request)) as outputs:
-                    async for output in outputs:
-                        outlet.send(output)
-                await outlet.end()
+            try:
+                await _answer(outlet, self._stage.worker)
+            except PeerGone:
+                # It hears of its broken stream by itself. To a gateway that has died Ray would report an error for a
+                # second, for each request, and nothing else runs in this replica meanwhile, not even a health check.
+                if not outlet.is_deserted:
+                    raise
 
     async def describe(self) -> dict[str, Any]:
         """What this live replica holds: for operators, the demo and the tests."""
@@ -126,6 +129,15 @@ class DecodeReplica:
             await self._watch.close()
             await asyncio.to_thread(directory.unregister, self._entry)
         await self._exits.aclose()
+
+
+async def _answer(outlet: Outlet, worker: DecodeWorker) -> None:
+    request = await outlet.request()
+    with bind_request(request.context.request_id):
+        async with outlet.unless_gone(), aclosing(worker.generate(request)) as outputs:
+            async for output in outputs:
+                outlet.send(output)
+        await outlet.end()
 
 
 class ServePrefillPool:

@@ -58,6 +58,11 @@ class Outlet:
         self._request: GenerateRequest | None = None
         self._num_sent = 0
 
+    @property
+    def is_deserted(self) -> bool:
+        """The gateway's stream has ended, and not because this server does."""
+        return self._gateway.is_deserted
+
     async def request(self, timeout_s: float = COME_TIMEOUT_S) -> GenerateRequest:
         """What the gateway brings once it knows the place.
 
@@ -107,6 +112,7 @@ class _Gateway:
         self.num_put = 0
         self.num_written = 0
         self.is_followed = False
+        self.is_deserted = False
         self.cutoff = Cutoff(_gone)
         self.wake = asyncio.Event()
         self._progress = asyncio.Event()
@@ -227,6 +233,7 @@ class TokenServer:
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             pass  # it's gone
         finally:
+            gateway.is_deserted = not gateway.is_gone
             self._drop(gateway_id, gateway)
 
     def _require(self, server_id: bytes) -> None:

@@ -28,8 +28,8 @@ GOOD = Result.of(
 )  # fmt: skip
 
 
-def text_of(report: Report) -> str:
-    console = Console(file=io.StringIO(), width=140)
+def text_of(report: Report, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(render(report))
     console.print(summary(report), soft_wrap=True)
     written: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def test_whatever_is_wrong_hung_left_or_lost_is_not_clean_and_is_named(bad: Resu
 
 
 def test_what_is_left_is_named():
-    assert "2 reserved blocks" in text_of(Report("tiny", (replace(GOOD, left={"reserved blocks": 2.0}),)))
+    assert "2 reserved blocks" in text_of(Report("tiny", (replace(GOOD, left={"reserved blocks": 2.0}),)), width=140)
 
 
 def test_everything_is_in_the_json():

@@ -178,8 +178,13 @@ async def test_a_call_that_is_cancelled_before_its_request_came_holds_nothing() 
     assert not worker.came
 
 
-async def test_a_request_without_an_output_ends_with_its_gateway() -> None:
-    """It may wait for blocks, for prefill, for its turn; and Ray tells a replica nothing of a caller that has died."""
+@pytest.mark.parametrize("who", ["gateway", "decode"])
+async def test_a_request_without_an_output_ends_with_its_gateway(who: str) -> None:
+    """It may wait for blocks, for prefill, for its turn; and Ray tells a replica nothing of a caller that has died.
+
+    A gateway that is gone is told no error, for which Ray would look for it, and stop the replica for a second; one
+    whose stream decode has ended asks another replica at once.
+    """
     worker = Worker(waits=True)
     async with joined() as both:
         with both.client.open() as stream:
@@ -189,7 +194,12 @@ async def test_a_request_without_an_output_ends_with_its_gateway() -> None:
                 waiting = asyncio.ensure_future(anext(call))
                 async with asyncio.timeout(10):
                     await worker.has_begun.wait()
-                    await both.client.close()
-                    with pytest.raises(PeerGone, match="has ended"):
-                        await waiting
+                    if who == "gateway":
+                        await both.client.close()
+                        with pytest.raises(StopAsyncIteration):
+                            await waiting
+                    else:
+                        both.decode.tokens.close()
+                        with pytest.raises(PeerGone, match="has ended"):
+                            await waiting
     assert not worker.is_open and both.decode.tokens.num_gateways == 0

@@ -17,7 +17,8 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t PIECE = 64;           // weights' rows a thread takes at a time
+constexpr int64_t PIECE = 128;         // weights' rows a thread takes at a time: with fewer, more of them aren't fetched
+constexpr int64_t TILED_OUTPUTS = 64;  // the same by tiles, which fetch nothing
 constexpr int64_t MAX_ROWS_IN_ORDER = 2;
 constexpr int AT_ONCE = 4;  // sums of an output in order: a product would wait for the one before
 constexpr int AHEAD = 8;    // by lanes, weights' rows that are fetched so long before: what memory takes, or more
@@ -186,7 +187,7 @@ void multiply_by_lanes(const Operands& of, int num_threads) {
 inline void tiled(const Operands& of, const __m512i* turned, int64_t row, int64_t output) {
     const int64_t size = of.size, weights_row = 2 * size;
     const bf16* const weights = of.weights_of(output);
-    alignas(64) float found[64 * TILE];
+    alignas(64) float found[TILED_OUTPUTS * TILE];
     Tiles::zero<0>();
     Tiles::zero<1>();
     Tiles::zero<2>();
@@ -206,7 +207,7 @@ inline void tiled(const Operands& of, const __m512i* turned, int64_t row, int64_
     Tiles::store<1>(found + TILE * TILE, 64);
     Tiles::store<2>(found + 2 * TILE * TILE, 64);
     Tiles::store<3>(found + 3 * TILE * TILE, 64);
-    for (int part = 0; part < 64; part += 16) {
+    for (int part = 0; part < TILED_OUTPUTS; part += 16) {
         __m512i block[16];
         for (int n = 0; n < 16; n++) block[n] = _mm512_load_si512(found + (part + n) * TILE);
         put<16>(of, block, row, output + part);
@@ -219,11 +220,10 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
     kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
     for (int64_t row = 0; row < of.num_rows; row += TILE) turn_sixteen<1>(of, row, kept.data() + row / TILE * turned_size);
     const __m512i* const turned = kept.data();
-    static_assert(PIECE == 64);
-    share(of.num_outputs / PIECE, Team(num_threads, of.num_rows), [&](int64_t piece) {
+    share(of.num_outputs / TILED_OUTPUTS, Team(num_threads, of.num_rows), [&](int64_t piece) {
         const Tiles held;
         for (int64_t row = 0; row < of.num_rows; row += TILE)
-            tiled(of, turned + row / TILE * turned_size, row, piece * PIECE);
+            tiled(of, turned + row / TILE * turned_size, row, piece * TILED_OUTPUTS);
     });
 }
 
@@ -240,7 +240,7 @@ extern "C" int shoal_linear(const void* inputs, const void* weights, const void*
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
     // A single row takes as long as memory does, either way, and dot products need no turning.
-    if (num_rows > 1 && num_outputs % PIECE == 0 && have_tiles()) multiply_by_tiles(of, num_threads);
+    if (num_rows > 1 && num_outputs % TILED_OUTPUTS == 0 && have_tiles()) multiply_by_tiles(of, num_threads);
     else if (num_rows <= MAX_ROWS_IN_ORDER) multiply_in_order(of, num_threads);
     else multiply_by_lanes(of, num_threads);
     return 0;

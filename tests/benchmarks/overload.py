@@ -66,9 +66,10 @@ class Run:
             Load(concurrency=options.concurrency), Amount(2 * options.concurrency, duration_s=options.duration_s),
             timeout_s=300, tells_timeout=False,
         )  # fmt: skip
-        counted = [one for one in records if one.is_counted and one.e2e_s is not None]
-        ended = [one.sent_s + (one.e2e_s or 0.0) for one in counted]
-        return len(counted) / (max(ended) - min(one.sent_s for one in counted))
+        # While all clients have a request: what is left at the end is answered with less and less beside it.
+        first_s, last_s = (limit(one.sent_s for one in records if one.is_counted) for limit in (min, max))
+        ended = [one.sent_s + one.e2e_s for one in records if one.e2e_s is not None]
+        return sum(first_s <= end_s <= last_s for end_s in ended) / (last_s - first_s)
 
     async def overload(self, load: float, capacity: float, *, tells_timeout: bool) -> Found:
         options, rate = self._options, load * capacity

@@ -192,7 +192,7 @@ def test_a_replica_that_crashes_leaves_no_dump() -> None:
     try:
         leave_no_dump()
         # 1, and not 0, is what a program behind a pipe gets no dump at: fs/coredump.c of the kernel.
-        assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 1
+        assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 1 or before[1] == 0  # which only root may raise
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, before)
 

@@ -40,8 +40,8 @@ class DecodeReplica:
 
     async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         settings = ShoalConfig(**config)
-        leave_no_dump()
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
+        leave_no_dump()
         self._prefill: Any = prefill
         self._exits = AsyncExitStack()
         registry = new_registry()
@@ -103,8 +103,9 @@ class DecodeReplica:
             try:
                 await _answer(outlet, self._stage.worker)
             except PeerGone:
-                # It hears of its broken stream by itself. To a gateway that has died Ray would report an error for a
-                # second, for each request, and nothing else runs in this replica meanwhile, not even a health check.
+                # To a gateway that has died Ray would report an error for a second, for each request, and nothing else
+                # runs in this replica meanwhile, not even a health check. One that lives has lost its stream, too, or
+                # misses the rest when this call has ended (gateway/deployment.py).
                 if not outlet.is_deserted:
                     raise
 

@@ -156,8 +156,8 @@ class GatewayReplica:
         self, config: dict[str, Any], decode: DeploymentHandle[Any], *, listens: bool
     ) -> None:
         self._settings = settings = ShoalConfig(**config)
-        leave_no_dump()
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
+        leave_no_dump()
         self._exits = AsyncExitStack()
         self._registry = new_registry()
         files = locate(settings.model.name)

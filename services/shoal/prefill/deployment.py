@@ -32,8 +32,8 @@ class PrefillReplica:
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = ShoalConfig(**config)
-        leave_no_dump()
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
+        leave_no_dump()
         self._exits = AsyncExitStack()
         registry = new_registry()
         host = host_of_metrics(settings)

@@ -14,6 +14,7 @@ all its open requests end with PeerGone, and the gateway asks again.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -33,6 +34,7 @@ from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 ID_BYTES = 16
 MAX_GATEWAYS = 1024
@@ -234,6 +236,8 @@ class TokenServer:
             pass  # it's gone
         finally:
             gateway.is_deserted = not gateway.is_gone
+            if gateway.is_deserted and gateway.outlets:
+                _log.info("a gateway's stream has ended, and %d requests with it", len(gateway.outlets))
             self._drop(gateway_id, gateway)
 
     def _require(self, server_id: bytes) -> None:

@@ -22,6 +22,8 @@ constexpr int64_t TILE_ROWS = 3;       // of inputs; with more of them, a lane o
 constexpr int AHEAD = 8;               // by lanes, weights' rows that are fetched so long before they are needed
 constexpr int64_t MIN_ROWS_TILED = 8;  // with fewer, dot products take no longer, and turn nothing
 
+constexpr int64_t MAX_SIZE = 1 << 17;  // so many times 128 * 127 is in int32
+
 static_assert(BLOCK == TILE_BYTES);
 
 struct Operands {
@@ -297,11 +299,11 @@ void multiply_by_tiles(const Operands& of, const Whole& inputs, Team team) {
 
 // out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed times scales
 // [num_outputs], plus bias [num_outputs], if given. inputs, bias and out are bfloat16, weights int8, scales float32.
-// Returns 0, or 1 if there are more than FEW_ROWS rows.
+// Returns 0, or 1 if there are more than FEW_ROWS rows, or size is above MAX_SIZE.
 extern "C" int shoal_int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias,
                                  int64_t num_rows, int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
-    if (num_rows > FEW_ROWS) return 1;
+    if (num_rows > FEW_ROWS || size > MAX_SIZE) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const int8_t*>(weights),
                          static_cast<const float*>(scales), static_cast<const bf16*>(bias), num_rows, num_outputs, size,
                          static_cast<bf16*>(out)};

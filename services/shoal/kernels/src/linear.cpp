@@ -18,6 +18,7 @@ namespace shoal {
 namespace {
 
 constexpr int64_t PIECE = 128;         // weights' rows a thread takes at a time: with fewer, more of them aren't fetched
+constexpr int64_t SMALL_PIECE = 64;    // the same where else there were too few for the threads
 constexpr int64_t TILED_OUTPUTS = 64;  // the same by tiles, which fetch nothing
 constexpr int64_t MAX_ROWS_IN_ORDER = 2;
 constexpr int AT_ONCE = 4;  // sums of an output in order: a product would wait for the one before
@@ -62,8 +63,12 @@ inline void sixteen_in_order(const Operands& of, int64_t output) {
     for (int m = 0; m < M; m++) store(of.out + m * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
 }
 
+int64_t piece_of(const Operands& of, int num_threads) {
+    return of.num_outputs < 2 * PIECE * num_threads ? SMALL_PIECE : PIECE;
+}
+
 void multiply_in_order(const Operands& of, int num_threads) {
-    share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_outputs, piece_of(of, num_threads), Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16)
             of.num_rows == 1 ? sixteen_in_order<1>(of, output) : sixteen_in_order<2>(of, output);
     });
@@ -165,7 +170,7 @@ void multiply_by_lanes(const Operands& of, int num_threads) {
     if constexpr (ROWS == 16) turn_sixteen<R>(of, 0, kept.data());
     else turn_eight<R>(of, kept.data());
     const __m512i* const turned = kept.data();  // the crew's threads have a `kept` of their own
-    share_ranges(of.num_outputs, PIECE, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_outputs, piece_of(of, num_threads), Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16) sixteen_by_lanes<ROWS, R, N>(of, turned, output);
     });
 }

@@ -11,7 +11,7 @@ namespace shoal {
 using bf16 = uint16_t;
 
 // Into the second cache: the first one is too small for what is so far ahead, and has few places for what is asked of
-// memory, which loads need. It matters: 14 ms instead of 26 for the products of eight rows.
+// memory, which loads need: eight rows take half as long.
 inline void fetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
 // As good as minus infinity for a score, without its NaNs.

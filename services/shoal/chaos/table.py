@@ -12,7 +12,10 @@ from shoal.chaos.scenario import SCENARIOS
 # Over each other: with so many, 80 columns are enough.
 _COLUMNS = ("requests", "correct", "clear\nerrors", "cut\noff", "wrong", "hung", "felt", "recovered\nafter", "left")
 
-_CAPTION = "felt: refusals and detours that it caused; left: what was still held when all should have been free"
+_CAPTION = (
+    "cut off: lost the connection to the gateway, or found none; felt: refusals and detours that it caused; left: what "
+    "was still held when all should have been free"
+)
 
 
 def render(report: Report) -> Table:

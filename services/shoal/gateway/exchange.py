@@ -62,8 +62,8 @@ class Exchange:
         return self.generation is not None and bool(self.generation.timings)
 
     def _was_rejected(self) -> bool:
-        is_late = isinstance(self._error, Cancelled | InternalError | DeadlineExceeded)
-        return self._error is not None and not is_late and not self._has_output()
+        is_refusal = not isinstance(self._error, None | Cancelled | InternalError | DeadlineExceeded)
+        return is_refusal and not self._has_output()
 
     def _tell(self) -> None:
         error = self._error

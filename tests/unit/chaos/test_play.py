@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import pytest
+
 from shoal.chaos.look import Look, Scraped
-from shoal.chaos.play import _repairs
+from shoal.chaos.play import _left, _repairs
 
 METRICS = """\
 # HELP shoal_kv_fallback_total Steps down.
@@ -29,3 +34,30 @@ def test_repairs_are_told_apart_and_those_of_a_new_process_count_from_zero():
         "kv_fallback lease_lost local": 5,
         "kv_verify_failures checksum": 3,
     }
+
+
+class Silent:
+    """Says what it was given, and then nothing any more."""
+
+    settle_s = 0.1
+
+    def __init__(self, *said: dict[str, float]) -> None:
+        self._said = list(said)
+
+    async def left(self) -> dict[str, float]:
+        if not self._said:
+            await asyncio.Event().wait()
+        return self._said.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ([], {"what nobody could tell": 1.0}),
+        ([{"held blocks": 2.0}], {"held blocks": 2.0}),
+        ([{}], {}),
+    ],
+)
+async def test_silence_is_not_taken_for_nothing(said: list[dict[str, float]], found: dict[str, float]) -> None:
+    victim: Any = Silent(*said)
+    assert await _left(victim) == found

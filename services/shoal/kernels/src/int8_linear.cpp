@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t PIECE = 64;          // weights' rows a thread takes at a time
 constexpr int64_t ROWS_PIECE = 8;      // inputs' rows
 constexpr int64_t TILE_ROWS = 3;       // of inputs; with more of them, a lane or two each is faster (linear.cpp)
-constexpr int AHEAD = 8;               // by lanes, weights' rows that are fetched so long before they are needed
 constexpr int64_t MIN_ROWS_TILED = 8;  // with fewer, dot products take no longer, and turn nothing
 
 constexpr int64_t MAX_SIZE = 1 << 17;  // so many times 128 * 127 is in int32
@@ -165,20 +164,6 @@ void turn(const Whole& from, int64_t first, __m512i* to) {
         }
 }
 
-// So many of a weights' row, for each row of a register, their highest bit flipped.
-template <int ROWS>
-inline __m512i spread(const int8_t* from) {
-    if constexpr (ROWS == 16) {
-        int32_t four;
-        std::memcpy(&four, from, sizeof four);
-        return _mm512_xor_si512(_mm512_set1_epi32(four), _mm512_set1_epi8(-128));
-    } else {
-        int64_t eight;
-        std::memcpy(&eight, from, sizeof eight);
-        return _mm512_xor_si512(_mm512_set1_epi64(eight), _mm512_set1_epi8(-128));
-    }
-}
-
 // Sixteen outputs of R registers of rows, N outputs at a time.
 template <int ROWS, int R, int N>
 inline void sixteen_by_lanes(const Operands& of, const Whole& inputs, const __m512i* turned, int64_t first,
@@ -197,7 +182,8 @@ inline void sixteen_by_lanes(const Operands& of, const Whole& inputs, const __m5
 #pragma GCC unroll 4
             for (int64_t at = k; at < k + BLOCK; at += BYTES<ROWS>, own += 2 * R)
                 for (int n = 0; n < N; n++) {
-                    const __m512i shared = spread<ROWS>(weights + n * of.size + at);
+                    const __m512i shared =
+                        _mm512_xor_si512(spread<ROWS>(weights + n * of.size + at), _mm512_set1_epi8(-128));
                     for (int i = 0; i < 2 * R; i++) add_products(acc[n][i / 2][i % 2], shared, own[i]);
                 }
         }

@@ -22,7 +22,6 @@ constexpr int64_t SMALL_PIECE = 64;    // the same where else there were too few
 constexpr int64_t TILED_OUTPUTS = 64;  // the same by tiles, which fetch nothing
 constexpr int64_t MAX_ROWS_IN_ORDER = 2;
 constexpr int AT_ONCE = 4;  // sums of an output in order: a product would wait for the one before
-constexpr int AHEAD = 8;    // by lanes, weights' rows that are fetched so long before: what memory takes, or more
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;
@@ -74,53 +73,24 @@ void multiply_in_order(const Operands& of, int num_threads) {
     });
 }
 
-// Of R registers of rows, all that a register's rows have, so many numbers at a time: [size / numbers][R][row].
-//   sixteen rows  two numbers each
-//   eight rows    four, in two lanes: where half of sixteen would hold nothing
-// Where there is no row, there is nothing.
 template <int ROWS>
-constexpr int NUMBERS = 32 / ROWS;
+constexpr int NUMBERS = 32 / ROWS;  // of each row in a register of them
 
-template <int R>
-void turn_sixteen(const Operands& of, int64_t first, __m512i* to) {
+// The inputs of R registers of rows from `first` on, all that a register's rows have, so many numbers at a time: [size /
+// numbers][R][row]. Sixteen rows have two numbers each; eight have four, in two lanes, where half of sixteen would hold
+// nothing. Where there is no row, there is nothing.
+template <int ROWS, int R>
+void turn(const Operands& of, int64_t first, __m512i* to) {
     for (int r = 0; r < R; r++)
         for (int64_t k = 0; k < of.size; k += 32) {
-            __m512i block[16];
-            for (int64_t lane = 0; lane < 16; lane++) {
-                const int64_t row = first + 16 * r + lane;
-                block[lane] = row < of.num_rows ? _mm512_loadu_si512(of.inputs + row * of.size + k)
-                                                : _mm512_setzero_si512();
+            __m512i block[ROWS];
+            for (int64_t n = 0; n < ROWS; n++) {
+                const int64_t row = first + ROWS * r + n;
+                block[n] = row < of.num_rows ? _mm512_loadu_si512(of.inputs + row * of.size + k) : _mm512_setzero_si512();
             }
             transpose(block);
-            for (int pair = 0; pair < 16; pair++) to[(k / 2 + pair) * R + r] = block[pair];
+            for (int i = 0; i < ROWS; i++) to[(k / NUMBERS<ROWS> + i) * R + r] = block[i];
         }
-}
-
-template <int R>
-void turn_eight(const Operands& of, __m512i* to) {
-    for (int r = 0; r < R; r++)
-        for (int64_t k = 0; k < of.size; k += 32) {
-            __m512i block[8];
-            for (int64_t n = 0; n < 8; n++)
-                block[n] = 8 * r + n < of.num_rows ? _mm512_loadu_si512(of.inputs + (8 * r + n) * of.size + k)
-                                                   : _mm512_setzero_si512();
-            transpose(block);
-            for (int four = 0; four < 8; four++) to[(k / 4 + four) * R + r] = block[four];
-        }
-}
-
-// So many numbers of a weights' row, for each row of a register.
-template <int ROWS>
-inline __m512bh spread(const bf16* from) {
-    if constexpr (ROWS == 16) {
-        int32_t two;
-        std::memcpy(&two, from, sizeof two);
-        return (__m512bh)_mm512_set1_epi32(two);
-    } else {
-        int64_t four;
-        std::memcpy(&four, from, sizeof four);
-        return (__m512bh)_mm512_set1_epi64(four);
-    }
 }
 
 // Writes sums of sixteen outputs, [output][lane], where they belong, with the bias; those of no row aren't.
@@ -152,7 +122,7 @@ inline void sixteen_by_lanes(const Operands& of, const __m512i* turned, int64_t 
                 __m512bh own[R];
                 for (int r = 0; r < R; r++) own[r] = (__m512bh)turned[at / NUMBERS<ROWS> * R + r];
                 for (int n = 0; n < N; n++) {
-                    const __m512bh shared = spread<ROWS>(weights + n * of.size + at);
+                    const __m512bh shared = (__m512bh)spread<ROWS>(weights + n * of.size + at);
                     for (int r = 0; r < R; r++) acc[n][r] = _mm512_dpbf16_ps(acc[n][r], own[r], shared);
                 }
             }
@@ -167,8 +137,7 @@ template <int ROWS, int R, int N>
 void multiply_by_lanes(const Operands& of, int num_threads) {
     static thread_local std::vector<__m512i> kept;
     kept.resize(of.size / NUMBERS<ROWS> * R);
-    if constexpr (ROWS == 16) turn_sixteen<R>(of, 0, kept.data());
-    else turn_eight<R>(of, kept.data());
+    turn<ROWS, R>(of, 0, kept.data());
     const __m512i* const turned = kept.data();  // the crew's threads have a `kept` of their own
     share_ranges(of.num_outputs, piece_of(of, num_threads), Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16) sixteen_by_lanes<ROWS, R, N>(of, turned, output);
@@ -223,7 +192,7 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
     static thread_local std::vector<__m512i> kept;
     const int64_t turned_size = of.size / 2;
     kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
-    for (int64_t row = 0; row < of.num_rows; row += TILE) turn_sixteen<1>(of, row, kept.data() + row / TILE * turned_size);
+    for (int64_t row = 0; row < of.num_rows; row += TILE) turn<16, 1>(of, row, kept.data() + row / TILE * turned_size);
     const __m512i* const turned = kept.data();
     share(of.num_outputs / TILED_OUTPUTS, Team(num_threads, of.num_rows), [&](int64_t piece) {
         const Tiles held;

@@ -14,6 +14,22 @@ using bf16 = uint16_t;
 // memory, which loads need: eight rows take half as long.
 inline void fetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
+constexpr int AHEAD = 8;  // by lanes, weights' rows that are fetched so long before: what memory takes, or more
+
+// What lies at `from`, for each row of a register of sixteen or eight: four bytes, or eight.
+template <int ROWS>
+inline __m512i spread(const void* from) {
+    if constexpr (ROWS == 16) {
+        int32_t four;
+        std::memcpy(&four, from, sizeof four);
+        return _mm512_set1_epi32(four);
+    } else {
+        int64_t eight;
+        std::memcpy(&eight, from, sizeof eight);
+        return _mm512_set1_epi64(eight);
+    }
+}
+
 // As good as minus infinity for a score, without its NaNs.
 constexpr float LOWEST = -1e30f;
 constexpr float LOG2_E = 1.44269504088896341f;

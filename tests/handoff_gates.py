@@ -15,6 +15,7 @@ from kv_prompts import NUM_LAYERS, STATE_BYTES, TOKEN_BYTES, Prompt, project
 from remote_memory import FakeUnloader
 from shoal.errors import PeerGone
 from shoal.messages import Chunk, Envelope, StagedPayload, WireMode
+from shoal.transfer.base import crc32c
 from shoal.transfer.channels.memory import Rule, memory_pair
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Blocks:
         self.copies = Gates()
         self.strays: list[bytes] = []
 
-    async def write(self, blocks: Iterable[int], chunk: Chunk) -> None:
+    async def write(self, blocks: Iterable[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
         blocks = tuple(blocks)
         await self.copies()
         if {self.holders.get(block) for block in blocks} != {chunk.lease_id}:
@@ -108,6 +109,7 @@ class Blocks:
         for row, token in enumerate(range(chunk.token_start, chunk.token_end)):
             place = self.memory[blocks[token // BLOCK_TOKENS], :, token % BLOCK_TOKENS]
             place[chunk.layer_start : chunk.layer_end] = rows.reshape(layers, tokens, TOKEN_BYTES)[:, row]
+        return crc32c(chunk.payload) if is_there() else None
 
     def holds(self, wanted: Prompt) -> bool:
         """Whether all that was to be shipped is there, byte for byte."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.messages import Chunk, WireMode
+from shoal.transfer.base import crc32c
 from shoal.transfer.terms import KvShape
 
 PLAN = "plan-a"
@@ -74,7 +75,7 @@ class ArraySink:
         self.writing: Counter[tuple[int, ...]] = Counter()
         self.max_writing = 0
 
-    async def write(self, blocks: Sequence[int], chunk: Chunk) -> None:
+    async def write(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
         key = tuple(blocks)
         self.writing[key] += 1
         self.max_writing = max(self.max_writing, self.writing[key])
@@ -83,6 +84,8 @@ class ArraySink:
             await self.gate.wait()
             if self.fails is not None:
                 raise self.fails
+            if not is_there():
+                return None
             layers, tokens = chunk.layer_end - chunk.layer_start, chunk.token_end - chunk.token_start
             rows = np.frombuffer(chunk.payload, np.uint8)
             if chunk.wire_mode is WireMode.HIDDEN:
@@ -91,5 +94,6 @@ class ArraySink:
             array = self.arrays.setdefault(key, np.zeros((NUM_LAYERS, 512, TOKEN_BYTES), np.uint8))
             array[chunk.layer_start : chunk.layer_end, chunk.token_start : chunk.token_end] = rows
             self.written[key] += 1
+            return crc32c(chunk.payload) if is_there() else None
         finally:
             self.writing[key] -= 1

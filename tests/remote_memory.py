@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from shoal.errors import ShoalError
+from shoal.kernels.copying import Copier
 from shoal.messages import Carrier, Chunk, RemoteSegment, StagedPayload
 from shoal.rpc.frames import NONCE_BYTES
 from shoal.transfer.slots import GENERATION_BYTES, HEAD_BYTES, SlotLoader, num_slots_in, segment_bytes, slot_offset
@@ -38,7 +39,7 @@ class FakeLoader(SlotLoader):
     def __init__(self, slot_bytes: int, max_bytes: int) -> None:
         num_slots = num_slots_in(max_bytes, slot_bytes)
         self.segment = RemoteSegment(b"fake", 1 << 40, num_slots, slot_bytes, secrets.token_bytes(NONCE_BYTES))
-        super().__init__(mmap.mmap(-1, segment_bytes(self.segment)), self.segment)
+        super().__init__(mmap.mmap(-1, segment_bytes(self.segment)), self.segment, Copier())
 
     @property
     def is_closed(self) -> bool:
@@ -66,6 +67,9 @@ class FakeUnloader:
     def unload(self, chunk: Chunk, staged: StagedPayload, arrived: Callable[[Chunk], None]) -> None:
         loop = asyncio.get_running_loop()
         loop.call_soon(loop.call_soon, self._read, chunk, staged, arrived)
+
+    def is_there(self, staged: StagedPayload) -> bool:
+        return True
 
     def close(self) -> None:
         self._is_closed = True

@@ -36,6 +36,9 @@ import numpy as np
 import torch
 
 from shoal.decode.sink import PoolSink
+from shoal.errors import ConfigError
+from shoal.kernels.copying import Copier
+from shoal.kernels.native import load
 from shoal.kv.layout import KvLayout, LayerGroup
 from shoal.kv.pool import KvPool
 from shoal.messages import Carrier, Chunk, Credit, Envelope, RemoteSegment
@@ -84,7 +87,7 @@ async def serve(num_tokens: int) -> None:
     layout = KvLayout((LayerGroup("all", 0, LAYERS),), KV_HEADS, HEAD_DIM, 2, BLOCK)
     num_blocks = layout.num_blocks_for(num_tokens)
     pool = KvPool(layout, num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
-    sink = PoolSink(pool)
+    sink = PoolSink(pool, copier=copier())
     desk = HandoffDesk(sink, SHAPE, times=TIMES, credit_bytes=CREDIT_BYTES, observer=SilentObserver())
     nixl = Nixl(1 << 30)
     attach = Attach(ShmUnloader.attach, partial(nixl.attach, deadline_s=TIMES.ttl_s) if is_installed() else None)
@@ -150,6 +153,14 @@ class BareReads:
                 pass
             ours.release(handle)
         return time.perf_counter() - started_s
+
+
+def copier() -> Copier:
+    """What replicas use: Shoal's own kernel, where it can be had."""
+    try:
+        return Copier(load())
+    except ConfigError:
+        return Copier()
 
 
 # --- prefill ------------------------------------------------------------------------------------------------
@@ -298,8 +309,8 @@ async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
     nixl = Nixl(0)
     stagings = {
         Carrier.INLINE: Staging(),
-        Carrier.SHM: Staging(partial(ShmLoader.create, SLOT_BYTES, STAGING_BYTES)),
-        Carrier.NIXL: Staging(remote=partial(nixl.open_loader, SLOT_BYTES, STAGING_BYTES)),
+        Carrier.SHM: Staging(partial(ShmLoader.create, SLOT_BYTES, STAGING_BYTES, copier=copier())),
+        Carrier.NIXL: Staging(remote=partial(nixl.open_loader, SLOT_BYTES, STAGING_BYTES, copier())),
     }
     if not is_installed():
         del stagings[Carrier.NIXL]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from examples import examples
-from shoal.errors import Cancelled, HandoffError, LeaseLost, PeerGone
+from shoal.errors import Cancelled, ChecksumMismatch, HandoffError, LeaseLost, PeerGone
 from shoal.messages import Chunk, Envelope, Seal
 from shoal.transfer.base import crc32c, prompt_hash
 from shoal.transfer.channels.faults import flip_bit
@@ -118,7 +118,14 @@ class LeaseMachine(RuleBasedStateMachine):
         assert not lease.blocks_are_free  # or it would write into blocks of somebody else
         for offset, byte in enumerate(chunk.payload):
             self.copied[chunk.lease_id][chunk.layer_start, chunk.token_start + offset] = byte
-        lease.copied(chunk.seq)
+        try:
+            receipt = lease.copied(chunk.seq, crc32c(chunk.payload))
+        except ChecksumMismatch as error:
+            lease.cancel(error)
+            return
+        assert (receipt is Receipt.DROP) == (lease.state not in (LeaseState.STREAMING, LeaseState.SEALED))
+        if receipt is Receipt.RESEND:
+            self._nack(lease, chunk.seq)
         self._commit_if_complete(lease)
 
     # --- prefill ----------------------------------------------------------------------------------------
@@ -301,7 +308,7 @@ class LeaseMachine(RuleBasedStateMachine):
         for who in (0, 1):
             self.session_ends(who)
         for chunk in self.copying:
-            self.leases[chunk.lease_id].copied(chunk.seq)
+            assert self.leases[chunk.lease_id].copied(chunk.seq, chunk.crc32c) is Receipt.DROP
         for lease in self.leases.values():
             lease.release()
         unclaimed = {lease.lease_id for lease in self._open() if lease.state is LeaseState.RESERVED}
@@ -412,7 +419,7 @@ def test_the_machine_gets_to_commits() -> None:
         for chunk in machine.copying:
             for offset, byte in enumerate(chunk.payload):
                 machine.copied[lease.lease_id][chunk.layer_start, chunk.token_start + offset] = byte
-            lease.copied(chunk.seq)
+            assert lease.copied(chunk.seq, chunk.crc32c) is Receipt.CREDIT
         machine.copying.clear()
         machine._commit_if_complete(lease)
     assert machine.num_committed == 1

@@ -176,7 +176,7 @@ async def test_a_corrupt_chunk_covers_nothing(both: Rig, peer: RawPeer) -> None:
         await claimed(peer, new_id)
         await peer.send(chunk(new_id, 0, (0, 20), crc32c=1))
         assert (await peer.expect(Nack)).seq == 0
-        assert not both.sink.written
+        assert not lease.lease.is_complete and lease.lease._coverage.num_covered == 0
         await peer.send(chunk(new_id, 0, (0, 20)))
         await peer.expect(Credit)
         await peer.send(seal(new_id, 1))
@@ -189,7 +189,7 @@ async def test_a_chunk_that_was_asked_for_is_not_asked_for_again_by_the_seal(bot
     async with both.open(new_id, WANTED) as lease:
         await claimed(peer, new_id)
         await peer.send(chunk(new_id, 0, (0, 10), crc32c=1), seal(new_id, 3))
-        assert [(await peer.expect(Nack)).seq for _ in range(3)] == [0, 1, 2]
+        assert sorted([(await peer.expect(Nack)).seq for _ in range(3)]) == [0, 1, 2]
         await peer.send(chunk(new_id, 0, (0, 10)))
         await peer.expect(Credit)
         await peer.send(Failed(new_id, "enough"))

@@ -144,7 +144,7 @@ def small_sink() -> PoolSink:
 async def copy_thread(wedge: Wedge) -> AsyncIterator[Thread]:
     sink = small_sink()
     sink._copy = wedge  # type: ignore[method-assign]
-    copy = asyncio.create_task(sink.write((0,), Chunk(b"1" * 16, 0, 0, 1, 0, 1, b"", 0)))
+    copy = asyncio.create_task(sink.write((0,), Chunk(b"1" * 16, 0, 0, 1, 0, 1, 0, b""), lambda: True))
     yield Thread(sink.heartbeat, lambda: asyncio.wait_for(copy, PATIENCE_S))
     sink.close()
 
@@ -295,7 +295,7 @@ async def test_a_copy_thread_that_cannot_start_is_told_at_once(monkeypatch: pyte
     chunk = Chunk(b"1" * 16, 0, 0, 1, 0, 1, b"", 0)
     for _ in range(2):  # the first may be taken up before it's known
         with pytest.raises(RuntimeError):
-            await sink.write((0,), chunk)
+            await sink.write((0,), chunk, lambda: True)
     it = Watched(sink.heartbeat)
     assert await it.look() == (Component.COPY,)
     sink.close()

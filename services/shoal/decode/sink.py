@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from shoal.errors import InternalError
 from shoal.heartbeat import Heartbeat, SingleThread
+from shoal.kernels.copying import Copier
 from shoal.kv.pool import KvPool
 from shoal.messages import Chunk, WireMode
 
@@ -18,38 +20,58 @@ Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """States ``[tokens, hidden]`` and positions ``[tokens]`` -> K/V of the skipped layers ``[S, tokens, 2, kv_heads,
 head_dim]``."""
 
-# That torch could write to a payload: here it's only read, and a copy would be the way to say so.
-warnings.filterwarnings("ignore", "The given buffer is not writable")
-
 
 class PoolSink:
     """Copies chunks into ``pool``, and of states what ``project`` makes of them. One thread: copies are short, and two
     would only fight over memory bandwidth."""
 
-    def __init__(self, pool: KvPool, project: Project | None = None) -> None:
+    def __init__(self, pool: KvPool, project: Project | None = None, copier: Copier | None = None) -> None:
         self._pool = pool
         self._project = project
+        self._copier = copier or Copier()
+        self._held = pool.host_rows()
+        self._private = np.empty(0, np.uint8)
         self._copy_thread = SingleThread("copy", _compute_alone)
 
     @property
     def heartbeat(self) -> Heartbeat:
         return self._copy_thread.heartbeat
 
-    async def write(self, blocks: Sequence[int], chunk: Chunk) -> None:
-        """Copy a verified chunk into the blocks that hold its tokens."""
-        await asyncio.get_running_loop().run_in_executor(self._copy_thread, self._copy, blocks, chunk)
+    async def write(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
+        """Copy a chunk into the blocks that hold its tokens; the CRC32C of what was copied, if it stayed there."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._copy_thread, self._copy_if_there, blocks, chunk, is_there)
 
     def close(self) -> None:
         """Finish the copy under way, and stop."""
         self._copy_thread.shutdown()
 
+    def _copy_if_there(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
+        if not is_there():
+            return None
+        crc32c = self._copy(blocks, chunk)
+        return crc32c if is_there() else None
+
     @torch.inference_mode()
-    def _copy(self, blocks: Sequence[int], chunk: Chunk) -> None:
-        device = self._pool.layers[0].device
-        slots = torch.as_tensor(self._pool.layout.slots(blocks, chunk.token_start, chunk.token_end)).to(device)
-        arrived = torch.frombuffer(chunk.payload, dtype=self._pool.dtype)
-        kv = self._kv_of(chunk, arrived.to(device))
-        self._pool.write_layers(chunk.layer_start, slots, kv)
+    def _copy(self, blocks: Sequence[int], chunk: Chunk) -> int:
+        slots = self._pool.layout.slots(blocks, chunk.token_start, chunk.token_end)
+        if self._held is not None and chunk.wire_mode is WireMode.KV:
+            return self._copier.scatter(chunk.payload, self._held[chunk.layer_start : chunk.layer_end], slots)
+        # What is projected, or sent to a device, must be what was checked.
+        private = self._private_bytes(chunk.num_bytes)
+        crc32c = self._copier.copy(chunk.payload, private)
+        if crc32c == chunk.crc32c:
+            device = self._pool.layers[0].device
+            arrived = torch.from_numpy(private).view(self._pool.dtype).to(device)
+            kv = self._kv_of(chunk, arrived)
+            self._pool.write_layers(chunk.layer_start, torch.as_tensor(slots).to(device), kv)
+        return crc32c
+
+    def _private_bytes(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Of the copy thread alone, until its next copy."""
+        if len(self._private) < num_bytes:
+            self._private = np.empty(num_bytes, np.uint8)
+        return self._private[:num_bytes]
 
     def _kv_of(self, chunk: Chunk, arrived: torch.Tensor) -> torch.Tensor:
         """``[layers, tokens, 2, kv_heads, head_dim]``, contiguous."""

@@ -91,7 +91,7 @@ async def open_decode(
         worker.told_of_blocks(wanted=output.wants_blocks)
 
     engine = EngineClient(core, name="shoal-decode", on_step=on_step)
-    sink = PoolSink(core.runner.pool, _projection(served, parameters))
+    sink = PoolSink(core.runner.pool, _projection(served, parameters), loaded.copier)
     desk = HandoffDesk(
         sink,
         _kv_shape(served),

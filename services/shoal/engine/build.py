@@ -19,7 +19,9 @@ from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
+from shoal.kernels.copying import Copier
 from shoal.kernels.native import NativeKernels
+from shoal.kernels.native import load as load_kernels
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.machine import available_memory_bytes, usable_threads
@@ -181,6 +183,14 @@ def choose_kernels(limits: StageConfig, served: Served, device: torch.device) ->
         return None
 
 
+def choose_copier(limits: StageConfig) -> Copier:
+    """By Shoal's kernels wherever they can be loaded, for whatever dtype and device."""
+    try:
+        return Copier(None if limits.kernels == "torch" else load_kernels())
+    except ConfigError:
+        return Copier()
+
+
 def require_int8(limits: StageConfig, served: Served, device: torch.device) -> None:
     """Raises ConfigError where a step with weights in int8 would be torch's, and slower than without them."""
     if limits.kernels == "torch":
@@ -261,11 +271,12 @@ def free_memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A stage's model in memory, and an engine that is warm."""
+    """A stage's model in memory, an engine that is warm, and what copies K/V on their way."""
 
     served: Served
     parameters: Parameters
     engine: Engine
+    copier: Copier
 
 
 async def load_stage(
@@ -288,7 +299,8 @@ async def load_stage(
         if int8:
             require_int8(limits, served, device)
         parameters = load_parameters(served, stage, device, on_progress, int8=int8)
-        return Loaded(served, parameters, build_engine(config, stage, served, parameters, device=device))
+        engine = build_engine(config, stage, served, parameters, device=device)
+        return Loaded(served, parameters, engine, choose_copier(limits))
 
     with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:
         return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, load)

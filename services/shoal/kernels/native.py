@@ -4,8 +4,11 @@ nothing is checked twice here."""
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from shoal.errors import ConfigError, InternalError
@@ -31,6 +34,7 @@ _SIGNATURES = {
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_tiles": [_INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
+    "shoal_copy_rows": [_PTR, _INT64, _INT64, _INT64, _PTR, _PTR, ctypes.POINTER(ctypes.c_uint32)],
 }  # fmt: skip
 
 
@@ -165,7 +169,25 @@ class NativeKernels:
             torch.get_num_threads(),
         )  # fmt: skip
 
-    def _call(self, name: str, *arguments: float | None) -> None:
+    def copy_rows(
+        self,
+        source: npt.NDArray[np.uint8],
+        num_rows: int,
+        row_bytes: int,
+        targets: Sequence[npt.NDArray[np.uint8]],
+        at: npt.NDArray[np.int64] | None = None,
+    ) -> int:
+        """``source`` ``[targets, rows, row_bytes]``, rows of a multiple of 8, to the rows ``at`` ``[rows]`` of each
+        target, or to its first ones. Returns the CRC32C of what was copied. On the calling thread alone."""
+        addresses = np.array([target.ctypes.data for target in targets], np.uintp)
+        crc = ctypes.c_uint32()
+        self._call(
+            "shoal_copy_rows", source.ctypes.data, len(targets), num_rows, row_bytes, addresses.ctypes.data,
+            None if at is None else at.ctypes.data, crc,
+        )  # fmt: skip
+        return crc.value
+
+    def _call(self, name: str, *arguments: float | ctypes.c_uint32 | None) -> None:
         if self._functions[name](*arguments):
             raise InternalError(f"{name} can't run on these shapes")
 

@@ -59,6 +59,10 @@ class KvPool:
         for offset, arrived in enumerate(kv):
             self.write(layer_start + offset, slots, arrived)
 
+    def host_rows(self) -> list[npt.NDArray[np.uint8]] | None:
+        """All layers' memory, ``[slots, bytes of a token]`` each, as views; ``None`` where it isn't the host's."""
+        return [_bytes(layer) for layer in self.layers] if all(_is_plain(layer) for layer in self.layers) else None
+
     def write_states(self, slots: torch.Tensor, states: torch.Tensor) -> None:
         """Put ``states`` ``[tokens, state_dim]`` at ``slots``."""
         _put(self.states, slots, states.to(self.dtype))

@@ -18,6 +18,7 @@ from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
 from shoal.heartbeat import Heartbeat
+from shoal.kernels.copying import Copier
 from shoal.messages import Stage, WireMode
 from shoal.prefill.worker import PrefillWorker
 from shoal.telemetry import PrefillMetrics
@@ -84,7 +85,7 @@ async def open_prefill(
         Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="prefill"),
         ttl_s=config.handoff.ttl_s,
         max_frame_bytes=config.handoff.max_frame_bytes,
-        staging=_staging(config.handoff, nixl),
+        staging=_staging(config.handoff, nixl, loaded.copier),
         opened=partial(_session_opened, metrics, config.handoff.carrier),
     )
     worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
@@ -101,13 +102,14 @@ async def open_prefill(
         engine.close()
 
 
-def _staging(config: HandoffConfig, nixl: Nixl | None) -> Staging:
-    remote = None if nixl is None else partial(nixl.open_loader, config.slot_bytes, config.staging_bytes)
+def _staging(config: HandoffConfig, nixl: Nixl | None, copier: Copier) -> Staging:
+    sizes = (config.slot_bytes, config.staging_bytes)
+    remote = None if nixl is None else partial(nixl.open_loader, *sizes, copier=copier)
     if config.carrier not in {"auto", "shm"}:
         return Staging(remote=remote)
     if num_segments := reap():
         _log.info("removed staging segments of prefill processes that have died", num_segments=num_segments)
-    return Staging(partial(ShmLoader.create, config.slot_bytes, config.staging_bytes), remote)
+    return Staging(partial(ShmLoader.create, *sizes, copier=copier), remote)
 
 
 def _session_opened(metrics: PrefillMetrics, wanted: str, address: str, session: PrefillSession) -> None:

@@ -46,7 +46,8 @@ class Loader(Protocol):
         ...
 
     def load(self, chunk: Chunk) -> Chunk:
-        """``chunk`` as it travels, so that the memory of its payload may be reused. Takes ``has_room``."""
+        """``chunk`` as it travels, with its checksum, so that the memory of its payload may be reused. Takes
+        ``has_room``."""
         ...
 
     def credited(self, lease_id: bytes, seq: int) -> None:
@@ -86,10 +87,15 @@ class Unloader(Protocol):
     def segment(self) -> StagingSegment | RemoteSegment: ...
 
     def unload(self, chunk: Chunk, staged: StagedPayload, arrived: Callable[[Chunk], None]) -> None:
-        """Call ``arrived`` with a private copy of the payload: an empty one if it isn't there any more.
+        """Call ``arrived`` with the payload: an empty one if it isn't there any more.
 
         At once or later, on the event loop, and never for a session that is over. The place is one of the segment's.
         """
+        ...
+
+    def is_there(self, staged: StagedPayload) -> bool:
+        """Whether what ``arrived`` was given is still what was staged. Asked before it's read, and again afterwards, on
+        any thread."""
         ...
 
     def close(self) -> None:
@@ -100,8 +106,9 @@ class Unloader(Protocol):
 class KvSink(Protocol):
     """Decode's side of the pool."""
 
-    async def write(self, blocks: Sequence[int], chunk: Chunk) -> None:
-        """Copy ``chunk`` (verified, and nobody else's memory) into ``blocks``, the request's reserved ones, in order.
+    async def write(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
+        """Copy ``chunk`` into ``blocks``, the request's reserved ones, in order, and return the CRC32C of what was
+        copied: ``None`` unless it ``is_there`` before and after.
 
         Runs on the copy thread and waits for nothing else: no scheduler, no block, no other lease. Once it returns or
         raises, nothing writes into ``blocks`` any more.

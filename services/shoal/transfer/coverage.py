@@ -43,6 +43,13 @@ class Coverage:
             _insert(bounds, token_start, token_end)
         self.num_covered += (token_end - token_start) * len(layers)
 
+    def remove(self, token_start: int, token_end: int, layer_start: int, layer_end: int) -> None:
+        """Uncover a rectangle that was added."""
+        layers = self._bounds[layer_start:layer_end]
+        for bounds in layers:
+            _erase(bounds, token_start, token_end)
+        self.num_covered -= (token_end - token_start) * len(layers)
+
 
 def _is_free(bounds: list[int], start: int, end: int) -> bool:
     after = bisect_right(bounds, start)  # even: start lies between two runs
@@ -54,3 +61,9 @@ def _insert(bounds: list[int], start: int, end: int) -> None:
     joins_left = after > 0 and bounds[after - 1] == start
     joins_right = after < len(bounds) and bounds[after] == end
     bounds[after - joins_left : after + joins_right] = [start] * (not joins_left) + [end] * (not joins_right)
+
+
+def _erase(bounds: list[int], start: int, end: int) -> None:
+    after = bisect_right(bounds, start)  # odd: start lies in a run
+    left, right = bounds[after - 1], bounds[after]
+    bounds[after - 1 : after + 1] = [left, start] * (left < start) + [end, right] * (end < right)

@@ -175,8 +175,7 @@ class DecodeSession(Session):
         try:
             match frame:
                 case Chunk():
-                    staging = None if frame.staged is None else self._staging
-                    self._desk.receive(lease, frame, Carrier.INLINE if staging is None else staging.carrier)
+                    self._desk.receive(lease, frame, None if frame.staged is None else self._staging)
                 case Seal():
                     self._desk.seal(lease, frame)
                 case Failed():

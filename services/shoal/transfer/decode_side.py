@@ -18,12 +18,21 @@ import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Protocol
 
-from shoal.errors import Cancelled, InternalError, LeaseLost, ProtocolViolation, ShoalError, Unavailable
+from shoal.errors import (
+    Cancelled,
+    ChecksumMismatch,
+    InternalError,
+    LeaseLost,
+    ProtocolViolation,
+    ShoalError,
+    Unavailable,
+)
 from shoal.messages import Accepted, Cancel, Carrier, Chunk, Committed, Credit, Frame, Nack, Seal
-from shoal.transfer.base import Clock, KvSink, SilentObserver, Timer, TransferObserver
-from shoal.transfer.lease import ENDED, RECEIVING, Lease, LeaseState, Receipt
+from shoal.transfer.base import Clock, KvSink, SilentObserver, Timer, TransferObserver, Unloader
+from shoal.transfer.lease import ENDED, Lease, LeaseState, Receipt
 from shoal.transfer.lease_table import LeaseTable, LeaseTimes
 from shoal.transfer.staging import StagingSlots
 from shoal.transfer.terms import KvShape, LeaseTerms, Owner, PartBytes
@@ -183,17 +192,17 @@ class HandoffDesk:
         terms = self.table.claim(lease_id, owner).terms
         return Accepted(lease_id, terms.token_ids, terms.num_present, terms.credit_bytes, self.times.ttl_s)
 
-    def receive(self, lease: Lease, chunk: Chunk, carrier: Carrier) -> None:
-        """Copy a good chunk; ask once more for a bad one. Raises a HandoffError that must end the lease."""
+    def receive(self, lease: Lease, chunk: Chunk, staging: Unloader | None) -> None:
+        """Copy a good chunk, which came inline or by ``staging``; ask once more for a bad one. Raises a HandoffError
+        that must end the lease."""
         match lease.receive(chunk):
             case Receipt.COPY:
-                task = asyncio.get_running_loop().create_task(self._copy(self._open[lease.lease_id], chunk, carrier))
+                task = asyncio.get_running_loop().create_task(self._copy(self._open[lease.lease_id], chunk, staging))
                 self._copies.add(task)
                 task.add_done_callback(self._copy_ended)
             case Receipt.RESEND:
-                self._observer.verify_failed("checksum")
-                self._post(lease, Nack(lease.lease_id, chunk.seq))
-            case Receipt.DROP:
+                self._ask_again(lease, chunk)
+            case _:
                 pass
 
     def seal(self, lease: Lease, seal: Seal) -> None:
@@ -204,22 +213,40 @@ class HandoffDesk:
 
     # --- inside ---------------------------------------------------------------------------------------
 
-    async def _copy(self, held: OpenLease, chunk: Chunk, carrier: Carrier) -> None:
+    async def _copy(self, held: OpenLease, chunk: Chunk, staging: Unloader | None) -> None:
         lease = held.lease
+        crc32c: int | None = None
         error: ShoalError | None = InternalError("a copy into the pool failed; the log says more")
         try:
-            await self._sink.write(held.blocks, chunk)
+            crc32c = await self._sink.write(held.blocks, chunk, partial(_is_there, chunk, staging))
             error = None
         except ShoalError as known:
             error = known
         finally:
             if error is not None:
                 lease.cancel(error)
-            lease.copied(chunk.seq)
-        if lease.state in RECEIVING:
-            self._count(held, chunk, carrier)
-            self._post(lease, Credit(lease.lease_id, chunk.seq, chunk.num_bytes))
-            self._commit_if_complete(lease)
+            self._copied(held, chunk, crc32c, Carrier.INLINE if staging is None else staging.carrier)
+
+    def _copied(self, held: OpenLease, chunk: Chunk, crc32c: int | None, carrier: Carrier) -> None:
+        lease = held.lease
+        try:
+            receipt = lease.copied(chunk.seq, crc32c)
+        except ChecksumMismatch as error:
+            lease.cancel(error)
+            return
+        match receipt:
+            case Receipt.CREDIT:
+                self._count(held, chunk, carrier)
+                self._post(lease, Credit(lease.lease_id, chunk.seq, chunk.num_bytes))
+                self._commit_if_complete(lease)
+            case Receipt.RESEND:
+                self._ask_again(lease, chunk)
+            case _:
+                pass
+
+    def _ask_again(self, lease: Lease, chunk: Chunk) -> None:
+        self._observer.verify_failed("checksum")
+        self._post(lease, Nack(lease.lease_id, chunk.seq))
 
     def _count(self, held: OpenLease, chunk: Chunk, carrier: Carrier) -> None:
         parts = self.shape.part_bytes(chunk)
@@ -302,6 +329,10 @@ class HandoffDesk:
         for _ in self.table.expire():
             self._observer.lease_expired()
         self._arm_reaper()
+
+
+def _is_there(chunk: Chunk, staging: Unloader | None) -> bool:
+    return chunk.staged is None or (staging is not None and staging.is_there(chunk.staged))
 
 
 async def _whatever_happens(work: Coroutine[object, object, object]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from shoal.errors import InternalError
 from shoal.messages import Chunk, WireMode
-from shoal.transfer.base import crc32c
 
 
 def cut(
@@ -21,7 +20,8 @@ def cut(
     """Chunks of at most ``max_frame_bytes`` that tile ``tokens`` x ``layers``, numbered from ``first_seq``.
 
     ``payload`` is ``[layers, tokens, bytes of a token in a layer]`` in C order, so that both whole layers and a range
-    of tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each. Theirs are views of it.
+    of tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each. Theirs are views of it,
+    still without a checksum, which whoever copies them takes.
     With HIDDEN it's ``[tokens, bytes of a state]``, and each chunk is for all of the layers.
     """
     is_hidden = wire_mode is WireMode.HIDDEN
@@ -51,7 +51,7 @@ def cut(
                 token_end=tokens[0] + token_end,
                 layer_start=layers[0] + layer,
                 layer_end=layers[1] if is_hidden else layers[0] + layer_end,
-                crc32c=crc32c(part),
+                crc32c=0,
                 payload=part,
                 wire_mode=wire_mode,
             )

@@ -31,7 +31,7 @@ from collections.abc import Callable
 
 from shoal.errors import ChecksumMismatch, InternalError, LeaseLost, ProtocolViolation, ShoalError
 from shoal.messages import Chunk, Seal, WireMode
-from shoal.transfer.base import crc32c, prompt_hash
+from shoal.transfer.base import prompt_hash
 from shoal.transfer.coverage import Coverage
 from shoal.transfer.staging import StagingSlot
 from shoal.transfer.terms import LeaseTerms, Owner
@@ -63,9 +63,10 @@ ENDED = frozenset({LeaseState.RELEASED, LeaseState.RETIRED})
 
 
 class Receipt(enum.Enum):
-    """What to do with a chunk that came in."""
+    """What to do about a chunk that came in, and then about one that was copied."""
 
     COPY = enum.auto()
+    CREDIT = enum.auto()
     RESEND = enum.auto()
     DROP = enum.auto()
 
@@ -98,7 +99,7 @@ class Lease:
         self._coverage = Coverage(terms.num_present, len(terms.token_ids) - 1, terms.shape.num_layers)
         self._seen: set[int] = set()
         self._nacked: set[int] = set()
-        self._copying: dict[int, int] = {}
+        self._copying: dict[int, Chunk] = {}
         self._uncredited_bytes = 0
         moved(self, None)
 
@@ -121,15 +122,16 @@ class Lease:
         return seq in self._seen
 
     def receive(self, chunk: Chunk) -> Receipt:
-        """Judge a chunk; COPY takes it and starts its copy, which ``copied`` ends.
+        """Judge a chunk by all but its bytes; COPY takes it and starts its copy, which ``copied`` ends.
 
-        A ``seq`` that was taken before is dropped; the first corrupt one is to be sent again. Raises ChecksumMismatch
-        for the second, ProtocolViolation for one that breaks a limit, overlaps, or lies outside.
+        A ``seq`` that was taken before is dropped; one that has lost its payload is to be sent again. Raises
+        ChecksumMismatch for the second of them, ProtocolViolation for one that breaks a limit, overlaps, or lies
+        outside.
         """
         if self.has(chunk.seq):
             return Receipt.DROP
         self._check_limits(chunk)
-        if len(chunk.payload) != chunk.num_bytes or crc32c(chunk.payload) != chunk.crc32c:
+        if len(chunk.payload) != chunk.num_bytes:
             return self._refuse_corrupt(chunk.seq)
         try:
             self._coverage.add(chunk.token_start, chunk.token_end, chunk.layer_start, chunk.layer_end)
@@ -137,14 +139,27 @@ class Lease:
             self.failed_check = "tiling"
             raise
         self._seen.add(chunk.seq)
-        self._copying[chunk.seq] = chunk.num_bytes
+        self._copying[chunk.seq] = chunk
         self._uncredited_bytes += chunk.num_bytes
         return Receipt.COPY
 
-    def copied(self, seq: int) -> None:
-        """The copy of chunk ``seq`` has ended: nothing of it touches the blocks any more."""
-        self._uncredited_bytes -= self._copying.pop(seq)
-        self._settle()
+    def copied(self, seq: int, crc32c: int | None) -> Receipt:
+        """The copy of chunk ``seq`` has ended: nothing of it touches the blocks any more. ``crc32c`` is of what it
+        wrote, ``None`` if that can't be said.
+
+        CREDIT if that is what prefill sent; the first corrupt one is to be sent again, as if it had never come. Raises
+        ChecksumMismatch for the second. DROP if the lease isn't receiving any more.
+        """
+        chunk = self._copying.pop(seq)
+        self._uncredited_bytes -= chunk.num_bytes
+        if self.state not in RECEIVING:
+            self._settle()
+            return Receipt.DROP
+        if crc32c == chunk.crc32c:
+            return Receipt.CREDIT
+        self._seen.remove(seq)
+        self._coverage.remove(chunk.token_start, chunk.token_end, chunk.layer_start, chunk.layer_end)
+        return self._refuse_corrupt(seq)
 
     def seal(self, seal: Seal) -> tuple[int, ...]:
         """Take prefill's word that this was all, if it means this very prompt. Returns the chunks to ask for again.

@@ -226,7 +226,6 @@ class PromptClaim:
         self._credit_bytes = 0
         self._max_frame_bytes = 0
         self._num_chunks = 0
-        self._num_posted = 0
         self._num_written = 0
         self._unacknowledged: dict[int, Chunk] = {}
         self._resent: set[int] = set()
@@ -249,16 +248,19 @@ class PromptClaim:
         """Ship K/V ``[layers, tokens, bytes of a token in a layer]``, C order, or with HIDDEN states ``[tokens, bytes
         of a state]`` for all of the layers; ``payload`` may be reused afterwards.
 
-        Returns when all of it is on the wire. Raises Cancelled if decode gave the lease up, PeerGone if the session
-        died, LeaseLost if decode gave no credit for ``ttl_s``.
+        Returns when the last chunk of it is next on the wire. Raises Cancelled if decode gave the lease up, PeerGone if
+        the session died, LeaseLost if decode gave no credit for ``ttl_s``.
         """
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
         for chunk in cut(self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes, wire_mode):
             await self._answered(partial(self._may_go, chunk), "credit")
             self._credit_bytes -= chunk.num_bytes
-            self._unacknowledged[chunk.seq] = self._session.loader.load(chunk)
+            loaded = self._session.loader.load(chunk)
+            # Leases take turns: each has at most one chunk in the session's queue, and loads the next one meanwhile.
+            await self._written()
+            self._unacknowledged[chunk.seq] = loaded
             self._num_chunks += 1
-            await self._write(self._unacknowledged[chunk.seq])
+            self._session.post(loaded, self._was_written)
 
     async def seal(self, *, boundary_token_id: int, queue_s: float, prefill_s: float) -> None:
         """Say that this was all, and wait until decode has verified and committed it. Raises as ``send`` does."""
@@ -313,11 +315,10 @@ class PromptClaim:
     def _may_go(self, chunk: Chunk) -> bool:
         return chunk.num_bytes <= self._credit_bytes and self._session.loader.has_room
 
-    async def _write(self, chunk: Chunk) -> None:
-        """Leases take turns: each has at most one chunk of its own in the session's queue."""
-        self._num_posted += 1
-        self._session.post(chunk, self._was_written)
-        while self._num_written < self._num_posted:
+    async def _written(self) -> None:
+        """Wait until no chunk of this lease is in the session's queue, but for one that was asked for again."""
+        self._raise_if_ended()
+        while self._num_written < self._num_chunks:
             await self._change()
 
     def _was_written(self) -> None:

@@ -9,8 +9,9 @@
              writes a free slot ─> Chunk                         copies it, and only then verifies ─> Credit
              the slot is free again
 
-A slot is lent to one chunk until its Credit, or until decode ends the lease (Committed, Cancel): of a lease that has
-ended nothing is used any more, whatever a reader that is still busy finds there.
+Decode copies from a mapped slot into the request's blocks, which nobody reads before all is verified. A slot is lent
+to one chunk until its Credit, or until decode ends the lease (Committed, Cancel): of a lease that has ended nothing is
+used any more, whatever a reader that is still busy finds there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import mmap
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
+
 from shoal.errors import InternalError, ProtocolViolation
+from shoal.kernels.copying import Copier
 from shoal.messages import Chunk, StagedPayload
 from shoal.rpc.frames import MAX_SLOTS
 from shoal.transfer.staging import StagingSlot, StagingSlots
@@ -44,8 +48,9 @@ class Slots(Protocol):
 class SlotLoader:
     """Prefill's end of the slots in ``memory``, whose nonce is written."""
 
-    def __init__(self, memory: mmap.mmap, slots: Slots) -> None:
+    def __init__(self, memory: mmap.mmap, slots: Slots, copier: Copier) -> None:
         self._memory = memory
+        self._copier = copier
         self._shape = slots
         num_bytes = slots.num_slots * slots.slot_bytes
         self._slots = StagingSlots(slots.num_slots, slots.slot_bytes, max_retired_bytes=num_bytes)
@@ -64,7 +69,7 @@ class SlotLoader:
         return self._slots.num_lent < self._shape.num_slots
 
     def load(self, chunk: Chunk) -> Chunk:
-        """Copy the payload into a free slot."""
+        """Copy the payload into a free slot, and take its checksum."""
         slot = self._slots.take()
         if slot is None or len(chunk.payload) > slot.num_bytes:
             raise InternalError(f"{len(chunk.payload)} bytes don't fit the staging slots: ask has_room and max_bytes")
@@ -72,9 +77,9 @@ class SlotLoader:
         start = slot_offset(self._shape, slot.index)
         # The generation first: who copies from the slot against the rules finds another one afterwards.
         self._memory[start : start + GENERATION_BYTES] = slot.generation.to_bytes(GENERATION_BYTES, "little")
-        start += HEAD_BYTES
-        self._memory[start : start + len(chunk.payload)] = chunk.payload
-        return replace(chunk, payload=b"", staged=StagedPayload(slot.index, slot.generation, len(chunk.payload)))
+        target = np.frombuffer(self._memory, np.uint8, len(chunk.payload), start + HEAD_BYTES)
+        staged = StagedPayload(slot.index, slot.generation, len(chunk.payload))
+        return replace(chunk, payload=b"", staged=staged, crc32c=self._copier.copy(chunk.payload, target))
 
     def credited(self, lease_id: bytes, seq: int) -> None:
         slot = self._lent.get(lease_id, {}).pop(seq, None)

@@ -20,6 +20,7 @@ from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.local import LocalShoal, open_local
 from shoal.messages import Chunk, Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams, WireMode
+from shoal.transfer.base import crc32c
 
 SKIPPED, LAYERS, BLOCK = 3, 6, 4
 PROMPT = tuple(3 + index * 7 % 90 for index in range(60))
@@ -118,7 +119,7 @@ def sink_of(project: Any = None) -> tuple[KvPool, PoolSink]:
 
 def hidden_chunk(states: torch.Tensor, start: int) -> Chunk:
     payload = states.numpy().tobytes()
-    return Chunk(b"", 0, start, start + len(states), 1, 2, 0, payload, wire_mode=WireMode.HIDDEN)
+    return Chunk(b"", 0, start, start + len(states), 1, 2, crc32c(payload), payload, wire_mode=WireMode.HIDDEN)
 
 
 async def test_states_land_as_what_they_project_to_at_their_positions():
@@ -131,7 +132,8 @@ async def test_states_land_as_what_they_project_to_at_their_positions():
     torch.set_num_threads(2)
     try:
         states = torch.arange(12, dtype=torch.float32).view(3, 4)
-        await sink.write([1, 0], hidden_chunk(states, 3))
+        chunk = hidden_chunk(states, 3)
+        assert await sink.write([1, 0], chunk, lambda: True) == chunk.crc32c
         expected = states * 10 + torch.tensor([[3.0], [4.0], [5.0]])
         held = torch.cat([pool.layers[1][BLOCK + 3 : BLOCK + 4], pool.layers[1][:2]]).view(3, 4)
         torch.testing.assert_close(held, expected, rtol=0, atol=0)
@@ -146,5 +148,5 @@ async def test_states_land_as_what_they_project_to_at_their_positions():
 async def test_states_where_nothing_is_projected_are_a_defect():
     _, sink = sink_of()
     with pytest.raises(InternalError, match="nothing is projected"):
-        await sink.write([0], hidden_chunk(torch.zeros(1, 4), 0))
+        await sink.write([0], hidden_chunk(torch.zeros(1, 4), 0), lambda: True)
     sink.close()

@@ -40,3 +40,22 @@ def test_neighbours_are_merged_in_whatever_order_they_come(order: list[int]) -> 
 
 def test_nothing_to_cover_is_complete_at_once() -> None:
     assert Coverage(5, 5, 4).is_complete
+
+
+@given(st.permutations(range(12)), st.data())
+def test_what_is_taken_out_again_leaves_the_rest(order: list[int], data: st.DataObject) -> None:
+    coverage, grid = Coverage(0, 12, 3), np.zeros((3, 12), dtype=bool)
+    for start in order:
+        coverage.add(start, start + 1, 0, 3)
+        grid[:, start] = True
+        first, last = data.draw(st.integers(0, 11)), data.draw(st.integers(1, 12))
+        if first < last and grid[1:, first:last].all():
+            coverage.remove(first, last, 1, 3)
+            grid[1:, first:last] = False
+            if data.draw(st.booleans()):
+                coverage.add(first, last, 1, 3)
+                grid[1:, first:last] = True
+        assert coverage.num_covered == grid.sum()
+    for layer, covered in enumerate(grid):
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], covered, [False]])))
+        assert coverage._bounds[layer] == edges.tolist()

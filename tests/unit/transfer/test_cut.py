@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import InternalError
-from shoal.transfer.base import crc32c
 from shoal.transfer.frames import cut
 
 
@@ -29,7 +28,6 @@ def test_the_pieces_put_together_are_the_whole(
         assert not rebuilt[at].any()
         rebuilt[at] = np.frombuffer(piece.payload, np.uint8).reshape(rebuilt[at].shape)
         assert len(piece.payload) <= max_frame_bytes
-        assert piece.crc32c == crc32c(piece.payload)
     np.testing.assert_array_equal(rebuilt, whole)
     assert [piece.seq for piece in pieces] == list(range(5, 5 + len(pieces)))
 

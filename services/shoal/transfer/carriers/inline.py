@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shoal.messages import Chunk
+from shoal.transfer.base import crc32c
 
 
 class InlineLoader:
@@ -16,7 +17,8 @@ class InlineLoader:
         self.max_bytes = max_bytes
 
     def load(self, chunk: Chunk) -> Chunk:
-        return replace(chunk, payload=bytes(chunk.payload))
+        payload = bytes(chunk.payload)
+        return replace(chunk, payload=payload, crc32c=crc32c(payload))
 
     def credited(self, lease_id: bytes, seq: int) -> None: ...
 

@@ -15,14 +15,11 @@ import os
 import re
 import secrets
 import stat
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from shoal.kernels.copying import Copier
 from shoal.messages import Carrier, Chunk, StagedPayload, StagingSegment
 from shoal.rpc.frames import NONCE_BYTES
 from shoal.transfer.slots import GENERATION_BYTES, HEAD_BYTES, SlotLoader, num_slots_in, segment_bytes, slot_offset
@@ -38,13 +35,13 @@ class ShmLoader(SlotLoader):
 
     carrier = Carrier.SHM
 
-    def __init__(self, path: Path, memory: mmap.mmap, segment: StagingSegment) -> None:
-        super().__init__(memory, segment)
+    def __init__(self, path: Path, memory: mmap.mmap, segment: StagingSegment, copier: Copier) -> None:
+        super().__init__(memory, segment, copier)
         self.segment = segment
         self._path = path
 
     @classmethod
-    def create(cls, slot_bytes: int, max_bytes: int, folder: Path = FOLDER) -> ShmLoader:
+    def create(cls, slot_bytes: int, max_bytes: int, folder: Path = FOLDER, copier: Copier | None = None) -> ShmLoader:
         """A segment of at most ``max_bytes``, and of half the room that is left. Raises OSError if none can be made."""
         room = os.statvfs(folder)
         num_slots = num_slots_in(min(max_bytes, room.f_bavail * room.f_frsize // 2), slot_bytes)
@@ -66,7 +63,7 @@ class ShmLoader(SlotLoader):
         finally:
             os.close(file)
         memory[:NONCE_BYTES] = segment.nonce
-        return cls(path, memory, segment)
+        return cls(path, memory, segment, copier or Copier())
 
     def hide(self) -> None:
         """Remove the name: whoever was to map the segment has done so. Twice is a no-op."""
@@ -84,8 +81,7 @@ class ShmUnloader:
 
     def __init__(self, memory: mmap.mmap, segment: StagingSegment) -> None:
         self.segment = segment
-        self._memory = memory
-        self._buffers: list[bytearray] = []
+        self._memory: mmap.mmap | None = memory
 
     @classmethod
     def attach(cls, segment: StagingSegment, folder: Path = FOLDER) -> ShmUnloader | None:
@@ -98,29 +94,24 @@ class ShmUnloader:
         return cls(memory, segment)
 
     def unload(self, chunk: Chunk, staged: StagedPayload, arrived: Callable[[Chunk], None]) -> None:
-        """Here, at once: between two frames nobody reads a slot."""
-        arrived(replace(chunk, payload=self._copy(staged)))
+        """At once: the slot itself, where it stays until its credit."""
+        payload = memoryview(b"")
+        if self._memory is not None and self.is_there(staged):
+            start = slot_offset(self.segment, staged.slot) + HEAD_BYTES
+            payload = memoryview(self._memory)[start : start + staged.num_bytes]
+        arrived(replace(chunk, payload=payload))
+
+    def is_there(self, staged: StagedPayload) -> bool:
+        memory = self._memory
+        # To read beyond the end of a file that was cut would kill the process.
+        if memory is None or memory.size() < segment_bytes(self.segment):
+            return False
+        start = slot_offset(self.segment, staged.slot)
+        return int.from_bytes(memory[start : start + GENERATION_BYTES], "little") == staged.generation
 
     def close(self) -> None:
-        self._memory.close()
-
-    def _copy(self, staged: StagedPayload) -> bytes | memoryview:
-        """A private copy, or nothing if the slot holds something else by now."""
-        # To read beyond the end of a file that was cut would kill the process.
-        if self._memory.closed or self._memory.size() < segment_bytes(self.segment):
-            return b""
-        start = slot_offset(self.segment, staged.slot)
-        payload = self._buffer()[: staged.num_bytes]
-        np.copyto(payload, np.frombuffer(self._memory, np.uint8, staged.num_bytes, start + HEAD_BYTES))
-        generation = int.from_bytes(self._memory[start : start + GENERATION_BYTES], "little")
-        return memoryview(payload) if generation == staged.generation else b""  # type: ignore[arg-type]
-
-    def _buffer(self) -> npt.NDArray[np.uint8]:
-        """Private memory that comes back when nobody looks at it any more: fresh pages cost more than the copy."""
-        buffer = self._buffers.pop() if self._buffers else bytearray(self.segment.slot_bytes)
-        view = np.frombuffer(buffer, np.uint8)
-        weakref.finalize(view, self._buffers.append, buffer).atexit = False
-        return view
+        """Unmapped when the last copy from it has ended."""
+        self._memory = None
 
 
 def reap(folder: Path = FOLDER) -> int:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import InternalError
 from shoal.messages import Chunk
+from shoal.transfer.base import crc32c
 from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader, reap
 
 SLOT_BYTES = 1000
@@ -150,31 +152,35 @@ def test_decode_cannot_write(folder: Path) -> None:
 # --- slots ----------------------------------------------------------------------------------------------
 
 
-def test_a_payload_comes_back_as_a_private_copy(folder: Path) -> None:
+def test_a_payload_is_the_slot_itself_for_as_long_as_it_is_there(folder: Path) -> None:
     loader, unloader = joined(folder)
     one = staged(loader, 0, b"x" * SLOT_BYTES)
-    copy = unload(unloader, one)
-    assert copy == replace(one, payload=b"x" * SLOT_BYTES)
+    assert one.staged is not None
+    arrived = unload(unloader, one)
+    assert arrived == replace(one, payload=b"x" * SLOT_BYTES)
+    assert arrived.crc32c == crc32c(arrived.payload)
+    assert unloader.is_there(one.staged)
     loader.credited(LEASE, 0)
     staged(loader, 1, b"y" * 10)
-    assert copy.payload == b"x" * SLOT_BYTES
+    assert arrived.payload[:11] == b"y" * 10 + b"x"
+    assert not unloader.is_there(one.staged)
     unloader.close()
     loader.close()
 
 
-def test_private_memory_is_used_again_once_nobody_looks_at_it(folder: Path) -> None:
+def test_a_session_that_is_over_leaves_the_slot_to_the_copy_under_way(folder: Path) -> None:
     loader, unloader = joined(folder)
-    copies = [unload(unloader, staged(loader, seq, bytes([seq]) * 9)) for seq in range(3)]
-    assert [bytes(copy.payload) for copy in copies] == [bytes([seq]) * 9 for seq in range(3)]
-    assert not unloader._buffers
-    kept = copies.pop()
-    copies.clear()
-    assert len(unloader._buffers) == 2
-    again = unload(unloader, staged(loader, 3, b"again"))
-    assert len(unloader._buffers) == 1
-    assert (kept.payload, again.payload) == (bytes([2]) * 9, b"again")
+    one = staged(loader, 0, b"x" * SLOT_BYTES)
+    assert one.staged is not None
+    payload = unload(unloader, one).payload
+    memory = weakref.ref(unloader._memory)
+    unloader.close()
     unloader.close()
     loader.close()
+    assert payload == b"x" * SLOT_BYTES
+    assert not unloader.is_there(one.staged)
+    del payload
+    assert memory() is None
 
 
 def test_a_slot_is_lent_again_only_after_its_credit_or_the_end_of_its_lease(folder: Path) -> None:

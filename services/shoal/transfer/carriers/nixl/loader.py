@@ -8,6 +8,7 @@ import time
 from concurrent.futures import Future
 
 from shoal.errors import Unavailable
+from shoal.kernels.copying import Copier
 from shoal.messages import Carrier, Chunk, RemoteSegment
 from shoal.rpc.frames import NONCE_BYTES
 from shoal.transfer.carriers.nixl.agent import Agent, Registered, new_memory
@@ -26,8 +27,10 @@ class NixlLoader(SlotLoader):
 
     carrier = Carrier.NIXL
 
-    def __init__(self, thread: NixlThread, agent: Agent, registered: Registered, segment: RemoteSegment) -> None:
-        super().__init__(registered.memory, segment)
+    def __init__(
+        self, thread: NixlThread, agent: Agent, registered: Registered, segment: RemoteSegment, copier: Copier
+    ) -> None:
+        super().__init__(registered.memory, segment, copier)
         self.segment = segment
         self._thread = thread
         self._agent: Agent | None = agent
@@ -39,9 +42,11 @@ class NixlLoader(SlotLoader):
         thread.add(self)
 
     @classmethod
-    async def open(cls, thread: NixlThread, slot_bytes: int, max_bytes: int) -> NixlLoader:
+    async def open(
+        cls, thread: NixlThread, slot_bytes: int, max_bytes: int, copier: Copier | None = None
+    ) -> NixlLoader:
         """Slots that take at most ``max_bytes``. Raises Unavailable if there is no agent, OSError without memory."""
-        return await thread.call(lambda: _make(thread, slot_bytes, max_bytes), undo=cls.close)
+        return await thread.call(lambda: _make(thread, slot_bytes, max_bytes, copier or Copier()), undo=cls.close)
 
     def load(self, chunk: Chunk) -> Chunk:
         loaded = super().load(chunk)
@@ -89,7 +94,7 @@ class NixlLoader(SlotLoader):
         self._memory.close()
 
 
-def _make(thread: NixlThread, slot_bytes: int, max_bytes: int) -> NixlLoader:
+def _make(thread: NixlThread, slot_bytes: int, max_bytes: int, copier: Copier) -> NixlLoader:
     num_slots = num_slots_in(max_bytes, slot_bytes)
     if num_slots < 1:
         raise Unavailable(f"no staging slot of {slot_bytes} bytes fits {max_bytes} bytes")
@@ -99,4 +104,4 @@ def _make(thread: NixlThread, slot_bytes: int, max_bytes: int) -> NixlLoader:
     memory[:NONCE_BYTES] = shape.nonce
     registered = agent.register(memory)
     segment = RemoteSegment(agent.metadata, registered.address, num_slots, slot_bytes, shape.nonce)
-    return NixlLoader(thread, agent, registered, segment)
+    return NixlLoader(thread, agent, registered, segment, copier)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from shoal.errors import ConfigError, ShoalError
 from shoal.heartbeat import Heartbeat
+from shoal.kernels.copying import Copier
 from shoal.messages import RemoteSegment
 from shoal.transfer.carriers.nixl.agent import Agent, is_installed
 from shoal.transfer.carriers.nixl.loader import NixlLoader
@@ -30,9 +31,9 @@ class Nixl:
         """Have NIXL's libraries loaded meanwhile, which takes the first agent of a process half a second."""
         self._thread.submit(Agent)
 
-    async def open_loader(self, slot_bytes: int, max_bytes: int) -> NixlLoader:
+    async def open_loader(self, slot_bytes: int, max_bytes: int, copier: Copier | None = None) -> NixlLoader:
         """Prefill's end of a session. Raises Unavailable if there is no agent, OSError without memory."""
-        return await NixlLoader.open(self._thread, slot_bytes, max_bytes)
+        return await NixlLoader.open(self._thread, slot_bytes, max_bytes, copier)
 
     async def attach(
         self, segment: RemoteSegment, failed: Callable[[ShoalError], None], *, deadline_s: float

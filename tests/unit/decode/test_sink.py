@@ -1,0 +1,100 @@
+"""Where arriving K/V land, and what is said of bytes that aren't what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import repeat
+
+import pytest
+import torch
+
+from engines import native_kernels
+from shoal.decode.sink import PoolSink
+from shoal.kernels.copying import Copier
+from shoal.kv.layout import stage_layout
+from shoal.kv.pool import KvPool
+from shoal.messages import Chunk, WireMode
+from shoal.transfer.base import crc32c
+
+BLOCK = 4
+
+
+@pytest.fixture(params=["kernel", "numpy"])
+def sink(request: pytest.FixtureRequest) -> Iterator[PoolSink]:
+    layout = stage_layout(
+        num_layers=3, num_kept=2, num_held=3, num_kv_heads=1, head_dim=4, dtype_bytes=4, block_tokens=BLOCK
+    )
+    pool = KvPool(layout, 3, dtype=torch.float32, device=torch.device("cpu"))
+
+    def project(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert states.isfinite().all()
+        return torch.ones(1, len(positions), 2, 1, 4)
+
+    made = PoolSink(pool, project, Copier(native_kernels() if request.param == "kernel" else None))
+    yield made
+    made.close()
+
+
+def kv_chunk() -> tuple[Chunk, torch.Tensor]:
+    """Of tokens [2, 7) in layers 1 and 2."""
+    kv = torch.randn(2, 5, 2, 1, 4, generator=torch.Generator().manual_seed(0))
+    payload = kv.numpy().tobytes()
+    return Chunk(b"", 0, 2, 7, 1, 3, crc32c(payload), payload), kv
+
+
+def landed(sink: PoolSink, layer: int) -> torch.Tensor:
+    """Tokens [2, 7) of blocks 2 and 0."""
+    held = sink._pool.layers[layer]
+    return torch.cat([held[2 * BLOCK + 2 : 3 * BLOCK], held[:3]])
+
+
+async def test_kv_land_in_their_blocks_and_nowhere_else(sink: PoolSink) -> None:
+    chunk, kv = kv_chunk()
+    assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
+    for layer in (0, 1):
+        torch.testing.assert_close(landed(sink, 1 + layer), kv[layer], rtol=0, atol=0)
+        assert sink._pool.layers[1 + layer].count_nonzero() == kv[layer].count_nonzero()
+    assert not sink._pool.layers[0].any()
+
+
+async def test_other_bytes_have_another_checksum(sink: PoolSink) -> None:
+    chunk, _ = kv_chunk()
+    spoilt = bytes([chunk.payload[0] ^ 1]) + bytes(chunk.payload[1:])
+    assert await sink.write([2, 0], replace(chunk, payload=spoilt), lambda: True) == crc32c(spoilt) != chunk.crc32c
+
+
+async def test_what_is_not_there_is_not_copied(sink: PoolSink) -> None:
+    chunk, _ = kv_chunk()
+    assert await sink.write([2, 0], chunk, lambda: False) is None
+    assert not any(layer.any() for layer in sink._pool.layers)
+
+
+async def test_what_went_while_it_was_copied_has_no_checksum(sink: PoolSink) -> None:
+    chunk, _ = kv_chunk()
+    assert await sink.write([2, 0], chunk, iter([True, False]).__next__) is None
+    answers = iter([True, True])
+    assert await sink.write([2, 0], chunk, answers.__next__) == chunk.crc32c
+    assert next(answers, None) is None  # asked before, and once more behind
+
+
+async def test_states_that_are_corrupt_are_not_projected(sink: PoolSink) -> None:
+    payload = torch.full((5, 4), torch.nan).numpy().tobytes()
+    chunk = Chunk(b"", 0, 2, 7, 2, 3, crc32c(payload) ^ 1, payload, wire_mode=WireMode.HIDDEN)
+    assert await sink.write([2, 0], chunk, lambda: True) == crc32c(payload)
+    assert not any(layer.any() for layer in sink._pool.layers)
+
+
+async def test_private_memory_is_used_again(sink: PoolSink) -> None:
+    for num_tokens in (5, 3, 5, 2):
+        payload = torch.zeros(num_tokens, 4).numpy().tobytes()
+        chunk = Chunk(b"", 0, 2, 2 + num_tokens, 2, 3, crc32c(payload), payload, wire_mode=WireMode.HIDDEN)
+        assert await sink.write([2, 0], chunk, repeat(True).__next__) == chunk.crc32c
+        assert len(sink._private) == 5 * 4 * 4
+
+
+async def test_blocks_that_are_not_there_are_an_error(sink: PoolSink) -> None:
+    chunk, _ = kv_chunk()
+    with pytest.raises(IndexError):
+        await sink.write([2, 3], chunk, lambda: True)
+    assert not any(layer.any() for layer in sink._pool.layers)

@@ -32,16 +32,19 @@ class CudaGraph:
         stream = self._graphs.stream
         with torch.cuda.device(stream.device):
             current = torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                run()
-                run()
-            current.wait_stream(stream)
-            # Of this thread alone: others may allocate and wait meanwhile, like the one that copies K/V that arrive.
-            with torch.cuda.graph(
-                self._graph, pool=self._graphs.pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                run()
+            try:
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    run()
+                    run()
+                current.wait_stream(stream)
+                # Of this thread alone: others may allocate and wait meanwhile, as K/V arrive and are copied.
+                with torch.cuda.graph(
+                    self._graph, pool=self._graphs.pool, stream=stream, capture_error_mode="thread_local"
+                ):
+                    run()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails leaves its own
 
     def replay(self) -> None:
         self._graph.replay()

@@ -66,8 +66,9 @@ def round_rows(num_rows: int) -> int:
 
 
 def round_context(num_tokens: int) -> int:
-    """Multiples of 256, and from 2,048 on of an eighth to a quarter of it: at most a quarter is read in vain."""
-    step = max(_LEAST_CONTEXT, 1 << max(0, (num_tokens - 1).bit_length() - 3))
+    """Multiples of 256, or of an eighth of the next power of two if that's more: from 1,024 on, at most a quarter more
+    is read than there is."""
+    step = max(_LEAST_CONTEXT, (1 << (num_tokens - 1).bit_length()) // 8)
     return -(-num_tokens // step) * step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.native import make_decoder
 from shoal.engine.runner import PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
+from shoal.engine.step_graph import Graph, StepGraphs
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
 from shoal.kernels.native import NativeKernels, load
@@ -92,9 +94,10 @@ def parameters_of(
     projector: torch.Tensor | None = None,
     plan: LayerPlan | None = None,
     num_sinks: int = 0,
+    device: torch.device = CPU,
 ) -> Parameters:
     spec = describe(model.config)
-    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
+    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=device)
     return loader.load(plan or LayerPlan(spec.num_layers, num_skipped), stage, projector, num_sinks)
 
 
@@ -115,6 +118,8 @@ def make_engine(
     num_deep_blocks: int = 256,
     kernels: NativeKernels | None = None,
     reuse: Reuse = Reuse.NONE,
+    device: torch.device = CPU,
+    new_graph: Callable[[], Graph] | None = None,
 ) -> Engine:
     spec = describe(model.config)
     plan = LayerPlan(spec.num_layers, num_skipped, num_boundary, anchors)
@@ -133,10 +138,14 @@ def make_engine(
         layout, num_blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences, max_queued=max_queued,
         num_deep_blocks=num_deep_blocks, reuse=reuse,
     )  # fmt: skip
-    pool = KvPool(layout, num_blocks, dtype=model.dtype, device=CPU, num_deep_blocks=num_deep_blocks)
-    parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan)
+    pool = KvPool(
+        layout, num_blocks, dtype=model.dtype, device=device, num_deep_blocks=num_deep_blocks,
+        has_spare_slot=new_graph is not None,
+    )  # fmt: skip
+    parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan, device=device)
     decoder = make_decoder(spec, plan, stage, parameters, kernels)
-    return Engine(scheduler, Runner(decoder, pool), eos_token_ids=eos_token_ids)
+    graphs = None if new_graph is None else StepGraphs(decoder, pool, new_graph, max_sequences)
+    return Engine(scheduler, Runner(decoder, pool, graphs), eos_token_ids=eos_token_ids)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def attend(
     """
     if len(reads.prompts) == 1 and not reads.groups:
         return _prompt(queries, pool, layer, reads.prompts[0], scale, softcap)
+    if len(reads.groups) == 1 and not reads.prompts:  # then its rows are all there are, in their order
+        return _decode(queries, pool, layer, reads.groups[0], scale, softcap)
     mixed = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for segment in reads.prompts:
         rows = slice(segment.row_start, segment.row_end)

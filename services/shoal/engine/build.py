@@ -12,11 +12,13 @@ import structlog
 import torch
 
 from shoal.config import Dtype, ShoalConfig, StageConfig
+from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.engine.native import find_kernels, make_decoder
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
+from shoal.engine.step_graph import StepGraphs
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
 from shoal.kernels.copying import Copier
@@ -150,7 +152,15 @@ def build_engine(
                 f"anchors and boundary are {least} tokens at least, but the deep layers hold "
                 f"{num_deep_blocks * layout.block_tokens}: raise model.deep_blocks_ratio or decode.kv_pool_bytes"
             )
-    pool = KvPool(layout, num_blocks, dtype=served.kv_dtype, device=device, num_deep_blocks=num_deep_blocks)
+    has_graphs = stage is Stage.DECODE and device.type == "cuda"
+    pool = KvPool(
+        layout,
+        num_blocks,
+        dtype=served.kv_dtype,
+        device=device,
+        num_deep_blocks=num_deep_blocks,
+        has_spare_slot=has_graphs,
+    )
     scheduler = Scheduler(
         layout,
         num_blocks,
@@ -165,7 +175,8 @@ def build_engine(
     )
     kernels = choose_kernels(limits, served, device)
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
-    engine = Engine(scheduler, Runner(decoder, pool), eos_token_ids=served.files.eos_token_ids())
+    graphs = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences) if has_graphs else None
+    engine = Engine(scheduler, Runner(decoder, pool, graphs), eos_token_ids=served.files.eos_token_ids())
     warm_up(engine, stage, device)
     return engine
 

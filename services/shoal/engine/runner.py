@@ -14,6 +14,7 @@ from shoal.engine.logprobs import ScoredToken, score
 from shoal.engine.reads import ReadPlanner, Span
 from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.engine.sequence import Sequence
+from shoal.engine.step_graph import StepGraphs
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import WireMode
@@ -55,23 +56,26 @@ class RunOutput:
 
 
 class Runner:
-    """Builds the tensors of a step and runs it."""
+    """Builds the tensors of a step and runs it. Steps that only decode are replayed where there are ``graphs``."""
 
-    def __init__(self, decoder: Decoder, pool: KvPool) -> None:
+    def __init__(self, decoder: Decoder, pool: KvPool, graphs: StepGraphs | None = None) -> None:
         self.decoder = decoder
         self.pool = pool
+        self.graphs = graphs
         self._device = decoder.parameters.embedding.device
         self.reads = ReadPlanner(pool.layout, self._device, decoder.spec.windows)
         self._is_apart = pool.layout.apart is not None
         self.progressed: Callable[[], None] = lambda: None
 
     def run(self, plan: StepPlan) -> RunOutput:
-        """Run one step; K/V of its rows are in the pool afterwards."""
+        """Run one step; K/V of its rows are in the pool afterwards. Its logits hold until the next."""
         self.pool.copy_blocks(plan.copies)
         self.pool.copy_blocks(plan.deep_copies, deep=True)
         rows = plan.rows
         if not rows:
             return RunOutput(None, tuple(self._chunks(plan.recalls)))
+        if self.graphs is not None and (logits := self.graphs.run(rows)) is not None:
+            return RunOutput(logits, tuple(self._chunks(plan.recalls)))
         tensors = self.decoder.forward(self.batch(rows), self.pool)
         chunks = (*self._chunks(plan.recalls), *self._chunks(rows))
         scores = () if tensors.scored is None else self._scores(rows, tensors.scored)

@@ -18,19 +18,32 @@ from shoal.kv.layout import KvLayout
 
 
 class KvPool:
-    """``num_blocks`` blocks in every layer of ``layout``; ``num_deep_blocks`` in those of a group that is apart."""
+    """``num_blocks`` blocks in every layer of ``layout``; ``num_deep_blocks`` in those of a group that is apart.
+
+    ``has_spare_slot``: in each layer there is one slot more, the first of the block after the last. No sequence can own
+    it: rows that only fill a step up write there.
+    """
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device, num_deep_blocks: int = 0
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_deep_blocks: int = 0,
+        has_spare_slot: bool = False,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
+        self.num_deep_blocks = num_deep_blocks
+        self.has_spare_slot = has_spare_slot
         self.dtype = dtype
         apart = layout.apart
         self._apart = range(0) if apart is None else range(apart.first, apart.last)
         self.layers = [
             _zeros(
-                ((num_deep_blocks if layer in self._apart else num_blocks) * layout.block_tokens, 2,
+                ((num_deep_blocks if layer in self._apart else num_blocks) * layout.block_tokens + has_spare_slot, 2,
                  layout.num_kv_heads, layout.head_dim), dtype, device,
             )
             for layer in range(layout.num_layers)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from shoal.model.families import ModelSpec
+from shoal.model.families import ModelSpec, RopeTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,7 @@ class Rope:
         """Angles are taken in float32, as the models were trained, whatever ``dtype`` is."""
         cos, sin = [], []
         for table in spec.rope_tables:
-            inv_freq = torch.tensor(table.inv_freq, dtype=torch.float32, device=positions.device)
-            angles = positions.to(torch.float32)[:, None] * inv_freq
+            angles = positions.to(torch.float32)[:, None] * _inv_freq(table, positions.device)
             cos.append((angles.cos() * table.scale).to(dtype))
             sin.append((angles.sin() * table.scale).to(dtype))
         return cls(positions, tuple(cos), tuple(sin))
@@ -44,3 +44,13 @@ class Rope:
         rotated = first * cos - second * sin
         second.mul_(cos).add_(first * sin)
         first.copy_(rotated)
+
+
+@cache
+def _inv_freq(table: RopeTable, device: torch.device) -> torch.Tensor:
+    """``[head_dim / 2]``, float32; not to be written to, and no inference tensor, whoever asks first.
+
+    Kept for good: to copy it to a GPU would stop each step, and those recorded (engine/step_graph.py) read this one.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(table.inv_freq, dtype=torch.float32, device=device)

@@ -5,14 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shoal.kv.layout import stage_layout
+from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 
 
+def make_layout(block_tokens: int = 4, *, is_apart: bool = False) -> KvLayout:
+    return stage_layout(
+        num_layers=3, num_kept=2, num_held=3, num_kv_heads=2, head_dim=2, dtype_bytes=4, block_tokens=block_tokens,
+        is_apart=is_apart,
+    )  # fmt: skip
+
+
 def make_pool(num_blocks: int = 4, block_tokens: int = 4) -> KvPool:
-    layout = stage_layout(
-        num_layers=3, num_kept=2, num_held=3, num_kv_heads=2, head_dim=2, dtype_bytes=4, block_tokens=block_tokens
-    )
+    layout = make_layout(block_tokens)
     return KvPool(layout, num_blocks, dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -49,6 +54,18 @@ def test_a_copied_block_is_equal_in_every_layer():
     pool.copy_blocks([(1, 3)])
     for layer in pool.layers:
         assert torch.equal(layer[4:8], layer[12:16])
+
+
+def test_a_spare_slot_is_the_first_after_the_last_block():
+    pool = KvPool(
+        make_layout(is_apart=True), 4, dtype=torch.float32, device=torch.device("cpu"), num_deep_blocks=2,
+        has_spare_slot=True,
+    )  # fmt: skip
+    assert [len(layer) for layer in pool.layers] == [17, 17, 9]
+    for layer, blocks in ((0, pool.num_blocks), (2, pool.num_deep_blocks)):
+        slots = torch.from_numpy(pool.layout.slots([blocks], 0, 1))
+        pool.write(layer, slots, torch.ones(1, 2, 2, 2))
+        assert pool.layers[layer][-1].all() and not pool.layers[layer][:-1].any()
 
 
 def test_the_layout_counts_bytes():

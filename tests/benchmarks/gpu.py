@@ -1,0 +1,333 @@
+"""What a GPU makes of it: prefill at both depths, and decode steps with and without CUDA graphs. Weights are random.
+
+    python tests/benchmarks/gpu.py [--rounds 5] [--json FILE]
+    python tests/benchmarks/gpu.py --shape tiny --device cpu        # seconds, to see that all of it runs
+
+Prefill is the time from prompts' ids to the first token of all of them, the boundary token in the same forward, logits
+of last tokens only. Decode is the time of a step in which each sequence gets a token; beside it stands what share of
+the memory's read rate, measured in the same run, it is to read all weights and the K/V of all sequences once. What is
+compared takes turns. On a CPU "graphs" are none: the same step, filled up as for one, is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from step_times import begin
+from transformers import LlamaConfig
+from work import prefill_flops, weight_bytes
+
+from shoal.config import load_config
+from shoal.engine.build import Served, build_engine
+from shoal.engine.engine import Engine
+from shoal.engine.step_graph import StepGraphs, StepSize
+from shoal.kv.pool import KvPool
+from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.families import ModelSpec, describe
+from shoal.model.files import locate
+from shoal.model.parameters import ParameterLoader
+from shoal.model.plan import LayerPlan
+
+GOAL = 1.40
+"""Full over shallow, at the middle of the prompts' lengths."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's configuration, and what is asked of it."""
+
+    config: dict[str, Any]
+    skip_layers: int
+    prompt_tokens: tuple[int, int, int]
+    batches: tuple[int, ...]
+    context: int
+    streams: tuple[int, ...]
+    read_bytes: int
+
+
+SHAPES = {
+    "llama-3.1-8b": Shape(
+        {
+            "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131_072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+        },
+        skip_layers=10, prompt_tokens=(512, 2048, 8192), batches=(1, 8), context=2048, streams=(1, 8, 32),
+        read_bytes=4 << 30,
+    ),
+    "tiny": Shape(
+        {
+            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
+        },
+        skip_layers=2, prompt_tokens=(16, 32, 64), batches=(1, 3), context=40, streams=(1, 3),
+        read_bytes=16 << 20,
+    ),
+}  # fmt: skip
+
+
+class RandomReader:
+    """A model's tensors as a weight file would give them, made on ``device`` when asked for."""
+
+    names: frozenset[str] = frozenset()
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        hidden, inner, vocab = spec.hidden_size, spec.intermediate_size, spec.vocab_size
+        self._shapes = {
+            "embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "q_proj": (spec.q_size, hidden),
+            "k_proj": (spec.kv_size, hidden), "v_proj": (spec.kv_size, hidden), "o_proj": (hidden, spec.q_size),
+            "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+        }  # fmt: skip
+        self._norm = torch.ones(hidden, dtype=dtype, device=device)
+
+    def read(self, name: str) -> torch.Tensor:
+        shape = self._shapes.get(name.split(".")[-2])
+        if shape is None:
+            return self._norm
+        return torch.randn(shape, dtype=self._norm.dtype, device=self._norm.device).mul_(shape[1] ** -0.5)
+
+
+class Again:
+    """Stands in for a graph where there are none."""
+
+    def __init__(self) -> None:
+        self._run: Callable[[], None] = lambda: None
+
+    def capture(self, run: Callable[[], None]) -> None:
+        self._run = run
+
+    def replay(self) -> None:
+        self._run()
+
+
+def main() -> None:
+    options = _options()
+    shape, device = SHAPES[options.shape], torch.device(options.device)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        engine = make_engine(shape, options, device)
+        result = {
+            "settings": {name: value for name, value in vars(options).items() if name != "json"},
+            "machine": {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+                "torch": torch.__version__,
+            },
+            "skip_layers": shape.skip_layers,
+            "layers": engine.runner.decoder.spec.num_layers,
+            "read_bytes_per_s": (bandwidth := memory_bytes_per_s(shape.read_bytes, device)),
+            "prefill": (prefill := prefill_rows(engine, shape, options.rounds)),
+            "decode": decode_rows(engine, shape, options, bandwidth),
+            "goal": goal_of(prefill, shape),
+        }
+    show(result)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def make_engine(shape: Shape, options: Any, device: torch.device) -> Engine:
+    """Decode's, whose pool holds random numbers; on a GPU it has graphs."""
+    most = max(max(shape.batches) * max(shape.prompt_tokens), max(shape.streams) * (shape.context + 1024))
+    limits = {
+        "num_blocks": most // 16 + 2 * max(shape.streams) + 16, "max_sequences": max(shape.streams),
+        "max_step_tokens": options.chunk, "target_step_s": 600.0, "kernels": "torch",
+    }  # fmt: skip
+    config = load_config(model={"skip_layers": shape.skip_layers, "projector": "paper"}, decode=limits)
+    dtype = getattr(torch, options.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        values = LlamaConfig(**shape.config, rms_norm_eps=1e-5, tie_word_embeddings=False)
+        values.save_pretrained(folder)
+        spec, plan = describe(values), LayerPlan(values.num_hidden_layers, shape.skip_layers)
+        served = Served(
+            locate(folder), spec, plan, dtype, dtype, None, "random", options.shape, spec.max_context_tokens
+        )
+        reader = RandomReader(spec, dtype, device)
+        parameters = ParameterLoader(reader, spec, dtype=dtype, device=device).load(plan, Stage.DECODE)
+        engine = build_engine(config, Stage.DECODE, served, parameters, device=device)
+    runner = engine.runner
+    if runner.graphs is None:
+        pool = runner.pool
+        runner.pool = KvPool(pool.layout, pool.num_blocks, dtype=dtype, device=device, has_spare_slot=True)
+        runner.graphs = StepGraphs(runner.decoder, runner.pool, Again, max(shape.streams))
+    for layer in runner.pool.layers:
+        layer.normal_()
+    return engine
+
+
+def memory_bytes_per_s(num_bytes: int, device: torch.device) -> float:
+    """The better of a sum, which reads, and a copy, which reads and writes."""
+    values = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(values)
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(10):
+        times[1].append(_seconds(device, values.sum))
+        times[2].append(_seconds(device, lambda: target.copy_(values)))
+    return max(factor * num_bytes / min(found) for factor, found in times.items())
+
+
+def prefill_rows(engine: Engine, shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch in shape.batches:
+        for num_tokens in shape.prompt_tokens:
+            prompts = [
+                tuple(torch.randint(2, shape.config["vocab_size"], (num_tokens,)).tolist()) for _ in range(batch)
+            ]
+            seconds: dict[str, list[float]] = {"shallow": [], "full": []}
+            for number in track(range(rounds + 1), description=f"prefill, {batch} of {num_tokens:,} tokens"):
+                for name, found in seconds.items():
+                    took_s = prefill_s(engine, prompts, Depth(name))
+                    if number:  # the first one warms up
+                        found.append(took_s)
+            median = {name: statistics.median(found) for name, found in seconds.items()}
+            rows.append(
+                {
+                    "batch": batch, "tokens": num_tokens, "median_s": median, "seconds": seconds,
+                    "full_over_shallow": median["full"] / median["shallow"], "ideal": _ideal(engine, num_tokens),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def prefill_s(engine: Engine, prompts: Sequence[tuple[int, ...]], depth: Depth) -> float:
+    """Until all have their first token."""
+
+    def answer() -> None:
+        for index, prompt in enumerate(prompts):
+            engine.submit_generate(str(index), prompt, depth, SamplingParams(max_tokens=1, temperature=0.0))
+        num_tokens = 0
+        while num_tokens < len(prompts):
+            output = engine.step()
+            for failure in output.failures:
+                raise failure.error
+            num_tokens += len(output.tokens)
+
+    return _seconds(engine.runner.pool.layers[0].device, answer)
+
+
+def _ideal(engine: Engine, num_tokens: int) -> float:
+    """Full over shallow by FLOPs."""
+    decoder = engine.runner.decoder
+    full = LayerPlan(decoder.plan.num_layers, 0)
+    return prefill_flops(decoder.spec, full, num_tokens) / prefill_flops(decoder.spec, decoder.plan, num_tokens)
+
+
+def decode_rows(engine: Engine, shape: Shape, options: Any, bandwidth: float) -> list[dict[str, Any]]:
+    rows, spec, pool = [], engine.runner.decoder.spec, engine.runner.pool
+    for streams in shape.streams:
+        num_bytes = weight_bytes(spec, pool.dtype.itemsize) + streams * shape.context * pool.layout.token_bytes
+        seconds, size = step_seconds(engine, streams, shape.context, options)
+        median = {name: statistics.median(found) for name, found in seconds.items()}
+        rows.append(
+            {
+                "streams": streams, "context": shape.context, "filled_up_to": asdict(size), "bytes": num_bytes,
+                "median_s": median, "seconds": seconds,
+                "without_over_with": median["without graphs"] / median["with graphs"],
+                "share_of_bandwidth": {name: num_bytes / took_s / bandwidth for name, took_s in median.items()},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def step_seconds(engine: Engine, streams: int, context: int, options: Any) -> tuple[dict[str, list[float]], StepSize]:
+    """Both ways in turns, on the same sequences; and the size of the graph used last."""
+    runner, device = engine.runner, engine.runner.pool.layers[0].device
+    graphs = runner.graphs
+    seconds: dict[str, list[float]] = {"without graphs": [], "with graphs": []}
+    with _running(engine, streams, context):
+        for _ in track(range(options.rounds), description=f"decode, {streams} sequences"):
+            for name, found in seconds.items():
+                runner.graphs = graphs if name == "with graphs" else None
+                _step(engine, streams)  # captures, where it's the first
+                found += [_seconds(device, lambda: _step(engine, streams)) for _ in range(options.steps)]
+    runner.graphs = graphs
+    if graphs is None or not graphs.sizes or graphs.sizes[-1].rows < streams:
+        raise SystemExit("no graph was captured: the log says why")
+    return seconds, graphs.sizes[-1]
+
+
+@contextmanager
+def _running(engine: Engine, streams: int, context: int) -> Iterator[None]:
+    begin(engine, streams, context, "decode")
+    yield
+    for index in range(streams):
+        engine.finish(f"decode, {index}")
+
+
+def _step(engine: Engine, streams: int) -> None:
+    if (num_tokens := len(engine.step().tokens)) != streams:
+        raise SystemExit(f"{num_tokens} tokens of {streams} sequences: raise the pool")
+
+
+def _seconds(device: torch.device, run: Callable[[], object]) -> float:
+    _finish(device)
+    started_s = time.perf_counter()
+    run()
+    _finish(device)
+    return time.perf_counter() - started_s
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def goal_of(prefill: Sequence[dict[str, Any]], shape: Shape) -> dict[str, Any]:
+    tokens = shape.prompt_tokens[1]
+    least = min(row["full_over_shallow"] for row in prefill if row["tokens"] == tokens)
+    return {"tokens": tokens, "full_over_shallow": least, "wanted": GOAL, "is_reached": least >= GOAL}
+
+
+def show(result: dict[str, Any]) -> None:
+    skipped, console = f"{result['skip_layers']} of {result['layers']} layers skipped", Console()
+    prefill = Table(title=f"{result['settings']['shape']} on {result['machine']['device']}: prefill, {skipped}")
+    for column in ("prompts", "tokens each", "full, ms", "shallow, ms", "full / shallow", "by FLOPs"):
+        prefill.add_column(column, justify="right")
+    for row in result["prefill"]:
+        full, shallow = (f"{row['median_s'][name] * 1e3:.2f}" for name in ("full", "shallow"))
+        ratios = (f"{row[name]:.2f}" for name in ("full_over_shallow", "ideal"))
+        prefill.add_row(str(row["batch"]), f"{row['tokens']:,}", full, shallow, *ratios)
+    console.print(prefill)
+    decode = Table(title="a decode step")
+    for column in ("sequences", "context", "", "ms", "tokens/s", "of memory's read rate"):
+        decode.add_column(column, justify="right" if column else "left")
+    for row in result["decode"]:
+        for name, took_s in row["median_s"].items():
+            decode.add_row(
+                str(row["streams"]), f"{row['context']:,}", name, f"{took_s * 1e3:.2f}",
+                f"{row['streams'] / took_s:.0f}", f"{row['share_of_bandwidth'][name]:.2f}",
+            )  # fmt: skip
+    console.print(decode)
+    goal = result["goal"]
+    console.print(f"memory is read at {result['read_bytes_per_s'] / 1e9:.0f} GB/s")
+    console.print(
+        f"goal: full / shallow at {goal['tokens']:,} tokens {goal['full_over_shallow']:.2f}, wanted "
+        f"{goal['wanted']:.2f}: {'reached' if goal['is_reached'] else 'not reached'}"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens a forward runs at most")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="decode steps of each kind in a round")
+    parser.add_argument("--json", help="write the raw figures here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,11 @@ import torch
 
 from shoal.model.families import ModelSpec, RopeTable
 
+_FEW_ROWS = 64
+_LEAST_POSITIONS = 2048
+_tables: dict[tuple[RopeTable, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+"""On the CPU; one that is too short is replaced as a whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -22,12 +27,9 @@ class Rope:
     @classmethod
     def at(cls, spec: ModelSpec, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Angles are taken in float32, as the models were trained, whatever ``dtype`` is."""
-        cos, sin = [], []
-        for table in spec.rope_tables:
-            angles = positions.to(torch.float32)[:, None] * _inv_freq(table, positions.device)
-            cos.append((angles.cos() * table.scale).to(dtype))
-            sin.append((angles.sin() * table.scale).to(dtype))
-        return cls(positions, tuple(cos), tuple(sin))
+        find = _remembered if positions.device.type == "cpu" and 0 < len(positions) <= _FEW_ROWS else _computed
+        cos, sin = zip(*(find(table, positions, dtype) for table in spec.rope_tables), strict=True)
+        return cls(positions, cos, sin)
 
     def rows(self, index: torch.Tensor | None) -> Rope:
         """The same for some of the rows (``None``: all)."""
@@ -44,6 +46,26 @@ class Rope:
         rotated = first * cos - second * sin
         second.mul_(cos).add_(first * sin)
         first.copy_(rotated)
+
+
+def _computed(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = positions.to(torch.float32)[:, None] * _inv_freq(table, positions.device)
+    return (angles.cos() * table.scale).to(dtype), (angles.sin() * table.scale).to(dtype)
+
+
+def _remembered(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from what was computed for all positions up to a power of two.
+
+    torch takes eight rows' cosines in a parallel region, whose threads a step that only decodes has to wake.
+    """
+    last = int(positions.max())
+    known = _tables.get((table, dtype))
+    if known is None or len(known[0]) <= last:
+        with torch.inference_mode(False):
+            all_positions = torch.arange(max(_LEAST_POSITIONS, 1 << last.bit_length()))
+            known = _tables[table, dtype] = _computed(table, all_positions, dtype)
+    cos, sin = known
+    return cos.index_select(0, positions), sin.index_select(0, positions)
 
 
 @cache

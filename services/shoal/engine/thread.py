@@ -45,8 +45,9 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
+        self._untold: StepOutput | None = None
         self.heartbeat = Heartbeat("engine")
-        engine.told_of_progress(self.heartbeat.beat)
+        engine.told_of_progress(self._progressed)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -101,15 +102,29 @@ class EngineThread:
             while self._obey(wait=not may_run):
                 self.heartbeat.beat()
                 output = self._engine.step()
+                self._tell()
                 may_run = not output.is_idle
                 if may_run or output.wants_blocks or output.counts != counts:
-                    counts = output.counts
-                    self._on_loop(self._deliver, output)
+                    counts, self._untold = output.counts, output
+                if not output.tokens:
+                    self._tell()
         except Exception:  # noqa: BLE001 - the thread's edge: whoever waits is told below
             _log.exception("the engine thread failed")
         finally:
             self.heartbeat.stop()
+            self._tell()
             self._on_loop(self._ended)
+
+    def _progressed(self) -> None:
+        self.heartbeat.beat()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Deliver what the last step brought, once the next one computes, or there's none: before that, the loop would
+        take Python from this thread while the cores wait for it."""
+        output, self._untold = self._untold, None
+        if output is not None:
+            self._on_loop(self._deliver, output)
 
     def _ended(self) -> None:
         """Whoever still waits for a command would wait for ever."""
@@ -128,6 +143,7 @@ class EngineThread:
             except queue.Empty:
                 return True
             self.heartbeat.beat()
+            self._tell()  # first, what came first
             if command is None:
                 return False
             command(self._engine)

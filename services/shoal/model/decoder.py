@@ -82,7 +82,7 @@ class Decoder:
         self._rows = rows or TorchRows(spec)
         self._run_layers = run_layers
         self.progressed: Callable[[], None] = lambda: None
-        """Called before each layer, and whatever else takes its time."""
+        """Called when a step begins to compute, before each layer, and whatever else takes its time."""
         # Through float32 to the activations' dtype, as transformers rounds it.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 
@@ -93,6 +93,7 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepTensors:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
+        self.progressed()
         rope = Rope.at(self.spec, batch.positions, self.dtype)
         hidden = self._run(self.plan.kept, self._embed(batch.token_ids), rope, pool, batch.kept)
         return self.deepen(batch, hidden, rope, pool)

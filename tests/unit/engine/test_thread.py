@@ -1,0 +1,86 @@
+"""When the event loop is told what a step brought: as the next one computes, and never behind what came later."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from engines import make_engine
+from models import tiny_llama
+from shoal.engine.client import EngineClient
+from shoal.engine.engine import Engine
+from shoal.messages import Depth, SamplingParams
+
+SAMPLING = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama(torch.float32, layers=2)[1]
+
+
+def logged(log: list[str], what: str, function: Callable[..., Any], before: Callable[[], object] = list) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
+        log.append(what)
+        before()
+        return function(*arguments, **options)
+
+    return call
+
+
+def watched(model: Any, log: list[str], before_computing: Callable[[], object] = list) -> EngineClient:
+    """An engine that logs what it does in its thread, and what it hands to the loop."""
+    engine = make_engine(model, 0)
+    engine.scheduler.schedule = logged(log, "schedules", engine.scheduler.schedule)  # type: ignore[method-assign]
+    decoder = engine.runner.decoder
+    decoder._embed = logged(log, "computes", decoder._embed, before_computing)  # type: ignore[method-assign]
+    client = EngineClient(engine, name="test")
+    hand_over = client._thread._on_loop
+
+    def on_loop(function: Callable[..., None], *arguments: Any) -> None:
+        if function == client._deliver:
+            log.extend("told" for _ in arguments[0].tokens)
+        elif arguments and isinstance(arguments[0], asyncio.Future):
+            log.append("answered")
+        hand_over(function, *arguments)
+
+    client._thread._on_loop = on_loop  # type: ignore[method-assign]
+    return client
+
+
+async def test_a_token_is_told_as_the_next_step_computes_and_the_last_at_once(model: Any) -> None:
+    log: list[str] = []
+    client = watched(model, log)
+    with client.open("asks") as inbox:
+        await client.call(lambda engine: engine.submit_generate("asks", (1, 2), Depth.FULL, SAMPLING))
+        for _ in range(4):
+            await asyncio.wait_for(inbox.next(), 10)
+    client.close()
+    steps = log[log.index("computes") : len(log) - log[::-1].index("told")]
+    assert steps == ["computes", *["schedules", "told", "computes"] * 3, "schedules", "told"]
+
+
+async def test_a_command_that_comes_during_a_step_is_answered_after_its_tokens(model: Any) -> None:
+    log: list[str] = []
+    computes, may_go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        computes.set()
+        may_go_on.wait(10)
+
+    client = watched(model, log, wait)
+    with client.open("asks") as inbox:
+        await client.call(lambda engine: engine.submit_generate("asks", (1, 2), Depth.FULL, SAMPLING))
+        await asyncio.to_thread(computes.wait, 10)
+        counts = asyncio.create_task(client.call(Engine.counts))
+        await asyncio.sleep(0)  # the call is queued now
+        log.clear()
+        may_go_on.set()
+        await counts
+        assert log[:2] == ["told", "answered"]
+    client.close()

@@ -74,7 +74,7 @@ async def test_a_command_that_comes_during_a_step_is_answered_after_its_tokens(m
         may_go_on.wait(10)
 
     client = watched(model, log, wait)
-    with client.open("asks") as inbox:
+    with client.open("asks"):
         await client.call(lambda engine: engine.submit_generate("asks", (1, 2), Depth.FULL, SAMPLING))
         await asyncio.to_thread(computes.wait, 10)
         counts = asyncio.create_task(client.call(Engine.counts))

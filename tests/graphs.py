@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shoal.kv import pool
+from shoal.model import rope
 
 # What asks the device for a value or makes a shape of one, and what comes from the host: no graph can hold it.
 _FORBIDDEN = {
@@ -32,7 +34,7 @@ class RecordedGraph:
 
     def capture(self, run: Callable[[], None]) -> None:
         run()  # as CUDA's: what is made when first called is there then
-        with _Recorder(self._calls):
+        with _no_values(), _Recorder(self._calls):
             run()
 
     @torch.inference_mode()
@@ -70,6 +72,22 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
+@contextmanager
+def _no_values() -> Iterator[None]:
+    """Where torch doesn't tell a recorder, as in inference mode: what makes Python's values of a tensor's."""
+
+    def refuse(name: str) -> Any:
+        def call(*_: Any) -> Any:
+            raise RuntimeError(f"{name} in a graph")
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "numpy", "__int__", "__float__", "__index__", "__bool__"):
+            patch.setattr(torch.Tensor, name, refuse(name))
+        yield
+
+
 class BrokenGraph:
     """Can't be captured."""
 
@@ -80,6 +98,7 @@ class BrokenGraph:
         raise AssertionError("never captured")
 
 
-def write_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """K/V go into the pool as on a GPU, by torch: numpy, which copies them on a CPU, can't be recorded."""
+def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch, and whatever the values: numpy, which copies K/V on a CPU, and looking up can't be recorded."""
     monkeypatch.setattr(pool, "_is_plain", lambda rows: False)
+    monkeypatch.setattr(rope, "_remembered", rope._computed)

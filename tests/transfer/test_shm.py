@@ -16,7 +16,7 @@ import pytest
 from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, TOKEN_BYTES, lease_id, prompt
 from raw_peer import RawPeer, chunk
-from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, ProtocolViolation
+from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, PeerGone, ProtocolViolation
 from shoal.messages import (
     Accepted,
     Cancel,
@@ -285,6 +285,67 @@ async def test_a_staged_chunk_in_a_session_without_a_segment_fails_its_lease() -
         with pytest.raises(ProtocolViolation, match="this session has none"):
             await lease.arrived()
         await peer.channel.close()
+
+
+async def copying(both: Rig, peer: RawPeer, loader: ShmLoader, new_id: bytes) -> Chunk:
+    """The copy of a good chunk, held up before it begins; the chunk as it was sent."""
+    await peer.send(Claim(new_id))
+    await peer.expect(Accepted)
+    both.sink.gate.clear()
+    good = staged(loader, new_id)
+    await peer.send(good)
+    await both.sink.started.wait()
+    return good
+
+
+async def test_a_slot_that_is_used_again_before_it_was_copied_is_asked_for_once_more() -> None:
+    new_id, wanted = lease_id(), prompt(9)
+    async with rig(KIND) as both, staging_peer(both) as (peer, loader), both.open(new_id, wanted) as lease:
+        await copying(both, peer, loader, new_id)
+        loader.credited(new_id, 0)  # though there was none
+        again = staged(loader, new_id)  # the same bytes under another generation
+        both.sink.gate.set()
+        assert (await peer.expect(Nack)).seq == 0
+        assert not both.sink.written
+        await peer.send(again, Seal(new_id, 1, prompt_hash(wanted.token_ids), wanted.token_ids[-1], 0.0, 0.0))
+        await peer.expect(Credit)
+        await peer.expect(Committed)
+        await lease.arrived()
+
+
+async def test_a_segment_that_is_cut_before_the_copy_kills_nobody() -> None:
+    new_id = lease_id()
+    async with rig(KIND) as both:
+        loader = ShmLoader.create(MAX_FRAME_BYTES, 5 * mmap.PAGESIZE, both.folder)
+        file = os.open(loader._path, os.O_RDWR)
+        peer = RawPeer(await both.connect("memory"))
+        await peer.send(Hello(PROTOCOL_VERSION, (PLAN,), peer="raw", segment=loader.segment))
+        await peer.expect(Hello)
+        async with both.open(new_id, prompt(9)) as lease:
+            await copying(both, peer, loader, new_id)
+            os.ftruncate(file, mmap.PAGESIZE)
+            both.sink.gate.set()
+            assert (await peer.expect(Nack)).seq == 0
+            await peer.send(Failed(new_id, "enough"))
+            with pytest.raises(HandoffError, match="enough"):
+                await lease.arrived()
+        assert not both.sink.written
+        os.close(file)
+        await peer.channel.close()
+        loader.close()
+
+
+async def test_a_session_that_ends_before_the_copy_leaves_the_blocks_as_they_were() -> None:
+    new_id = lease_id()
+    async with rig(KIND) as both:
+        async with staging_peer(both) as (peer, loader), both.open(new_id, prompt(9)) as lease:
+            await copying(both, peer, loader, new_id)
+            await peer.channel.close()
+            with pytest.raises(PeerGone):
+                await lease.arrived()
+            both.sink.gate.set()
+        assert not both.sink.written
+        both.assert_nothing_held()
 
 
 # --- memory that goes bad -------------------------------------------------------------------------------

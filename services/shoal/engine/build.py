@@ -196,9 +196,12 @@ def choose_kernels(limits: StageConfig, served: Served, device: torch.device) ->
 
 def choose_copier(limits: StageConfig) -> Copier:
     """By Shoal's kernels wherever they can be loaded, for whatever dtype and device."""
+    if limits.kernels == "torch":
+        return Copier()
     try:
-        return Copier(None if limits.kernels == "torch" else load_kernels())
-    except ConfigError:
+        return Copier(load_kernels())
+    except ConfigError as error:
+        _log.info("numpy copies K/V on their way", reason=error.message)
         return Copier()
 
 

@@ -72,6 +72,12 @@ def round_context(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
+def is_wasteful(size: StepSize, num_seen: int) -> bool:
+    """Whether more than twice the ``num_seen`` tokens that rows see would be read, and more than a few: a graph fills
+    all rows up to the longest, whose like the eager step reads together, and it keeps the memory for that."""
+    return size.rows * size.context > max(2 * num_seen, size.rows * 2 * _LEAST_CONTEXT)
+
+
 class StepGraphs:
     """Runs steps by graphs, which ``new_graph`` makes, of at most ``max_rows`` sequences.
 
@@ -103,6 +109,8 @@ class StepGraphs:
         if not self.takes(rows):
             return None
         size = self.size_of(rows)
+        if is_wasteful(size, sum(item.end for item in rows)):
+            return None
         step = self._steps.get(size) or self._capture(size)
         if step is None:
             return None

@@ -10,7 +10,7 @@ import torch
 from shoal.model.families import ModelSpec, RopeTable
 
 _FEW_ROWS = 64
-_LEAST_POSITIONS = 2048
+_LEAST_POSITIONS, _MOST_POSITIONS = 1 << 11, 1 << 16
 _tables: dict[tuple[RopeTable, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 """On the CPU; one that is too short is replaced as a whole."""
 
@@ -54,11 +54,13 @@ def _computed(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def _remembered(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from what was computed for all positions up to a power of two.
+    """The same from what was computed for all positions up to a power of two, if that isn't too much to keep.
 
     torch takes eight rows' cosines in a parallel region, whose threads a step that only decodes has to wake.
     """
     last = int(positions.max())
+    if last >= _MOST_POSITIONS:
+        return _computed(table, positions, dtype)
     known = _tables.get((table, dtype))
     if known is None or len(known[0]) <= last:
         with torch.inference_mode(False):

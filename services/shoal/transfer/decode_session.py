@@ -148,8 +148,10 @@ class DecodeSession(Session):
     def _fetch(self, chunk: Chunk, staged: StagedPayload) -> None:
         """Have its payload read, unless nobody wants it: what came before may be in no slot any more."""
         lease = self._desk.table.receiving(chunk.lease_id, self.owner)
-        if lease is None or lease.has(chunk.seq):
+        if lease is None:
             self._arrivals.add(chunk)
+        elif lease.has(chunk.seq):
+            self.num_dropped += 1
         elif not self._arrivals.expects(chunk.lease_id, chunk.seq):
             try:
                 staging = self._check_fetch(lease, chunk, staged)

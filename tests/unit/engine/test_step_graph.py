@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engines import CPU, Ask, make_engine, run, run_choices
-from graphs import BrokenGraph, RecordedGraph, write_by_torch
+from graphs import BrokenGraph, RecordedGraph, compute_as_on_a_gpu
 from models import TINY_FAMILIES, WINDOW, save_tiny, tiny_llama, tiny_model
 from shoal.config import load_config
 from shoal.engine import build, step_graph
@@ -24,7 +24,7 @@ from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Phase, Sequence
-from shoal.engine.step_graph import MAX_GRAPHS, Graph, StepGraphs, StepSize, round_context, round_rows
+from shoal.engine.step_graph import MAX_GRAPHS, Graph, StepGraphs, StepSize, is_wasteful, round_context, round_rows
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
@@ -37,7 +37,7 @@ PROMPT = [3 + index * 7 % 90 for index in range(400)]
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_by_torch(monkeypatch)
+    compute_as_on_a_gpu(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +249,35 @@ def test_sizes_are_few_and_little_is_filled_up():
     for count in range(1, 40_000, 7):
         assert count <= round_context(count) <= max(count + 255, count * 5 // 4)
     assert len({round_context(count) for count in range(1, 1 << 17)}) < 40
+
+
+def test_one_long_sequence_among_short_ones_is_no_step_for_a_graph(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(step_graph, "_LEAST_CONTEXT", 8)
+    engine = make_engine(llama, SKIPPED, new_graph=RecordedGraph)
+    alike = [Ask(PROMPT[:60], 3), Ask(PROMPT[:50], 3)]
+    run(engine, alike)
+    assert graphs_of(engine).sizes
+    num_before = num_replays(engine)
+    run(engine, [Ask(PROMPT[:60], 3), *(Ask(PROMPT[:3], 3) for _ in range(3))])
+    assert num_replays(engine) == num_before
+    run(engine, alike)
+    assert num_replays(engine) > num_before  # it was about those, not for good
+
+
+@pytest.mark.parametrize(
+    ("size", "num_seen", "expected"),
+    [
+        (StepSize(32, 32_768), 32_000 + 31 * 200, True),
+        (StepSize(32, 2560), 32 * 2049, False),
+        (StepSize(1, 256), 1, False),
+        (StepSize(64, 512), 64, False),
+        (StepSize(2, 2048), 2000 + 1, True),
+        (StepSize(2, 2048), 2000 + 48, False),
+    ],
+    ids=str,
+)
+def test_what_is_read_in_vain_has_a_limit(size: StepSize, num_seen: int, expected: bool):
+    assert is_wasteful(size, num_seen) is expected
 
 
 def test_a_size_is_captured_once_and_the_oldest_goes(llama: Any, monkeypatch: pytest.MonkeyPatch):

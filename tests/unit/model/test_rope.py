@@ -32,10 +32,10 @@ def test_what_was_first_asked_for_in_inference_can_be_differentiated_through():
 def test_what_is_looked_up_is_what_is_computed(dtype: torch.dtype):
     spec = describe(tiny_model("gemma3_text", torch.float32, layers=3).config)
     module._tables.clear()
-    many = torch.tensor([*range(4000, 3900, -1), 0, 1, 2047, 2048, 65_535])
+    many = torch.tensor([*range(4000, 3900, -1), 0, 1, 2047, 2048, 65_535, 65_536])
     computed = Rope.at(spec, many, dtype)
     assert not module._tables  # so many aren't remembered
-    for rows in (slice(0, 1), slice(3, 67), slice(100, 105), slice(102, 103)):
+    for rows in (slice(0, 1), slice(3, 67), slice(100, 105), slice(102, 103), slice(99, 106)):
         found = Rope.at(spec, many[rows], dtype)
         assert torch.equal(found.positions, many[rows])
         for table in range(2):

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from shoal.config import HandoffConfig, ShoalConfig
 from shoal.decode import stage as decode_stage
 from shoal.errors import ConfigError
+from shoal.kernels.copying import Copier
 from shoal.messages import Carrier, CarrierReason, WireMode
 from shoal.prefill import stage
 from shoal.telemetry import PrefillMetrics
@@ -24,7 +25,7 @@ from shoal.transfer.offer import Staging
 
 
 def test_inline_makes_no_segment() -> None:
-    assert stage._staging(HandoffConfig(carrier="inline"), nixl_for("inline")) == Staging()
+    assert stage._staging(HandoffConfig(carrier="inline"), nixl_for("inline"), Copier()) == Staging()
 
 
 def test_without_nixl_auto_does_without_and_asking_for_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +78,7 @@ def test_a_carrier_is_tried_where_it_is_allowed(
     monkeypatch.setattr(process, "is_installed", lambda: True)
     monkeypatch.setattr(stage, "reap", lambda: 0)
     monkeypatch.setattr(process.Nixl, "warm_up", lambda nixl: None)
-    made = stage._staging(HandoffConfig(carrier=carrier), nixl_for(carrier))  # type: ignore[arg-type]
+    made = stage._staging(HandoffConfig(carrier=carrier), nixl_for(carrier), Copier())  # type: ignore[arg-type]
     assert (made.local is not None, made.remote is not None) == ways
 
 
@@ -88,7 +89,7 @@ def test_segments_are_as_configured_and_the_dead_ones_reaped_at_the_start(
     reaped: list[bool] = []
     monkeypatch.setattr(stage, "reap", lambda: reaped.append(True) or 1)  # type: ignore[func-returns-value]
     config = HandoffConfig(carrier=carrier, slot_bytes=1 << 16, staging_bytes=1 << 20)  # type: ignore[arg-type]
-    make = stage._staging(config, None)
+    make = stage._staging(config, None, Copier())
     assert make.local is not None and reaped
     loader = make.local()
     assert isinstance(loader, ShmLoader)

@@ -33,8 +33,9 @@ uint32_t behind(uint64_t num_bytes) {
     return result;
 }
 
+// Each word is read once (volatile): what another process writes in between must not be stored and not checked.
 template <int COUNT>
-inline void copy(const Word* from, int64_t from_next, Word* const (&to)[COUNT], int64_t num_words,
+inline void copy(const volatile Word* from, int64_t from_next, Word* const (&to)[COUNT], int64_t num_words,
                  uint64_t (&crc)[COUNT]) {
     for (int64_t word = 0; word < num_words; word++)
         for (int part = 0; part < COUNT; part++) {

@@ -63,14 +63,7 @@ async def _ask_all(
 ) -> Asked:
     alone, together = [], []
     for num_tokens in prompts:
-        loads = Loads(range(1000, 9000), LoadOptions(prompt_tokens=num_tokens, output_tokens=2), seed=num_tokens)
-        await send_at_once(url, [loads.alone("warm-up")])
-        for sample in range(samples):
-            before = _stages(url)
-            [record] = await send_at_once(url, [loads.alone(f"sample {sample}")])
-            told = {name: seconds - before[name] for name, seconds in _stages(url).items()}
-            alone.append({"prompt_tokens": num_tokens, "ttft_s": record.ttft_s, **told})
-            on_step()
+        alone += await ask_alone(url, num_tokens, samples, on_step)
     load = LoadOptions(stream_prompt_tokens=_SHORT_PROMPT, stream_output_tokens=_STREAM_OUTPUT)
     loads = Loads(range(1000, 9000), load, seed=1)
     for num in streams:
@@ -80,6 +73,22 @@ async def _ask_all(
             together.append({"streams": num, "context": _SHORT_PROMPT + _STREAM_OUTPUT // 2, "tpot_s": tpot_s})
             on_step()
     return Asked(alone, together)
+
+
+async def ask_alone(
+    url: str, num_tokens: int, samples: int, on_step: Callable[[], None] = lambda: None
+) -> list[Sample]:
+    """Prompts of so many tokens, one at a time: the TTFT of each, and the stages that the server tells of it."""
+    loads = Loads(range(1000, 9000), LoadOptions(prompt_tokens=num_tokens, output_tokens=2), seed=num_tokens)
+    await send_at_once(url, [loads.alone("warm-up")])
+    found = []
+    for sample in range(samples):
+        before = _stages(url)
+        [record] = await send_at_once(url, [loads.alone(f"sample {sample}")])
+        told = {name: seconds - before[name] for name, seconds in _stages(url).items()}
+        found.append({"prompt_tokens": num_tokens, "ttft_s": record.ttft_s, **told})
+        on_step()
+    return found
 
 
 def _stages(url: str) -> dict[str, float]:

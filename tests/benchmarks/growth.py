@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from child import adopt_orphans
-from load import LoadOptions, Loads, send_at_once
+from load import LoadOptions, Loads, send_at_once, span_s
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -69,8 +69,7 @@ async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[i
         tokens, seconds = 0, 0.0
         for sample in range(-(-options.least_streams // streams)):
             records = await send_at_once(url, loads.together(f"round {number}, {sample}", streams))
-            ended_s = max(record.sent_s + (record.e2e_s or 0) for record in records)
-            seconds += ended_s - min(record.sent_s for record in records)
+            seconds += span_s(records)
             tokens += sum(record.output_tokens for record in records)
         rates[streams] = tokens / seconds
     return rates

@@ -35,10 +35,9 @@ import grpc.aio
 import numpy as np
 import torch
 
+from shoal.config import load_config
 from shoal.decode.sink import PoolSink
-from shoal.errors import ConfigError
-from shoal.kernels.copying import Copier
-from shoal.kernels.native import load
+from shoal.engine.build import choose_copier
 from shoal.kv.layout import KvLayout, LayerGroup
 from shoal.kv.pool import KvPool
 from shoal.messages import Carrier, Chunk, Credit, Envelope, RemoteSegment
@@ -87,7 +86,7 @@ async def serve(num_tokens: int) -> None:
     layout = KvLayout((LayerGroup("all", 0, LAYERS),), KV_HEADS, HEAD_DIM, 2, BLOCK)
     num_blocks = layout.num_blocks_for(num_tokens)
     pool = KvPool(layout, num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
-    sink = PoolSink(pool, copier=copier())
+    sink = PoolSink(pool, copier=choose_copier(load_config().decode))
     desk = HandoffDesk(sink, SHAPE, times=TIMES, credit_bytes=CREDIT_BYTES, observer=SilentObserver())
     nixl = Nixl(1 << 30)
     attach = Attach(ShmUnloader.attach, partial(nixl.attach, deadline_s=TIMES.ttl_s) if is_installed() else None)
@@ -153,14 +152,6 @@ class BareReads:
                 pass
             ours.release(handle)
         return time.perf_counter() - started_s
-
-
-def copier() -> Copier:
-    """What replicas use: Shoal's own kernel, where it can be had."""
-    try:
-        return Copier(load())
-    except ConfigError:
-        return Copier()
 
 
 # --- prefill ------------------------------------------------------------------------------------------------
@@ -306,11 +297,11 @@ async def bare_read(decode: Decode, num_bytes: int) -> AsyncIterator[Way]:
 
 async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
     num_bytes = (num_tokens - 1) * LAYERS * TOKEN_LAYER_BYTES
-    nixl = Nixl(0)
+    nixl, copier = Nixl(0), choose_copier(load_config().prefill)
     stagings = {
         Carrier.INLINE: Staging(),
-        Carrier.SHM: Staging(partial(ShmLoader.create, SLOT_BYTES, STAGING_BYTES, copier=copier())),
-        Carrier.NIXL: Staging(remote=partial(nixl.open_loader, SLOT_BYTES, STAGING_BYTES, copier())),
+        Carrier.SHM: Staging(partial(ShmLoader.create, SLOT_BYTES, STAGING_BYTES, copier=copier)),
+        Carrier.NIXL: Staging(remote=partial(nixl.open_loader, SLOT_BYTES, STAGING_BYTES, copier)),
     }
     if not is_installed():
         del stagings[Carrier.NIXL]

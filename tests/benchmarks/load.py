@@ -65,3 +65,9 @@ async def send_at_once(url: str, requests: list[PlannedRequest]) -> list[Record]
         if record.failure is not None:
             sys.exit(f"error: a request failed ({record.failure}): {record.detail}")
     return list(records)
+
+
+def span_s(records: Sequence[Record]) -> float:
+    """From the first request to the last answer's end."""
+    ended_s = max(record.sent_s + (record.e2e_s or 0.0) for record in records)
+    return ended_s - min(record.sent_s for record in records)

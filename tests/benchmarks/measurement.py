@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import httpx
 from arms import MODEL_NAME, Arm
-from load import Loads
+from load import Loads, span_s
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.bench.clock import RealClock
@@ -93,9 +93,7 @@ async def _ask(endpoint: Endpoint, requests: Sequence[PlannedRequest]) -> list[R
 
 
 def _rate(records: Sequence[Record]) -> float:
-    began_s = min(record.sent_s for record in records)
-    ended_s = max(record.sent_s + (record.e2e_s or 0.0) for record in records)
-    return sum(record.output_tokens for record in records) / (ended_s - began_s)
+    return sum(record.output_tokens for record in records) / span_s(records)
 
 
 def _check_hand_off(arm: Arm, url: str, num_requests: int) -> None:

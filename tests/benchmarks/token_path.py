@@ -23,7 +23,7 @@ from pathlib import Path
 
 import httpx
 from child import adopt_orphans, free_port, serving
-from load import LoadOptions, Loads, send_at_once
+from load import LoadOptions, Loads, send_at_once, span_s
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
@@ -102,9 +102,8 @@ async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[i
         records = await send_at_once(url, loads.together(f"round {number}", streams))
         seconds, steps = (now - then for now, then in zip(_steps(url), before, strict=True))
         tpot_s = statistics.median(record.tpot_s for record in records if record.tpot_s is not None)
-        ended_s = max(record.sent_s + (record.e2e_s or 0) for record in records)
-        took_s = ended_s - min(record.sent_s for record in records)
-        figures[streams] = Figures(tpot_s, seconds / steps, sum(one.output_tokens for one in records) / took_s)
+        tokens_per_s = sum(one.output_tokens for one in records) / span_s(records)
+        figures[streams] = Figures(tpot_s, seconds / steps, tokens_per_s)
     return figures
 
 

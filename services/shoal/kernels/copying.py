@@ -37,7 +37,7 @@ class Copier:
         if given.shape != target.shape:
             raise ValueError(f"{len(given)} bytes don't fit into {len(target)}")
         if self._kernels is None or len(given) % _ROW_BYTES:
-            return _copy(given, target, 0)
+            return _copy(given, target)
         return self._kernels.copy_rows(given, len(given) // _ROW_BYTES, _ROW_BYTES, (target,))
 
     def scatter(self, source: bytes | memoryview, targets: Sequence[Bytes], at: npt.NDArray[np.int64]) -> int:
@@ -60,7 +60,8 @@ class Copier:
         return crc
 
 
-def _copy(source: Bytes, target: Bytes, crc: int) -> int:
+def _copy(source: Bytes, target: Bytes) -> int:
+    crc = 0
     for start in range(0, len(source), _PIECE_BYTES):
         piece = target[start : start + _PIECE_BYTES]
         piece[:] = source[start : start + _PIECE_BYTES]

@@ -15,7 +15,7 @@ from transformers.masking_utils import eager_mask
 
 from models import tiny_model
 from shoal.engine.engine import Engine
-from shoal.engine.native import make_decoder
+from shoal.engine.native import hold_for, make_decoder
 from shoal.engine.runner import PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import Graph, StepGraphs
@@ -143,6 +143,8 @@ def make_engine(
         has_spare_slot=new_graph is not None,
     )  # fmt: skip
     parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan, device=device)
+    if hold := hold_for(kernels, stage):
+        parameters = parameters.held(hold)
     decoder = make_decoder(spec, plan, stage, parameters, kernels)
     graphs = None if new_graph is None else StepGraphs(decoder, pool, new_graph, max_sequences)
     return Engine(scheduler, Runner(decoder, pool, graphs), eos_token_ids=eos_token_ids)

@@ -33,6 +33,7 @@ from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.int8 import Int8Matrix
 
 CPU = torch.device("cpu")
 # A stream's for the 4,096 tokens that it may generate, in blocks of 16.
@@ -84,7 +85,7 @@ def _variants(config: ShoalConfig, served: Served, options: Any) -> dict[str, Va
     plain = load_parameters(served, Stage.DECODE, CPU)
     held = {"Shoal's": plain}
     if options.dtype == "bfloat16":
-        held["Shoal's, int8"] = load_parameters(served, Stage.DECODE, CPU, int8=True)
+        held["Shoal's, int8"] = load_parameters(served, Stage.DECODE, CPU, hold=Int8Matrix.of)
     held["torch's"] = plain
     variants = {}
     for name, parameters in held.items():

@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from shoal.kernels.native import NativeKernels, load
+from shoal.model.packed import PackedMatrix
 
 Work = Callable[[], object]
 NUM_LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
@@ -49,7 +50,7 @@ def _works(kernels: NativeKernels, options: Any) -> Iterator[tuple[str, Work, Wo
     for tokens in options.tokens:
         yield f"attention, {tokens:,} tokens", *_attention(kernels, tokens)
     shapes = (*LAYER * NUM_LAYERS, HEAD)
-    matrices = [torch.randn(shape).bfloat16() for shape in shapes]
+    matrices = [PackedMatrix.of(torch.randn(shape).bfloat16()) for shape in shapes]
     values = [torch.randint(-127, 128, shape, dtype=torch.int8) for shape in shapes]
     scales = {outputs: torch.rand(outputs) for outputs, _ in shapes}
     for num_rows in options.streams:
@@ -58,9 +59,9 @@ def _works(kernels: NativeKernels, options: Any) -> Iterator[tuple[str, Work, Wo
         yield f"int8, {num_rows} rows", partial(_multiply_int8, kernels, inputs, values, scales), None
 
 
-def _multiply(kernels: NativeKernels, inputs: dict[int, torch.Tensor], matrices: list[torch.Tensor]) -> None:
+def _multiply(kernels: NativeKernels, inputs: dict[int, torch.Tensor], matrices: list[PackedMatrix]) -> None:
     for matrix in matrices:
-        kernels.linear(inputs[matrix.shape[1]], matrix, None)
+        kernels.linear(inputs[matrix.shape[1]], matrix.values, None)
 
 
 def _multiply_int8(

@@ -15,7 +15,7 @@ from shoal.config import Dtype, ShoalConfig, StageConfig
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
-from shoal.engine.native import find_kernels, make_decoder
+from shoal.engine.native import find_kernels, hold_for, make_decoder
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import StepGraphs
@@ -30,6 +30,8 @@ from shoal.machine import available_memory_bytes, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
+from shoal.model.int8 import Int8Matrix
+from shoal.model.matrix import Hold
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.model.projector import PAPER, Projector, find_projector, require_model
@@ -119,12 +121,12 @@ def load_parameters(
     device: torch.device,
     on_progress: Callable[[int, int], None] | None = None,
     *,
-    int8: bool = False,
+    hold: Hold | None = None,
 ) -> Parameters:
     """Raises ModelError."""
     with open_weights(served.files) as reader:
         loader = ParameterLoader(
-            reader, served.spec, dtype=served.dtype, device=device, int8=int8, on_progress=on_progress
+            reader, served.spec, dtype=served.dtype, device=device, hold=hold, on_progress=on_progress
         )
         if served.projector is None:
             return loader.load(served.plan, stage)
@@ -139,7 +141,8 @@ def build_engine(
     *,
     device: torch.device,
 ) -> Engine:
-    """An engine of ``stage`` with an empty pool, warm."""
+    """An engine of ``stage`` with an empty pool, warm. What is multiplied, and lies as it was read, is copied to lie as
+    the kernels want it."""
     limits = config.prefill if stage is Stage.PREFILL else config.decode
     layout = layout_of(served, stage, limits.block_tokens)
     deep_ratio = config.model.deep_blocks_ratio
@@ -174,6 +177,8 @@ def build_engine(
         target_step_s=limits.target_step_s,
     )
     kernels = choose_kernels(limits, served, device)
+    if hold := hold_for(kernels, stage):
+        parameters = parameters.held(hold)
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
     graphs = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences) if has_graphs else None
     engine = Engine(scheduler, Runner(decoder, pool, graphs), eos_token_ids=served.files.eos_token_ids())
@@ -181,7 +186,9 @@ def build_engine(
     return engine
 
 
-def choose_kernels(limits: StageConfig, served: Served, device: torch.device) -> NativeKernels | None:
+def choose_kernels(
+    limits: StageConfig, served: Served, device: torch.device, *, quietly: bool = False
+) -> NativeKernels | None:
     """``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
     if limits.kernels == "torch":
         return None
@@ -190,7 +197,8 @@ def choose_kernels(limits: StageConfig, served: Served, device: torch.device) ->
     except ConfigError as error:
         if limits.kernels == "native":
             raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
-        _log.info("torch computes", reason=error.message)
+        if not quietly:
+            _log.info("torch computes", reason=error.message)
         return None
 
 
@@ -309,10 +317,12 @@ async def load_stage(
         set_num_threads(limits)
         device = choose_device(limits)
         served = Served.of(config, device)
-        int8 = limits.weights == "int8"
-        if int8:
+        if limits.weights == "int8":
             require_int8(limits, served, device)
-        parameters = load_parameters(served, stage, device, on_progress, int8=int8)
+            hold: Hold | None = Int8Matrix.of
+        else:
+            hold = hold_for(choose_kernels(limits, served, device, quietly=True), stage)
+        parameters = load_parameters(served, stage, device, on_progress, hold=hold)
         engine = build_engine(config, stage, served, parameters, device=device)
         return Loaded(served, parameters, engine, choose_copier(limits))
 

@@ -13,7 +13,9 @@ from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan
 from shoal.model.decoder import Decoder
 from shoal.model.families import Activation, ModelSpec
-from shoal.model.int8 import Int8Matrix, Weight
+from shoal.model.int8 import Int8Matrix
+from shoal.model.matrix import Hold, Weight
+from shoal.model.packed import PackedMatrix, packed
 from shoal.model.parameters import Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection
@@ -39,6 +41,16 @@ def find_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, dev
     """Raises ConfigError that says why torch must compute."""
     check_native(spec, dtype, kv_dtype, device)
     return load()
+
+
+def hold_for(kernels: NativeKernels | None, stage: Stage) -> Hold | None:
+    """How matrices are to lie for whoever multiplies them; ``None``: as they are.
+
+    By a matrix unit, torch multiplies the many rows of prefill faster still.
+    """
+    if kernels is None or (stage is Stage.PREFILL and kernels.use_tiles()):
+        return None
+    return packed
 
 
 def make_decoder(
@@ -82,7 +94,7 @@ class NativeAttention:
 
 
 class NativeRows(TorchRows):
-    """Carries out ``RowOps``; what the kernels don't take (a float32 weight), torch does."""
+    """Carries out ``RowOps``; what the kernels don't take (float32, a matrix that isn't packed), torch does."""
 
     def __init__(self, spec: ModelSpec, kernels: NativeKernels) -> None:
         super().__init__(spec)
@@ -93,6 +105,11 @@ class NativeRows(TorchRows):
         if weight.dtype != hidden.dtype or hidden.dim() != 2 or not hidden.is_contiguous():
             return super().norm(hidden, weight)
         return self._kernels.add_norm(hidden, None, weight, self._spec.norm_eps)[1]
+
+    def add(self, hidden: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        if not (hidden.is_contiguous() and added.is_contiguous()):
+            return super().add(hidden, added)
+        return self._kernels.add(hidden, added)
 
     def add_norm(
         self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor
@@ -112,13 +129,11 @@ class NativeRows(TorchRows):
         return self._kernels.gate(both, is_gelu=self._is_gelu)
 
     def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if inputs.shape[0] > MAX_FEW_ROWS or not inputs.is_contiguous():
-            return super().linear(inputs, weight, bias)
-        if isinstance(weight, Int8Matrix):
+        if isinstance(weight, PackedMatrix) and inputs.shape[0]:
+            return self._kernels.linear(inputs.contiguous(), weight.values, bias)
+        if isinstance(weight, Int8Matrix) and inputs.shape[0] <= MAX_FEW_ROWS and inputs.is_contiguous():
             return self._kernels.int8_linear(inputs, weight.values, weight.scales, bias)
-        if weight.shape[0] % 16 or weight.shape[1] % 32:
-            return super().linear(inputs, weight, bias)
-        return self._kernels.linear(inputs, weight, bias)
+        return super().linear(inputs, weight, bias)
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         if projection.k_norm is not None or not hidden.is_contiguous():

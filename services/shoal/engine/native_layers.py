@@ -1,8 +1,9 @@
-"""Steps that only decode, by Shoal's own kernels: whole layers in one call instead of nine operations each."""
+"""Whole layers by Shoal's own kernels, in one call instead of ten operations each."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
@@ -10,15 +11,17 @@ from shoal.kernels import layers as native
 from shoal.kernels.layers import pointer
 from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
 from shoal.kv.pool import KvPool
-from shoal.model.batch import AttentionPlan, DecodeGroup
+from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
 from shoal.model.families import Activation, ModelSpec
-from shoal.model.int8 import Int8Matrix, Weight
+from shoal.model.int8 import Int8Matrix
+from shoal.model.matrix import Weight
+from shoal.model.packed import PackedMatrix
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.rope import Rope
 
 
 class NativeLayers:
-    """Carries out ``RunLayers`` (model/decoder.py) for few rows, each a sequence's newest token."""
+    """Carries out ``RunLayers`` (model/decoder.py) where all that it needs is packed, or for few rows in int8."""
 
     def __init__(self, spec: ModelSpec, parameters: Parameters, kernels: NativeKernels) -> None:
         self._spec = spec
@@ -36,18 +39,27 @@ class NativeLayers:
             spec.attention_scale,
             int(spec.activation is not Activation.SILU),
         )
-        self._is_taken = all(_is_taken(tensor) for layer in parameters.layers for tensor in _parts(layer))
+        parts = [part for layer in parameters.layers for part in _parts(layer)]
+        self._is_taken = all(map(_is_taken, parts))
+        self._has_int8 = any(isinstance(part, Int8Matrix) for part in parts)
         self._pool: KvPool | None = None
         self._layers: ctypes.Array[native.Layer] | None = None
 
     def __call__(
-        self, layers: range, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan
+        self,
+        layers: range,
+        hidden: torch.Tensor,
+        rope: Rope,
+        pool: KvPool,
+        reads: AttentionPlan,
+        progressed: Callable[[], None],
     ) -> torch.Tensor | None:
-        if reads.prompts or reads.num_rows > MAX_FEW_ROWS or not (self._is_taken and layers):
+        has_many = reads.num_rows > MAX_FEW_ROWS
+        if not (self._is_taken and layers and reads.num_rows) or (has_many and self._has_int8):
             return None
         table, out = self._table(pool), hidden.clone(memory_format=torch.contiguous_format)
         tables = [native.Rope(cos.data_ptr(), sin.data_ptr()) for cos, sin in zip(rope.cos, rope.sin, strict=True)]
-        views = [native.Reads.of([_group(one) for one in reads.within(window).groups]) for window in self._windows]
+        views = [_reads(reads.within(window)) for window in self._windows]
         step = native.Step(
             reads.num_rows,
             out.data_ptr(),
@@ -55,7 +67,10 @@ class NativeLayers:
             (native.Rope * len(tables))(*tables),
             (native.Reads * len(views))(*views),
         )
-        self._kernels.run_layers(self._shape, table[layers.start], len(layers), step)
+        at_once = 1 if has_many else len(layers)  # many rows may take long: somebody wants to hear of each layer
+        for layer in layers[::at_once]:
+            progressed()
+            self._kernels.run_layers(self._shape, table[layer], at_once, step)
         return out
 
     def _table(self, pool: KvPool) -> ctypes.Array[native.Layer]:
@@ -87,14 +102,25 @@ class NativeLayers:
 def _matrix(weight: Weight, bias: torch.Tensor | None) -> native.Matrix:
     if isinstance(weight, Int8Matrix):
         return native.Matrix(weight.values.data_ptr(), weight.scales.data_ptr(), pointer(bias))
-    return native.Matrix(weight.data_ptr(), None, pointer(bias))
+    values = weight.values if isinstance(weight, PackedMatrix) else weight
+    return native.Matrix(values.data_ptr(), None, pointer(bias))
+
+
+def _reads(plan: AttentionPlan) -> native.Reads:
+    return native.Reads.of([_group(one) for one in plan.groups], [_prompt(one) for one in plan.prompts])
 
 
 def _group(group: DecodeGroup) -> native.Group:
-    slots, first = (None, group.context.start) if isinstance(group.context, slice) else (group.context.data_ptr(), 0)
+    slots, first = native.slots(group.context)
     return native.Group(
         group.rows.data_ptr(), slots, first, group.longest, group.lengths.data_ptr(), group.rows.shape[0]
     )
+
+
+def _prompt(segment: PromptSegment) -> native.Prompt:
+    slots, first = native.slots(segment.context)
+    num_rows = segment.row_end - segment.row_start
+    return native.Prompt(segment.row_start, num_rows, slots, first, segment.num_context, segment.window or 0)
 
 
 def _parts(layer: LayerParameters) -> list[Weight]:
@@ -106,5 +132,6 @@ def _is_taken(part: Weight) -> bool:
     """Whether the kernels take it as it lies."""
     if isinstance(part, Int8Matrix):
         return part.values.is_contiguous() and part.scales.is_contiguous()
-    is_even = part.dim() < 2 or (part.shape[0] % 16 == 0 and part.shape[1] % 32 == 0)
-    return part.dtype == torch.bfloat16 and part.is_contiguous() and is_even
+    if isinstance(part, PackedMatrix):
+        return part.dtype == torch.bfloat16
+    return part.dim() == 1 and part.dtype == torch.bfloat16 and part.is_contiguous()

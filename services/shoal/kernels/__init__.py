@@ -1,5 +1,5 @@
 """Our own compute kernels for CPUs that multiply bfloat16 (AVX-512, and AMX where it is there), where torch's are slow:
-attention, products of few rows, and what happens to rows between the products.
+attention, products, and what happens to rows between the products.
 
 They are C++ (src/), compiled once where a compiler is at hand and kept in the user's cache. Nothing needs them: without
 a compiler, on another CPU, or in another dtype, torch computes the same.

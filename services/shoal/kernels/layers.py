@@ -29,7 +29,7 @@ class Shape(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """``[outputs, inputs]`` in bfloat16, or int8 with float32 ``scales``."""
+    """In bfloat16, packed (model/packed.py), or ``[outputs, inputs]`` in int8 with float32 ``scales``."""
 
     _fields_ = (("weights", _Pointer), ("scales", _Pointer), ("bias", _Pointer))
 
@@ -67,14 +67,32 @@ class Group(ctypes.Structure):
     )
 
 
+class Prompt(ctypes.Structure):
+    """Rows of one sequence, and its context as in ``Group``; ``window`` is 0 where they see all of it."""
+
+    _fields_ = (
+        ("first_row", _Int64),
+        ("num_rows", _Int64),
+        ("slots", _Pointer),
+        ("first_slot", _Int64),
+        ("num_context", _Int64),
+        ("window", _Int64),
+    )
+
+
 class Reads(ctypes.Structure):
     """How layers of one kind read the pool."""
 
-    _fields_ = (("groups", ctypes.POINTER(Group)), ("num_groups", _Int64))
+    _fields_ = (
+        ("groups", ctypes.POINTER(Group)),
+        ("num_groups", _Int64),
+        ("prompts", ctypes.POINTER(Prompt)),
+        ("num_prompts", _Int64),
+    )
 
     @classmethod
-    def of(cls, groups: Sequence[Group]) -> Reads:
-        return cls((Group * len(groups))(*groups), len(groups))
+    def of(cls, groups: Sequence[Group], prompts: Sequence[Prompt]) -> Reads:
+        return cls((Group * len(groups))(*groups), len(groups), (Prompt * len(prompts))(*prompts), len(prompts))
 
 
 class Rope(ctypes.Structure):
@@ -97,3 +115,8 @@ class Step(ctypes.Structure):
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def slots(context: torch.Tensor | slice) -> tuple[int | None, int]:
+    """Where a context's slots are listed, or the first of those that follow one another."""
+    return (None, context.start) if isinstance(context, slice) else (context.data_ptr(), 0)

@@ -13,10 +13,10 @@ import torch
 
 from shoal.errors import ConfigError, InternalError
 from shoal.kernels.build import library
-from shoal.kernels.layers import Layer, Shape, Step
+from shoal.kernels.layers import Layer, Shape, Step, pointer, slots
 
 HEAD_DIMS = frozenset({64, 128, 256})
-# With more rows torch's products are faster: it packs the weights, which then pays. crew.hpp says the same.
+# With more, weights in int8 are torch's to multiply. As crew.hpp has it.
 MAX_FEW_ROWS = 64
 
 _PTR, _INT, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -49,8 +49,8 @@ def load() -> NativeKernels:
 
 
 class NativeKernels:
-    """Each method allocates what it returns, and runs on torch's number of threads: of torch's own with many rows (both
-    use the one OpenMP runtime that is loaded), else of the kernels' (crew.hpp)."""
+    """Each method allocates what it returns, and runs on torch's number of threads: the kernels' own, or with a matrix
+    unit and many rows torch's, as both use the one OpenMP runtime that is loaded (crew.hpp)."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._functions = {}
@@ -76,9 +76,9 @@ class NativeKernels:
         """``queries`` ``[rows, heads, head_dim]`` (rows may be apart) are of the last ones of ``num_context`` tokens at
         the slots ``context`` of ``pool`` ``[slots, 2, kv_heads, head_dim]``; each sees the ``window`` up to itself."""
         rows, heads, head_dim = queries.shape
-        slots, first = _slots(context)
+        listed, first = slots(context)
         self._call(
-            "shoal_attend_prompt", queries.data_ptr(), queries.stride(0), pool.data_ptr(), slots, first, num_context,
+            "shoal_attend_prompt", queries.data_ptr(), queries.stride(0), pool.data_ptr(), listed, first, num_context,
             rows, heads, pool.shape[2], head_dim, window or 0, scale, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -95,9 +95,9 @@ class NativeKernels:
     ) -> None:
         """Of ``queries`` ``[all rows, heads, head_dim]`` those at ``rows`` ``[B]``, each over the first of its
         ``lengths`` ``[B]`` slots of ``context`` ``[B * longest]``; ``out`` is as large as ``queries``."""
-        slots, first = _slots(context)
+        listed, first = slots(context)
         self._call(
-            "shoal_attend_decode", queries.data_ptr(), queries.stride(0), rows.data_ptr(), pool.data_ptr(), slots,
+            "shoal_attend_decode", queries.data_ptr(), queries.stride(0), rows.data_ptr(), pool.data_ptr(), listed,
             first, longest, lengths.data_ptr(), rows.shape[0], queries.shape[1], pool.shape[2], queries.shape[2],
             scale, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -110,10 +110,20 @@ class NativeKernels:
         total = hidden if added is None else torch.empty_like(hidden)
         rows, size = hidden.shape
         self._call(
-            "shoal_add_norm", hidden.data_ptr(), _pointer(added), _pointer(weight), rows, size, eps, total.data_ptr(),
+            "shoal_add_norm", hidden.data_ptr(), pointer(added), pointer(weight), rows, size, eps, total.data_ptr(),
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return total, out
+
+    def add(self, hidden: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """``hidden + added``."""
+        total = torch.empty_like(hidden)
+        rows, size = hidden.shape
+        self._call(
+            "shoal_add_norm", hidden.data_ptr(), added.data_ptr(), None, rows, size, 0.0, total.data_ptr(), None,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return total
 
     def rotate_store(
         self,
@@ -122,23 +132,24 @@ class NativeKernels:
         cos: torch.Tensor,
         sin: torch.Tensor,
         pool: torch.Tensor,
-        slots: torch.Tensor | None,
+        at: torch.Tensor | None,
     ) -> None:
         """``heads`` ``[rows, num_heads + 2 kv_heads, head_dim]`` (rows may be apart): queries are rotated in place,
-        keys on their way into ``pool`` ``[slots, 2, kv_heads, head_dim]``, at ``slots`` or one after the other."""
+        keys on their way into ``pool`` ``[slots, 2, kv_heads, head_dim]``, at ``at`` or one after the other."""
         rows, _, head_dim = heads.shape
         self._call(
             "shoal_rotate_store", heads.data_ptr(), heads.stride(0), cos.data_ptr(), sin.data_ptr(), rows, num_heads,
-            pool.shape[2], head_dim, pool.data_ptr(), _pointer(slots), torch.get_num_threads(),
+            pool.shape[2], head_dim, pool.data_ptr(), pointer(at), torch.get_num_threads(),
         )  # fmt: skip
 
-    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``inputs`` ``[rows, size]`` times ``weight`` ``[outputs, size]`` transposed: for few rows (MAX_FEW_ROWS)."""
+    def linear(self, inputs: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``inputs`` ``[rows, size]`` times a matrix transposed, which lies in ``panels`` (model/packed.py)."""
         rows, size = inputs.shape
-        out = inputs.new_empty(rows, weight.shape[0])
+        outputs = panels.shape[0] * panels.shape[2]
+        out = inputs.new_empty(rows, outputs)
         self._call(
-            "shoal_linear", inputs.data_ptr(), weight.data_ptr(), _pointer(bias), rows, weight.shape[0], size,
-            out.data_ptr(), torch.get_num_threads(),
+            "shoal_linear", inputs.data_ptr(), panels.data_ptr(), pointer(bias), rows, outputs, size, out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -150,7 +161,7 @@ class NativeKernels:
         rows, size = inputs.shape
         out = inputs.new_empty(rows, values.shape[0])
         self._call(
-            "shoal_int8_linear", inputs.data_ptr(), values.data_ptr(), scales.data_ptr(), _pointer(bias), rows,
+            "shoal_int8_linear", inputs.data_ptr(), values.data_ptr(), scales.data_ptr(), pointer(bias), rows,
             values.shape[0], size, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
@@ -163,7 +174,7 @@ class NativeKernels:
         return out
 
     def run_layers(self, shape: Shape, first: Layer, num_layers: int, step: Step) -> None:
-        """``num_layers`` of an array of layers from ``first`` on, for a step of few rows that each decode."""
+        """``num_layers`` of an array of layers from ``first`` on; with weights in int8, of few rows (MAX_FEW_ROWS)."""
         self._call(
             "shoal_layers", ctypes.addressof(shape), ctypes.addressof(first), num_layers, ctypes.addressof(step),
             torch.get_num_threads(),
@@ -190,11 +201,3 @@ class NativeKernels:
     def _call(self, name: str, *arguments: float | ctypes.c_uint32 | None) -> None:
         if self._functions[name](*arguments):
             raise InternalError(f"{name} can't run on these shapes")
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _slots(context: torch.Tensor | slice) -> tuple[int | None, int]:
-    return (None, context.start) if isinstance(context, slice) else (context.data_ptr(), 0)

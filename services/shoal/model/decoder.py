@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan, StepBatch
 from shoal.model.families import ModelSpec
-from shoal.model.int8 import Int8Matrix
+from shoal.model.matrix import rows_of
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
@@ -43,10 +42,16 @@ class Attend(Protocol):
 
 class RunLayers(Protocol):
     """Several layers at once (engine/native_layers.py): the states ``[rows, hidden]`` that leave the last of them, or
-    ``None`` where it can't, and nothing was done."""
+    ``None`` where it can't, and nothing was done. ``progressed`` is called before each layer that may take long."""
 
     def __call__(
-        self, layers: range, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan
+        self,
+        layers: range,
+        hidden: torch.Tensor,
+        rope: Rope,
+        pool: KvPool,
+        reads: AttentionPlan,
+        progressed: Callable[[], None],
     ) -> torch.Tensor | None: ...
 
 
@@ -117,15 +122,16 @@ class Decoder:
         return StepTensors(self.logits(hidden, batch.logit_rows), scored)
 
     def _run(self, layers: range, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
-        if self._run_layers is not None and (out := self._run_layers(layers, hidden, rope, pool, reads)) is not None:
-            return out
+        if self._run_layers is not None:
+            out = self._run_layers(layers, hidden, rope, pool, reads, self.progressed)
+            if out is not None:
+                return out
         for layer in layers:
             hidden = self._layer(layer, hidden, rope, pool, reads)
         return hidden
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        table = self.parameters.embedding
-        hidden = table.rows(token_ids) if isinstance(table, Int8Matrix) else F.embedding(token_ids, table)
+        hidden = rows_of(self.parameters.embedding, token_ids)
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
     @torch.inference_mode()
@@ -159,7 +165,7 @@ class Decoder:
         mixed = self._attention(index, layer, self._rows.norm(hidden, layer.input_norm), rope, pool, reads)
         mixed = self._norm_if(mixed, layer.attention_post_norm)
         hidden, normed = self._rows.add_norm(hidden, mixed, layer.mlp_norm)
-        return hidden + self._norm_if(self._mlp(layer, normed), layer.mlp_post_norm)
+        return self._rows.add(hidden, self._norm_if(self._mlp(layer, normed), layer.mlp_post_norm))
 
     def _attention(
         self, index: int, layer: LayerParameters, normed: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan

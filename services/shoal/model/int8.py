@@ -80,10 +80,6 @@ class Int8Matrix:
         return out if bias is None else out.add_(bias)
 
 
-# A matrix that is multiplied, in whichever form a stage holds it.
-Weight = torch.Tensor | Int8Matrix
-
-
 def _pieces(matrix: torch.Tensor) -> Iterator[slice]:
     """Whole rows, few enough to be had in another dtype as well."""
     num_rows = max(1, _MAX_WIDE_NUMBERS // matrix.shape[1])

@@ -1,8 +1,8 @@
 """The weights that one stage holds, fused for the decoder and loaded layer by layer.
 
 A prefill replica takes the kept layers, the embedding, and of each skipped layer nothing but the K/V projection: no
-deep MLP, no deep attention, no final norm, no lm_head. A decode replica takes everything, and may hold what a step
-multiplies in int8 (model/int8.py): then at no time is there more than one layer of it in another dtype.
+deep MLP, no deep attention, no final norm, no lm_head. A decode replica takes everything. What a step multiplies may be
+held in another form (model/matrix.py): then at no time is there more than one layer of it as it was read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from shoal.errors import InternalError, MalformedWeights
 from shoal.messages import Stage
 from shoal.model.families import ModelSpec
-from shoal.model.int8 import Int8Matrix, Weight
+from shoal.model.matrix import Hold, Weight
+from shoal.model.packed import PackedMatrix
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, LayerProjection
 
@@ -55,20 +56,20 @@ class LayerParameters:
 
     def projection(self, spec: ModelSpec, index: int) -> LayerProjection:
         """What a token that skips this layer, number ``index``, needs of it: views, nothing is copied."""
-        if isinstance(self.qkv, Int8Matrix):
-            raise InternalError("a projection is folded of what was read, not of int8")
+        if not isinstance(self.qkv, torch.Tensor):
+            raise InternalError("a projection is folded of what was read, not of how a stage holds it")
         bias = None if self.qkv_bias is None else self.qkv_bias[spec.q_size :]
         rope = spec.layers[index].rope
         return LayerProjection(self.input_norm, self.qkv[spec.q_size :], bias, self.k_norm, rope)
 
-    def in_int8(self, name: str) -> LayerParameters:
-        """Its four matrices in int8, all else as it is. Raises MalformedWeights."""
+    def held(self, hold: Hold, name: str) -> LayerParameters:
+        """Its four matrices so, all else as it is. Raises MalformedWeights."""
         return replace(
             self,
-            qkv=_in_int8(self.qkv, f"{name}.qkv"),
-            out=_in_int8(self.out, f"{name}.out"),
-            gate_up=_in_int8(self.gate_up, f"{name}.gate_up"),
-            down=_in_int8(self.down, f"{name}.down"),
+            qkv=_held(self.qkv, hold, f"{name}.qkv"),
+            out=_held(self.out, hold, f"{name}.out"),
+            gate_up=_held(self.gate_up, hold, f"{name}.gate_up"),
+            down=_held(self.down, hold, f"{name}.down"),
         )
 
 
@@ -85,13 +86,16 @@ class Parameters:
     final_norm: torch.Tensor | None
     lm_head: Weight | None
 
-    def in_int8(self) -> Parameters:
-        """What a step multiplies in int8, embedding and lm_head included. ``projection`` stays as it is: steps of full
-        depth don't read it, and shallow tokens get the K/V that prefill would give them. Raises MalformedWeights."""
-        embedding, head = _in_int8(self.embedding, "embedding"), self.lm_head
+    def held(self, hold: Hold) -> Parameters:
+        """What a step multiplies so, where it is still as it was read. Without lm_head the embedding is only looked up,
+        and stays as it is. So does ``projection``: steps of full depth don't read it, and shallow tokens get the K/V
+        that prefill would give them. Raises MalformedWeights."""
+        embedding, head = self.embedding, self.lm_head
         if head is not None:
-            head = embedding if head is self.embedding else _in_int8(head, "lm_head")
-        layers = tuple(layer.in_int8(f"layers.{index}") for index, layer in enumerate(self.layers))
+            is_tied = head is embedding
+            embedding = _held(embedding, hold, "embedding")
+            head = embedding if is_tied else _held(head, hold, "lm_head")
+        layers = tuple(layer.held(hold, f"layers.{index}") for index, layer in enumerate(self.layers))
         return replace(self, embedding=embedding, lm_head=head, layers=layers)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -118,13 +122,15 @@ class Parameters:
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
 
-def _in_int8(matrix: Weight, name: str) -> Int8Matrix:
-    return matrix if isinstance(matrix, Int8Matrix) else Int8Matrix.of(matrix, name)
+def _held(matrix: Weight, hold: Hold, name: str) -> Weight:
+    return hold(matrix, name) if isinstance(matrix, torch.Tensor) else matrix
 
 
 def _tensors(name: str, held: Weight) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(held, torch.Tensor):
         yield name, held
+    elif isinstance(held, PackedMatrix):
+        yield name, held.values
     else:
         yield f"{name}.values", held.values
         yield f"{name}.scales", held.scales
@@ -133,8 +139,8 @@ def _tensors(name: str, held: Weight) -> Iterator[tuple[str, torch.Tensor]]:
 class ParameterLoader:
     """Reads one stage's parameters from ``reader``, casting each tensor as it comes.
 
-    With ``int8``, what a step multiplies is held so (``Parameters.in_int8``). ``on_progress`` is called with (layers
-    done, layers in all) after each layer.
+    With ``hold``, what a step multiplies is held so (``Parameters.held``). ``on_progress`` is called with (layers done,
+    layers in all) after each layer.
     """
 
     def __init__(
@@ -144,10 +150,10 @@ class ParameterLoader:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        int8: bool = False,
+        hold: Hold | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._int8 = int8
+        self._hold = hold
         self._reader = reader
         self._spec = spec
         self._dtype = dtype
@@ -160,7 +166,7 @@ class ParameterLoader:
         """All that ``stage`` needs to serve ``plan``; ``projector`` takes the place of the paper's matrix, for all but
         the first ``num_sinks`` tokens."""
         spec = self._spec
-        embedding = self._table("model.embed_tokens.weight")
+        embedding = self._table("model.embed_tokens.weight", is_multiplied=stage is Stage.DECODE)
         held = plan.layers_held(stage)
         layers: list[LayerParameters] = []
         skipped: list[LayerProjection] = []
@@ -168,29 +174,29 @@ class ParameterLoader:
             if index in held:
                 layers.append(self._held(index))
             if plan.projects and index in plan.skipped:
-                # What is in int8 can't be folded: it's read once more, as prefill reads it.
-                skipped.append(self._skipped(index, layers[index] if index in held and not self._int8 else None))
+                # What is held in another form can't be folded: it's read once more.
+                skipped.append(self._skipped(index, layers[index] if index in held and self._hold is None else None))
             self._on_progress(index + 1, plan.num_layers)
         projection = KvProjection(spec, skipped) if skipped else None
         if projection is not None and projector is not None:
             projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype), num_sinks)
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
-        head = embedding if spec.tied_embeddings else self._table("lm_head.weight")
+        head = embedding if spec.tied_embeddings else self._table("lm_head.weight", is_multiplied=True)
         return Parameters(embedding, tuple(layers), projection, self._norm("model.norm.weight"), head)
 
     def projections(self, plan: LayerPlan) -> list[LayerProjection]:
         """The skipped layers' own norms and matrices, unfolded, for the exact check."""
         return [self._skipped(index, None) for index in plan.skipped]
 
-    def _table(self, name: str) -> Weight:
+    def _table(self, name: str, *, is_multiplied: bool) -> Weight:
         """Embedding or lm_head: ``[vocab, hidden]``."""
         table = self._tensor(name, (self._spec.vocab_size, self._spec.hidden_size))
-        return Int8Matrix.of(table, name) if self._int8 else table
+        return self._hold(table, name) if self._hold is not None and is_multiplied else table
 
     def _held(self, index: int) -> LayerParameters:
         layer = self._layer(index)
-        return layer.in_int8(f"layers.{index}") if self._int8 else layer
+        return layer if self._hold is None else layer.held(self._hold, f"layers.{index}")
 
     def _layer(self, index: int) -> LayerParameters:
         spec, name = self._spec, f"model.layers.{index}."

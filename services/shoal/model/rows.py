@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from shoal.kv.pool import KvPool
 from shoal.model.families import Activation, ModelSpec
-from shoal.model.int8 import Int8Matrix, Weight
+from shoal.model.matrix import Weight, linear
 from shoal.model.norm import rms_norm
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
@@ -20,6 +20,9 @@ class RowOps(Protocol):
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm."""
+
+    def add(self, hidden: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """``hidden + added``."""
 
     def add_norm(
         self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor
@@ -51,10 +54,13 @@ class TorchRows:
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, weight, self._spec.norm_eps)
 
+    def add(self, hidden: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        return hidden + added
+
     def add_norm(
         self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = hidden + added
+        hidden = self.add(hidden, added)
         return hidden, self.norm(hidden, weight)
 
     def rotate_and_store(
@@ -72,7 +78,7 @@ class TorchRows:
         return (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")).mul_(up)
 
     def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return weight.linear(inputs, bias) if isinstance(weight, Int8Matrix) else F.linear(inputs, weight, bias)
+        return linear(inputs, weight, bias)
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         return projection(hidden, rope)

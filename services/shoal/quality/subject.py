@@ -25,6 +25,7 @@ from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles
+from shoal.model.int8 import Int8Matrix
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, LayerProjection
@@ -71,7 +72,7 @@ class Subject:
     @cached_property
     def in_int8(self) -> Subject:
         """The same model as decode may hold it, with a pool of its own; made when it's first asked for."""
-        return Subject(self.files, self.spec, self.parameters.in_int8(), max_tokens=self.max_tokens)
+        return Subject(self.files, self.spec, self.parameters.held(Int8Matrix.of), max_tokens=self.max_tokens)
 
     @property
     def kernels(self) -> str:

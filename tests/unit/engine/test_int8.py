@@ -44,7 +44,7 @@ def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, max_st
     """Both steps of many rows, which torch multiplies, and of few. Float32 is of the same int8 weights."""
     rounded = kernel_model(family, torch.bfloat16)
     wide = dequantized(copy.deepcopy(rounded).float())
-    held = parameters_of(rounded, 2).in_int8()
+    held = parameters_of(rounded, 2).held(Int8Matrix.of)
     exact = logits_after(make_engine(wide, 2), PROMPT, Depth.FULL)
     torchs, ours = (
         logits_after(
@@ -59,7 +59,8 @@ def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, max_st
 def test_greedy_answers_are_float32_s_up_to_near_ties(kernels: NativeKernels) -> None:
     model = kernel_model("llama", torch.bfloat16)
     wide = dequantized(copy.deepcopy(model).float())
-    ours = make_engine(model, 2, parameters=parameters_of(model, 2).in_int8(), kernels=kernels, num_blocks=1024)
+    held = parameters_of(model, 2).held(Int8Matrix.of)
+    ours = make_engine(model, 2, parameters=held, kernels=kernels, num_blocks=1024)
     theirs = make_engine(wide, 2, num_blocks=1024)
     asks = [Ask(PROMPT[: 5 + 9 * index], num_tokens=6, depth=Depth.FULL) for index in range(12)]
     for ask, answer in zip(asks, run(ours, asks), strict=True):
@@ -70,7 +71,7 @@ def test_greedy_answers_are_float32_s_up_to_near_ties(kernels: NativeKernels) ->
 
 def test_handed_off_by_a_prefill_in_bfloat16(kernels: NativeKernels) -> None:
     model = kernel_model("llama", torch.bfloat16)
-    held = parameters_of(model, 2).in_int8()
+    held = parameters_of(model, 2).held(Int8Matrix.of)
     held_by_prefill = parameters_of(model, 2, Stage.PREFILL)
     prefill = make_engine(model, 2, stage=Stage.PREFILL, kernels=kernels, parameters=held_by_prefill)
     decode = make_engine(model, 2, parameters=held, kernels=kernels, num_blocks=1024)

@@ -90,6 +90,6 @@ def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> 
             choose_kernels(StageConfig(kernels="native"), served, CPU)
 
 
-def test_python_and_kernels_agree_where_torchs_products_begin():
+def test_python_and_kernels_agree_on_how_many_rows_are_few():
     source = resources.files("shoal.kernels") / "src" / "crew.hpp"
     assert f"FEW_ROWS = {native.MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from shoal.errors import InternalError
 from shoal.kernels.native import NativeKernels
+from shoal.model.packed import PackedMatrix
 
 # Outputs are rounded to bfloat16 (8 bits), and so are probabilities.
 CLOSE = {"rtol": 1 / 64, "atol": 1 / 64}
@@ -163,17 +164,48 @@ def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
     with pytest.raises(InternalError, match="shoal_gate"):
         kernels.gate(random(2, 20), is_gelu=False)
     with pytest.raises(InternalError, match="shoal_linear"):
-        kernels.linear(random(65, 32), random(16, 32), None)
+        kernels.linear(random(65, 48), random(1, 24, 32, 2), None)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 16, 17, 24, 25, 32, 33, 40, 41, 48, 49, 64])
-@pytest.mark.parametrize(("outputs", "size"), [(16, 32), (1024 + 48, 576), (192, 96)])
+@pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 25, 32, 33, 40, 47, 48, 49, 64, 65, 100, 511])
+@pytest.mark.parametrize(("outputs", "size"), [(32, 32), (1024 + 96, 576), (192, 96)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_bias: bool) -> None:
     inputs, weight = random(rows, size), random(outputs, size)
     bias = random(outputs) if has_bias else None
     expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
-    torch.testing.assert_close(kernels.linear(inputs, weight, bias).double(), expected, **CLOSE)
+    found = kernels.linear(inputs, PackedMatrix.of(weight).values, bias)
+    torch.testing.assert_close(found.double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 40, 200])
+def test_products_write_their_own_rows_and_read_no_more(kernels: NativeKernels, rows: int) -> None:
+    """Around what they are given there are NaNs, and a pattern around what they write."""
+    size, outputs = 96, 128
+    around = torch.full((rows + 2, size), math.nan).bfloat16()
+    around[1:-1] = random(rows, size)
+    panels = torch.full((outputs // 32 + 2, size // 2, 32, 2), math.nan).bfloat16()
+    weight = random(outputs, size)
+    panels[1:-1] = PackedMatrix.of(weight).values
+    found = kernels.linear(around[1:-1], panels[1:-1], None)
+    torch.testing.assert_close(found.double(), F.linear(around[1:-1].double(), weight.double()), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [2, 40, 100])
+def test_a_row_that_is_not_finite_is_its_own(kernels: NativeKernels, rows: int) -> None:
+    inputs, panels = random(rows, 64), PackedMatrix.of(random(96, 64)).values
+    expected = kernels.linear(inputs, panels, None)
+    inputs[1, 3] = math.inf
+    found = kernels.linear(inputs, panels, None)
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[2:], expected[2:])
+
+
+@pytest.mark.parametrize("rows", [1, 9, 300])
+def test_add(kernels: NativeKernels, rows: int) -> None:
+    hidden, added = random(rows, 96), random(rows, 96) * 3
+    assert torch.equal(kernels.add(hidden, added), hidden + added)
 
 
 def test_torch_finds_the_tiles_as_it_left_them(kernels: NativeKernels) -> None:
@@ -184,5 +216,5 @@ def test_torch_finds_the_tiles_as_it_left_them(kernels: NativeKernels) -> None:
     for _ in range(3):
         kernels.attend_prompt(queries, pool, slice(0, 90), 90, None, 0.125, torch.empty_like(queries))
         assert torch.equal(F.linear(inputs, weight), expected)
-        kernels.linear(random(20, 64), random(64, 64), None)
+        kernels.linear(random(20, 64), PackedMatrix.of(random(64, 64)).values, None)
         assert torch.equal(F.linear(inputs, weight), expected)

@@ -31,7 +31,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def int8_parameters(model: Any, num_skipped: int = SKIPPED) -> Parameters:
     spec = describe(model.config)
-    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU, int8=True)
+    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU, hold=Int8Matrix.of)
     return loader.load(LayerPlan(spec.num_layers, num_skipped), Stage.DECODE)
 
 
@@ -133,15 +133,15 @@ def test_what_is_loaded_is_what_is_made_of_what_was_loaded(is_tied: bool) -> Non
     model = tiny_model("llama", tie_word_embeddings=is_tied)
     loaded = int8_parameters(model, 0)
     made = ParameterLoader(ModelReader(model), describe(model.config), dtype=model.dtype, device=CPU)
-    same = made.load(LayerPlan(6, 0), Stage.DECODE).in_int8()
+    same = made.load(LayerPlan(6, 0), Stage.DECODE).held(Int8Matrix.of)
     assert [name for name, _ in loaded.tensors()] == [name for name, _ in same.tensors()]
     assert all(
         torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(loaded.tensors(), same.tensors(), strict=True)
     )
     assert (loaded.lm_head is loaded.embedding) == (same.lm_head is same.embedding) == is_tied
-    again = same.in_int8()
+    again = same.held(Int8Matrix.of)
     assert again.embedding is same.embedding
-    with pytest.raises(InternalError, match="int8"):
+    with pytest.raises(InternalError, match="folded of what was read"):
         loaded.layers[5].projection(describe(model.config), 5)
 
 

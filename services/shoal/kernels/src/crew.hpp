@@ -4,13 +4,15 @@
 // on a machine that is shared with other replicas, a gateway and clients, a step of hundreds of short regions then waits
 // most of its time. Of the crew nobody is waited for but while it works on a piece; who is late finds nothing to do.
 // It works for one caller at a time: a second one does its work alone.
-// With many rows, though, the products between are torch's, whose OpenMP threads are awake and would be in the way.
+// With a matrix unit, though, products of many rows may be torch's (engine/native.py), whose OpenMP threads are awake then
+// and would be in the way.
 #pragma once
 #include <cstdint>
 
+#include "tiles.hpp"
+
 namespace shoal {
 
-// With more rows, products are torch's (engine/native.py).
 constexpr int64_t FEW_ROWS = 64;
 
 using Piece = void (*)(const void* job, int64_t piece);
@@ -23,7 +25,7 @@ struct Team {
     int num_threads;
     bool is_openmp;
 
-    Team(int num_threads, int64_t num_rows) : num_threads(num_threads), is_openmp(num_rows > FEW_ROWS) {}
+    Team(int num_threads, int64_t num_rows) : num_threads(num_threads), is_openmp(num_rows > FEW_ROWS && have_tiles()) {}
 };
 
 // The same for anything that can be called with a piece's number.

@@ -12,6 +12,9 @@ int shoal_linear(const void* inputs, const void* weights, const void* bias, int6
                  int64_t size, void* out, int num_threads);
 int shoal_int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias, int64_t num_rows,
                       int64_t num_outputs, int64_t size, void* out, int num_threads);
+int shoal_attend_prompt(const void* queries, int64_t query_row, const void* pool, const int64_t* slots,
+                        int64_t first_slot, int64_t num_context, int64_t num_rows, int num_heads, int kv_heads,
+                        int head_dim, int64_t window, float scale, void* out, int num_threads);
 int shoal_attend_decode(const void* queries, int64_t query_row, const int64_t* at, const void* pool,
                         const int64_t* slots, int64_t first_slot, int64_t longest, const int64_t* lengths,
                         int64_t batch, int num_heads, int kv_heads, int head_dim, float scale, void* out,

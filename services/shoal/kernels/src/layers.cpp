@@ -1,7 +1,7 @@
-// Whole layers in one call, where each row is the newest token of a sequence: with few rows, what lies between two
-// kernels would take as long as some of them.
+// Whole layers in one call: with few rows, what lies between two kernels would take as long as some of them.
 #include <vector>
 
+#include "crew.hpp"
 #include "kernels.hpp"
 #include "simd.hpp"
 
@@ -16,7 +16,7 @@ struct Shape {
     int32_t activation;
 };
 
-// bfloat16, or with `scales` int8; without a bias none.
+// bfloat16 in panels, or with `scales` int8; without a bias none.
 struct Matrix {
     const void *weights, *scales, *bias;
 };
@@ -42,9 +42,18 @@ struct Group {
     int64_t batch;
 };
 
+// Of shoal_attend_prompt: rows from `first_row` on.
+struct Prompt {
+    int64_t first_row, num_rows;
+    const int64_t* slots;
+    int64_t first_slot, num_context, window;
+};
+
 struct Reads {
     const Group* groups;
     int64_t num_groups;
+    const Prompt* prompts;
+    int64_t num_prompts;
 };
 
 struct Rope {
@@ -88,8 +97,8 @@ class Runner {
                   add_norm(scratch_.added.data(), layers[i].mlp_norm) && mlp(layers[i])))
                 return false;
         }
-        add(scratch_.added.data());
-        return true;
+        return !shoal_add_norm(step_.hidden, scratch_.added.data(), nullptr, step_.num_rows, shape_.hidden_size, shape_.eps,
+                               step_.hidden, nullptr, num_threads_);
     }
 
    private:
@@ -98,26 +107,44 @@ class Runner {
         const Rope& rope = step_.ropes[layer.rope];
         bf16* const heads = scratch_.heads.data();
         if (!multiply(layer.qkv, scratch_.normed.data(), shape_.hidden_size, size, heads)) return false;
-        for (int64_t row = 0; row < step_.num_rows; row++) {
-            bf16* const queries = heads + row * size;
-            if (!(norm(layer.q_norm, queries, shape_.num_heads, shape_.head_dim, 1) &&
-                  norm(layer.k_norm, queries + shape_.num_heads * shape_.head_dim, shape_.kv_heads, shape_.head_dim, 1)))
-                return false;
-        }
+        if (!norm_heads(layer, heads, size)) return false;
         if (shoal_rotate_store(heads, size, rope.cos, rope.sin, step_.num_rows, (int)shape_.num_heads,
                                (int)shape_.kv_heads, (int)shape_.head_dim, layer.pool, step_.slots, num_threads_))
             return false;
         const Reads& reads = step_.reads[layer.reads];
+        bf16* const mixed = scratch_.mixed.data();
+        for (int64_t i = 0; i < reads.num_prompts; i++) {
+            const Prompt& of = reads.prompts[i];
+            if (shoal_attend_prompt(heads + of.first_row * size, size, layer.pool, of.slots, of.first_slot, of.num_context,
+                                    of.num_rows, (int)shape_.num_heads, (int)shape_.kv_heads, (int)shape_.head_dim,
+                                    of.window, shape_.attention_scale,
+                                    mixed + of.first_row * shape_.num_heads * shape_.head_dim, num_threads_))
+                return false;
+        }
         for (int64_t i = 0; i < reads.num_groups; i++) {
             const Group& of = reads.groups[i];
             if (shoal_attend_decode(heads, size, of.rows, layer.pool, of.slots, of.first_slot, of.longest, of.lengths,
                                     of.batch, (int)shape_.num_heads, (int)shape_.kv_heads, (int)shape_.head_dim,
-                                    shape_.attention_scale, scratch_.mixed.data(), num_threads_))
+                                    shape_.attention_scale, mixed, num_threads_))
                 return false;
         }
-        return multiply(layer.out, scratch_.mixed.data(), shape_.num_heads * shape_.head_dim, shape_.hidden_size,
+        return multiply(layer.out, mixed, shape_.num_heads * shape_.head_dim, shape_.hidden_size,
                         scratch_.added.data()) &&
                norm(layer.attention_post_norm, scratch_.added.data(), step_.num_rows, shape_.hidden_size, num_threads_);
+    }
+
+    // Where a family norms queries and keys. Each row by itself: they lie apart.
+    bool norm_heads(const Layer& layer, bf16* heads, int64_t row_size) {
+        constexpr int64_t PIECE = 8;
+        if (!layer.q_norm && !layer.k_norm) return true;
+        if (shape_.head_dim % 16) return false;
+        share_ranges(step_.num_rows, PIECE, Team(num_threads_, step_.num_rows), [&](int64_t begin, int64_t end) {
+            for (bf16* row = heads + begin * row_size; row < heads + end * row_size; row += row_size) {
+                norm(layer.q_norm, row, shape_.num_heads, shape_.head_dim, 1);
+                norm(layer.k_norm, row + shape_.num_heads * shape_.head_dim, shape_.kv_heads, shape_.head_dim, 1);
+            }
+        });
+        return true;
     }
 
     bool mlp(const Layer& layer) {
@@ -146,12 +173,6 @@ class Runner {
     bool add_norm(const void* added, const void* weight) {
         return !shoal_add_norm(step_.hidden, added, weight, step_.num_rows, shape_.hidden_size, shape_.eps,
                                step_.hidden, scratch_.normed.data(), num_threads_);
-    }
-
-    void add(const bf16* added) {
-        bf16* const to = static_cast<bf16*>(step_.hidden);
-        for (int64_t i = 0; i < step_.num_rows * shape_.hidden_size; i += 16)
-            store(to + i, _mm512_add_ps(load(to + i), load(added + i)));
     }
 
     const Shape& shape_;

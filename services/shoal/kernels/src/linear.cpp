@@ -1,12 +1,10 @@
-// Matrix products of few rows, as decoding has them: the weights are read once, as torch has them, and what is next is
-// fetched while what is there is multiplied.
+// Matrix products of any number of rows with weights that lie as they are multiplied (model/packed.py):
 //
-//   one or two rows  memory is all that takes time: one weights' row after the other, as they lie. The processor sees by
-//                    itself what comes next, and asking for it only gets in the way. Sums are added across at the end
-//   up to 64         a lane or two hold a row: inputs are turned once, each weight goes to all rows, and hardly anything is
-//                    added across, which would take a sixth of the time
-//   by tiles         inputs are turned, and the weights as they lie are the other side: where there
-//                    are tiles, 16 rows take hardly longer than one, and 64 twice as long
+//     weights  [panel of 32 outputs][pair of inputs][output][2]
+//
+// A panel is read from end to end. What is read once serves up to twelve rows: 24 registers hold their sums, two what was
+// loaded. While rows go through a panel, the next one is fetched, some of it with each dozen: memory is as busy as the
+// multipliers. Where there are tiles, they multiply: panels are what they take, and rows as they lie the other side.
 #include <algorithm>
 #include <vector>
 
@@ -17,205 +15,146 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t PIECE = 128;         // weights' rows a thread takes at a time: with fewer, more of them aren't fetched
-constexpr int64_t SMALL_PIECE = 64;    // the same where else there were too few for the threads
-constexpr int64_t TILED_OUTPUTS = 64;  // the same by tiles, which fetch nothing
-constexpr int64_t MAX_ROWS_IN_ORDER = 2;
-constexpr int AT_ONCE = 4;  // sums of an output in order: a product would wait for the one before
+constexpr int64_t PANEL = 32;
+constexpr int VECTORS = PANEL / 16;
+constexpr int ROWS = 12;
+constexpr int PAIRS = 16;          // a row's cache line holds so many
+constexpr int64_t MAX_PANELS = 4;  // that a thread takes at a time: more would leave others without at the end
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;
     int64_t num_rows, num_outputs, size;
     bf16* out;
 
-    const bf16* weights_of(int64_t output) const { return weights + output * size; }
+    int64_t num_panels() const { return num_outputs / PANEL; }
+    const bf16* panel(int64_t index) const { return weights + index * PANEL * size; }
+    bf16* at(int64_t row, int64_t output) const { return out + row * num_outputs + output; }
+    __m512 bias_of(int64_t output) const { return bias ? load(bias + output) : _mm512_setzero_ps(); }
 };
 
-// Sixteen outputs of all M rows, one weights' row after the other. Several sums of each: one alone would be waited for.
-template <int M>
-inline void sixteen_in_order(const Operands& of, int64_t output) {
-    const bf16* const inputs = of.inputs;
+// What is fetched meanwhile: of every PAIRS * VECTORS lines from `from` on, those in [begin, end).
+struct Fetch {
+    const bf16* from;
+    int64_t begin, end;
+};
+
+// A panel's outputs of N rows.
+template <int N>
+void multiply(const Operands& of, int64_t panel, int64_t row, const Fetch& fetched) {
+    const bf16* const weights = of.panel(panel);
+    const bf16* const inputs = of.inputs + row * of.size;
     const int64_t size = of.size;
-    __m512 found[M][16];
-    for (int n = 0; n < 16; n++) {
-        const bf16* const weights = of.weights_of(output + n);
-        __m512 acc[M][AT_ONCE];
-        for (int m = 0; m < M; m++)
-            for (int u = 0; u < AT_ONCE; u++) acc[m][u] = _mm512_setzero_ps();
-        const auto add = [&](int64_t k, int u) __attribute__((always_inline)) {
-            const __m512bh shared = (__m512bh)_mm512_loadu_si512(weights + k);
-            for (int m = 0; m < M; m++)
-                acc[m][u] = _mm512_dpbf16_ps(acc[m][u], shared, (__m512bh)_mm512_loadu_si512(inputs + m * size + k));
-        };
-        int64_t k = 0;
-        for (; k + 32 * AT_ONCE <= size; k += 32 * AT_ONCE) {
-#pragma GCC unroll 4
-            for (int u = 0; u < AT_ONCE; u++) add(k + 32 * u, u);
-        }
-        for (; k < size; k += 32) add(k, 0);
-        for (int m = 0; m < M; m++) {
-            found[m][n] = acc[m][0];
-            for (int u = 1; u < AT_ONCE; u++) found[m][n] = _mm512_add_ps(found[m][n], acc[m][u]);
+    __m512 sums[N][VECTORS];
+    for (int n = 0; n < N; n++)
+        for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_setzero_ps();
+    for (int64_t first = 0; first < size / 2; first += PAIRS) {
+        for (int64_t line = fetched.begin; line < fetched.end; line++)
+            fetch(fetched.from + (first * VECTORS + line) * 32);
+#pragma GCC unroll 2
+        for (int64_t pair = first; pair < first + PAIRS; pair++) {
+            __m512bh shared[VECTORS];
+            for (int v = 0; v < VECTORS; v++)
+                shared[v] = (__m512bh)_mm512_loadu_si512(weights + (pair * VECTORS + v) * 32);
+            for (int n = 0; n < N; n++) {
+                const __m512bh own = (__m512bh)spread<16>(inputs + n * size + 2 * pair);
+                for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_dpbf16_ps(sums[n][v], own, shared[v]);
+            }
         }
     }
-    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
-    for (int m = 0; m < M; m++) store(of.out + m * of.num_outputs + output, _mm512_add_ps(sums(found[m]), bias));
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t output = panel * PANEL + 16 * v;
+        const __m512 bias = of.bias_of(output);
+        for (int n = 0; n < N; n++) store(of.at(row + n, output), _mm512_add_ps(sums[n][v], bias));
+    }
 }
 
-int64_t piece_of(const Operands& of, int num_threads) {
-    return of.num_outputs < 2 * PIECE * num_threads ? SMALL_PIECE : PIECE;
+constexpr decltype(&multiply<1>) MULTIPLY[ROWS] = {
+    multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
+    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
+};
+
+// All rows, in groups as equal as can be, and of `next`, if there's such a panel, a share is fetched with each.
+void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
+    const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS;
+    const int64_t lines = next < of.num_panels() ? PAIRS * VECTORS : 0;
+    for (int64_t group = 0; group < num_groups; group++) {
+        const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
+        const Fetch fetched = {of.panel(next), lines * group / num_groups, lines * (group + 1) / num_groups};
+        MULTIPLY[end - begin - 1](of, panel, begin, fetched);
+    }
 }
 
-void multiply_in_order(const Operands& of, int num_threads) {
-    share_ranges(of.num_outputs, piece_of(of, num_threads), Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
-        for (int64_t output = begin; output < end; output += 16)
-            of.num_rows == 1 ? sixteen_in_order<1>(of, output) : sixteen_in_order<2>(of, output);
+// So many panels that each thread comes four times, where there are as many.
+int64_t panels_at_once(const Operands& of, int num_threads) {
+    return std::clamp<int64_t>(of.num_panels() / (4 * num_threads), 1, MAX_PANELS);
+}
+
+void multiply_by_rows(const Operands& of, int num_threads) {
+    const int64_t at_once = panels_at_once(of, num_threads);
+    share_ranges(of.num_panels(), at_once, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+        // The piece after this one is another thread's, most likely.
+        for (int64_t panel = begin; panel < end; panel++)
+            multiply_panel(of, panel, panel + 1 < end ? panel + 1 : begin + at_once * num_threads);
     });
 }
 
-template <int ROWS>
-constexpr int NUMBERS = 32 / ROWS;  // of each row in a register of them
-
-// The inputs of R registers of rows from `first` on, all that a register's rows have, so many numbers at a time: [size /
-// numbers][R][row]. Sixteen rows have two numbers each; eight have four, in two lanes, where half of sixteen would hold
-// nothing. Where there is no row, there is nothing.
-template <int ROWS, int R>
-void turn(const Operands& of, int64_t first, __m512i* to) {
-    for (int r = 0; r < R; r++)
-        for (int64_t k = 0; k < of.size; k += 32) {
-            __m512i block[ROWS];
-            for (int64_t n = 0; n < ROWS; n++) {
-                const int64_t row = first + ROWS * r + n;
-                block[n] = row < of.num_rows ? _mm512_loadu_si512(of.inputs + row * of.size + k) : _mm512_setzero_si512();
-            }
-            transpose(block);
-            for (int i = 0; i < ROWS; i++) to[(k / NUMBERS<ROWS> + i) * R + r] = block[i];
-        }
-}
-
-// Writes sums of sixteen outputs, [output][lane], where they belong, with the bias; those of no row aren't.
-template <int ROWS>
-inline void put(const Operands& of, __m512i (&found)[16], int64_t row, int64_t output) {
-    constexpr int LANES = 16 / ROWS;
-    const __m512 bias = of.bias ? load(of.bias + output) : _mm512_setzero_ps();
-    transpose(found);
-    for (int64_t n = 0; n < std::min<int64_t>(ROWS, of.num_rows - row); n++) {
-        __m512 sum = _mm512_castsi512_ps(found[n * LANES]);
-        if constexpr (LANES == 2) sum = _mm512_add_ps(sum, _mm512_castsi512_ps(found[n * LANES + 1]));
-        store(of.out + (row + n) * of.num_outputs + output, _mm512_add_ps(sum, bias));
+// A panel's outputs of up to 32 rows, or 16. Nothing is fetched ahead: the processor does that by itself, and a tile's
+// load waits for sixteen lines at once.
+template <bool IS_WHOLE>
+void multiply_by_tiles(const Operands& of, int64_t panel, int64_t row, const bf16* inputs) {
+    constexpr int64_t RIGHT_PAIR = 2 * PANEL;
+    const bf16* const weights = of.panel(panel);
+    alignas(64) float sums[2 * TILE * PANEL];
+    Square::zero();
+    for (int64_t k = 0; k < of.size; k += TILE_NUMBERS) {
+        const bf16* const right = weights + k / 2 * RIGHT_PAIR;
+        if constexpr (IS_WHOLE) Square::add(inputs + k, of.size, right, RIGHT_PAIR);
+        else Square::add_half(inputs + k, of.size, right, RIGHT_PAIR);
     }
-}
-
-// Sixteen outputs of R registers of rows, N outputs at a time.
-template <int ROWS, int R, int N>
-inline void sixteen_by_lanes(const Operands& of, const __m512i* turned, int64_t output) {
-    __m512i found[R][16];
-    for (int part = 0; part < 16; part += N) {
-        const bf16* const weights = of.weights_of(output + part);
-        __m512 acc[N][R];
-        for (int n = 0; n < N; n++)
-            for (int r = 0; r < R; r++) acc[n][r] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < of.size; k += 32) {
-            for (int n = 0; n < N; n++) fetch(weights + (AHEAD + n) * of.size + k);
-#pragma GCC unroll 4
-            for (int64_t at = k; at < k + 32; at += NUMBERS<ROWS>) {
-                __m512bh own[R];
-                for (int r = 0; r < R; r++) own[r] = (__m512bh)turned[at / NUMBERS<ROWS> * R + r];
-                for (int n = 0; n < N; n++) {
-                    const __m512bh shared = (__m512bh)spread<ROWS>(weights + n * of.size + at);
-                    for (int r = 0; r < R; r++) acc[n][r] = _mm512_dpbf16_ps(acc[n][r], own[r], shared);
-                }
-            }
-        }
-        for (int n = 0; n < N; n++)
-            for (int r = 0; r < R; r++) found[r][part + n] = _mm512_castps_si512(acc[n][r]);
-    }
-    for (int r = 0; r < R; r++) put<ROWS>(of, found[r], ROWS * r, output);
-}
-
-template <int ROWS, int R, int N>
-void multiply_by_lanes(const Operands& of, int num_threads) {
-    static thread_local std::vector<__m512i> kept;
-    kept.resize(of.size / NUMBERS<ROWS> * R);
-    turn<ROWS, R>(of, 0, kept.data());
-    const __m512i* const turned = kept.data();  // the crew's threads have a `kept` of their own
-    share_ranges(of.num_outputs, piece_of(of, num_threads), Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
-        for (int64_t output = begin; output < end; output += 16) sixteen_by_lanes<ROWS, R, N>(of, turned, output);
-    });
-}
-
-void multiply_by_lanes(const Operands& of, int num_threads) {
-    switch ((of.num_rows + 7) / 8) {
-        case 1: return multiply_by_lanes<8, 1, 8>(of, num_threads);
-        case 2: return multiply_by_lanes<8, 2, 8>(of, num_threads);
-        case 3: return multiply_by_lanes<8, 3, 8>(of, num_threads);
-        case 4: return multiply_by_lanes<16, 2, 8>(of, num_threads);
-        case 5: return multiply_by_lanes<8, 5, 4>(of, num_threads);
-        case 6: return multiply_by_lanes<16, 3, 8>(of, num_threads);
-        default: return multiply_by_lanes<16, 4, 4>(of, num_threads);
-    }
-}
-
-// 64 outputs of sixteen rows. Nothing is fetched ahead: the processor does that by itself, and a tile's load waits for
-// sixteen lines at once.
-inline void tiled(const Operands& of, const __m512i* turned, int64_t row, int64_t output) {
-    const int64_t size = of.size, weights_row = 2 * size;
-    const bf16* const weights = of.weights_of(output);
-    alignas(64) float found[TILED_OUTPUTS * TILE];
-    Tiles::zero<0>();
-    Tiles::zero<1>();
-    Tiles::zero<2>();
-    Tiles::zero<3>();
-    for (int64_t k = 0; k < size; k += TILE_NUMBERS) {
-        Tiles::load<4>(turned + k / 2, 64);
-        Tiles::load<5>(weights + k, weights_row);
-        Tiles::multiply<0, 5, 4>();
-        Tiles::load<6>(weights + TILE * size + k, weights_row);
-        Tiles::multiply<1, 6, 4>();
-        Tiles::load<5>(weights + 2 * TILE * size + k, weights_row);
-        Tiles::multiply<2, 5, 4>();
-        Tiles::load<6>(weights + 3 * TILE * size + k, weights_row);
-        Tiles::multiply<3, 6, 4>();
-    }
-    Tiles::store<0>(found, 64);
-    Tiles::store<1>(found + TILE * TILE, 64);
-    Tiles::store<2>(found + 2 * TILE * TILE, 64);
-    Tiles::store<3>(found + 3 * TILE * TILE, 64);
-    for (int part = 0; part < TILED_OUTPUTS; part += 16) {
-        __m512i block[16];
-        for (int n = 0; n < 16; n++) block[n] = _mm512_load_si512(found + (part + n) * TILE);
-        put<16>(of, block, row, output + part);
+    if constexpr (IS_WHOLE) Square::store(sums, PANEL);
+    else Square::store_half(sums, PANEL);
+    const int64_t num_rows = std::min<int64_t>(IS_WHOLE ? 2 * TILE : TILE, of.num_rows - row);
+    for (int64_t output = 0; output < PANEL; output += 16) {
+        const __m512 bias = of.bias_of(panel * PANEL + output);
+        for (int64_t n = 0; n < num_rows; n++)
+            store(of.at(row + n, panel * PANEL + output), _mm512_add_ps(_mm512_load_ps(sums + n * PANEL + output), bias));
     }
 }
 
 void multiply_by_tiles(const Operands& of, int num_threads) {
-    static thread_local std::vector<__m512i> kept;
-    const int64_t turned_size = of.size / 2;
-    kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
-    for (int64_t row = 0; row < of.num_rows; row += TILE) turn<16, 1>(of, row, kept.data() + row / TILE * turned_size);
-    const __m512i* const turned = kept.data();
-    share(of.num_outputs / TILED_OUTPUTS, Team(num_threads, of.num_rows), [&](int64_t piece) {
+    constexpr int64_t MOST = 2 * TILE;
+    // The last rows, with nothing after them where a tile wants more.
+    const int64_t last = of.num_rows % TILE ? (of.num_rows - 1) / MOST * MOST : of.num_rows;
+    static thread_local std::vector<bf16> kept;
+    if (last < of.num_rows) {
+        kept.assign(MOST * of.size, 0);
+        std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
+    }
+    const bf16* const filled = kept.data();  // the crew's threads have a `kept` of their own
+    share_ranges(of.num_panels(), panels_at_once(of, num_threads), Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
         const Tiles held;
-        for (int64_t row = 0; row < of.num_rows; row += TILE)
-            tiled(of, turned + row / TILE * turned_size, row, piece * TILED_OUTPUTS);
+        for (int64_t panel = begin; panel < end; panel++)
+            for (int64_t row = 0; row < of.num_rows; row += MOST) {
+                const bf16* const inputs = row < last ? of.inputs + row * of.size : filled;
+                if (of.num_rows - row > TILE) multiply_by_tiles<true>(of, panel, row, inputs);
+                else multiply_by_tiles<false>(of, panel, row, inputs);
+            }
     });
 }
 
 }  // namespace
 }  // namespace shoal
 
-// out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed, plus bias
-// [num_outputs], if given. Returns 0, or 1 if size isn't a multiple of 32, num_outputs of 16, or there are no rows,
-// or more than 64.
+// out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed, which lie in panels,
+// plus bias [num_outputs], if given. Returns 0, or 1 if size or num_outputs isn't a multiple of 32, or there are no rows.
 extern "C" int shoal_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows,
                             int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
-    if (size % 32 || num_outputs % 16 || num_rows < 1 || num_rows > FEW_ROWS) return 1;
+    if (size % (2 * PAIRS) || num_outputs % PANEL || num_rows < 1) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
-    // A single row takes as long as memory does, either way, and dot products need no turning.
-    if (num_rows > 1 && num_outputs % TILED_OUTPUTS == 0 && have_tiles()) multiply_by_tiles(of, num_threads);
-    else if (num_rows <= MAX_ROWS_IN_ORDER) multiply_in_order(of, num_threads);
-    else multiply_by_lanes(of, num_threads);
+    // A single row takes as long as memory does, either way.
+    if (num_rows > 1 && have_tiles()) multiply_by_tiles(of, num_threads);
+    else multiply_by_rows(of, num_threads);
     return 0;
 }

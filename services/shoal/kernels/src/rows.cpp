@@ -39,8 +39,8 @@ void gate(const bf16* both, int64_t num_rows, int64_t size, bf16* out, int num_t
 }  // namespace shoal
 
 // out = (hidden + added) / sqrt(mean((hidden + added)^2) + eps) * weight; the sum itself, rounded, goes to `sum`. All
-// are [num_rows, size]; without `added` there's no sum; `weight` is [size], or none for ones. Returns 0, or 1 if size
-// isn't a multiple of 16.
+// are [num_rows, size]; without `added` there's no sum, and without `out` nothing else; `weight` is [size], or none for
+// ones. Returns 0, or 1 if size isn't a multiple of 16.
 extern "C" int shoal_add_norm(const void* hidden, const void* added, const void* weight, int64_t num_rows, int64_t size,
                               float eps, void* sum, void* out, int num_threads) {
     using namespace shoal;
@@ -54,6 +54,7 @@ extern "C" int shoal_add_norm(const void* hidden, const void* added, const void*
                 for (int64_t j = 0; j < size; j += 16) store(to + j, _mm512_add_ps(load(from + j), load(other + j)));
                 from = to;
             }
+            if (!out) continue;
             __m512 squares = _mm512_setzero_ps();
             for (int64_t j = 0; j < size; j += 16) squares = _mm512_fmadd_ps(load(from + j), load(from + j), squares);
             const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)size + eps));

@@ -151,6 +151,18 @@ struct Square {
         Tiles::store<2>(to + TILE * row, 4 * row);
         Tiles::store<3>(to + TILE * row + TILE, 4 * row);
     }
+    // Of sixteen rows alone.
+    static void store_half(float* to, int64_t row) {
+        Tiles::store<0>(to, 4 * row);
+        Tiles::store<1>(to + TILE, 4 * row);
+    }
+    static void add_half(const bf16* left, int64_t left_row, const bf16* right, int64_t right_pair) {
+        Tiles::load<4>(left, 2 * left_row);
+        Tiles::load<6>(right, 2 * right_pair);
+        Tiles::multiply<0, 4, 6>();
+        Tiles::load<7>(right + 2 * TILE, 2 * right_pair);
+        Tiles::multiply<1, 4, 7>();
+    }
     // 32 rows of 32 numbers times 16 pairs for 32 columns.
     static void add(const bf16* left, int64_t left_row, const bf16* right, int64_t right_pair) {
         Tiles::load<4>(left, 2 * left_row);

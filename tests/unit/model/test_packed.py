@@ -1,0 +1,108 @@
+"""Matrices in panels: the same numbers in another order, wherever they are looked up, multiplied or counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engines import ModelReader, native_kernels
+from models import tiny_model
+from shoal.engine import native
+from shoal.engine.native import hold_for
+from shoal.errors import InternalError
+from shoal.messages import Stage
+from shoal.model.families import describe
+from shoal.model.matrix import linear, rows_of
+from shoal.model.packed import PackedMatrix, packed
+from shoal.model.parameters import ParameterLoader, Parameters
+from shoal.model.plan import LayerPlan
+
+CPU = torch.device("cpu")
+SIZES = {"hidden": 64, "head_dim": 32}
+
+
+def counted(outputs: int, inputs: int) -> torch.Tensor:
+    """Every number is another one."""
+    return torch.arange(outputs * inputs, dtype=torch.float32).view(outputs, inputs)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (64, 160)])
+def test_it_is_the_same_matrix(shape: tuple[int, int]) -> None:
+    weight = counted(*shape)
+    made = PackedMatrix.of(weight)
+    assert (made.shape, made.dtype, made.device, made.nbytes) == (weight.shape, weight.dtype, CPU, weight.nbytes)
+    assert made.values.is_contiguous()
+    assert torch.equal(made.unpacked(), weight)
+    index = torch.tensor([31, 0, 17, 31])
+    assert torch.equal(rows_of(made, index), rows_of(weight, index))
+    assert rows_of(made, index[:0]).shape == (0, shape[1])
+    inputs, bias = torch.randn(3, shape[1]), torch.randn(shape[0])
+    torch.testing.assert_close(linear(inputs, made, bias), F.linear(inputs, weight, bias))
+    torch.testing.assert_close(linear(inputs, made, None), F.linear(inputs, weight))
+
+
+def test_the_order_is_the_kernels() -> None:
+    """Panel by panel of 32 outputs, pair by pair of inputs, output by output."""
+    weight = counted(64, 96)
+    values = PackedMatrix.of(weight).values.flatten()
+    for panel, pair, output, number in [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 31, 0), (0, 47, 5, 1), (1, 3, 2, 0)]:
+        place = ((panel * 48 + pair) * 32 + output) * 2 + number
+        assert values[place] == weight[32 * panel + output, 2 * pair + number]
+
+
+@pytest.mark.parametrize("shape", [(33, 32), (32, 48), (16, 32)])
+def test_what_cannot_be_packed_stays_as_it_is(shape: tuple[int, int]) -> None:
+    weight = counted(*shape)
+    assert packed(weight, "w") is weight
+
+
+def load(stage: Stage, *, is_tied: bool, num_skipped: int = 2) -> tuple[Parameters, Parameters]:
+    """As they are read, and packed as they come."""
+    model = tiny_model("llama", tie_word_embeddings=is_tied, vocab=96, **SIZES)
+    spec = describe(model.config)
+    plan = LayerPlan(spec.num_layers, num_skipped)
+    plain, own = (
+        ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU, hold=hold).load(plan, stage)
+        for hold in (None, packed)
+    )
+    return plain, own
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_decode_packs_all_that_it_multiplies(is_tied: bool) -> None:
+    plain, own = load(Stage.DECODE, is_tied=is_tied)
+    for layer in own.layers:
+        assert all(isinstance(part, PackedMatrix) for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    assert isinstance(own.lm_head, PackedMatrix)
+    assert (own.embedding is own.lm_head) == is_tied
+    assert own.num_bytes == plain.num_bytes
+    assert [name for name, _ in own.tensors()] == [name for name, _ in plain.tensors()]
+    with pytest.raises(InternalError, match="folded of what was read"):
+        own.layers[0].projection(describe(tiny_model("llama", **SIZES).config), 0)
+
+
+def test_prefill_looks_its_embedding_up_as_it_was_read() -> None:
+    plain, own = load(Stage.PREFILL, is_tied=True)
+    assert isinstance(own.embedding, torch.Tensor) and torch.equal(own.embedding, plain.embedding)
+    assert isinstance(own.layers[0].qkv, PackedMatrix)
+    assert own.num_bytes == plain.num_bytes
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_what_is_packed_afterwards_is_what_is_packed_as_it_comes(stage: Stage) -> None:
+    plain, own = load(stage, is_tied=True)
+    made = plain.held(packed)
+    for (name, ours), (other, theirs) in zip(own.tensors(), made.tensors(), strict=True):
+        assert name == other and torch.equal(ours, theirs)
+    again = made.held(packed)
+    assert again.layers[0].qkv is made.layers[0].qkv and again.embedding is made.embedding
+
+
+def test_prefill_is_torchs_where_there_is_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = native_kernels()
+    for has_unit in (False, True):
+        monkeypatch.setattr(kernels, "use_tiles", lambda has_unit=has_unit: has_unit)
+        assert (hold_for(kernels, Stage.PREFILL) is None) == has_unit
+        assert hold_for(kernels, Stage.DECODE) is native.packed
+    assert hold_for(None, Stage.DECODE) is None

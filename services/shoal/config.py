@@ -143,6 +143,11 @@ class StageConfig(_Frozen):
     num_threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Compute threads; by default all cores that the process may use."
     )
+    niceness: Annotated[int, Field(ge=0, le=19)] | None = Field(
+        None,
+        description="How far its compute threads step back for others on the same cores, as nice(1) counts; by default "
+        "4 for prefill on CPUs, which then gets some 30 % of them while decode wants all, and else 0.",
+    )
     kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Memory for K/V; by default 25 % of what is free."
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import sys
+import threading
 from pathlib import Path
 
 # In a container, this is its own cgroup. Version 1 has a folder for each controller.
@@ -21,6 +23,14 @@ def usable_cores() -> float:
 def usable_threads() -> int:
     """As many as whole cores, so that none is throttled; at least one."""
     return max(1, int(usable_cores()))
+
+
+def step_back(niceness: int) -> None:
+    """Make the calling thread, and all that it starts from now on, so much nicer to others: nice(2), which on Linux is
+    each thread's own. Nobody becomes less nice again."""
+    if niceness and sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
 
 
 def is_loopback(host: str) -> bool:

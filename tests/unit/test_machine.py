@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from shoal import doctor, machine
 from shoal.config import StageConfig
 from shoal.engine import build
+from shoal.messages import Stage
 
 CORES = len(os.sched_getaffinity(0))
 MIB = 1 << 20
@@ -94,3 +97,40 @@ def test_a_replica_computes_with_the_containers_share(cgroup: Path, monkeypatch:
     build.set_num_threads(StageConfig())
     build.set_num_threads(StageConfig(num_threads=3))
     assert used == [1, 3]
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is a process' own")
+def test_a_thread_steps_back_with_those_that_it_starts_and_no_others() -> None:
+    before, found = niceness(), list[int]()
+
+    def thread() -> None:
+        machine.step_back(3)
+        found.append(niceness())
+        started = threading.Thread(target=lambda: found.append(niceness()))
+        started.start()
+        started.join()
+
+    one = threading.Thread(target=thread)
+    one.start()
+    one.join()
+    most = 19
+    assert found == [min(most, before + 3)] * 2
+    assert niceness() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "stage", "device", "expected"),
+    [
+        (None, Stage.PREFILL, "cpu", build.PREFILL_NICENESS),
+        (None, Stage.DECODE, "cpu", 0),
+        (None, Stage.PREFILL, "cuda", 0),
+        (0, Stage.PREFILL, "cpu", 0),
+        (7, Stage.DECODE, "cpu", 7),
+    ],
+)
+def test_prefill_steps_back_where_it_shares_cores(given: int | None, stage: Stage, device: str, expected: int) -> None:
+    assert build.choose_niceness(StageConfig(niceness=given), stage, torch.device(device)) == expected

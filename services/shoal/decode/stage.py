@@ -90,7 +90,7 @@ async def open_decode(
             metrics.held(num_bytes)
         worker.told_of_blocks(wanted=output.wants_blocks)
 
-    engine = EngineClient(core, name="shoal-decode", on_step=on_step)
+    engine = EngineClient(core, name="shoal-decode", on_step=on_step, niceness=loaded.niceness)
     sink = PoolSink(core.runner.pool, _projection(served, parameters), loaded.copier)
     desk = HandoffDesk(
         sink,

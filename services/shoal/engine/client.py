@@ -73,12 +73,20 @@ class Inbox:
 class EngineClient:
     """Commands to one engine thread, and its outputs sorted by request. ``on_step`` sees every output."""
 
-    def __init__(self, engine: Engine, *, name: str, on_step: Callable[[StepOutput], None] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str,
+        on_step: Callable[[StepOutput], None] | None = None,
+        niceness: int = 0,
+    ) -> None:
         self._inboxes: dict[str, Inbox] = {}
         self._on_step = on_step
         self._first_step_s: dict[str, float] = {}
         self._num_failed_in_a_row = 0
-        self._thread = EngineThread(engine, asyncio.get_running_loop(), self._deliver, self._died, name=name)
+        loop = asyncio.get_running_loop()
+        self._thread = EngineThread(engine, loop, self._deliver, self._died, name=name, niceness=niceness)
 
     @property
     def is_serving(self) -> bool:

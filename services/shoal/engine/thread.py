@@ -16,6 +16,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.errors import PeerGone
 from shoal.heartbeat import Heartbeat
+from shoal.machine import step_back
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,7 +27,8 @@ class EngineThread:
     """Runs ``engine`` until ``close``. ``deliver`` is called on ``loop`` with every output that says something: a
     step ran, or the counts changed.
 
-    ``died`` is called there once the thread ends, for whatever reason.
+    ``died`` is called there once the thread ends, for whatever reason. The thread steps back for others by
+    ``niceness``.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class EngineThread:
         died: Callable[[], None],
         *,
         name: str,
+        niceness: int = 0,
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -45,6 +48,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
+        self._niceness = niceness
         self._untold: StepOutput | None = None
         self.heartbeat = Heartbeat("engine")
         engine.told_of_progress(self._progressed)
@@ -97,6 +101,7 @@ class EngineThread:
         self._commands.put(command)
 
     def _run(self) -> None:
+        step_back(self._niceness)
         may_run, counts = True, None  # the first look tells what an idle engine has
         try:
             while self._obey(wait=not may_run):

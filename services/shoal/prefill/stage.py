@@ -70,7 +70,8 @@ async def open_prefill(
     metrics = PrefillMetrics(registry)
     full_model_bytes = served.spec.num_parameters * served.dtype.itemsize
     metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
-    engine = EngineClient(core, name="shoal-prefill", on_step=_on_step(metrics, core.scheduler.layout.block_bytes))
+    on_step = _on_step(metrics, core.scheduler.layout.block_bytes)
+    engine = EngineClient(core, name="shoal-prefill", on_step=on_step, niceness=loaded.niceness)
     layout = core.scheduler.layout
     least_bytes = max(layout.token_layer_bytes, layout.state_bytes)
     for key in ("max_frame_bytes", "slot_bytes"):

@@ -106,9 +106,8 @@ def test_steps_with_prompts_in_them(
     depths = (Depth.SHALLOW, Depth.FULL)
     asks = [Ask(PROMPT[: 5 + 29 * index % longest], num_tokens=6, depth=depths[index % 2]) for index in range(9)]
     asks[1] = Ask(PROMPT[:longest], num_tokens=6)
-    whole, parts = (
-        make_engine(model, 2, kernels=kernels, num_blocks=1024, max_step_tokens=step_tokens, max_sequences=4) for _ in range(2)
-    )
+    limits = {"num_blocks": 1024, "max_step_tokens": step_tokens, "max_sequences": 4}
+    whole, parts = (make_engine(model, 2, kernels=kernels, **limits) for _ in range(2))
     monkeypatch.setattr(parts.runner.decoder, "_run_layers", None)
     layers, asked = whole.runner.decoder._run_layers, []
     assert layers is not None

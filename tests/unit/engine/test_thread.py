@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -84,3 +86,18 @@ async def test_a_command_that_comes_during_a_step_is_answered_after_its_tokens(m
         await counts
         assert log[:2] == ["told", "answered"]
     client.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is a process' own")
+@pytest.mark.parametrize("by", [0, 2])
+async def test_its_thread_steps_back_for_others_and_the_loop_does_not(model: Any, by: int) -> None:
+    def niceness(_engine: object = None) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    client = EngineClient(make_engine(model, 0), name="test", niceness=by)
+    try:
+        assert await asyncio.wait_for(client.call(niceness), 10) == min(19, before + by)
+    finally:
+        client.close()
+    assert niceness() == before

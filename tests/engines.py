@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import Graph, StepGraphs
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
+from shoal.kernels.build import compiled
 from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
@@ -172,6 +175,13 @@ def native_kernels() -> NativeKernels:
         return load()
     except ConfigError as error:
         pytest.skip(f"no kernels here: {error.message}")
+
+
+def emulated_kernels(folder: Path) -> NativeKernels:
+    """By a matrix unit that plain code stands in for. Whoever comes first to ``folder`` compiles them."""
+    native_kernels()
+    path = compiled(folder, "-DSHOAL_EMULATE_TILES", "-O1")  # in half of the time
+    return NativeKernels(ctypes.CDLL(str(path)))
 
 
 def run(engine: Engine, asks: list[Ask]) -> list[list[int]]:

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 # In a container, this is its own cgroup. Version 1 has a folder for each controller.
@@ -27,10 +28,11 @@ def usable_threads() -> int:
 
 def step_back(niceness: int) -> None:
     """Make the calling thread, and all that it starts from now on, so much nicer to others: nice(2), which on Linux is
-    each thread's own. Nobody becomes less nice again."""
+    each thread's own, and 19 at most. Nobody becomes less nice again. Where the system forbids it, nothing happens."""
     if niceness and sys.platform == "linux":
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
 
 
 def is_loopback(host: str) -> bool:

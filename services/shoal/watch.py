@@ -31,9 +31,9 @@ from shoal.telemetry import Component, HealthMetrics
 LOOK_S = 0.25
 _COMPUTING = 10
 """So many times as long may native code compute without a sign: on a machine that has too much to do, it takes long."""
-_BUSY = 0.02
-"""The share of a look's time that a thread that computes gets of the processor, however many want it; one that only
-wakes now and then takes less."""
+_BUSY = 0.01
+"""The share of a look's time that a thread that computes gets of the processor, however many want it, and be it as nice
+as can be; one that only wakes now and then takes less."""
 _CLOSE_S = 1.0
 _log = logging.getLogger(__name__)
 

@@ -126,6 +126,7 @@ class Run:
             endpoint=EndpointOptions(url, model=MODEL_NAME, extra_body=arm.extra_body),
             mix=mix,
             sweep_from=options.start_rate,
+            goes_on_late=True,  # of these cores, it has what the server leaves it; each level says how late it was
             amount=Amount(options.warm_up, duration_s=options.duration_s),
             seed=options.seed + number,
         )

@@ -61,7 +61,7 @@ def _works(kernels: NativeKernels, options: Any) -> Iterator[tuple[str, Work, Wo
 
 def _multiply(kernels: NativeKernels, inputs: dict[int, torch.Tensor], matrices: list[PackedMatrix]) -> None:
     for matrix in matrices:
-        kernels.linear(inputs[matrix.shape[1]], matrix.values, None)
+        kernels.linear(inputs[matrix.shape[1]], matrix.values, matrix.num_outputs, None)
 
 
 def _multiply_int8(

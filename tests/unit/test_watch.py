@@ -250,7 +250,11 @@ async def test_a_thread_that_wakes_now_and_then_does_not_compute(monkeypatch: py
     assert await it.look() == (Component.ENGINE,)
 
 
-async def test_a_thread_that_computes_has_longer_but_not_for_ever() -> None:
+@pytest.mark.parametrize("share", [0.04, 15 / 1039], ids=["beside one", "as nice as can be, beside one that isn't"])
+async def test_a_thread_that_computes_has_longer_but_not_for_ever(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Computing, "between_s", share * LOOK_S)
     heartbeat = Computing("engine")
     it = Watched(heartbeat)
     heartbeat.beat()

@@ -30,12 +30,17 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """``loads`` in the order in which they are offered, or none where ``sweep_from`` says at which rate to begin."""
+    """``loads`` in the order in which they are offered, or none where ``sweep_from`` says at which rate to begin.
+
+    A sweep ends where the generator falls behind, and higher rates would say no more; not if it ``goes_on_late``, as
+    one that shares its cores with the endpoint must.
+    """
 
     endpoint: EndpointOptions
     mix: tuple[RequestClass, ...]
     loads: tuple[Load, ...] = ()
     sweep_from: float | None = None
+    goes_on_late: bool = False
     amount: Amount = field(default_factory=partial(Amount, warm_up=8))
     token_ids: tuple[int, int] = (1000, 30_000)
     seed: int = 0
@@ -126,7 +131,7 @@ async def measure(
     for load in options.loads:
         await run(load)
     if options.sweep_from is not None:
-        await _sweep(options.sweep_from, run)
+        await _sweep(options.sweep_from, run, goes_on_late=options.goes_on_late)
 
 
 async def probe(endpoint: Endpoint, workload: Workload, clock: Clock) -> None:
@@ -150,11 +155,12 @@ async def probe(endpoint: Endpoint, workload: Workload, clock: Clock) -> None:
         raise Unavailable(f"{said}; see that the endpoint answers a single request, then start again")
 
 
-async def _sweep(start: float, run: Callable[[Load], Awaitable[Level]]) -> None:
+async def _sweep(start: float, run: Callable[[Load], Awaitable[Level]], *, goes_on_late: bool) -> None:
     held: dict[float, bool] = {}
     rate: float | None = start
     while rate is not None:
         level = await run(Load(rate=rate))
         held[rate] = level.holds
         # Of a generator that fell behind, higher rates would say no more; lower ones do.
-        rate = None if level.is_late and level.holds else next_rate(start, held)
+        is_pointless = level.is_late and level.holds and not goes_on_late
+        rate = None if is_pointless else next_rate(start, held)

@@ -320,8 +320,6 @@ async def load_stage(
         limits = config.prefill if stage is Stage.PREFILL else config.decode
         set_num_threads(limits)
         device = choose_device(limits)
-        niceness = choose_niceness(limits, stage, device)
-        step_back(niceness)  # this thread starts those that help the engine's
         served = Served.of(config, device)
         if limits.weights == "int8":
             require_int8(limits, served, device)
@@ -329,6 +327,8 @@ async def load_stage(
         else:
             hold = hold_for(choose_kernels(limits, served, device, quietly=True), stage)
         parameters = load_parameters(served, stage, device, on_progress, hold=hold)
+        niceness = choose_niceness(limits, stage, device)
+        step_back(niceness)  # as it warms up, this thread starts those that help the engine's
         engine = build_engine(config, stage, served, parameters, device=device)
         return Loaded(served, parameters, engine, choose_copier(limits), niceness)
 

@@ -48,7 +48,7 @@ def hold_for(kernels: NativeKernels | None, stage: Stage) -> Hold | None:
 
     By a matrix unit, torch multiplies the many rows of prefill faster still.
     """
-    if kernels is None or (stage is Stage.PREFILL and kernels.use_tiles()):
+    if kernels is None or (stage is Stage.PREFILL and kernels.has_tiles):
         return None
     return packed
 
@@ -130,7 +130,7 @@ class NativeRows(TorchRows):
 
     def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, PackedMatrix) and inputs.shape[0]:
-            return self._kernels.linear(inputs.contiguous(), weight.values, bias)
+            return self._kernels.linear(inputs.contiguous(), weight.values, weight.num_outputs, bias)
         if isinstance(weight, Int8Matrix) and inputs.shape[0] <= MAX_FEW_ROWS and inputs.is_contiguous():
             return self._kernels.int8_linear(inputs, weight.values, weight.scales, bias)
         return super().linear(inputs, weight, bias)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from shoal.errors import InternalError
 from shoal.kernels import layers as native
 from shoal.kernels.layers import pointer
 from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
@@ -67,7 +68,8 @@ class NativeLayers:
             (native.Rope * len(tables))(*tables),
             (native.Reads * len(views))(*views),
         )
-        at_once = 1 if has_many else len(layers)  # many rows may take long: somebody wants to hear of each layer
+        # What may take long, somebody wants to hear of layer by layer: a few rows, too, where they look at many others.
+        at_once = 1 if has_many or reads.prompts else len(layers)
         for layer in layers[::at_once]:
             progressed()
             self._kernels.run_layers(self._shape, table[layer], at_once, step)
@@ -102,8 +104,9 @@ class NativeLayers:
 def _matrix(weight: Weight, bias: torch.Tensor | None) -> native.Matrix:
     if isinstance(weight, Int8Matrix):
         return native.Matrix(weight.values.data_ptr(), weight.scales.data_ptr(), pointer(bias))
-    values = weight.values if isinstance(weight, PackedMatrix) else weight
-    return native.Matrix(values.data_ptr(), None, pointer(bias))
+    if isinstance(weight, PackedMatrix):
+        return native.Matrix(weight.values.data_ptr(), None, pointer(bias))
+    raise InternalError("whole layers want matrices that are packed, or in int8")
 
 
 def _reads(plan: AttentionPlan) -> native.Reads:

@@ -101,9 +101,9 @@ class EngineThread:
         self._commands.put(command)
 
     def _run(self) -> None:
-        step_back(self._niceness)
         may_run, counts = True, None  # the first look tells what an idle engine has
         try:
+            step_back(self._niceness)
             while self._obey(wait=not may_run):
                 self.heartbeat.beat()
                 output = self._engine.step()

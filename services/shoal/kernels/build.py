@@ -26,7 +26,7 @@ CPU_FLAGS = frozenset(
     {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "bmi2"}
 )
 _OPTIONS = (
-    "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-fopenmp", "-pthread", "-fPIC", "-shared",
+    "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-pthread", "-fPIC", "-shared",
 )  # fmt: skip
 _TIMEOUT_S = 120
 # A folder with a library compiled before, for images without a compiler.
@@ -58,7 +58,7 @@ def compiled(folder: Path, *options: str) -> Path:
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler that ``CXX`` names, its options included, or g++: another one may bring its own OpenMP."""
+    """The C++ compiler that ``CXX`` names, its options included, or g++."""
     command = shlex.split(os.environ.get("CXX") or "g++")
     return command if command and shutil.which(command[0]) else None
 

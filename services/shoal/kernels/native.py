@@ -49,8 +49,7 @@ def load() -> NativeKernels:
 
 
 class NativeKernels:
-    """Each method allocates what it returns, and runs on torch's number of threads: the kernels' own, or with a matrix
-    unit and many rows torch's, as both use the one OpenMP runtime that is loaded (crew.hpp)."""
+    """Each method allocates what it returns, and runs on as many threads as torch does, but of the kernels' own."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._functions = {}
@@ -58,6 +57,11 @@ class NativeKernels:
             function = getattr(loaded, name)
             function.argtypes, function.restype = signature, ctypes.c_int
             self._functions[name] = function
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether they multiply by the processor's matrix unit."""
+        return bool(self._functions["shoal_tiles"](-1))
 
     def use_tiles(self, allowed: bool = True) -> bool:
         """Whether they multiply by the processor's matrix unit from now on: where it has one, and it is allowed."""
@@ -142,10 +146,12 @@ class NativeKernels:
             pool.shape[2], head_dim, pool.data_ptr(), pointer(at), torch.get_num_threads(),
         )  # fmt: skip
 
-    def linear(self, inputs: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``inputs`` ``[rows, size]`` times a matrix transposed, which lies in ``panels`` (model/packed.py)."""
+    def linear(
+        self, inputs: torch.Tensor, panels: torch.Tensor, outputs: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``inputs`` ``[rows, size]`` times a matrix ``[outputs, size]`` transposed, which lies in ``panels``
+        (model/packed.py)."""
         rows, size = inputs.shape
-        outputs = panels.shape[0] * panels.shape[2]
         out = inputs.new_empty(rows, outputs)
         self._call(
             "shoal_linear", inputs.data_ptr(), panels.data_ptr(), pointer(bias), rows, outputs, size, out.data_ptr(),

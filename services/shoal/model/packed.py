@@ -12,27 +12,27 @@ import torch
 import torch.nn.functional as F
 
 PANEL = 32
-"""Outputs of a panel. The number of inputs must be a multiple of it, too: a cache line holds as many."""
+"""Outputs of a panel. The number of inputs must be a multiple of it: a cache line holds as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """``values`` ``[outputs / 32, inputs / 2, 32, 2]``: of panels of outputs, for each pair of inputs, each output's
-    two numbers."""
+    """``values`` ``[panels, inputs / 2, 32, 2]``: of panels of outputs, for each pair of inputs, each output's two
+    numbers. What the last panel has more than ``num_outputs`` is zeros."""
 
     values: torch.Tensor
+    num_outputs: int
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> PackedMatrix:
-        """``weight`` ``[outputs, inputs]``, both multiples of 32."""
+        """``weight`` ``[outputs, inputs]``; inputs are a multiple of 32."""
         outputs, inputs = weight.shape
-        panels = weight.view(outputs // PANEL, PANEL, inputs // 2, 2)
-        return cls(panels.transpose(1, 2).contiguous())
+        padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
+        return cls(padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous(), outputs)
 
     @property
     def shape(self) -> torch.Size:
-        panels, pairs, outputs, _ = self.values.shape
-        return torch.Size((panels * outputs, pairs * 2))
+        return torch.Size((self.num_outputs, 2 * self.values.shape[1]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,17 +42,13 @@ class PackedMatrix:
     def device(self) -> torch.device:
         return self.values.device
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """``[len(index), inputs]``: an embedding's, looked up."""
         return self.values[index // PANEL, :, index % PANEL].flatten(1)
 
     def unpacked(self) -> torch.Tensor:
         """``[outputs, inputs]`` once more, copied."""
-        return self.values.transpose(1, 2).reshape(self.shape)
+        return self.values.transpose(1, 2).reshape(-1, self.shape[1])[: self.num_outputs]
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``inputs`` ``[rows, inputs]`` times the matrix transposed, plus ``bias``, by torch: to compare with."""
@@ -61,4 +57,4 @@ class PackedMatrix:
 
 def packed(weight: torch.Tensor, _name: str) -> PackedMatrix | torch.Tensor:
     """As a stage holds it (model/matrix.py); what can't be packed stays as it is."""
-    return weight if any(size % PANEL for size in weight.shape) else PackedMatrix.of(weight)
+    return weight if weight.shape[1] % PANEL else PackedMatrix.of(weight)

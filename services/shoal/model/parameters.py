@@ -2,7 +2,8 @@
 
 A prefill replica takes the kept layers, the embedding, and of each skipped layer nothing but the K/V projection: no
 deep MLP, no deep attention, no final norm, no lm_head. A decode replica takes everything. What a step multiplies may be
-held in another form (model/matrix.py): then at no time is there more than one layer of it as it was read.
+held in another form (model/matrix.py): then at no time is there more than one layer of it as it was read, but for the
+K/V matrices of skipped layers, until they are folded.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from shoal.engine.native import find_kernels, make_decoder
+from shoal.engine.native import find_kernels, hold_for, make_decoder
 from shoal.engine.reads import Span
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import ScheduledRows
@@ -114,8 +114,16 @@ class Subject:
 
     def decoder(self, plan: LayerPlan, parameters: Parameters) -> Decoder:
         """As an engine would have it; where gradients are wanted, one that can be differentiated."""
-        kernels = None if torch.is_grad_enabled() else self._kernels
-        return make_decoder(self.spec, plan, Stage.DECODE, parameters, kernels)
+        if torch.is_grad_enabled() or self._kernels is None:
+            return make_decoder(self.spec, plan, Stage.DECODE, parameters, None)
+        packed = replace(self._packed, projection=parameters.projection)
+        return make_decoder(self.spec, plan, Stage.DECODE, packed, self._kernels)
+
+    @cached_property
+    def _packed(self) -> Parameters:
+        """As the kernels want them: beside the loaded ones, of which projections are made and gradients go through."""
+        hold = hold_for(self._kernels, Stage.DECODE)
+        return self.parameters if hold is None else self.parameters.held(hold)
 
     def step(
         self,

@@ -113,6 +113,14 @@ async def test_a_sweep_goes_no_higher_than_the_generator_can():
     assert len(levels) == 1 and any("fell behind" in warning for warning in levels[0].warnings)
 
 
+async def test_a_late_generator_that_shares_its_cores_goes_on():
+    options = replace(OPTIONS, loads=(), sweep_from=1.0, goes_on_late=True, amount=Amount(10, 400))
+    levels, _ = await measured(options, 0.1, cpu_share=0.95)
+    assert all(level.is_late for level in levels)
+    found = benchmark(*levels)
+    assert found.is_saturated and found.goodput is not None and 7 <= found.goodput < 10
+
+
 async def test_below_a_rate_that_failed_a_late_generator_is_no_reason_to_stop():
     options = replace(OPTIONS, loads=(), sweep_from=48.0, amount=Amount(0, 200))
     levels, _ = await measured(options, 0.1, cpu_share=0.95)

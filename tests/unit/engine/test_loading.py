@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from models import save_tiny
+from engines import native_kernels
+from models import save_tiny, tiny_model
 from shoal.config import load_config
 from shoal.engine import build
 from shoal.engine.build import load_stage
 from shoal.errors import ModelError
 from shoal.messages import Stage
+from shoal.model.packed import PackedMatrix
 
 
 @pytest.mark.parametrize("stage", Stage)
@@ -35,6 +38,24 @@ async def test_a_stage_loads_in_a_thread_that_has_ended(tmp_path: Path, monkeypa
     assert loaded.engine.scheduler.num_tokens_held > 0
     assert len(set(threads)) == 1 and len(threads) == 2
     assert threads[0] is not threading.main_thread() and not threads[0].is_alive()
+
+
+@pytest.mark.parametrize("stage", Stage)
+async def test_what_it_multiplies_is_held_once_as_the_kernels_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage
+) -> None:
+    kernels = native_kernels()
+    save_tiny(tmp_path, tiny_model("llama", torch.bfloat16, head_dim=64, hidden=128, intermediate=256))
+    stepped_back: list[int] = []
+    monkeypatch.setattr(build, "step_back", stepped_back.append)
+    settings = {"model": {"name": str(tmp_path), "dtype": "bfloat16"}}
+    loaded = await load_stage(load_config(**settings), stage)
+    held, multiplied = loaded.parameters, loaded.engine.runner.decoder.parameters
+    is_packed = stage is Stage.DECODE or not kernels.has_tiles
+    assert all(isinstance(layer.down, PackedMatrix) == is_packed for layer in held.layers)
+    for (name, ours), (_, theirs) in zip(held.tensors(), multiplied.tensors(), strict=True):
+        assert ours is theirs, name
+    assert stepped_back == [loaded.niceness] == [build.PREFILL_NICENESS if stage is Stage.PREFILL else 0]
 
 
 async def test_what_cannot_be_loaded_says_so():

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from engines import Ask, divergence, kernel_model, logits_after, make_engine, native_kernels, run, run_handed_off
+from engines import (
+    Ask,
+    divergence,
+    emulated_kernels,
+    kernel_model,
+    logits_after,
+    make_engine,
+    native_kernels,
+    run,
+    run_handed_off,
+)
 from models import tiny_model
 from shoal.config import ModelConfig, ShoalConfig, StageConfig
 from shoal.engine import native
@@ -45,6 +55,20 @@ def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, depth:
     assert divergence(ours, exact) < 2 * divergence(torchs, exact) + 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_by_tiles_as_near_to_float32(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prompts and rows that decode, few and many: decode's products and attention are tiles'."""
+    tiles = emulated_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
+    assert tiles.has_tiles
+    rounded = kernel_model(family, torch.bfloat16)
+    exact = make_engine(copy.deepcopy(rounded).float(), 2, num_blocks=1024)
+    ours = make_engine(rounded, 2, kernels=tiles, num_blocks=1024)
+    for num_tokens, depth in ((150, Depth.FULL), (90, Depth.SHALLOW), (7, Depth.SHALLOW)):
+        found, wanted = (logits_after(engine, PROMPT[:num_tokens], depth) for engine in (ours, exact))
+        assert divergence(found, wanted) < 1e-2
+    assert len(run(ours, [Ask(PROMPT[: 5 + 9 * index], num_tokens=4) for index in range(20)])) == 20
+
+
 def test_many_at_once_and_handed_off(kernels: NativeKernels) -> None:
     """Steps that hold prompts and single rows of different lengths, more of them than the kernels' few rows."""
     model = kernel_model("llama", torch.bfloat16)
@@ -54,7 +78,7 @@ def test_many_at_once_and_handed_off(kernels: NativeKernels) -> None:
     together = run(decode, asks)
     prefill = make_engine(model, 2, stage=Stage.PREFILL, kernels=kernels, num_blocks=1024)
     handed_off = run_handed_off(prefill, decode, asks)
-    # Sums of few rows are taken in another order than those of many: near ties may fall the other way.
+    # Attention of single rows adds up in another order than that of many: near ties may fall the other way.
     for others in (together, handed_off):
         same = sum(ours == theirs for ours, theirs in zip(alone, others, strict=True))
         assert same >= len(asks) - 4

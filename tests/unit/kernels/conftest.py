@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 
 import pytest
 
-from engines import native_kernels
-from shoal.kernels import build
+from engines import emulated_kernels, native_kernels
 from shoal.kernels.native import NativeKernels
 
 
@@ -17,10 +15,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for."""
     kernels = native_kernels()
     if request.param == "emulated tiles":
-        # Beside those of other processes of this run: whoever comes first compiles it.
-        folder = tmp_path_factory.getbasetemp().parent / "kernels"
-        path = build.compiled(folder, "-DSHOAL_EMULATE_TILES", "-O1")  # in half of the time
-        yield NativeKernels(ctypes.CDLL(str(path)))
+        yield emulated_kernels(tmp_path_factory.getbasetemp().parent / "kernels")  # as other processes of this run
         return
     has_tiles = kernels.use_tiles()
     if request.param == "without tiles":

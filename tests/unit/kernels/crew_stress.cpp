@@ -16,7 +16,7 @@ int main() {
             const int num_pieces = round % 100'000 == 99'999 ? 70'000 : 1 + (round * 7 + caller) % 37;
             std::vector<int> times(num_pieces, 0);
             std::atomic<long> by_helpers{0};
-            shoal::share(num_pieces, shoal::Team(1 + round % 4, 1), [&](int64_t piece) {
+            shoal::share(num_pieces, 1 + round % 4, [&](int64_t piece) {
                 times[piece]++;
                 if (std::this_thread::get_id() != self) by_helpers++;
             });

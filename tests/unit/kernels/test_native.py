@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -164,39 +168,58 @@ def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
     with pytest.raises(InternalError, match="shoal_gate"):
         kernels.gate(random(2, 20), is_gelu=False)
     with pytest.raises(InternalError, match="shoal_linear"):
-        kernels.linear(random(65, 48), random(1, 24, 32, 2), None)
+        kernels.linear(random(65, 48), random(1, 24, 32, 2), 32, None)
 
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 25, 32, 33, 40, 47, 48, 49, 64, 65, 100, 511])
-@pytest.mark.parametrize(("outputs", "size"), [(32, 32), (1024 + 96, 576), (192, 96)])
+@pytest.mark.parametrize(("outputs", "size"), [(32, 32), (1, 32), (1024 + 97, 576), (48, 96)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_bias: bool) -> None:
     inputs, weight = random(rows, size), random(outputs, size)
     bias = random(outputs) if has_bias else None
     expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
-    found = kernels.linear(inputs, PackedMatrix.of(weight).values, bias)
+    found = kernels.linear(inputs, PackedMatrix.of(weight).values, outputs, bias)
     torch.testing.assert_close(found.double(), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 12, 13, 40, 200])
-def test_products_write_their_own_rows_and_read_no_more(kernels: NativeKernels, rows: int) -> None:
-    """Around what they are given there are NaNs, and a pattern around what they write."""
-    size, outputs = 96, 128
-    around = torch.full((rows + 2, size), math.nan).bfloat16()
-    around[1:-1] = random(rows, size)
-    panels = torch.full((outputs // 32 + 2, size // 2, 32, 2), math.nan).bfloat16()
-    weight = random(outputs, size)
-    panels[1:-1] = PackedMatrix.of(weight).values
-    found = kernels.linear(around[1:-1], panels[1:-1], None)
-    torch.testing.assert_close(found.double(), F.linear(around[1:-1].double(), weight.double()), **CLOSE)
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 31, 40, 200])
+@pytest.mark.parametrize("outputs", [32, 112, 97])
+def test_products_write_their_own_rows_and_read_no_more(kernels: NativeKernels, rows: int, outputs: int) -> None:
+    """A page that nobody may touch follows what they read, and a pattern is around what they write."""
+    size = 96
+    weight, inputs = random(outputs, size), random(rows, size)
+    packed = PackedMatrix.of(weight)
+    with guarded(inputs) as own, guarded(packed.values) as panels:
+        around = torch.full((rows + 2, outputs), 7.0).bfloat16()
+        kernels._call(
+            "shoal_linear", own.data_ptr(), panels.data_ptr(), None, rows, outputs, size, around[1:].data_ptr(), 2
+        )
+    torch.testing.assert_close(around[1:-1].double(), F.linear(inputs.double(), weight.double()), **CLOSE)
+    assert bool((around[[0, -1]] == 7).all())
+
+
+@contextmanager
+def guarded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The same numbers, at the end of a page after which reading is a crash."""
+    num_bytes, page = tensor.nbytes, mmap.PAGESIZE
+    room = -(-num_bytes // page) * page
+    memory = mmap.mmap(-1, room + page)
+    held = torch.frombuffer(memory, dtype=tensor.dtype)
+    last = ctypes.c_void_p(held.data_ptr() + room)
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert mprotect(last, ctypes.c_size_t(page), 0) == 0
+    copied = held[(room - num_bytes) // tensor.itemsize : room // tensor.itemsize].view(tensor.shape)
+    copied.copy_(tensor)
+    yield copied
+    assert mprotect(last, ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
 @pytest.mark.parametrize("rows", [2, 40, 100])
 def test_a_row_that_is_not_finite_is_its_own(kernels: NativeKernels, rows: int) -> None:
     inputs, panels = random(rows, 64), PackedMatrix.of(random(96, 64)).values
-    expected = kernels.linear(inputs, panels, None)
+    expected = kernels.linear(inputs, panels, 96, None)
     inputs[1, 3] = math.inf
-    found = kernels.linear(inputs, panels, None)
+    found = kernels.linear(inputs, panels, 96, None)
     assert not found[1].isfinite().any()
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[2:], expected[2:])
@@ -216,5 +239,5 @@ def test_torch_finds_the_tiles_as_it_left_them(kernels: NativeKernels) -> None:
     for _ in range(3):
         kernels.attend_prompt(queries, pool, slice(0, 90), 90, None, 0.125, torch.empty_like(queries))
         assert torch.equal(F.linear(inputs, weight), expected)
-        kernels.linear(random(20, 64), PackedMatrix.of(random(64, 64)).values, None)
+        kernels.linear(random(20, 64), PackedMatrix.of(random(64, 64)).values, 64, None)
         assert torch.equal(F.linear(inputs, weight), expected)

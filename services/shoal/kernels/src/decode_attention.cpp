@@ -163,8 +163,7 @@ void attend_decode(const Rows& rows, const bf16* pool) {
     std::vector<float> sums(rows.batch * num_parts * heads * D);
     std::vector<Part> parts(rows.batch * num_parts * heads);
     for (size_t i = 0; i < parts.size(); i++) parts[i].sums = sums.data() + i * D;
-    const Team team(rows.num_threads, rows.batch);
-    share(rows.batch * num_parts, team, [&](int64_t item) {
+    share(rows.batch * num_parts, rows.num_threads, [&](int64_t item) {
         const int64_t sequence = item / num_parts, at = sequence * rows.longest;
         const int64_t length = rows.lengths[sequence], size = (length + num_parts - 1) / num_parts;
         const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
@@ -172,7 +171,7 @@ void attend_decode(const Rows& rows, const bf16* pool) {
         add_chunks<D>(rows, rows.queries + rows.rows[sequence] * rows.query_row, context, begin, end,
                       parts.data() + item * heads);
     });
-    share_ranges(rows.batch * heads, JOINED, team, [&](int64_t begin, int64_t end) {
+    share_ranges(rows.batch * heads, JOINED, rows.num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; item++) {
             const int64_t sequence = item / heads, head = item % heads;
             join<D>(parts, sequence * num_parts * heads + head, num_parts, heads,

@@ -3,8 +3,8 @@
 // Nothing is widened on the way. Inputs are two bytes each (whole.hpp): weights are multiplied by either one, 64 at a time,
 // and summed as whole numbers, so all that is rounded are inputs.
 // The instruction wants one factor without a sign. Flipping a weight's highest bit adds 128 to it; 128 times the inputs'
-// sum is what sums begin with, taken off. By lanes, inputs' bytes are turned, and each four or eight weights go to all rows
-// (linear.cpp). Tiles take signs on both sides: weights as they lie, and sixteen inputs' bytes turned.
+// sum is what sums begin with, taken off. By lanes, inputs' bytes are turned, and each four or eight weights go to all
+// rows. Tiles take signs on both sides: weights as they lie, and sixteen inputs' bytes turned.
 #include <algorithm>
 #include <vector>
 
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t PIECE = 64;          // weights' rows a thread takes at a time
 constexpr int64_t ROWS_PIECE = 8;      // inputs' rows
-constexpr int64_t TILE_ROWS = 3;       // of inputs; with more of them, a lane or two each is faster (linear.cpp)
+constexpr int64_t TILE_ROWS = 3;       // of inputs; with more of them, a lane or two each is faster
 constexpr int64_t MIN_ROWS_TILED = 8;  // with fewer, dot products take no longer, and turn nothing
 
 constexpr int64_t MAX_SIZE = 1 << 17;  // so many times 128 * 127 is in int32
@@ -120,7 +120,7 @@ inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_
 }
 
 inline void few(const Operands& of, const Whole& inputs, int64_t row, int64_t n, int64_t output) {
-    // One or two rows wait for memory alone: weights' rows one after the other, as they lie (linear.cpp).
+    // One or two rows wait for memory alone: weights' rows one after the other, as they lie.
     const bool is_all = n == of.num_rows;
     switch (n) {
         case 1: return is_all ? sixteen<1, 1>(of, inputs, row, output) : sixteen<1, 4>(of, inputs, row, output);
@@ -208,23 +208,23 @@ inline void sixteen_by_lanes(const Operands& of, const Whole& inputs, const __m5
 }
 
 template <int ROWS, int R, int N>
-void multiply_by_lanes(const Operands& of, const Whole& inputs, int64_t first, Team team) {
+void multiply_by_lanes(const Operands& of, const Whole& inputs, int64_t first, int num_threads) {
     thread_local std::vector<__m512i> kept;
     kept.resize(turned_registers<ROWS, R>(inputs));
     turn<ROWS, R>(inputs, first, kept.data());
     const __m512i* const turned = kept.data();  // this thread's
-    share_ranges(of.num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16)
             sixteen_by_lanes<ROWS, R, N>(of, inputs, turned, first, output);
     });
 }
 
-void multiply_by_lanes(const Operands& of, const Whole& inputs, Team team) {
+void multiply_by_lanes(const Operands& of, const Whole& inputs, int num_threads) {
     for (int64_t first = 0; first < of.num_rows; first += 32) switch ((of.num_rows - first + 7) / 8) {
-            case 1: multiply_by_lanes<8, 1, 8>(of, inputs, first, team); break;
-            case 2: multiply_by_lanes<8, 2, 4>(of, inputs, first, team); break;
-            case 3: multiply_by_lanes<8, 3, 4>(of, inputs, first, team); break;
-            default: multiply_by_lanes<16, 2, 4>(of, inputs, first, team);
+            case 1: multiply_by_lanes<8, 1, 8>(of, inputs, first, num_threads); break;
+            case 2: multiply_by_lanes<8, 2, 4>(of, inputs, first, num_threads); break;
+            case 3: multiply_by_lanes<8, 3, 4>(of, inputs, first, num_threads); break;
+            default: multiply_by_lanes<16, 2, 4>(of, inputs, first, num_threads);
         }
 }
 
@@ -266,13 +266,13 @@ void tiled(const Operands& of, const Whole& inputs, const __m512i* turned, int64
     }
 }
 
-void multiply_by_tiles(const Operands& of, const Whole& inputs, Team team) {
+void multiply_by_tiles(const Operands& of, const Whole& inputs, int num_threads) {
     thread_local std::vector<__m512i> kept;
     const int64_t turned_size = turned_registers<16, 1>(inputs);
     kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
     for (int64_t row = 0; row < of.num_rows; row += TILE) turn<16, 1>(inputs, row, kept.data() + row / TILE * turned_size);
     const __m512i* const turned = kept.data();  // this thread's
-    share_ranges(of.num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end) {
         const Tiles held;
         for (int64_t output = begin; output < end; output += 2 * TILE)
             for (int64_t row = 0; row < of.num_rows; row += TILE)
@@ -299,19 +299,18 @@ extern "C" int shoal_int8_linear(const void* inputs, const void* weights, const 
     whole.registers.resize(std::max(whole.registers.size(), (size_t)(num_rows * whole.row_size())));
     whole.scales.resize(FEW_ROWS);
     Whole& own = whole;  // this thread's, for its helpers, too
-    const Team team(num_threads, num_rows);
-    share_ranges(num_rows, ROWS_PIECE, team, [&](int64_t begin, int64_t end) {
+    share_ranges(num_rows, ROWS_PIECE, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) make_whole(of.inputs + row * size, size, own, row);
     });
     if (num_rows >= MIN_ROWS_TILED && of.fit_tiles() && have_tiles()) {
-        multiply_by_tiles(of, own, team);
+        multiply_by_tiles(of, own, num_threads);
         return 0;
     }
     if (num_rows > TILE_ROWS && of.fit_lanes()) {
-        multiply_by_lanes(of, own, team);
+        multiply_by_lanes(of, own, num_threads);
         return 0;
     }
-    share_ranges(num_outputs, PIECE, team, [&](int64_t begin, int64_t end) {
+    share_ranges(num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = 0; row < num_rows; row += TILE_ROWS)
             for (int64_t output = begin; output < end; output += 16)
                 few(of, own, row, std::min(TILE_ROWS, num_rows - row), output);

@@ -138,7 +138,7 @@ class Runner {
         constexpr int64_t PIECE = 8;
         if (!layer.q_norm && !layer.k_norm) return true;
         if (shape_.head_dim % 16) return false;
-        share_ranges(step_.num_rows, PIECE, Team(num_threads_, step_.num_rows), [&](int64_t begin, int64_t end) {
+        share_ranges(step_.num_rows, PIECE, num_threads_, [&](int64_t begin, int64_t end) {
             for (bf16* row = heads + begin * row_size; row < heads + end * row_size; row += row_size) {
                 norm(layer.q_norm, row, shape_.num_heads, shape_.head_dim, 1);
                 norm(layer.k_norm, row + shape_.num_heads * shape_.head_dim, shape_.kv_heads, shape_.head_dim, 1);

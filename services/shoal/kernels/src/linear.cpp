@@ -2,7 +2,7 @@
 //
 //     weights  [panel of 32 outputs][pair of inputs][output][2]
 //
-// A panel is read from end to end. What is read once serves up to twelve rows: 24 registers hold their sums, two what was
+// What the last panel has more than there are outputs is zeros. A panel is read from end to end. What is read once serves up to twelve rows: 24 registers hold their sums, two what was
 // loaded. While rows go through a panel, the next one is fetched, some of it with each dozen: memory is as busy as the
 // multipliers. Where there are tiles, they multiply: panels are what they take, and rows as they lie the other side.
 #include <algorithm>
@@ -20,16 +20,28 @@ constexpr int VECTORS = PANEL / 16;
 constexpr int ROWS = 12;
 constexpr int PAIRS = 16;          // a row's cache line holds so many
 constexpr int64_t MAX_PANELS = 4;  // that a thread takes at a time: more would leave others without at the end
+constexpr int64_t MANY_ROWS = 64;  // with more, one panel is work enough
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;
     int64_t num_rows, num_outputs, size;
     bf16* out;
 
-    int64_t num_panels() const { return num_outputs / PANEL; }
+    int64_t num_panels() const { return (num_outputs + PANEL - 1) / PANEL; }
     const bf16* panel(int64_t index) const { return weights + index * PANEL * size; }
-    bf16* at(int64_t row, int64_t output) const { return out + row * num_outputs + output; }
-    __m512 bias_of(int64_t output) const { return bias ? load(bias + output) : _mm512_setzero_ps(); }
+
+    // Of sixteen outputs, those that there are.
+    __mmask16 mask(int64_t output) const {
+        return (__mmask16)((1u << std::clamp<int64_t>(num_outputs - output, 0, 16)) - 1);
+    }
+    __m512 bias_of(int64_t output) const {
+        if (!bias) return _mm512_setzero_ps();
+        const __m256i halves = _mm256_maskz_loadu_epi16(mask(output), bias + output);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    void put(int64_t row, int64_t output, __m512 sums) const {
+        _mm256_mask_storeu_epi16(out + row * num_outputs + output, mask(output), (__m256i)_mm512_cvtneps_pbh(sums));
+    }
 };
 
 // What is fetched meanwhile: of every PAIRS * VECTORS lines from `from` on, those in [begin, end).
@@ -64,7 +76,7 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetch& fetch
     for (int v = 0; v < VECTORS; v++) {
         const int64_t output = panel * PANEL + 16 * v;
         const __m512 bias = of.bias_of(output);
-        for (int n = 0; n < N; n++) store(of.at(row + n, output), _mm512_add_ps(sums[n][v], bias));
+        for (int n = 0; n < N; n++) of.put(row + n, output, _mm512_add_ps(sums[n][v], bias));
     }
 }
 
@@ -84,14 +96,15 @@ void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
     }
 }
 
-// So many panels that each thread comes four times, where there are as many.
+// With few rows so many panels that each thread comes four times, where there are as many.
 int64_t panels_at_once(const Operands& of, int num_threads) {
+    if (of.num_rows > MANY_ROWS) return 1;
     return std::clamp<int64_t>(of.num_panels() / (4 * num_threads), 1, MAX_PANELS);
 }
 
 void multiply_by_rows(const Operands& of, int num_threads) {
     const int64_t at_once = panels_at_once(of, num_threads);
-    share_ranges(of.num_panels(), at_once, Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_panels(), at_once, num_threads, [&](int64_t begin, int64_t end) {
         // The piece after this one is another thread's, most likely.
         for (int64_t panel = begin; panel < end; panel++)
             multiply_panel(of, panel, panel + 1 < end ? panel + 1 : begin + at_once * num_threads);
@@ -117,7 +130,7 @@ void multiply_by_tiles(const Operands& of, int64_t panel, int64_t row, const bf1
     for (int64_t output = 0; output < PANEL; output += 16) {
         const __m512 bias = of.bias_of(panel * PANEL + output);
         for (int64_t n = 0; n < num_rows; n++)
-            store(of.at(row + n, panel * PANEL + output), _mm512_add_ps(_mm512_load_ps(sums + n * PANEL + output), bias));
+            of.put(row + n, panel * PANEL + output, _mm512_add_ps(_mm512_load_ps(sums + n * PANEL + output), bias));
     }
 }
 
@@ -131,7 +144,7 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
         std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
     }
     const bf16* const filled = kept.data();  // the crew's threads have a `kept` of their own
-    share_ranges(of.num_panels(), panels_at_once(of, num_threads), Team(num_threads, of.num_rows), [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_panels(), panels_at_once(of, num_threads), num_threads, [&](int64_t begin, int64_t end) {
         const Tiles held;
         for (int64_t panel = begin; panel < end; panel++)
             for (int64_t row = 0; row < of.num_rows; row += MOST) {
@@ -146,11 +159,11 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
 }  // namespace shoal
 
 // out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed, which lie in panels,
-// plus bias [num_outputs], if given. Returns 0, or 1 if size or num_outputs isn't a multiple of 32, or there are no rows.
+// plus bias [num_outputs], if given. Returns 0, or 1 if size isn't a multiple of 32, or there are no rows.
 extern "C" int shoal_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows,
                             int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
-    if (size % (2 * PAIRS) || num_outputs % PANEL || num_rows < 1) return 1;
+    if (size % (2 * PAIRS) || num_rows < 1) return 1;
     const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
                          static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
     // A single row takes as long as memory does, either way.

@@ -258,15 +258,14 @@ bool attend_prompt(const Rows& rows, const Context& context) {
     if (!memory) return false;
     const auto keys = [&](int head) { return memory + 2 * head * padded * D; };
     const auto values = [&](int head) { return memory + (2 * head + 1) * padded * D; };
-    const Team team(rows.num_threads, rows.num_rows);
-    share(rows.kv_heads * num_pieces, team, [&](int64_t item) {
+    share(rows.kv_heads * num_pieces, rows.num_threads, [&](int64_t item) {
         const int head = (int)(item / num_pieces);
         const int64_t begin = item % num_pieces * PIECE;
         pack<D>(context, rows.kv_heads, head, {begin, std::min(rows.num_context, begin + PIECE)}, keys(head),
                 values(head));
     });
     // The last rows see most: first, so that no thread is left with them at the end.
-    share(rows.kv_heads * num_runs, team, [&](int64_t item) {
+    share(rows.kv_heads * num_runs, rows.num_threads, [&](int64_t item) {
         const int head = (int)(item % rows.kv_heads);
         const int64_t begin = (num_runs - 1 - item / rows.kv_heads) * run;
         const int64_t end = std::min(rows.num_rows, begin + run);

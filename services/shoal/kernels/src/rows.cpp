@@ -26,7 +26,7 @@ inline __m512 gelu_tanh(__m512 x) {
 
 template <__m512 (*ACTIVATION)(__m512)>
 void gate(const bf16* both, int64_t num_rows, int64_t size, bf16* out, int num_threads) {
-    share_ranges(num_rows, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
+    share_ranges(num_rows, PIECE, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const bf16 *const gates = both + row * 2 * size, *const ups = gates + size;
             for (int64_t j = 0; j < size; j += 16)
@@ -45,7 +45,7 @@ extern "C" int shoal_add_norm(const void* hidden, const void* added, const void*
                               float eps, void* sum, void* out, int num_threads) {
     using namespace shoal;
     if (size % 16) return 1;
-    share_ranges(num_rows, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
+    share_ranges(num_rows, PIECE, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const bf16* from = static_cast<const bf16*>(hidden) + row * size;
             if (added) {
@@ -77,7 +77,7 @@ extern "C" int shoal_rotate_store(void* heads, int64_t heads_row, const void* co
     using namespace shoal;
     if (head_dim % 32) return 1;
     const int half = head_dim / 2;
-    share_ranges(num_rows, PIECE, Team(num_threads, num_rows), [&](int64_t begin, int64_t end) {
+    share_ranges(num_rows, PIECE, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             bf16* const own = static_cast<bf16*>(heads) + row * heads_row;
             bf16* const slot = static_cast<bf16*>(pool) + (slots ? slots[row] : row) * 2 * kv_heads * head_dim;

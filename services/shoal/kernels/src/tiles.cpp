@@ -34,8 +34,9 @@ bool have_tiles() {
 
 }  // namespace shoal
 
-// Whether kernels use the matrix unit; with `allowed` 0 they don't from now on, with 1 they may again.
+// Whether kernels use the matrix unit; with `allowed` 0 they don't from now on, with 1 they may again, below 0 it's only
+// asked.
 extern "C" int shoal_tiles(int allowed) {
-    shoal::is_allowed = allowed;
+    if (allowed >= 0) shoal::is_allowed = allowed;
     return shoal::have_tiles();
 }

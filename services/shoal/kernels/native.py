@@ -16,7 +16,7 @@ from shoal.kernels.build import library
 from shoal.kernels.layers import Layer, Shape, Step, pointer, slots
 
 HEAD_DIMS = frozenset({64, 128, 256})
-# With more, weights in int8 are torch's to multiply. As crew.hpp has it.
+# With more, weights in int8 are torch's to multiply. As int8_linear.cpp has it.
 MAX_FEW_ROWS = 64
 
 _PTR, _INT, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float

@@ -27,7 +27,7 @@ class PackedMatrix:
     def of(cls, weight: torch.Tensor) -> PackedMatrix:
         """``weight`` ``[outputs, inputs]``; inputs are a multiple of 32."""
         outputs, inputs = weight.shape
-        padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
+        padded = F.pad(weight, (0, 0, 0, -outputs % PANEL)) if outputs % PANEL else weight
         return cls(padded.view(-1, PANEL, inputs // 2, 2).transpose(1, 2).contiguous(), outputs)
 
     @property

@@ -115,5 +115,5 @@ def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> 
 
 
 def test_python_and_kernels_agree_on_how_many_rows_are_few():
-    source = resources.files("shoal.kernels") / "src" / "crew.hpp"
+    source = resources.files("shoal.kernels") / "src" / "int8_linear.cpp"
     assert f"FEW_ROWS = {native.MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")

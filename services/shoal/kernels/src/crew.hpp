@@ -9,9 +9,6 @@
 
 namespace shoal {
 
-// Of weights in int8; more rows are torch's to multiply (engine/native.py).
-constexpr int64_t FEW_ROWS = 64;
-
 using Piece = void (*)(const void* job, int64_t piece);
 
 // Call `piece` for 0..num_pieces-1, each once, on up to num_threads of the crew, this thread among them; all are done

@@ -16,6 +16,7 @@
 namespace shoal {
 namespace {
 
+constexpr int64_t FEW_ROWS = 64;       // more are torch's to multiply (engine/native.py)
 constexpr int64_t PIECE = 64;          // weights' rows a thread takes at a time
 constexpr int64_t ROWS_PIECE = 8;      // inputs' rows
 constexpr int64_t TILE_ROWS = 3;       // of inputs; with more of them, a lane or two each is faster

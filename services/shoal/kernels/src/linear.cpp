@@ -2,9 +2,10 @@
 //
 //     weights  [panel of 32 outputs][pair of inputs][output][2]
 //
-// What the last panel has more than there are outputs is zeros. A panel is read from end to end. What is read once serves up to twelve rows: 24 registers hold their sums, two what was
-// loaded. While rows go through a panel, the next one is fetched, some of it with each dozen: memory is as busy as the
-// multipliers. Where there are tiles, they multiply: panels are what they take, and rows as they lie the other side.
+// What the last panel has more than there are outputs is zeros. A panel is read from end to end, and serves up to twelve
+// rows at a time: 24 registers hold their sums, two what was loaded. While rows go through a panel, the next one is
+// fetched, some of it with each dozen: memory is as busy as the multipliers. Where there are tiles, they multiply: panels
+// are what they take, and rows as they lie the other side.
 #include <algorithm>
 #include <vector>
 

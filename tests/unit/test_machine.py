@@ -122,6 +122,19 @@ def test_a_thread_steps_back_with_those_that_it_starts_and_no_others() -> None:
     assert niceness() == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is asked")
+def test_where_the_system_forbids_it_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def forbid(*of: int) -> None:
+        asked.append(of)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", forbid)
+    machine.step_back(3)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("given", "stage", "device", "expected"),
     [

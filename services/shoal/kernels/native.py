@@ -139,7 +139,7 @@ class NativeKernels:
         at: torch.Tensor | None,
     ) -> None:
         """``heads`` ``[rows, num_heads + 2 kv_heads, head_dim]`` (rows may be apart): queries are rotated in place,
-        keys on their way into ``pool`` ``[slots, 2, kv_heads, head_dim]``, at ``at`` or one after the other."""
+        keys on their way into ``pool`` ``[slots, 2, kv_heads, head_dim]``, to ``at`` or one after the other."""
         rows, _, head_dim = heads.shape
         self._call(
             "shoal_rotate_store", heads.data_ptr(), heads.stride(0), cos.data_ptr(), sin.data_ptr(), rows, num_heads,

@@ -89,8 +89,8 @@ class Parameters:
 
     def held(self, hold: Hold) -> Parameters:
         """What a step multiplies so, where it is still as it was read. Without lm_head the embedding is only looked up,
-        and stays as it is. So does ``projection``: steps of full depth don't read it, and shallow tokens get the K/V
-        that prefill would give them. Raises MalformedWeights."""
+        and stays as it is. So does ``projection``: steps of full depth don't read it, and in int8 it would give shallow
+        tokens other K/V than prefill does. Raises MalformedWeights."""
         embedding, head = self.embedding, self.lm_head
         if head is not None:
             is_tied = head is embedding

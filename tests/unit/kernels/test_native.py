@@ -241,3 +241,13 @@ def test_torch_finds_the_tiles_as_it_left_them(kernels: NativeKernels) -> None:
         assert torch.equal(F.linear(inputs, weight), expected)
         kernels.linear(random(20, 64), PackedMatrix.of(random(64, 64)).values, 64, None)
         assert torch.equal(F.linear(inputs, weight), expected)
+
+
+def test_asking_for_tiles_switches_none_on(kernels: NativeKernels) -> None:
+    had = kernels.has_tiles
+    try:
+        assert not kernels.use_tiles(False)
+        assert not kernels.has_tiles
+        assert not kernels.has_tiles
+    finally:
+        assert kernels.use_tiles(had) == had

@@ -7,9 +7,11 @@ import functools
 import pytest
 import torch
 
-from models import save_tiny
+from engines import native_kernels
+from models import save_tiny, tiny_model
 from readings import logits_of_text
 from reference import pop_logits
+from shoal.engine.native_layers import NativeLayers
 from shoal.errors import InvalidRequest
 from shoal.model.files import locate
 from shoal.quality.subject import Subject, Treatment
@@ -58,3 +60,24 @@ def test_a_text_may_end_with_its_prompt(tiny, treatment: Treatment):
 def test_text_that_can_not_be_asked_about_is_refused(tiny, num_ids: int, num_prompt: int):
     with pytest.raises(InvalidRequest):
         logits_of_text(tiny[1], (5,) * num_ids, num_prompt, Treatment.SHALLOW)
+
+
+@torch.inference_mode()
+def test_what_is_evaluated_are_the_kernels_that_serve(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Its weights are packed beside the loaded ones, of which projections are still made."""
+    native_kernels()
+    save_tiny(tmp_path, tiny_model("llama", torch.bfloat16, head_dim=64, hidden=128, intermediate=256))
+    subject = Subject.load(locate(str(tmp_path)), dtype=torch.bfloat16, max_tokens=64)
+    asked = []
+    run_layers = NativeLayers.__call__
+
+    def watched(layers, *of):
+        out = run_layers(layers, *of)
+        asked.append(out is not None)
+        return out
+
+    monkeypatch.setattr(NativeLayers, "__call__", watched)
+    assert subject.go_on(IDS, 40, 0).isfinite().all()
+    assert asked and all(asked)
+    assert isinstance(subject.parameters.layers[0].qkv, torch.Tensor)
+    assert len(subject.projections(2)) == 2

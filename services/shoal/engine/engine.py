@@ -16,7 +16,7 @@ import torch
 from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.logprobs import NOT_FINITE
 from shoal.engine.runner import Runner, RunOutput
-from shoal.engine.sampler import Sampled, SampleRow, sample
+from shoal.engine.sampler import Chooser, Sampled, SampleRow, TorchChooser, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, ShoalError
@@ -29,7 +29,7 @@ PATIENCE_S = 10.0
 
 
 class Engine:
-    """``eos_token_ids`` end a choice unless it ignores them."""
+    """``eos_token_ids`` end a choice unless it ignores them. Without a ``chooser`` of tokens, torch is it."""
 
     def __init__(
         self,
@@ -37,11 +37,13 @@ class Engine:
         runner: Runner,
         *,
         eos_token_ids: tuple[int, ...] = (),
+        chooser: Chooser | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._eos_token_ids = eos_token_ids
+        self._chooser = chooser or TorchChooser()
         self._clock = clock
         self._sequences: dict[str, dict[int, Sequence]] = {}
         self._finished_kv_bytes: list[int] = []
@@ -245,9 +247,9 @@ class Engine:
         if logits is None or not wanted:
             return [], []
         try:
-            sampled: list[Sampled | InternalError] = [*sample(logits, [row for _, row in wanted])]
+            sampled: list[Sampled | InternalError] = [*sample(logits, [row for _, row in wanted], self._chooser)]
         except InternalError:
-            sampled = [_sample_alone(logits, row) for _, row in wanted]
+            sampled = [_sample_alone(logits, row, self._chooser) for _, row in wanted]
         tokens, failures = [], []
         for (sequence, _), one in zip(wanted, sampled, strict=True):
             if isinstance(one, InternalError):
@@ -342,9 +344,9 @@ def _are_all_of(failures: tuple[FailureEvent, ...], plan: StepPlan) -> bool:
     return {sequence.request_id for sequence in plan.sequences} == {failure.request_id for failure in failures}
 
 
-def _sample_alone(logits: torch.Tensor, row: SampleRow) -> Sampled | InternalError:
+def _sample_alone(logits: torch.Tensor, row: SampleRow, chooser: Chooser) -> Sampled | InternalError:
     """A row that can't be sampled, say because its logits are NaN, must not take the others along."""
     try:
-        return sample(logits, [row])[0]
+        return sample(logits, [row], chooser)[0]
     except InternalError as error:
         return error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from shoal.engine.attention import attend
 from shoal.engine.native_layers import NativeLayers
+from shoal.engine.sampler import SampleRow, TorchChooser, uniform
 from shoal.errors import ConfigError
 from shoal.kernels.native import HEAD_DIMS, MAX_FEW_ROWS, NativeKernels, load
 from shoal.kv.pool import KvPool
@@ -147,3 +150,27 @@ class NativeRows(TorchRows):
             cos, sin = rope.cos[table], rope.sin[table]
             self._kernels.rotate_store(heads[:, layer], 0, cos, sin, projected[layer], None)
         return projected
+
+
+class NativeChooser(TorchChooser):
+    """Carries out ``Chooser``; what isn't bfloat16, torch does."""
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._kernels = kernels
+
+    def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+        if logits.dtype != torch.bfloat16:
+            return super().likeliest(logits)
+        return self._kernels.argmax(logits.contiguous())
+
+    def drawn(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+        if logits.dtype != torch.bfloat16:
+            return super().drawn(logits, rows)
+        params = [row.params for row in rows]
+        return self._kernels.draw(
+            logits.contiguous(),
+            [one.temperature for one in params],
+            [one.top_k for one in params],
+            [one.top_p for one in params],
+            [uniform(row.params.seed, row.choice, row.index) for row in rows],
+        )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -56,24 +57,55 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """Choose one token for each of ``rows`` from ``logits`` ``[R, vocab]`` (any float dtype, any device).
+class Chooser(Protocol):
+    """Chooses of rows of ``logits`` ``[R, vocab]``, of any float dtype; they are left as they are."""
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """``[R]``: of each row the first of the largest, or of the NaNs."""
+
+    def drawn(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+        """``[R]`` token ids, drawn as the parameters of ``rows``, one for each, say. No logit is NaN."""
+
+
+class TorchChooser:
+    """By torch, on any device."""
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        if logits.device.type != "cpu":
+            return logits.argmax(dim=-1)
+        if logits.dtype != torch.bfloat16:
+            return torch.from_numpy(logits.numpy().argmax(axis=-1))
+        # bfloat16 is the upper half of float32. torch does this, and what comes next, in a parallel region, for which a
+        # row is too little: in a server, where its threads must be waited for, it takes ten times as long and more.
+        wide = logits.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return torch.from_numpy(wide.view(np.float32).argmax(axis=-1))
+
+    def drawn(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+        return _draw(logits, rows)
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow], chooser: Chooser | None = None) -> list[Sampled]:
+    """Choose one token for each of ``rows`` from ``logits`` ``[R, vocab]`` (any float dtype, any device); without
+    a ``chooser``, torch does it.
 
     Equal logits of a greedy row go to the lowest id. ``logits`` are left as they are. Raises InternalError where a
     row has no finite maximum (NaN, infinity) or no token that isn't banned.
     """
     if not rows:
         return []
+    chooser = chooser or TorchChooser()
     raw = _gather(logits, rows)
-    likeliest = _argmax(raw)
-    if not _are_finite(raw, likeliest):  # a NaN is the likeliest, too
+    likeliest = chooser.likeliest(raw)
+    if not bool(raw.gather(1, likeliest[:, None]).isfinite().all()):  # a NaN is the likeliest, too
         raise InternalError(NOT_FINITE)
     allowed = _without_banned(raw, rows)
-    chosen = likeliest if allowed is raw else _argmax(allowed)
+    chosen = likeliest if allowed is raw else chooser.likeliest(allowed)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         at = torch.tensor(drawn, device=raw.device)
-        chosen[at] = _draw(allowed[at], [rows[i] for i in drawn])
+        of_drawn = allowed if len(drawn) == len(rows) else allowed[at]
+        chosen[at] = chooser.drawn(of_drawn, [rows[i] for i in drawn])
     token_ids: list[int] = chosen.tolist()
     sampled = [Sampled(token_id) for token_id in token_ids]
     told = [i for i, row in enumerate(rows) if row.params.num_logprobs is not None]
@@ -96,31 +128,11 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 
 def _gather(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """A row for each of ``rows``, float32 or, where the model is, float64; not to be written to."""
+    """A row for each of ``rows``; not to be written to."""
     index = [row.row_index for row in rows]
-    if index != list(range(len(logits))):
-        logits = logits.index_select(0, torch.tensor(index, device=logits.device))  # where there is none, it's an error
-    if logits.dtype != torch.bfloat16 or logits.device.type != "cpu":
-        return logits if logits.dtype == torch.float64 else logits.float()
-    # bfloat16 is the upper half of float32. torch does this, and what comes next, in a parallel region, for which a row
-    # is too little: in a server, where its threads must be waited for, it takes ten times as long and more.
-    wide = logits.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
-    wide <<= 16
-    return torch.from_numpy(wide.view(np.float32))
-
-
-def _argmax(raw: Tensor) -> Tensor:
-    """``[R]``: of each row the first of the largest, or of the NaNs."""
-    if raw.device.type != "cpu":
-        return raw.argmax(dim=-1)
-    return torch.from_numpy(raw.numpy().argmax(axis=-1))
-
-
-def _are_finite(raw: Tensor, at: Tensor) -> bool:
-    """Whether the number in each row at ``at`` ``[R]`` is one."""
-    if raw.device.type != "cpu":
-        return bool(raw.gather(1, at[:, None]).isfinite().all())
-    return bool(np.isfinite(np.take_along_axis(raw.numpy(), at.numpy()[:, None], axis=1)).all())
+    if index == list(range(len(logits))):
+        return logits
+    return logits.index_select(0, torch.tensor(index, device=logits.device))  # where there is none, it's an error
 
 
 def _without_banned(raw: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -34,6 +34,8 @@ _SIGNATURES = {
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_tiles": [_INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
+    "shoal_argmax": [_PTR, _INT64, _INT64, _PTR, _INT],
+    "shoal_draw": [_PTR, _INT64, _INT64, _PTR, _PTR, _PTR, _PTR, _PTR, _INT],
     "shoal_copy_rows": [_PTR, _INT64, _INT64, _INT64, _PTR, _PTR, ctypes.POINTER(ctypes.c_uint32)],
 }  # fmt: skip
 
@@ -177,6 +179,34 @@ class NativeKernels:
         rows, size = both.shape[0], both.shape[1] // 2
         out = both.new_empty(rows, size)
         self._call("shoal_gate", both.data_ptr(), int(is_gelu), rows, size, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """``[rows]`` int64: of each row of ``logits`` ``[rows, size]`` the first of the largest, or of the NaNs."""
+        rows, size = logits.shape
+        out = logits.new_empty(rows, dtype=torch.int64)
+        self._call("shoal_argmax", logits.data_ptr(), rows, size, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperatures: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        uniforms: Sequence[float],
+    ) -> torch.Tensor:
+        """``[rows]`` int64: a token of each row of ``logits`` ``[rows, size]``, none of them NaN, by its options (a top
+        k of 0: none), as engine/sampler.py has them."""
+        rows, size = logits.shape
+        out = logits.new_empty(rows, dtype=torch.int64)
+        floats = np.array([temperatures, top_p, uniforms], np.float64)
+        limits = np.array(top_k, np.int64)
+        of_temperature, of_top_p, of_uniform = (each.ctypes.data for each in floats)
+        self._call(
+            "shoal_draw", logits.data_ptr(), rows, size, of_temperature, limits.ctypes.data, of_top_p, of_uniform,
+            out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         return out
 
     def run_layers(self, shape: Shape, first: Layer, num_layers: int, step: Step) -> None:

@@ -1,5 +1,6 @@
-// Attention of one row each of many sequences. The time goes into reading K and V: each is read, and V widened, once for
-// the query heads that share it, and a long context is cut into parts for the threads, which are then put together.
+// Attention of one row each of many sequences. The time goes into reading K and V: each is read, and two tokens' V laid
+// side by side for a dot product, once for the query heads that share it, and a long context is cut into parts for the
+// threads, which are then put together.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +17,8 @@ constexpr int TOGETHER = 4;  // query heads that share what is loaded: their sum
 constexpr int64_t MIN_PART = 128;
 constexpr int64_t JOINED = 16;  // heads at a time
 
-// What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, `total` of 2^(score - top).
+// What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, their channels in the order of `pair`, and `total` of
+// 2^(score - top).
 struct Part {
     float* sums;
     float top = LOWEST, total = 0;
@@ -31,15 +33,37 @@ struct Chunk {
         : num_tokens((int)std::clamp<int64_t>(end - begin, 0, CHUNK)), padded((num_tokens + 15) / 16 * 16) {
         for (int i = 0; i < padded; i++) tokens[i] = context[begin + std::min(i, num_tokens - 1)];
     }
-
-    void fetch(int token, int64_t at) const {
-        if (token < num_tokens)
-            for (int64_t line = at; line < at + 64; line += 32) _mm_prefetch(tokens[token] + line, _MM_HINT_T1);
-    }
 };
 
+// Fetches the chunk that comes next while one is attended to, a token with each so many of its steps: memory is busy
+// throughout then. Asked for all at once, it would be waited for.
+class Ahead {
+   public:
+    Ahead(const Chunk& next, int64_t slot_size, int64_t num_steps)
+        : next_(next), slot_size_(slot_size), num_steps_(std::max<int64_t>(1, num_steps)) {}
+
+    void step(int64_t number) {
+        for (due_ += number * next_.num_tokens; due_ >= num_steps_ && token_ < next_.num_tokens; due_ -= num_steps_) {
+            const bf16* const token = next_.tokens[token_++];
+            for (int64_t line = 0; line < slot_size_; line += 32) fetch(token + line);
+        }
+    }
+
+   private:
+    const Chunk& next_;
+    const int64_t slot_size_, num_steps_;
+    int64_t due_ = 0;
+    int token_ = 0;
+};
+
+// Of a chunk for `num_heads` heads that share a K/V head, in pairs of tokens: scores take longer.
+constexpr int64_t SCORE_STEPS = 3;
+constexpr int64_t steps_of(int64_t padded, int64_t num_heads, int64_t head_dim) {
+    return num_heads * padded / 16 * SCORE_STEPS + padded / 2 * head_dim / 64;
+}
+
 template <int D>
-void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, float* scores) {
+void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, float* scores, Ahead& ahead) {
     __m512bh own[D / 32];
     for (int j = 0; j < D / 32; j++) own[j] = (__m512bh)_mm512_loadu_si512(query + 32 * j);
     for (int i = 0; i < chunk.padded; i += 16) {
@@ -50,6 +74,7 @@ void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, 
             for (int j = 0; j < D / 32; j++)
                 products[key] = _mm512_dpbf16_ps(products[key], (__m512bh)_mm512_loadu_si512(numbers + 32 * j), own[j]);
         }
+        ahead.step(SCORE_STEPS);
         _mm512_store_ps(scores + i, _mm512_mul_ps(sums(products), _mm512_set1_ps(factor)));
     }
     std::fill(scores + chunk.num_tokens, scores + chunk.padded, LOWEST);
@@ -57,13 +82,13 @@ void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, 
 
 // Scores become probabilities; the part's total and top are brought up to date, and by what its sums are to shrink is
 // returned.
-float weigh(float* scores, int padded, Part& part) {
+float weigh(const float* scores, int padded, Part& part, bf16* probabilities) {
     __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
     for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
     const float top = _mm512_reduce_max_ps(most), shrink = std::exp2(part.top - top);
     for (int i = 0; i < padded; i += 16) {
         const __m512 probability = exp2(_mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(top)));
-        _mm512_store_ps(scores + i, probability);
+        store(probabilities + i, probability);
         total = _mm512_add_ps(total, probability);
     }
     part.total = part.total * shrink + _mm512_reduce_add_ps(total);
@@ -71,31 +96,49 @@ float weigh(float* scores, int padded, Part& part) {
     return shrink;
 }
 
-// H query heads that share a K/V head. Meanwhile the next chunk is fetched, piece by piece: asked for all at once, it would
-// be waited for.
+// 32 channels of two tokens, each with the other's: pairs[0] has the channels 0-3, 8-11, 16-19 and 24-27, pairs[1] the
+// others.
+inline void pair(const bf16* one, const bf16* two, __m512bh* pairs) {
+    const __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(two);
+    pairs[0] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+    pairs[1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+}
+
+// 32 sums of such pairs, their channels in order.
+inline void store_paired(bf16* to, __m512 low, __m512 high) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    store(to, _mm512_permutex2var_ps(low, first, high));
+    store(to + 16, _mm512_permutex2var_ps(low, second, high));
+}
+
+// H query heads that share a K/V head.
 template <int D, int H>
 void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor, Part* parts,
-               const Chunk& next) {
-    alignas(64) float scores[H][CHUNK];
+               Ahead& ahead) {
+    alignas(64) float scores[CHUNK];
+    alignas(64) bf16 probabilities[H][CHUNK];
     float shrink[H];
     for (int h = 0; h < H; h++) {
-        score<D>(queries + h * D, chunk, key_at, factor, scores[h]);
-        shrink[h] = weigh(scores[h], chunk.padded, parts[h]);
+        score<D>(queries + h * D, chunk, key_at, factor, scores, ahead);
+        shrink[h] = weigh(scores, chunk.padded, parts[h], probabilities[h]);
     }
     for (int channel = 0; channel < D; channel += 64) {
         __m512 mixed[H][4];
         for (int h = 0; h < H; h++)
             for (int j = 0; j < 4; j++)
                 mixed[h][j] = _mm512_mul_ps(_mm512_loadu_ps(parts[h].sums + channel + 16 * j), _mm512_set1_ps(shrink[h]));
-        for (int i = 0; i < chunk.num_tokens; i++) {
-            next.fetch(i, key_at + channel);
-            next.fetch(i, value_at + channel);
-            const bf16* const value = chunk.tokens[i] + value_at + channel;
-            __m512 wide[4];
-            for (int j = 0; j < 4; j++) wide[j] = load(value + 16 * j);
-            for (int h = 0; h < H; h++)
-                for (int j = 0; j < 4; j++)
-                    mixed[h][j] = _mm512_fmadd_ps(_mm512_set1_ps(scores[h][i]), wide[j], mixed[h][j]);
+        for (int i = 0; i < chunk.num_tokens; i += 2) {  // after an odd one comes the last again, of probability 0
+            ahead.step(1);
+            const bf16* const one = chunk.tokens[i] + value_at + channel;
+            const bf16* const two = chunk.tokens[i + 1] + value_at + channel;
+            __m512bh pairs[4];
+            pair(one, two, pairs);
+            pair(one + 32, two + 32, pairs + 2);
+            for (int h = 0; h < H; h++) {
+                const __m512bh both = (__m512bh)spread<16>(probabilities[h] + i);
+                for (int j = 0; j < 4; j++) mixed[h][j] = _mm512_dpbf16_ps(mixed[h][j], both, pairs[j]);
+            }
         }
         for (int h = 0; h < H; h++)
             for (int j = 0; j < 4; j++) _mm512_storeu_ps(parts[h].sums + channel + 16 * j, mixed[h][j]);
@@ -104,12 +147,12 @@ void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t 
 
 template <int D>
 void add_chunk(int num_heads, const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor,
-               Part* parts, const Chunk& next) {
+               Part* parts, Ahead& ahead) {
     switch (num_heads) {
-        case 1: return add_chunk<D, 1>(queries, chunk, key_at, value_at, factor, parts, next);
-        case 2: return add_chunk<D, 2>(queries, chunk, key_at, value_at, factor, parts, next);
-        case 3: return add_chunk<D, 3>(queries, chunk, key_at, value_at, factor, parts, next);
-        default: return add_chunk<D, TOGETHER>(queries, chunk, key_at, value_at, factor, parts, next);
+        case 1: return add_chunk<D, 1>(queries, chunk, key_at, value_at, factor, parts, ahead);
+        case 2: return add_chunk<D, 2>(queries, chunk, key_at, value_at, factor, parts, ahead);
+        case 3: return add_chunk<D, 3>(queries, chunk, key_at, value_at, factor, parts, ahead);
+        default: return add_chunk<D, TOGETHER>(queries, chunk, key_at, value_at, factor, parts, ahead);
     }
 }
 
@@ -136,20 +179,35 @@ void join(const std::vector<Part>& parts, size_t first, int64_t num_parts, int64
         total += weight * part.total;
         for (int channel = 0; channel < D; channel++) sums[channel] += weight * part.sums[channel];
     }
-    for (int j = 0; j < D; j += 16) store(out + j, _mm512_mul_ps(_mm512_loadu_ps(sums + j), _mm512_set1_ps(1 / total)));
+    const __m512 share = _mm512_set1_ps(1 / total);
+    for (int j = 0; j < D; j += 32)
+        store_paired(out + j, _mm512_mul_ps(_mm512_loadu_ps(sums + j), share),
+                     _mm512_mul_ps(_mm512_loadu_ps(sums + j + 16), share));
 }
 
-// A chunk for all heads: what a token has lies side by side, so memory is read in order.
+// Some of a sequence's tokens.
+struct Range {
+    Context context;
+    int64_t begin, end;
+};
+
+// A chunk for all heads: what a token has lies side by side, so memory is read in order. After the last chunk comes
+// another range, most likely.
 template <int D>
-void add_chunks(const Rows& rows, const bf16* queries, const Context& context, int64_t begin, int64_t end, Part* parts) {
+void add_chunks(const Rows& rows, const bf16* queries, const Range& of, const Range& after, Part* parts) {
     const int shared = rows.num_heads / rows.kv_heads;
-    for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
-        const Chunk tokens(context, chunk, end), next(context, chunk + CHUNK, end);
+    for (int64_t at = of.begin; at < of.end; at += CHUNK) {
+        const Chunk chunk(of.context, at, of.end);
+        const bool is_last = at + CHUNK >= of.end;
+        const Chunk next = is_last ? Chunk(after.context, after.begin, after.end) : Chunk(of.context, at + CHUNK, of.end);
+        const int64_t num_turns = (shared + TOGETHER - 1) / TOGETHER;  // that V is read
+        const int64_t num_steps = steps_of(chunk.padded, shared, 0) + num_turns * steps_of(chunk.padded, 0, D);
+        Ahead ahead(next, of.context.slot_size, rows.kv_heads * num_steps);
         for (int kv_head = 0; kv_head < rows.kv_heads; kv_head++)
             for (int first = 0; first < shared; first += TOGETHER) {
                 const int head = kv_head * shared + first;
-                add_chunk<D>(std::min(TOGETHER, shared - first), queries + head * D, tokens, kv_head * D,
-                             (rows.kv_heads + kv_head) * D, rows.factor, parts + head, next);
+                add_chunk<D>(std::min(TOGETHER, shared - first), queries + head * D, chunk, kv_head * D,
+                             (rows.kv_heads + kv_head) * D, rows.factor, parts + head, ahead);
             }
     }
 }
@@ -163,21 +221,28 @@ void attend_decode(const Rows& rows, const bf16* pool) {
     std::vector<float> sums(rows.batch * num_parts * heads * D);
     std::vector<Part> parts(rows.batch * num_parts * heads);
     for (size_t i = 0; i < parts.size(); i++) parts[i].sums = sums.data() + i * D;
-    share(rows.batch * num_parts, rows.num_threads, [&](int64_t item) {
-        const int64_t sequence = item / num_parts, at = sequence * rows.longest;
-        const int64_t length = rows.lengths[sequence], size = (length + num_parts - 1) / num_parts;
-        const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
-        const Context context = {pool, rows.slots ? rows.slots + at : nullptr, rows.first_slot + at, slot_size};
-        add_chunks<D>(rows, rows.queries + rows.rows[sequence] * rows.query_row, context, begin, end,
-                      parts.data() + item * heads);
-    });
-    share_ranges(rows.batch * heads, JOINED, rows.num_threads, [&](int64_t begin, int64_t end) {
+    const auto join_heads = [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; item++) {
             const int64_t sequence = item / heads, head = item % heads;
             join<D>(parts, sequence * num_parts * heads + head, num_parts, heads,
                     rows.out + (rows.rows[sequence] * heads + head) * D);
         }
+    };
+    const int64_t num_items = rows.batch * num_parts;
+    const auto range = [&](int64_t item) -> Range {
+        if (item >= num_items) return {};
+        const int64_t sequence = item / num_parts, at = sequence * rows.longest;
+        const int64_t length = rows.lengths[sequence], size = (length + num_parts - 1) / num_parts;
+        const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
+        return {{pool, rows.slots ? rows.slots + at : nullptr, rows.first_slot + at, slot_size}, begin, end};
+    };
+    share(num_items, rows.num_threads, [&](int64_t item) {
+        const int64_t sequence = item / num_parts;
+        add_chunks<D>(rows, rows.queries + rows.rows[sequence] * rows.query_row, range(item),
+                      range(item + rows.num_threads), parts.data() + item * heads);
+        if (num_parts == 1) join_heads(sequence * heads, (sequence + 1) * heads);
     });
+    if (num_parts > 1) share_ranges(rows.batch * heads, JOINED, rows.num_threads, join_heads);
 }
 
 }  // namespace

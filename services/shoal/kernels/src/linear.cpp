@@ -21,7 +21,7 @@ constexpr int VECTORS = PANEL / 16;
 constexpr int ROWS = 12;
 constexpr int PAIRS = 16;          // a row's cache line holds so many
 constexpr int64_t MAX_PANELS = 4;  // that a thread takes at a time: more would leave others without at the end
-constexpr int64_t MANY_ROWS = 64;  // with more, one panel is work enough
+constexpr int64_t MANY_ROWS = 16;  // with more, one panel is work enough
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;

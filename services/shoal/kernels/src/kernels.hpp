@@ -10,6 +10,8 @@ int shoal_rotate_store(void* heads, int64_t heads_row, const void* cos, const vo
 int shoal_gate(const void* both, int activation, int64_t num_rows, int64_t size, void* out, int num_threads);
 int shoal_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows, int64_t num_outputs,
                  int64_t size, void* out, int num_threads);
+int shoal_gated_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows, int64_t num_gated,
+                       int64_t size, int activation, void* out, int num_threads);
 int shoal_int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias, int64_t num_rows,
                       int64_t num_outputs, int64_t size, void* out, int num_threads);
 int shoal_attend_prompt(const void* queries, int64_t query_row, const void* pool, const int64_t* slots,

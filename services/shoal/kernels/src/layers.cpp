@@ -8,6 +8,9 @@
 namespace shoal {
 namespace {
 
+// With more, gates are made as they are multiplied; of fewer, weights are read quicker from end to end.
+constexpr int64_t FEW_ROWS = 16;
+
 // The structures are those of kernels/layers.py.
 
 struct Shape {
@@ -77,7 +80,6 @@ struct Scratch {
         added.resize(rows * shape.hidden_size);
         heads.resize(rows * (shape.num_heads + 2 * shape.kv_heads) * shape.head_dim);
         mixed.resize(rows * shape.num_heads * shape.head_dim);
-        both.resize(rows * 2 * shape.intermediate_size);
         gated.resize(rows * shape.intermediate_size);
     }
 };
@@ -149,11 +151,19 @@ class Runner {
 
     bool mlp(const Layer& layer) {
         const int64_t size = shape_.intermediate_size;
-        return multiply(layer.gate_up, scratch_.normed.data(), shape_.hidden_size, 2 * size, scratch_.both.data()) &&
-               !shoal_gate(scratch_.both.data(), shape_.activation, step_.num_rows, size, scratch_.gated.data(),
-                           num_threads_) &&
+        return gate(layer.gate_up, size, scratch_.gated.data()) &&
                multiply(layer.down, scratch_.gated.data(), size, shape_.hidden_size, scratch_.added.data()) &&
                norm(layer.mlp_post_norm, scratch_.added.data(), step_.num_rows, shape_.hidden_size, num_threads_);
+    }
+
+    bool gate(const Matrix& by, int64_t size, bf16* out) {
+        const bf16* const normed = scratch_.normed.data();
+        if (!by.scales && step_.num_rows > FEW_ROWS)
+            return !shoal_gated_linear(normed, by.weights, by.bias, step_.num_rows, size, shape_.hidden_size,
+                                       shape_.activation, out, num_threads_);
+        scratch_.both.resize(step_.num_rows * 2 * size);
+        return multiply(by, normed, shape_.hidden_size, 2 * size, scratch_.both.data()) &&
+               !shoal_gate(scratch_.both.data(), shape_.activation, step_.num_rows, size, out, num_threads_);
     }
 
     bool multiply(const Matrix& by, const bf16* inputs, int64_t size, int64_t num_outputs, bf16* out) {

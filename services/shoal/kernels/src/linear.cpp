@@ -6,9 +6,13 @@
 // rows at a time: 24 registers hold their sums, two what was loaded. While rows go through a panel, the next one is
 // fetched, some of it with each dozen: memory is as busy as the multipliers. Where there are tiles, they multiply: panels
 // are what they take, and rows as they lie the other side.
+//
+// Where the outputs are gates and what they gate, nobody wants the products themselves: a panel of the ones is multiplied
+// with its panel of the others, and only what comes of both is written.
 #include <algorithm>
 #include <vector>
 
+#include "activations.hpp"
 #include "crew.hpp"
 #include "simd.hpp"
 #include "tiles.hpp"
@@ -27,8 +31,12 @@ struct Operands {
     const bf16 *inputs, *weights, *bias;
     int64_t num_rows, num_outputs, size;
     bf16* out;
+    Activation activation;  // none, or the outputs' second half is gated by the first one
 
+    bool is_gated() const { return activation != Activation::NONE; }
     int64_t num_panels() const { return (num_outputs + PANEL - 1) / PANEL; }
+    // That are multiplied together with another one.
+    int64_t num_turns() const { return is_gated() ? num_panels() / 2 : num_panels(); }
     const bf16* panel(int64_t index) const { return weights + index * PANEL * size; }
 
     // Of sixteen outputs, those that there are.
@@ -45,15 +53,45 @@ struct Operands {
     }
 };
 
+// Of some rows, the sums [rows, PANEL] of a panel, and where it is gated, of what its numbers gate.
+struct Sums {
+    alignas(64) float own[2 * TILE * PANEL], gated[2 * TILE * PANEL];
+};
+
+inline __m512 rounded(__m512 numbers) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)), 16));
+}
+
+void put(const Operands& of, int64_t panel, int64_t row, int64_t num_rows, const Sums& sums) {
+    for (int64_t output = panel * PANEL, at = 0; at < PANEL; output += 16, at += 16) {
+        const __m512 bias = of.bias_of(output);
+        for (int64_t n = 0; n < num_rows; n++)
+            of.put(row + n, output, _mm512_add_ps(_mm512_load_ps(sums.own + n * PANEL + at), bias));
+    }
+}
+
+// Rounded before, too: a row's numbers must not depend on whether it is one of few.
+void put_gated(const Operands& of, int64_t panel, int64_t row, int64_t num_rows, const Sums& sums) {
+    const int64_t num_gated = of.num_outputs / 2;
+    for (int64_t output = panel * PANEL, at = 0; at < PANEL; output += 16, at += 16) {
+        const __m512 bias = of.bias_of(output), gated_bias = of.bias_of(num_gated + output);
+        for (int64_t n = 0; n < num_rows; n++) {
+            const __m512 own = rounded(_mm512_add_ps(_mm512_load_ps(sums.own + n * PANEL + at), bias));
+            const __m512 gated = rounded(_mm512_add_ps(_mm512_load_ps(sums.gated + n * PANEL + at), gated_bias));
+            store(of.out + (row + n) * num_gated + output, _mm512_mul_ps(activate(of.activation, own), gated));
+        }
+    }
+}
+
 // What is fetched meanwhile: of every PAIRS * VECTORS lines from `from` on, those in [begin, end).
 struct Fetch {
     const bf16* from;
     int64_t begin, end;
 };
 
-// A panel's outputs of N rows.
-template <int N>
-void multiply(const Operands& of, int64_t panel, int64_t row, const Fetch& fetched) {
+// A panel's outputs of N rows, or to `kept` their sums.
+template <int N, bool IS_KEPT>
+void multiply(const Operands& of, int64_t panel, int64_t row, const Fetch& fetched, float* kept) {
     const bf16* const weights = of.panel(panel);
     const bf16* const inputs = of.inputs + row * of.size;
     const int64_t size = of.size;
@@ -76,49 +114,62 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetch& fetch
     }
     for (int v = 0; v < VECTORS; v++) {
         const int64_t output = panel * PANEL + 16 * v;
-        const __m512 bias = of.bias_of(output);
-        for (int n = 0; n < N; n++) of.put(row + n, output, _mm512_add_ps(sums[n][v], bias));
+        const __m512 bias = IS_KEPT ? _mm512_setzero_ps() : of.bias_of(output);
+        for (int n = 0; n < N; n++) {
+            if constexpr (IS_KEPT) _mm512_store_ps(kept + n * PANEL + 16 * v, sums[n][v]);
+            else of.put(row + n, output, _mm512_add_ps(sums[n][v], bias));
+        }
     }
 }
 
-constexpr decltype(&multiply<1>) MULTIPLY[ROWS] = {
-    multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
-    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
+template <bool IS_KEPT>
+constexpr decltype(&multiply<1, IS_KEPT>) MULTIPLY[ROWS] = {
+    multiply<1, IS_KEPT>, multiply<2, IS_KEPT>, multiply<3, IS_KEPT>,  multiply<4, IS_KEPT>,
+    multiply<5, IS_KEPT>, multiply<6, IS_KEPT>, multiply<7, IS_KEPT>,  multiply<8, IS_KEPT>,
+    multiply<9, IS_KEPT>, multiply<10, IS_KEPT>, multiply<11, IS_KEPT>, multiply<12, IS_KEPT>,
 };
 
 // All rows, in groups as equal as can be, and of `next`, if there's such a panel, a share is fetched with each.
 void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
     const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS;
-    const int64_t lines = next < of.num_panels() ? PAIRS * VECTORS : 0;
+    const int64_t lines = next < of.num_turns() ? PAIRS * VECTORS : 0;
+    Sums sums;
     for (int64_t group = 0; group < num_groups; group++) {
         const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
-        const Fetch fetched = {of.panel(next), lines * group / num_groups, lines * (group + 1) / num_groups};
-        MULTIPLY[end - begin - 1](of, panel, begin, fetched);
+        const int64_t num_rows = end - begin;
+        Fetch fetched = {of.panel(next), lines * group / num_groups, lines * (group + 1) / num_groups};
+        if (!of.is_gated()) {
+            MULTIPLY<false>[num_rows - 1](of, panel, begin, fetched, nullptr);
+            continue;
+        }
+        MULTIPLY<true>[num_rows - 1](of, panel, begin, fetched, sums.own);
+        fetched.from = of.panel(of.num_turns() + next);
+        MULTIPLY<true>[num_rows - 1](of, of.num_turns() + panel, begin, fetched, sums.gated);
+        put_gated(of, panel, begin, num_rows, sums);
     }
 }
 
 // With few rows so many panels that each thread comes four times, where there are as many.
 int64_t panels_at_once(const Operands& of, int num_threads) {
     if (of.num_rows > MANY_ROWS) return 1;
-    return std::clamp<int64_t>(of.num_panels() / (4 * num_threads), 1, MAX_PANELS);
+    return std::clamp<int64_t>(of.num_turns() / (4 * num_threads), 1, MAX_PANELS);
 }
 
 void multiply_by_rows(const Operands& of, int num_threads) {
     const int64_t at_once = panels_at_once(of, num_threads);
-    share_ranges(of.num_panels(), at_once, num_threads, [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_turns(), at_once, num_threads, [&](int64_t begin, int64_t end) {
         // The piece after this one is another thread's, most likely.
         for (int64_t panel = begin; panel < end; panel++)
             multiply_panel(of, panel, panel + 1 < end ? panel + 1 : begin + at_once * num_threads);
     });
 }
 
-// A panel's outputs of up to 32 rows, or 16. Nothing is fetched ahead: the processor does that by itself, and a tile's
-// load waits for sixteen lines at once.
+// A panel's sums of up to 32 rows, or 16. Nothing is fetched ahead: the processor does that by itself, and a tile's load
+// waits for sixteen lines at once.
 template <bool IS_WHOLE>
-void multiply_by_tiles(const Operands& of, int64_t panel, int64_t row, const bf16* inputs) {
+void multiply_by_tiles(const Operands& of, int64_t panel, const bf16* inputs, float* sums) {
     constexpr int64_t RIGHT_PAIR = 2 * PANEL;
     const bf16* const weights = of.panel(panel);
-    alignas(64) float sums[2 * TILE * PANEL];
     Square::zero();
     for (int64_t k = 0; k < of.size; k += TILE_NUMBERS) {
         const bf16* const right = weights + k / 2 * RIGHT_PAIR;
@@ -127,12 +178,6 @@ void multiply_by_tiles(const Operands& of, int64_t panel, int64_t row, const bf1
     }
     if constexpr (IS_WHOLE) Square::store(sums, PANEL);
     else Square::store_half(sums, PANEL);
-    const int64_t num_rows = std::min<int64_t>(IS_WHOLE ? 2 * TILE : TILE, of.num_rows - row);
-    for (int64_t output = 0; output < PANEL; output += 16) {
-        const __m512 bias = of.bias_of(panel * PANEL + output);
-        for (int64_t n = 0; n < num_rows; n++)
-            of.put(row + n, panel * PANEL + output, _mm512_add_ps(_mm512_load_ps(sums + n * PANEL + output), bias));
-    }
 }
 
 void multiply_by_tiles(const Operands& of, int num_threads) {
@@ -145,15 +190,31 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
         std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
     }
     const bf16* const filled = kept.data();  // the crew's threads have a `kept` of their own
-    share_ranges(of.num_panels(), panels_at_once(of, num_threads), num_threads, [&](int64_t begin, int64_t end) {
+    share_ranges(of.num_turns(), panels_at_once(of, num_threads), num_threads, [&](int64_t begin, int64_t end) {
         const Tiles held;
+        Sums sums;
         for (int64_t panel = begin; panel < end; panel++)
             for (int64_t row = 0; row < of.num_rows; row += MOST) {
                 const bf16* const inputs = row < last ? of.inputs + row * of.size : filled;
-                if (of.num_rows - row > TILE) multiply_by_tiles<true>(of, panel, row, inputs);
-                else multiply_by_tiles<false>(of, panel, row, inputs);
+                const auto multiply = of.num_rows - row > TILE ? multiply_by_tiles<true> : multiply_by_tiles<false>;
+                multiply(of, panel, inputs, sums.own);
+                const int64_t num_rows = std::min(MOST, of.num_rows - row);
+                if (!of.is_gated()) {
+                    put(of, panel, row, num_rows, sums);
+                    continue;
+                }
+                multiply(of, of.num_turns() + panel, inputs, sums.gated);
+                put_gated(of, panel, row, num_rows, sums);
             }
     });
+}
+
+int linear(const Operands& of, int num_threads) {
+    if (of.size % (2 * PAIRS) || of.num_rows < 1) return 1;
+    // A single row takes as long as memory does, either way.
+    if (of.num_rows > 1 && have_tiles()) multiply_by_tiles(of, num_threads);
+    else multiply_by_rows(of, num_threads);
+    return 0;
 }
 
 }  // namespace
@@ -164,11 +225,20 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
 extern "C" int shoal_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows,
                             int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
-    if (size % (2 * PAIRS) || num_rows < 1) return 1;
-    const Operands of = {static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights),
-                         static_cast<const bf16*>(bias), num_rows, num_outputs, size, static_cast<bf16*>(out)};
-    // A single row takes as long as memory does, either way.
-    if (num_rows > 1 && have_tiles()) multiply_by_tiles(of, num_threads);
-    else multiply_by_rows(of, num_threads);
-    return 0;
+    return linear({static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights), static_cast<const bf16*>(bias),
+                   num_rows, num_outputs, size, static_cast<bf16*>(out), Activation::NONE},
+                  num_threads);
+}
+
+// out [num_rows, num_gated] = activation(products[:, :num_gated]) * products[:, num_gated:], where products are what
+// shoal_linear makes with twice as many outputs. Returns 0, or 1 if size or num_gated isn't a multiple of 32, or there
+// are no rows.
+extern "C" int shoal_gated_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows,
+                                  int64_t num_gated, int64_t size, int activation, void* out, int num_threads) {
+    using namespace shoal;
+    if (num_gated % PANEL) return 1;
+    return linear({static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights), static_cast<const bf16*>(bias),
+                   num_rows, 2 * num_gated, size, static_cast<bf16*>(out),
+                   activation == 0 ? Activation::SILU : Activation::GELU},
+                  num_threads);
 }

@@ -1,6 +1,7 @@
 // What happens to each row between the matrix products: one pass over the memory each, float32 inside, one rounding.
 #include <cmath>
 
+#include "activations.hpp"
 #include "crew.hpp"
 #include "simd.hpp"
 
@@ -9,28 +10,12 @@ namespace {
 
 constexpr int64_t PIECE = 8;  // rows; fewer are done before a second thread has begun
 
-inline __m512 sigmoid(__m512 x) {
-    const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-80.0f));
-    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1),
-                                                          exp2(_mm512_mul_ps(bounded, _mm512_set1_ps(-LOG2_E)))));
-}
-
-inline __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid(x)); }
-
-// x / 2 * (1 + tanh(y)) = x * sigmoid(2 y), y = sqrt(2 / pi) * (x + 0.044715 x^3)
-inline __m512 gelu_tanh(__m512 x) {
-    const __m512 cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-    const __m512 inner = _mm512_fmadd_ps(cubed, _mm512_set1_ps(0.044715f), x);
-    return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(inner, _mm512_set1_ps(1.59576912f))));
-}
-
-template <__m512 (*ACTIVATION)(__m512)>
-void gate(const bf16* both, int64_t num_rows, int64_t size, bf16* out, int num_threads) {
+void gate(Activation activation, const bf16* both, int64_t num_rows, int64_t size, bf16* out, int num_threads) {
     share_ranges(num_rows, PIECE, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const bf16 *const gates = both + row * 2 * size, *const ups = gates + size;
             for (int64_t j = 0; j < size; j += 16)
-                store(out + row * size + j, _mm512_mul_ps(ACTIVATION(load(gates + j)), load(ups + j)));
+                store(out + row * size + j, _mm512_mul_ps(activate(activation, load(gates + j)), load(ups + j)));
         }
     });
 }
@@ -104,7 +89,7 @@ extern "C" int shoal_rotate_store(void* heads, int64_t heads_row, const void* co
 extern "C" int shoal_gate(const void* both, int activation, int64_t num_rows, int64_t size, void* out, int num_threads) {
     using namespace shoal;
     if (size % 16) return 1;
-    const auto run = activation == 0 ? gate<silu> : gate<gelu_tanh>;
-    run(static_cast<const bf16*>(both), num_rows, size, static_cast<bf16*>(out), num_threads);
+    gate(activation == 0 ? Activation::SILU : Activation::GELU, static_cast<const bf16*>(both), num_rows, size,
+         static_cast<bf16*>(out), num_threads);
     return 0;
 }

@@ -104,6 +104,11 @@ class NativeRows(TorchRows):
         self._kernels = kernels
         self._is_gelu = spec.activation is not Activation.SILU
 
+    def looked_up(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
+        if not isinstance(table, PackedMatrix):
+            return super().looked_up(table, index)
+        return self._kernels.packed_rows(table.values, index)
+
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if weight.dtype != hidden.dtype or hidden.dim() != 2 or not hidden.is_contiguous():
             return super().norm(hidden, weight)
@@ -158,7 +163,7 @@ class NativeChooser(TorchChooser):
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
 
-    def likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, bool]:
         if logits.dtype != torch.bfloat16:
             return super().likeliest(logits)
         return self._kernels.argmax(logits.contiguous())

@@ -40,11 +40,16 @@ class ReadPlanner:
 
     def plan(self, rows: Sequence[Span]) -> AttentionPlan:
         """How ``rows`` read and write; each sees all that comes before it in its sequence's blocks."""
-        slots = [self._layout.slots(item.blocks, item.start, item.end) for item in rows]
-        written = self._index(np.concatenate(slots))
+        written = self._written(rows)
         longest = max(item.end for item in rows)
         windowed = {window: self._view(rows, written, window) for window in self._windows if window < longest}
         return self._view(rows, written, None, windowed)
+
+    def _written(self, rows: Sequence[Span]) -> torch.Tensor:
+        """The slots of the rows themselves."""
+        if all(item.num_rows == 1 for item in rows):
+            return self._index([self._layout.slot(item.blocks, item.start) for item in rows])
+        return self._index(np.concatenate([self._layout.slots(item.blocks, item.start, item.end) for item in rows]))
 
     def _view(
         self,

@@ -60,8 +60,8 @@ class Sampled:
 class Chooser(Protocol):
     """Chooses of rows of ``logits`` ``[R, vocab]``, of any float dtype; they are left as they are."""
 
-    def likeliest(self, logits: Tensor) -> Tensor:
-        """``[R]``: of each row the first of the largest, or of the NaNs."""
+    def likeliest(self, logits: Tensor) -> tuple[Tensor, bool]:
+        """``[R]``, of each row the first of the largest, or of the NaNs; and whether all of these are finite."""
 
     def drawn(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         """``[R]`` token ids, drawn as the parameters of ``rows``, one for each, say. No logit is NaN."""
@@ -70,16 +70,20 @@ class Chooser(Protocol):
 class TorchChooser:
     """By torch, on any device."""
 
-    def likeliest(self, logits: Tensor) -> Tensor:
+    def likeliest(self, logits: Tensor) -> tuple[Tensor, bool]:
         if logits.device.type != "cpu":
-            return logits.argmax(dim=-1)
-        if logits.dtype != torch.bfloat16:
-            return torch.from_numpy(logits.numpy().argmax(axis=-1))
+            found = logits.argmax(dim=-1)
+            return found, bool(logits.gather(1, found[:, None]).isfinite().all())
         # bfloat16 is the upper half of float32. torch does this, and what comes next, in a parallel region, for which a
         # row is too little: in a server, where its threads must be waited for, it takes ten times as long and more.
-        wide = logits.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return torch.from_numpy(wide.view(np.float32).argmax(axis=-1))
+        if logits.dtype == torch.bfloat16:
+            wide = logits.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+            wide <<= 16
+            numbers = wide.view(np.float32)
+        else:
+            numbers = logits.numpy()
+        at = numbers.argmax(axis=-1)
+        return torch.from_numpy(at), bool(np.isfinite(numbers[np.arange(len(at)), at]).all())
 
     def drawn(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         return _draw(logits, rows)
@@ -96,11 +100,11 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], chooser: Chooser | None = 
         return []
     chooser = chooser or TorchChooser()
     raw = _gather(logits, rows)
-    likeliest = chooser.likeliest(raw)
-    if not bool(raw.gather(1, likeliest[:, None]).isfinite().all()):  # a NaN is the likeliest, too
+    likeliest, are_finite = chooser.likeliest(raw)
+    if not are_finite:  # a NaN is the likeliest, too
         raise InternalError(NOT_FINITE)
     allowed = _without_banned(raw, rows)
-    chosen = likeliest if allowed is raw else chooser.likeliest(allowed)
+    chosen = likeliest if allowed is raw else chooser.likeliest(allowed)[0]
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         at = torch.tensor(drawn, device=raw.device)

@@ -34,7 +34,8 @@ _SIGNATURES = {
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_tiles": [_INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
-    "shoal_argmax": [_PTR, _INT64, _INT64, _PTR, _INT],
+    "shoal_packed_rows": [_PTR, _PTR, _INT64, _INT64, _PTR],
+    "shoal_argmax": [_PTR, _INT64, _INT64, _PTR, ctypes.POINTER(_INT64), _INT],
     "shoal_draw": [_PTR, _INT64, _INT64, _PTR, _PTR, _PTR, _PTR, _PTR, _INT],
     "shoal_copy_rows": [_PTR, _INT64, _INT64, _INT64, _PTR, _PTR, ctypes.POINTER(ctypes.c_uint32)],
 }  # fmt: skip
@@ -181,12 +182,21 @@ class NativeKernels:
         self._call("shoal_gate", both.data_ptr(), int(is_gelu), rows, size, out.data_ptr(), torch.get_num_threads())
         return out
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """``[rows]`` int64: of each row of ``logits`` ``[rows, size]`` the first of the largest, or of the NaNs."""
-        rows, size = logits.shape
-        out = logits.new_empty(rows, dtype=torch.int64)
-        self._call("shoal_argmax", logits.data_ptr(), rows, size, out.data_ptr(), torch.get_num_threads())
+    def packed_rows(self, panels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """``[len(index), inputs]``: rows of a matrix that lies in ``panels`` (model/packed.py). On the calling thread
+        alone."""
+        rows, size = index.shape[0], 2 * panels.shape[1]
+        out = panels.new_empty(rows, size)
+        self._call("shoal_packed_rows", panels.data_ptr(), index.data_ptr(), rows, size, out.data_ptr())
         return out
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """``[rows]`` int64, of each row of ``logits`` ``[rows, size]`` the first of the largest, or of the NaNs; and
+        whether all of these are finite."""
+        rows, size = logits.shape
+        out, num_finite = logits.new_empty(rows, dtype=torch.int64), _INT64()
+        self._call("shoal_argmax", logits.data_ptr(), rows, size, out.data_ptr(), num_finite, torch.get_num_threads())
+        return out, num_finite.value == rows
 
     def draw(
         self,
@@ -234,6 +244,6 @@ class NativeKernels:
         )  # fmt: skip
         return crc.value
 
-    def _call(self, name: str, *arguments: float | ctypes.c_uint32 | None) -> None:
+    def _call(self, name: str, *arguments: float | ctypes.c_uint32 | ctypes.c_int64 | None) -> None:
         if self._functions[name](*arguments):
             raise InternalError(f"{name} can't run on these shapes")

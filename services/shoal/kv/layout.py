@@ -77,6 +77,10 @@ class KvLayout:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
+    def slot(self, blocks: Sequence[int], position: int) -> int:
+        """That of a sequence's token at ``position``."""
+        return blocks[position // self.block_tokens] * self.block_tokens + position % self.block_tokens
+
     def slots(self, blocks: Sequence[int], start: int, end: int) -> npt.NDArray[np.int64]:
         """Slots (rows of the pool, ``[end - start]``) of a sequence's tokens ``[start, end)``, given its blocks."""
         size = self.block_tokens

@@ -18,7 +18,6 @@ from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan, StepBatch
 from shoal.model.families import ModelSpec
-from shoal.model.matrix import rows_of
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
@@ -99,9 +98,10 @@ class Decoder:
     def forward(self, batch: StepBatch, pool: KvPool) -> StepTensors:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
         self.progressed()
-        rope = Rope.at(self.spec, batch.positions, self.dtype)
-        hidden = self._run(self.plan.kept, self._embed(batch.token_ids), rope, pool, batch.kept)
-        return self.deepen(batch, hidden, rope, pool)
+        rope, hidden = Rope.at(self.spec, batch.positions, self.dtype), self._embed(batch.token_ids)
+        if batch.deep is batch.kept:  # all rows run all layers
+            return self._told(batch, self._run(range(self.plan.num_layers), hidden, rope, pool, batch.kept))
+        return self.deepen(batch, self._run(self.plan.kept, hidden, rope, pool, batch.kept), rope, pool)
 
     def states(self, batch: StepBatch, rope: Rope, pool: KvPool) -> Iterator[torch.Tensor]:
         """The states ``[rows, hidden]`` that enter the first kept layer, and those that leave each of them."""
@@ -118,6 +118,10 @@ class Decoder:
             hidden, rope = hidden[batch.full_rows], rope.rows(batch.full_rows)
         if batch.deep is not None:
             hidden = self._run(self.plan.skipped, hidden, rope, pool, batch.deep)
+        return self._told(batch, hidden)
+
+    def _told(self, batch: StepBatch, hidden: torch.Tensor) -> StepTensors:
+        """What a step brings, from the states that left its last layer."""
         scored = None if batch.scored_rows is None else hidden[batch.scored_rows]
         return StepTensors(self.logits(hidden, batch.logit_rows), scored)
 
@@ -131,7 +135,7 @@ class Decoder:
         return hidden
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        hidden = rows_of(self.parameters.embedding, token_ids)
+        hidden = self._rows.looked_up(self.parameters.embedding, token_ids)
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from shoal.kv.pool import KvPool
 from shoal.model.families import Activation, ModelSpec
-from shoal.model.matrix import Weight, linear
+from shoal.model.matrix import Weight, linear, rows_of
 from shoal.model.norm import rms_norm
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
@@ -17,6 +17,9 @@ from shoal.model.rope import Rope
 
 class RowOps(Protocol):
     """``hidden`` and the like are ``[rows, hidden]``; nothing given is changed but the heads."""
+
+    def looked_up(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
+        """``[len(index), hidden]``: rows of an embedding."""
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm."""
@@ -50,6 +53,9 @@ class TorchRows:
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
+
+    def looked_up(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
+        return rows_of(table, index)
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, weight, self._spec.norm_eps)

@@ -151,11 +151,16 @@ int64_t draw(const bf16* row, int64_t size, const Options& options, Ranks& ranks
 }  // namespace
 }  // namespace shoal
 
-// out [num_rows]: of each row of logits [num_rows, size] the first of the largest, or of the NaNs. Returns 0.
-extern "C" int shoal_argmax(const void* logits, int64_t num_rows, int64_t size, int64_t* out, int num_threads) {
+// out [num_rows]: of each row of logits [num_rows, size] the first of the largest, or of the NaNs; num_finite is how many
+// of these numbers are finite. Returns 0.
+extern "C" int shoal_argmax(const void* logits, int64_t num_rows, int64_t size, int64_t* out, int64_t* num_finite,
+                            int num_threads) {
     using namespace shoal;
-    share(num_rows, num_threads,
-          [&](int64_t row) { out[row] = argmax(static_cast<const bf16*>(logits) + row * size, size); });
+    const bf16* const numbers = static_cast<const bf16*>(logits);
+    share(num_rows, num_threads, [&](int64_t row) { out[row] = argmax(numbers + row * size, size); });
+    *num_finite = 0;
+    for (int64_t row = 0; row < num_rows; row++)
+        *num_finite += (numbers[row * size + out[row]] & INFINITE) != INFINITE;
     return 0;
 }
 

@@ -17,7 +17,7 @@ from transformers.masking_utils import eager_mask
 
 from models import tiny_model
 from shoal.engine.engine import Engine
-from shoal.engine.native import hold_for, make_decoder
+from shoal.engine.native import hold_for, make_chooser, make_decoder
 from shoal.engine.runner import PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import Graph, StepGraphs
@@ -150,7 +150,8 @@ def make_engine(
         parameters = parameters.held(hold)
     decoder = make_decoder(spec, plan, stage, parameters, kernels)
     graphs = None if new_graph is None else StepGraphs(decoder, pool, new_graph, max_sequences)
-    return Engine(scheduler, Runner(decoder, pool, graphs), eos_token_ids=eos_token_ids)
+    runner = Runner(decoder, pool, graphs)
+    return Engine(scheduler, runner, eos_token_ids=eos_token_ids, chooser=make_chooser(kernels))
 
 
 @dataclass(frozen=True)

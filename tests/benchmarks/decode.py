@@ -3,7 +3,8 @@ in one run.
 
     python tests/benchmarks/decode.py [--context 1800] [--streams 1 8 32] [--json FILE]
 
-Every stream holds ``--context`` tokens and goes on greedily; a step gives each of them one token. The engines take
+Every stream holds ``--context`` tokens and goes on, greedily or with ``--temperature`` and ``--top-p``; a step gives
+each of them one token. The engines take
 turns, some steps each, so that a drift of the machine meets them alike. Beside each time stands what share of the
 memory's read rate it is to read all weights, and the K/V of all streams, once. Int8 is measured in bfloat16 alone.
 """
@@ -117,7 +118,7 @@ def _steps(engines: dict[str, Engine], streams: int, options: Any) -> dict[str, 
 def _filled(engine: Engine, streams: int, options: Any) -> Iterator[None]:
     """The streams' prompts are computed, each but its last token."""
     generator = torch.Generator().manual_seed(0)
-    sampling = SamplingParams(max_tokens=4096, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=4096, temperature=options.temperature, top_p=options.top_p, ignore_eos=True)
     for index in range(streams):
         prompt = torch.randint(20, 40_000, (options.context,), generator=generator).tolist()
         engine.submit_generate(str(index), tuple(prompt), Depth.SHALLOW, sampling)
@@ -150,6 +151,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of each engine in a round")
     parser.add_argument("--skip-layers", type=int, default=10)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", help="write the raw figures here")

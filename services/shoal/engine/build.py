@@ -15,7 +15,7 @@ from shoal.config import Dtype, ShoalConfig, StageConfig
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
-from shoal.engine.native import NativeChooser, find_kernels, hold_for, make_decoder
+from shoal.engine.native import find_kernels, hold_for, make_chooser, make_decoder
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import StepGraphs
@@ -188,7 +188,7 @@ def build_engine(
         scheduler,
         runner,
         eos_token_ids=served.files.eos_token_ids(),
-        chooser=None if kernels is None else NativeChooser(kernels),
+        chooser=make_chooser(kernels),
     )
     warm_up(engine, stage, device)
     return engine

@@ -8,7 +8,7 @@ import torch
 
 from shoal.engine.attention import attend
 from shoal.engine.native_layers import NativeLayers
-from shoal.engine.sampler import SampleRow, TorchChooser, uniform
+from shoal.engine.sampler import Chooser, SampleRow, TorchChooser, uniform
 from shoal.errors import ConfigError
 from shoal.kernels.native import HEAD_DIMS, MAX_FEW_ROWS, NativeKernels, load
 from shoal.kv.pool import KvPool
@@ -66,6 +66,11 @@ def make_decoder(
     return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels), layers)
 
 
+def make_chooser(kernels: NativeKernels | None) -> Chooser:
+    """``None``: torch chooses."""
+    return TorchChooser() if kernels is None else NativeChooser(kernels)
+
+
 class NativeAttention:
     """Carries out ``Attend``."""
 
@@ -107,7 +112,7 @@ class NativeRows(TorchRows):
     def looked_up(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
         if not isinstance(table, PackedMatrix):
             return super().looked_up(table, index)
-        return self._kernels.packed_rows(table.values, index)
+        return self._kernels.packed_rows(table.values, table.num_outputs, index)
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if weight.dtype != hidden.dtype or hidden.dim() != 2 or not hidden.is_contiguous():
@@ -133,8 +138,11 @@ class NativeRows(TorchRows):
         self._kernels.rotate_store(heads, num_heads, rope.cos[table], rope.sin[table], pool.layers[layer], slots)
         return heads[:, :num_heads]
 
-    def gate(self, both: torch.Tensor) -> torch.Tensor:
-        return self._kernels.gate(both, is_gelu=self._is_gelu)
+    def gated(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(weight, PackedMatrix) and inputs.shape[0] and weight.num_outputs % 64 == 0:
+            num_gated, is_gelu = weight.num_outputs // 2, self._is_gelu
+            return self._kernels.gated_linear(inputs.contiguous(), weight.values, num_gated, bias, is_gelu=is_gelu)
+        return self._kernels.gate(self.linear(inputs, weight, bias), is_gelu=self._is_gelu)
 
     def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, PackedMatrix) and inputs.shape[0]:

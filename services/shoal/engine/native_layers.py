@@ -59,6 +59,8 @@ class NativeLayers:
         if not (self._is_taken and layers and reads.num_rows) or (has_many and self._has_int8):
             return None
         table, out = self._table(pool), hidden.clone(memory_format=torch.contiguous_format)
+        if layers.stop > len(table):
+            raise InternalError(f"{layers.stop} layers of {len(table)}")
         tables = [native.Rope(cos.data_ptr(), sin.data_ptr()) for cos, sin in zip(rope.cos, rope.sin, strict=True)]
         views = [_reads(reads.within(window)) for window in self._windows]
         step = native.Step(

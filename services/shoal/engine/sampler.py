@@ -94,7 +94,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], chooser: Chooser | None = 
     a ``chooser``, torch does it.
 
     Equal logits of a greedy row go to the lowest id. ``logits`` are left as they are. Raises InternalError where a
-    row has no finite maximum (NaN, infinity) or no token that isn't banned.
+    row has no finite maximum (NaN, infinity), or none among the tokens that aren't banned.
     """
     if not rows:
         return []
@@ -103,8 +103,11 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], chooser: Chooser | None = 
     likeliest, are_finite = chooser.likeliest(raw)
     if not are_finite:  # a NaN is the likeliest, too
         raise InternalError(NOT_FINITE)
-    allowed = _without_banned(raw, rows)
-    chosen = likeliest if allowed is raw else chooser.likeliest(allowed)[0]
+    allowed, chosen = _without_banned(raw, rows), likeliest
+    if allowed is not raw:
+        chosen, are_finite = chooser.likeliest(allowed)
+        if not are_finite:
+            raise InternalError(NOT_FINITE)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         at = torch.tensor(drawn, device=raw.device)

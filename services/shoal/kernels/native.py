@@ -34,7 +34,8 @@ _SIGNATURES = {
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_tiles": [_INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
-    "shoal_packed_rows": [_PTR, _PTR, _INT64, _INT64, _PTR],
+    "shoal_gated_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _INT, _PTR, _INT],
+    "shoal_packed_rows": [_PTR, _INT64, _PTR, _INT64, _INT64, _PTR],
     "shoal_argmax": [_PTR, _INT64, _INT64, _PTR, ctypes.POINTER(_INT64), _INT],
     "shoal_draw": [_PTR, _INT64, _INT64, _PTR, _PTR, _PTR, _PTR, _PTR, _INT],
     "shoal_copy_rows": [_PTR, _INT64, _INT64, _INT64, _PTR, _PTR, ctypes.POINTER(ctypes.c_uint32)],
@@ -182,12 +183,24 @@ class NativeKernels:
         self._call("shoal_gate", both.data_ptr(), int(is_gelu), rows, size, out.data_ptr(), torch.get_num_threads())
         return out
 
-    def packed_rows(self, panels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """``[len(index), inputs]``: rows of a matrix that lies in ``panels`` (model/packed.py). On the calling thread
-        alone."""
+    def gated_linear(
+        self, inputs: torch.Tensor, panels: torch.Tensor, num_gated: int, bias: torch.Tensor | None, *, is_gelu: bool
+    ) -> torch.Tensor:
+        """``gate`` of ``linear``, with twice ``num_gated`` outputs, a multiple of 32: the same numbers, in one go."""
+        rows, size = inputs.shape
+        out = inputs.new_empty(rows, num_gated)
+        self._call(
+            "shoal_gated_linear", inputs.data_ptr(), panels.data_ptr(), pointer(bias), rows, num_gated, size,
+            int(is_gelu), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def packed_rows(self, panels: torch.Tensor, outputs: int, index: torch.Tensor) -> torch.Tensor:
+        """``[len(index), inputs]``: rows of a matrix of so many ``outputs`` that lies in ``panels`` (model/packed.py).
+        On the calling thread alone."""
         rows, size = index.shape[0], 2 * panels.shape[1]
         out = panels.new_empty(rows, size)
-        self._call("shoal_packed_rows", panels.data_ptr(), index.data_ptr(), rows, size, out.data_ptr())
+        self._call("shoal_packed_rows", panels.data_ptr(), outputs, index.data_ptr(), rows, size, out.data_ptr())
         return out
 
     def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, bool]:

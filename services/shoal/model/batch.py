@@ -66,9 +66,10 @@ class StepBatch:
     """One step's input. ``token_ids`` and ``positions`` are ``[T]`` int64.
 
     ``kept`` is how all rows run layers ``0..K-1``, ``deep`` how the full-depth rows run the others (``None`` where
-    there are none). ``shallow_rows`` / ``full_rows`` select rows of each depth (``None`` = all of them, an empty
-    tensor = none). ``logit_rows`` selects, among the full-depth rows, those whose next token is wanted;
-    ``scored_rows`` (``None`` = none) those whose states are, so that a prompt's own tokens can be scored in pieces.
+    there are none; ``kept`` itself only if no row is shallow). ``shallow_rows`` / ``full_rows`` select rows of each
+    depth (``None`` = all of them, an empty tensor = none). ``logit_rows`` selects, among the full-depth rows, those
+    whose next token is wanted; ``scored_rows`` (``None`` = none) those whose states are, so that a prompt's own tokens
+    can be scored in pieces.
     """
 
     token_ids: torch.Tensor

@@ -99,7 +99,7 @@ class Decoder:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
         self.progressed()
         rope, hidden = Rope.at(self.spec, batch.positions, self.dtype), self._embed(batch.token_ids)
-        if batch.deep is batch.kept:  # all rows run all layers
+        if batch.deep is batch.kept:  # all rows run all layers, and alike
             return self._told(batch, self._run(range(self.plan.num_layers), hidden, rope, pool, batch.kept))
         return self.deepen(batch, self._run(self.plan.kept, hidden, rope, pool, batch.kept), rope, pool)
 
@@ -189,7 +189,7 @@ class Decoder:
         return self._rows.linear(mixed.reshape(rows, spec.q_size), layer.out, layer.out_bias)
 
     def _mlp(self, layer: LayerParameters, normed: torch.Tensor) -> torch.Tensor:
-        gated = self._rows.gate(self._rows.linear(normed, layer.gate_up, layer.gate_up_bias))
+        gated = self._rows.gated(normed, layer.gate_up, layer.gate_up_bias)
         return self._rows.linear(gated, layer.down, layer.down_bias)
 
     def _norm_if(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -38,8 +38,8 @@ class RowOps(Protocol):
         """Rotate queries and keys of ``heads`` ``[rows, heads + 2 kv_heads, head_dim]``, put K/V into the pool at
         ``slots``; the queries ``[rows, heads, head_dim]``."""
 
-    def gate(self, both: torch.Tensor) -> torch.Tensor:
-        """``activation(gate) * up`` of ``gate|up``."""
+    def gated(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """``activation(gate) * up`` of what ``linear`` makes, ``gate|up``."""
 
     def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``inputs`` times ``weight`` ``[outputs, inputs]`` transposed, plus ``bias``."""
@@ -78,8 +78,8 @@ class TorchRows:
         pool.write(layer, slots, kv)
         return heads[:, : spec.num_heads]
 
-    def gate(self, both: torch.Tensor) -> torch.Tensor:
-        gate, up = both.chunk(2, dim=-1)
+    def gated(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        gate, up = self.linear(inputs, weight, bias).chunk(2, dim=-1)
         silu = self._spec.activation is Activation.SILU
         return (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")).mul_(up)
 

@@ -68,4 +68,6 @@ def _engine(subject: Subject, arm: Arm, *, max_tokens: int, num_prompts: int) ->
         num_deep_blocks=num_blocks,
     )  # fmt: skip
     decoder = subject.decoder(plan, parameters)
-    return Engine(scheduler, Runner(decoder, pool), eos_token_ids=subject.files.eos_token_ids())
+    return Engine(
+        scheduler, Runner(decoder, pool), eos_token_ids=subject.files.eos_token_ids(), chooser=subject.chooser()
+    )

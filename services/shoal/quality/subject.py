@@ -11,9 +11,10 @@ from itertools import pairwise
 
 import torch
 
-from shoal.engine.native import find_kernels, hold_for, make_decoder
+from shoal.engine.native import find_kernels, hold_for, make_chooser, make_decoder
 from shoal.engine.reads import Span
 from shoal.engine.runner import Runner
+from shoal.engine.sampler import Chooser
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Sequence as Rows
 from shoal.errors import ConfigError, InvalidRequest
@@ -118,6 +119,10 @@ class Subject:
             return make_decoder(self.spec, plan, Stage.DECODE, parameters, None)
         packed = replace(self._packed, projection=parameters.projection)
         return make_decoder(self.spec, plan, Stage.DECODE, packed, self._kernels)
+
+    def chooser(self) -> Chooser:
+        """Of tokens, as an engine would have it."""
+        return make_chooser(self._kernels)
 
     @cached_property
     def _packed(self) -> Parameters:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.errors import InternalError
+from shoal.kernels.layers import pointer
 from shoal.kernels.native import NativeKernels
 from shoal.model.packed import PackedMatrix
 
@@ -70,7 +71,16 @@ def test_prompt_attention(
 
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "head_dim"),
-    [((1,), 9, 3, 64), ((1100,), 9, 3, 64), ((17, 900, 64, 65), 9, 3, 64), ((700, 3), 8, 2, 128), ((100,), 4, 1, 256)],
+    [
+        ((1,), 9, 3, 64),
+        ((1100,), 9, 3, 64),
+        ((17, 900, 64, 65), 9, 3, 64),
+        ((700, 3), 8, 2, 128),
+        ((100,), 4, 1, 256),
+        ((63, 65, 127, 129), 14, 2, 64),
+        ((64, 1, 130), 5, 1, 128),
+        ((129, 300), 8, 1, 256),
+    ],
 )
 def test_decode_attention(
     kernels: NativeKernels, lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int
@@ -88,6 +98,21 @@ def test_decode_attention(
         expected = attention(queries[row : row + 1], pool[own[:length]], seen, 0.3)
         torch.testing.assert_close(out[row : row + 1].double(), expected, **CLOSE)
     assert out[[0, batch + 1]].isnan().all()  # not asked for, not touched
+
+
+def test_however_a_context_is_cut_attention_is_almost_the_same(kernels: NativeKernels) -> None:
+    """What is rounded doesn't depend on it, but for sums in another order."""
+    queries, pool = random(1, 9, 64), random(1200, 2, 3, 64)
+    outs, had = [], torch.get_num_threads()
+    for num_threads in (1, 8):
+        torch.set_num_threads(num_threads)
+        out = torch.empty(1, 9, 64, dtype=torch.bfloat16)
+        kernels.attend_decode(
+            queries, torch.tensor([0]), pool, torch.arange(1100), 1100, torch.tensor([1100]), 0.3, out
+        )
+        outs.append(out)
+    torch.set_num_threads(had)
+    assert int((outs[0] != outs[1]).sum()) < 20  # of 576
 
 
 def test_decode_attention_over_one_run_of_slots(kernels: NativeKernels) -> None:
@@ -146,6 +171,36 @@ def test_gate(kernels: NativeKernels, rows: int, is_gelu: bool) -> None:
     torch.testing.assert_close(kernels.gate(both, is_gelu=is_gelu).double(), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 16, 17, 31, 32, 33, 48, 49, 100])
+@pytest.mark.parametrize("is_gelu", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gated_linear_is_the_gate_of_linear(kernels: NativeKernels, rows: int, is_gelu: bool, has_bias: bool) -> None:
+    size, num_gated = 96, 224
+    weight, inputs = random(2 * num_gated, size), random(rows, size) / 4
+    bias = random(2 * num_gated) if has_bias else None
+    packed = PackedMatrix.of(weight)
+    expected = kernels.gate(kernels.linear(inputs, packed.values, 2 * num_gated, bias), is_gelu=is_gelu)
+    assert torch.equal(kernels.gated_linear(inputs, packed.values, num_gated, bias, is_gelu=is_gelu), expected)
+    with guarded(inputs) as own, guarded(packed.values) as panels:
+        around = torch.full((rows + 2, num_gated), 7.0).bfloat16()
+        kernels._call(
+            "shoal_gated_linear", own.data_ptr(), panels.data_ptr(), pointer(bias), rows, num_gated, size, int(is_gelu),
+            around[1:].data_ptr(), 2,
+        )  # fmt: skip
+    assert torch.equal(around[1:-1], expected)
+    assert bool((around[[0, -1]] == 7).all())
+
+
+def test_rows_of_a_packed_matrix(kernels: NativeKernels) -> None:
+    weight = random(97, 64)
+    packed, index = PackedMatrix.of(weight), torch.tensor([96, 0, 31, 32, 95, 31])
+    assert torch.equal(kernels.packed_rows(packed.values, 97, index), weight[index])
+    assert torch.equal(kernels.packed_rows(packed.values, 97, index), packed.rows(index))
+    for outside in (-1, 97):
+        with pytest.raises(InternalError, match="shoal_packed_rows"):
+            kernels.packed_rows(packed.values, 97, torch.tensor([0, outside]))
+
+
 @pytest.mark.parametrize("rows", [1, 50])
 def test_rotate_and_store(kernels: NativeKernels, rows: int) -> None:
     heads, pool = random(rows, 3 + 2 * 2, 64), random(100, 2, 2, 64)
@@ -169,6 +224,8 @@ def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
         kernels.gate(random(2, 20), is_gelu=False)
     with pytest.raises(InternalError, match="shoal_linear"):
         kernels.linear(random(65, 48), random(1, 24, 32, 2), 32, None)
+    with pytest.raises(InternalError, match="shoal_gated_linear"):
+        kernels.gated_linear(random(20, 32), random(3, 16, 32, 2), 48, None, is_gelu=False)
 
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 25, 32, 33, 40, 47, 48, 49, 64, 65, 100, 511])

@@ -17,8 +17,9 @@ constexpr int TOGETHER = 4;  // query heads that share what is loaded: their sum
 constexpr int64_t MIN_PART = 128;
 constexpr int64_t JOINED = 16;  // heads at a time
 
-// What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, their channels in the order of `pair`, and `total` of
-// 2^(score - top).
+// What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, their channels in the order of `pair`,
+// and `total` of 2^(score - top). `top` is a whole number: however a context is cut, the powers are the same but for a
+// power of two, and so is what they are rounded to.
 struct Part {
     float* sums;
     float top = LOWEST, total = 0;
@@ -85,7 +86,7 @@ void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, 
 float weigh(const float* scores, int padded, Part& part, bf16* probabilities) {
     __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
     for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
-    const float top = _mm512_reduce_max_ps(most), shrink = std::exp2(part.top - top);
+    const float top = std::ceil(_mm512_reduce_max_ps(most)), shrink = std::exp2(part.top - top);
     for (int i = 0; i < padded; i += 16) {
         const __m512 probability = exp2(_mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(top)));
         store(probabilities + i, probability);
@@ -128,7 +129,7 @@ void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t 
         for (int h = 0; h < H; h++)
             for (int j = 0; j < 4; j++)
                 mixed[h][j] = _mm512_mul_ps(_mm512_loadu_ps(parts[h].sums + channel + 16 * j), _mm512_set1_ps(shrink[h]));
-        for (int i = 0; i < chunk.num_tokens; i += 2) {  // after an odd one comes the last again, of probability 0
+        for (int i = 0; i < chunk.num_tokens; i += 2) {  // after an odd one comes the last again, of next to no weight
             ahead.step(1);
             const bf16* const one = chunk.tokens[i] + value_at + channel;
             const bf16* const two = chunk.tokens[i + 1] + value_at + channel;

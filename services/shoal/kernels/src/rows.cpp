@@ -94,10 +94,13 @@ extern "C" int shoal_gate(const void* both, int activation, int64_t num_rows, in
     return 0;
 }
 
-// out [num_rows, size]: rows of a matrix that lies in panels of 32 (model/packed.py), at `index` [num_rows]. Returns 0.
-extern "C" int shoal_packed_rows(const void* panels, const int64_t* index, int64_t num_rows, int64_t size, void* out) {
+// out [num_rows, size]: rows of a matrix of num_outputs that lies in panels of 32 (model/packed.py), at `index` [num_rows].
+// Returns 0, or 1 if there is no such row.
+extern "C" int shoal_packed_rows(const void* panels, int64_t num_outputs, const int64_t* index, int64_t num_rows,
+                                 int64_t size, void* out) {
     constexpr int64_t PANEL = 32;
     for (int64_t row = 0; row < num_rows; row++) {
+        if (index[row] < 0 || index[row] >= num_outputs) return 1;
         const uint32_t* const from =
             static_cast<const uint32_t*>(panels) + index[row] / PANEL * PANEL * (size / 2) + index[row] % PANEL;
         uint32_t* const to = static_cast<uint32_t*>(out) + row * (size / 2);

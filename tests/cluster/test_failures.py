@@ -131,7 +131,7 @@ def test_decode_dies_before_the_first_token(live: TestCluster, long: RealPrompt)
     assert rise(before, live.look(), "shoal_retries_total", reason="peer_gone") == 1
 
 
-@pytest.mark.parametrize("read", [ask, ask_whole])
+@pytest.mark.parametrize("read", [ask, pytest.param(ask_whole, marks=pytest.mark.long)])
 def test_decode_dies_in_the_midst_of_an_answer(
     live: TestCluster, long: RealPrompt, read: Callable[[httpx.AsyncClient, Answer], Awaitable[Answer]]
 ):

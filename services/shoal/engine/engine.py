@@ -16,7 +16,7 @@ import torch
 from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.logprobs import NOT_FINITE
 from shoal.engine.runner import Runner, RunOutput
-from shoal.engine.sampler import Chooser, Sampled, SampleRow, TorchChooser, sample
+from shoal.engine.sampler import Chooser, Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, ShoalError
@@ -43,7 +43,7 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self._eos_token_ids = eos_token_ids
-        self._chooser = chooser or TorchChooser()
+        self._chooser = chooser
         self._clock = clock
         self._sequences: dict[str, dict[int, Sequence]] = {}
         self._finished_kv_bytes: list[int] = []
@@ -344,7 +344,7 @@ def _are_all_of(failures: tuple[FailureEvent, ...], plan: StepPlan) -> bool:
     return {sequence.request_id for sequence in plan.sequences} == {failure.request_id for failure in failures}
 
 
-def _sample_alone(logits: torch.Tensor, row: SampleRow, chooser: Chooser) -> Sampled | InternalError:
+def _sample_alone(logits: torch.Tensor, row: SampleRow, chooser: Chooser | None) -> Sampled | InternalError:
     """A row that can't be sampled, say because its logits are NaN, must not take the others along."""
     try:
         return sample(logits, [row], chooser)[0]

@@ -109,9 +109,9 @@ class NativeRows(TorchRows):
         self._kernels = kernels
         self._is_gelu = spec.activation is not Activation.SILU
 
-    def looked_up(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
+    def embed(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
         if not isinstance(table, PackedMatrix):
-            return super().looked_up(table, index)
+            return super().embed(table, index)
         return self._kernels.packed_rows(table.values, table.num_outputs, index)
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -135,7 +135,7 @@ class Decoder:
         return hidden
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        hidden = self._rows.looked_up(self.parameters.embedding, token_ids)
+        hidden = self._rows.embed(self.parameters.embedding, token_ids)
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
     @torch.inference_mode()

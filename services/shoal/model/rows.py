@@ -18,7 +18,7 @@ from shoal.model.rope import Rope
 class RowOps(Protocol):
     """``hidden`` and the like are ``[rows, hidden]``; nothing given is changed but the heads."""
 
-    def looked_up(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
+    def embed(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
         """``[len(index), hidden]``: rows of an embedding."""
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ class TorchRows:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
 
-    def looked_up(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
+    def embed(self, table: Weight, index: torch.Tensor) -> torch.Tensor:
         return rows_of(table, index)
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,15 @@ ASKS = [Ask(PROMPT[: 5 + 7 * index], num_tokens=8) for index in range(20)]
 @pytest.fixture(scope="module")
 def kernels() -> NativeKernels:
     return native_kernels()
+
+
+@pytest.fixture(params=[1, 8])
+def many_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One, or more than there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 def next_logits(engine: Engine, streams: int, *, in_one_call: bool, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -51,6 +61,7 @@ def next_logits(engine: Engine, streams: int, *, in_one_call: bool, monkeypatch:
 @pytest.mark.parametrize("streams", [1, 12, 40])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.usefixtures("many_threads")
 def test_the_same_as_one_by_one(
     kernels: NativeKernels, family: str, streams: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +80,23 @@ def test_the_same_as_one_by_one(
         assert torch.equal(whole, parts)
     else:  # whose norms of heads are torch's, one by one: it rounds in other places
         assert max(divergence(ours, theirs) for ours, theirs in zip(whole, parts, strict=True)) < 1e-3
+
+
+@pytest.mark.parametrize("streams", [1, 12, 40])
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.usefixtures("many_threads")
+def test_whoever_does_a_piece(
+    kernels: NativeKernels, streams: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more threads than cores, some are left behind in most steps, with a piece that others do, too."""
+    model = kernel_model("llama", torch.bfloat16)
+    held = parameters_of(model, 2).held(Int8Matrix.of) if is_int8 else None
+    engine = make_engine(model, 2, kernels=kernels, parameters=held, num_blocks=2048)
+    logits = []
+    for number in range(12):
+        with monkeypatch.context() as patches:
+            logits.append(next_logits(engine, streams, in_one_call=bool(number), monkeypatch=patches))
+    assert all(torch.equal(one, logits[0]) for one in logits[1:])
 
 
 def test_norms_in_float32_are_one_by_one(kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch) -> None:

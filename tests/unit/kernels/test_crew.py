@@ -1,4 +1,4 @@
-"""The kernels' own threads: every piece of every job is done once, however many call at a time."""
+"""The kernels' own threads: every piece of every job counts once, however many call at a time, and who is left behind."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("checked", [(), ("-fsanitize=thread", "-g")])
-def test_each_piece_is_done_once(tmp_path: Path, checked: tuple[str, ...]):
-    program = tmp_path / "stress"
-    stress = Path(__file__).with_name("crew_stress.cpp")
+def _ran(folder: Path, source: str, checked: tuple[str, ...]) -> int:
+    """What the program printed. It is skipped where it is to be ``checked`` by what this compiler doesn't have."""
+    program = folder / "stress"
     command = [
         *(compiler() or ()), "-O2", "-std=c++20", "-march=x86-64-v4", "-pthread", *checked,
-        f"-I{SOURCES}", str(stress), str(SOURCES / "crew.cpp"), "-o", str(program),
+        f"-I{SOURCES}", str(Path(__file__).with_name(source)), str(SOURCES / "crew.cpp"), "-o", str(program),
     ]  # fmt: skip
     made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if checked and made.returncode:
@@ -32,4 +31,15 @@ def test_each_piece_is_done_once(tmp_path: Path, checked: tuple[str, ...]):
     assert made.returncode == 0, made.stderr
     ran = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) > 0, "no helper did anything: what was tested?"
+    return int(ran.stdout)
+
+
+@pytest.mark.parametrize("checked", [(), ("-fsanitize=thread", "-g")])
+def test_each_piece_is_done_once(tmp_path: Path, checked: tuple[str, ...]):
+    assert _ran(tmp_path, "crew_stress.cpp", checked) > 0, "no helper did anything: what was tested?"
+
+
+@pytest.mark.parametrize("checked", [(), ("-fsanitize=thread", "-g")])
+def test_who_goes_together_waits_for_nobody(tmp_path: Path, checked: tuple[str, ...]):
+    """In each round a thread goes on only when others have come further: they must have done its piece."""
+    assert _ran(tmp_path, "together_stress.cpp", checked) > 100, "in most rounds nobody was left behind"

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "crew.hpp"
+#include "kernels.hpp"
 #include "simd.hpp"
 
 namespace shoal {
@@ -17,11 +18,12 @@ constexpr int TOGETHER = 4;  // query heads that share what is loaded: their sum
 constexpr int64_t MIN_PART = 128;
 constexpr int64_t JOINED = 16;  // heads at a time
 
-// What a head made of a part of its context: `sums` [D] of 2^(score - top) * V, their channels in the order of `pair`,
-// and `total` of 2^(score - top). `top` is a whole number: however a context is cut, the powers are the same but for a
-// power of two, and so is what they are rounded to.
+// What a head made of a part of its context: `sums` of 2^(score - top) * V, their channels in the order of `pair`, and
+// `total` of 2^(score - top). `top` is a whole number: however a context is cut, the powers are the same but for a power
+// of two, and so is what they are rounded to.
+template <int D>
 struct Part {
-    float* sums;
+    float sums[D] = {};
     float top = LOWEST, total = 0;
 };
 
@@ -83,7 +85,8 @@ void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, 
 
 // Scores become probabilities; the part's total and top are brought up to date, and by what its sums are to shrink is
 // returned.
-float weigh(const float* scores, int padded, Part& part, bf16* probabilities) {
+template <int D>
+float weigh(const float* scores, int padded, Part<D>& part, bf16* probabilities) {
     __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
     for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
     const float top = std::ceil(_mm512_reduce_max_ps(most)), shrink = std::exp2(part.top - top);
@@ -115,7 +118,7 @@ inline void store_paired(bf16* to, __m512 low, __m512 high) {
 
 // H query heads that share a K/V head.
 template <int D, int H>
-void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor, Part* parts,
+void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor, Part<D>* parts,
                Ahead& ahead) {
     alignas(64) float scores[CHUNK];
     alignas(64) bf16 probabilities[H][CHUNK];
@@ -148,7 +151,7 @@ void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t 
 
 template <int D>
 void add_chunk(int num_heads, const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor,
-               Part* parts, Ahead& ahead) {
+               Part<D>* parts, Ahead& ahead) {
     switch (num_heads) {
         case 1: return add_chunk<D, 1>(queries, chunk, key_at, value_at, factor, parts, ahead);
         case 2: return add_chunk<D, 2>(queries, chunk, key_at, value_at, factor, parts, ahead);
@@ -170,12 +173,18 @@ struct Rows {
     int num_threads;
 };
 
+// So many that the threads can share them evenly, but none too short to be worth it.
+int64_t num_parts_of(int64_t batch, int64_t longest, int num_threads) {
+    return std::clamp<int64_t>((4 * num_threads + batch - 1) / batch, 1, std::max<int64_t>(1, longest / MIN_PART));
+}
+
+// A head's parts, `stride` from one to the next.
 template <int D>
-void join(const std::vector<Part>& parts, size_t first, int64_t num_parts, int64_t stride, bf16* out) {
+void join(const Part<D>* parts, int64_t num_parts, int64_t stride, bf16* out) {
     float top = LOWEST, total = 0, sums[D] = {};
-    for (int64_t p = 0; p < num_parts; p++) top = std::max(top, parts[first + p * stride].top);
+    for (int64_t p = 0; p < num_parts; p++) top = std::max(top, parts[p * stride].top);
     for (int64_t p = 0; p < num_parts; p++) {
-        const Part& part = parts[first + p * stride];
+        const Part<D>& part = parts[p * stride];
         const float weight = std::exp2(part.top - top);
         total += weight * part.total;
         for (int channel = 0; channel < D; channel++) sums[channel] += weight * part.sums[channel];
@@ -195,7 +204,7 @@ struct Range {
 // A chunk for all heads: what a token has lies side by side, so memory is read in order. After the last chunk comes
 // another range, most likely.
 template <int D>
-void add_chunks(const Rows& rows, const bf16* queries, const Range& of, const Range& after, Part* parts) {
+void add_chunks(const Rows& rows, const bf16* queries, const Range& of, const Range& after, Part<D>* parts) {
     const int shared = rows.num_heads / rows.kv_heads;
     for (int64_t at = of.begin; at < of.end; at += CHUNK) {
         const Chunk chunk(of.context, at, of.end);
@@ -213,21 +222,13 @@ void add_chunks(const Rows& rows, const bf16* queries, const Range& of, const Ra
     }
 }
 
+// `kept` has room for all parts, where there are several of a sequence.
 template <int D>
-void attend_decode(const Rows& rows, const bf16* pool) {
+void attend(const Rows& rows, const bf16* pool, Part<D>* kept) {
     const int64_t heads = rows.num_heads, slot_size = 2 * (int64_t)rows.kv_heads * D;
-    // So many that the threads can share them evenly, but none too short to be worth it.
-    const int64_t num_parts = std::clamp<int64_t>((4 * rows.num_threads + rows.batch - 1) / rows.batch, 1,
-                                                  std::max<int64_t>(1, rows.longest / MIN_PART));
-    std::vector<float> sums(rows.batch * num_parts * heads * D);
-    std::vector<Part> parts(rows.batch * num_parts * heads);
-    for (size_t i = 0; i < parts.size(); i++) parts[i].sums = sums.data() + i * D;
-    const auto join_heads = [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; item++) {
-            const int64_t sequence = item / heads, head = item % heads;
-            join<D>(parts, sequence * num_parts * heads + head, num_parts, heads,
-                    rows.out + (rows.rows[sequence] * heads + head) * D);
-        }
+    const int64_t num_parts = num_parts_of(rows.batch, rows.longest, rows.num_threads);
+    const auto join_head = [&](int64_t sequence, int64_t head, const Part<D>* parts, int64_t number) {
+        join<D>(parts + head, number, heads, rows.out + (rows.rows[sequence] * heads + head) * D);
     };
     const int64_t num_items = rows.batch * num_parts;
     const auto range = [&](int64_t item) -> Range {
@@ -237,16 +238,46 @@ void attend_decode(const Rows& rows, const bf16* pool) {
         const int64_t begin = std::min(length, item % num_parts * size), end = std::min(length, begin + size);
         return {{pool, rows.slots ? rows.slots + at : nullptr, rows.first_slot + at, slot_size}, begin, end};
     };
-    share(num_items, rows.num_threads, [&](int64_t item) {
+    share(num_items, rows.num_threads, [&](int64_t item, Claim& claim) {
+        static thread_local std::vector<Part<D>> own;
+        own.assign(heads, {});
         const int64_t sequence = item / num_parts;
         add_chunks<D>(rows, rows.queries + rows.rows[sequence] * rows.query_row, range(item),
-                      range(item + rows.num_threads), parts.data() + item * heads);
-        if (num_parts == 1) join_heads(sequence * heads, (sequence + 1) * heads);
+                      range(item + rows.num_threads), own.data());
+        if (!claim()) return;
+        if (num_parts > 1) std::copy(own.begin(), own.end(), kept + item * heads);
+        else for (int64_t head = 0; head < heads; head++) join_head(sequence, head, own.data(), 1);
     });
-    if (num_parts > 1) share_ranges(rows.batch * heads, JOINED, rows.num_threads, join_heads);
+    if (num_parts > 1)
+        share_ranges(rows.batch * heads, JOINED, rows.num_threads, [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; item++) {
+                const int64_t sequence = item / heads;
+                join_head(sequence, item % heads, kept + sequence * num_parts * heads, num_parts);
+            }
+        });
 }
 
 }  // namespace
+
+int64_t kept_by_attention(int64_t batch, int64_t longest, int num_heads, int head_dim, int num_threads) {
+    const int64_t num_parts = num_parts_of(batch, longest, num_threads);
+    return num_parts > 1 ? batch * num_parts * num_heads * (head_dim + 2) : 0;
+}
+
+int attend_decode(const void* queries, int64_t query_row, const int64_t* at, const void* pool, const int64_t* slots,
+                  int64_t first_slot, int64_t longest, const int64_t* lengths, int64_t batch, int num_heads, int kv_heads,
+                  int head_dim, float scale, void* out, int num_threads, float* kept) {
+    const Rows rows = {static_cast<const bf16*>(queries), query_row, at, slots, first_slot, longest, lengths, batch,
+                       num_heads, kv_heads, scale * LOG2_E, static_cast<bf16*>(out), num_threads};
+    const bf16* const held = static_cast<const bf16*>(pool);
+    switch (head_dim) {
+        case 64: return attend<64>(rows, held, reinterpret_cast<Part<64>*>(kept)), 0;
+        case 128: return attend<128>(rows, held, reinterpret_cast<Part<128>*>(kept)), 0;
+        case 256: return attend<256>(rows, held, reinterpret_cast<Part<256>*>(kept)), 0;
+        default: return 1;
+    }
+}
+
 }  // namespace shoal
 
 // Of queries [rows, num_heads, D] (query_row numbers between rows) those at `rows` [batch], each over lengths[i] tokens
@@ -257,13 +288,7 @@ extern "C" int shoal_attend_decode(const void* queries, int64_t query_row, const
                                    int64_t batch, int num_heads, int kv_heads, int head_dim, float scale, void* out,
                                    int num_threads) {
     using namespace shoal;
-    const Rows rows = {static_cast<const bf16*>(queries), query_row, at, slots, first_slot, longest, lengths, batch,
-                       num_heads, kv_heads, scale * LOG2_E, static_cast<bf16*>(out), num_threads};
-    const bf16* const held = static_cast<const bf16*>(pool);
-    switch (head_dim) {
-        case 64: return attend_decode<64>(rows, held), 0;
-        case 128: return attend_decode<128>(rows, held), 0;
-        case 256: return attend_decode<256>(rows, held), 0;
-        default: return 1;
-    }
+    std::vector<float> kept(kept_by_attention(batch, longest, num_heads, head_dim, num_threads));
+    return attend_decode(queries, query_row, at, pool, slots, first_slot, longest, lengths, batch, num_heads, kv_heads,
+                         head_dim, scale, out, num_threads, kept.data());
 }

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "apart.hpp"
 #include "crew.hpp"
+#include "kernels.hpp"
 #include "simd.hpp"
 #include "tiles.hpp"
 #include "whole.hpp"
@@ -32,7 +34,7 @@ struct Operands {
     const float* scales;
     const bf16* bias;
     int64_t num_rows, num_outputs, size;
-    bf16* out;
+    Output out;
 
     bool fit_tiles() const { return size % BLOCK == 0 && num_outputs % (2 * TILE) == 0; }
     bool fit_lanes() const { return size % BLOCK == 0 && num_outputs % 16 == 0; }
@@ -113,9 +115,9 @@ inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_
     const __m512 scales = _mm512_maskz_loadu_ps(mask, of.scales + output);
     const __m512 bias = of.bias ? load_some(of.bias + output, left) : _mm512_setzero_ps();
     for (int m = 0; m < M; m++) {
-        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scales[row + m]));
+        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scale(row + m)));
         const __m512 result = _mm512_fmadd_ps(joined((__m512i)sums(high[m]), (__m512i)sums(low[m])), scale, bias);
-        _mm256_mask_storeu_epi16(of.out + (row + m) * of.num_outputs + output, mask,
+        _mm256_mask_storeu_epi16(of.out.numbers + (row + m) * of.out.row + output, mask,
                                  (__m256i)_mm512_cvtneps_pbh(result));
     }
 }
@@ -202,10 +204,23 @@ inline void sixteen_by_lanes(const Operands& of, const Whole& inputs, const __m5
                 const __m512i* const lanes = &found[r][part][n * LANES];
                 return LANES == 2 ? _mm512_add_epi32(lanes[0], lanes[1]) : lanes[0];
             };
-            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scales[row + n]));
-            store(of.out + (row + n) * of.num_outputs + output, _mm512_fmadd_ps(joined(sum(0), sum(1)), scale, bias));
+            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scale(row + n)));
+            store(of.out.numbers + (row + n) * of.out.row + output,
+                  _mm512_fmadd_ps(joined(sum(0), sum(1)), scale, bias));
         }
     }
+}
+
+// Ranges of outputs, of the rows from `first` on, by `multiply(to, begin, end)`.
+template <class Multiply>
+void share_outputs(const Operands& of, int64_t first, int64_t num_rows, int num_threads, const Multiply& multiply) {
+    share_ranges(of.num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end, Claim& claim) {
+        make_part(of.out, {first, num_rows, begin, end}, claim, [&](const Output& out) {
+            Operands to = of;
+            to.out = out;
+            multiply(to, begin, end);
+        });
+    });
 }
 
 template <int ROWS, int R, int N>
@@ -214,9 +229,10 @@ void multiply_by_lanes(const Operands& of, const Whole& inputs, int64_t first, i
     kept.resize(turned_registers<ROWS, R>(inputs));
     turn<ROWS, R>(inputs, first, kept.data());
     const __m512i* const turned = kept.data();  // this thread's
-    share_ranges(of.num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end) {
+    const int64_t num_rows = std::min<int64_t>(ROWS * R, of.num_rows - first);
+    share_outputs(of, first, num_rows, num_threads, [&](const Operands& to, int64_t begin, int64_t end) {
         for (int64_t output = begin; output < end; output += 16)
-            sixteen_by_lanes<ROWS, R, N>(of, inputs, turned, first, output);
+            sixteen_by_lanes<ROWS, R, N>(to, inputs, turned, first, output);
     });
 }
 
@@ -260,8 +276,8 @@ void tiled(const Operands& of, const Whole& inputs, const __m512i* turned, int64
         const __m512 scales = _mm512_loadu_ps(of.scales + output + part);
         const __m512 bias = of.bias ? load(of.bias + output + part) : _mm512_setzero_ps();
         for (int64_t lane = 0; lane < std::min<int64_t>(TILE, of.num_rows - row); lane++) {
-            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scales[row + lane]));
-            store(of.out + (row + lane) * of.num_outputs + output + part,
+            const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scale(row + lane)));
+            store(of.out.numbers + (row + lane) * of.out.row + output + part,
                   _mm512_fmadd_ps(_mm512_castsi512_ps(block[lane]), scale, bias));
         }
     }
@@ -273,15 +289,49 @@ void multiply_by_tiles(const Operands& of, const Whole& inputs, int num_threads)
     kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
     for (int64_t row = 0; row < of.num_rows; row += TILE) turn<16, 1>(inputs, row, kept.data() + row / TILE * turned_size);
     const __m512i* const turned = kept.data();  // this thread's
-    share_ranges(of.num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end) {
+    share_outputs(of, 0, of.num_rows, num_threads, [&](const Operands& to, int64_t begin, int64_t end) {
         const Tiles held;
         for (int64_t output = begin; output < end; output += 2 * TILE)
-            for (int64_t row = 0; row < of.num_rows; row += TILE)
-                tiled(of, inputs, turned + row / TILE * turned_size, row, output);
+            for (int64_t row = 0; row < to.num_rows; row += TILE)
+                tiled(to, inputs, turned + row / TILE * turned_size, row, output);
     });
 }
 
 }  // namespace
+
+int64_t kept_by_int8(int64_t num_rows, int64_t size) { return num_rows * Whole::row_size((size + BLOCK - 1) / BLOCK); }
+
+int int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias, int64_t num_rows,
+                int64_t num_outputs, int64_t size, void* out, int num_threads, __m512i* kept) {
+    if (num_rows > FEW_ROWS || size > MAX_SIZE) return 1;
+    const Operands of = {static_cast<const bf16*>(inputs),
+                         static_cast<const int8_t*>(weights),
+                         static_cast<const float*>(scales),
+                         static_cast<const bf16*>(bias),
+                         num_rows,
+                         num_outputs,
+                         size,
+                         {static_cast<bf16*>(out), num_outputs}};
+    const Whole whole = {kept, num_rows, (size + BLOCK - 1) / BLOCK};
+    share_ranges(num_rows, ROWS_PIECE, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) make_whole(of.inputs + row * size, size, whole, row);
+    });
+    if (num_rows >= MIN_ROWS_TILED && of.fit_tiles() && have_tiles()) {
+        multiply_by_tiles(of, whole, num_threads);
+        return 0;
+    }
+    if (num_rows > TILE_ROWS && of.fit_lanes()) {
+        multiply_by_lanes(of, whole, num_threads);
+        return 0;
+    }
+    share_outputs(of, 0, of.num_rows, num_threads, [&](const Operands& to, int64_t begin, int64_t end) {
+        for (int64_t row = 0; row < num_rows; row += TILE_ROWS)
+            for (int64_t output = begin; output < end; output += 16)
+                few(to, whole, row, std::min(TILE_ROWS, num_rows - row), output);
+    });
+    return 0;
+}
+
 }  // namespace shoal
 
 // out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed times scales
@@ -290,31 +340,7 @@ void multiply_by_tiles(const Operands& of, const Whole& inputs, int num_threads)
 extern "C" int shoal_int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias,
                                  int64_t num_rows, int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
-    if (num_rows > FEW_ROWS || size > MAX_SIZE) return 1;
-    const Operands of = {static_cast<const bf16*>(inputs), static_cast<const int8_t*>(weights),
-                         static_cast<const float*>(scales), static_cast<const bf16*>(bias), num_rows, num_outputs, size,
-                         static_cast<bf16*>(out)};
-    thread_local Whole whole;  // kept: the next product is as large
-    whole.num_rows = num_rows;
-    whole.num_blocks = (size + BLOCK - 1) / BLOCK;
-    whole.registers.resize(std::max(whole.registers.size(), (size_t)(num_rows * whole.row_size())));
-    whole.scales.resize(FEW_ROWS);
-    Whole& own = whole;  // this thread's, for its helpers, too
-    share_ranges(num_rows, ROWS_PIECE, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) make_whole(of.inputs + row * size, size, own, row);
-    });
-    if (num_rows >= MIN_ROWS_TILED && of.fit_tiles() && have_tiles()) {
-        multiply_by_tiles(of, own, num_threads);
-        return 0;
-    }
-    if (num_rows > TILE_ROWS && of.fit_lanes()) {
-        multiply_by_lanes(of, own, num_threads);
-        return 0;
-    }
-    share_ranges(num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = 0; row < num_rows; row += TILE_ROWS)
-            for (int64_t output = begin; output < end; output += 16)
-                few(of, own, row, std::min(TILE_ROWS, num_rows - row), output);
-    });
-    return 0;
+    thread_local std::vector<__m512i> kept;  // the next product is as large
+    kept.resize(std::max<size_t>(kept.size(), kept_by_int8(num_rows, size)));
+    return int8_linear(inputs, weights, scales, bias, num_rows, num_outputs, size, out, num_threads, kept.data());
 }

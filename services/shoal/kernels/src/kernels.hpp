@@ -1,5 +1,7 @@
 // The kernels that layers.cpp puts together; each is described where it is.
 #pragma once
+#include <immintrin.h>
+
 #include <cstdint>
 
 extern "C" {
@@ -12,13 +14,20 @@ int shoal_linear(const void* inputs, const void* weights, const void* bias, int6
                  int64_t size, void* out, int num_threads);
 int shoal_gated_linear(const void* inputs, const void* weights, const void* bias, int64_t num_rows, int64_t num_gated,
                        int64_t size, int activation, void* out, int num_threads);
-int shoal_int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias, int64_t num_rows,
-                      int64_t num_outputs, int64_t size, void* out, int num_threads);
 int shoal_attend_prompt(const void* queries, int64_t query_row, const void* pool, const int64_t* slots,
                         int64_t first_slot, int64_t num_context, int64_t num_rows, int num_heads, int kv_heads,
                         int head_dim, int64_t window, float scale, void* out, int num_threads);
-int shoal_attend_decode(const void* queries, int64_t query_row, const int64_t* at, const void* pool,
-                        const int64_t* slots, int64_t first_slot, int64_t longest, const int64_t* lengths,
-                        int64_t batch, int num_heads, int kv_heads, int head_dim, float scale, void* out,
-                        int num_threads);
 }
+
+namespace shoal {
+
+// Of shoal_attend_decode and shoal_int8_linear, those that keep something meanwhile, for which room is given.
+int64_t kept_by_attention(int64_t batch, int64_t longest, int num_heads, int head_dim, int num_threads);
+int64_t kept_by_int8(int64_t num_rows, int64_t size);
+int attend_decode(const void* queries, int64_t query_row, const int64_t* at, const void* pool, const int64_t* slots,
+                  int64_t first_slot, int64_t longest, const int64_t* lengths, int64_t batch, int num_heads, int kv_heads,
+                  int head_dim, float scale, void* out, int num_threads, float* kept);
+int int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias, int64_t num_rows,
+                int64_t num_outputs, int64_t size, void* out, int num_threads, __m512i* kept);
+
+}  // namespace shoal

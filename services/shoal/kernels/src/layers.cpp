@@ -1,4 +1,6 @@
-// Whole layers in one call: with few rows, what lies between two kernels would take as long as some of them.
+// Whole layers in one call: with few rows, what lies between two kernels would take as long as some of them. Where all
+// rows are single ones of their sequences, the threads go through the layers together.
+#include <algorithm>
 #include <vector>
 
 #include "crew.hpp"
@@ -10,6 +12,8 @@ namespace {
 
 // With more, gates are made as they are multiplied; of fewer, weights are read quicker from end to end.
 constexpr int64_t FEW_ROWS = 16;
+// With more, a piece takes so long that one that's done twice would be felt, and threads are seldom waited for.
+constexpr int64_t TOGETHER = 64;
 
 // The structures are those of kernels/layers.py.
 
@@ -71,24 +75,61 @@ struct Step {
     const Reads* reads;
 };
 
-// What passes between the kernels of a layer.
+// What passes between the kernels of a layer, and what some of them keep.
 struct Scratch {
     std::vector<bf16> normed, heads, mixed, both, gated, added;
-
-    void fit(const Shape& shape, int64_t rows) {
-        normed.resize(rows * shape.hidden_size);
-        added.resize(rows * shape.hidden_size);
-        heads.resize(rows * (shape.num_heads + 2 * shape.kv_heads) * shape.head_dim);
-        mixed.resize(rows * shape.num_heads * shape.head_dim);
-        gated.resize(rows * shape.intermediate_size);
-    }
+    std::vector<float> parts;
+    std::vector<__m512i> whole;
 };
 
 class Runner {
    public:
     Runner(const Shape& shape, const Step& step, Scratch& scratch, int num_threads)
-        : shape_(shape), step_(step), scratch_(scratch), num_threads_(num_threads) {
-        scratch_.fit(shape, step.num_rows);
+        : shape_(shape), step_(step), scratch_(scratch), num_threads_(num_threads) {}
+
+    // Room for all that the layers pass on: nobody makes any on the way.
+    void fit(const Layer* layers, int64_t num_layers) {
+        const int64_t rows = step_.num_rows, mixed = shape_.num_heads * shape_.head_dim;
+        scratch_.normed.resize(rows * shape_.hidden_size);
+        scratch_.added.resize(rows * shape_.hidden_size);
+        scratch_.heads.resize(rows * heads_size());
+        scratch_.mixed.resize(rows * mixed);
+        scratch_.gated.resize(rows * shape_.intermediate_size);
+        int64_t both = 0, parts = 0, whole = 0;
+        for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
+            if (!gates_at_once(layer->gate_up)) both = rows * 2 * shape_.intermediate_size;
+            const int64_t widest = std::max({shape_.hidden_size, shape_.intermediate_size, mixed});
+            if (has_int8(*layer)) whole = kept_by_int8(rows, widest);
+            const Reads& reads = step_.reads[layer->reads];
+            for (const Group* of = reads.groups; of < reads.groups + reads.num_groups; of++)
+                parts = std::max(parts, kept_by_attention(of->batch, of->longest, (int)shape_.num_heads,
+                                                          (int)shape_.head_dim, num_threads_));
+        }
+        scratch_.both.resize(both);
+        scratch_.parts.resize(parts);
+        scratch_.whole.resize(whole);
+    }
+
+    // Whether all rows are single ones, and few.
+    bool can_go_together(const Layer* layers, int64_t num_layers) const {
+        return step_.num_rows <= TOGETHER && std::all_of(layers, layers + num_layers, [&](const Layer& layer) {
+            return !step_.reads[layer.reads].num_prompts;
+        });
+    }
+    // At most, of a layer.
+    int64_t num_shares(const Layer& layer) const {
+        // Two norms, the heads', rotation, two more norms, and four products, of int8 one more for each 32 rows and for
+        // what they begin with, and the gate.
+        const int64_t of_product = has_int8(layer) ? 2 + step_.num_rows / 32 : 1;
+        return 7 + 4 * of_product + 2 * step_.reads[layer.reads].num_groups;
+    }
+    int64_t num_claims(const Layer& layer) const {
+        const int64_t outputs = heads_size() + 2 * shape_.hidden_size + 2 * shape_.intermediate_size;
+        int64_t number = (outputs / 32 + 4) * (has_int8(layer) ? 1 + step_.num_rows / 32 : 1);
+        const Reads& reads = step_.reads[layer.reads];
+        for (const Group* of = reads.groups; of < reads.groups + reads.num_groups; of++)
+            number += 4 * num_threads_ + of->batch;
+        return number;
     }
 
     // A layer's MLP is added to the states by the next one's first norm.
@@ -104,8 +145,14 @@ class Runner {
     }
 
    private:
+    int64_t heads_size() const { return (shape_.num_heads + 2 * shape_.kv_heads) * shape_.head_dim; }
+    bool gates_at_once(const Matrix& by) const { return !by.scales && step_.num_rows > FEW_ROWS; }
+    static bool has_int8(const Layer& layer) {
+        return layer.qkv.scales || layer.out.scales || layer.gate_up.scales || layer.down.scales;
+    }
+
     bool attention(const Layer& layer) {
-        const int64_t size = (shape_.num_heads + 2 * shape_.kv_heads) * shape_.head_dim;
+        const int64_t size = heads_size();
         const Rope& rope = step_.ropes[layer.rope];
         bf16* const heads = scratch_.heads.data();
         if (!multiply(layer.qkv, scratch_.normed.data(), shape_.hidden_size, size, heads)) return false;
@@ -125,9 +172,9 @@ class Runner {
         }
         for (int64_t i = 0; i < reads.num_groups; i++) {
             const Group& of = reads.groups[i];
-            if (shoal_attend_decode(heads, size, of.rows, layer.pool, of.slots, of.first_slot, of.longest, of.lengths,
-                                    of.batch, (int)shape_.num_heads, (int)shape_.kv_heads, (int)shape_.head_dim,
-                                    shape_.attention_scale, mixed, num_threads_))
+            if (attend_decode(heads, size, of.rows, layer.pool, of.slots, of.first_slot, of.longest, of.lengths, of.batch,
+                              (int)shape_.num_heads, (int)shape_.kv_heads, (int)shape_.head_dim, shape_.attention_scale,
+                              mixed, num_threads_, scratch_.parts.data()))
                 return false;
         }
         return multiply(layer.out, mixed, shape_.num_heads * shape_.head_dim, shape_.hidden_size,
@@ -158,18 +205,17 @@ class Runner {
 
     bool gate(const Matrix& by, int64_t size, bf16* out) {
         const bf16* const normed = scratch_.normed.data();
-        if (!by.scales && step_.num_rows > FEW_ROWS)
+        if (gates_at_once(by))
             return !shoal_gated_linear(normed, by.weights, by.bias, step_.num_rows, size, shape_.hidden_size,
                                        shape_.activation, out, num_threads_);
-        scratch_.both.resize(step_.num_rows * 2 * size);
         return multiply(by, normed, shape_.hidden_size, 2 * size, scratch_.both.data()) &&
                !shoal_gate(scratch_.both.data(), shape_.activation, step_.num_rows, size, out, num_threads_);
     }
 
     bool multiply(const Matrix& by, const bf16* inputs, int64_t size, int64_t num_outputs, bf16* out) {
         if (by.scales)
-            return !shoal_int8_linear(inputs, by.weights, by.scales, by.bias, step_.num_rows, num_outputs, size, out,
-                                      num_threads_);
+            return !int8_linear(inputs, by.weights, by.scales, by.bias, step_.num_rows, num_outputs, size, out,
+                                num_threads_, scratch_.whole.data());
         return !shoal_linear(inputs, by.weights, by.bias, step_.num_rows, num_outputs, size, out, num_threads_);
     }
 
@@ -201,5 +247,17 @@ extern "C" int shoal_layers(const void* shape, const void* layers, int64_t num_l
     using namespace shoal;
     static thread_local Scratch scratch;
     Runner runner(*static_cast<const Shape*>(shape), *static_cast<const Step*>(step), scratch, num_threads);
-    return runner.run(static_cast<const Layer*>(layers), num_layers) ? 0 : 1;
+    const Layer* const given = static_cast<const Layer*>(layers);
+    runner.fit(given, num_layers);
+    if (!runner.can_go_together(given, num_layers)) return runner.run(given, num_layers) ? 0 : 1;
+    int64_t num_shares = 1, num_claims = 0;
+    for (int64_t i = 0; i < num_layers; i++) {
+        num_shares += runner.num_shares(given[i]);
+        num_claims += runner.num_claims(given[i]);
+    }
+    std::atomic<bool> can{true};
+    go_together(num_threads, num_shares, num_claims, [&] {
+        if (!runner.run(given, num_layers)) can = false;
+    });
+    return can ? 0 : 1;
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "activations.hpp"
+#include "apart.hpp"
 #include "crew.hpp"
 #include "simd.hpp"
 #include "tiles.hpp"
@@ -30,7 +31,7 @@ constexpr int64_t MANY_ROWS = 16;  // with more, one panel is work enough
 struct Operands {
     const bf16 *inputs, *weights, *bias;
     int64_t num_rows, num_outputs, size;
-    bf16* out;
+    Output out;
     Activation activation;  // none, or the outputs' second half is gated by the first one
 
     bool is_gated() const { return activation != Activation::NONE; }
@@ -49,7 +50,7 @@ struct Operands {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
     void put(int64_t row, int64_t output, __m512 sums) const {
-        _mm256_mask_storeu_epi16(out + row * num_outputs + output, mask(output), (__m256i)_mm512_cvtneps_pbh(sums));
+        _mm256_mask_storeu_epi16(out.numbers + row * out.row + output, mask(output), (__m256i)_mm512_cvtneps_pbh(sums));
     }
 };
 
@@ -78,7 +79,8 @@ void put_gated(const Operands& of, int64_t panel, int64_t row, int64_t num_rows,
         for (int64_t n = 0; n < num_rows; n++) {
             const __m512 own = rounded(_mm512_add_ps(_mm512_load_ps(sums.own + n * PANEL + at), bias));
             const __m512 gated = rounded(_mm512_add_ps(_mm512_load_ps(sums.gated + n * PANEL + at), gated_bias));
-            store(of.out + (row + n) * num_gated + output, _mm512_mul_ps(activate(of.activation, own), gated));
+            store(of.out.numbers + (row + n) * of.out.row + output,
+                  _mm512_mul_ps(activate(of.activation, own), gated));
         }
     }
 }
@@ -155,12 +157,26 @@ int64_t panels_at_once(const Operands& of, int num_threads) {
     return std::clamp<int64_t>(of.num_turns() / (4 * num_threads), 1, MAX_PANELS);
 }
 
+// The panels of `of`, `at_once` at a time, by `multiply(to, begin, end)`.
+template <class Multiply>
+void share_panels(const Operands& of, int num_threads, int64_t at_once, const Multiply& multiply) {
+    const int64_t num_made = of.is_gated() ? of.num_outputs / 2 : of.num_outputs;
+    share_ranges(of.num_turns(), at_once, num_threads, [&](int64_t begin, int64_t end, Claim& claim) {
+        const Part made = {0, of.num_rows, begin * PANEL, std::min(end * PANEL, num_made)};
+        make_part(of.out, made, claim, [&](const Output& out) {
+            Operands to = of;
+            to.out = out;
+            multiply(to, begin, end);
+        });
+    });
+}
+
 void multiply_by_rows(const Operands& of, int num_threads) {
     const int64_t at_once = panels_at_once(of, num_threads);
-    share_ranges(of.num_turns(), at_once, num_threads, [&](int64_t begin, int64_t end) {
+    share_panels(of, num_threads, at_once, [&](const Operands& to, int64_t begin, int64_t end) {
         // The piece after this one is another thread's, most likely.
         for (int64_t panel = begin; panel < end; panel++)
-            multiply_panel(of, panel, panel + 1 < end ? panel + 1 : begin + at_once * num_threads);
+            multiply_panel(to, panel, panel + 1 < end ? panel + 1 : begin + at_once * num_threads);
     });
 }
 
@@ -190,21 +206,21 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
         std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
     }
     const bf16* const filled = kept.data();  // the crew's threads have a `kept` of their own
-    share_ranges(of.num_turns(), panels_at_once(of, num_threads), num_threads, [&](int64_t begin, int64_t end) {
+    share_panels(of, num_threads, panels_at_once(of, num_threads), [&](const Operands& to, int64_t begin, int64_t end) {
         const Tiles held;
         Sums sums;
         for (int64_t panel = begin; panel < end; panel++)
-            for (int64_t row = 0; row < of.num_rows; row += MOST) {
-                const bf16* const inputs = row < last ? of.inputs + row * of.size : filled;
-                const auto multiply = of.num_rows - row > TILE ? multiply_by_tiles<true> : multiply_by_tiles<false>;
-                multiply(of, panel, inputs, sums.own);
-                const int64_t num_rows = std::min(MOST, of.num_rows - row);
-                if (!of.is_gated()) {
-                    put(of, panel, row, num_rows, sums);
+            for (int64_t row = 0; row < to.num_rows; row += MOST) {
+                const bf16* const inputs = row < last ? to.inputs + row * to.size : filled;
+                const auto multiply = to.num_rows - row > TILE ? multiply_by_tiles<true> : multiply_by_tiles<false>;
+                multiply(to, panel, inputs, sums.own);
+                const int64_t num_rows = std::min(MOST, to.num_rows - row);
+                if (!to.is_gated()) {
+                    put(to, panel, row, num_rows, sums);
                     continue;
                 }
-                multiply(of, of.num_turns() + panel, inputs, sums.gated);
-                put_gated(of, panel, row, num_rows, sums);
+                multiply(to, to.num_turns() + panel, inputs, sums.gated);
+                put_gated(to, panel, row, num_rows, sums);
             }
     });
 }
@@ -226,7 +242,7 @@ extern "C" int shoal_linear(const void* inputs, const void* weights, const void*
                             int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;
     return linear({static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights), static_cast<const bf16*>(bias),
-                   num_rows, num_outputs, size, static_cast<bf16*>(out), Activation::NONE},
+                   num_rows, num_outputs, size, {static_cast<bf16*>(out), num_outputs}, Activation::NONE},
                   num_threads);
 }
 
@@ -238,7 +254,7 @@ extern "C" int shoal_gated_linear(const void* inputs, const void* weights, const
     using namespace shoal;
     if (num_gated % PANEL) return 1;
     return linear({static_cast<const bf16*>(inputs), static_cast<const bf16*>(weights), static_cast<const bf16*>(bias),
-                   num_rows, 2 * num_gated, size, static_cast<bf16*>(out),
+                   num_rows, 2 * num_gated, size, {static_cast<bf16*>(out), num_gated},
                    activation == 0 ? Activation::SILU : Activation::GELU},
                   num_threads);
 }

@@ -5,7 +5,6 @@
 #pragma once
 #include <bit>
 #include <cmath>
-#include <vector>
 
 #include "simd.hpp"
 
@@ -15,15 +14,16 @@ constexpr int64_t BLOCK = 64;      // inputs in a register
 constexpr float LARGEST = 32639;   // 256 * 127 + 127
 constexpr float NOTHING = 1e-30f;  // above it LARGEST / x is finite
 
-// Of each row, for each block a register of high bytes and one of low, then what the sums of each begin with.
+// Of each row, for each block a register of high bytes and one of low, then what the sums of each begin with, and one for
+// its scale.
 struct Whole {
-    std::vector<__m512i> registers;
-    std::vector<float> scales;
+    __m512i* registers;
     int64_t num_rows, num_blocks;
 
-    int64_t row_size() const { return 2 * num_blocks + 2; }
-    __m512i* row(int64_t index) { return registers.data() + index * row_size(); }
-    const __m512i* row(int64_t index) const { return registers.data() + index * row_size(); }
+    static int64_t row_size(int64_t num_blocks) { return 2 * num_blocks + 3; }
+    int64_t row_size() const { return row_size(num_blocks); }
+    __m512i* row(int64_t index) const { return registers + index * row_size(); }
+    float& scale(int64_t index) const { return *reinterpret_cast<float*>(row(index) + 2 * num_blocks + 2); }
 };
 
 // The first of `size` lanes, all or none.
@@ -48,10 +48,10 @@ inline float largest_of(const bf16* from, int64_t size) {
 }
 
 // One row of inputs. Where a number isn't finite, the scale is NaN, and so is all that comes of the row.
-inline void make_whole(const bf16* from, int64_t size, Whole& to, int64_t row) {
+inline void make_whole(const bf16* from, int64_t size, const Whole& to, int64_t row) {
     const float largest = largest_of(from, size);
     const bool is_finite = std::isfinite(largest), is_nothing = largest < NOTHING;
-    to.scales[row] = !is_finite ? NAN : is_nothing ? 0 : largest / LARGEST;
+    to.scale(row) = !is_finite ? NAN : is_nothing ? 0 : largest / LARGEST;
     const __m512 factor = _mm512_set1_ps(!is_finite || is_nothing ? 0 : LARGEST / largest);
     const __m512i flipped = _mm512_set1_epi8(-128);  // 128, without a sign
     __m512i* const blocks = to.row(row);

@@ -1,4 +1,4 @@
-"""The kernels' own threads: every piece of every job counts once, however many call at a time, and who is left behind."""
+"""The kernels' own threads: each piece counts once, however many call at a time, and whoever is left behind."""
 
 from __future__ import annotations
 

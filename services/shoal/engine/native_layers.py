@@ -42,6 +42,8 @@ class NativeLayers:
         )
         parts = [part for layer in parameters.layers for part in _parts(layer)]
         self._is_taken = all(map(_is_taken, parts))
+        ends = (parameters.final_norm, parameters.lm_head)
+        self._has_head = all(part is not None and _is_taken(part) for part in ends)
         self._has_int8 = any(isinstance(part, Int8Matrix) for part in parts)
         self._pool: KvPool | None = None
         self._layers: ctypes.Array[native.Layer] | None = None
@@ -54,9 +56,14 @@ class NativeLayers:
         pool: KvPool,
         reads: AttentionPlan,
         progressed: Callable[[], None],
+        logits: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         has_many = reads.num_rows > MAX_FEW_ROWS
         if not (self._is_taken and layers and reads.num_rows) or (has_many and self._has_int8):
+            return None
+        # What may take long, somebody wants to hear of layer by layer: a few rows, too, where they look at many others.
+        is_long = has_many or bool(reads.prompts)
+        if logits is not None and (is_long or not self._has_head):
             return None
         table, out = self._table(pool), hidden.clone(memory_format=torch.contiguous_format)
         if layers.stop > len(table):
@@ -69,13 +76,19 @@ class NativeLayers:
             reads.slots.data_ptr(),
             (native.Rope * len(tables))(*tables),
             (native.Reads * len(views))(*views),
+            None if logits is None else ctypes.pointer(self._head(logits)),
         )
-        # What may take long, somebody wants to hear of layer by layer: a few rows, too, where they look at many others.
-        at_once = 1 if has_many or reads.prompts else len(layers)
+        at_once = 1 if is_long else len(layers)
         for layer in layers[::at_once]:
             progressed()
             self._kernels.run_layers(self._shape, table[layer], at_once, step)
         return out
+
+    def _head(self, logits: torch.Tensor) -> native.Head:
+        norm, head = self._parameters.final_norm, self._parameters.lm_head
+        if norm is None or head is None:
+            raise InternalError("logits where there is no lm_head")
+        return native.Head(pointer(norm), _matrix(head, None), logits.shape[1], logits.data_ptr())
 
     def _table(self, pool: KvPool) -> ctypes.Array[native.Layer]:
         if self._layers is None or self._pool is not pool:

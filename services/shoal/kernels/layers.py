@@ -101,6 +101,12 @@ class Rope(ctypes.Structure):
     _fields_ = (("cos", _Pointer), ("sin", _Pointer))
 
 
+class Head(ctypes.Structure):
+    """What makes ``logits`` ``[num_rows, num_outputs]`` of the states that leave the last layer."""
+
+    _fields_ = (("norm", _Pointer), ("by", Matrix), ("num_outputs", _Int64), ("logits", _Pointer))
+
+
 class Step(ctypes.Structure):
     """``hidden`` is what goes in and comes out; ``slots`` ``[num_rows]`` are where K/V of the rows go."""
 
@@ -110,6 +116,7 @@ class Step(ctypes.Structure):
         ("slots", _Pointer),
         ("ropes", ctypes.POINTER(Rope)),
         ("reads", ctypes.POINTER(Reads)),
+        ("head", ctypes.POINTER(Head)),
     )
 
 

@@ -41,7 +41,8 @@ class Attend(Protocol):
 
 class RunLayers(Protocol):
     """Several layers at once (engine/native_layers.py): the states ``[rows, hidden]`` that leave the last of them, or
-    ``None`` where it can't, and nothing was done. ``progressed`` is called before each layer that may take long."""
+    ``None`` where it can't, and nothing was done. ``progressed`` is called before each layer that may take long. With
+    ``logits`` ``[rows, vocab]`` these are made, too, and the states are of no use then."""
 
     def __call__(
         self,
@@ -51,6 +52,7 @@ class RunLayers(Protocol):
         pool: KvPool,
         reads: AttentionPlan,
         progressed: Callable[[], None],
+        logits: torch.Tensor | None = None,
     ) -> torch.Tensor | None: ...
 
 
@@ -100,7 +102,12 @@ class Decoder:
         self.progressed()
         rope, hidden = Rope.at(self.spec, batch.positions, self.dtype), self._embed(batch.token_ids)
         if batch.deep is batch.kept:  # all rows run all layers, and alike
-            return self._told(batch, self._run(range(self.plan.num_layers), hidden, rope, pool, batch.kept))
+            layers = range(self.plan.num_layers)
+            if self._run_layers is not None and batch.only_decodes:
+                logits = hidden.new_empty(len(hidden), self.spec.vocab_size)
+                if self._run_layers(layers, hidden, rope, pool, batch.kept, self.progressed, logits) is not None:
+                    return StepTensors(self._capped(logits))
+            return self._told(batch, self._run(layers, hidden, rope, pool, batch.kept))
         return self.deepen(batch, self._run(self.plan.kept, hidden, rope, pool, batch.kept), rope, pool)
 
     def states(self, batch: StepBatch, rope: Rope, pool: KvPool) -> Iterator[torch.Tensor]:
@@ -202,5 +209,8 @@ class Decoder:
             return None
         self.progressed()
         normed = self._rows.norm(hidden.index_select(0, rows), norm)
-        logits, cap = self._rows.linear(normed, head), self.spec.logit_softcap
+        return self._capped(self._rows.linear(normed, head))
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = self.spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_() * cap

@@ -67,12 +67,22 @@ struct Rope {
     const void *cos, *sin;
 };
 
+// What turns the states of all rows to logits.
+struct Head {
+    const void* norm;
+    Matrix by;
+    int64_t num_outputs;
+    void* logits;
+};
+
+// Without a head there are no logits.
 struct Step {
     int64_t num_rows;
     void* hidden;
     const int64_t* slots;
     const Rope* ropes;
     const Reads* reads;
+    const Head* head;
 };
 
 // What passes between the kernels of a layer, and what some of them keep.
@@ -95,11 +105,11 @@ class Runner {
         scratch_.heads.resize(rows * heads_size());
         scratch_.mixed.resize(rows * mixed);
         scratch_.gated.resize(rows * shape_.intermediate_size);
-        int64_t both = 0, parts = 0, whole = 0;
+        const int64_t widest = std::max(shape_.hidden_size, mixed);
+        int64_t both = 0, parts = 0, whole = step_.head && step_.head->by.scales ? kept_by_int8(rows, widest) : 0;
         for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
             if (!gates_at_once(layer->gate_up)) both = rows * 2 * shape_.intermediate_size;
-            const int64_t widest = std::max({shape_.hidden_size, shape_.intermediate_size, mixed});
-            if (has_int8(*layer)) whole = kept_by_int8(rows, widest);
+            if (has_int8(*layer)) whole = kept_by_int8(rows, std::max(widest, shape_.intermediate_size));
             const Reads& reads = step_.reads[layer->reads];
             for (const Group* of = reads.groups; of < reads.groups + reads.num_groups; of++)
                 parts = std::max(parts, kept_by_attention(of->batch, of->longest, (int)shape_.num_heads,
@@ -118,18 +128,23 @@ class Runner {
     }
     // At most, of a layer.
     int64_t num_shares(const Layer& layer) const {
-        // Two norms, the heads', rotation, two more norms, and four products, of int8 one more for each 32 rows and for
-        // what they begin with, and the gate.
-        const int64_t of_product = has_int8(layer) ? 2 + step_.num_rows / 32 : 1;
-        return 7 + 4 * of_product + 2 * step_.reads[layer.reads].num_groups;
+        // Five norms, rotation, gate, four products, and attention's parts, which are then joined.
+        return 7 + num_shares(layer.qkv) + num_shares(layer.out) + num_shares(layer.gate_up) + num_shares(layer.down) +
+               2 * step_.reads[layer.reads].num_groups;
     }
     int64_t num_claims(const Layer& layer) const {
-        const int64_t outputs = heads_size() + 2 * shape_.hidden_size + 2 * shape_.intermediate_size;
-        int64_t number = (outputs / 32 + 4) * (has_int8(layer) ? 1 + step_.num_rows / 32 : 1);
+        int64_t number = num_claims(layer.qkv, heads_size()) + num_claims(layer.out, shape_.hidden_size) +
+                         num_claims(layer.gate_up, 2 * shape_.intermediate_size) +
+                         num_claims(layer.down, shape_.hidden_size);
         const Reads& reads = step_.reads[layer.reads];
         for (const Group* of = reads.groups; of < reads.groups + reads.num_groups; of++)
             number += 4 * num_threads_ + of->batch;
         return number;
+    }
+    // Of a product: of int8 inputs are made whole, and rows are multiplied 32 at a time.
+    int64_t num_shares(const Matrix& by) const { return by.scales ? 2 + step_.num_rows / 32 : 1; }
+    int64_t num_claims(const Matrix& by, int64_t num_outputs) const {
+        return (num_outputs / 32 + 1) * (by.scales ? 1 + step_.num_rows / 32 : 1);
     }
 
     // A layer's MLP is added to the states by the next one's first norm.
@@ -140,8 +155,12 @@ class Runner {
                   add_norm(scratch_.added.data(), layers[i].mlp_norm) && mlp(layers[i])))
                 return false;
         }
-        return !shoal_add_norm(step_.hidden, scratch_.added.data(), nullptr, step_.num_rows, shape_.hidden_size, shape_.eps,
-                               step_.hidden, nullptr, num_threads_);
+        const bf16* const added = scratch_.added.data();
+        if (const Head* const head = step_.head)
+            return add_norm(added, head->norm) && multiply(head->by, scratch_.normed.data(), shape_.hidden_size,
+                                                           head->num_outputs, static_cast<bf16*>(head->logits));
+        return !shoal_add_norm(step_.hidden, added, nullptr, step_.num_rows, shape_.hidden_size, shape_.eps, step_.hidden,
+                               nullptr, num_threads_);
     }
 
    private:
@@ -241,7 +260,7 @@ class Runner {
 }  // namespace shoal
 
 // The states `hidden` [num_rows, hidden_size] of a step go through the layers, in place; K/V of its rows are in each
-// layer's pool afterwards. Returns 0, or 1 if one of the kernels can't.
+// layer's pool afterwards, and with a head `logits` [num_rows, num_outputs] are made of them. Returns 0, or 1 if one of the kernels can't.
 extern "C" int shoal_layers(const void* shape, const void* layers, int64_t num_layers, const void* step,
                             int num_threads) {
     using namespace shoal;
@@ -251,6 +270,10 @@ extern "C" int shoal_layers(const void* shape, const void* layers, int64_t num_l
     runner.fit(given, num_layers);
     if (!runner.can_go_together(given, num_layers)) return runner.run(given, num_layers) ? 0 : 1;
     int64_t num_shares = 1, num_claims = 0;
+    if (const Head* const head = static_cast<const Step*>(step)->head) {
+        num_shares += runner.num_shares(head->by);
+        num_claims += runner.num_claims(head->by, head->num_outputs);
+    }
     for (int64_t i = 0; i < num_layers; i++) {
         num_shares += runner.num_shares(given[i]);
         num_claims += runner.num_claims(given[i]);

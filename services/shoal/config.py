@@ -244,6 +244,12 @@ class HandoffConfig(_Frozen):
     local_tokens: Annotated[int, Field(ge=0)] = Field(
         512, description="Where decode has half of a prompt's K/V already, it computes up to so many tokens itself."
     )
+    yield_s: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="While prompts are on their way from prefill, a step of decode that computes no prompt begins so "
+        "long after the one before at the earliest, and leaves the cores to prefill until then: more answers at once "
+        "for each step. By default 0.05 where both pools compute on the same cores of one machine, else 0.",
+    )
     max_reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="Share of decode's pool that prompts on their way may hold."
     )

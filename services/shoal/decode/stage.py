@@ -22,6 +22,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.heartbeat import Heartbeat
+from shoal.machine import usable_threads
 from shoal.messages import Stage, WireMode
 from shoal.model.parameters import Parameters
 from shoal.model.rope import Rope
@@ -36,6 +37,8 @@ from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
 from shoal.transfer.terms import KvShape
 
+YIELD_S = 0.05
+"""Twenty tokens a second are more than is read."""
 _log = structlog.get_logger(__name__)
 
 
@@ -90,7 +93,13 @@ async def open_decode(
             metrics.held(num_bytes)
         worker.told_of_blocks(wanted=output.wants_blocks)
 
-    engine = EngineClient(core, name="shoal-decode", on_step=on_step, niceness=loaded.niceness)
+    engine = EngineClient(
+        core,
+        name="shoal-decode",
+        on_step=on_step,
+        niceness=loaded.niceness,
+        yield_s=choose_yield_s(config, core.runner.pool.layers[0].device),
+    )
     sink = PoolSink(core.runner.pool, _projection(served, parameters), loaded.copier)
     desk = HandoffDesk(
         sink,
@@ -158,3 +167,14 @@ def _projection(served: Served, parameters: Parameters) -> Project | None:
         return projection(states.to(served.dtype), rope)
 
     return project
+
+
+def choose_yield_s(config: ShoalConfig, device: torch.device) -> float:
+    """Where both pools want the same cores, a step for few answers takes as much from prefill as one for many."""
+    if config.handoff.yield_s is not None:
+        return config.handoff.yield_s
+    pools = (config.prefill, config.decode)
+    is_one_machine = config.ray.address is None and device.type == "cpu"
+    are_on_cpu = all(pool.device in ("auto", "cpu") and not pool.num_gpus for pool in pools)
+    num_wanted = sum(pool.replicas * (pool.num_threads or usable_threads()) for pool in pools)
+    return YIELD_S if is_one_machine and are_on_cpu and num_wanted > usable_threads() else 0.0

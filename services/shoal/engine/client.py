@@ -80,13 +80,16 @@ class EngineClient:
         name: str,
         on_step: Callable[[StepOutput], None] | None = None,
         niceness: int = 0,
+        yield_s: float = 0.0,
     ) -> None:
         self._inboxes: dict[str, Inbox] = {}
         self._on_step = on_step
         self._first_step_s: dict[str, float] = {}
         self._num_failed_in_a_row = 0
         loop = asyncio.get_running_loop()
-        self._thread = EngineThread(engine, loop, self._deliver, self._died, name=name, niceness=niceness)
+        self._thread = EngineThread(
+            engine, loop, self._deliver, self._died, name=name, niceness=niceness, yield_s=yield_s
+        )
 
     @property
     def is_serving(self) -> bool:

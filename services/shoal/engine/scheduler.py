@@ -281,6 +281,12 @@ class Scheduler:
         return [*self.running, *self.reserved, *self.waiting]
 
     @property
+    def may_yield(self) -> bool:
+        """Prompts are on their way here, and meanwhile there's nothing to do but to go on with answers."""
+        goes_on = bool(self.running) and all(sequence.output for sequence in self.running)
+        return bool(self.reserved) and not self.waiting and goes_on
+
+    @property
     def num_reserved_blocks(self) -> int:
         return sum(len(sequence.blocks) for sequence in self.reserved)
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,7 +29,8 @@ class EngineThread:
     step ran, or the counts changed.
 
     ``died`` is called there once the thread ends, for whatever reason. The thread steps back for others by
-    ``niceness``.
+    ``niceness``; and where it may yield to those who compute prompts for it, ``yield_s`` lie between the beginnings of
+    two steps.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class EngineThread:
         *,
         name: str,
         niceness: int = 0,
+        yield_s: float = 0.0,
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -49,6 +52,8 @@ class EngineThread:
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
         self._niceness = niceness
+        self._yield_s = yield_s
+        self._began_s = 0.0
         self._untold: StepOutput | None = None
         self.heartbeat = Heartbeat("engine")
         engine.told_of_progress(self._progressed)
@@ -106,6 +111,7 @@ class EngineThread:
             step_back(self._niceness)
             while self._obey(wait=not may_run):
                 self.heartbeat.beat()
+                self._began_s = time.monotonic()
                 output = self._engine.step()
                 self._tell()
                 may_run = not output.is_idle
@@ -139,12 +145,16 @@ class EngineThread:
         self._died()
 
     def _obey(self, *, wait: bool) -> bool:
-        """Run all commands that are here (waiting for one first if told to). False once closed."""
+        """Run all commands that are here, waiting for one first if told to, and for more while it yields. False once
+        closed."""
         while True:
+            left_s = self._left_to_yield_s()
             if wait:
                 self.heartbeat.rest()
+            elif left_s:
+                self._tell()
             try:
-                command = self._commands.get(block=wait)
+                command = self._commands.get(block=wait or left_s > 0, timeout=None if wait else left_s)
             except queue.Empty:
                 return True
             self.heartbeat.beat()
@@ -153,6 +163,11 @@ class EngineThread:
                 return False
             command(self._engine)
             wait = False
+
+    def _left_to_yield_s(self) -> float:
+        if not self._yield_s or not self._engine.scheduler.may_yield:
+            return 0.0
+        return max(0.0, self._began_s + self._yield_s - time.monotonic())
 
     def _on_loop(self, function: Callable[..., None], *args: object) -> None:
         # At shutdown the loop may close first: nobody is left to be told.

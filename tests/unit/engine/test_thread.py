@@ -1,4 +1,5 @@
-"""When the event loop is told what a step brought: as the next one computes, and never behind what came later."""
+"""When steps begin, and when the event loop is told what one brought: as the next one computes, and never behind what
+came later."""
 
 from __future__ import annotations
 
@@ -101,3 +102,49 @@ async def test_its_thread_steps_back_for_others_and_the_loop_does_not(model: Any
     finally:
         client.close()
     assert niceness() == before
+
+
+async def num_said(client: EngineClient, request_id: str) -> int:
+    """Tokens so far. The thread looks for something to do between any two of the calls."""
+    for _ in range(3):
+        number = await client.call(lambda engine: len(engine._sequences[request_id][0].output))
+    return number
+
+
+@pytest.mark.parametrize("yields", [True, False])
+async def test_while_a_prompt_is_on_its_way_answers_leave_the_cores_to_it(model: Any, yields: bool) -> None:
+    client = EngineClient(make_engine(model, 0), name="test", yield_s=3600.0 if yields else 0.0)
+    try:
+        with client.open("on its way") as on_its_way, client.open("answer") as answer, client.open("short") as short:
+            await client.call(
+                lambda engine: engine.submit_generate("on its way", (3, 4), Depth.FULL, SAMPLING, hold=True)
+            )
+            await asyncio.wait_for(on_its_way.reserved(), 10)
+            await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+            await asyncio.wait_for(answer.next(), 10)  # its prompt is computed at once, and it is told at once
+            if not yields:
+                for _ in range(3):
+                    await asyncio.wait_for(answer.next(), 10)
+                return
+            assert await num_said(client, "answer") == 1
+            # Who comes with a prompt to compute, or with one that has arrived, takes the others along.
+            await client.call(lambda engine: engine.submit_generate("short", (5, 6), Depth.FULL, SAMPLING))
+            await asyncio.wait_for(short.next(), 10)
+            await asyncio.wait_for(answer.next(), 10)
+            assert await num_said(client, "answer") == await num_said(client, "short") + 1 == 2
+            await client.call(lambda engine: engine.start("on its way"))
+            for inbox in (on_its_way, short, answer):  # and then nobody is waited for
+                for _ in range(2 if inbox is answer else 3):
+                    await asyncio.wait_for(inbox.next(), 10)
+    finally:
+        client.close()
+
+
+async def test_closing_waits_for_no_prompt(model: Any) -> None:
+    client = EngineClient(make_engine(model, 0), name="test", yield_s=3600.0)
+    with client.open("on its way") as on_its_way, client.open("answer") as answer:
+        await client.call(lambda engine: engine.submit_generate("on its way", (3, 4), Depth.FULL, SAMPLING, hold=True))
+        await asyncio.wait_for(on_its_way.reserved(), 10)
+        await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+        await asyncio.wait_for(answer.next(), 10)
+        await asyncio.wait_for(asyncio.to_thread(client.close), 10)

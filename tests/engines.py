@@ -68,9 +68,9 @@ AttentionInterface.register("exact", _exact_attention)
 AttentionMaskInterface.register("exact", eager_mask)
 
 
-def kernel_model(family: str, dtype: torch.dtype) -> Any:
+def kernel_model(family: str, dtype: torch.dtype, *, vocab: int = 96) -> Any:
     """A tiny one whose shapes Shoal's kernels take."""
-    return tiny_model(family, dtype, head_dim=64, vocab=96, intermediate=128)
+    return tiny_model(family, dtype, head_dim=64, vocab=vocab, intermediate=128)
 
 
 def divergence(logits: torch.Tensor, exact: torch.Tensor) -> float:

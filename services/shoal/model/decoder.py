@@ -101,7 +101,8 @@ class Decoder:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
         self.progressed()
         rope, hidden = Rope.at(self.spec, batch.positions, self.dtype), self._embed(batch.token_ids)
-        if batch.deep is batch.kept:  # all rows run all layers, and alike
+        skips_nothing = not self.plan.num_skipped and batch.full_rows is None
+        if batch.deep is batch.kept or skips_nothing:  # all rows run all layers, and alike
             layers = range(self.plan.num_layers)
             if self._run_layers is not None and batch.only_decodes:
                 logits = hidden.new_empty(len(hidden), self.spec.vocab_size)

@@ -100,6 +100,23 @@ def test_whoever_does_a_piece(
     assert all(torch.equal(one, logits[0]) for one in logits[1:])
 
 
+@pytest.mark.parametrize("vocab", [96, 108])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_where_nothing_is_skipped(
+    kernels: NativeKernels, vocab: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kernel_model("llama", torch.bfloat16, vocab=vocab)
+    held = parameters_of(model, 0).held(Int8Matrix.of) if is_int8 else None
+    whole, parts = (
+        next_logits(
+            make_engine(model, 0, kernels=kernels, parameters=held), 3, in_one_call=one, monkeypatch=monkeypatch
+        )
+        for one in (True, False)
+    )
+    assert whole.shape == (3, vocab)
+    assert torch.equal(whole, parts)
+
+
 def test_norms_in_float32_are_one_by_one(kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(kernel_model("gemma3_text", torch.bfloat16), 2, kernels=kernels)
     layers, asked = engine.runner.decoder._run_layers, []

@@ -21,8 +21,9 @@ constexpr int NUM_LOOKS = 2500;
 // core is of more use to others.
 constexpr uint64_t LONG_JOB = 1'000'000;
 
-// At least so long a thread waits for another one's piece before it does it, too: some 10 us.
-constexpr uint64_t PATIENCE = 30'000;
+// So long a thread waits for another one's piece before it does it, too: as long as an own one took, but within these
+// bounds (some 10 and 100 us), since it may have been displaced itself. Who had none waits for IDLE.
+constexpr uint64_t LEAST_PATIENCE = 30'000, MOST_PATIENCE = 10 * LEAST_PATIENCE, IDLE_PATIENCE = 4 * LEAST_PATIENCE;
 
 void rest(int looks) {
     if (looks < NUM_LOOKS) _mm_pause();
@@ -45,7 +46,7 @@ class Journey {
         is_over_.store(false, std::memory_order_relaxed);
     }
 
-    void go(Way way, const void* job) {
+    void go(Way way, const void* job) noexcept {
         if (is_over_.load(std::memory_order_acquire)) return;
         Traveller traveller{this};
         Traveller::own = &traveller;
@@ -86,18 +87,23 @@ class Journey {
             piece(job, number, claim);
             if (!asks || claim.is_held()) share.num_done.fetch_add(1, std::memory_order_release);
         };
-        uint64_t now = __rdtsc(), patience = PATIENCE;
+        uint64_t now = __rdtsc(), patience = IDLE_PATIENCE;
         for (int64_t number; (number = share.num_taken.fetch_add(1, std::memory_order_relaxed)) < num_pieces;) {
             work(number);
             const uint64_t begun = now;
             now = __rdtsc();
-            patience = std::max(patience, now - begun);
+            patience = std::clamp(now - begun, LEAST_PATIENCE, MOST_PATIENCE);
         }
         for (int looks = 0; share.num_done.load(std::memory_order_acquire) < num_pieces; looks++) {
             const int64_t open = asks && __rdtsc() - now > patience ? first_open(claims, num_pieces) : num_pieces;
             if (open < num_pieces) work(open);
             else rest(looks);
         }
+    }
+
+    // Whether others are beyond the next share already.
+    bool is_beyond(const Traveller& by) const {
+        return by.share + 1 < num_shares_ && shares_[by.share + 1].num_taken.load(std::memory_order_acquire) > 0;
     }
 
    private:
@@ -241,6 +247,11 @@ void run_pieces(int64_t num_pieces, int num_threads, Piece piece, bool asks, con
             piece(job, first + index, claim);
         }
     }
+}
+
+bool is_left_behind() {
+    const Journey::Traveller* const own = Journey::Traveller::own;
+    return own && own->journey->is_beyond(*own);
 }
 
 void run_together(int num_threads, int64_t num_shares, int64_t num_claims, Way way, const void* job) {

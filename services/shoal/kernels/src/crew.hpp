@@ -74,4 +74,7 @@ void go_together(int num_threads, int64_t num_shares, int64_t num_claims, const 
     run_together(num_threads, num_shares, num_claims, way, &work);
 }
 
+// Whether others have done all of what this thread shares next: it needs no preparing then.
+bool is_left_behind();
+
 }  // namespace shoal

@@ -227,7 +227,7 @@ template <int ROWS, int R, int N>
 void multiply_by_lanes(const Operands& of, const Whole& inputs, int64_t first, int num_threads) {
     thread_local std::vector<__m512i> kept;
     kept.resize(turned_registers<ROWS, R>(inputs));
-    turn<ROWS, R>(inputs, first, kept.data());
+    if (!is_left_behind()) turn<ROWS, R>(inputs, first, kept.data());
     const __m512i* const turned = kept.data();  // this thread's
     const int64_t num_rows = std::min<int64_t>(ROWS * R, of.num_rows - first);
     share_outputs(of, first, num_rows, num_threads, [&](const Operands& to, int64_t begin, int64_t end) {
@@ -287,7 +287,8 @@ void multiply_by_tiles(const Operands& of, const Whole& inputs, int num_threads)
     thread_local std::vector<__m512i> kept;
     const int64_t turned_size = turned_registers<16, 1>(inputs);
     kept.resize((of.num_rows + TILE - 1) / TILE * turned_size);
-    for (int64_t row = 0; row < of.num_rows; row += TILE) turn<16, 1>(inputs, row, kept.data() + row / TILE * turned_size);
+    for (int64_t row = 0; row < of.num_rows && !is_left_behind(); row += TILE)
+        turn<16, 1>(inputs, row, kept.data() + row / TILE * turned_size);
     const __m512i* const turned = kept.data();  // this thread's
     share_outputs(of, 0, of.num_rows, num_threads, [&](const Operands& to, int64_t begin, int64_t end) {
         const Tiles held;

@@ -97,14 +97,15 @@ class Runner {
     Runner(const Shape& shape, const Step& step, Scratch& scratch, int num_threads)
         : shape_(shape), step_(step), scratch_(scratch), num_threads_(num_threads) {}
 
-    // Room for all that the layers pass on: nobody makes any on the way.
+    // Room for all that the layers pass on: nobody makes any on the way. It's kept: the next step is as large.
     void fit(const Layer* layers, int64_t num_layers) {
         const int64_t rows = step_.num_rows, mixed = shape_.num_heads * shape_.head_dim;
-        scratch_.normed.resize(rows * shape_.hidden_size);
-        scratch_.added.resize(rows * shape_.hidden_size);
-        scratch_.heads.resize(rows * heads_size());
-        scratch_.mixed.resize(rows * mixed);
-        scratch_.gated.resize(rows * shape_.intermediate_size);
+        const auto grow = [](auto& room, int64_t size) { room.resize(std::max<size_t>(room.size(), size)); };
+        grow(scratch_.normed, rows * shape_.hidden_size);
+        grow(scratch_.added, rows * shape_.hidden_size);
+        grow(scratch_.heads, rows * heads_size());
+        grow(scratch_.mixed, rows * mixed);
+        grow(scratch_.gated, rows * shape_.intermediate_size);
         const int64_t widest = std::max(shape_.hidden_size, mixed);
         int64_t both = 0, parts = 0, whole = step_.head && step_.head->by.scales ? kept_by_int8(rows, widest) : 0;
         for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
@@ -115,9 +116,9 @@ class Runner {
                 parts = std::max(parts, kept_by_attention(of->batch, of->longest, (int)shape_.num_heads,
                                                           (int)shape_.head_dim, num_threads_));
         }
-        scratch_.both.resize(both);
-        scratch_.parts.resize(parts);
-        scratch_.whole.resize(whole);
+        grow(scratch_.both, both);
+        grow(scratch_.parts, parts);
+        grow(scratch_.whole, whole);
     }
 
     // Whether all rows are single ones, and few.
@@ -260,7 +261,8 @@ class Runner {
 }  // namespace shoal
 
 // The states `hidden` [num_rows, hidden_size] of a step go through the layers, in place; K/V of its rows are in each
-// layer's pool afterwards, and with a head `logits` [num_rows, num_outputs] are made of them. Returns 0, or 1 if one of the kernels can't.
+// layer's pool afterwards, and with a head `logits` [num_rows, num_outputs] are made of them. Returns 0, or 1 if one of the
+// kernels can't.
 extern "C" int shoal_layers(const void* shape, const void* layers, int64_t num_layers, const void* step,
                             int num_threads) {
     using namespace shoal;

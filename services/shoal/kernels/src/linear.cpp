@@ -201,7 +201,7 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
     // The last rows, with nothing after them where a tile wants more.
     const int64_t last = of.num_rows % TILE ? (of.num_rows - 1) / MOST * MOST : of.num_rows;
     static thread_local std::vector<bf16> kept;
-    if (last < of.num_rows) {
+    if (last < of.num_rows && !is_left_behind()) {
         kept.assign(MOST * of.size, 0);
         std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
     }

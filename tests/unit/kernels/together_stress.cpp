@@ -1,6 +1,6 @@
 // What is gone through together comes out right, though in each round one thread, the caller or a helper, holds on to a
-// piece until the others are many shares further. Prints how many pieces were done twice; exits with 1 if anything came
-// out wrong.
+// piece until the others are many shares further; and so does a short way between, of fewer pieces than threads, and what
+// is shared by itself. Prints how many pieces were done twice; exits with 1 if anything came out wrong.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -38,6 +38,7 @@ unsigned expected() {
 int main() {
     const unsigned wanted = expected();
     long wrong = 0;
+    std::atomic<bool> wrong_piece{false};
     std::atomic<long> twice{0};
     const auto caller = std::this_thread::get_id();
     for (int round = 0; round < NUM_ROUNDS; round++) {
@@ -65,6 +66,13 @@ int main() {
             }
         });
         wrong += numbers.all[NUM_SHARES % 2][0] != wanted;
+        std::atomic<int> claimed{0}, done{0};
+        shoal::go_together(num_threads, 2, 1, [&] {
+            shoal::share(1, num_threads, [&](int64_t, shoal::Claim& claim) { claimed += claim(); });
+            shoal::share(0, num_threads, [&](int64_t) { wrong_piece = true; });
+        });
+        shoal::share(7, num_threads, [&](int64_t) { done++; });
+        wrong += claimed != 1 || done != 7 || wrong_piece;
     }
     std::printf("%ld\n", twice.load());
     std::fflush(stdout);

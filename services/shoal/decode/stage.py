@@ -176,5 +176,5 @@ def choose_yield_s(config: ShoalConfig, device: torch.device) -> float:
     pools = (config.prefill, config.decode)
     is_one_machine = config.ray.address is None and device.type == "cpu"
     are_on_cpu = all(pool.device in ("auto", "cpu") and not pool.num_gpus for pool in pools)
-    num_wanted = sum(pool.replicas * (pool.num_threads or usable_threads()) for pool in pools)
-    return YIELD_S if is_one_machine and are_on_cpu and num_wanted > usable_threads() else 0.0
+    share_cores = sum(pool.num_threads or usable_threads() for pool in pools) > usable_threads()
+    return YIELD_S if is_one_machine and are_on_cpu and share_cores else 0.0

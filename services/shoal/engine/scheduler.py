@@ -230,16 +230,10 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Move waiting sequences on while the head of the queue fits; return those that are now reserved."""
         reserved = []
-        while self.waiting and self._has_place_for(self.waiting[0]):
-            head = self.waiting[0]
-            # One token more than is known: else a sequence could come back only to give way again at once.
-            tokens = min(head.num_to_compute + 1, self.num_tokens_at_end(head))
-            fits = all(table.fits(head, tokens) for table in self.tables)
-            if not fits or (head.hold and not self._may_reserve(head, tokens)):
-                break
-            self.waiting.popleft()
+        while self._may_admit():
+            head = self.waiting.popleft()
             for table in self.tables:
-                table.allocate(head, tokens)
+                table.allocate(head, self._tokens_at_first(head))
             if head.hold:
                 head.phase = Phase.RESERVED
                 self.reserved.append(head)
@@ -247,6 +241,19 @@ class Scheduler:
             else:
                 self._run(head)
         return reserved
+
+    def _may_admit(self) -> bool:
+        """Whether there is a head of the queue, and it fits."""
+        if not self.waiting or not self._has_place_for(self.waiting[0]):
+            return False
+        head = self.waiting[0]
+        tokens = self._tokens_at_first(head)
+        fits = all(table.fits(head, tokens) for table in self.tables)
+        return fits and (not head.hold or self._may_reserve(head, tokens))
+
+    def _tokens_at_first(self, sequence: Sequence) -> int:
+        """One more than is known: else a sequence could come back only to give way again at once."""
+        return min(sequence.num_to_compute + 1, self.num_tokens_at_end(sequence))
 
     def schedule(self) -> StepPlan:
         """Choose the next step's rows; empty if nothing can run now."""
@@ -282,9 +289,13 @@ class Scheduler:
 
     @property
     def may_yield(self) -> bool:
-        """Prompts are on their way here, and meanwhile there's nothing to do but to go on with answers."""
-        goes_on = bool(self.running) and all(sequence.output for sequence in self.running)
-        return bool(self.reserved) and not self.waiting and goes_on
+        """Prompts are on their way here, and meanwhile there's nothing to do but to go on with answers that have time,
+        each by the token that it said last."""
+        return (
+            bool(self.reserved and self.running)
+            and all(one.output and one.num_pending == 1 and not one.is_hurried for one in self.running)
+            and not self._may_admit()
+        )
 
     @property
     def num_reserved_blocks(self) -> int:

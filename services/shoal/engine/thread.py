@@ -111,8 +111,10 @@ class EngineThread:
             step_back(self._niceness)
             while self._obey(wait=not may_run):
                 self.heartbeat.beat()
-                self._began_s = time.monotonic()
+                began_s = time.monotonic()
                 output = self._engine.step()
+                if output.num_rows:  # else nothing was computed, and nobody need wait for that
+                    self._began_s = began_s
                 self._tell()
                 may_run = not output.is_idle
                 if may_run or output.wants_blocks or output.counts != counts:
@@ -149,10 +151,10 @@ class EngineThread:
         closed."""
         while True:
             left_s = self._left_to_yield_s()
-            if wait:
-                self.heartbeat.rest()
-            elif left_s:
+            if left_s:
                 self._tell()
+            if wait or left_s:
+                self.heartbeat.rest()
             try:
                 command = self._commands.get(block=wait or left_s > 0, timeout=None if wait else left_s)
             except queue.Empty:

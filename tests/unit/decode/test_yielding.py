@@ -21,7 +21,7 @@ from shoal.decode.stage import YIELD_S, choose_yield_s
         ({"prefill": {"num_gpus": 1}}, "cpu", 0.0),
         ({"ray": {"address": "auto"}}, "cpu", 0.0),  # whose replicas may be on other machines
         ({"prefill": {"num_threads": 1}, "decode": {"num_threads": 3}}, "cpu", 0.0),  # four cores are enough
-        ({"prefill": {"num_threads": 1, "replicas": 2}, "decode": {"num_threads": 3}}, "cpu", YIELD_S),
+        ({"prefill": {"num_threads": 2}, "decode": {"num_threads": 3}}, "cpu", YIELD_S),
         ({"handoff": {"yield_s": 0.2}, "ray": {"address": "auto"}}, "cuda", 0.2),
         ({"handoff": {"yield_s": 0}}, "cpu", 0.0),
     ],

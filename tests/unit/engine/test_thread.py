@@ -140,6 +140,41 @@ async def test_while_a_prompt_is_on_its_way_answers_leave_the_cores_to_it(model:
         client.close()
 
 
+async def test_what_computes_nothing_puts_no_answer_off(model: Any) -> None:
+    """Neither another prompt that is to come from prefill, nor one that there's no place for."""
+    client = EngineClient(make_engine(model, 0, max_sequences=3), name="test", yield_s=3600.0)
+    try:
+        with client.open("answer") as answer, client.open("second") as second:
+            await client.call(lambda engine: engine.submit_generate("first", (1, 2), Depth.FULL, SAMPLING, hold=True))
+            await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+            await asyncio.wait_for(answer.next(), 10)
+            began_s = client._thread._began_s
+            await client.call(lambda engine: engine.submit_generate("second", (1, 2), Depth.FULL, SAMPLING, hold=True))
+            await asyncio.wait_for(second.reserved(), 10)
+            await client.call(lambda engine: engine.submit_generate("third", (1, 2), Depth.FULL, SAMPLING))
+            assert await num_said(client, "answer") == 1
+            assert client._thread._began_s == began_s > 0
+    finally:
+        client.close()
+
+
+async def test_who_has_little_time_yields_to_nobody(model: Any) -> None:
+    client = EngineClient(make_engine(model, 0), name="test", yield_s=3600.0)
+    try:
+        with client.open("on its way") as on_its_way, client.open("answer") as answer:
+            await client.call(
+                lambda engine: engine.submit_generate("on its way", (3, 4), Depth.FULL, SAMPLING, hold=True)
+            )
+            await asyncio.wait_for(on_its_way.reserved(), 10)
+            await client.call(
+                lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING, timeout_s=5.0)
+            )
+            for _ in range(4):
+                await asyncio.wait_for(answer.next(), 10)
+    finally:
+        client.close()
+
+
 async def test_closing_waits_for_no_prompt(model: Any) -> None:
     client = EngineClient(make_engine(model, 0), name="test", yield_s=3600.0)
     with client.open("on its way") as on_its_way, client.open("answer") as answer:

@@ -21,9 +21,9 @@ constexpr int NUM_LOOKS = 2500;
 // core is of more use to others.
 constexpr uint64_t LONG_JOB = 1'000'000;
 
-// So long a thread waits for another one's piece before it does it, too: as long as an own one took, but within these
-// bounds (some 10 and 100 us), since it may have been displaced itself. Who had none waits for IDLE.
-constexpr uint64_t LEAST_PATIENCE = 30'000, MOST_PATIENCE = 10 * LEAST_PATIENCE, IDLE_PATIENCE = 4 * LEAST_PATIENCE;
+// So long a thread waits for another one's piece before it does it, too: as long as its own longest took, but within
+// these bounds (some 10 us and 1 ms), since it may have been displaced itself. Who had none waits for IDLE.
+constexpr uint64_t LEAST_PATIENCE = 30'000, MOST_PATIENCE = 100 * LEAST_PATIENCE, IDLE_PATIENCE = 4 * LEAST_PATIENCE;
 
 void rest(int looks) {
     if (looks < NUM_LOOKS) _mm_pause();
@@ -87,13 +87,14 @@ class Journey {
             piece(job, number, claim);
             if (!asks || claim.is_held()) share.num_done.fetch_add(1, std::memory_order_release);
         };
-        uint64_t now = __rdtsc(), patience = IDLE_PATIENCE;
-        for (int64_t number; (number = share.num_taken.fetch_add(1, std::memory_order_relaxed)) < num_pieces;) {
+        uint64_t now = __rdtsc(), longest = 0;
+        for (int64_t number; (number = share.num_taken.fetch_add(1, std::memory_order_acq_rel)) < num_pieces;) {
             work(number);
             const uint64_t begun = now;
             now = __rdtsc();
-            patience = std::clamp(now - begun, LEAST_PATIENCE, MOST_PATIENCE);
+            longest = std::max(longest, now - begun);
         }
+        const uint64_t patience = longest ? std::clamp(longest, LEAST_PATIENCE, MOST_PATIENCE) : IDLE_PATIENCE;
         for (int looks = 0; share.num_done.load(std::memory_order_acquire) < num_pieces; looks++) {
             const int64_t open = asks && __rdtsc() - now > patience ? first_open(claims, num_pieces) : num_pieces;
             if (open < num_pieces) work(open);

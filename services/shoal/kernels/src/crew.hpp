@@ -3,8 +3,9 @@
 // A parallel region of OpenMP ends when each of its threads has come, also one whose core runs another process just now:
 // on a machine that is shared with other replicas, a gateway and clients, a step of hundreds of short regions then waits
 // most of its time. Of the crew nobody is waited for but while it works on a piece; who is late finds nothing to do. And
-// of what is gone through together nobody is waited for then either: a piece that takes another thread too long is done
-// once more by whoever has nothing else to do. The crew works for one caller at a time: a second one does its work alone.
+// of what is gone through together (SPMD: a single program, each thread by itself) nobody is waited for then either: a
+// piece that takes another thread too long is done once more by whoever has nothing else to do, as MapReduce's backup
+// tasks are (Dean and Ghemawat, 2004). The crew works for one caller at a time: a second one does its work alone.
 #pragma once
 #include <atomic>
 #include <cstdint>

@@ -21,12 +21,14 @@ from platformdirs import user_cache_path
 from shoal.errors import ConfigError
 from shoal.machine import cpu_flags
 
-# What x86-64-v4, -mavx512bf16 and -mavx512vnni let the compiler use, as /proc/cpuinfo names it.
+# What x86-64-v4 and the other options let the compiler use, as /proc/cpuinfo names it.
 CPU_FLAGS = frozenset(
-    {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "bmi2"}
+    ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "vpclmulqdq")
+    + ("fma", "bmi2")
 )
 _OPTIONS = (
-    "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-pthread", "-fPIC", "-shared",
+    "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mvpclmulqdq",
+    "-pthread", "-fPIC", "-shared",
 )  # fmt: skip
 _TIMEOUT_S = 120
 # A folder with a library compiled before, for images without a compiler.

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 
 _PIECE_BYTES = 256 << 10
-_WORD_BYTES = 8
-"""The kernel takes whole ones."""
-_ROW_BYTES = 64
-"""What K/V of one token in one layer are a multiple of, in any model that isn't a toy."""
+_LINE_BYTES = 64
+"""The kernel takes whole ones: K/V of one token in one layer are, in any model that isn't a toy."""
 
 
 class Copier:
@@ -36,9 +34,9 @@ class Copier:
         given = np.frombuffer(source, np.uint8)
         if given.shape != target.shape:
             raise ValueError(f"{len(given)} bytes don't fit into {len(target)}")
-        if self._kernels is None or len(given) % _ROW_BYTES:
+        if self._kernels is None or len(given) % _LINE_BYTES:
             return _copy(given, target)
-        return self._kernels.copy_rows(given, len(given) // _ROW_BYTES, _ROW_BYTES, (target,))
+        return self._kernels.copy_rows(given, len(given) // _LINE_BYTES, _LINE_BYTES, (target,))
 
     def scatter(self, source: bytes | memoryview, targets: Sequence[Bytes], at: npt.NDArray[np.int64]) -> int:
         """``source`` ``[targets, rows, row_bytes]`` into the rows ``at`` ``[rows]`` of each ``[any, row_bytes]``.
@@ -52,7 +50,7 @@ class Copier:
         num_rows = min(len(target) for target in targets)
         if at.size and not (at.min() >= 0 and at.max() < num_rows):
             raise IndexError(f"rows {at.min()} to {at.max()} of {num_rows}")
-        if self._kernels is not None and row_bytes % _WORD_BYTES == 0:
+        if self._kernels is not None and row_bytes % _LINE_BYTES == 0:
             return self._kernels.copy_rows(given, len(at), row_bytes, targets, at)
         crc = 0
         for target, rows in zip(targets, given.reshape(len(targets), len(at), row_bytes), strict=True):

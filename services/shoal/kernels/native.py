@@ -247,7 +247,7 @@ class NativeKernels:
         targets: Sequence[npt.NDArray[np.uint8]],
         at: npt.NDArray[np.int64] | None = None,
     ) -> int:
-        """``source`` ``[targets, rows, row_bytes]``, rows of a multiple of 8, to the rows ``at`` ``[rows]`` of each
+        """``source`` ``[targets, rows, row_bytes]``, rows of a multiple of 64, to the rows ``at`` ``[rows]`` of each
         target, or to its first ones. Returns the CRC32C of what was copied. On the calling thread alone."""
         addresses = np.array([target.ctypes.data for target in targets], np.uintp)
         crc = ctypes.c_uint32()

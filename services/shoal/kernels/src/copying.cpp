@@ -7,70 +7,80 @@
 namespace shoal {
 namespace {
 
-// The instruction takes 8 bytes in a cycle, but says what came of them after three: so three parts go at once. Each is as
-// long as possible, since in short ones the processor doesn't see by itself what is next.
-constexpr int PARTS = 3;
-using Word = uint64_t __attribute__((aligned(1), may_alias));
+constexpr int64_t LINE_BYTES = 64;
 constexpr uint32_t POLYNOMIAL = 0x82f63b78, ONE = 1u << 31;  // the bit of the highest value is the lowest power
 
-// a * b modulo the polynomial, bits standing for powers of x.
-uint32_t multiply(uint32_t a, uint32_t b) {
-    uint32_t product = 0;
-    for (; a; a <<= 1) {
-        if (a & ONE) product ^= b;
-        b = b >> 1 ^ (b & 1 ? POLYNOMIAL : 0);
-    }
-    return product;
-}
-
-// What a checksum is multiplied by, so that it's that of the same bytes with `num_bytes` zeros behind them: x^(8 n).
-uint32_t behind(uint64_t num_bytes) {
-    uint32_t result = ONE, power = ONE >> 8;
-    for (; num_bytes; num_bytes >>= 1) {
-        if (num_bytes & 1) result = multiply(result, power);
-        power = multiply(power, power);
-    }
+// x^power modulo the polynomial.
+constexpr uint64_t x_to(int power) {
+    uint32_t result = ONE;
+    for (; power; power--) result = result >> 1 ^ (result & 1 ? POLYNOMIAL : 0);
     return result;
 }
 
-// Each word is read once (volatile): what another process writes in between must not be stored and not checked.
-template <int COUNT>
-inline void copy(const volatile Word* from, int64_t from_next, Word* const (&to)[COUNT], int64_t num_words,
-                 uint64_t (&crc)[COUNT]) {
-    for (int64_t word = 0; word < num_words; word++)
-        for (int part = 0; part < COUNT; part++) {
-            const uint64_t bytes = from[part * from_next + word];
-            to[part][word] = bytes;
-            crc[part] = _mm_crc32_u64(crc[part], bytes);
+// What the halves of 16 bytes are multiplied by, so that both stand where they'd stand with a line of zeros behind them:
+// the first one's powers are higher by 64. A product of reflected bits is short of one power, and these of 32 more.
+constexpr uint64_t FIRST = x_to(8 * LINE_BYTES + 64 - 32) << 1, SECOND = x_to(8 * LINE_BYTES - 32) << 1;
+
+// All lines so far, as one that has the same remainder ("Fast CRC computation using PCLMULQDQ", Gopal and others, 2009).
+class Folded {
+   public:
+    void add(__m512i line) {
+        const __m512i by = _mm512_set4_epi64(SECOND, FIRST, SECOND, FIRST);
+        const __m512i first = _mm512_clmulepi64_epi128(line_, by, 0x00);
+        const __m512i second = _mm512_clmulepi64_epi128(line_, by, 0x11);
+        line_ = _mm512_ternarylogic_epi64(first, second, _mm512_xor_si512(line, start_), 0x96);
+        start_ = _mm512_setzero_si512();
+    }
+
+    uint32_t crc() const {
+        alignas(LINE_BYTES) uint64_t words[LINE_BYTES / sizeof(uint64_t)];
+        _mm512_store_si512(words, line_);
+        uint64_t crc = 0;
+        for (const uint64_t word : words) crc = _mm_crc32_u64(crc, word);
+        return ~(uint32_t)crc;
+    }
+
+   private:
+    __m512i line_ = _mm512_setzero_si512();
+    __m512i start_ = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-1));  // what the first four bytes are turned over by
+};
+
+// PAST: to memory past the caches, which needn't fetch first what is overwritten as a whole.
+template <bool PAST>
+void copy(const char* from, char* to, int64_t num_bytes, Folded& folded) {
+    for (int64_t byte = 0; byte < num_bytes; byte += LINE_BYTES) {
+        __m512i line = _mm512_loadu_si512(from + byte);
+        asm("" : "+v"(line));  // read once: what another process writes in between must not be stored and not checked
+        if constexpr (PAST) {
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + byte), line);
+        } else {
+            _mm512_storeu_si512(to + byte, line);
         }
+        folded.add(line);
+    }
 }
 
 }  // namespace
 }  // namespace shoal
 
 // Copies [num_targets, num_rows, row_bytes] to the rows `at` [num_rows] of each target, or, without `at`, to its first
-// ones. `crc` becomes the checksum of all. Returns 0, or 1 if row_bytes isn't a multiple of 8.
+// ones. `crc` becomes the checksum of all. Returns 0, or 1 if row_bytes isn't a multiple of 64.
 extern "C" int shoal_copy_rows(const void* source, int64_t num_targets, int64_t num_rows, int64_t row_bytes,
                                void* const* targets, const int64_t* at, uint32_t* crc) {
     using namespace shoal;
-    if (row_bytes <= 0 || row_bytes % 8) return 1;
-    const int64_t num_words = row_bytes / 8, part_rows = num_rows / PARTS;
-    const uint32_t shift = behind(part_rows * row_bytes);
-    const Word* from = static_cast<const Word*>(source);
-    uint64_t all[1] = {~0u};
+    if (row_bytes <= 0 || row_bytes % LINE_BYTES) return 1;
+    const char* from = static_cast<const char*>(source);
+    Folded folded;
     for (int64_t target = 0; target < num_targets; target++) {
-        const auto to = [&](int64_t row) {
-            return static_cast<Word*>(targets[target]) + (at ? at[row] : row) * num_words;
-        };
-        uint64_t parts[PARTS] = {all[0]};
-        for (int64_t row = 0; row < part_rows; row++, from += num_words)
-            copy<PARTS>(from, part_rows * num_words, {to(row), to(part_rows + row), to(2 * part_rows + row)}, num_words,
-                        parts);
-        from += (PARTS - 1) * part_rows * num_words;
-        all[0] = multiply(multiply((uint32_t)parts[0], shift) ^ (uint32_t)parts[1], shift) ^ (uint32_t)parts[2];
-        for (int64_t row = PARTS * part_rows; row < num_rows; row++, from += num_words)
-            copy<1>(from, 0, {to(row)}, num_words, all);
+        char* const to = static_cast<char*>(targets[target]);
+        // Rows of a pool are read much later; what is copied to one place, by somebody who waits for it.
+        const bool past = at && reinterpret_cast<uintptr_t>(to) % LINE_BYTES == 0;
+        for (int64_t row = 0; row < num_rows; row++, from += row_bytes) {
+            char* const place = to + (at ? at[row] : row) * row_bytes;
+            past ? copy<true>(from, place, row_bytes, folded) : copy<false>(from, place, row_bytes, folded);
+        }
     }
-    *crc = ~(uint32_t)all[0];
+    _mm_sfence();  // before anybody is told
+    *crc = num_targets * num_rows ? folded.crc() : 0;
     return 0;
 }

@@ -1,5 +1,9 @@
-"""How a request finds its replica: where its beginning is known already, if that one isn't too busy, and otherwise by
-Serve's two random choices. It doesn't find one that has failed it, as long as there is another.
+"""How a request finds its replica: where its beginning is known already, if that one isn't too busy, and otherwise the
+one that is less busy of two random ones. It doesn't find one that has failed it, as long as there is another.
+
+How busy one is, Serve says, and what this process has sent there itself. Serve alone wouldn't do: it forgets a replica
+that wasn't asked for some seconds, and then prefers any other one, however busy; and of requests that come at once,
+none counts for the next one.
 
 Serve copies this module's code into the processes that route: it must hold no state (routes.py does).
 """
@@ -26,7 +30,7 @@ _Argument = TypeVar("_Argument", Grant, Ticket)
 
 
 class AffineRouter(RequestRouter):
-    """Serve takes the replica with the shorter queue of the first rank, and tells nobody but its router which."""
+    """Serve takes the one replica of the first rank that isn't full, and tells nobody but its router which."""
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
@@ -49,17 +53,25 @@ class AffineRouter(RequestRouter):
         excluded, keys = (frozenset[str](), ()) if call is None else (call.excluded, call.prefix_keys)
         # If all have failed it, one of them is still better than none.
         replicas = _without(candidates, excluded) or candidates
-        ranks = [random.sample(replicas, min(2, len(replicas)))]
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
+        lengths = self._lengths(replicas)
+        ranked = sorted(random.sample(list(by_id), min(2, len(by_id))), key=lengths.__getitem__)
         known = routes.affinity.best(keys, by_id.keys())
-        if known is not None and not self._is_busy(by_id[known], replicas):
-            ranks.insert(0, [by_id[known]])
-        return ranks
+        if known is not None and lengths[known] - min(lengths.values()) <= MAX_LONGER:
+            ranked.insert(0, known)
+        if call is not None:
+            routes.choose(call, ranked[0])
+        return [[by_id[replica_id]] for replica_id in ranked]
 
-    def _is_busy(self, known: RunningReplica, replicas: Iterable[RunningReplica]) -> bool:
-        lengths = [self.replica_queue_len_cache.get(replica.replica_id) for replica in replicas]
-        shortest = min((length for length in lengths if length is not None), default=0)
-        return (self.replica_queue_len_cache.get(known.replica_id) or 0) - shortest > MAX_LONGER
+    def _lengths(self, replicas: Iterable[RunningReplica]) -> dict[str, int]:
+        """How many calls each replica is answering, at least: of those of other processes only Serve knows."""
+        num_ours = routes.num_chosen()
+        return {
+            (name := replica.replica_id.unique_id): max(
+                num_ours[name], self.replica_queue_len_cache.get(replica.replica_id) or 0
+            )
+            for replica in replicas
+        }
 
 
 class GrantRouter(AffineRouter):

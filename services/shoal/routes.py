@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from weakref import WeakKeyDictionary
 
 from shoal.affinity import Affinity
@@ -9,12 +10,24 @@ from shoal.messages import Grant, Ticket
 
 # A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 # Of the one pool that a process sends to; read and written by Serve's router alone.
 affinity = Affinity()
 
 
+def choose(call: Grant | Ticket, replica_id: str) -> None:
+    """It's on its way there, but may not arrive."""
+    _chosen[call] = replica_id
+
+
+def num_chosen() -> Counter[str]:
+    """Calls of this process that are being answered, or on their way, by replica."""
+    return Counter(_chosen.values())
+
+
 def note(call: Grant | Ticket, replica_id: str) -> None:
-    _replica_ids[call] = replica_id
+    """It arrived there."""
+    _replica_ids[call] = _chosen[call] = replica_id
 
 
 def replica_of(call: Grant | Ticket) -> str | None:

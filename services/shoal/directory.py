@@ -83,6 +83,11 @@ def entry_of_this_replica(role: Role, *, metrics_address: str, handoff_address: 
     )
 
 
+def num_replicas() -> int:
+    """How many Serve replicas like the one that calls there are to be; elsewhere Serve raises RayServeException."""
+    return serve.get_replica_context().world_size
+
+
 def register(entry: Entry) -> None:
     """Publish a replica as ready. Doing it again replaces the entry."""
     _put("entry", entry)

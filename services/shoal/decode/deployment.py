@@ -57,6 +57,7 @@ class DecodeReplica:
                 settings,
                 registry,
                 ServePrefillPool(settings.ray.app_name, prefill),
+                num_replicas=directory.num_replicas(),
                 on_progress=_report_loading,
             )
         )

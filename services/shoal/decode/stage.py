@@ -37,8 +37,8 @@ from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
 from shoal.transfer.terms import KvShape
 
-YIELD_S = 0.05
-"""Twenty tokens a second are more than is read."""
+YIELD_S, MAX_YIELD_S = 0.05, 0.2
+"""Of one replica, and of as many as there may be: five tokens a second are as many as are read."""
 _log = structlog.get_logger(__name__)
 
 
@@ -67,9 +67,12 @@ async def open_decode(
     prefill: PrefillPool | None,
     *,
     transport: Transport = Transport.GRPC,
+    num_replicas: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[DecodeStage]:
-    """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish."""
+    """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish.
+
+    ``num_replicas`` of decode are there, this one included."""
     transfer_metrics = TransferMetrics(registry, transport)
     handoff = config.handoff
     nixl = nixl_for(
@@ -98,7 +101,7 @@ async def open_decode(
         name="shoal-decode",
         on_step=on_step,
         niceness=loaded.niceness,
-        yield_s=choose_yield_s(config, core.runner.pool.layers[0].device),
+        yield_s=choose_yield_s(config, num_replicas, core.runner.pool.layers[0].device),
     )
     sink = PoolSink(core.runner.pool, _projection(served, parameters), loaded.copier)
     desk = HandoffDesk(
@@ -169,12 +172,15 @@ def _projection(served: Served, parameters: Parameters) -> Project | None:
     return project
 
 
-def choose_yield_s(config: ShoalConfig, device: torch.device) -> float:
-    """Where both pools want the same cores, a step for few answers takes as much from prefill as one for many."""
+def choose_yield_s(config: ShoalConfig, num_replicas: int, device: torch.device) -> float:
+    """Where both pools want the same cores, a step for few answers takes as much from prefill as one for many.
+
+    All replicas together make as many steps then as one would."""
     if config.handoff.yield_s is not None:
         return config.handoff.yield_s
     pools = (config.prefill, config.decode)
     is_one_machine = config.ray.address is None and device.type == "cpu"
     are_on_cpu = all(pool.device in ("auto", "cpu") and not pool.num_gpus for pool in pools)
     share_cores = sum(pool.num_threads or usable_threads() for pool in pools) > usable_threads()
-    return YIELD_S if is_one_machine and are_on_cpu and share_cores else 0.0
+    yields = is_one_machine and are_on_cpu and share_cores
+    return min(MAX_YIELD_S, YIELD_S * num_replicas) if yields else 0.0

@@ -22,10 +22,10 @@ from shoal.errors import ConfigError
 from shoal.machine import cpu_flags
 
 # What x86-64-v4 and the other options let the compiler use, as /proc/cpuinfo names it.
-CPU_FLAGS = frozenset(
-    ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "vpclmulqdq")
-    + ("fma", "bmi2")
-)
+CPU_FLAGS = frozenset({
+    "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "vpclmulqdq",
+    "fma", "bmi2",
+})  # fmt: skip
 _OPTIONS = (
     "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mvpclmulqdq",
     "-pthread", "-fPIC", "-shared",

@@ -15,6 +15,7 @@ from shoal.config import HandoffConfig, ShoalConfig
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.sink import PoolSink, Project
 from shoal.decode.worker import DecodeWorker
+from shoal.decode.yielding import yield_s_of
 from shoal.engine.build import Served, layout_of, load_stage
 from shoal.engine.client import EngineClient
 from shoal.engine.detokenizer import decode_with
@@ -37,8 +38,6 @@ from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
 from shoal.transfer.terms import KvShape
 
-YIELD_S, MAX_YIELD_S = 0.05, 0.2
-"""Of one replica, and of as many as there may be: five tokens a second are as many as are read."""
 _log = structlog.get_logger(__name__)
 
 
@@ -173,9 +172,7 @@ def _projection(served: Served, parameters: Parameters) -> Project | None:
 
 
 def choose_yield_s(config: ShoalConfig, num_replicas: int, device: torch.device) -> float:
-    """Where both pools want the same cores, a step for few answers takes as much from prefill as one for many.
-
-    All replicas together make as many steps then as one would."""
+    """As configured, or where both pools want the same cores of one machine."""
     if config.handoff.yield_s is not None:
         return config.handoff.yield_s
     pools = (config.prefill, config.decode)
@@ -183,4 +180,4 @@ def choose_yield_s(config: ShoalConfig, num_replicas: int, device: torch.device)
     are_on_cpu = all(pool.device in ("auto", "cpu") and not pool.num_gpus for pool in pools)
     share_cores = sum(pool.num_threads or usable_threads() for pool in pools) > usable_threads()
     yields = is_one_machine and are_on_cpu and share_cores
-    return min(MAX_YIELD_S, YIELD_S * num_replicas) if yields else 0.0
+    return yield_s_of(num_replicas) if yields else 0.0

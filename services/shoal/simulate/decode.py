@@ -74,12 +74,12 @@ class DecodeReplica:
 
     def __init__(
         self, index: int, setting: Setting, cores: Cores, outlet: Outlet, prefill: Many[PrefillReplica],
-        choose: Callable[[Collection[int]], PrefillReplica],
+        choose: Callable[[Collection[int]], PrefillReplica], yield_s: float,
     ) -> None:  # fmt: skip
         self.index = index
         self.num_ongoing = 0
         self.num_fallbacks = 0
-        self.engine = SimulatedEngine(setting.agenda, cores, setting.threads, setting.decode_scheduler(), self)
+        self.engine = SimulatedEngine(setting.agenda, cores, setting.threads, setting.decode_scheduler(), self, yield_s)
         self.into = Link(setting.costs.handoff.bytes_per_s)
         self._agenda, self._cost, self._local = setting.agenda, setting.costs.decode, setting.prefill_cost
         self._outlet, self._prefill, self._choose = outlet, prefill, choose

@@ -35,23 +35,40 @@ class Stage(Protocol):
 class SimulatedEngine:
     """One step after the other, as long as there is anything to run.
 
-    As in the real one, what a step admits is told when that step has ended, and commands count from the next step on.
+    As in the real one, what a step admits is told when that step has ended, and commands count from the next step on;
+    and where it may yield to those who compute prompts for it, ``yield_s`` lie between the beginnings of two steps.
     """
 
-    def __init__(self, agenda: Agenda, cores: Cores, threads: int, scheduler: Scheduler, stage: Stage) -> None:
+    def __init__(
+        self, agenda: Agenda, cores: Cores, threads: int, scheduler: Scheduler, stage: Stage, yield_s: float = 0.0
+    ) -> None:
         self.scheduler = scheduler
         self.num_steps = 0
         self.num_tokens = 0
         """Rows computed."""
         self.busy_s = 0.0
         self._agenda, self._cores, self._threads, self._stage = agenda, cores, threads, stage
+        self._yield_s, self._began_s = yield_s, 0.0
         self._runs = self._is_called = False
 
     def kick(self) -> None:
         """Something changed: look whether a step can run, once all else of this moment has happened."""
         if not self._runs and not self._is_called:
             self._is_called = True
-            self._agenda.after(0.0, self._begin)
+            self._agenda.after(0.0, self._look)
+
+    def _look(self) -> None:
+        left_s = self._left_to_yield_s()
+        if left_s > 0:  # unless something changes meanwhile, which is looked at at once
+            self._is_called = False
+            self._agenda.after(left_s, self.kick)
+        else:
+            self._begin()
+
+    def _left_to_yield_s(self) -> float:
+        if not self._yield_s or not self.scheduler.may_yield:
+            return 0.0
+        return self._began_s + self._yield_s - self._agenda.now_s
 
     def _begin(self) -> None:
         # What is told of reservations may call again: that is before the step that begins now.
@@ -60,17 +77,18 @@ class SimulatedEngine:
         self._is_called = False
         plan = self.scheduler.schedule()
         if plan.rows:
-            self._runs, began_s = True, self._agenda.now_s
-            self._cores.run(self._threads, self._stage.step_s(plan.rows), lambda: self._end(plan, began_s))
+            self._runs, self._began_s = True, self._agenda.now_s
+            self._cores.run(self._threads, self._stage.step_s(plan.rows), lambda: self._end(plan))
         elif plan.wants_blocks:
             self._stage.wants_blocks()
 
-    def _end(self, plan: StepPlan, began_s: float) -> None:
+    def _end(self, plan: StepPlan) -> None:
+        took_s = self._agenda.now_s - self._began_s
         self._runs = False
         self.num_steps += 1
         self.num_tokens += plan.num_rows
-        self.busy_s += self._agenda.now_s - began_s
-        self.scheduler.pace.saw(plan.num_rows, self._agenda.now_s - began_s)
+        self.busy_s += took_s
+        self.scheduler.pace.saw(plan.num_rows, took_s)
         for row in plan.rows:
             row.sequence.advance(row.end)
             if not row.sequence.sampled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.config import ShoalConfig, StageConfig
+from shoal.decode.yielding import yield_s_of
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
 from shoal.kv.layout import KvLayout, LayerGroup
@@ -29,6 +30,12 @@ class Setting:
     def threads(self) -> int:
         """Of a step, where cores are shared."""
         return 1 if self.costs.sharing is None else self.costs.sharing.threads
+
+    def yield_s(self, num_decode: int, *, is_shared: bool) -> float:
+        """How long each of so many decode replicas leaves the cores to prefill, if all of them share a machine's."""
+        if self.config.handoff.yield_s is not None:
+            return self.config.handoff.yield_s
+        return yield_s_of(num_decode) if is_shared else 0.0
 
     def prefill_scheduler(self) -> Scheduler:
         """As each prefill replica has one, whose pool has the kept layers alone. Raises ConfigError."""

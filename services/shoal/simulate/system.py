@@ -76,9 +76,16 @@ class System:
         self._shared = _shared(self.agenda, costs.sharing) if fleet.is_shared else None
         self.cores: Cores = self._shared or OwnCores(self.agenda)
         self.prefill = [PrefillReplica(index, setting, self.cores) for index in range(fleet.num_prefill)]
+        yield_s = setting.yield_s(fleet.num_decode, is_shared=fleet.is_shared)
         self.decode = [
             DecodeReplica(
-                index, setting, self.cores, Outlet(self.cores, costs.serving), self.prefill, self._choose_prefill
+                index,
+                setting,
+                self.cores,
+                Outlet(self.cores, costs.serving),
+                self.prefill,
+                self._choose_prefill,
+                yield_s,
             )
             for index in range(fleet.num_decode)
         ]

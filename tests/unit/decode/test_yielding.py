@@ -9,7 +9,8 @@ import torch
 
 from shoal.config import load_config
 from shoal.decode import stage
-from shoal.decode.stage import MAX_YIELD_S, YIELD_S, choose_yield_s
+from shoal.decode.stage import choose_yield_s
+from shoal.decode.yielding import MAX_YIELD_S, YIELD_S
 
 
 @pytest.mark.parametrize(

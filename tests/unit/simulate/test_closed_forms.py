@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from shoal.bench.workload import PlannedRequest
-from shoal.config import ShoalConfig, StageConfig
+from shoal.config import HandoffConfig, ShoalConfig, StageConfig
+from shoal.decode.yielding import YIELD_S
+from shoal.simulate.agenda import Agenda
 from shoal.simulate.costs import DecodeCost, HandoffCost, PrefillCost, ServingCost
+from shoal.simulate.setting import Setting
 from shoal.simulate.system import Fleet, System
-from simulations import SHIP_ALL, free, request, run
+from simulations import COSTS, SHIP_ALL, free, request, run
 
 NUM_PROMPT, SERVICE_S = 101, 0.01
 ONE_PROMPT = PrefillCost(skip_layers=0, step_s=0.0, token_s=SERVICE_S / (NUM_PROMPT - 1), token_context_s=0.0)
@@ -108,6 +111,31 @@ def test_sequences_share_a_step_and_each_gets_one_token_of_it():
     system = run(requests, Fleet(1, 1, 0), known)
     assert {tuple(round(gap, 9) for gap in record.itl_s) for record in system.records} == {(0.18,) * 4}
     assert system.usage.num_decode_steps == 5
+
+
+@pytest.mark.parametrize(("yield_s", "meanwhile"), [(0.05, [0.05] * 20 + [0.02]), (0.0, [0.01] * 102)])
+def test_decode_yields_while_a_prompt_is_on_its_way_and_takes_it_along_at_once(yield_s: float, meanwhile: list[float]):
+    known = free(
+        prefill=(PrefillCost(skip_layers=0, step_s=0.0, token_s=0.0102, token_context_s=0.0),),  # 1.02 s a prompt
+        decode=DecodeCost(step_s=0.01, sequence_s=0.0, context_token_s=0.0),
+    )
+    config = ShoalConfig(handoff=HandoffConfig(min_tokens=2, yield_s=yield_s))
+    requests = [request(0, 0.0, num_prompt=1, num_output=140), request(1, 0.125, num_output=2)]
+    answer, prompt = run(requests, Fleet(1, 1, 0), known, config).records
+    gaps = [round(gap, 9) for gap in answer.itl_s]
+    assert gaps == [0.01] * 13 + meanwhile + [0.01] * (139 - 13 - len(meanwhile))
+    assert prompt.ttft_s == pytest.approx(0.005 + 1.02 + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("configured", "is_shared", "num_decode", "expected"),
+    [(None, True, 1, YIELD_S), (None, True, 2, 2 * YIELD_S), (None, False, 2, 0.0), (0.3, False, 2, 0.3)],
+)
+def test_replicas_yield_where_they_share_a_machine_or_are_told_to(
+    configured: float | None, is_shared: bool, num_decode: int, expected: float
+):
+    config = ShoalConfig(handoff=HandoffConfig(yield_s=configured))
+    assert Setting(Agenda(), COSTS, config, 0).yield_s(num_decode, is_shared=is_shared) == expected
 
 
 def test_without_prefill_replicas_decode_computes_prompts():

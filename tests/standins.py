@@ -71,6 +71,7 @@ class StandInDecode:
     def __init__(self, config: dict[str, Any], prefill: DeploymentHandle) -> None:
         self._diary = Diary(config["model"]["name"], "decode")
         self._prefill = prefill
+        self._diary.write(f"one of {directory.num_replicas()}, nice {os.getpriority(os.PRIO_PROCESS, 0)}")
         self._entry = directory.entry_of_this_replica(
             "decode", metrics_address="127.0.0.1:2", handoff_address="127.0.0.1:3"
         )

@@ -40,7 +40,7 @@ async def open_local(config: ShoalConfig, on_progress: Progress | None = None) -
         return None if on_progress is None else lambda done, total: on_progress(stage, done, total)
 
     async with open_decode(
-        config, new_registry(), None, transport=Transport.MEMORY, on_progress=told("decode")
+        config, new_registry(), None, transport=Transport.MEMORY, num_replicas=1, on_progress=told("decode")
     ) as decode:
         decode.desk.address = "memory"
         async with open_prefill(config, new_registry(), connect=connect, on_progress=told("prefill")) as prefill:

@@ -58,7 +58,7 @@ class AffineRouter(RequestRouter):
         ranked = sorted(random.sample(list(by_id), min(2, len(by_id))), key=lengths.__getitem__)
         known = routes.affinity.best(keys, by_id.keys())
         if known is not None and lengths[known] - min(lengths.values()) <= MAX_LONGER:
-            ranked.insert(0, known)
+            ranked = [known, *(one for one in ranked if one != known)]
         if call is not None:
             routes.choose(call, ranked[0])
         return [[by_id[replica_id]] for replica_id in ranked]

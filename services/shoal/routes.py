@@ -10,6 +10,7 @@ from shoal.messages import Grant, Ticket
 
 # A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
+_NOWHERE = ""
 _chosen: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 # Of the one pool that a process sends to; read and written by Serve's router alone.
 affinity = Affinity()
@@ -20,9 +21,16 @@ def choose(call: Grant | Ticket, replica_id: str) -> None:
     _chosen[call] = replica_id
 
 
+def ended(call: Grant | Ticket) -> None:
+    """Nobody answers it any more, though it may be held yet: by an error, or for a client that reads slowly."""
+    # In any thread: what is there already stays where it is, whoever counts meanwhile.
+    if call in _chosen:
+        _chosen[call] = _NOWHERE
+
+
 def num_chosen() -> Counter[str]:
     """Calls of this process that are being answered, or on their way, by replica."""
-    return Counter(_chosen.values())
+    return Counter(replica_id for replica_id in _chosen.values() if replica_id != _NOWHERE)
 
 
 def note(call: Grant | Ticket, replica_id: str) -> None:

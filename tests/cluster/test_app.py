@@ -113,6 +113,10 @@ def test_pools_get_their_threads_before_anything_loads(live: Live):
     assert f"prefill threads {len(os.sched_getaffinity(0))} passive" in diary(live.folder)
 
 
+def test_replicas_know_how_many_they_are_and_are_no_nicer_than_whoever_started_them(live: Live):
+    assert diary(live.folder).count(f"decode one of 2, nice {os.getpriority(os.PRIO_PROCESS, 0)}") == 2
+
+
 @pytest.mark.parametrize("path", ["collect", "stream"])
 def test_a_client_that_leaves_while_decode_works_ends_its_work(live: Live, path: str):
     before = diary(live.folder).count("decode ended")

@@ -102,13 +102,18 @@ async def test_calls_that_come_at_once_are_spread_also_to_a_replica_that_serve_h
 ):
     router = request.getfixturevalue(kind)
     queues.update(dict.fromkeys(known, 0))
+    before = routes.num_chosen().total()
     calls = [distinct(make_call(), number) for number in range(64)]
     sent = Counter([(await first_rank(router, pending(call)))[0] for call in calls])
-    assert all(10 <= sent[name] <= 22 for name in "abcd"), sent  # by chance alone, one in three would be outside
-    for call in [calls.pop() for _ in range(60)]:
-        del call
+    assert all(12 <= sent[name] <= 20 for name in "abcd"), sent  # by chance alone, two of three times it wouldn't be so
+    assert routes.num_chosen().total() == before + 64
+    for call in calls[:10]:
+        routes.ended(call)  # also while somebody holds it yet
+        routes.ended(call)
+    del call, calls[10:60]
     gc.collect()
-    assert routes.num_chosen().total() == len(calls)  # those that were answered don't count
+    assert routes.num_chosen().total() == before + 4
+    routes.ended(distinct(make_call(), 99))  # it never began
 
 
 async def test_the_less_busy_one_of_two_is_first_whoever_knows_of_its_calls(router: Any, queues: dict[str, int]):
@@ -156,7 +161,7 @@ async def test_if_the_known_one_does_not_answer_there_are_others(router: Any):
     router.on_request_routed(pending(grant(keys=(b"1",))), IDS["c"], None)
     ranks = await router.choose_replicas(REPLICAS, pending(grant(keys=(b"1",))))
     names = [replica.replica_id.unique_id for [replica] in ranks]
-    assert names[0] == "c" and len(set(names[1:])) == 2
+    assert names[0] == "c" and len(set(names)) == len(names) >= 2
 
 
 @pytest.mark.parametrize(
@@ -166,7 +171,7 @@ async def test_if_the_known_one_does_not_answer_there_are_others(router: Any):
         ({"c": MAX_LONGER, "a": 0}, True),
         ({"c": MAX_LONGER + 1, "a": 0}, False),
         ({"c": 50, "a": 50, "b": 50, "d": 46}, True),
-        ({"c": 50, "a": 50}, False),  # of the others nothing is known: they are asked how long theirs are
+        ({"c": 50, "a": 49}, False),  # of the others nothing is known: they are asked how long theirs are
         ({"a": 9}, True),  # its own isn't known
         ({"c": 9}, False),  # no other's is, and nothing was sent there from here
     ],

@@ -32,6 +32,8 @@ _PRIVATE_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # On a small machine a busy replica may take longer than 0.1 s to say how busy it is.
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
+    # Ray makes its workers 15 nicer than all else on the machine: of a core that both want they'd have a thirtieth.
+    "RAY_worker_niceness": "0",
     # Some of Ray's ports listen on all interfaces, guarded by a token. One of our own keeps the home folder clean.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }

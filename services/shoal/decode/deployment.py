@@ -168,6 +168,8 @@ class ServePrefillPool:
             raise
         except (RayError, RayServeException) as error:
             raise known_error(error, "prefill") from error
+        finally:
+            routes.ended(grant)
         return outcome
 
 

@@ -66,7 +66,7 @@ async def open_decode(
     prefill: PrefillPool | None,
     *,
     transport: Transport = Transport.GRPC,
-    num_replicas: int = 1,
+    num_replicas: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[DecodeStage]:
     """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish.

@@ -136,6 +136,7 @@ async def _watch(call: Any, stream: TokenStream, request: GenerateRequest) -> No
 
 def _call_ended(watch: asyncio.Task[None], stream: TokenStream) -> None:
     """However Serve's call ended: an answer that isn't complete must not wait for its deadline."""
+    routes.ended(stream.ticket)
     if watch.cancelled():  # also by Ray; if by us, nobody reads the stream any more
         stream.fail(PeerGone("the call to decode was cancelled", retry_after_s=1.0))
     elif (error := watch.exception()) is not None:

@@ -32,10 +32,13 @@ class Setting:
         return 1 if self.costs.sharing is None else self.costs.sharing.threads
 
     def yield_s(self, num_decode: int, *, is_shared: bool) -> float:
-        """How long each of so many decode replicas leaves the cores to prefill, if all of them share a machine's."""
+        """How long each of so many decode replicas leaves the cores to prefill, if all of them share a machine's, and
+        those are too few for the threads of both pools."""
         if self.config.handoff.yield_s is not None:
             return self.config.handoff.yield_s
-        return yield_s_of(num_decode) if is_shared else 0.0
+        sharing = self.costs.sharing
+        are_short = is_shared and sharing is not None and 2 * sharing.threads > sharing.cores
+        return yield_s_of(num_decode) if are_short else 0.0
 
     def prefill_scheduler(self) -> Scheduler:
         """As each prefill replica has one, whose pool has the kept layers alone. Raises ConfigError."""

@@ -42,6 +42,13 @@ def test_the_check_value_of_the_polynomial(copier: Copier) -> None:
     assert copier.copy(bytes(64), np.empty(64, np.uint8)) == google_crc32c.value(bytes(64))
 
 
+def rows_at(offset: int, num_rows: int, row_bytes: int) -> np.ndarray:
+    """So many bytes after a multiple of 64: at 0 the kernel stores past the caches."""
+    around = np.full(num_rows * row_bytes + 128, 9, np.uint8)
+    start = -around.ctypes.data % 64 + offset
+    return around[start : start + num_rows * row_bytes].reshape(num_rows, row_bytes)
+
+
 @given(data=st.data())
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_rows_land_where_they_belong_and_nowhere_else(has_kernel: bool, data: st.DataObject) -> None:
@@ -51,7 +58,7 @@ def test_rows_land_where_they_belong_and_nowhere_else(has_kernel: bool, data: st
     row_bytes = data.draw(st.sampled_from([1, 4, 8, 24, 64, 768, 1000]))
     skew = data.draw(st.integers(0, 7))  # payload of a frame lies anywhere
     whole = random_bytes(skew + num_targets * len(at) * row_bytes)
-    targets = [np.full((20, row_bytes), 9, np.uint8) for _ in range(num_targets)]
+    targets = [rows_at(data.draw(st.sampled_from([0, 16])), 20, row_bytes) for _ in range(num_targets)]
     crc = copier.scatter(whole[skew:], targets, at)
     source = np.frombuffer(whole[skew:], np.uint8).reshape(num_targets, len(at), row_bytes)
     for target, rows in zip(targets, source, strict=True):
@@ -85,7 +92,8 @@ def test_bytes_that_do_not_fit_are_an_error(copier: Copier) -> None:
         copier.scatter(bytes(16), [np.zeros((2, 8), np.uint8)], np.array([0]))
 
 
-def test_the_checksum_is_of_what_was_written_whatever_happens_to_the_source(copier: Copier) -> None:
+@pytest.mark.parametrize("offset", [0, 16])
+def test_the_checksum_is_of_what_was_written_whatever_happens_to_the_source(copier: Copier, offset: int) -> None:
     """Somebody writes to it all the while: what they write may be copied, or not, but never checked and not copied."""
     source = np.zeros(1 << 20, np.uint8)
     at, is_over = np.random.default_rng(0).permutation(1 << 14), threading.Event()
@@ -101,7 +109,7 @@ def test_the_checksum_is_of_what_was_written_whatever_happens_to_the_source(copi
     try:
         torn = 0
         for _ in range(40):
-            plain, target = np.empty(1 << 20, np.uint8), np.empty((1 << 14, 64), np.uint8)
+            plain, target = np.empty(1 << 20, np.uint8), rows_at(offset, 1 << 14, 64)
             assert copier.copy(memoryview(source), plain) == crc_of(plain)  # type: ignore[arg-type]
             assert copier.scatter(memoryview(source), [target], at) == crc_of(target[at])  # type: ignore[arg-type]
             torn += len(np.unique(plain)) > 1

@@ -61,7 +61,7 @@ async def test_both_stages_say_whether_the_hand_off_is_encrypted(tls: Any, monke
     config = ShoalConfig(tls=tls)
     for opened in (
         stage.open_prefill(config, CollectorRegistry()),
-        decode_stage.open_decode(config, CollectorRegistry(), None),
+        decode_stage.open_decode(config, CollectorRegistry(), None, num_replicas=1),
     ):
         with pytest.raises(Asked) as asked:
             await opened.__aenter__()

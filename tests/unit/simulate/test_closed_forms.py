@@ -11,10 +11,10 @@ from shoal.bench.workload import PlannedRequest
 from shoal.config import HandoffConfig, ShoalConfig, StageConfig
 from shoal.decode.yielding import YIELD_S
 from shoal.simulate.agenda import Agenda
-from shoal.simulate.costs import DecodeCost, HandoffCost, PrefillCost, ServingCost
+from shoal.simulate.costs import DecodeCost, HandoffCost, PrefillCost, ServingCost, SharingCost
 from shoal.simulate.setting import Setting
 from shoal.simulate.system import Fleet, System
-from simulations import COSTS, SHIP_ALL, free, request, run
+from simulations import COSTS, SHIP_ALL, costs, free, request, run
 
 NUM_PROMPT, SERVICE_S = 101, 0.01
 ONE_PROMPT = PrefillCost(skip_layers=0, step_s=0.0, token_s=SERVICE_S / (NUM_PROMPT - 1), token_context_s=0.0)
@@ -136,6 +136,8 @@ def test_replicas_yield_where_they_share_a_machine_or_are_told_to(
 ):
     config = ShoalConfig(handoff=HandoffConfig(yield_s=configured))
     assert Setting(Agenda(), COSTS, config, 0).yield_s(num_decode, is_shared=is_shared) == expected
+    roomy = costs(sharing=SharingCost(cores=4, threads=2, efficiency=0.9))
+    assert Setting(Agenda(), roomy, config, 0).yield_s(num_decode, is_shared=is_shared) == (configured or 0.0)
 
 
 def test_without_prefill_replicas_decode_computes_prompts():

@@ -1,4 +1,4 @@
-"""Which replica of a pool gets a request: as Ray Serve chooses, or an ideal."""
+"""Which replica of a pool gets a request: as Shoal's router chooses, or an ideal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Routing(enum.StrEnum):
-    """``two-choices``: the one of two random replicas that has less to do, as Serve does. ``shortest``: of all."""
+    """``two-choices``: the one of two random replicas that has less to do, as router.py does. ``shortest``: of all."""
 
     TWO_CHOICES = "two-choices"
     SHORTEST = "shortest"

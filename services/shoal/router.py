@@ -54,9 +54,10 @@ class AffineRouter(RequestRouter):
         # If all have failed it, one of them is still better than none.
         replicas = _without(candidates, excluded) or candidates
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
-        lengths = self._lengths(replicas)
-        ranked = sorted(random.sample(list(by_id), min(2, len(by_id))), key=lengths.__getitem__)
-        known = routes.affinity.best(keys, by_id.keys())
+        lengths, silent = self._lengths(replicas), routes.silent()
+        # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
+        ranked = sorted(random.sample(list(by_id), min(2, len(by_id))), key=lambda one: (one in silent, lengths[one]))
+        known = routes.affinity.best(keys, by_id.keys() - silent)
         if known is not None and lengths[known] - min(lengths.values()) <= MAX_LONGER:
             ranked = [known, *(one for one in ranked if one != known)]
         if call is not None:

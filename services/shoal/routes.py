@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from weakref import WeakKeyDictionary
 
 from shoal.affinity import Affinity
 from shoal.messages import Grant, Ticket
 
+PATIENCE_S = 0.05
+"""Within it, a replica that lives takes a call, or says that it won't."""
+_NOWHERE = ""
+
 # A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
-_NOWHERE = ""
 _chosen: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
+# Those that have not arrived yet, and since when.
+_underway: WeakKeyDictionary[Grant | Ticket, tuple[str, float]] = WeakKeyDictionary()
 # Of the one pool that a process sends to; read and written by Serve's router alone.
 affinity = Affinity()
 
@@ -19,6 +25,13 @@ affinity = Affinity()
 def choose(call: Grant | Ticket, replica_id: str) -> None:
     """It's on its way there, but may not arrive."""
     _chosen[call] = replica_id
+    _underway[call] = replica_id, time.monotonic()
+
+
+def note(call: Grant | Ticket, replica_id: str) -> None:
+    """It arrived there."""
+    _replica_ids[call] = _chosen[call] = replica_id
+    _underway.pop(call, None)
 
 
 def ended(call: Grant | Ticket) -> None:
@@ -28,19 +41,20 @@ def ended(call: Grant | Ticket) -> None:
         _chosen[call] = _NOWHERE
 
 
+def replica_of(call: Grant | Ticket) -> str | None:
+    """``None`` if it went nowhere yet."""
+    return _replica_ids.get(call)
+
+
 def num_chosen() -> Counter[str]:
     """Calls of this process that are being answered, or on their way, by replica."""
     return Counter(replica_id for replica_id in _chosen.values() if replica_id != _NOWHERE)
 
 
-def note(call: Grant | Ticket, replica_id: str) -> None:
-    """It arrived there."""
-    _replica_ids[call] = _chosen[call] = replica_id
-
-
-def replica_of(call: Grant | Ticket) -> str | None:
-    """``None`` if it went nowhere yet."""
-    return _replica_ids.get(call)
+def silent() -> frozenset[str]:
+    """Replicas that a call is waiting to be taken by for longer than it should."""
+    long_ago_s = time.monotonic() - PATIENCE_S
+    return frozenset(replica_id for replica_id, since_s in _underway.values() if since_s < long_ago_s)
 
 
 def num_noted() -> int:

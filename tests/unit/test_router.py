@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,6 +115,29 @@ async def test_calls_that_come_at_once_are_spread_also_to_a_replica_that_serve_h
     gc.collect()
     assert routes.num_chosen().total() == before + 4
     routes.ended(distinct(make_call(), 99))  # it never began
+
+
+async def test_one_that_does_not_take_a_call_in_time_comes_last_until_it_does(
+    router: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """It may hang: a call that tries it waits for a second, and others behind that call."""
+    clock = SimpleNamespace(now_s=time.monotonic())
+    monkeypatch.setattr(routes.time, "monotonic", lambda: clock.now_s)
+    two = [replica for replica in REPLICAS if replica.replica_id.unique_id in "ab"]
+    stuck, *busy = (distinct(grant(keys=(b"1",)), number) for number in range(10))
+    router.on_request_routed(pending(grant(keys=(b"1",))), IDS["a"], None)
+    assert await first_rank(router, pending(stuck), two) == ["a"]  # where its beginning is known
+    for call in busy:
+        router.on_request_routed(pending(call), IDS["b"], None)
+
+    async def firsts() -> set[str]:
+        return {(await first_rank(router, pending(grant(keys=keys)), two))[0] for keys in ((), (b"1",)) for _ in "12"}
+
+    assert await firsts() == {"a"}
+    clock.now_s += 2 * routes.PATIENCE_S
+    assert await firsts() == {"b"}  # though it's busy, and the other one knows the beginning
+    router.on_request_routed(pending(stuck), IDS["a"], None)
+    assert await firsts() == {"a"}
 
 
 async def test_the_less_busy_one_of_two_is_first_whoever_knows_of_its_calls(router: Any, queues: dict[str, int]):

@@ -124,11 +124,12 @@ def fit_serving(
     num_threads = sharing.threads + 1
     speed = 1.0 if num_threads <= sharing.cores else sharing.efficiency * sharing.cores / num_threads
     longer = 1 / speed - 1 if speed < 1 else 1.0
-    works = [
-        max(1e-6, (one["tpot_s"] - decode.seconds(one["streams"], one["streams"] * one["context"])) / longer)
-        for one in asked.together
-    ]
-    (step_s, token_s), quality = fit([(1.0, one["streams"]) for one in asked.together], works)
+    steps_s = [decode.seconds(one["streams"], one["streams"] * one["context"]) for one in asked.together]
+    (step_s, token_s), quality = fit(
+        [(longer, longer * one["streams"]) for one in asked.together],
+        [one["tpot_s"] for one in asked.together],
+        steps_s,
+    )
     engines = ("queue_s", "prefill_s", "transfer_exposed_s", "boundary_step_s")
     rest = statistics.median(one["ttft_s"] - sum(one[name] for name in engines) for one in asked.alone)
     return ServingCost(request_s=max(0.0, rest - step_s - token_s), step_s=step_s, token_s=token_s), quality

@@ -12,9 +12,11 @@ from shoal.errors import ConfigError
 from shoal.simulate.costs import FitQuality
 
 
-def fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[list[float], FitQuality]:
-    """Coefficients ``x >= 0`` for which ``features @ x`` is nearest to ``seconds``, by the squares of relative errors:
-    those of a short step count as much as those of a long one.
+def fit(
+    features: Sequence[Sequence[float]], seconds: Sequence[float], known: Sequence[float] | None = None
+) -> tuple[list[float], FitQuality]:
+    """Coefficients ``x >= 0`` for which ``features @ x``, and what is ``known`` of each time already, is nearest to
+    ``seconds``, by the squares of relative errors: those of a short step count as much as those of a long one.
 
     ``features`` is [samples, coefficients]. With few coefficients, the least non-negative solution is found by trying
     which of them are 0. Raises ConfigError if there are fewer samples than coefficients, or a time isn't positive.
@@ -26,23 +28,26 @@ def fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[
     if not (times > 0).all():
         raise ConfigError("a step took no time: measure again")
     relative = matrix / times[:, None]
-    best, least = np.zeros(matrix.shape[1]), float(len(times))
+    left = 1 - (np.zeros(len(times)) if known is None else np.asarray(known, dtype=np.float64)) / times
+    best, least = np.zeros(matrix.shape[1]), float((left**2).sum())
     for num in range(1, matrix.shape[1] + 1):
         for chosen in itertools.combinations(range(matrix.shape[1]), num):
-            found = _solve(relative, chosen)
-            error = float(((relative @ found - 1) ** 2).sum())
+            found = _solve(relative, left, chosen)
+            error = float(((relative @ found - left) ** 2).sum())
             if (found >= 0).all() and error < least:
                 best, least = found, error
-    errors = np.abs(relative @ best - 1)
+    errors = np.abs(relative @ best - left)
     quality = FitQuality(num=len(times), median_error=float(np.median(errors)), max_error=float(errors.max()))
     return best.tolist(), quality
 
 
-def _solve(matrix: npt.NDArray[np.float64], chosen: tuple[int, ...]) -> npt.NDArray[np.float64]:
+def _solve(
+    matrix: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], chosen: tuple[int, ...]
+) -> npt.NDArray[np.float64]:
     columns = matrix[:, chosen]
     # Coefficients differ by ten orders of magnitude: columns of one length keep the solution exact.
     lengths = np.linalg.norm(columns, axis=0)
     lengths[lengths == 0] = 1.0
     found = np.zeros(matrix.shape[1])
-    found[list(chosen)] = np.linalg.lstsq(columns / lengths, np.ones(len(matrix)), rcond=None)[0] / lengths
+    found[list(chosen)] = np.linalg.lstsq(columns / lengths, wanted, rcond=None)[0] / lengths
     return found

@@ -109,6 +109,19 @@ def test_a_coefficient_that_would_be_negative_is_zero_and_the_error_is_told():
     assert falling[1] == 0 and falling[0] > 0
 
 
+def test_what_is_known_of_the_times_is_not_fitted_once_more():
+    rows, known = [(1.0, float(size)) for size in (1, 4, 8, 16)], [9e-3, 11e-3, 12e-3, 21e-3]
+    times = [base + float(np.dot(row, (5e-4, 1e-4))) for base, row in zip(known, rows, strict=True)]
+    found, quality = fit(rows, times, known)
+    assert found == pytest.approx((5e-4, 1e-4), rel=1e-6) and quality.max_error < 1e-9
+    # Where more is known than was measured, it's an error of the whole time, and nothing is nearer than nothing.
+    found, quality = fit(rows, [base * 0.9 for base in known], known)
+    assert found == [0.0, 0.0] and quality.max_error == pytest.approx(1 / 9)
+    # One that is off by a little doesn't weigh more than the rest.
+    found, _ = fit(rows, [known[0] - 1e-6, *times[1:]], known)
+    assert found[1] > 5e-5
+
+
 def test_too_few_times_and_none_at_all_are_refused():
     with pytest.raises(ConfigError, match="measure more"):
         fit(GRID[:2], [1.0, 1.0])

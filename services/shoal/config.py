@@ -145,9 +145,10 @@ class StageConfig(_Frozen):
     )
     niceness: Annotated[int, Field(ge=0, le=19)] | None = Field(
         None,
-        description="How far its compute threads step back for others on the same cores, as nice(1) counts; a replica "
-        "under Ray is at 15 of 19 already. By default 4 for prefill on CPUs, which gets 30 % of them while decode "
-        "wants all, and else 0. Between containers with CPUs of their own it counts nothing.",
+        description="How far its compute threads step back for others on the same cores, as nice(1) counts; under "
+        "a Ray that is joined (ray.address) a replica is at 15 of 19 already. By default 4 for prefill on CPUs, which "
+        "gets 30 % of them while decode wants all, and else 0. Between containers with CPUs of their own it counts "
+        "nothing.",
     )
     kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Memory for K/V; by default 25 % of what is free."

@@ -58,7 +58,8 @@ class AffineRouter(RequestRouter):
         # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
         ranked = sorted(random.sample(list(by_id), min(2, len(by_id))), key=lambda one: (one in silent, lengths[one]))
         known = routes.affinity.best(keys, by_id.keys() - silent)
-        if known is not None and lengths[known] - min(lengths.values()) <= MAX_LONGER:
+        shortest = min((length for one, length in lengths.items() if one not in silent), default=0)
+        if known is not None and lengths[known] - shortest <= MAX_LONGER:
             ranked = [known, *(one for one in ranked if one != known)]
         if call is not None:
             routes.choose(call, ranked[0])

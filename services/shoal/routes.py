@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from shoal.affinity import Affinity
 from shoal.messages import Grant, Ticket
 
-PATIENCE_S = 0.05
-"""Within it, a replica that lives takes a call, or says that it won't."""
-_NOWHERE = ""
+PATIENCE_S = 0.3
+"""Within it, a replica that lives takes a call, or says that it won't, also on a machine that is busy."""
 
 # A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 _chosen: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 # Those that have not arrived yet, and since when.
 _underway: WeakKeyDictionary[Grant | Ticket, tuple[str, float]] = WeakKeyDictionary()
+# Apart, since it's not the router's thread that knows: nothing that the router walks through may grow meanwhile.
+_ended: WeakSet[Grant | Ticket] = WeakSet()
 # Of the one pool that a process sends to; read and written by Serve's router alone.
 affinity = Affinity()
 
@@ -36,9 +37,7 @@ def note(call: Grant | Ticket, replica_id: str) -> None:
 
 def ended(call: Grant | Ticket) -> None:
     """Nobody answers it any more, though it may be held yet: by an error, or for a client that reads slowly."""
-    # In any thread: what is there already stays where it is, whoever counts meanwhile.
-    if call in _chosen:
-        _chosen[call] = _NOWHERE
+    _ended.add(call)
 
 
 def replica_of(call: Grant | Ticket) -> str | None:
@@ -48,13 +47,15 @@ def replica_of(call: Grant | Ticket) -> str | None:
 
 def num_chosen() -> Counter[str]:
     """Calls of this process that are being answered, or on their way, by replica."""
-    return Counter(replica_id for replica_id in _chosen.values() if replica_id != _NOWHERE)
+    return Counter(replica_id for call, replica_id in _chosen.items() if call not in _ended)
 
 
 def silent() -> frozenset[str]:
     """Replicas that a call is waiting to be taken by for longer than it should."""
     long_ago_s = time.monotonic() - PATIENCE_S
-    return frozenset(replica_id for replica_id, since_s in _underway.values() if since_s < long_ago_s)
+    return frozenset(
+        replica_id for call, (replica_id, since_s) in _underway.items() if since_s < long_ago_s and call not in _ended
+    )
 
 
 def num_noted() -> int:

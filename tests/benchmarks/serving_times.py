@@ -107,6 +107,7 @@ def _stages(url: str) -> dict[str, float]:
 
 def fit_handoff(samples: Sequence[Sample], token_bytes: int, chunk: int) -> tuple[HandoffCost, FitQuality]:
     """What the way to prefill and back takes beside computing: a latency, and the last chunk's bytes."""
+    samples = [one for one in samples if one["transfer_exposed_s"] > 0]  # short prompts stay with decode
     tails = [token_bytes * ((one["prompt_tokens"] - 2) % chunk + 1) for one in samples]
     times = [one["queue_s"] + one["transfer_exposed_s"] for one in samples]
     (latency_s, byte_s), quality = fit([(1.0, tail) for tail in tails], times)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +101,7 @@ async def test_calls_that_come_at_once_are_spread_also_to_a_replica_that_serve_h
     kind: str, make_call: Callable[[], Any], known: str, queues: dict[str, int], request: pytest.FixtureRequest
 ):
     router = request.getfixturevalue(kind)
+    request.getfixturevalue("monkeypatch").setattr(routes, "time", SimpleNamespace(monotonic=lambda: 0.0))
     queues.update(dict.fromkeys(known, 0))
     before = routes.num_chosen().total()
     calls = [distinct(make_call(), number) for number in range(64)]
@@ -121,10 +121,10 @@ async def test_one_that_does_not_take_a_call_in_time_comes_last_until_it_does(
     router: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """It may hang: a call that tries it waits for a second, and others behind that call."""
-    clock = SimpleNamespace(now_s=time.monotonic())
-    monkeypatch.setattr(routes.time, "monotonic", lambda: clock.now_s)
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(routes, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     two = [replica for replica in REPLICAS if replica.replica_id.unique_id in "ab"]
-    stuck, *busy = (distinct(grant(keys=(b"1",)), number) for number in range(10))
+    stuck, *busy = (distinct(grant(keys=keys), number) for number, keys in enumerate([(b"1",), *[()] * 4]))
     router.on_request_routed(pending(grant(keys=(b"1",))), IDS["a"], None)
     assert await first_rank(router, pending(stuck), two) == ["a"]  # where its beginning is known
     for call in busy:
@@ -138,6 +138,15 @@ async def test_one_that_does_not_take_a_call_in_time_comes_last_until_it_does(
     assert await firsts() == {"b"}  # though it's busy, and the other one knows the beginning
     router.on_request_routed(pending(stuck), IDS["a"], None)
     assert await firsts() == {"a"}
+    given_up = distinct(grant(), 98)
+    assert await first_rank(router, pending(given_up), two) == ["a"]
+    clock.now_s += 2 * routes.PATIENCE_S
+    assert routes.silent() == {"a"}
+    routes.ended(given_up)
+    assert routes.silent() == frozenset()
+    await router.choose_replicas(two, pending(given_up))  # Serve hears later that nobody waits any more
+    clock.now_s += 2 * routes.PATIENCE_S
+    assert routes.silent() == frozenset()
 
 
 async def test_the_less_busy_one_of_two_is_first_whoever_knows_of_its_calls(router: Any, queues: dict[str, int]):

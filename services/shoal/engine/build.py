@@ -42,7 +42,7 @@ _log = structlog.get_logger(__name__)
 _WARM_UP = "warm-up"
 _CPU_WARM_UP_TOKENS = 256
 POOL_SHARE_OF_FREE_MEMORY = 0.25
-# Linux gives 2.4 times as much to whoever is 4 less nice. Ray's workers are at 15 of 19 already.
+# Linux gives 2.4 times as much to whoever is 4 less nice. Workers of a Ray that is joined are at 15 of 19 already.
 PREFILL_NICENESS = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

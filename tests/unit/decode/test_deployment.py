@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import aclosing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from shoal import routes
 from shoal.decode.deployment import DecodeReplica, ServePrefillPool
 from shoal.errors import InternalError, PeerGone, ShoalError
 from shoal.messages import GenerateRequest, Grant, HandoffOutcome, RequestContext, Ticket, TokenOutput
@@ -57,10 +59,15 @@ def pool(prefill: Prefill) -> ServePrefillPool:
 
 
 async def test_the_outcome_comes_back_and_nothing_is_cancelled() -> None:
-    prefill = Prefill()
+    prefill, grant = Prefill(), replace(GRANT, lease_id=b"2" * 16)
+    asking = asyncio.create_task(pool(prefill).ask(grant))
+    await asyncio.sleep(0)
+    routes.note(grant, "a")  # as Serve's router does
+    assert routes.num_chosen()["a"] == 1
     prefill.is_done.set()
-    assert await pool(prefill).ask(GRANT) == OUTCOME
-    assert (prefill.asked, prefill.is_cancelled) == ([GRANT], False)
+    assert await asking == OUTCOME
+    assert (prefill.asked, prefill.is_cancelled) == ([grant], False)
+    assert not routes.num_chosen()["a"]  # though we hold the grant yet
 
 
 async def test_who_stops_waiting_cancels_the_replicas_work() -> None:

@@ -172,7 +172,7 @@ def _projection(served: Served, parameters: Parameters) -> Project | None:
 
 
 def choose_yield_s(config: ShoalConfig, num_replicas: int, device: torch.device) -> float:
-    """As configured, or where both pools want the same cores of one machine."""
+    """As configured; else none, unless both pools want the same cores of one machine."""
     if config.handoff.yield_s is not None:
         return config.handoff.yield_s
     pools = (config.prefill, config.decode)

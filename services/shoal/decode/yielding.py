@@ -11,5 +11,5 @@ YIELD_S, MAX_YIELD_S = 0.05, 0.2
 
 
 def yield_s_of(num_replicas: int) -> float:
-    """From the beginning of a step to that of the next one, of each: together they make as many as one would."""
+    """From the beginning of a step to that of the next one, of each: up to four make as many together as one would."""
     return min(MAX_YIELD_S, YIELD_S * num_replicas)

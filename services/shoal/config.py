@@ -251,7 +251,7 @@ class HandoffConfig(_Frozen):
         "begins so long after the one before at the earliest, and leaves the cores to prefill until then: more answers "
         "at once for each step. Not for answers that were to be done within a minute. By default, where both pools "
         "compute on the same cores of a machine of their own (ray.address is unset), 0.05 times the number of decode "
-        "replicas, but at most 0.2; else 0.",
+        "replicas, but at most 0.2, whichever of them the prompts are for; else 0.",
     )
     max_reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="Share of decode's pool that prompts on their way may hold."

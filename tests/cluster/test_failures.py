@@ -114,6 +114,20 @@ def test_no_replica_that_crashes_leaves_a_dump(live: TestCluster):
         assert soft == ("0" if hard == "0" else "1"), entry
 
 
+def test_decode_replicas_of_the_same_cores_know_of_one_another(live: TestCluster):
+    """By a file that all of them have open, and nobody else."""
+    opened: dict[str, list[set[Path]]] = {}
+    for entry in live.live.replica_entries():
+        files = set()
+        for file in Path(f"/proc/{entry.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed just now
+                files.add(file.readlink())
+        opened.setdefault(entry.role, []).append({file for file in files if file.name == "on-their-way"})
+    one, other = opened.pop("decode")
+    assert one == other and len(one) == 1
+    assert not any(itertools.chain(*opened.values()))
+
+
 def test_decode_dies_before_the_first_token(live: TestCluster, long: RealPrompt):
     """The other decode replica runs the request again, and the client notices nothing."""
 

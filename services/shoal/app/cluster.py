@@ -11,6 +11,7 @@ A private cluster's processes end with this one, however it ends; a cluster that
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -31,6 +32,7 @@ from shoal.app.progress import OnProgress, Progress
 from shoal.app.ray_settings import asks_for_token, init_options, run_target, serve_logging, set_environment
 from shoal.app.ray_thread import RayThread
 from shoal.config import ShoalConfig
+from shoal.decode import yielding
 from shoal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -159,6 +161,8 @@ class _Start:
         if is_private(self._config):
             # Short: Linux allows a socket's path, which Ray makes in it, 107 characters.
             self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+            # Whatever Ray starts on this machine has it, too.
+            os.environ[yielding.VARIABLE] = str(self._folder / "on-their-way")
         interrupts.wait(self._home.submit(self._start_ray))
         self._on_progress(Progress("ray", 1, 2))
         self._wait_for_nodes()
@@ -318,6 +322,7 @@ class _Start:
         ray.shutdown(wait_for_processes=True)
         self._home.close()
         if self._folder is not None:
+            os.environ.pop(yielding.VARIABLE, None)
             shutil.rmtree(self._folder, ignore_errors=True)
 
 

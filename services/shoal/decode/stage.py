@@ -15,13 +15,14 @@ from shoal.config import HandoffConfig, ShoalConfig
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.sink import PoolSink, Project
 from shoal.decode.worker import DecodeWorker
-from shoal.decode.yielding import yield_s_of
+from shoal.decode.yielding import OnTheirWay, yield_s_of
 from shoal.engine.build import Served, layout_of, load_stage
 from shoal.engine.client import EngineClient
 from shoal.engine.detokenizer import decode_with
 from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
+from shoal.engine.yielding import Yielding
 from shoal.heartbeat import Heartbeat
 from shoal.machine import usable_threads
 from shoal.messages import Stage, WireMode
@@ -95,12 +96,14 @@ async def open_decode(
             metrics.held(num_bytes)
         worker.told_of_blocks(wanted=output.wants_blocks)
 
+    pause_s = choose_yield_s(config, num_replicas, core.runner.pool.layers[0].device)
+    neighbours = OnTheirWay.of_this_process() if pause_s else None
     engine = EngineClient(
         core,
         name="shoal-decode",
         on_step=on_step,
         niceness=loaded.niceness,
-        yield_s=choose_yield_s(config, num_replicas, core.runner.pool.layers[0].device),
+        yielding=Yielding(pause_s, bool if neighbours is None else neighbours),
     )
     sink = PoolSink(core.runner.pool, _projection(served, parameters), loaded.copier)
     desk = HandoffDesk(
@@ -134,6 +137,8 @@ async def open_decode(
         if nixl is not None:
             await nixl.close()
         engine.close()
+        if neighbours is not None:
+            neighbours.close()
         sink.close()
 
 

@@ -15,6 +15,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.runner import PrefillChunk
 from shoal.engine.thread import EngineThread, has_stopped
+from shoal.engine.yielding import NEVER, Yielding
 from shoal.errors import InternalError, PeerGone, ShoalError
 from shoal.heartbeat import Heartbeat
 
@@ -80,7 +81,7 @@ class EngineClient:
         name: str,
         on_step: Callable[[StepOutput], None] | None = None,
         niceness: int = 0,
-        yield_s: float = 0.0,
+        yielding: Yielding = NEVER,
     ) -> None:
         self._inboxes: dict[str, Inbox] = {}
         self._on_step = on_step
@@ -88,7 +89,7 @@ class EngineClient:
         self._num_failed_in_a_row = 0
         loop = asyncio.get_running_loop()
         self._thread = EngineThread(
-            engine, loop, self._deliver, self._died, name=name, niceness=niceness, yield_s=yield_s
+            engine, loop, self._deliver, self._died, name=name, niceness=niceness, yielding=yielding
         )
 
     @property

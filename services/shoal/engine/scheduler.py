@@ -288,11 +288,10 @@ class Scheduler:
         return [*self.running, *self.reserved, *self.waiting]
 
     @property
-    def may_yield(self) -> bool:
-        """Prompts are on their way here, and meanwhile there's nothing to do but to go on with answers that have time,
-        each by the token that it said last."""
+    def only_goes_on(self) -> bool:
+        """There's nothing to do but to go on with answers that have time, each by the token that it said last."""
         return (
-            bool(self.reserved and self.running)
+            bool(self.running)
             and all(one.output and one.num_pending == 1 and not one.is_hurried for one in self.running)
             and not self._may_admit()
         )

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
+from shoal.engine.yielding import NEVER, Yielding
 from shoal.errors import PeerGone
 from shoal.heartbeat import Heartbeat
 from shoal.machine import step_back
@@ -29,8 +30,7 @@ class EngineThread:
     step ran, or the counts changed.
 
     ``died`` is called there once the thread ends, for whatever reason. The thread steps back for others by
-    ``niceness``; and where it may yield to those who compute prompts for it, ``yield_s`` lie between the beginnings of
-    two steps.
+    ``niceness``; ``yielding`` says when a step waits for them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class EngineThread:
         *,
         name: str,
         niceness: int = 0,
-        yield_s: float = 0.0,
+        yielding: Yielding = NEVER,
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -52,7 +52,7 @@ class EngineThread:
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
         self._niceness = niceness
-        self._yield_s = yield_s
+        self._yielding = yielding
         self._began_s = 0.0
         self._untold: StepOutput | None = None
         self.heartbeat = Heartbeat("engine")
@@ -150,7 +150,7 @@ class EngineThread:
         """Run all commands that are here, waiting for one first if told to, and for more while it yields. False once
         closed."""
         while True:
-            left_s = self._left_to_yield_s()
+            left_s = self._yielding.left_s(self._engine.scheduler, self._began_s, time.monotonic())
             if left_s:
                 self._tell()
             if wait or left_s:
@@ -165,11 +165,6 @@ class EngineThread:
                 return False
             command(self._engine)
             wait = False
-
-    def _left_to_yield_s(self) -> float:
-        if not self._yield_s or not self._engine.scheduler.may_yield:
-            return 0.0
-        return max(0.0, self._began_s + self._yield_s - time.monotonic())
 
     def _on_loop(self, function: Callable[..., None], *args: object) -> None:
         # At shutdown the loop may close first: nobody is left to be told.

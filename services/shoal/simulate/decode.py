@@ -14,6 +14,7 @@ from shoal.bench.workload import PlannedRequest
 from shoal.decode.ladder import Ladder
 from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.engine.sequence import Phase, Sequence
+from shoal.engine.yielding import Yielding
 from shoal.errors import Overloaded
 from shoal.simulate.cores import Cores
 from shoal.simulate.costs import ServingCost, decode_step_s
@@ -74,12 +75,13 @@ class DecodeReplica:
 
     def __init__(
         self, index: int, setting: Setting, cores: Cores, outlet: Outlet, prefill: Many[PrefillReplica],
-        choose: Callable[[Collection[int]], PrefillReplica], yield_s: float,
+        choose: Callable[[Collection[int]], PrefillReplica], yielding: Yielding,
     ) -> None:  # fmt: skip
         self.index = index
         self.num_ongoing = 0
         self.num_fallbacks = 0
-        self.engine = SimulatedEngine(setting.agenda, cores, setting.threads, setting.decode_scheduler(), self, yield_s)
+        scheduler = setting.decode_scheduler()
+        self.engine = SimulatedEngine(setting.agenda, cores, setting.threads, scheduler, self, yielding)
         self.into = Link(setting.costs.handoff.bytes_per_s)
         self._agenda, self._cost, self._local = setting.agenda, setting.costs.decode, setting.prefill_cost
         self._outlet, self._prefill, self._choose = outlet, prefill, choose

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Sequence
+from shoal.engine.yielding import NEVER, Yielding
 from shoal.messages import SamplingParams
 from shoal.simulate.agenda import Agenda
 from shoal.simulate.cores import Cores
@@ -36,11 +37,11 @@ class SimulatedEngine:
     """One step after the other, as long as there is anything to run.
 
     As in the real one, what a step admits is told when that step has ended, and commands count from the next step on;
-    and where it may yield to those who compute prompts for it, ``yield_s`` lie between the beginnings of two steps.
+    and it yields as that one does.
     """
 
     def __init__(
-        self, agenda: Agenda, cores: Cores, threads: int, scheduler: Scheduler, stage: Stage, yield_s: float = 0.0
+        self, agenda: Agenda, cores: Cores, threads: int, scheduler: Scheduler, stage: Stage, yielding: Yielding = NEVER
     ) -> None:
         self.scheduler = scheduler
         self.num_steps = 0
@@ -48,7 +49,7 @@ class SimulatedEngine:
         """Rows computed."""
         self.busy_s = 0.0
         self._agenda, self._cores, self._threads, self._stage = agenda, cores, threads, stage
-        self._yield_s, self._began_s = yield_s, 0.0
+        self._yielding, self._began_s = yielding, 0.0
         self._runs = self._is_called = False
 
     def kick(self) -> None:
@@ -58,17 +59,12 @@ class SimulatedEngine:
             self._agenda.after(0.0, self._look)
 
     def _look(self) -> None:
-        left_s = self._left_to_yield_s()
+        left_s = self._yielding.left_s(self.scheduler, self._began_s, self._agenda.now_s)
         if left_s > 0:  # unless something changes meanwhile, which is looked at at once
             self._is_called = False
             self._agenda.after(left_s, self.kick)
         else:
             self._begin()
-
-    def _left_to_yield_s(self) -> float:
-        if not self._yield_s or not self.scheduler.may_yield:
-            return 0.0
-        return self._began_s + self._yield_s - self._agenda.now_s
 
     def _begin(self) -> None:
         # What is told of reservations may call again: that is before the step that begins now.

@@ -16,6 +16,7 @@ import numpy as np
 from shoal.bench.record import Failure, Record, TokenSource
 from shoal.bench.workload import PlannedRequest
 from shoal.config import ShoalConfig
+from shoal.engine.yielding import Yielding
 from shoal.errors import InternalError
 from shoal.simulate.agenda import Agenda
 from shoal.simulate.cores import Cores, OwnCores, SharedCores
@@ -76,7 +77,8 @@ class System:
         self._shared = _shared(self.agenda, costs.sharing) if fleet.is_shared else None
         self.cores: Cores = self._shared or OwnCores(self.agenda)
         self.prefill = [PrefillReplica(index, setting, self.cores) for index in range(fleet.num_prefill)]
-        yield_s = setting.yield_s(fleet.num_decode, is_shared=fleet.is_shared)
+        pause_s = setting.yield_s(fleet.num_decode, is_shared=fleet.is_shared)
+        yielding = Yielding(pause_s, self._are_on_their_way if fleet.is_shared else bool)
         self.decode = [
             DecodeReplica(
                 index,
@@ -85,7 +87,7 @@ class System:
                 Outlet(self.cores, costs.serving),
                 self.prefill,
                 self._choose_prefill,
-                yield_s,
+                yielding,
             )
             for index in range(fleet.num_decode)
         ]
@@ -139,6 +141,10 @@ class System:
 
     def _choose_prefill(self, excluded: Collection[int]) -> PrefillReplica:
         return choose(self.prefill, self._routing, self._rng, excluded)
+
+    def _are_on_their_way(self, _are_to_one: bool) -> bool:
+        """As replicas of one machine know of one another: by what each of them has reserved."""
+        return any(one.engine.scheduler.reserved for one in self.decode)
 
     def _ended(self, request: Request) -> None:
         self._count(-1)

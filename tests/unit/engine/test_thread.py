@@ -17,6 +17,7 @@ from engines import make_engine
 from models import tiny_llama
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
+from shoal.engine.yielding import Yielding
 from shoal.messages import Depth, SamplingParams
 
 SAMPLING = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -113,7 +114,7 @@ async def num_said(client: EngineClient, request_id: str) -> int:
 
 @pytest.mark.parametrize("yields", [True, False])
 async def test_while_a_prompt_is_on_its_way_answers_leave_the_cores_to_it(model: Any, yields: bool) -> None:
-    client = EngineClient(make_engine(model, 0), name="test", yield_s=3600.0 if yields else 0.0)
+    client = EngineClient(make_engine(model, 0), name="test", yielding=Yielding(3600.0 if yields else 0.0))
     try:
         with client.open("on its way") as on_its_way, client.open("answer") as answer, client.open("short") as short:
             await client.call(
@@ -142,7 +143,7 @@ async def test_while_a_prompt_is_on_its_way_answers_leave_the_cores_to_it(model:
 
 async def test_what_computes_nothing_puts_no_answer_off(model: Any) -> None:
     """Neither another prompt that is to come from prefill, nor one that there's no place for."""
-    client = EngineClient(make_engine(model, 0, max_sequences=3), name="test", yield_s=3600.0)
+    client = EngineClient(make_engine(model, 0, max_sequences=3), name="test", yielding=Yielding(3600.0))
     try:
         with client.open("answer") as answer, client.open("second") as second:
             await client.call(lambda engine: engine.submit_generate("first", (1, 2), Depth.FULL, SAMPLING, hold=True))
@@ -159,7 +160,7 @@ async def test_what_computes_nothing_puts_no_answer_off(model: Any) -> None:
 
 
 async def test_who_has_little_time_yields_to_nobody(model: Any) -> None:
-    client = EngineClient(make_engine(model, 0), name="test", yield_s=3600.0)
+    client = EngineClient(make_engine(model, 0), name="test", yielding=Yielding(3600.0))
     try:
         with client.open("on its way") as on_its_way, client.open("answer") as answer:
             await client.call(
@@ -175,8 +176,37 @@ async def test_who_has_little_time_yields_to_nobody(model: Any) -> None:
         client.close()
 
 
+@pytest.mark.parametrize("count", [True, False])
+async def test_prompts_on_their_way_elsewhere_count_where_cores_are_shared(model: Any, count: bool) -> None:
+    told: set[bool] = set()
+
+    def are_on_their_way(to_this: bool) -> bool:
+        told.add(to_this)
+        return count
+
+    client = EngineClient(make_engine(model, 0), name="test", yielding=Yielding(3600.0, are_on_their_way))
+    try:
+        with client.open("answer") as answer, client.open("on its way") as on_its_way:
+            await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+            await asyncio.wait_for(answer.next(), 10)
+            if count:
+                assert await num_said(client, "answer") == 1
+            else:
+                for _ in range(3):
+                    await asyncio.wait_for(answer.next(), 10)
+            assert told == {False}
+            await client.call(
+                lambda engine: engine.submit_generate("on its way", (3, 4), Depth.FULL, SAMPLING, hold=True)
+            )
+            await asyncio.wait_for(on_its_way.reserved(), 10)
+            await client.call(Engine.counts)  # so that the thread has looked since
+            assert told == {False, True}
+    finally:
+        client.close()
+
+
 async def test_closing_waits_for_no_prompt(model: Any) -> None:
-    client = EngineClient(make_engine(model, 0), name="test", yield_s=3600.0)
+    client = EngineClient(make_engine(model, 0), name="test", yielding=Yielding(3600.0))
     with client.open("on its way") as on_its_way, client.open("answer") as answer:
         await client.call(lambda engine: engine.submit_generate("on its way", (3, 4), Depth.FULL, SAMPLING, hold=True))
         await asyncio.wait_for(on_its_way.reserved(), 10)

@@ -127,6 +127,23 @@ def test_decode_yields_while_a_prompt_is_on_its_way_and_takes_it_along_at_once(y
     assert prompt.ttft_s == pytest.approx(0.005 + 1.02 + 0.01)
 
 
+@pytest.mark.parametrize(("is_shared", "meanwhile"), [(True, [0.05] * 21), (False, [])])
+def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_cores(
+    is_shared: bool, meanwhile: list[float]
+):
+    known = free(
+        prefill=(PrefillCost(skip_layers=0, step_s=0.0, token_s=0.0102, token_context_s=0.0),),  # 1.02 s a prompt
+        decode=DecodeCost(step_s=0.01, sequence_s=0.0, context_token_s=0.0),
+        sharing=SharingCost(cores=64, threads=2, efficiency=1.0),
+    )
+    config = ShoalConfig(handoff=HandoffConfig(min_tokens=2, yield_s=0.05))
+    requests = [request(0, 0.0, num_prompt=1, num_output=140), request(1, 0.125, num_output=2)]
+    answer, prompt = run(requests, Fleet(1, 2, 0, is_shared=is_shared), known, config).records
+    gaps = [round(gap, 9) for gap in answer.itl_s]
+    assert gaps == [0.01] * 12 + meanwhile + [0.01] * (139 - 12 - len(meanwhile))
+    assert prompt.ttft_s == pytest.approx(1.02 + 0.01)
+
+
 @pytest.mark.parametrize(
     ("configured", "is_shared", "num_decode", "expected"),
     [(None, True, 1, YIELD_S), (None, True, 2, 2 * YIELD_S), (None, False, 2, 0.0), (0.3, False, 2, 0.3)],

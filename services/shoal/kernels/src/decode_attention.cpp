@@ -38,24 +38,27 @@ struct Chunk {
     }
 };
 
-// Fetches the chunk that comes next while one is attended to, a token with each so many of its steps: memory is busy
+// Fetches the chunk that comes next while one is attended to, some lines with each of its steps: memory is busy
 // throughout then. Asked for all at once, it would be waited for.
 class Ahead {
    public:
     Ahead(const Chunk& next, int64_t slot_size, int64_t num_steps)
-        : next_(next), slot_size_(slot_size), num_steps_(std::max<int64_t>(1, num_steps)) {}
+        : next_(next), slot_size_(slot_size), num_lines_(next.num_tokens * (slot_size / LINE)),
+          num_steps_(std::max<int64_t>(1, num_steps)) {}
 
     void step(int64_t number) {
-        for (due_ += number * next_.num_tokens; due_ >= num_steps_ && token_ < next_.num_tokens; due_ -= num_steps_) {
-            const bf16* const token = next_.tokens[token_++];
-            for (int64_t line = 0; line < slot_size_; line += 32) fetch(token + line);
+        for (due_ += number * num_lines_; due_ >= num_steps_ && token_ < next_.num_tokens; due_ -= num_steps_) {
+            fetch(next_.tokens[token_] + at_);
+            if ((at_ += LINE) < slot_size_) continue;
+            at_ = 0;
+            token_++;
         }
     }
 
    private:
     const Chunk& next_;
-    const int64_t slot_size_, num_steps_;
-    int64_t due_ = 0;
+    const int64_t slot_size_, num_lines_, num_steps_;
+    int64_t due_ = 0, at_ = 0;
     int token_ = 0;
 };
 

@@ -3,9 +3,10 @@
 //     weights  [panel of 32 outputs][pair of inputs][output][2]
 //
 // What the last panel has more than there are outputs is zeros. A panel is read from end to end, and serves up to twelve
-// rows at a time: 24 registers hold their sums, two what was loaded. While rows go through a panel, the next one is
-// fetched, some of it with each dozen: memory is as busy as the multipliers. Where there are tiles, they multiply: panels
-// are what they take, and rows as they lie the other side.
+// rows at a time: 24 registers hold their sums, two what was loaded. What comes next is fetched meanwhile, a line or two
+// with each pair: memory is as busy as the multipliers. (Fetched by the dozen it would be waited for, and whatever is
+// fetched far ahead is fetched in vain where another thread takes it.) Where there are tiles, they multiply: panels are
+// what they take, and rows as they lie the other side.
 //
 // Where the outputs are gates and what they gate, nobody wants the products themselves: a panel of the ones is multiplied
 // with its panel of the others, and only what comes of both is written.
@@ -25,6 +26,7 @@ constexpr int64_t PANEL = 32;
 constexpr int VECTORS = PANEL / 16;
 constexpr int ROWS = 12;
 constexpr int PAIRS = 16;          // a row's cache line holds so many
+constexpr int64_t FAR = 128;       // lines between what is fetched and what is read, where there's one pass
 constexpr int64_t MAX_PANELS = 4;  // that a thread takes at a time: more would leave others without at the end
 constexpr int64_t MANY_ROWS = 16;  // with more, one panel is work enough
 
@@ -85,35 +87,44 @@ void put_gated(const Operands& of, int64_t panel, int64_t row, int64_t num_rows,
     }
 }
 
-// What is fetched meanwhile: of every PAIRS * VECTORS lines from `from` on, those in [begin, end).
-struct Fetch {
-    const bf16* from;
-    int64_t begin, end;
+// What is fetched meanwhile, evenly: `number` lines from `begin` on, but from `end` on those at `then`.
+struct Fetched {
+    int64_t number;
+    const bf16 *begin, *end, *then;
+
+    const bf16* operator[](int64_t line) const {
+        const bf16* const at = begin + line * LINE;
+        return at < end ? at : then + (at - end);
+    }
 };
 
-// A panel's outputs of N rows, or to `kept` their sums.
-template <int N, bool IS_KEPT>
-void multiply(const Operands& of, int64_t panel, int64_t row, const Fetch& fetched, float* kept) {
+// A panel's outputs of N rows, or to `kept` their sums; LINES are fetched with each pair of inputs, until all are.
+template <int N, bool IS_KEPT, int LINES>
+void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fetched, float* kept) {
     const bf16* const weights = of.panel(panel);
     const bf16* const inputs = of.inputs + row * of.size;
     const int64_t size = of.size;
     __m512 sums[N][VECTORS];
     for (int n = 0; n < N; n++)
         for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_setzero_ps();
-    for (int64_t first = 0; first < size / 2; first += PAIRS) {
-        for (int64_t line = fetched.begin; line < fetched.end; line++)
-            fetch(fetched.from + (first * VECTORS + line) * 32);
+    const auto add = [&]<bool FETCHES>(int64_t first) __attribute__((always_inline)) {
+        const bf16* const ahead = FETCHES ? fetched[first * LINES] : nullptr;
 #pragma GCC unroll 2
         for (int64_t pair = first; pair < first + PAIRS; pair++) {
+            if constexpr (FETCHES)
+                for (int line = 0; line < LINES; line++) fetch(ahead + ((pair - first) * LINES + line) * LINE);
             __m512bh shared[VECTORS];
             for (int v = 0; v < VECTORS; v++)
-                shared[v] = (__m512bh)_mm512_loadu_si512(weights + (pair * VECTORS + v) * 32);
+                shared[v] = (__m512bh)_mm512_loadu_si512(weights + (pair * VECTORS + v) * LINE);
             for (int n = 0; n < N; n++) {
                 const __m512bh own = (__m512bh)spread<16>(inputs + n * size + 2 * pair);
                 for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_dpbf16_ps(sums[n][v], own, shared[v]);
             }
         }
-    }
+    };
+    int64_t first = 0;
+    for (; first * LINES < fetched.number; first += PAIRS) add.template operator()<true>(first);
+    for (; first < size / 2; first += PAIRS) add.template operator()<false>(first);
     for (int v = 0; v < VECTORS; v++) {
         const int64_t output = panel * PANEL + 16 * v;
         const __m512 bias = IS_KEPT ? _mm512_setzero_ps() : of.bias_of(output);
@@ -124,30 +135,47 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetch& fetch
     }
 }
 
-template <bool IS_KEPT>
-constexpr decltype(&multiply<1, IS_KEPT>) MULTIPLY[ROWS] = {
-    multiply<1, IS_KEPT>, multiply<2, IS_KEPT>, multiply<3, IS_KEPT>,  multiply<4, IS_KEPT>,
-    multiply<5, IS_KEPT>, multiply<6, IS_KEPT>, multiply<7, IS_KEPT>,  multiply<8, IS_KEPT>,
-    multiply<9, IS_KEPT>, multiply<10, IS_KEPT>, multiply<11, IS_KEPT>, multiply<12, IS_KEPT>,
+template <bool IS_KEPT, int LINES>
+constexpr decltype(&multiply<1, IS_KEPT, LINES>) MULTIPLY[ROWS] = {
+    multiply<1, IS_KEPT, LINES>, multiply<2, IS_KEPT, LINES>, multiply<3, IS_KEPT, LINES>,
+    multiply<4, IS_KEPT, LINES>, multiply<5, IS_KEPT, LINES>, multiply<6, IS_KEPT, LINES>,
+    multiply<7, IS_KEPT, LINES>, multiply<8, IS_KEPT, LINES>, multiply<9, IS_KEPT, LINES>,
+    multiply<10, IS_KEPT, LINES>, multiply<11, IS_KEPT, LINES>, multiply<12, IS_KEPT, LINES>,
 };
 
-// All rows, in groups as equal as can be, and of `next`, if there's such a panel, a share is fetched with each.
+// One of so many groups of rows, as equal as can be, goes through a panel. What is fetched is, where there's one group
+// alone, what this thread reads soon: the panel itself, so far ahead, and then the one after it; else the group's share
+// of that one.
+template <bool IS_KEPT>
+void pass(const Operands& of, int64_t panel, int64_t after, int64_t group, int64_t num_groups, float* kept) {
+    const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
+    const bf16 *const own = of.panel(panel), *const next = after < of.num_panels() ? of.panel(after) : own;
+    if (num_groups == 1) {
+        const Fetched fetched = {of.size, own + FAR * LINE, own + of.size * LINE, next};
+        return MULTIPLY<IS_KEPT, VECTORS>[end - 1](of, panel, 0, fetched, kept);
+    }
+    const auto share = [&](int64_t number) { return of.size / PAIRS * number / num_groups * PAIRS; };
+    const int64_t number = next == own ? 0 : share(group + 1) - share(group);
+    const bf16* const shared = next + share(group) * LINE;
+    MULTIPLY<IS_KEPT, 1>[end - begin - 1](of, panel, begin, {number, shared, shared + number * LINE, own}, kept);
+}
+
+// All rows; `next` is the panel that this thread takes then, if there's such a one.
 void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
     const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS;
-    const int64_t lines = next < of.num_turns() ? PAIRS * VECTORS : 0;
+    const int64_t gated = of.num_turns() + panel, none = of.num_panels();
+    const int64_t own_next = next < of.num_turns() ? next : none;
+    const int64_t gated_next = next < of.num_turns() ? of.num_turns() + next : none;
     Sums sums;
     for (int64_t group = 0; group < num_groups; group++) {
-        const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
-        const int64_t num_rows = end - begin;
-        Fetch fetched = {of.panel(next), lines * group / num_groups, lines * (group + 1) / num_groups};
         if (!of.is_gated()) {
-            MULTIPLY<false>[num_rows - 1](of, panel, begin, fetched, nullptr);
+            pass<false>(of, panel, own_next, group, num_groups, nullptr);
             continue;
         }
-        MULTIPLY<true>[num_rows - 1](of, panel, begin, fetched, sums.own);
-        fetched.from = of.panel(of.num_turns() + next);
-        MULTIPLY<true>[num_rows - 1](of, of.num_turns() + panel, begin, fetched, sums.gated);
-        put_gated(of, panel, begin, num_rows, sums);
+        pass<true>(of, panel, num_groups == 1 ? gated : own_next, group, num_groups, sums.own);
+        pass<true>(of, gated, num_groups == 1 ? own_next : gated_next, group, num_groups, sums.gated);
+        const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
+        put_gated(of, panel, begin, end - begin, sums);
     }
 }
 

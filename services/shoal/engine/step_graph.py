@@ -115,8 +115,8 @@ class StepGraphs:
         if step is None:
             return None
         self._steps.move_to_end(size)
-        self._decoder.progressed()
         step.run(rows)
+        self._decoder.progressed()  # while the device computes
         return self._logits[: len(rows)]
 
     def takes(self, rows: Sequence[ScheduledRows]) -> bool:

@@ -88,7 +88,8 @@ class Decoder:
         self._rows = rows or TorchRows(spec)
         self._run_layers = run_layers
         self.progressed: Callable[[], None] = lambda: None
-        """Called when a step begins to compute, before each layer, and whatever else takes its time."""
+        """Called right before each layer, and whatever else takes its time without Python: what comes of it then, in
+        another thread, holds up no step."""
         # Through float32 to the activations' dtype, as transformers rounds it.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 
@@ -99,7 +100,6 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepTensors:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
-        self.progressed()
         rope, hidden = Rope.at(self.spec, batch.positions, self.dtype), self._embed(batch.token_ids)
         skips_nothing = not self.plan.num_skipped and batch.full_rows is None
         if batch.deep is batch.kept or skips_nothing:  # all rows run all layers, and alike

@@ -249,9 +249,9 @@ class HandoffConfig(_Frozen):
         None,
         description="While prompts are on their way from prefill, a step of decode that only goes on with answers "
         "begins so long after the one before at the earliest, and leaves the cores to prefill until then: more answers "
-        "at once for each step. Not for answers that were to be done within a minute. By default, where both pools "
-        "compute on the same cores of a machine of their own (ray.address is unset), 0.05 times the number of decode "
-        "replicas, but at most 0.2, whichever of them the prompts are for; else 0.",
+        "at once for each step. Not for answers whose time ends within a minute. Where both pools compute on the same "
+        "cores of a machine of their own (ray.address is unset), prompts on their way to any decode replica count, and "
+        "the default is 0.05 times their number, but at most 0.2; elsewhere a replica's own count, and it is 0.",
     )
     max_reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="Share of decode's pool that prompts on their way may hold."

@@ -25,6 +25,7 @@ import pytest
 from shoal.app import Cluster, Progress, running
 from shoal.app.ports import require_free
 from shoal.config import ShoalConfig
+from shoal.decode import neighbours
 from shoal.errors import ConfigError
 from standin_cluster import small_config, stand_ins
 from standins import FAIL, STAY
@@ -82,6 +83,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         patch.setenv("PYTHONPATH", PYTHONPATH)
         with running(config, progress.append, replicas=stand_ins()) as cluster:
             yield Live(cluster, folder, progress)
+    assert neighbours.VARIABLE not in os.environ
 
 
 def test_it_answers_through_all_three(live: Live):

@@ -122,7 +122,7 @@ def test_decode_replicas_of_the_same_cores_know_of_one_another(live: TestCluster
         for file in Path(f"/proc/{entry.pid}/fd").iterdir():
             with suppress(FileNotFoundError):  # closed just now
                 files.add(file.readlink())
-        opened.setdefault(entry.role, []).append({file for file in files if file.name == "on-their-way"})
+        opened.setdefault(entry.role, []).append({file for file in files if file.name == "neighbours"})
     one, other = opened.pop("decode")
     assert one == other and len(one) == 1
     assert not any(itertools.chain(*opened.values()))

@@ -32,7 +32,7 @@ from shoal.app.progress import OnProgress, Progress
 from shoal.app.ray_settings import asks_for_token, init_options, run_target, serve_logging, set_environment
 from shoal.app.ray_thread import RayThread
 from shoal.config import ShoalConfig
-from shoal.decode import yielding
+from shoal.decode import neighbours
 from shoal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ class _Start:
         if is_private(self._config):
             # Short: Linux allows a socket's path, which Ray makes in it, 107 characters.
             self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
-            # Whatever Ray starts on this machine has it, too.
-            os.environ[yielding.VARIABLE] = str(self._folder / "on-their-way")
+            # All that Ray starts has it in its environment, too: decode replicas find one another by it.
+            os.environ[neighbours.VARIABLE] = str(self._folder / "neighbours")
         interrupts.wait(self._home.submit(self._start_ray))
         self._on_progress(Progress("ray", 1, 2))
         self._wait_for_nodes()
@@ -318,11 +318,12 @@ class _Start:
         import ray
 
         futures.wait(self._calls, timeout=_GIVE_UP_S)
+        if self._folder is not None:
+            os.environ.pop(neighbours.VARIABLE, None)
         self.daemons.close()
         ray.shutdown(wait_for_processes=True)
         self._home.close()
         if self._folder is not None:
-            os.environ.pop(yielding.VARIABLE, None)
             shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -12,10 +12,11 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from shoal.config import HandoffConfig, ShoalConfig
+from shoal.decode.neighbours import Neighbours
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.sink import PoolSink, Project
 from shoal.decode.worker import DecodeWorker
-from shoal.decode.yielding import OnTheirWay, yield_s_of
+from shoal.decode.yielding import yield_s_of
 from shoal.engine.build import Served, layout_of, load_stage
 from shoal.engine.client import EngineClient
 from shoal.engine.detokenizer import decode_with
@@ -96,14 +97,15 @@ async def open_decode(
             metrics.held(num_bytes)
         worker.told_of_blocks(wanted=output.wants_blocks)
 
-    pause_s = choose_yield_s(config, num_replicas, core.runner.pool.layers[0].device)
-    neighbours = OnTheirWay.of_this_process() if pause_s else None
+    device = core.runner.pool.layers[0].device
+    pause_s = choose_yield_s(config, num_replicas, device)
+    neighbours = Neighbours.of_this_process() if pause_s and shares_cores(config, device) else None
     engine = EngineClient(
         core,
         name="shoal-decode",
         on_step=on_step,
         niceness=loaded.niceness,
-        yielding=Yielding(pause_s, bool if neighbours is None else neighbours),
+        yielding=Yielding(pause_s, bool if neighbours is None else neighbours.are_on_their_way),
     )
     sink = PoolSink(core.runner.pool, _projection(served, parameters), loaded.copier)
     desk = HandoffDesk(
@@ -177,12 +179,16 @@ def _projection(served: Served, parameters: Parameters) -> Project | None:
 
 
 def choose_yield_s(config: ShoalConfig, num_replicas: int, device: torch.device) -> float:
-    """As configured; else none, unless both pools want the same cores of one machine."""
+    """As configured; else none, unless both pools share cores."""
     if config.handoff.yield_s is not None:
         return config.handoff.yield_s
+    return yield_s_of(num_replicas) if shares_cores(config, device) else 0.0
+
+
+def shares_cores(config: ShoalConfig, device: torch.device) -> bool:
+    """Whether both pools want the same cores of one machine."""
     pools = (config.prefill, config.decode)
     is_one_machine = config.ray.address is None and device.type == "cpu"
     are_on_cpu = all(pool.device in ("auto", "cpu") and not pool.num_gpus for pool in pools)
-    share_cores = sum(pool.num_threads or usable_threads() for pool in pools) > usable_threads()
-    yields = is_one_machine and are_on_cpu and share_cores
-    return yield_s_of(num_replicas) if yields else 0.0
+    want_too_many = sum(pool.num_threads or usable_threads() for pool in pools) > usable_threads()
+    return is_one_machine and are_on_cpu and want_too_many

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 PATIENCE_S = 10.0
 """Who may wait longer is treated as if this were all: nobody is overtaken by what comes so much later."""
 HURRIED_S = 60.0
-"""Who has less for all of an answer isn't slowed down for others' prompts."""
+"""Whose time ends within it isn't slowed down for others' prompts."""
 
 
 class Engine:
@@ -80,7 +80,7 @@ class Engine:
         due_s = self._due_s(0.0 if sent else timeout_s)  # somebody may be reading what was sent
         sequence = Sequence(
             request_id, prompt, shallow, sampling, hold=hold, tenant=tenant, due_s=due_s,
-            is_hurried=timeout_s < HURRIED_S, is_resumed=bool(sent),
+            hurries_from_s=self._clock() + timeout_s - HURRIED_S, is_resumed=bool(sent),
         )  # fmt: skip
         outputs = _open_outputs(sampling.num_choices, sent)
         sequence.choice = min(outputs)

@@ -287,12 +287,11 @@ class Scheduler:
     def sequences(self) -> list[Sequence]:
         return [*self.running, *self.reserved, *self.waiting]
 
-    @property
-    def only_goes_on(self) -> bool:
+    def only_goes_on(self, now_s: float) -> bool:
         """There's nothing to do but to go on with answers that have time, each by the token that it said last."""
         return (
             bool(self.running)
-            and all(one.output and one.num_pending == 1 and not one.is_hurried for one in self.running)
+            and all(one.output and one.num_pending == 1 and now_s < one.hurries_from_s for one in self.running)
             and not self._may_admit()
         )
 

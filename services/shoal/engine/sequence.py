@@ -39,8 +39,8 @@ class Sequence:
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     Of a prompt that is shipped in ``wire_mode``, tokens before ``num_shipped`` need not be (any more); ``num_unsent``
     counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
-    ``due_s`` says who comes first (the engine's clock), ``is_hurried`` that it has too little time to wait for others'
-    prompts, and ``came_back`` that it gave its blocks up once;
+    ``due_s`` says who comes first (the engine's clock), ``hurries_from_s`` from when on it has too little time left to
+    wait for others' prompts, and ``came_back`` that it gave its blocks up once;
     ``is_resumed`` that some of its answer was sent by another engine.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
     """
@@ -66,7 +66,7 @@ class Sequence:
     num_shipped: int = 0
     num_unsent: int = 0
     due_s: float = math.inf
-    is_hurried: bool = False
+    hurries_from_s: float = math.inf
     came_back: bool = False
     is_resumed: bool = False
     first_step_s: float | None = None

@@ -125,6 +125,7 @@ class EngineThread:
             _log.exception("the engine thread failed")
         finally:
             self.heartbeat.stop()
+            self._yielding.are_on_their_way(False)  # nobody is to wait for what comes here
             self._tell()
             self._on_loop(self._ended)
 
@@ -150,14 +151,16 @@ class EngineThread:
         """Run all commands that are here, waiting for one first if told to, and for more while it yields. False once
         closed."""
         while True:
-            left_s = self._yielding.left_s(self._engine.scheduler, self._began_s, time.monotonic())
-            if left_s:
+            wait_s = self._yielding.wait_s(self._engine.scheduler, self._began_s, time.monotonic())
+            if wait_s:
                 self._tell()
-            if wait or left_s:
+            if wait or wait_s:
                 self.heartbeat.rest()
             try:
-                command = self._commands.get(block=wait or left_s > 0, timeout=None if wait else left_s)
+                command = self._commands.get(block=wait or wait_s > 0, timeout=None if wait else wait_s)
             except queue.Empty:
+                if wait_s:
+                    continue
                 return True
             self.heartbeat.beat()
             self._tell()  # first, what came first

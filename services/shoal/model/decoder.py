@@ -88,8 +88,8 @@ class Decoder:
         self._rows = rows or TorchRows(spec)
         self._run_layers = run_layers
         self.progressed: Callable[[], None] = lambda: None
-        """Called right before each layer, and whatever else takes its time without Python: what comes of it then, in
-        another thread, holds up no step."""
+        """Called before whatever takes its time: a layer, or all of them where they are one call. Python comes first
+        that prepares it: what others do then in their threads holds up no step."""
         # Through float32 to the activations' dtype, as transformers rounds it.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 

@@ -59,10 +59,10 @@ class SimulatedEngine:
             self._agenda.after(0.0, self._look)
 
     def _look(self) -> None:
-        left_s = self._yielding.left_s(self.scheduler, self._began_s, self._agenda.now_s)
-        if left_s > 0:  # unless something changes meanwhile, which is looked at at once
+        wait_s = self._yielding.wait_s(self.scheduler, self._began_s, self._agenda.now_s)
+        if wait_s > 0:  # unless something changes meanwhile, which is looked at at once
             self._is_called = False
-            self._agenda.after(left_s, self.kick)
+            self._agenda.after(wait_s, self.kick)
         else:
             self._begin()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from engines import Ask, divergence, kernel_model, make_engine, native_kernels, parameters_of, run
+from shoal.engine import native_layers
 from shoal.engine.engine import Engine
 from shoal.kernels.native import NativeKernels
 from shoal.messages import Depth, SamplingParams
@@ -189,4 +190,28 @@ def test_each_layer_of_a_prompt_is_told_of(kernels: NativeKernels) -> None:
         told.clear()
         while not engine.step().tokens:
             pass
-        assert len(told) >= 1 + 6, "the step itself, and each of its layers"
+        assert len(told) >= 6 + 1, "each of its layers, and its logits"
+
+
+def test_a_step_s_tokens_are_told_once_all_is_prepared_for_the_next_one(
+    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is told runs Python, too, and would hold the step up."""
+    engine = make_engine(kernel_model("llama", torch.bfloat16), 0, kernels=kernels)
+    log: list[str] = []
+    engine.submit_generate("answer", (3, 4), Depth.FULL, SamplingParams(max_tokens=8))
+    while not engine.step().tokens:
+        pass
+    engine.told_of_progress(lambda: log.append("told"))
+    for owner, name in ((native_layers.NativeLayers, "_head"), (NativeKernels, "run_layers")):
+        monkeypatch.setattr(owner, name, logged(log, name, getattr(owner, name)))
+    engine.step()
+    assert log == ["_head", "told", "run_layers"]
+
+
+def logged(log: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        log.append(name)
+        return function(*arguments)
+
+    return call

@@ -241,9 +241,11 @@ def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 13, 31, 40, 200])
 @pytest.mark.parametrize("outputs", [32, 112, 97])
-def test_products_write_their_own_rows_and_read_no_more(kernels: NativeKernels, rows: int, outputs: int) -> None:
+@pytest.mark.parametrize("size", [96, 160])
+def test_products_write_their_own_rows_and_read_no_more(
+    kernels: NativeKernels, rows: int, outputs: int, size: int
+) -> None:
     """A page that nobody may touch follows what they read, and a pattern is around what they write."""
-    size = 96
     weight, inputs = random(outputs, size), random(rows, size)
     packed = PackedMatrix.of(weight)
     with guarded(inputs) as own, guarded(packed.values) as panels:

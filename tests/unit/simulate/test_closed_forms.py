@@ -127,7 +127,7 @@ def test_decode_yields_while_a_prompt_is_on_its_way_and_takes_it_along_at_once(y
     assert prompt.ttft_s == pytest.approx(0.005 + 1.02 + 0.01)
 
 
-@pytest.mark.parametrize(("is_shared", "meanwhile"), [(True, [0.05] * 21), (False, [])])
+@pytest.mark.parametrize(("is_shared", "meanwhile"), [(True, [0.05] * 20 + [0.03]), (False, [])])
 def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_cores(
     is_shared: bool, meanwhile: list[float]
 ):
@@ -140,6 +140,7 @@ def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_co
     requests = [request(0, 0.0, num_prompt=1, num_output=140), request(1, 0.125, num_output=2)]
     answer, prompt = run(requests, Fleet(1, 2, 0, is_shared=is_shared), known, config).records
     gaps = [round(gap, 9) for gap in answer.itl_s]
+    # It looks each 0.02 s after a step whether that is over, and so finds it 0.005 s later.
     assert gaps == [0.01] * 12 + meanwhile + [0.01] * (139 - 12 - len(meanwhile))
     assert prompt.ttft_s == pytest.approx(1.02 + 0.01)
 

@@ -4,9 +4,9 @@
 //
 // What the last panel has more than there are outputs is zeros. A panel is read from end to end, and serves up to twelve
 // rows at a time: 24 registers hold their sums, two what was loaded. What comes next is fetched meanwhile, a line or two
-// with each pair: memory is as busy as the multipliers. (Fetched by the dozen it would be waited for, and whatever is
-// fetched far ahead is fetched in vain where another thread takes it.) Where there are tiles, they multiply: panels are
-// what they take, and rows as they lie the other side.
+// with each pair: memory is as busy as the multipliers. Fetched by the dozen it would be waited for; and where rows are
+// so few that all wait for memory, nothing is fetched far ahead: another thread may take that. Where there are tiles, they
+// multiply: panels are what they take, and rows as they lie the other side.
 //
 // Where the outputs are gates and what they gate, nobody wants the products themselves: a panel of the ones is multiplied
 // with its panel of the others, and only what comes of both is written.
@@ -26,7 +26,8 @@ constexpr int64_t PANEL = 32;
 constexpr int VECTORS = PANEL / 16;
 constexpr int ROWS = 12;
 constexpr int PAIRS = 16;          // a row's cache line holds so many
-constexpr int64_t FAR = 128;       // lines between what is fetched and what is read, where there's one pass
+constexpr int64_t FAR = 128;       // lines between what is fetched and what is read, where one group is all
+static_assert(FAR % (PAIRS * VECTORS) == 0 && PAIRS * VECTORS == LINE);
 constexpr int64_t MAX_PANELS = 4;  // that a thread takes at a time: more would leave others without at the end
 constexpr int64_t MANY_ROWS = 16;  // with more, one panel is work enough
 
@@ -87,7 +88,7 @@ void put_gated(const Operands& of, int64_t panel, int64_t row, int64_t num_rows,
     }
 }
 
-// What is fetched meanwhile, evenly: `number` lines from `begin` on, but from `end` on those at `then`.
+// What is fetched meanwhile: `number` lines, those from `begin` to `end`, and then those at `then`.
 struct Fetched {
     int64_t number;
     const bf16 *begin, *end, *then;
@@ -98,7 +99,7 @@ struct Fetched {
     }
 };
 
-// A panel's outputs of N rows, or to `kept` their sums; LINES are fetched with each pair of inputs, until all are.
+// A panel's outputs of N rows, or to `kept` their sums. LINES are fetched with each pair of inputs, until all are.
 template <int N, bool IS_KEPT, int LINES>
 void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fetched, float* kept) {
     const bf16* const weights = of.panel(panel);
@@ -122,8 +123,9 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fet
             }
         }
     };
+    const int64_t fetching = std::min(size / 2, fetched.number / LINES);
     int64_t first = 0;
-    for (; first * LINES < fetched.number; first += PAIRS) add.template operator()<true>(first);
+    for (; first < fetching; first += PAIRS) add.template operator()<true>(first);
     for (; first < size / 2; first += PAIRS) add.template operator()<false>(first);
     for (int v = 0; v < VECTORS; v++) {
         const int64_t output = panel * PANEL + 16 * v;
@@ -143,36 +145,38 @@ constexpr decltype(&multiply<1, IS_KEPT, LINES>) MULTIPLY[ROWS] = {
     multiply<10, IS_KEPT, LINES>, multiply<11, IS_KEPT, LINES>, multiply<12, IS_KEPT, LINES>,
 };
 
-// One of so many groups of rows, as equal as can be, goes through a panel. What is fetched is, where there's one group
-// alone, what this thread reads soon: the panel itself, so far ahead, and then the one after it; else the group's share
-// of that one.
+// One of so many groups of rows, as equal as can be, goes through a panel. What is fetched is, where one group is all,
+// what this thread reads soon: the panel itself, FAR lines on, and then `next`, a line for each that is read. Else it's
+// the group's share of `next`, at half that pace: the multipliers have more to do.
 template <bool IS_KEPT>
-void pass(const Operands& of, int64_t panel, int64_t after, int64_t group, int64_t num_groups, float* kept) {
+void pass(const Operands& of, int64_t panel, const bf16* next, int64_t group, int64_t num_groups, float* kept) {
     const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
-    const bf16 *const own = of.panel(panel), *const next = after < of.num_panels() ? of.panel(after) : own;
     if (num_groups == 1) {
-        const Fetched fetched = {of.size, own + FAR * LINE, own + of.size * LINE, next};
+        const int64_t ahead = std::min(FAR, of.size);
+        const bf16* const own = of.panel(panel);
+        const Fetched fetched = {next ? of.size : of.size - ahead, own + ahead * LINE, own + of.size * LINE, next};
         return MULTIPLY<IS_KEPT, VECTORS>[end - 1](of, panel, 0, fetched, kept);
     }
-    const auto share = [&](int64_t number) { return of.size / PAIRS * number / num_groups * PAIRS; };
-    const int64_t number = next == own ? 0 : share(group + 1) - share(group);
-    const bf16* const shared = next + share(group) * LINE;
-    MULTIPLY<IS_KEPT, 1>[end - begin - 1](of, panel, begin, {number, shared, shared + number * LINE, own}, kept);
+    Fetched fetched = {};
+    if (next) {
+        const auto share = [&](int64_t number) { return of.size / PAIRS * number / num_groups * PAIRS; };
+        fetched = {share(group + 1) - share(group), next + share(group) * LINE, next + of.size * LINE, nullptr};
+    }
+    MULTIPLY<IS_KEPT, 1>[end - begin - 1](of, panel, begin, fetched, kept);
 }
 
 // All rows; `next` is the panel that this thread takes then, if there's such a one.
 void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
-    const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS;
-    const int64_t gated = of.num_turns() + panel, none = of.num_panels();
-    const int64_t own_next = next < of.num_turns() ? next : none;
-    const int64_t gated_next = next < of.num_turns() ? of.num_turns() + next : none;
+    const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, gated = of.num_turns() + panel;
+    const bf16* const own_next = next < of.num_turns() ? of.panel(next) : nullptr;
     Sums sums;
     for (int64_t group = 0; group < num_groups; group++) {
         if (!of.is_gated()) {
             pass<false>(of, panel, own_next, group, num_groups, nullptr);
             continue;
         }
-        pass<true>(of, panel, num_groups == 1 ? gated : own_next, group, num_groups, sums.own);
+        const bf16* const gated_next = own_next ? of.panel(of.num_turns() + next) : nullptr;
+        pass<true>(of, panel, num_groups == 1 ? of.panel(gated) : own_next, group, num_groups, sums.own);
         pass<true>(of, gated, num_groups == 1 ? own_next : gated_next, group, num_groups, sums.gated);
         const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
         put_gated(of, panel, begin, end - begin, sums);

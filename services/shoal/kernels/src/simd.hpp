@@ -12,8 +12,8 @@ using bf16 = uint16_t;
 
 constexpr int64_t LINE = 32;  // numbers of a cache line
 
-// Into the second cache: the first one is too small for what is so far ahead, and has few places for what is asked of
-// memory, which loads need: eight rows take half as long.
+// Into the second cache: the first one is too small for what is ahead, and has few places for what is asked of memory,
+// which loads need: eight rows take half as long.
 inline void fetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
 
 constexpr int AHEAD = 8;  // by lanes, weights' rows that are fetched so long before: what memory takes, or more

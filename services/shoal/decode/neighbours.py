@@ -18,6 +18,8 @@ VARIABLE = "SHOAL_NEIGHBOURS_FILE"
 
 _FLOCK = "hhqqi0q"
 """C's struct flock: kind, whence, start, length, owner."""
+_GETLK, _SETLK = 36, 37
+"""Linux's F_OFD_GETLK and F_OFD_SETLK, by number: a Python that was built for old systems has no names for them."""
 _log = logging.getLogger(__name__)
 
 
@@ -43,9 +45,9 @@ class Neighbours:
         """Tell the others whether prompts are, to this replica; return whether they are to any."""
         try:
             if to_us != self._are_to_us:
-                self._lock(fcntl.F_OFD_SETLK, fcntl.F_RDLCK if to_us else fcntl.F_UNLCK)
+                self._lock(_SETLK, fcntl.F_RDLCK if to_us else fcntl.F_UNLCK)
                 self._are_to_us = to_us
-            return to_us or self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK) != fcntl.F_UNLCK
+            return to_us or self._lock(_GETLK, fcntl.F_WRLCK) != fcntl.F_UNLCK
         except OSError:  # the system has no lock left: no reason to end an engine
             return to_us
 

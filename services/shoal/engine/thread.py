@@ -125,9 +125,9 @@ class EngineThread:
             _log.exception("the engine thread failed")
         finally:
             self.heartbeat.stop()
-            self._yielding.are_on_their_way(False)  # nobody is to wait for what comes here
             self._tell()
             self._on_loop(self._ended)
+            self._yielding.are_on_their_way(False)  # nobody is to wait for what comes here
 
     def _progressed(self) -> None:
         self.heartbeat.beat()

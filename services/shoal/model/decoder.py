@@ -88,8 +88,8 @@ class Decoder:
         self._rows = rows or TorchRows(spec)
         self._run_layers = run_layers
         self.progressed: Callable[[], None] = lambda: None
-        """Called before whatever takes its time: a layer, or all of them where they are one call. Python comes first
-        that prepares it: what others do then in their threads holds up no step."""
+        """Called as something begins that takes its time: a layer, or all of them where they are one call. Python that
+        prepares it comes before: what others do then in their threads holds up no step."""
         # Through float32 to the activations' dtype, as transformers rounds it.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=torch.float32).to(self.dtype).item()
 

@@ -36,9 +36,13 @@ class Setting:
         those are too few for the threads of both pools."""
         if self.config.handoff.yield_s is not None:
             return self.config.handoff.yield_s
+        return yield_s_of(num_decode) if is_shared and self.are_cores_short else 0.0
+
+    @property
+    def are_cores_short(self) -> bool:
+        """Whether a machine that all replicas share has fewer cores than both pools have threads."""
         sharing = self.costs.sharing
-        are_short = is_shared and sharing is not None and 2 * sharing.threads > sharing.cores
-        return yield_s_of(num_decode) if are_short else 0.0
+        return sharing is not None and 2 * sharing.threads > sharing.cores
 
     def prefill_scheduler(self) -> Scheduler:
         """As each prefill replica has one, whose pool has the kept layers alone. Raises ConfigError."""

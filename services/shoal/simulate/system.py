@@ -78,7 +78,8 @@ class System:
         self.cores: Cores = self._shared or OwnCores(self.agenda)
         self.prefill = [PrefillReplica(index, setting, self.cores) for index in range(fleet.num_prefill)]
         pause_s = setting.yield_s(fleet.num_decode, is_shared=fleet.is_shared)
-        yielding = Yielding(pause_s, self._are_on_their_way if fleet.is_shared else bool)
+        know_one_another = fleet.is_shared and setting.are_cores_short
+        yielding = Yielding(pause_s, self._are_on_their_way if know_one_another else bool)
         self.decode = [
             DecodeReplica(
                 index,

@@ -134,7 +134,8 @@ def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_co
     known = free(
         prefill=(PrefillCost(skip_layers=0, step_s=0.0, token_s=0.0102, token_context_s=0.0),),  # 1.02 s a prompt
         decode=DecodeCost(step_s=0.01, sequence_s=0.0, context_token_s=0.0),
-        sharing=SharingCost(cores=64, threads=2, efficiency=1.0),
+        # Too few for the threads of both pools, and yet two steps at once take no longer than one.
+        sharing=SharingCost(cores=3, threads=2, efficiency=4 / 3),
     )
     config = ShoalConfig(handoff=HandoffConfig(min_tokens=2, yield_s=0.05))
     requests = [request(0, 0.0, num_prompt=1, num_output=140), request(1, 0.125, num_output=2)]

@@ -228,19 +228,33 @@ def logits_after(engine: Engine, prompt: list[int], depth: Depth, outline: Promp
     return logits[0]
 
 
-def prefill_chunks(engine: Engine, prompt: list[int], *, num_present: int = 0, tenant: str = "") -> list[PrefillChunk]:
+@dataclass(frozen=True)
+class ShippedTokens:
+    """``kv`` is ``[layers, tokens, 2, kv_heads, head_dim]``, of the first layers on."""
+
+    start: int
+    end: int
+    kv: torch.Tensor
+
+
+def prefill_chunks(engine: Engine, prompt: list[int], *, num_present: int = 0, tenant: str = "") -> list[ShippedTokens]:
     """What a prefill engine ships for ``prompt``, of which decode has ``num_present`` tokens."""
     engine.submit_prefill("prompt", len(prompt), tenant=tenant)
-    chunks: list[PrefillChunk] = []
+    chunks: list[ShippedTokens] = []
+    parts: list[PrefillChunk] = []
     engine.step()
     engine.start_shipping("prompt", tuple(prompt), num_present=num_present)
     while not chunks or chunks[-1].end < len(prompt) - 1:
         output = engine.step()
         for failure in output.failures:
             raise failure.error
-        chunks += output.chunks
-        for chunk in output.chunks:
-            engine.chunk_sent(chunk.request_id)
+        for part in output.chunks:
+            parts.append(part)
+            if part.is_whole:
+                chunks.append(_put_together(parts))
+                parts = []
+                engine.chunk_sent(part.request_id)
+    assert not parts
     engine.finish("prompt")
     assert_nothing_held(engine)
     return chunks
@@ -260,7 +274,8 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
             request_id, blocks = reservation.request_id, reservation.blocks
             prompt = asks[int(request_id)].prompt
             for chunk in prefill_chunks(prefill, prompt, num_present=reservation.num_present):
-                _copy(decode.runner.pool, list(blocks), chunk, prefill.runner.decoder.plan.num_kept)
+                slots = decode.runner.pool.layout.slots(blocks, chunk.start, chunk.end)
+                decode.runner.pool.write_layers(0, torch.as_tensor(slots), chunk.kv)
             decode.start(request_id, num_arrived=len(prompt) - 1)
         for event in output.tokens:
             tokens.setdefault(event.request_id, []).append(event.token_id)
@@ -270,11 +285,12 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
     return [tokens[str(index)] for index in range(len(asks))]
 
 
-def _copy(pool: KvPool, blocks: list[int], chunk: PrefillChunk, num_kept: int) -> None:
-    slots = torch.as_tensor(pool.layout.slots(blocks, chunk.start, chunk.end))
-    pool.write_layers(0, slots, chunk.shallow)
-    if chunk.deep is not None:
-        pool.write_layers(num_kept, slots, chunk.deep)
+def _put_together(parts: list[PrefillChunk]) -> ShippedTokens:
+    first = parts[0]
+    assert {(part.request_id, part.start, part.end) for part in parts} == {(first.request_id, first.start, first.end)}
+    layers = [layer for part in parts for layer in part.layers]
+    assert layers == list(range(len(layers))) and not any(part.is_whole for part in parts[:-1])
+    return ShippedTokens(first.start, first.end, torch.cat([part.payload for part in parts]))
 
 
 def assert_nothing_held(engine: Engine) -> None:

@@ -91,7 +91,8 @@ def _prefill_step(engine: Engine) -> Iterator[None]:
         engine.submit_prefill("one", len(prompt))
         engine.step()
         engine.start_shipping("one", prompt)
-        engine.step()
+        while not engine.step().is_idle:
+            pass
         engine.finish("one")
         yield
 

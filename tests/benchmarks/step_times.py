@@ -79,6 +79,8 @@ def run_prompt(engine: Engine, key: str, num_tokens: int, chunk: int) -> list[tu
     while end < num_tokens:
         began_s = time.perf_counter()
         [computed] = engine.step().chunks
+        while not computed.is_whole:
+            [computed] = engine.step().chunks
         found.append((computed.start, computed.end, time.perf_counter() - began_s))
         engine.chunk_sent(key)
         end = computed.end

@@ -248,7 +248,8 @@ def warm_up(engine: Engine, stage: Stage, device: torch.device) -> None:
         engine.submit_prefill(_WARM_UP, num_tokens)
         engine.step()
         engine.start_shipping(_WARM_UP, (0,) * num_tokens)
-        _checked(engine.step())
+        while not _checked(engine.step()).is_idle:
+            pass
     else:
         for depth in (Depth.SHALLOW, Depth.FULL):
             engine.submit_generate(_WARM_UP, (0,) * num_tokens, depth, SamplingParams(max_tokens=2, temperature=0.0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -49,6 +50,7 @@ class Engine:
         self._clock = clock
         self._sequences: dict[str, dict[int, Sequence]] = {}
         self._finished_kv_bytes: list[int] = []
+        self._unprojected: deque[ScheduledRows] = deque()
 
     def told_of_progress(self, progressed: Callable[[], None]) -> None:
         """Call it within a step, again and again: with every layer."""
@@ -176,6 +178,10 @@ class Engine:
             # Told at once: whoever waited for blocks need not wait for a forward of others, too.
             reserved = tuple(Reservation(item.request_id, tuple(item.blocks), item.num_present) for item in admitted)
             return StepOutput(started_s, self._clock(), self.counts(), reserved=reserved)
+        while self._unprojected:
+            item = self._unprojected.popleft()
+            if item.sequence.phase is Phase.RUNNING:
+                return self._project(item, started_s)
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
@@ -196,6 +202,7 @@ class Engine:
             )
         ended_s = self._clock()
         failures = (*unscored, *unsampled)
+        self._unprojected.extend(output.unprojected)
         if not plan.recalls:  # they take time, too, but no forward
             self.scheduler.pace.saw(plan.num_rows, ended_s - started_s)
         return StepOutput(
@@ -211,6 +218,16 @@ class Engine:
             all_failed=bool(failures) and not tokens and _are_all_of(failures, plan),
             wants_blocks=plan.wants_blocks,
         )
+
+    def _project(self, item: ScheduledRows, started_s: float) -> StepOutput:
+        """Before anything else runs: until then the rows' states are where they left them."""
+        try:
+            chunk = self.runner.project(item)
+        except Exception as error:  # noqa: BLE001 - as of a step
+            _log.exception("a projection failed")
+            failure = self._fail(item.sequence, error)
+            return StepOutput(started_s, self._clock(), self.counts(), failures=(failure,), all_failed=True)
+        return StepOutput(started_s, self._clock(), self.counts(), chunks=(chunk,))
 
     def _advance(self, plan: StepPlan, output: RunOutput) -> tuple[list[PromptEvent], list[FailureEvent]]:
         """Note what is computed; tell what prompts were asked for, and end those that nothing is to follow."""

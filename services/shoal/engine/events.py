@@ -100,4 +100,4 @@ class StepOutput:
     @property
     def is_idle(self) -> bool:
         """Nothing could run: there is nothing to do until the next command."""
-        return not self.num_rows and not self.reserved and not self.chunks
+        return not (self.num_rows or self.reserved or self.chunks or self.failures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -27,31 +27,33 @@ MAX_LOGIT_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """K/V of tokens ``[start, end)`` of one prompt, ready to ship; none if decode has them all.
+    """K/V of tokens ``[start, end)`` of one prompt in some ``layers``, ready to ship; no tokens if decode has them all.
 
-    ``shallow`` is ``[K, tokens, 2, kv_heads, head_dim]``; ``deep`` is the same for the skipped layers, projected, or
-    instead of it ``states`` ``[tokens, hidden]`` are what decode is to project; neither is where nothing is projected.
-    All are contiguous copies on the host.
+    ``payload`` is ``[layers, tokens, 2, kv_heads, head_dim]``, or in HIDDEN mode the states ``[tokens, hidden]`` that
+    decode is to project those layers from: a contiguous copy on the host. The kept layers come first; what is projected
+    follows by itself, so that it's computed while they are on their way. ``is_whole``: nothing follows.
     """
 
     request_id: str
     start: int
     end: int
-    shallow: torch.Tensor
-    deep: torch.Tensor | None = None
-    states: torch.Tensor | None = None
+    layers: range
+    payload: torch.Tensor
+    wire_mode: WireMode = WireMode.KV
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class RunOutput:
     """What a step brought, all in the order of its rows.
 
-    ``logits`` is ``[sequences that sample, vocab]`` (``None`` if none does); ``chunks`` are to be shipped; ``scores``
-    has one item for each sequence with prompt tokens to score.
+    ``logits`` is ``[sequences that sample, vocab]`` (``None`` if none does); ``chunks`` are to be shipped, and what
+    ``unprojected`` rows are projected to; ``scores`` has one item for each sequence with prompt tokens to score.
     """
 
     logits: torch.Tensor | None
     chunks: tuple[PrefillChunk, ...] = ()
+    unprojected: tuple[ScheduledRows, ...] = ()
     scores: tuple[tuple[ScoredToken, ...], ...] = ()
 
 
@@ -72,14 +74,23 @@ class Runner:
         self.pool.copy_blocks(plan.copies)
         self.pool.copy_blocks(plan.deep_copies, deep=True)
         rows = plan.rows
+        computed = [item for item in (*plan.recalls, *rows) if not item.sequence.sampled]
         if not rows:
-            return RunOutput(None, tuple(self._chunks(plan.recalls)))
+            return self._output(None, computed)
         if self.graphs is not None and (logits := self.graphs.run(rows)) is not None:
-            return RunOutput(logits, tuple(self._chunks(plan.recalls)))
+            return self._output(logits, computed)
         tensors = self.decoder.forward(self.batch(rows), self.pool)
-        chunks = (*self._chunks(plan.recalls), *self._chunks(rows))
         scores = () if tensors.scored is None else self._scores(rows, tensors.scored)
-        return RunOutput(tensors.logits, chunks, scores)
+        return self._output(tensors.logits, computed, scores)
+
+    @torch.inference_mode()
+    def project(self, item: ScheduledRows) -> PrefillChunk:
+        """K/V of ``unprojected`` rows in the skipped layers, while their blocks hold the states that they left."""
+        self.progressed()
+        positions = torch.arange(item.start, item.end, device=self._device)
+        projected = self.decoder.project(self.pool.read_states(self._slots(item)), positions).to(self.pool.dtype)
+        payload = projected.contiguous().cpu()
+        return PrefillChunk(item.sequence.request_id, item.start, item.end, self.decoder.plan.skipped, payload)
 
     def batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
         """The tensors of a step; logits are wanted of the last row of each sequence that it completes."""
@@ -147,23 +158,34 @@ class Runner:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)
 
     @torch.inference_mode()
-    def _chunks(self, rows: tuple[ScheduledRows, ...]) -> Iterable[PrefillChunk]:
-        """What prefill ships of ``rows``: kept layers read back from the pool, skipped ones projected only now."""
-        for item in rows:
-            sequence = item.sequence
-            if sequence.sampled:
-                continue
+    def _output(
+        self,
+        logits: torch.Tensor | None,
+        computed: Iterable[ScheduledRows],
+        scores: tuple[tuple[ScoredToken, ...], ...] = (),
+    ) -> RunOutput:
+        """With what prefill ships of ``computed`` rows: kept layers, read back from the pool, and states where decode
+        projects. What is to be projected here can wait until those are on their way."""
+        chunks: list[PrefillChunk] = []
+        unprojected: list[ScheduledRows] = []
+        plan = self.decoder.plan
+        for item in map(_unshipped, computed):
             self.progressed()
-            start = min(max(item.start, sequence.num_shipped), item.end)
-            slots = self._index(self.pool.layout.slots(sequence.blocks, start, item.end))
-            shallow = self.pool.read_layers(0, self.decoder.plan.num_kept, slots).cpu()
-            chunk = PrefillChunk(sequence.request_id, start, item.end, shallow)
-            if self.pool.layout.state_dim and start < item.end:
-                states = self.pool.read_states(slots)
-                if sequence.wire_mode is WireMode.HIDDEN:
-                    chunk = replace(chunk, states=states.cpu())
-                else:
-                    positions = torch.arange(start, item.end, device=self._device)
-                    deep = self.decoder.project(states, positions).to(self.pool.dtype)
-                    chunk = replace(chunk, deep=deep.contiguous().cpu())
-            yield chunk
+            request_id, start, end = item.sequence.request_id, item.start, item.end
+            kept = self.pool.read_layers(0, plan.num_kept, self._slots(item)).cpu()
+            has_more = bool(self.pool.layout.state_dim) and start < end
+            chunks.append(PrefillChunk(request_id, start, end, plan.kept, kept, is_whole=not has_more))
+            if has_more and item.sequence.wire_mode is WireMode.HIDDEN:
+                states = self.pool.read_states(self._slots(item)).cpu()
+                chunks.append(PrefillChunk(request_id, start, end, plan.skipped, states, WireMode.HIDDEN))
+            elif has_more:
+                unprojected.append(item)
+        return RunOutput(logits, tuple(chunks), tuple(unprojected), scores)
+
+    def _slots(self, item: ScheduledRows) -> torch.Tensor:
+        return self._index(self.pool.layout.slots(item.sequence.blocks, item.start, item.end))
+
+
+def _unshipped(item: ScheduledRows) -> ScheduledRows:
+    """Of its rows those that decode hasn't got."""
+    return ScheduledRows(item.sequence, min(max(item.start, item.sequence.num_shipped), item.end), item.end)

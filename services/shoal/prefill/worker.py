@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 
 import structlog
 import torch
@@ -16,7 +15,7 @@ import torch
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import Cancelled, DeadlineExceeded, InternalError, LeaseLost, PlanMismatch, ShoalError
-from shoal.messages import Depth, Grant, HandoffOutcome, WireMode
+from shoal.messages import Depth, Grant, HandoffOutcome
 from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import PrefillMetrics
@@ -24,14 +23,6 @@ from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.session_pool import SessionPool
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """When the last chunk of a prompt was computed, and how long it waited and ran (seconds)."""
-
-    queue_s: float
-    prefill_s: float
 
 
 class PrefillWorker:
@@ -43,7 +34,7 @@ class PrefillWorker:
         self._engine = engine
         self._sessions = sessions
         self._plan_hash = plan_hash
-        self._num_kept, self._num_layers = plan.num_kept, plan.num_layers
+        self._num_kept = plan.num_kept
         self._depth = Depth.SHALLOW if plan.num_skipped else Depth.FULL
         self._metrics = metrics
         self._told = RateLimit(TOLD)
@@ -91,47 +82,46 @@ class PrefillWorker:
                     inbox.request_id, claim.token_ids, num_present=claim.num_present, wire_mode=claim.wire_mode
                 )
             )
-            computed = await self._ship(claim, inbox, waited_s, started_s)
-            self._count(computed, len(claim.token_ids) - 1, num_cached)
-            await claim.seal(
-                boundary_token_id=claim.token_ids[-1], queue_s=computed.queue_s, prefill_s=computed.prefill_s
-            )
+            # Held until decode has committed: to give so much memory back takes longer than to send a frame.
+            last = await self._ship(claim, inbox)
+            queue_s = waited_s + last[-1].first_step_s - started_s
+            prefill_s = last[-1].ended_s - last[-1].first_step_s
+            self._count(queue_s, prefill_s, len(claim.token_ids) - 1, num_cached)
+            await claim.seal(boundary_token_id=claim.token_ids[-1], queue_s=queue_s, prefill_s=prefill_s)
 
-    async def _ship(self, claim: PromptClaim, inbox: Inbox, waited_s: float, started_s: float) -> _Computed:
-        """Send each chunk as it comes, until every token but the boundary token is on its way."""
-        end = len(claim.token_ids) - 1
+    async def _ship(self, claim: PromptClaim, inbox: Inbox) -> list[ChunkComputed]:
+        """Send each chunk as it comes, until every token but the boundary token is on its way; returns what came of the
+        last tokens."""
         while True:
-            event = await _unless_cancelled(claim, inbox)
-            await self._send(claim, event.chunk)
+            events = [await _unless_cancelled(claim, inbox)]
+            await self._send(claim, events[-1].chunk)
+            while not events[-1].chunk.is_whole:
+                events.append(await _unless_cancelled(claim, inbox))
+                await self._send(claim, events[-1].chunk)
             self._engine.post(lambda engine: engine.chunk_sent(inbox.request_id))
-            if event.chunk.end == end:
-                return _Computed(waited_s + event.first_step_s - started_s, event.ended_s - event.first_step_s)
+            if events[-1].chunk.end == len(claim.token_ids) - 1:
+                return events
 
     def _tell(self, grant: Grant, reason: str, error: ShoalError | None = None) -> None:
         """Why it failed, and now and then also where: of a peer that is gone, each prompt says the same."""
         where = error if error is not None and self._told.take() else None
         _log.warning("a hand-off failed", peer=grant.handoff_address, reason=reason, exc_info=where)
 
-    def _count(self, computed: _Computed, num_tokens: int, num_cached: int) -> None:
-        self._metrics.queued(computed.queue_s)
+    def _count(self, queue_s: float, prefill_s: float, num_tokens: int, num_cached: int) -> None:
+        self._metrics.queued(queue_s)
         self._metrics.looked_up(num_tokens, num_cached)
         self._metrics.prefilled(
             self._depth,
-            computed.prefill_s,
+            prefill_s,
             num_layers=self._num_kept,
             computed_tokens=num_tokens - num_cached,
             cached_tokens=num_cached,
         )
 
     async def _send(self, claim: PromptClaim, chunk: PrefillChunk) -> None:
-        if chunk.start == chunk.end:
-            return
-        kept, num_layers = self._num_kept, self._num_layers
-        await claim.send(chunk.start, chunk.end, 0, kept, _bytes_of(chunk.shallow))
-        if chunk.deep is not None:
-            await claim.send(chunk.start, chunk.end, kept, num_layers, _bytes_of(chunk.deep))
-        if chunk.states is not None:
-            await claim.send(chunk.start, chunk.end, kept, num_layers, _bytes_of(chunk.states), WireMode.HIDDEN)
+        if chunk.start < chunk.end:
+            layers, payload = chunk.layers, _bytes_of(chunk.payload)
+            await claim.send(chunk.start, chunk.end, layers.start, layers.stop, payload, chunk.wire_mode)
 
 
 async def _unless_cancelled(claim: PromptClaim, inbox: Inbox) -> ChunkComputed:

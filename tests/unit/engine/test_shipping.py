@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from engines import Ask, assert_nothing_held, exact, make_engine, prefill_chunks, run, run_handed_off
+from engines import Ask, ShippedTokens, assert_nothing_held, exact, make_engine, prefill_chunks, run, run_handed_off
 from models import tiny_model
 from shoal.engine.engine import Engine
-from shoal.engine.runner import PrefillChunk
 from shoal.engine.tables import Reuse
 from shoal.messages import Stage
 
@@ -43,12 +42,11 @@ class Computed:
         monkeypatch.setattr(engine.runner.decoder, "forward", counting)
 
 
-def whole(chunks: list[PrefillChunk]) -> torch.Tensor:
+def whole(chunks: list[ShippedTokens]) -> torch.Tensor:
     """All layers of all tokens, which must follow one another without a gap."""
     for chunk, following in pairwise(chunks):
         assert chunk.end == following.start
-    layers = [chunk.shallow if chunk.deep is None else torch.cat([chunk.shallow, chunk.deep]) for chunk in chunks]
-    return torch.cat(layers, dim=1)
+    return torch.cat([chunk.kv for chunk in chunks], dim=1)
 
 
 @pytest.mark.parametrize("num_skipped", [NUM_SKIPPED, 0])

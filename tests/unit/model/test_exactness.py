@@ -161,7 +161,7 @@ def test_what_prefill_ships_is_what_decode_would_have_computed(model: Any):
     prefill = make_engine(model, 3, stage=Stage.PREFILL, max_step_tokens=8)
     chunks = prefill_chunks(prefill, prompt)
     assert [(chunk.start, chunk.end) for chunk in chunks] == [(0, 8), (8, 16), (16, 24), (24, 28)]
-    shipped = torch.cat([torch.cat([chunk.shallow, chunk.deep]) for chunk in chunks], dim=1)
+    shipped = torch.cat([chunk.kv for chunk in chunks], dim=1)
     assert close(shipped, pool_contents(model, 3, prompt))
 
 

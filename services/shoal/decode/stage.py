@@ -107,7 +107,9 @@ async def open_decode(
         niceness=loaded.niceness,
         yielding=Yielding(pause_s, bool if neighbours is None else neighbours.are_on_their_way),
     )
-    sink = PoolSink(core.runner.pool, _projection(served, parameters), loaded.copier)
+    wire_modes = _wire_modes(config, served)
+    project = _projection(served, parameters) if WireMode.HIDDEN in wire_modes else None
+    sink = PoolSink(core.runner.pool, project, loaded.copier)
     desk = HandoffDesk(
         sink,
         _kv_shape(served),
@@ -117,7 +119,7 @@ async def open_decode(
     )
     server = HandoffServer(
         desk,
-        Identity(new_incarnation(), (served.plan_hash,), _wire_modes(config, served), peer="decode"),
+        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="decode"),
         attach=_attach(config.handoff, nixl),
     )
     worker = DecodeWorker(
@@ -167,9 +169,9 @@ def _wire_modes(config: ShoalConfig, served: Served) -> tuple[WireMode, ...]:
 
 def _projection(served: Served, parameters: Parameters) -> Project | None:
     """By torch: Shoal's own kernels are the engine's, whose steps must not wait for a copy."""
-    projection = parameters.projection
-    if projection is None:
+    if parameters.projection is None:
         return None
+    projection = parameters.projection.unpacked()
 
     def project(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         rope = Rope.at(served.spec, positions, served.dtype)

@@ -153,10 +153,10 @@ class NativeRows(TorchRows):
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         if projection.k_norm is not None or not hidden.is_contiguous():
-            return super().project(projection, hidden, rope)
+            return projection(hidden, rope, self.linear)
         spec, rows = self._spec, hidden.shape[0]
         normed = self._kernels.add_norm(hidden, None, None, spec.norm_eps)[1]
-        flat = projection.put_sinks(self.linear(normed, projection.weight, projection.bias), normed, rope)
+        flat = projection.put_sinks(self.linear(normed, projection.matrix, projection.bias), normed, rope)
         heads = flat.view(rows, projection.num_layers, 2 * spec.num_kv_heads, spec.head_dim)
         projected = flat.new_empty(projection.num_layers, rows, 2, spec.num_kv_heads, spec.head_dim)
         for layer, table in enumerate(projection.ropes):

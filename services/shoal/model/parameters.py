@@ -89,15 +89,15 @@ class Parameters:
 
     def held(self, hold: Hold) -> Parameters:
         """What a step multiplies so, where it is still as it was read. Without lm_head the embedding is only looked up,
-        and stays as it is. So does ``projection``: steps of full depth don't read it, and in int8 it would give shallow
-        tokens other K/V than prefill does. Raises MalformedWeights."""
+        and stays as it is. Raises MalformedWeights."""
         embedding, head = self.embedding, self.lm_head
         if head is not None:
             is_tied = head is embedding
             embedding = _held(embedding, hold, "embedding")
             head = embedding if is_tied else _held(head, hold, "lm_head")
         layers = tuple(layer.held(hold, f"layers.{index}") for index, layer in enumerate(self.layers))
-        return replace(self, embedding=embedding, lm_head=head, layers=layers)
+        projection = None if self.projection is None else self.projection.held(hold)
+        return replace(self, embedding=embedding, lm_head=head, layers=layers, projection=projection)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor held, once, with its name; of a matrix in int8 its values and its scales."""
@@ -108,7 +108,8 @@ class Parameters:
                 if value is not None:
                     yield from _tensors(f"layers.{index}.{field}", value)
         if self.projection is not None:
-            for field in ("weight", "sink_weight", "bias", "k_norm"):
+            yield from _tensors("projection.weight", self.projection.matrix)
+            for field in ("sink_weight", "bias", "k_norm"):
                 value = getattr(self.projection, field)
                 if value is not None:
                     yield f"projection.{field}", value
@@ -181,6 +182,8 @@ class ParameterLoader:
         projection = KvProjection(spec, skipped) if skipped else None
         if projection is not None and projector is not None:
             projection = projection.replaced(projector.to(device=self._device, dtype=self._dtype), num_sinks)
+        if projection is not None and self._hold is not None:
+            projection = projection.held(self._hold)
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
         head = embedding if spec.tied_embeddings else self._table("lm_head.weight", is_multiplied=True)

@@ -10,17 +10,22 @@ its own RoPE, as in the layer itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
-from shoal.errors import MalformedWeights
+from shoal.errors import InternalError, MalformedWeights
 from shoal.model.families import ModelSpec
+from shoal.model.matrix import Hold, Weight, linear
 from shoal.model.norm import rms_norm
+from shoal.model.packed import PackedMatrix
 from shoal.model.rope import Rope
+
+Multiply = Callable[[torch.Tensor, Weight, torch.Tensor | None], torch.Tensor]
+"""As ``linear`` of model/matrix.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ class KvProjection:
         self.num_layers = len(layers)
         # Folded in float32 at least: rounding the product once is better than rounding both factors.
         wide = [layer.kv.to(_wide(layer.kv.dtype)) * layer.norm.to(_wide(layer.kv.dtype)) for layer in layers]
-        self.weight = torch.cat(wide).to(layers[0].kv.dtype)
+        self.matrix: Weight = torch.cat(wide).to(layers[0].kv.dtype)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         k_norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
@@ -62,9 +67,32 @@ class KvProjection:
         if weight.shape != self.weight.shape:
             shape, wanted = tuple(weight.shape), tuple(self.weight.shape)
             raise MalformedWeights(f"the projector has shape {shape}, this plan wants {wanted}: calibrate again")
-        other = copy.copy(self)
-        other.weight = weight
+        other = self._with(weight)
         other.num_sinks, other.sink_weight = num_sinks, self.weight if num_sinks else None
+        return other
+
+    def held(self, hold: Hold) -> KvProjection:
+        """As a step multiplies it, if those are the same numbers: in int8 shallow tokens would get other K/V from
+        decode than from prefill."""
+        if not isinstance(self.matrix, torch.Tensor):
+            return self
+        matrix = hold(self.matrix, "projection")
+        return self._with(matrix) if isinstance(matrix, PackedMatrix) else self
+
+    def unpacked(self) -> KvProjection:
+        """As torch multiplies it."""
+        return self._with(self.matrix.unpacked()) if isinstance(self.matrix, PackedMatrix) else self
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix, where it's as it was made. Raises InternalError."""
+        if not isinstance(self.matrix, torch.Tensor):
+            raise InternalError("this projection is held as a step multiplies it: take it as it was made")
+        return self.matrix
+
+    def _with(self, matrix: Weight) -> KvProjection:
+        other = copy.copy(self)
+        other.matrix = matrix
         return other
 
     def put_sinks(self, flat: torch.Tensor, normed: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -77,11 +105,11 @@ class KvProjection:
             return flat
         return flat.index_copy(0, rows, F.linear(normed[rows], self.sink_weight, self.bias).to(flat.dtype))
 
-    def __call__(self, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, rope: Rope, multiply: Multiply = linear) -> torch.Tensor:
         """``hidden`` ``[tokens, hidden]`` -> K/V ``[S, tokens, 2, kv_heads, head_dim]`` (a strided view)."""
         spec = self._spec
         normed = rms_norm(hidden, None, spec.norm_eps)
-        flat = self.put_sinks(F.linear(normed, self.weight, self.bias), normed, rope)
+        flat = self.put_sinks(multiply(normed, self.matrix, self.bias), normed, rope)
         kv = flat.view(hidden.shape[0], self.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         if self.k_norm is not None:
             # A new tensor, for a gradient needs what was normed.

@@ -27,6 +27,7 @@ from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles
 from shoal.model.int8 import Int8Matrix
+from shoal.model.matrix import Hold
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, LayerProjection
@@ -69,6 +70,7 @@ class Subject:
         self.pool = self.new_pool()
         self._blocks = list(range(num_blocks))
         self.projection = lru_cache(maxsize=None)(self._paper_projection)
+        self._packed_projection = lru_cache(maxsize=8)(self._pack_projection)
 
     @cached_property
     def in_int8(self) -> Subject:
@@ -117,7 +119,8 @@ class Subject:
         """As an engine would have it; where gradients are wanted, one that can be differentiated."""
         if torch.is_grad_enabled() or self._kernels is None:
             return make_decoder(self.spec, plan, Stage.DECODE, parameters, None)
-        packed = replace(self._packed, projection=parameters.projection)
+        projection = None if parameters.projection is None else self._packed_projection(parameters.projection)
+        packed = replace(self._packed, projection=projection)
         return make_decoder(self.spec, plan, Stage.DECODE, packed, self._kernels)
 
     def chooser(self) -> Chooser:
@@ -127,8 +130,14 @@ class Subject:
     @cached_property
     def _packed(self) -> Parameters:
         """As the kernels want them: beside the loaded ones, of which projections are made and gradients go through."""
-        hold = hold_for(self._kernels, Stage.DECODE)
-        return self.parameters if hold is None else self.parameters.held(hold)
+        return self.parameters if self._hold is None else self.parameters.held(self._hold)
+
+    def _pack_projection(self, projection: KvProjection) -> KvProjection:
+        return projection if self._hold is None else projection.held(self._hold)
+
+    @property
+    def _hold(self) -> Hold | None:
+        return hold_for(self._kernels, Stage.DECODE)
 
     def step(
         self,

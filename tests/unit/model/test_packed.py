@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from engines import ModelReader, native_kernels
 from models import tiny_model
 from shoal.engine import native
-from shoal.engine.native import hold_for
+from shoal.engine.native import hold_for, make_decoder
 from shoal.errors import InternalError
 from shoal.messages import Stage
 from shoal.model.families import describe
@@ -89,6 +89,38 @@ def test_prefill_looks_its_embedding_up_as_it_was_read() -> None:
     assert isinstance(own.embedding, torch.Tensor) and torch.equal(own.embedding, plain.embedding)
     assert isinstance(own.layers[0].qkv, PackedMatrix)
     assert own.num_bytes == plain.num_bytes
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_both_stages_pack_the_projection(stage: Stage) -> None:
+    plain, own = load(stage, is_tied=True)
+    assert own.projection is not None and plain.projection is not None
+    assert isinstance(own.projection.matrix, PackedMatrix)
+    assert torch.equal(own.projection.unpacked().weight, plain.projection.weight)
+    assert own.projection.held(packed) is own.projection and plain.projection.unpacked() is plain.projection
+    with pytest.raises(InternalError, match="take it as it was made"):
+        own.projection.replaced(plain.projection.weight)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_kernels_project_by_it_as_torch_does(family: str, num_sinks: int) -> None:
+    """With k_norm (qwen3) and without; sinks keep their own matrix."""
+    kernels = native_kernels()
+    model = tiny_model(family, dtype=torch.bfloat16, hidden=64, head_dim=64)
+    spec, plan = describe(model.config), LayerPlan(6, 2)
+    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
+    paper = loader.load(plan, Stage.PREFILL).projection
+    assert paper is not None and (paper.k_norm is not None) == (family == "qwen3")
+    plain = loader.load(plan, Stage.PREFILL, paper.weight * 1.5, num_sinks)
+    own = plain.held(packed)
+    states = torch.randn(70, spec.hidden_size, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    ours, torchs = (
+        make_decoder(spec, plan, Stage.PREFILL, parameters, by).project(states, torch.arange(70))
+        for parameters, by in ((own, kernels), (plain, None))
+    )
+    assert ours.shape == (2, 70, 2, spec.num_kv_heads, spec.head_dim)
+    torch.testing.assert_close(ours, torchs, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("stage", Stage)

@@ -180,6 +180,12 @@ class StageConfig(_Frozen):
         "are shorter, by what steps took before.",
     )
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
+    pack_up_to: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Calls that a replica gets before another one of the pool gets any; 0: they are spread. By default "
+        "half of max_sequences where replicas share the cores of one machine, each of which would read all weights "
+        "for its own few answers, else 0.",
+    )
     max_queued: Annotated[int, Field(ge=1)] = Field(
         256, description="Requests that may wait; more get 429, but answers that another replica has begun go on."
     )

@@ -1,5 +1,6 @@
 """How a request finds its replica: where its beginning is known already, if that one isn't too busy, and otherwise the
-one that is less busy of two random ones. It doesn't find one that has failed it, as long as there is another.
+one that is less busy of two random ones; or, of replicas that share their cores, the busiest that has room, since each
+reads all weights for whatever it answers. It doesn't find one that has failed it, as long as there is another.
 
 How busy one is, Serve says, and what this process has sent there itself. Serve alone wouldn't do: it forgets a replica
 that wasn't asked for some seconds, and then prefers any other one, however busy; and of requests that come at once,
@@ -32,6 +33,13 @@ _Argument = TypeVar("_Argument", Grant, Ticket)
 class AffineRouter(RequestRouter):
     """Serve takes the one replica of the first rank that isn't full, and tells nobody but its router which."""
 
+    pack_up_to = 0
+    """Calls that a replica gets before another one gets any; 0: they are spread."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Serve's way to hand over what a pool's configuration says (app/graph.py)."""
+        self.pack_up_to = kwargs["pack_up_to"]
+
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
     ) -> PendingRequest | None:
@@ -56,14 +64,23 @@ class AffineRouter(RequestRouter):
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
         lengths, silent = self._lengths(replicas), routes.silent()
         # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
-        ranked = sorted(random.sample(list(by_id), min(2, len(by_id))), key=lambda one: (one in silent, lengths[one]))
+        if self.pack_up_to:
+            ranked = sorted(by_id, key=lambda one: (one in silent, *self._packed(lengths[one]), one))[:2]
+        else:
+            drawn = random.sample(list(by_id), min(2, len(by_id)))
+            ranked = sorted(drawn, key=lambda one: (one in silent, lengths[one]))
         known = routes.affinity.best(keys, by_id.keys() - silent)
         shortest = min((length for one, length in lengths.items() if one not in silent), default=0)
-        if known is not None and lengths[known] - shortest <= MAX_LONGER:
+        if known is not None and lengths[known] <= max(shortest + MAX_LONGER, self.pack_up_to - 1):
             ranked = [known, *(one for one in ranked if one != known)]
         if call is not None:
             routes.choose(call, ranked[0])
         return [[by_id[replica_id]] for replica_id in ranked]
+
+    def _packed(self, length: int) -> tuple[bool, int]:
+        """Sorts those that have room before the others, the busiest of them first; of the others the least busy."""
+        is_full = length >= self.pack_up_to
+        return is_full, length if is_full else -length
 
     def _lengths(self, replicas: Iterable[RunningReplica]) -> dict[str, int]:
         """How many calls each replica is answering, at least: of those of other processes only Serve knows."""

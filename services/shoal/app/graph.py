@@ -15,7 +15,6 @@ from shoal.machine import usable_threads
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
-    from ray.serve.config import RequestRouterConfig
 
 # Each pool bounds its own queue and says Overloaded at once. Serve's limit would make calls wait in the caller, where
 # nobody counts them, so it must never be the one that is reached.
@@ -76,16 +75,13 @@ def _joining(config: Mapping[str, Any]) -> dict[str, Any]:
 def bind(config: ShoalConfig, replicas: Replicas, *, proxied: bool = False) -> Application:
     """The graph; with ``proxied``, clients come in by Serve's proxy rather than by the gateway's own HTTP server."""
     from ray import serve
-    from ray.serve.config import RequestRouterConfig
 
-    from shoal import router
+    from shoal.router import GRANTS, PROMPTS
 
     # What a pool's size is, is no replica's business: were it told, all would restart when one is added.
     plain = config.model_dump(mode="json", exclude={"prefill": {"replicas"}, "decode": {"replicas"}})
-    grants = RequestRouterConfig(request_router_class=router.GRANTS)  # type: ignore[arg-type]
-    prompts = RequestRouterConfig(request_router_class=router.PROMPTS)  # type: ignore[arg-type]
-    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill, grants))
-    decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode, prompts))
+    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill, GRANTS))
+    decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode, PROMPTS))
     gateway = _deployment(
         serve.ingress()(replicas.gateway) if proxied else replicas.gateway,
         "gateway",
@@ -123,6 +119,17 @@ def is_private(config: ShoalConfig) -> bool:
     return config.ray.address is None
 
 
+def pack_up_to(config: ShoalConfig, stage: StageConfig) -> int:
+    """Calls that a replica of this pool gets before another one gets any; 0: they are spread. As configured; else half
+    of what it runs at once, where two of the pool want the same cores of one machine."""
+    if stage.pack_up_to is not None:
+        return stage.pack_up_to
+    is_on_cpu = is_private(config) and stage.device in ("auto", "cpu") and not stage.num_gpus
+    num_threads = usable_threads()
+    share_cores = is_on_cpu and 2 * (stage.num_threads or num_threads) > num_threads
+    return stage.max_sequences // 2 if share_cores else 0
+
+
 def grace_s(config: ShoalConfig) -> float:
     """How long all may take to end: open requests may finish, then hand-offs drain, and processes close."""
     return 2 * config.handoff.drain_s + CLOSE_S
@@ -149,9 +156,14 @@ def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, An
     )(cls)
 
 
-def _of_stage(name: str, config: ShoalConfig, stage: StageConfig, router: RequestRouterConfig) -> dict[str, Any]:
+def _of_stage(name: str, config: ShoalConfig, stage: StageConfig, router: str) -> dict[str, Any]:
+    from ray.serve.config import RequestRouterConfig
+
     return {
-        "request_router_config": router,
+        "request_router_config": RequestRouterConfig(
+            request_router_class=router,  # type: ignore[arg-type]
+            request_router_kwargs={"pack_up_to": pack_up_to(config, stage)},
+        ),
         "num_replicas": stage.replicas,
         "ray_actor_options": {
             "num_cpus": stage.num_cpus,

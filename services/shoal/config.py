@@ -197,6 +197,12 @@ class StageConfig(_Frozen):
     )
     kv_dtype: Dtype | None = Field(None, description="Must agree between the two pools; leave it to model.kv_dtype.")
 
+    def packs_up_to(self, *, share_cores: bool) -> int:
+        """``pack_up_to``, or its default where the pool's replicas ``share_cores`` or don't."""
+        if self.pack_up_to is not None:
+            return self.pack_up_to
+        return self.max_sequences // 2 if share_cores else 0
+
 
 class HandoffConfig(_Frozen):
     """How a prompt's KV passes from prefill to decode (docs/architecture.md)."""

@@ -37,7 +37,9 @@ MAX_SEQUENCES = 2
 def live() -> Iterator[TestCluster]:
     decode = {"replicas": 2, "max_sequences": MAX_SEQUENCES}
     gateway = {"grpc_port": free_port("127.0.0.1")}
-    with cluster(model={"dtype": "auto"}, decode=decode, prefill={"replicas": 2}, gateway=gateway) as found:
+    with cluster(
+        model={"dtype": "auto"}, decode=decode, prefill={"replicas": 2, "pack_up_to": 0}, gateway=gateway
+    ) as found:
         yield found
 
 

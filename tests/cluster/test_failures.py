@@ -27,14 +27,16 @@ from shoal.client import AsyncClient
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
-# Chunks so small that a long prompt takes dozens: there is time to see the first, and to kill before the last.
-PREFILL = {"replicas": 2, "max_step_tokens": 32}
+# Both replicas of a pool get work, though they share cores here, as they wouldn't elsewhere. And chunks are so small
+# that a long prompt takes dozens: there is time to see the first, and to kill before the last.
+DECODE: dict[str, int] = {"replicas": 2, "pack_up_to": 0}
+PREFILL = {**DECODE, "max_step_tokens": 32}
 
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[TestCluster]:
     gateway = {"grpc_port": free_port("127.0.0.1")}
-    with cluster(can_hang=True, prefill=PREFILL, decode={"replicas": 2}, gateway=gateway) as found:
+    with cluster(can_hang=True, prefill=PREFILL, decode=DECODE, gateway=gateway) as found:
         yield found
 
 

@@ -117,6 +117,51 @@ async def test_calls_that_come_at_once_are_spread_also_to_a_replica_that_serve_h
     routes.ended(distinct(make_call(), 99))  # it never began
 
 
+@pytest.mark.parametrize(("kind", "make_call"), [("router", grant), ("prompts", prompt)])
+async def test_replicas_that_share_cores_are_filled_one_after_the_other(
+    kind: str, make_call: Callable[[], Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    router = request.getfixturevalue(kind)
+    monkeypatch.setattr(routes, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    router.initialize_state(pack_up_to=4)
+    calls = [distinct(make_call(), number) for number in range(20)]
+    sent = [(await first_rank(router, pending(call)))[0] for call in calls]
+    assert "".join(sent[:16]) == "aaaabbbbccccdddd"
+    assert Counter(sent[16:]) == Counter("abcd"), "all are full: the least busy one"
+    for call in calls[4:7]:
+        routes.ended(call)
+    del call
+    last = distinct(make_call(), 20)  # held, or it would count nowhere
+    assert await first_rank(router, pending(last)) == ["b"], "the only one with room"
+
+
+async def test_packing_passes_over_who_is_silent_or_has_failed_it_and_knows_another_to_try(
+    router: Any, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(routes, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    router.initialize_state(pack_up_to=4)
+    queues.update(b=2, c=3, d=9)
+    ranks = await router.choose_replicas(REPLICAS, pending(distinct(grant(), 1)))
+    assert [one.replica_id.unique_id for [one] in ranks] == ["c", "b"]
+    assert await first_rank(router, pending(distinct(grant("c", "b"), 2))) == ["a"]
+    stuck = distinct(grant(), 3)
+    assert await first_rank(router, pending(stuck)) == ["c"]
+    clock.now_s += 2 * routes.PATIENCE_S
+    assert await first_rank(router, pending(distinct(grant(), 4))) == ["b"]
+    routes.ended(stuck)
+
+
+@pytest.mark.parametrize(("length", "first"), [(7, "b"), (8, "a")])
+async def test_a_packed_pool_sends_a_known_beginning_where_it_is_while_there_is_room(
+    router: Any, queues: dict[str, int], length: int, first: str
+):
+    router.initialize_state(pack_up_to=8)
+    router.on_request_routed(pending(distinct(grant(keys=(b"1",)), 1)), IDS["b"], None)
+    queues.update(a=3, b=length, c=0)
+    assert await first_rank(router, pending(distinct(grant(keys=(b"1",)), 2))) == [first]
+
+
 async def test_one_that_does_not_take_a_call_in_time_comes_last_until_it_does(
     router: Any, monkeypatch: pytest.MonkeyPatch
 ):

@@ -120,14 +120,10 @@ def is_private(config: ShoalConfig) -> bool:
 
 
 def pack_up_to(config: ShoalConfig, stage: StageConfig) -> int:
-    """Calls that a replica of this pool gets before another one gets any; 0: they are spread. As configured; else half
-    of what it runs at once, where two of the pool want the same cores of one machine."""
-    if stage.pack_up_to is not None:
-        return stage.pack_up_to
+    """Calls that a replica of this pool gets before another one gets any; 0: they are spread."""
     is_on_cpu = is_private(config) and stage.device in ("auto", "cpu") and not stage.num_gpus
     num_threads = usable_threads()
-    share_cores = is_on_cpu and 2 * (stage.num_threads or num_threads) > num_threads
-    return stage.max_sequences // 2 if share_cores else 0
+    return stage.packs_up_to(share_cores=is_on_cpu and 2 * (stage.num_threads or num_threads) > num_threads)
 
 
 def grace_s(config: ShoalConfig) -> float:

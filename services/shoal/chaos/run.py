@@ -103,12 +103,12 @@ def _play(
 
 
 def chaos_config(options: ChaosOptions, carrier: str, tls: Tls = "off") -> ShoalConfig:
-    """Two replicas of each pool, and such limits that short prompts are handed over and a burst of long ones is too
-    much."""
+    """Two replicas of each pool, both of which get work though they share cores, and such limits that short prompts are
+    handed over and a burst of long ones is too much."""
     return load_config(
         model={"name": options.model, "dtype": "float32", "projector": "paper"},
-        prefill={"replicas": _NUM_REPLICAS, "num_blocks": 256},
-        decode={"replicas": _NUM_REPLICAS, "num_blocks": 192, "max_queued": 40},
+        prefill={"replicas": _NUM_REPLICAS, "pack_up_to": 0, "num_blocks": 256},
+        decode={"replicas": _NUM_REPLICAS, "pack_up_to": 0, "num_blocks": 192, "max_queued": 40},
         handoff={
             "host": DECODE_HOST,
             "port_range": _free_ports(),

@@ -77,9 +77,12 @@ class System:
         self._shared = _shared(self.agenda, costs.sharing) if fleet.is_shared else None
         self.cores: Cores = self._shared or OwnCores(self.agenda)
         self.prefill = [PrefillReplica(index, setting, self.cores) for index in range(fleet.num_prefill)]
+        share_cores = fleet.is_shared and setting.are_cores_short
+        self._pack_prefill, self._pack_decode = (
+            stage.packs_up_to(share_cores=share_cores) for stage in (config.prefill, config.decode)
+        )
         pause_s = setting.yield_s(fleet.num_decode, is_shared=fleet.is_shared)
-        know_one_another = fleet.is_shared and setting.are_cores_short
-        yielding = Yielding(pause_s, self._are_on_their_way if know_one_another else bool)
+        yielding = Yielding(pause_s, self._are_on_their_way if share_cores else bool)
         self.decode = [
             DecodeReplica(
                 index,
@@ -138,10 +141,10 @@ class System:
         self.cores.run(1, self._costs.serving.request_s, lambda: self._route(request))
 
     def _route(self, request: Request) -> None:
-        choose(self.decode, self._routing, self._rng).submit(request)
+        choose(self.decode, self._routing, self._rng, pack_up_to=self._pack_decode).submit(request)
 
     def _choose_prefill(self, excluded: Collection[int]) -> PrefillReplica:
-        return choose(self.prefill, self._routing, self._rng, excluded)
+        return choose(self.prefill, self._routing, self._rng, excluded, pack_up_to=self._pack_prefill)
 
     def _are_on_their_way(self, _are_to_one: bool) -> bool:
         """As replicas of one machine know of one another: by what each of them has reserved."""

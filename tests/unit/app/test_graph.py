@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from shoal.app import graph
 from shoal.app.graph import KEPT_PRODUCTS, Replicas, bind, build, demand, with_gateway
 from shoal.config import ShoalConfig
 
@@ -52,6 +53,31 @@ def test_a_pool_that_grows_leaves_its_replicas_as_they_are():
 def test_prefill_replicas_are_chosen_by_the_router_that_heeds_exclusions():
     _, decode, prefill = (one for one, _ in chain(ShoalConfig()))
     assert router_of(prefill) == "shoal.router.GrantRouter" != router_of(decode)
+
+
+@pytest.mark.parametrize(
+    ("pool", "ray", "expected"),
+    [
+        ({}, {}, 32),
+        ({"max_sequences": 6}, {}, 3),
+        ({"pack_up_to": 5}, {}, 5),
+        ({"pack_up_to": 5}, {"address": "auto"}, 5),
+        ({"pack_up_to": 0}, {}, 0),
+        ({}, {"address": "auto"}, 0),
+        ({"num_gpus": 1}, {}, 0),
+        ({"device": "cuda"}, {}, 0),
+        ({"num_threads": 2}, {}, 0),
+        ({"num_threads": 3}, {}, 32),
+    ],
+)
+def test_replicas_are_filled_one_after_the_other_where_they_share_cores(
+    pool: dict[str, Any], ray: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(graph, "usable_threads", lambda: 4)
+    for number, role in enumerate(("decode", "prefill")):
+        deployment = chain(ShoalConfig(**{role: pool}, ray=ray))[1 + number][0]
+        routing = deployment._deployment_config.request_router_config
+        assert routing.request_router_kwargs == {"pack_up_to": expected}
 
 
 def router_of(deployment: Any) -> str:

@@ -137,7 +137,7 @@ def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_co
         # Too few for the threads of both pools, and yet two steps at once take no longer than one.
         sharing=SharingCost(cores=3, threads=2, efficiency=4 / 3),
     )
-    config = ShoalConfig(handoff=HandoffConfig(min_tokens=2, yield_s=0.05))
+    config = ShoalConfig(decode={"pack_up_to": 0}, handoff=HandoffConfig(min_tokens=2, yield_s=0.05))
     requests = [request(0, 0.0, num_prompt=1, num_output=140), request(1, 0.125, num_output=2)]
     answer, prompt = run(requests, Fleet(1, 2, 0, is_shared=is_shared), known, config).records
     gaps = [round(gap, 9) for gap in answer.itl_s]

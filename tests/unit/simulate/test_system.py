@@ -158,6 +158,25 @@ def test_of_two_random_replicas_the_idler_is_chosen_and_of_all_the_idlest():
     assert choose(replicas[:1], Routing.TWO_CHOICES, rng, excluded={0}).index == 0
 
 
+def test_packed_the_busiest_that_has_room_is_chosen_and_without_room_as_ever():
+    replicas = [Replica(index, num_ongoing) for index, num_ongoing in enumerate((5, 4, 4, 2))]
+    rng = np.random.default_rng(0)
+    assert {choose(replicas, Routing.TWO_CHOICES, rng, pack_up_to=5).index for _ in range(20)} == {1}
+    assert {choose(replicas, Routing.TWO_CHOICES, rng, {1, 2}, pack_up_to=5).index for _ in range(20)} == {3}
+    assert {choose(replicas, Routing.SHORTEST, rng, pack_up_to=2).index for _ in range(20)} == {3}
+
+
+@pytest.mark.parametrize(
+    ("is_shared", "pack_up_to", "used"), [(True, None, 1), (True, 0, 2), (False, None, 2), (False, 9, 1)]
+)
+def test_replicas_of_the_same_cores_are_filled_one_after_the_other(is_shared: bool, pack_up_to: int | None, used: int):
+    """One begins a step for all of eight answers, where two begin as many again."""
+    config = ShoalConfig(decode={"pack_up_to": pack_up_to})
+    requests = [request(index, 0.0, num_prompt=1, num_output=20) for index in range(8)]
+    system = run(requests, Fleet(1, 2, 10, is_shared), COSTS, config)
+    assert sum(one.engine.num_tokens > 0 for one in system.decode) == used
+
+
 def test_replicas_that_are_alike_get_alike():
     rng = np.random.default_rng(0)
     counts = Counter(

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(300)]
 
 BLOCK_TOKENS = 16
 NUM_TOKENS = 12
-REUSES = {"replicas": 2, "reuse": "exact", "block_tokens": BLOCK_TOKENS}
+REUSES = {"replicas": 2, "pack_up_to": 0, "reuse": "exact", "block_tokens": BLOCK_TOKENS}
 
 
 def test_asked_again_a_prompt_is_found_where_it_was(known: Mapping[str, RealPrompt]):

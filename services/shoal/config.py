@@ -21,7 +21,7 @@ from pydantic_settings import (
 )
 
 from shoal.errors import ConfigError
-from shoal.machine import is_loopback
+from shoal.machine import is_loopback, usable_threads
 from shoal.yaml_file import read_yaml
 
 AUTO = "auto"
@@ -182,9 +182,9 @@ class StageConfig(_Frozen):
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
     pack_up_to: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="Calls that a replica gets before another one of the pool gets any; 0: they are spread. By default "
-        "half of max_sequences where replicas share the cores of one machine, each of which would read all weights "
-        "for its own few answers, else 0.",
+        description="Calls that a replica gets before another one of the pool gets any, at most max_sequences; 0: they "
+        "are spread. By default half of max_sequences where each replica has all cores of one machine to compute on, "
+        "and would read all weights for its own few answers, else 0.",
     )
     max_queued: Annotated[int, Field(ge=1)] = Field(
         256, description="Requests that may wait; more get 429, but answers that another replica has begun go on."
@@ -196,6 +196,15 @@ class StageConfig(_Frozen):
         None, description="Must agree between the two pools; leave it to model.skip_layers."
     )
     kv_dtype: Dtype | None = Field(None, description="Must agree between the two pools; leave it to model.kv_dtype.")
+
+    @model_validator(mode="after")
+    def _packs_what_runs(self) -> StageConfig:
+        if self.pack_up_to is not None and self.pack_up_to > self.max_sequences:
+            raise ValueError(
+                f"pack_up_to ({self.pack_up_to}) is above max_sequences ({self.max_sequences}): calls would wait for "
+                "one replica while another one has nothing to do"
+            )
+        return self
 
     def packs_up_to(self, *, share_cores: bool) -> int:
         """``pack_up_to``, or its default where the pool's replicas ``share_cores`` or don't."""
@@ -400,6 +409,12 @@ class ShoalConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # load_config alone reads the environment: a replica takes what it's given, whatever its own host has set.
         return (init_settings,)
+
+    def packs_up_to(self, pool: StageConfig) -> int:
+        """Calls that a replica of ``pool`` gets before another one gets any; 0: they are spread."""
+        is_on_cpu = self.ray.address is None and pool.device in ("auto", "cpu") and not pool.num_gpus
+        has_all_cores = pool.num_threads is None or pool.num_threads >= usable_threads()
+        return pool.packs_up_to(share_cores=is_on_cpu and has_all_cores)
 
     @model_validator(mode="after")
     def _pools_agree(self) -> ShoalConfig:

@@ -38,7 +38,7 @@ class AffineRouter(RequestRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Serve's way to hand over what a pool's configuration says (app/graph.py)."""
-        self.pack_up_to = kwargs["pack_up_to"]
+        self.pack_up_to = kwargs.get("pack_up_to", 0)
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
@@ -65,7 +65,10 @@ class AffineRouter(RequestRouter):
         lengths, silent = self._lengths(replicas), routes.silent()
         # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
         if self.pack_up_to:
-            ranked = sorted(by_id, key=lambda one: (one in silent, *self._packed(lengths[one]), one))[:2]
+            full = routes.troubled() | {one for one, length in lengths.items() if length >= self.pack_up_to}
+            # The busiest that has room; of those that have none, the least busy.
+            length_of = {one: length if one in full else -length for one, length in lengths.items()}
+            ranked = sorted(by_id, key=lambda one: (one in silent, one in full, length_of[one], one))[:2]
         else:
             drawn = random.sample(list(by_id), min(2, len(by_id)))
             ranked = sorted(drawn, key=lambda one: (one in silent, lengths[one]))
@@ -76,11 +79,6 @@ class AffineRouter(RequestRouter):
         if call is not None:
             routes.choose(call, ranked[0])
         return [[by_id[replica_id]] for replica_id in ranked]
-
-    def _packed(self, length: int) -> tuple[bool, int]:
-        """Sorts those that have room before the others, the busiest of them first; of the others the least busy."""
-        is_full = length >= self.pack_up_to
-        return is_full, length if is_full else -length
 
     def _lengths(self, replicas: Iterable[RunningReplica]) -> dict[str, int]:
         """How many calls each replica is answering, at least: of those of other processes only Serve knows."""

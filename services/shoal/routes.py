@@ -12,13 +12,20 @@ from shoal.messages import Grant, Ticket
 PATIENCE_S = 0.3
 """Within it, a replica that lives takes a call, or says that it won't, also on a machine that is busy."""
 
+FIRST_WITHIN_S = 2.0
+"""Who has brought nothing of a call for so long gets no more than its part, though its replica had room."""
+
 # A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 _chosen: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 # Those that have not arrived yet, and since when.
 _underway: WeakKeyDictionary[Grant | Ticket, tuple[str, float]] = WeakKeyDictionary()
+_since_s: WeakKeyDictionary[Grant | Ticket, float] = WeakKeyDictionary()
 # Apart, since it's not the router's thread that knows: nothing that the router walks through may grow meanwhile.
 _ended: WeakSet[Grant | Ticket] = WeakSet()
+_answered: WeakSet[Grant | Ticket] = WeakSet()
+# When it last was among those that a call was to go round.
+_blamed_s: dict[str, float] = {}
 # Of the one pool that a process sends to; read and written by Serve's router alone.
 affinity = Affinity()
 
@@ -26,13 +33,21 @@ affinity = Affinity()
 def choose(call: Grant | Ticket, replica_id: str) -> None:
     """It's on its way there, but may not arrive."""
     _chosen[call] = replica_id
-    _underway[call] = replica_id, time.monotonic()
+    _since_s[call] = now_s = time.monotonic()
+    _underway[call] = replica_id, now_s
+    if call.excluded:
+        _blamed_s.update(dict.fromkeys(call.excluded, now_s))
 
 
 def note(call: Grant | Ticket, replica_id: str) -> None:
     """It arrived there."""
     _replica_ids[call] = _chosen[call] = replica_id
     _underway.pop(call, None)
+
+
+def answered(call: Grant | Ticket) -> None:
+    """Something of its answer is there."""
+    _answered.add(call)
 
 
 def ended(call: Grant | Ticket) -> None:
@@ -56,6 +71,16 @@ def silent() -> frozenset[str]:
     return frozenset(
         replica_id for call, (replica_id, since_s) in _underway.items() if since_s < long_ago_s and call not in _ended
     )
+
+
+def troubled() -> frozenset[str]:
+    """Replicas that have failed a call just now, or let one wait for its first answer for long: they may hang, or have
+    no memory left."""
+    long_ago_s = time.monotonic() - FIRST_WITHIN_S
+    for replica_id in [one for one, since_s in _blamed_s.items() if since_s < long_ago_s]:
+        del _blamed_s[replica_id]
+    waited_for = (call for call, since_s in _since_s.items() if since_s < long_ago_s)
+    return frozenset(_blamed_s) | {_chosen[call] for call in waited_for if call not in _answered and call not in _ended}
 
 
 def num_noted() -> int:

@@ -107,6 +107,7 @@ def test_a_wrong_variable_is_refused_by_name(
         ("gateway: {port: 70000}", r"gateway\.port"),
         ("handoff: {ttl_s: .nan}", r"handoff\.ttl_s"),
         ("handoff: {port_range: {first: 5, last: 4}}", r"last \(4\) is below first \(5\)"),
+        ("decode: {max_sequences: 6, pack_up_to: 7}", r"pack_up_to \(7\) is above max_sequences \(6\)"),
     ],
 )
 def test_a_wrong_key_is_refused_by_name(text: str, named: str, tmp_path: Path) -> None:

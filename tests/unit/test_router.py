@@ -27,6 +27,7 @@ PROMPT = tuple(range(2 * KEY_TOKENS))
 def make(kind: type, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Serve makes a router, with what only Serve has; choosing needs the lengths of queues, where those are known."""
     monkeypatch.setattr(routes, "affinity", Affinity())
+    monkeypatch.setattr(routes, "_blamed_s", {})
     cache = SimpleNamespace(get=lambda replica_id: queues.get(replica_id.unique_id))
     monkeypatch.setattr(kind, "replica_queue_len_cache", cache)
     return object.__new__(kind)
@@ -135,21 +136,65 @@ async def test_replicas_that_share_cores_are_filled_one_after_the_other(
     assert await first_rank(router, pending(last)) == ["b"], "the only one with room"
 
 
-async def test_packing_passes_over_who_is_silent_or_has_failed_it_and_knows_another_to_try(
-    router: Any, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(routes, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    return clock
+
+
+async def test_packing_passes_over_who_is_silent_and_knows_another_to_try(
+    router: Any, queues: dict[str, int], clock: SimpleNamespace
+):
     router.initialize_state(pack_up_to=4)
     queues.update(b=2, c=3, d=9)
-    ranks = await router.choose_replicas(REPLICAS, pending(distinct(grant(), 1)))
+    stuck = distinct(grant(), 1)
+    ranks = await router.choose_replicas(REPLICAS, pending(stuck))
     assert [one.replica_id.unique_id for [one] in ranks] == ["c", "b"]
-    assert await first_rank(router, pending(distinct(grant("c", "b"), 2))) == ["a"]
-    stuck = distinct(grant(), 3)
-    assert await first_rank(router, pending(stuck)) == ["c"]
     clock.now_s += 2 * routes.PATIENCE_S
-    assert await first_rank(router, pending(distinct(grant(), 4))) == ["b"]
+    assert await first_rank(router, pending(distinct(grant(), 2))) == ["b"]
     routes.ended(stuck)
+
+
+async def test_packing_gives_no_more_than_its_part_to_who_has_failed_a_call_just_now(
+    prompts: Any, queues: dict[str, int], clock: SimpleNamespace
+):
+    prompts.initialize_state(pack_up_to=4)
+    queues.update(a=0, b=2, c=3)
+    three = REPLICAS[:3]
+    assert await first_rank(prompts, pending(distinct(prompt(excluded="c"), 1)), three) == ["b"]
+    assert await first_rank(prompts, pending(distinct(prompt((), excluded="cb"), 2)), three) == ["a"]
+    queues.update(a=5)
+    assert await first_rank(prompts, pending(distinct(prompt(()), 3)), three) == ["b"], "all are full: the least busy"
+    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    assert await first_rank(prompts, pending(distinct(prompt(()), 4)), three) == ["c"]
+
+
+async def test_packing_gives_no_more_than_its_part_to_who_lets_a_call_wait(prompts: Any, clock: SimpleNamespace):
+    """It may hang, or have no memory left for K/V, though others have."""
+    prompts.initialize_state(pack_up_to=4)
+    call, other = (distinct(prompt(()), number) for number in (1, 2))
+    for one in (call, other):
+        assert await first_rank(prompts, pending(one)) == ["a"]
+        prompts.on_request_routed(pending(one), IDS["a"], None)
+    routes.answered(other)
+    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    assert routes.troubled() == {"a"}
+    assert await first_rank(prompts, pending(distinct(prompt(()), 3))) == ["b"]
+    routes.answered(call)
+    assert routes.troubled() == frozenset()
+    assert await first_rank(prompts, pending(distinct(prompt(()), 4))) == ["a"]
+    waiting = distinct(prompt(()), 5)
+    await first_rank(prompts, pending(waiting))
+    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    assert routes.troubled() == {"a"}
+    routes.ended(waiting)
+    assert routes.troubled() == frozenset()
+
+
+async def test_told_nothing_by_the_deployment_a_router_spreads(router: Any):
+    router.initialize_state()
+    assert await chosen(router, REPLICAS, pending(grant())) == set("abcd")
 
 
 @pytest.mark.parametrize(("length", "first"), [(7, "b"), (8, "a")])

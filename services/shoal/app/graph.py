@@ -119,13 +119,6 @@ def is_private(config: ShoalConfig) -> bool:
     return config.ray.address is None
 
 
-def pack_up_to(config: ShoalConfig, stage: StageConfig) -> int:
-    """Calls that a replica of this pool gets before another one gets any; 0: they are spread."""
-    is_on_cpu = is_private(config) and stage.device in ("auto", "cpu") and not stage.num_gpus
-    num_threads = usable_threads()
-    return stage.packs_up_to(share_cores=is_on_cpu and 2 * (stage.num_threads or num_threads) > num_threads)
-
-
 def grace_s(config: ShoalConfig) -> float:
     """How long all may take to end: open requests may finish, then hand-offs drain, and processes close."""
     return 2 * config.handoff.drain_s + CLOSE_S
@@ -158,7 +151,7 @@ def _of_stage(name: str, config: ShoalConfig, stage: StageConfig, router: str) -
     return {
         "request_router_config": RequestRouterConfig(
             request_router_class=router,  # type: ignore[arg-type]
-            request_router_kwargs={"pack_up_to": pack_up_to(config, stage)},
+            request_router_kwargs={"pack_up_to": config.packs_up_to(stage)},
         ),
         "num_replicas": stage.replicas,
         "ray_actor_options": {

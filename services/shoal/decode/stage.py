@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import structlog
 import torch
@@ -171,11 +171,12 @@ def _projection(served: Served, parameters: Parameters) -> Project | None:
     """By torch: Shoal's own kernels are the engine's, whose steps must not wait for a copy."""
     if parameters.projection is None:
         return None
-    projection = parameters.projection.unpacked()
+    # In the thread that copies, when the first states come: it has its own way to compute alone.
+    unpacked = cache(parameters.projection.unpacked)
 
     def project(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         rope = Rope.at(served.spec, positions, served.dtype)
-        return projection(states.to(served.dtype), rope)
+        return unpacked()(states.to(served.dtype), rope)
 
     return project
 
@@ -184,7 +185,9 @@ def choose_yield_s(config: ShoalConfig, num_replicas: int, device: torch.device)
     """As configured; else none, unless both pools share cores."""
     if config.handoff.yield_s is not None:
         return config.handoff.yield_s
-    return yield_s_of(num_replicas) if shares_cores(config, device) else 0.0
+    if not shares_cores(config, device):
+        return 0.0
+    return yield_s_of(1 if config.packs_up_to(config.decode) else num_replicas)
 
 
 def shares_cores(config: ShoalConfig, device: torch.device) -> bool:

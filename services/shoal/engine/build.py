@@ -337,7 +337,8 @@ async def load_stage(
         niceness = choose_niceness(limits, stage, device)
         step_back(niceness)  # as it warms up, this thread starts those that help the engine's
         engine = build_engine(config, stage, served, parameters, device=device)
-        return Loaded(served, parameters, engine, choose_copier(limits), niceness)
+        # As it holds them: what was read beside isn't kept.
+        return Loaded(served, engine.runner.decoder.parameters, engine, choose_copier(limits), niceness)
 
     with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:
         return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, load)

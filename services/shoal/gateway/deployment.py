@@ -96,6 +96,7 @@ class PoolBackend:
             try:
                 async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
                     async for output in timely:
+                        routes.answered(stream.ticket)
                         yield output
                 # Serve counts the request until its call has ended, which is a moment later.
                 await asyncio.wait([watch], timeout=_GRACE_S)

@@ -21,7 +21,7 @@ from shoal.errors import InternalError, MalformedWeights
 from shoal.model.families import ModelSpec
 from shoal.model.matrix import Hold, Weight, linear
 from shoal.model.norm import rms_norm
-from shoal.model.packed import PackedMatrix
+from shoal.model.packed import PackedMatrix, packed
 from shoal.model.rope import Rope
 
 Multiply = Callable[[torch.Tensor, Weight, torch.Tensor | None], torch.Tensor]
@@ -74,10 +74,9 @@ class KvProjection:
     def held(self, hold: Hold) -> KvProjection:
         """As a step multiplies it, if those are the same numbers: in int8 shallow tokens would get other K/V from
         decode than from prefill."""
-        if not isinstance(self.matrix, torch.Tensor):
+        if hold is not packed or not isinstance(self.matrix, torch.Tensor):
             return self
-        matrix = hold(self.matrix, "projection")
-        return self._with(matrix) if isinstance(matrix, PackedMatrix) else self
+        return self._with(packed(self.matrix, "projection"))
 
     def unpacked(self) -> KvProjection:
         """As torch multiplies it."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -70,7 +71,7 @@ class Subject:
         self.pool = self.new_pool()
         self._blocks = list(range(num_blocks))
         self.projection = lru_cache(maxsize=None)(self._paper_projection)
-        self._packed_projection = lru_cache(maxsize=8)(self._pack_projection)
+        self._packed_projections: WeakKeyDictionary[KvProjection, KvProjection] = WeakKeyDictionary()
 
     @cached_property
     def in_int8(self) -> Subject:
@@ -132,8 +133,13 @@ class Subject:
         """As the kernels want them: beside the loaded ones, of which projections are made and gradients go through."""
         return self.parameters if self._hold is None else self.parameters.held(self._hold)
 
-    def _pack_projection(self, projection: KvProjection) -> KvProjection:
-        return projection if self._hold is None else projection.held(self._hold)
+    def _packed_projection(self, projection: KvProjection) -> KvProjection:
+        """Once, for as long as the one it's made of is there."""
+        if self._hold is None:
+            return projection
+        if projection not in self._packed_projections:
+            self._packed_projections[projection] = projection.held(self._hold)
+        return self._packed_projections[projection]
 
     @property
     def _hold(self) -> Hold | None:

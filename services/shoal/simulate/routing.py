@@ -10,7 +10,8 @@ import numpy as np
 
 
 class Routing(enum.StrEnum):
-    """``two-choices``: the one of two random replicas that has less to do, as router.py does. ``shortest``: of all."""
+    """``two-choices``: as router.py does, the one of two random replicas that has less to do, or where they share cores
+    the busiest that has room. ``shortest``: the one that has the least to do of all."""
 
     TWO_CHOICES = "two-choices"
     SHORTEST = "shortest"
@@ -34,11 +35,11 @@ def choose(
 ) -> R:
     """One of those that aren't ``excluded`` (by index), if there is one; else one of all. ``replicas`` isn't empty.
 
-    The busiest of those with less than ``pack_up_to`` to do, if there is one."""
+    Router.py's way is the busiest of those with less than ``pack_up_to`` to do, if there is one."""
     left = [replica for replica in replicas if replica.index not in excluded] if excluded else replicas
     left = left or replicas
     with_room = [replica for replica in left if replica.num_ongoing < pack_up_to]
-    if with_room:
+    if with_room and routing is Routing.TWO_CHOICES:
         return max(with_room, key=lambda replica: (replica.num_ongoing, -replica.index))
     if routing is Routing.TWO_CHOICES and len(left) > 2:
         first = int(rng.integers(len(left)))

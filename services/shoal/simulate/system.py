@@ -77,12 +77,12 @@ class System:
         self._shared = _shared(self.agenda, costs.sharing) if fleet.is_shared else None
         self.cores: Cores = self._shared or OwnCores(self.agenda)
         self.prefill = [PrefillReplica(index, setting, self.cores) for index in range(fleet.num_prefill)]
-        share_cores = fleet.is_shared and setting.are_cores_short
         self._pack_prefill, self._pack_decode = (
-            stage.packs_up_to(share_cores=share_cores) for stage in (config.prefill, config.decode)
+            setting.packs_up_to(pool, is_shared=fleet.is_shared) for pool in (config.prefill, config.decode)
         )
         pause_s = setting.yield_s(fleet.num_decode, is_shared=fleet.is_shared)
-        yielding = Yielding(pause_s, self._are_on_their_way if share_cores else bool)
+        know_one_another = fleet.is_shared and setting.are_cores_short
+        yielding = Yielding(pause_s, self._are_on_their_way if know_one_another else bool)
         self.decode = [
             DecodeReplica(
                 index,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal.app import graph
+from shoal import config as config_module
 from shoal.app.graph import KEPT_PRODUCTS, Replicas, bind, build, demand, with_gateway
 from shoal.config import ShoalConfig
 
@@ -66,14 +66,14 @@ def test_prefill_replicas_are_chosen_by_the_router_that_heeds_exclusions():
         ({}, {"address": "auto"}, 0),
         ({"num_gpus": 1}, {}, 0),
         ({"device": "cuda"}, {}, 0),
-        ({"num_threads": 2}, {}, 0),
-        ({"num_threads": 3}, {}, 32),
+        ({"num_threads": 3}, {}, 0),
+        ({"num_threads": 4}, {}, 32),
     ],
 )
-def test_replicas_are_filled_one_after_the_other_where_they_share_cores(
+def test_replicas_are_filled_one_after_the_other_where_each_has_all_cores(
     pool: dict[str, Any], ray: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(graph, "usable_threads", lambda: 4)
+    monkeypatch.setattr(config_module, "usable_threads", lambda: 4)
     for number, role in enumerate(("decode", "prefill")):
         deployment = chain(ShoalConfig(**{role: pool}, ray=ray))[1 + number][0]
         routing = deployment._deployment_config.request_router_config

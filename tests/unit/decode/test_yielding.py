@@ -23,8 +23,9 @@ from shoal.decode.yielding import MAX_YIELD_S, YIELD_S
         ({"ray": {"address": "auto"}}, 1, "cpu", 0.0),  # whose replicas may be on other machines
         ({"prefill": {"num_threads": 1}, "decode": {"num_threads": 3}}, 1, "cpu", 0.0),  # four cores are enough
         ({"prefill": {"num_threads": 2}, "decode": {"num_threads": 3}}, 1, "cpu", YIELD_S),
-        ({}, 2, "cpu", 2 * YIELD_S),  # together as many steps as one would make
-        ({}, 64, "cpu", MAX_YIELD_S),
+        ({}, 64, "cpu", YIELD_S),  # one is filled before another one has anything to do
+        ({"decode": {"pack_up_to": 0}}, 2, "cpu", 2 * YIELD_S),  # together as many steps as one would make
+        ({"decode": {"pack_up_to": 0}}, 64, "cpu", MAX_YIELD_S),
         ({"ray": {"address": "auto"}}, 64, "cpu", 0.0),
         ({"handoff": {"yield_s": 0.3}, "ray": {"address": "auto"}}, 1, "cuda", 0.3),
         ({"handoff": {"yield_s": 0}}, 1, "cpu", 0.0),

@@ -101,6 +101,30 @@ def test_a_projection_that_fails_ends_its_own_prompt_alone(model: Any, monkeypat
     assert_nothing_held(engine)
 
 
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_replica_whose_projections_all_fail_is_not_healthy_and_one_with_some_is(
+    model: Any, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept is computed each time, and yet no prompt comes any further; or of two each time one."""
+    core = make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL)
+    client = EngineClient(core, name="test")
+    try:
+        for number in range(3):
+            assert client.is_serving
+            names = [f"breaks {number}", *([] if fails else [f"goes on {number}"])]
+            engine = engine_with(model, *names)
+            outputs = [engine.step()]
+            with monkeypatch.context() as patched:
+                patched.setattr(engine.runner.decoder, "project", broken)
+                outputs.append(engine.step())
+            outputs += [] if fails else [engine.step()]
+            for output in outputs:
+                client._deliver(output)
+        assert client.is_serving == (not fails)
+    finally:
+        client.close()
+
+
 def broken(*_args: object) -> torch.Tensor:
     raise RuntimeError("secret details")
 

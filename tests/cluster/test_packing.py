@@ -1,0 +1,44 @@
+"""Of replicas that share cores one gets all that it has room for, and when it dies the other one goes on."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from clusters import Look, cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+
+SOME = {str(start): list(range(start, start + 200)) for start in range(1000, 7000, 1000)}
+NUM_TOKENS = 96
+NUM_TO_SEE = len(SOME) * 8
+
+
+def test_the_replica_that_has_all_answers_dies_and_the_other_one_finishes_them():
+    with cluster(decode={"replicas": 2}, prefill={"replicas": 2}) as live:
+        right = live.complete(SOME, max_tokens=NUM_TOKENS, depth="shallow")
+        before = live.look()
+        assert len(at_work(before)) == 1, "the other decode replica has computed something, too"
+        num_before = before.metric("shoal_decode_tokens_total")
+        with ThreadPoolExecutor(len(SOME)) as threads:
+            answers = [
+                threads.submit(live.complete, {name: ids}, max_tokens=NUM_TOKENS, depth="shallow")
+                for name, ids in SOME.items()
+            ]
+            while live.metric("shoal_decode_tokens_total") < num_before + NUM_TO_SEE:
+                assert not any(answer.done() for answer in answers), "answered before anything could happen to it"
+            [busy] = at_work(live.look())
+            live.kill(busy)
+            told = dict(ChainMap(*(answer.result() for answer in answers)))
+        assert told == right
+        live.await_whole()
+        after = live.look()
+        assert after.metric("shoal_requests_total", status="200") == 2 * len(SOME)
+        assert after.metric("shoal_retries_total", reason="peer_gone") >= 1
+
+
+def at_work(look: Look) -> list[str]:
+    """The decode replicas that have generated something."""
+    return [replica for replica, num in look.each("shoal_decode_tokens_total", role="decode").items() if num]

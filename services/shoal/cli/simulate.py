@@ -60,7 +60,10 @@ def simulate(
     ] = None,
     routing: Annotated[
         RoutingOption,
-        typer.Option(help="two-choices: the idler of two random replicas, as Shoal's router does. shortest: of all."),
+        typer.Option(
+            help="two-choices: as Shoal's router does, the idler of two random replicas; with --shared the busiest that "
+            "has room. shortest: the idlest of all."
+        ),
     ] = RoutingOption.TWO_CHOICES,
     shared: Annotated[
         bool, typer.Option("--shared", help="All replicas share one machine's cores; else each has its own machine.")

@@ -220,7 +220,7 @@ class Engine:
         )
 
     def _project(self, item: ScheduledRows, started_s: float) -> StepOutput:
-        """Before anything else runs: until then the rows' states are where they left them."""
+        """Before another forward: until then the rows' states are where they left them."""
         try:
             chunk = self.runner.project(item)
         except Exception as error:  # noqa: BLE001 - as of a step

@@ -61,8 +61,8 @@ def simulate(
     routing: Annotated[
         RoutingOption,
         typer.Option(
-            help="two-choices: as Shoal's router does, the idler of two random replicas; with --shared the busiest that "
-            "has room. shortest: the idlest of all."
+            help="two-choices: as Shoal's router does, the idler of two random replicas; with --shared the busiest "
+            "that has room. shortest: the idlest of all."
         ),
     ] = RoutingOption.TWO_CHOICES,
     shared: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from weakref import WeakKeyDictionary, WeakSet
@@ -12,19 +13,22 @@ from shoal.messages import Grant, Ticket
 PATIENCE_S = 0.3
 """Within it, a replica that lives takes a call, or says that it won't, also on a machine that is busy."""
 
-FIRST_WITHIN_S = 2.0
-"""Who has brought nothing of a call for so long gets no more than its part, though its replica had room."""
+HEARD_WITHIN_S, FIRST_WITHIN_S = 2.0, 10.0
+"""A replica that nothing was heard of for so long, though a call waits there, or where one waits for its first answer
+for so long, may hang, or have no memory left: it gets no more than its part."""
 
 # A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 _chosen: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 # Those that have not arrived yet, and since when.
 _underway: WeakKeyDictionary[Grant | Ticket, tuple[str, float]] = WeakKeyDictionary()
-_since_s: WeakKeyDictionary[Grant | Ticket, float] = WeakKeyDictionary()
+# Those of gateways alone: of a grant nothing is heard before its end.
+_since_s: WeakKeyDictionary[Ticket, float] = WeakKeyDictionary()
 # Apart, since it's not the router's thread that knows: nothing that the router walks through may grow meanwhile.
 _ended: WeakSet[Grant | Ticket] = WeakSet()
-_answered: WeakSet[Grant | Ticket] = WeakSet()
-# When it last was among those that a call was to go round.
+_answered: WeakSet[Ticket] = WeakSet()
+# When something was last heard of a replica; when it last was among those that a call was to go round.
+_heard_s: dict[str, float] = {}
 _blamed_s: dict[str, float] = {}
 # Of the one pool that a process sends to; read and written by Serve's router alone.
 affinity = Affinity()
@@ -33,10 +37,11 @@ affinity = Affinity()
 def choose(call: Grant | Ticket, replica_id: str) -> None:
     """It's on its way there, but may not arrive."""
     _chosen[call] = replica_id
-    _since_s[call] = now_s = time.monotonic()
+    now_s = time.monotonic()
     _underway[call] = replica_id, now_s
-    if call.excluded:
-        _blamed_s.update(dict.fromkeys(call.excluded, now_s))
+    _blamed_s.update(dict.fromkeys(call.excluded, now_s))
+    if isinstance(call, Ticket):
+        _since_s[call] = now_s
 
 
 def note(call: Grant | Ticket, replica_id: str) -> None:
@@ -45,9 +50,16 @@ def note(call: Grant | Ticket, replica_id: str) -> None:
     _underway.pop(call, None)
 
 
-def answered(call: Grant | Ticket) -> None:
-    """Something of its answer is there."""
+def answered(call: Ticket) -> str:
+    """The first of its answer is there; the replica that it came from."""
     _answered.add(call)
+    heard(replica_id := _replica_ids.get(call, ""))
+    return replica_id
+
+
+def heard(replica_id: str) -> None:
+    """It has brought something of any call."""
+    _heard_s[replica_id] = time.monotonic()
 
 
 def ended(call: Grant | Ticket) -> None:
@@ -74,13 +86,21 @@ def silent() -> frozenset[str]:
 
 
 def troubled() -> frozenset[str]:
-    """Replicas that have failed a call just now, or let one wait for its first answer for long: they may hang, or have
-    no memory left."""
-    long_ago_s = time.monotonic() - FIRST_WITHIN_S
-    for replica_id in [one for one, since_s in _blamed_s.items() if since_s < long_ago_s]:
+    """Replicas that have failed a call just now, that nothing is heard of though a call waits there, or that let one
+    wait for its first answer for long."""
+    now_s = time.monotonic()
+    for replica_id in [one for one, since_s in _blamed_s.items() if now_s - since_s > HEARD_WITHIN_S]:
         del _blamed_s[replica_id]
-    waited_for = (call for call, since_s in _since_s.items() if since_s < long_ago_s)
-    return frozenset(_blamed_s) | {_chosen[call] for call in waited_for if call not in _answered and call not in _ended}
+    waits = [
+        (_chosen[call], now_s - since_s)
+        for call, since_s in _since_s.items()
+        if now_s - since_s > HEARD_WITHIN_S and call not in _answered and call not in _ended
+    ]
+    return frozenset(_blamed_s) | {
+        replica_id
+        for replica_id, wait_s in waits
+        if wait_s > FIRST_WITHIN_S or now_s - _heard_s.get(replica_id, -math.inf) > HEARD_WITHIN_S
+    }
 
 
 def num_noted() -> int:

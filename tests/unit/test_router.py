@@ -166,30 +166,75 @@ async def test_packing_gives_no_more_than_its_part_to_who_has_failed_a_call_just
     assert await first_rank(prompts, pending(distinct(prompt((), excluded="cb"), 2)), three) == ["a"]
     queues.update(a=5)
     assert await first_rank(prompts, pending(distinct(prompt(()), 3)), three) == ["b"], "all are full: the least busy"
-    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    clock.now_s += 2 * routes.HEARD_WITHIN_S
     assert await first_rank(prompts, pending(distinct(prompt(()), 4)), three) == ["c"]
 
 
-async def test_packing_gives_no_more_than_its_part_to_who_lets_a_call_wait(prompts: Any, clock: SimpleNamespace):
-    """It may hang, or have no memory left for K/V, though others have."""
+async def arrived(router: Any, call: Ticket) -> list[str]:
+    """Where it was sent, and taken."""
+    [replica_id] = await first_rank(router, pending(call))
+    router.on_request_routed(pending(call), IDS[replica_id], None)
+    return [replica_id]
+
+
+async def test_packing_gives_no_more_than_its_part_to_who_is_not_heard_of_while_a_call_waits(
+    prompts: Any, clock: SimpleNamespace
+):
+    """It may hang. Who brings something of other calls doesn't, however long a prompt takes."""
     prompts.initialize_state(pack_up_to=4)
-    call, other = (distinct(prompt(()), number) for number in (1, 2))
-    for one in (call, other):
-        assert await first_rank(prompts, pending(one)) == ["a"]
-        prompts.on_request_routed(pending(one), IDS["a"], None)
-    routes.answered(other)
-    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    waits, other = (distinct(prompt(()), number) for number in (1, 2))
+    assert [await arrived(prompts, call) for call in (waits, other)] == [["a"], ["a"]]
+    clock.now_s += 2 * routes.HEARD_WITHIN_S
     assert routes.troubled() == {"a"}
     assert await first_rank(prompts, pending(distinct(prompt(()), 3))) == ["b"]
-    routes.answered(call)
+    assert routes.answered(other) == "a"
     assert routes.troubled() == frozenset()
     assert await first_rank(prompts, pending(distinct(prompt(()), 4))) == ["a"]
-    waiting = distinct(prompt(()), 5)
-    await first_rank(prompts, pending(waiting))
-    clock.now_s += 2 * routes.FIRST_WITHIN_S
-    assert routes.troubled() == {"a"}
-    routes.ended(waiting)
+    clock.now_s += routes.HEARD_WITHIN_S
     assert routes.troubled() == frozenset()
+    clock.now_s += routes.HEARD_WITHIN_S
+    assert routes.troubled() == {"a"}
+    routes.heard("a")
+    assert routes.troubled() == frozenset()
+    routes.ended(waits)
+    clock.now_s += 2 * routes.HEARD_WITHIN_S
+    assert routes.troubled() == frozenset(), "nobody waits there"
+
+
+async def test_packing_gives_no_more_than_its_part_to_who_lets_a_call_wait_for_very_long(
+    prompts: Any, clock: SimpleNamespace
+):
+    """It may have no memory left for K/V, though others have."""
+    prompts.initialize_state(pack_up_to=4)
+    waits = distinct(prompt(()), 1)
+    assert await arrived(prompts, waits) == ["a"]
+    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    routes.heard("a")
+    assert routes.troubled() == {"a"}
+    routes.answered(waits)
+    assert routes.troubled() == frozenset()
+
+
+async def test_a_grant_may_take_as_long_as_it_does(router: Any, clock: SimpleNamespace):
+    """Nothing is heard of it before its end."""
+    router.initialize_state(pack_up_to=4)
+    first = distinct(grant(), 1)
+    assert await first_rank(router, pending(first)) == ["a"]
+    router.on_request_routed(pending(first), IDS["a"], None)
+    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    assert await first_rank(router, pending(distinct(grant(), 2))) == ["a"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_packing_passes_over_who_knows_a_beginning_and_is_in_trouble(
+    prompts: Any, queues: dict[str, int], fails: bool, clock: SimpleNamespace
+):
+    prompts.initialize_state(pack_up_to=16)
+    prompts.on_request_routed(pending(distinct(prompt(), 1)), IDS["b"], None)
+    queues.update(a=0, b=10, c=3)
+    call = distinct(prompt((), excluded="b" if fails else "x"), 2)
+    await first_rank(prompts, pending(call))
+    assert await first_rank(prompts, pending(distinct(prompt(), 3))) == ["c" if fails else "b"]
 
 
 async def test_told_nothing_by_the_deployment_a_router_spreads(router: Any):

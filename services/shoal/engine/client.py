@@ -144,7 +144,7 @@ class EngineClient:
         if output.all_failed:
             self._num_failed_in_a_row += 1
         # A prompt's kept layers alone prove nothing: what is projected of it follows in a step that may fail.
-        elif output.chunks[-1].is_whole if output.chunks else output.num_rows:
+        elif any(one.is_whole and one.start < one.end for one in output.chunks) if output.chunks else output.num_rows:
             self._num_failed_in_a_row = 0
         if self._on_step is not None:
             self._on_step(output)

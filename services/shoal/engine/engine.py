@@ -51,6 +51,7 @@ class Engine:
         self._sequences: dict[str, dict[int, Sequence]] = {}
         self._finished_kv_bytes: list[int] = []
         self._unprojected: deque[ScheduledRows] = deque()
+        self._has_projected = False
 
     def told_of_progress(self, progressed: Callable[[], None]) -> None:
         """Call it within a step, again and again: with every layer."""
@@ -203,6 +204,7 @@ class Engine:
         ended_s = self._clock()
         failures = (*unscored, *unsampled)
         self._unprojected.extend(output.unprojected)
+        self._has_projected = False
         if not plan.recalls:  # they take time, too, but no forward
             self.scheduler.pace.saw(plan.num_rows, ended_s - started_s)
         return StepOutput(
@@ -226,7 +228,10 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - as of a step
             _log.exception("a projection failed")
             failure = self._fail(item.sequence, error)
-            return StepOutput(started_s, self._clock(), self.counts(), failures=(failure,), all_failed=True)
+            # Of one forward's prompts, as of a step: all, and told once.
+            all_failed = not (self._unprojected or self._has_projected)
+            return StepOutput(started_s, self._clock(), self.counts(), failures=(failure,), all_failed=all_failed)
+        self._has_projected = True
         return StepOutput(started_s, self._clock(), self.counts(), chunks=(chunk,))
 
     def _advance(self, plan: StepPlan, output: RunOutput) -> tuple[list[PromptEvent], list[FailureEvent]]:

@@ -95,8 +95,11 @@ class PoolBackend:
             watch.add_done_callback(partial(_call_ended, stream=stream))
             try:
                 async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
+                    replica_id: str | None = None
                     async for output in timely:
-                        routes.answered(stream.ticket)
+                        if replica_id is None:
+                            replica_id = routes.answered(stream.ticket)
+                        routes.heard(replica_id)
                         yield output
                 # Serve counts the request until its call has ended, which is a moment later.
                 await asyncio.wait([watch], timeout=_GRACE_S)

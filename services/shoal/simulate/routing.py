@@ -39,7 +39,7 @@ def choose(
     left = [replica for replica in replicas if replica.index not in excluded] if excluded else replicas
     left = left or replicas
     with_room = [replica for replica in left if replica.num_ongoing < pack_up_to]
-    if with_room and routing is Routing.TWO_CHOICES:
+    if with_room:
         return max(with_room, key=lambda replica: (replica.num_ongoing, -replica.index))
     if routing is Routing.TWO_CHOICES and len(left) > 2:
         first = int(rng.integers(len(left)))

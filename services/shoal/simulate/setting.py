@@ -36,9 +36,7 @@ class Setting:
         those are too few for the threads of both pools."""
         if self.config.handoff.yield_s is not None:
             return self.config.handoff.yield_s
-        if not (is_shared and self.are_cores_short):
-            return 0.0
-        return yield_s_of(1 if self.packs_up_to(self.config.decode, is_shared=is_shared) else num_decode)
+        return yield_s_of(num_decode) if is_shared and self.are_cores_short else 0.0
 
     def packs_up_to(self, pool: StageConfig, *, is_shared: bool) -> int:
         """Calls that a replica of ``pool`` gets before another one gets any; 0: they are spread."""

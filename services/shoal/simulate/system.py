@@ -78,9 +78,11 @@ class System:
         self.cores: Cores = self._shared or OwnCores(self.agenda)
         self.prefill = [PrefillReplica(index, setting, self.cores) for index in range(fleet.num_prefill)]
         self._pack_prefill, self._pack_decode = (
-            setting.packs_up_to(pool, is_shared=fleet.is_shared) for pool in (config.prefill, config.decode)
+            setting.packs_up_to(pool, is_shared=fleet.is_shared and fleet.routing is Routing.TWO_CHOICES)
+            for pool in (config.prefill, config.decode)
         )
-        pause_s = setting.yield_s(fleet.num_decode, is_shared=fleet.is_shared)
+        num_at_work = 1 if self._pack_decode else fleet.num_decode
+        pause_s = setting.yield_s(num_at_work, is_shared=fleet.is_shared)
         know_one_another = fleet.is_shared and setting.are_cores_short
         yielding = Yielding(pause_s, self._are_on_their_way if know_one_another else bool)
         self.decode = [

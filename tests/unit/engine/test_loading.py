@@ -48,9 +48,17 @@ async def test_what_it_multiplies_is_held_once_as_the_kernels_want_it(
     save_tiny(tmp_path, tiny_model("llama", torch.bfloat16, head_dim=64, hidden=128, intermediate=256))
     stepped_back: list[int] = []
     monkeypatch.setattr(build, "step_back", stepped_back.append)
+    load, loads = build.load_parameters, []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        loads.append(load(*args, **options))
+        return loads[-1]
+
+    monkeypatch.setattr(build, "load_parameters", noted)
     settings = {"model": {"name": str(tmp_path), "dtype": "bfloat16"}}
     loaded = await load_stage(load_config(**settings), stage)
-    held, multiplied = loaded.parameters, loaded.engine.runner.decoder.parameters
+    [held], multiplied = loads, loaded.engine.runner.decoder.parameters
+    assert loaded.parameters is multiplied
     is_packed = stage is Stage.DECODE or not kernels.has_tiles
     assert all(isinstance(layer.down, PackedMatrix) == is_packed for layer in held.layers)
     for (name, ours), (_, theirs) in zip(held.tensors(), multiplied.tensors(), strict=True):

@@ -94,11 +94,28 @@ def test_a_projection_that_fails_ends_its_own_prompt_alone(model: Any, monkeypat
         patched.setattr(engine.runner.decoder, "project", broken)
         output = engine.step()
     [failure] = output.failures
-    assert failure.request_id == "a" and output.all_failed and not output.is_idle
+    assert failure.request_id == "a" and not output.all_failed and not output.is_idle
     assert isinstance(failure.error, InternalError) and "secret" not in failure.error.message
     assert told(engine.step().chunks) == [("b", SKIPPED, True)]
     engine.finish("b")
     assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize(("breaks", "told"), [("a", "---"), ("c", "---"), ("abc", "--x"), ("", "---")])
+def test_the_projections_of_one_forward_count_as_one_failed_step_if_all_fail(
+    model: Any, breaks: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(model, *"abc")
+    engine.step()
+    project = engine.runner.project
+
+    def project_some(item: Any) -> PrefillChunk:
+        if item.sequence.request_id in breaks:
+            raise RuntimeError("secret details")
+        return project(item)
+
+    monkeypatch.setattr(engine.runner, "project", project_some)
+    assert "".join("x" if engine.step().all_failed else "-" for _ in "abc") == told
 
 
 @pytest.mark.parametrize("fails", [True, False])

@@ -153,11 +153,8 @@ def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_co
 def test_replicas_yield_where_they_share_a_machine_or_are_told_to(
     configured: float | None, is_shared: bool, num_decode: int, expected: float
 ):
-    config = ShoalConfig(decode={"pack_up_to": 0}, handoff=HandoffConfig(yield_s=configured))
+    config = ShoalConfig(handoff=HandoffConfig(yield_s=configured))
     assert Setting(Agenda(), COSTS, config, 0).yield_s(num_decode, is_shared=is_shared) == expected
-    packed = ShoalConfig(handoff=HandoffConfig(yield_s=configured))
-    of_one = Setting(Agenda(), COSTS, config, 0).yield_s(1, is_shared=is_shared)
-    assert Setting(Agenda(), COSTS, packed, 0).yield_s(num_decode, is_shared=is_shared) == of_one
     roomy = costs(sharing=SharingCost(cores=4, threads=2, efficiency=0.9))
     assert Setting(Agenda(), roomy, config, 0).yield_s(num_decode, is_shared=is_shared) == (configured or 0.0)
 

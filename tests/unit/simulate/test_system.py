@@ -165,17 +165,25 @@ def test_packed_the_busiest_that_has_room_is_chosen_and_without_room_as_ever():
     assert {choose(replicas, Routing.TWO_CHOICES, rng, {1, 2}, pack_up_to=5).index for _ in range(20)} == {3}
     two = [choose(replicas, Routing.TWO_CHOICES, rng, pack_up_to=2).index for _ in range(600)]
     assert set(two) == {1, 2, 3} and max(two, key=two.count) == 3
-    assert {choose(replicas, Routing.SHORTEST, rng, pack_up_to=5).index for _ in range(20)} == {3}
 
 
 @pytest.mark.parametrize(
-    ("is_shared", "pack_up_to", "used"), [(True, None, 1), (True, 0, 2), (False, None, 2), (False, 9, 1)]
+    ("is_shared", "pack_up_to", "routing", "used"),
+    [
+        (True, None, Routing.TWO_CHOICES, 1),
+        (True, None, Routing.SHORTEST, 2),
+        (True, 0, Routing.TWO_CHOICES, 2),
+        (False, None, Routing.TWO_CHOICES, 2),
+        (False, 9, Routing.TWO_CHOICES, 1),
+    ],
 )
-def test_replicas_of_the_same_cores_are_filled_one_after_the_other(is_shared: bool, pack_up_to: int | None, used: int):
+def test_replicas_of_the_same_cores_are_filled_one_after_the_other(
+    is_shared: bool, pack_up_to: int | None, routing: Routing, used: int
+):
     """One begins a step for all of eight answers, where two begin as many again."""
     config = ShoalConfig(decode={"pack_up_to": pack_up_to})
     requests = [request(index, 0.0, num_prompt=1, num_output=20) for index in range(8)]
-    system = run(requests, Fleet(1, 2, 10, is_shared), COSTS, config)
+    system = run(requests, Fleet(1, 2, 10, is_shared, routing), COSTS, config)
     assert sum(one.engine.num_tokens > 0 for one in system.decode) == used
 
 

@@ -12,7 +12,7 @@ Serve copies this module's code into the processes that route: it must hold no s
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from ray.serve._private.common import RequestMetadata
@@ -64,19 +64,18 @@ class AffineRouter(RequestRouter):
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
         lengths, silent = self._lengths(replicas), routes.silent()
         # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
-        full: Collection[str] = ()
+        troubled = routes.troubled() if self.pack_up_to else frozenset[str]()
         if self.pack_up_to:
-            full = routes.troubled() | {one for one, length in lengths.items() if length >= self.pack_up_to}
+            full = troubled | {one for one, length in lengths.items() if length >= self.pack_up_to}
             # The busiest that has room; of those that have none, the least busy.
             length_of = {one: length if one in full else -length for one, length in lengths.items()}
             ranked = sorted(by_id, key=lambda one: (one in silent, one in full, length_of[one], one))[:2]
         else:
             drawn = random.sample(list(by_id), min(2, len(by_id)))
             ranked = sorted(drawn, key=lambda one: (one in silent, lengths[one]))
-        known = routes.affinity.best(keys, by_id.keys() - silent)
+        known = routes.affinity.best(keys, by_id.keys() - silent - troubled)
         shortest = min((length for one, length in lengths.items() if one not in silent), default=0)
-        room = shortest + MAX_LONGER if known in full else max(shortest + MAX_LONGER, self.pack_up_to - 1)
-        if known is not None and lengths[known] <= room:
+        if known is not None and lengths[known] <= max(shortest + MAX_LONGER, self.pack_up_to - 1):
             ranked = [known, *(one for one in ranked if one != known)]
         if call is not None:
             routes.choose(call, ranked[0])

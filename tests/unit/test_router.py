@@ -231,7 +231,7 @@ async def test_packing_passes_over_who_knows_a_beginning_and_is_in_trouble(
 ):
     prompts.initialize_state(pack_up_to=16)
     prompts.on_request_routed(pending(distinct(prompt(), 1)), IDS["b"], None)
-    queues.update(a=0, b=10, c=3)
+    queues.update(a=0, b=2, c=3)
     call = distinct(prompt((), excluded="b" if fails else "x"), 2)
     await first_rank(prompts, pending(call))
     assert await first_rank(prompts, pending(distinct(prompt(), 3))) == ["c" if fails else "b"]

@@ -229,7 +229,8 @@ class Engine:
             _log.exception("a projection failed")
             failure = self._fail(item.sequence, error)
             # Of one forward's prompts, as of a step: all, and told once.
-            all_failed = not (self._unprojected or self._has_projected)
+            are_others = any(other.sequence.phase is Phase.RUNNING for other in self._unprojected)
+            all_failed = not (are_others or self._has_projected)
             return StepOutput(started_s, self._clock(), self.counts(), failures=(failure,), all_failed=all_failed)
         self._has_projected = True
         return StepOutput(started_s, self._clock(), self.counts(), chunks=(chunk,))

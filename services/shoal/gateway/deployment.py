@@ -95,9 +95,9 @@ class PoolBackend:
             watch.add_done_callback(partial(_call_ended, stream=stream))
             try:
                 async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
-                    replica_id: str | None = None
+                    replica_id = ""
                     async for output in timely:
-                        if replica_id is None:
+                        if not replica_id:
                             replica_id = routes.answered(stream.ticket)
                         routes.heard(replica_id)
                         yield output

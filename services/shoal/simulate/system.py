@@ -77,8 +77,9 @@ class System:
         self._shared = _shared(self.agenda, costs.sharing) if fleet.is_shared else None
         self.cores: Cores = self._shared or OwnCores(self.agenda)
         self.prefill = [PrefillReplica(index, setting, self.cores) for index in range(fleet.num_prefill)]
+        packs = fleet.routing is Routing.TWO_CHOICES
         self._pack_prefill, self._pack_decode = (
-            setting.packs_up_to(pool, is_shared=fleet.is_shared and fleet.routing is Routing.TWO_CHOICES)
+            setting.packs_up_to(pool, is_shared=fleet.is_shared) if packs else 0
             for pool in (config.prefill, config.decode)
         )
         num_at_work = 1 if self._pack_decode else fleet.num_decode

@@ -172,6 +172,7 @@ def test_packed_the_busiest_that_has_room_is_chosen_and_without_room_as_ever():
     [
         (True, None, Routing.TWO_CHOICES, 1),
         (True, None, Routing.SHORTEST, 2),
+        (True, 9, Routing.SHORTEST, 2),
         (True, 0, Routing.TWO_CHOICES, 2),
         (False, None, Routing.TWO_CHOICES, 2),
         (False, 9, Routing.TWO_CHOICES, 1),

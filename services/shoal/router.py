@@ -63,16 +63,8 @@ class AffineRouter(RequestRouter):
         replicas = _without(candidates, excluded) or candidates
         by_id = {replica.replica_id.unique_id: replica for replica in replicas}
         lengths, silent = self._lengths(replicas), routes.silent()
-        # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
         troubled = routes.troubled() if self.pack_up_to else frozenset[str]()
-        if self.pack_up_to:
-            full = troubled | {one for one, length in lengths.items() if length >= self.pack_up_to}
-            # The busiest that has room; of those that have none, the least busy.
-            length_of = {one: length if one in full else -length for one, length in lengths.items()}
-            ranked = sorted(by_id, key=lambda one: (one in silent, one in full, length_of[one], one))[:2]
-        else:
-            drawn = random.sample(list(by_id), min(2, len(by_id)))
-            ranked = sorted(drawn, key=lambda one: (one in silent, lengths[one]))
+        ranked = self._packed(lengths, silent, troubled) if self.pack_up_to else _spread(lengths, silent)
         known = routes.affinity.best(keys, by_id.keys() - silent - troubled)
         shortest = min((length for one, length in lengths.items() if one not in silent), default=0)
         if known is not None and lengths[known] <= max(shortest + MAX_LONGER, self.pack_up_to - 1):
@@ -80,6 +72,13 @@ class AffineRouter(RequestRouter):
         if call is not None:
             routes.choose(call, ranked[0])
         return [[by_id[replica_id]] for replica_id in ranked]
+
+    def _packed(self, lengths: dict[str, int], silent: frozenset[str], troubled: frozenset[str]) -> list[str]:
+        """The busiest that has room before all others; of those that have none the least busy."""
+        full = troubled | {one for one, length in lengths.items() if length >= self.pack_up_to}
+        order = {one: length if one in full else -length for one, length in lengths.items()}
+        # By name where two are alike, so that routers of several processes fill the same one.
+        return sorted(lengths, key=lambda one: (one in silent, one in full, order[one], one))[:2]
 
     def _lengths(self, replicas: Iterable[RunningReplica]) -> dict[str, int]:
         """How many calls each replica is answering, at least: of those of other processes only Serve knows."""
@@ -116,6 +115,13 @@ class PromptRouter(AffineRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         _note(_argument_of(pending_request, Ticket), replica_id)
+
+
+def _spread(lengths: dict[str, int], silent: frozenset[str]) -> list[str]:
+    """The less busy of two random ones, then the other one."""
+    drawn = random.sample(list(lengths), min(2, len(lengths)))
+    # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
+    return sorted(drawn, key=lambda one: (one in silent, lengths[one]))
 
 
 def _let_back_off(pending: PendingRequest | None) -> None:

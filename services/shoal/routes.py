@@ -50,16 +50,15 @@ def note(call: Grant | Ticket, replica_id: str) -> None:
     _underway.pop(call, None)
 
 
-def answered(call: Ticket) -> str:
-    """The first of its answer is there; the replica that it came from."""
+def heard(call: Ticket) -> None:
+    """Something of its answer has arrived, whether it's read already or not."""
     _answered.add(call)
-    heard(replica_id := _replica_ids.get(call, ""))
-    return replica_id
-
-
-def heard(replica_id: str) -> None:
-    """It has brought something of any call."""
-    _heard_s[replica_id] = time.monotonic()
+    now_s = time.monotonic()
+    replica_id = _replica_ids.get(call, "")
+    if replica_id not in _heard_s:
+        for one in [one for one, heard_s in _heard_s.items() if now_s - heard_s > HEARD_WITHIN_S]:
+            del _heard_s[one]  # as good as never heard of, and it may be gone
+    _heard_s[replica_id] = now_s
 
 
 def ended(call: Grant | Ticket) -> None:

@@ -187,14 +187,14 @@ async def test_packing_gives_no_more_than_its_part_to_who_is_not_heard_of_while_
     clock.now_s += 2 * routes.HEARD_WITHIN_S
     assert routes.troubled() == {"a"}
     assert await first_rank(prompts, pending(distinct(prompt(()), 3))) == ["b"]
-    assert routes.answered(other) == "a"
+    routes.heard(other)
     assert routes.troubled() == frozenset()
     assert await first_rank(prompts, pending(distinct(prompt(()), 4))) == ["a"]
     clock.now_s += routes.HEARD_WITHIN_S
     assert routes.troubled() == frozenset()
     clock.now_s += routes.HEARD_WITHIN_S
     assert routes.troubled() == {"a"}
-    routes.heard("a")
+    routes.heard(other)
     assert routes.troubled() == frozenset()
     routes.ended(waits)
     clock.now_s += 2 * routes.HEARD_WITHIN_S
@@ -206,13 +206,23 @@ async def test_packing_gives_no_more_than_its_part_to_who_lets_a_call_wait_for_v
 ):
     """It may have no memory left for K/V, though others have."""
     prompts.initialize_state(pack_up_to=4)
-    waits = distinct(prompt(()), 1)
-    assert await arrived(prompts, waits) == ["a"]
+    waits, other = (distinct(prompt(()), number) for number in (1, 2))
+    assert [await arrived(prompts, call) for call in (waits, other)] == [["a"], ["a"]]
     clock.now_s += 2 * routes.FIRST_WITHIN_S
-    routes.heard("a")
+    routes.heard(other)
     assert routes.troubled() == {"a"}
-    routes.answered(waits)
+    routes.heard(waits)
     assert routes.troubled() == frozenset()
+
+
+async def test_replicas_that_nothing_was_heard_of_for_long_are_forgotten(prompts: Any, clock: SimpleNamespace):
+    calls = [distinct(prompt(()), number) for number in range(2)]
+    for call, name in zip(calls, "ab", strict=True):
+        prompts.on_request_routed(pending(call), IDS[name], None)
+    routes.heard(calls[0])
+    clock.now_s += 2 * routes.HEARD_WITHIN_S
+    routes.heard(calls[1])
+    assert routes._heard_s.keys() == {"b"}
 
 
 async def test_a_grant_may_take_as_long_as_it_does(router: Any, clock: SimpleNamespace):

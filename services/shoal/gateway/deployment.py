@@ -95,11 +95,7 @@ class PoolBackend:
             watch.add_done_callback(partial(_call_ended, stream=stream))
             try:
                 async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
-                    replica_id = ""
                     async for output in timely:
-                        if not replica_id:
-                            replica_id = routes.answered(stream.ticket)
-                        routes.heard(replica_id)
                         yield output
                 # Serve counts the request until its call has ended, which is a moment later.
                 await asyncio.wait([watch], timeout=_GRACE_S)
@@ -181,7 +177,8 @@ class GatewayReplica:
         self._exits.callback(server.close)
         tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(tokenizer.close)
-        tokens = TokenClient(patience_s=_GRACE_S, tls=peer_tls(settings, "gateway", self._registry))
+        peers = peer_tls(settings, "gateway", self._registry)
+        tokens = TokenClient(patience_s=_GRACE_S, tls=peers, heard=routes.heard)
         self._exits.push_async_callback(tokens.close)
         living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -95,11 +95,14 @@ class TokenClient:
     """Belongs to one event loop. A stream to a replica opens with the first request there, and stays.
 
     A stream that breaks ends its requests with PeerGone ``patience_s`` later: whoever placed them may know better, and
-    fail them with that.
+    fail them with that. ``heard`` is told of each output's request as it arrives, however late it's read.
     """
 
-    def __init__(self, patience_s: float, tls: PeerTls | None = None) -> None:
+    def __init__(
+        self, patience_s: float, tls: PeerTls | None = None, heard: Callable[[Ticket], None] = lambda ticket: None
+    ) -> None:
         self._tls = tls
+        self._heard = heard
         self._gateway_id = secrets.token_bytes(ID_BYTES)
         self._patience_s = patience_s
         self._open: dict[int, TokenStream] = {}
@@ -161,6 +164,7 @@ class TokenClient:
                     # One that was given up has no stream any more.
                     stream = self._open.get(output.key)
                     if stream is not None and stream.place in {None, place}:
+                        self._heard(stream.ticket)
                         stream.accept(output)
         except grpc.aio.AioRpcError as error:
             if (untrusted := refusal(error, place.address)) is not None:

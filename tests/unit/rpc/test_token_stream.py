@@ -13,6 +13,7 @@ import pytest
 from shoal.errors import PeerGone
 from shoal.messages import Ticket, TokenLogprob, TokenOutput
 from shoal.rpc import token_server
+from shoal.rpc.token_client import TokenClient
 from shoal.rpc.token_server import ID_BYTES, TokenServer
 from token_streams import generate_request, joined, output
 
@@ -56,6 +57,19 @@ async def test_what_a_step_brings_is_one_message(monkeypatch: pytest.MonkeyPatch
             one.outlet.send(output(1))
         await asyncio.gather(*(one.first() for one in several))
         assert sizes == [1, 8]
+
+
+async def test_a_replica_is_heard_of_as_its_outputs_arrive_however_late_they_are_read():
+    told: asyncio.Queue[Ticket] = asyncio.Queue()
+    async with joined() as both:
+        gateway = TokenClient(60, heard=told.put_nowait)
+        one = both.request(gateway)
+        one.follow()
+        one.outlet.send(output(0))
+        assert await asyncio.wait_for(told.get(), 10) is one.stream.ticket
+        assert await one.first() == output(0)
+        both.held.close()
+        await gateway.close()
 
 
 async def test_a_message_stays_below_what_a_channel_takes():

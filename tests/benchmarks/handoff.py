@@ -1,6 +1,6 @@
 """The hand-off's throughput, each carrier against the floor that it stands on, interleaved in one run.
 
-    python tests/benchmarks/handoff.py [--mib 36] [--rounds 20] [--json FILE]
+    python tests/benchmarks/handoff.py [--mib 36] [--at-once 1 4] [--rounds 20] [--json FILE]
 
 Prefill is this process, decode another one on the same host, joined by gRPC on loopback. Everything counts: cutting,
 checksums of both sides, copies out of the wire or the slot and into decode's pool, credits, seal and commit.
@@ -10,7 +10,9 @@ checksums of both sides, copies out of the wire or the slot and into decode's po
     nixl     read by decode (UCX)         floor: as many bytes by NIXL's own READs of slots, one after another, between
                                           the same two processes; nothing is written, checked or copied on
 
-The goal is 60 % of the first two floors, and 80 % of the third. Without NIXL its two lines are missing.
+Prompts are handed off alone, where each step waits for the one before, and ``--at-once`` so many, as from a pool that
+has work: what they carry together, by the time that all of them take. The floors carry one prompt's bytes. The goal is
+60 % of the first two floors, and 80 % of the third. Without NIXL its lines are missing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -49,9 +51,10 @@ from shoal.transfer.carriers.nixl.process import Nixl
 from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader
 from shoal.transfer.channels.grpc import dial
 from shoal.transfer.decode_session import Attach
-from shoal.transfer.decode_side import HandoffDesk, OpenLease
+from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.lease_table import LeaseTimes
 from shoal.transfer.offer import Staging
+from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.server import HandoffServer
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
@@ -65,7 +68,8 @@ from shoal.v1.handoff_pb2_grpc import (
 )
 
 MIB = 1 << 20
-GOALS = {"inline_of_bare_stream": 0.6, "shm_of_bare_copy": 0.6, "nixl_of_bare_read": 0.8}
+FLOORS = {"inline": "bare_stream", "shm": "bare_copy", "nixl": "bare_read"}
+GOALS = {"inline": 0.6, "shm": 0.6, "nixl": 0.8}
 # SmolLM2-135M in bfloat16, 20 of its layers kept; the prompt is as long as it takes.
 LAYERS, KEPT, KV_HEADS, HEAD_DIM, BLOCK = 30, 20, 3, 64, 16
 TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
@@ -80,12 +84,12 @@ Way = Callable[[], Awaitable[float]]
 # --- decode, and the bare stream's other end: a process of its own ---------------------------------------
 
 
-async def serve(num_tokens: int) -> None:
+async def serve(num_tokens: int, num_at_once: int) -> None:
     """Tell both addresses on stdout; open a lease for each line on stdin, and answer it when it's committed."""
     torch.set_num_threads(1)
     layout = KvLayout((LayerGroup("all", 0, LAYERS),), KV_HEADS, HEAD_DIM, 2, BLOCK)
     num_blocks = layout.num_blocks_for(num_tokens)
-    pool = KvPool(layout, num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
+    pool = KvPool(layout, num_at_once * num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
     sink = PoolSink(pool, copier=choose_copier(load_config().decode))
     desk = HandoffDesk(sink, SHAPE, times=TIMES, credit_bytes=CREDIT_BYTES, observer=SilentObserver())
     nixl = Nixl(1 << 30)
@@ -99,25 +103,30 @@ async def serve(num_tokens: int) -> None:
     print(address, port, flush=True)
     reads = BareReads()
     # Not in order of their addresses: a pool that has served for a while.
-    blocks = [int(block) for block in np.random.default_rng(0).permutation(num_blocks)]
+    free = [int(block) for block in np.random.default_rng(0).permutation(num_at_once * num_blocks)]
+    opened: set[asyncio.Task[None]] = set()
+
+    async def hold(lease_id: bytes) -> None:
+        blocks = [free.pop() for _ in range(num_blocks)]
+        async with desk.open(lease_id, range(num_tokens), blocks) as lease:
+            print("open", lease_id.hex(), flush=True)
+            await lease.arrived()
+        free.extend(blocks)
+        print("arrived", lease_id.hex(), flush=True)
+
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while line := await reader.readline():
         if line.startswith(b"read "):
             print(await asyncio.to_thread(reads, *line.split()[1:]), flush=True)
             continue
-        async with desk.open(bytes.fromhex(line.decode().strip()), range(num_tokens), blocks) as lease:
-            print("open", flush=True)
-            await _told(lease)
+        task = asyncio.ensure_future(hold(bytes.fromhex(line.decode().strip())))
+        opened.add(task)
+        task.add_done_callback(opened.discard)
     await handoff.close()
     await nixl.close()
     await bare.stop(None)
     sink.close()
-
-
-async def _told(lease: OpenLease) -> None:
-    await lease.arrived()
-    print("arrived", flush=True)
 
 
 class _Bare(HandoffServiceServicer):
@@ -158,20 +167,37 @@ class BareReads:
 
 
 class Decode:
-    """The other process, as its pipe has it."""
+    """The other process, as its pipes have it: a lease's lines come when they come, others as they were asked for."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self._others: asyncio.Queue[str] = asyncio.Queue()
+        self._of_leases: dict[str, asyncio.Future[None]] = {}
+        self._reading = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        while raw := await self._process.stdout.readline():
+            line = raw.decode().strip()
+            if line.startswith(("open ", "arrived ")):
+                self._of_leases.pop(line).set_result(None)
+            else:
+                self._others.put_nowait(line)
 
     async def line(self) -> str:
-        assert self._process.stdout is not None
-        line = await asyncio.wait_for(self._process.stdout.readline(), 60)
-        assert line, "the decode process has died"
-        return line.decode().strip()
+        return await asyncio.wait_for(self._others.get(), 60)
 
-    async def open(self, lease_id: bytes) -> None:
+    async def told(self, what: str, lease_id: bytes) -> None:
+        """``what`` has happened to the lease: "open" or "arrived"."""
+        told = self._of_leases.setdefault(f"{what} {lease_id.hex()}", asyncio.get_running_loop().create_future())
+        await asyncio.wait_for(told, 60)
+
+    async def open(self, lease_id: bytes) -> asyncio.Task[None]:
+        """Returns what ends when it has arrived."""
+        arrived = asyncio.ensure_future(self.told("arrived", lease_id))
         self.say(lease_id.hex())
-        assert await self.line() == "open"
+        await self.told("open", lease_id)
+        return arrived
 
     def say(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -179,8 +205,8 @@ class Decode:
 
 
 @asynccontextmanager
-async def decode_process(num_tokens: int) -> AsyncIterator[Decode]:
-    command = [sys.executable, __file__, "--serve", str(num_tokens)]
+async def decode_process(num_tokens: int, num_at_once: int) -> AsyncIterator[Decode]:
+    command = [sys.executable, __file__, "--serve", str(num_tokens), str(num_at_once)]
     process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield Decode(process)
@@ -189,8 +215,10 @@ async def decode_process(num_tokens: int) -> AsyncIterator[Decode]:
         await process.wait()
 
 
-def hand_off(decode: Decode, pool: SessionPool, address: str, num_tokens: int, carrier: Carrier) -> Way:
-    """One prompt, as ``PrefillWorker`` ships it, from its first byte to its commit."""
+def hand_off(
+    decode: Decode, pool: SessionPool, address: str, num_tokens: int, carrier: Carrier, num_at_once: int
+) -> Way:
+    """So many prompts, each as ``PrefillWorker`` ships it, from the first one's first byte to the last one's commit."""
     rng = np.random.default_rng(0)
     pieces = []
     for start in range(0, num_tokens - 1, CHUNK_TOKENS):
@@ -199,18 +227,22 @@ def hand_off(decode: Decode, pool: SessionPool, address: str, num_tokens: int, c
             size = (last - first) * (end - start) * TOKEN_LAYER_BYTES
             pieces.append((start, end, first, last, memoryview(rng.integers(0, 256, size, dtype=np.uint8))))  # type: ignore[arg-type]
 
+    async def ship(claim: PromptClaim) -> None:
+        for piece in pieces:
+            await claim.send(*piece)
+        await claim.seal(boundary_token_id=num_tokens - 1, queue_s=0, prefill_s=0)
+
     async def once() -> float:
-        lease_id = os.urandom(16)
-        await decode.open(lease_id)
+        lease_ids = [os.urandom(16) for _ in range(num_at_once)]
+        arrived = [await decode.open(lease_id) for lease_id in lease_ids]
         session = await pool.get(address)
         assert session.carrier is carrier, session.carrier_reason
-        async with session.claim(lease_id) as claim:
+        async with AsyncExitStack() as stack:
+            claims = [await stack.enter_async_context(session.claim(lease_id)) for lease_id in lease_ids]
             started_s = time.perf_counter()
-            for piece in pieces:
-                await claim.send(*piece)
-            await claim.seal(boundary_token_id=num_tokens - 1, queue_s=0, prefill_s=0)
+            await asyncio.gather(*map(ship, claims))
             ended_s = time.perf_counter()
-        assert await decode.line() == "arrived"
+        await asyncio.gather(*arrived)
         return ended_s - started_s
 
     return once
@@ -295,7 +327,7 @@ async def bare_read(decode: Decode, num_bytes: int) -> AsyncIterator[Way]:
         await progressing
 
 
-async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
+async def measure(num_tokens: int, at_once: Sequence[int], num_rounds: int) -> dict[str, object]:
     num_bytes = (num_tokens - 1) * LAYERS * TOKEN_LAYER_BYTES
     nixl, copier = Nixl(0), choose_copier(load_config().prefill)
     stagings = {
@@ -306,7 +338,7 @@ async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
     if not is_installed():
         del stagings[Carrier.NIXL]
     async with AsyncExitStack() as stack:
-        decode = await stack.enter_async_context(decode_process(num_tokens))
+        decode = await stack.enter_async_context(decode_process(num_tokens, max(at_once)))
         address, port = (await decode.line()).split()
         identity = Identity(new_incarnation(), (SHAPE.plan_hash,))
         pools = {
@@ -314,7 +346,11 @@ async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
             for carrier, staging in stagings.items()
         }
         ways: dict[str, Way] = {
-            **{carrier.value: hand_off(decode, pool, address, num_tokens, carrier) for carrier, pool in pools.items()},
+            **{
+                _name(carrier, number): hand_off(decode, pool, address, num_tokens, carrier, number)
+                for carrier, pool in pools.items()
+                for number in at_once
+            },
             "bare_stream": bare_stream(int(port), num_bytes),
             "bare_copy": bare_copy(num_bytes),
         }
@@ -323,7 +359,11 @@ async def measure(num_tokens: int, num_rounds: int) -> dict[str, object]:
         seconds = await _interleaved(ways, num_rounds)
         await asyncio.gather(*(pool.close() for pool in pools.values()))
     await nixl.close()
-    return _result(seconds, num_bytes) | {"num_tokens": num_tokens, "num_rounds": num_rounds}
+    return _result(seconds, num_bytes, at_once) | {"num_tokens": num_tokens, "num_rounds": num_rounds}
+
+
+def _name(carrier: str, num_at_once: int) -> str:
+    return str(carrier) if num_at_once == 1 else f"{carrier}, {num_at_once} at once"
 
 
 async def _interleaved(ways: dict[str, Way], num_rounds: int) -> dict[str, list[float]]:
@@ -336,39 +376,43 @@ async def _interleaved(ways: dict[str, Way], num_rounds: int) -> dict[str, list[
     return seconds
 
 
-def _result(seconds: dict[str, list[float]], num_bytes: int) -> dict[str, object]:
-    median_s = {name: statistics.median(values) for name, values in seconds.items()}
-    pairs = [("inline", "bare_stream"), ("shm", "bare_copy"), ("shm", "inline"), ("nixl", "bare_read")]
-    ratios = {
-        f"{ours}_of_{floor}": median_s[floor] / median_s[ours]
-        for ours, floor in pairs
-        if ours in median_s and floor in median_s
+def _result(seconds: dict[str, list[float]], num_bytes: int, at_once: Sequence[int]) -> dict[str, object]:
+    prompts = {_name(carrier, number): number for carrier in FLOORS for number in at_once}
+    median_s = {name: statistics.median(values) / prompts.get(name, 1) for name, values in seconds.items()}
+    shares = {
+        _name(carrier, number): median_s[floor] / median_s[_name(carrier, number)]
+        for carrier, floor in FLOORS.items()
+        for number in at_once
+        if floor in median_s
     }
     return {
         "num_bytes": num_bytes,
         "num_cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "median_ms": {name: round(value * 1e3, 2) for name, value in median_s.items()},
-        "best_ms": {name: round(min(values) * 1e3, 2) for name, values in seconds.items()},
+        "median_ms_per_prompt": {name: round(value * 1e3, 2) for name, value in median_s.items()},
+        "best_ms_per_prompt": {
+            name: round(min(values) / prompts.get(name, 1) * 1e3, 2) for name, values in seconds.items()
+        },
         "gib_per_s": {name: round(num_bytes / value / (1 << 30), 2) for name, value in median_s.items()},
-        "ratios": {name: round(value, 3) for name, value in ratios.items()},
+        "floors": FLOORS,
+        "share_of_floor": {name: round(value, 3) for name, value in shares.items()},
         "goals": GOALS,
-        "reached": {name: value >= GOALS[name] for name, value in ratios.items() if name in GOALS},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mib", type=int, default=36, help="K/V of one prompt")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4], help="prompts that are on their way together")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the result there, too")
-    parser.add_argument("--serve", type=int, metavar="TOKENS", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, nargs=2, metavar=("TOKENS", "AT_ONCE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        asyncio.run(serve(options.serve))
+        asyncio.run(serve(*options.serve))
         return
     num_tokens = 1 + max(1, options.mib * MIB // (LAYERS * TOKEN_LAYER_BYTES))
-    result = json.dumps(asyncio.run(measure(num_tokens, options.rounds)), indent=2)
+    result = json.dumps(asyncio.run(measure(num_tokens, options.at_once, options.rounds)), indent=2)
     print(result)
     if options.json is not None:
         options.json.write_text(result + "\n", encoding="utf-8")

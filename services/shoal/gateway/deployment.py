@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,10 +20,9 @@ from ray.serve.handle import DeploymentHandle
 from shoal import directory, routes
 from shoal.affinity import prefix_keys
 from shoal.config import ShoalConfig
-from shoal.errors import InternalError, PeerGone, ShoalError, Unavailable
+from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness, Route
-from shoal.gateway.deadline import until_deadline
 from shoal.gateway.draining import DrainingBackend
 from shoal.gateway.grpc_server import GrpcServer
 from shoal.gateway.http_server import HttpServer
@@ -93,13 +92,16 @@ class PoolBackend:
             call = self._decode.generate.remote(stream.ticket)
             watch = asyncio.create_task(_watch(call, stream, request))
             watch.add_done_callback(partial(_call_ended, stream=stream))
+            late = DeadlineExceeded("the request's deadline has passed")
+            loop = asyncio.get_running_loop()
+            ending = loop.call_later(request.context.timeout_s + _GRACE_S, stream.fail, late)
             try:
-                async with aclosing(until_deadline(stream, request.context.timeout_s + _GRACE_S)) as timely:
-                    async for output in timely:
-                        yield output
+                async for output in stream:
+                    yield output
                 # Serve counts the request until its call has ended, which is a moment later.
                 await asyncio.wait([watch], timeout=_GRACE_S)
             finally:
+                ending.cancel()
                 route.replica_id = routes.replica_of(stream.ticket)
                 # However this ends: decode stops at once, and what it held on both pools is free again.
                 watch.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -20,7 +21,6 @@ from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, 
 from shoal.gateway import deadline, deployment
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Route
-from shoal.gateway.deadline import until_deadline
 from shoal.gateway.deployment import PoolBackend
 from shoal.gateway.inference import SERVICE_NAME, InferenceService
 from shoal.gateway.intake import Services
@@ -30,25 +30,6 @@ from shoal.rpc.token_client import TokenClient
 from shoal.v1 import worker_pb2
 
 OUTPUT = TokenOutput(0, (1,), "a")
-
-
-class Outputs:
-    """``num_outputs``, then the end or, if it ``hangs``, nothing at all."""
-
-    def __init__(self, num_outputs: int = 0, *, hangs: bool = False) -> None:
-        self.num_left = num_outputs
-        self.hangs = hangs
-
-    def __aiter__(self) -> AsyncIterator[TokenOutput]:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        if not self.num_left:
-            if self.hangs:
-                await asyncio.Event().wait()
-            raise StopAsyncIteration
-        self.num_left -= 1
-        return OUTPUT
 
 
 class Call:
@@ -123,37 +104,6 @@ def pool(decode: Decode, living: Living | None = None) -> PoolBackend:
     return PoolBackend(ShoalConfig(), decode, living or Living("a"), decode.tokens)  # type: ignore[arg-type]
 
 
-async def test_outputs_in_time_come_unchanged() -> None:
-    assert [output async for output in until_deadline(Outputs(3), 60)] == [OUTPUT] * 3
-
-
-@pytest.mark.parametrize("num_outputs", [0, 2])
-async def test_a_stream_that_stalls_ends_at_the_deadline(num_outputs: int) -> None:
-    outputs = until_deadline(Outputs(num_outputs, hangs=True), 0.02)
-    assert [await anext(outputs) for _ in range(num_outputs)] == [OUTPUT] * num_outputs
-    with pytest.raises(DeadlineExceeded):
-        await anext(outputs)
-
-
-async def test_the_deadline_is_one_for_all_outputs() -> None:
-    async def slow() -> AsyncIterator[int]:
-        for number in range(100):
-            await asyncio.sleep(0.01)
-            yield number
-
-    with pytest.raises(DeadlineExceeded):
-        [number async for number in until_deadline(slow(), 0.1)]
-
-
-async def test_a_timeout_of_the_stream_itself_is_not_the_deadline() -> None:
-    async def failing() -> AsyncIterator[int]:
-        raise TimeoutError("of its own")
-        yield 0
-
-    with pytest.raises(TimeoutError, match="of its own"):
-        await anext(until_deadline(failing(), 60))
-
-
 async def test_decode_that_doesnt_answer_is_cancelled_a_moment_after_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -164,6 +114,25 @@ async def test_decode_that_doesnt_answer_is_cancelled_a_moment_after_the_deadlin
     assert not decode.call.is_cancelled
     with pytest.raises(DeadlineExceeded):
         await anext(answer)
+    assert decode.call.is_cancelled and not decode.tokens._open
+
+
+async def test_the_deadline_is_one_for_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
+    decode = Decode(1, hangs=True)
+    answer = pool(decode).generate(request(timeout_s=0), Route())
+    assert await anext(answer) == OUTPUT
+    [(key, stream)] = decode.tokens._open.items()
+
+    async def go_on() -> None:
+        for index in itertools.count(1):
+            for message in to_outputs(key, index, OUTPUT):
+                stream.accept(message)
+            await asyncio.sleep(0)
+            assert await anext(answer) == OUTPUT
+
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(go_on(), 10)
     assert decode.call.is_cancelled and not decode.tokens._open
 
 

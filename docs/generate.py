@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the classes in services/shoal/config.py, or compare with ``--check``.
+"""Write docs/configuration.md from the classes in services/shoal/config/, or compare with ``--check``.
 
     python docs/generate.py            write it
     python docs/generate.py --check    compare; 1 on a difference
@@ -65,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not parser.parse_args(arguments).check:
         TARGET.write_text(fresh, encoding="utf-8")
     elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != fresh:
-        print(
-            "error: docs/configuration.md does not match services/shoal/config.py: run make generate", file=sys.stderr
-        )
+        print("error: docs/configuration.md does not match services/shoal/config/: run make generate", file=sys.stderr)
         return 1
     return 0
 

@@ -3,7 +3,7 @@
     python helm/generate.py            write them
     python helm/generate.py --check    compare; 1 on a difference
 
-A chart can't read files outside its folder. So its schema of ``config`` is made from services/shoal/config.py, its
+A chart can't read files outside its folder. So its schema of ``config`` is made from services/shoal/config/, its
 alerts and dashboard are copies of those in deploy, and the README's table is made from the comments in values.yaml.
 """
 

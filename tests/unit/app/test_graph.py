@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from shoal import config as config_module
 from shoal.app.graph import KEPT_PRODUCTS, Replicas, bind, build, demand, with_gateway
-from shoal.config import ShoalConfig
+from shoal.config import ShoalConfig, whole
 
 
 class Plain:
@@ -73,7 +72,7 @@ def test_prefill_replicas_are_chosen_by_the_router_that_heeds_exclusions():
 def test_replicas_are_filled_one_after_the_other_where_each_has_all_cores(
     pool: dict[str, Any], ray: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(config_module, "usable_threads", lambda: 4)
+    monkeypatch.setattr(whole, "usable_threads", lambda: 4)
     for number, role in enumerate(("decode", "prefill")):
         deployment = chain(ShoalConfig(**{role: pool}, ray=ray))[1 + number][0]
         routing = deployment._deployment_config.request_router_config

@@ -98,7 +98,7 @@ class Joined:
 async def joined(patience_s: float = 0.01, tls: Path | None = None) -> AsyncIterator[Joined]:
     """Nothing may be left on either end afterwards. ``tls`` is a folder with both ends' certificates."""
     ends = (None, None) if tls is None else (PeerTls(tls, "decode"), PeerTls(tls, "gateway"))
-    both = Joined(Decode(ends[0]), TokenClient(patience_s, ends[1]))
+    both = Joined(Decode(ends[0]), TokenClient(patience_s, lambda ticket: None, ends[1]))
     await both.decode.listen()
     try:
         yield both

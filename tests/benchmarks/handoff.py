@@ -28,10 +28,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import grpc.aio
 import numpy as np
@@ -78,6 +80,7 @@ FRAME_BYTES, SLOT_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 4 * MIB, 16 * MIB, 3
 SHAPE = KvShape("benchmark", LAYERS, KEPT, TOKEN_LAYER_BYTES)
 TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30, drain_s=2)
 PORTS = (24100, 24199)
+T = TypeVar("T")
 Way = Callable[[], Awaitable[float]]
 
 
@@ -116,13 +119,20 @@ async def serve(num_tokens: int, num_at_once: int) -> None:
 
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        opened.discard(task)
+        if (error := task.exception()) is not None:
+            traceback.print_exception(error)
+            os._exit(1)
+
     while line := await reader.readline():
         if line.startswith(b"read "):
             print(await asyncio.to_thread(reads, *line.split()[1:]), flush=True)
             continue
         task = asyncio.ensure_future(hold(bytes.fromhex(line.decode().strip())))
         opened.add(task)
-        task.add_done_callback(opened.discard)
+        task.add_done_callback(ended)
     await handoff.close()
     await nixl.close()
     await bare.stop(None)
@@ -185,12 +195,19 @@ class Decode:
                 self._others.put_nowait(line)
 
     async def line(self) -> str:
-        return await asyncio.wait_for(self._others.get(), 60)
+        return await self._unless_dead(self._others.get())
 
     async def told(self, what: str, lease_id: bytes) -> None:
         """``what`` has happened to the lease: "open" or "arrived"."""
         told = self._of_leases.setdefault(f"{what} {lease_id.hex()}", asyncio.get_running_loop().create_future())
-        await asyncio.wait_for(told, 60)
+        await self._unless_dead(told)
+
+    async def _unless_dead(self, saying: Awaitable[T]) -> T:
+        said = asyncio.ensure_future(saying)
+        await asyncio.wait((said, self._reading), return_when=asyncio.FIRST_COMPLETED)
+        if not said.done():
+            raise SystemExit("error: the decode process has died")
+        return said.result()
 
     async def open(self, lease_id: bytes) -> asyncio.Task[None]:
         """Returns what ends when it has arrived."""

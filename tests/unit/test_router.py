@@ -28,6 +28,7 @@ def make(kind: type, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) ->
     """Serve makes a router, with what only Serve has; choosing needs the lengths of queues, where those are known."""
     monkeypatch.setattr(routes, "affinity", Affinity())
     monkeypatch.setattr(routes, "_blamed_s", {})
+    monkeypatch.setattr(routes, "_heard_s", {})
     cache = SimpleNamespace(get=lambda replica_id: queues.get(replica_id.unique_id))
     monkeypatch.setattr(kind, "replica_queue_len_cache", cache)
     return object.__new__(kind)

@@ -34,8 +34,8 @@ _PRIVATE_ENVIRONMENT = {
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
     # Ray makes its workers 15 nicer than all else on the machine: of a core that both want they'd have a thirtieth.
     "RAY_worker_niceness": "0",
-    # Beside models on the same cores Ray's housekeeping is felt: its controller looks at all replicas ten times a
-    # second, and every process counts and exports what nobody reads, since there is no dashboard.
+    # Beside models on the same cores Ray's housekeeping is felt: Serve's controller wakes ten times a second,
+    # and every process counts and exports what nobody reads, since there is no dashboard.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "RAY_enable_metrics_collection": "0",

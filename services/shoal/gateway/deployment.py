@@ -180,7 +180,7 @@ class GatewayReplica:
         tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(tokenizer.close)
         peers = peer_tls(settings, "gateway", self._registry)
-        tokens = TokenClient(patience_s=_GRACE_S, tls=peers, heard=routes.heard)
+        tokens = TokenClient(_GRACE_S, routes.heard, peers)
         self._exits.push_async_callback(tokens.close)
         living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(

@@ -80,6 +80,10 @@ class OutputReader:
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self.is_complete = False
 
+    @property
+    def has_begun(self) -> bool:
+        return self._num_read > 0
+
     def read(self, message: worker_pb2.Output) -> TokenOutput | None:
         """``None`` for a part of what comes next, and for the end. Raises ProtocolViolation if one is missing or it
         isn't well formed."""

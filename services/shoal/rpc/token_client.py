@@ -46,6 +46,11 @@ class TokenStream:
         self._items: asyncio.Queue[TokenOutput | ShoalError | None] = asyncio.Queue()
 
     @property
+    def has_begun(self) -> bool:
+        """Some of it has arrived."""
+        return self._reader.has_begun
+
+    @property
     def is_complete(self) -> bool:
         """All of it has arrived, whether it was read or not."""
         return self._reader.is_complete
@@ -95,12 +100,11 @@ class TokenClient:
     """Belongs to one event loop. A stream to a replica opens with the first request there, and stays.
 
     A stream that breaks ends its requests with PeerGone ``patience_s`` later: whoever placed them may know better, and
-    fail them with that. ``heard`` is told of each output's request as it arrives, however late it's read.
+    fail them with that. ``heard`` is told as outputs arrive, however late they're read: of each request's first one,
+    and of one in each message.
     """
 
-    def __init__(
-        self, patience_s: float, tls: PeerTls | None = None, heard: Callable[[Ticket], None] = lambda ticket: None
-    ) -> None:
+    def __init__(self, patience_s: float, heard: Callable[[Ticket], None], tls: PeerTls | None = None) -> None:
         self._tls = tls
         self._heard = heard
         self._gateway_id = secrets.token_bytes(ID_BYTES)
@@ -160,12 +164,16 @@ class TokenClient:
         lost = _gone()
         try:
             async for message in self._stubs[place].Follow(request):
+                is_heard = False
                 for output in message.outputs:
                     # One that was given up has no stream any more.
                     stream = self._open.get(output.key)
-                    if stream is not None and stream.place in {None, place}:
+                    if stream is None or stream.place not in {None, place}:
+                        continue
+                    if not (is_heard and stream.has_begun):
                         self._heard(stream.ticket)
-                        stream.accept(output)
+                        is_heard = True
+                    stream.accept(output)
         except grpc.aio.AioRpcError as error:
             if (untrusted := refusal(error, place.address)) is not None:
                 _log.error("no tokens: %s", untrusted.message)

@@ -62,12 +62,17 @@ async def test_what_a_step_brings_is_one_message(monkeypatch: pytest.MonkeyPatch
 async def test_a_replica_is_heard_of_as_its_outputs_arrive_however_late_they_are_read():
     told: asyncio.Queue[Ticket] = asyncio.Queue()
     async with joined() as both:
-        gateway = TokenClient(60, heard=told.put_nowait)
-        one = both.request(gateway)
+        gateway = TokenClient(60, told.put_nowait)
+        one, other = both.request(gateway), both.request(gateway)
         one.follow()
-        one.outlet.send(output(0))
-        assert await asyncio.wait_for(told.get(), 10) is one.stream.ticket
-        assert await one.first() == output(0)
+        for number in range(2):  # a message each
+            one.outlet.send(output(number))
+            assert await asyncio.wait_for(told.get(), 10) is one.stream.ticket
+        assert [await one.first() for _ in range(2)] == [output(0), output(1)]
+        for request in (one, other):  # one message, the first of the other
+            request.outlet.send(output(2))
+        assert [await asyncio.wait_for(told.get(), 10) for _ in range(2)] == [one.stream.ticket, other.stream.ticket]
+        assert told.empty()
         both.held.close()
         await gateway.close()
 

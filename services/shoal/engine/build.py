@@ -30,6 +30,7 @@ from shoal.machine import available_memory_bytes, step_back, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
+from shoal.model.huge_pages import use_huge_pages
 from shoal.model.int8 import Int8Matrix
 from shoal.model.matrix import Hold
 from shoal.model.parameters import ParameterLoader, Parameters
@@ -181,6 +182,7 @@ def build_engine(
     kernels = choose_kernels(limits, served, device)
     if hold := hold_for(kernels, stage):
         parameters = parameters.held(hold)
+    use_huge_pages(tensor for _, tensor in parameters.tensors())
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
     graphs = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences) if has_graphs else None
     runner = Runner(decoder, pool, graphs)

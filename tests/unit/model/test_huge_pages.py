@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ctypes
 import mmap
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,34 +32,55 @@ def test_what_lies_close_together_is_one_run(ranges: list[tuple[int, int]], expe
     assert list(runs(ranges)) == expected
 
 
-def num_huge_bytes() -> int:
-    told = re.search(r"AnonHugePages: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
-    assert told is not None
-    return int(told[1]) * KIB
+def fresh_memory(num_bytes: int = 64 << 20) -> mmap.mmap:
+    """Written, and so on pages of whatever size the system gives by itself."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE)
+    memory.write(b"1" * num_bytes)
+    return memory
+
+
+def huge_bytes_at(address: int) -> int:
+    """Of the mapping that holds ``address``."""
+    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+        start, end = (int(bound, 16) for bound in mapping.split()[0].split("-"))
+        if start <= address < end and (found := re.search(r"AnonHugePages: *(\d+) kB", mapping)):
+            return int(found[1]) * KIB
+    raise AssertionError("nothing is mapped there")
 
 
 def are_given() -> bool:
     """Whether the system moves any memory to huge pages."""
     try:
-        with mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE) as memory:
-            memory.write(b"1" * len(memory))
-            memory.madvise(huge_pages._COLLAPSE)
+        is_off = "[never]" in (huge_pages._SYSTEM / "enabled").read_text()
+        fresh_memory().madvise(huge_pages._COLLAPSE)
     except OSError:
         return False
-    return huge_pages._SIZE.exists()
+    return not is_off
 
 
 @pytest.mark.skipif(not are_given(), reason="this system gives no huge pages: Linux before 6.1, or without them")
 def test_weights_are_moved_to_huge_pages_and_stay_what_they_are() -> None:
-    weights = [torch.full((256, 1024), float(index)) for index in range(64)]  # 1 MiB each
-    others = torch.ones(3, device="meta")
-    before = num_huge_bytes()
-    use_huge_pages([*weights, others])
-    assert num_huge_bytes() > before
-    assert all((weight == index).all() for index, weight in enumerate(weights))
+    weights = torch.frombuffer(fresh_memory(), dtype=torch.uint8)
+    use_huge_pages([weights, torch.ones(3, device="meta")])
+    assert huge_bytes_at(weights.data_ptr() + weights.nbytes // 2) >= weights.nbytes // 2
+    assert (weights == ord("1")).all()
 
 
-def test_where_there_are_none_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(huge_pages, "_SIZE", tmp_path / "none")
-    monkeypatch.setattr(huge_pages.ctypes, "CDLL", None)
-    use_huge_pages([torch.ones(4096)])
+@pytest.mark.parametrize("told", [None, "always madvise [never]"], ids=["another system", "switched off"])
+def test_where_there_are_none_nothing_is_moved(
+    told: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if told is not None:
+        (tmp_path / "enabled").write_text(told)
+        (tmp_path / "hpage_pmd_size").write_text(f"{2 << 20}")
+    asked: list[object] = []
+    madvise = SimpleNamespace(madvise=lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(huge_pages, "_SYSTEM", tmp_path)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: madvise)
+    weights = torch.ones(2 << 20)
+    use_huge_pages([weights])
+    assert not asked
+    (tmp_path / "enabled").write_text("[always] madvise never")
+    (tmp_path / "hpage_pmd_size").write_text(f"{2 << 20}")
+    use_huge_pages([weights])
+    assert len(asked) >= 3

@@ -28,7 +28,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -36,144 +35,42 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc.aio
+import handoff_decode
 import numpy as np
-import torch
-
-from shoal.config import load_config
-from shoal.decode.sink import PoolSink
-from shoal.engine.build import choose_copier
-from shoal.kv.layout import KvLayout, LayerGroup
-from shoal.kv.pool import KvPool
-from shoal.messages import Carrier, Chunk, Credit, Envelope, RemoteSegment
-from shoal.rpc.frames import to_request, to_response
-from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS, HANDOFF_SERVER_OPTIONS
-from shoal.transfer.base import SilentObserver, new_incarnation
-from shoal.transfer.carriers.nixl.agent import Agent, Registered, is_installed, new_memory
-from shoal.transfer.carriers.nixl.process import Nixl
-from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader
-from shoal.transfer.channels.grpc import dial
-from shoal.transfer.decode_session import Attach
-from shoal.transfer.decode_side import HandoffDesk
-from shoal.transfer.lease_table import LeaseTimes
-from shoal.transfer.offer import Staging
-from shoal.transfer.prefill_side import PromptClaim
-from shoal.transfer.server import HandoffServer
-from shoal.transfer.session import Identity
-from shoal.transfer.session_pool import SessionPool
-from shoal.transfer.slots import slot_offset
-from shoal.transfer.terms import KvShape
-from shoal.v1 import handoff_pb2 as pb
-from shoal.v1.handoff_pb2_grpc import (
-    HandoffServiceServicer,
-    HandoffServiceStub,
-    add_HandoffServiceServicer_to_server,
+from handoff_decode import (
+    FRAME_BYTES,
+    KEPT,
+    LAYERS,
+    MIB,
+    SHAPE,
+    SLOT_BYTES,
+    STAGING_BYTES,
+    TIMES,
+    TOKEN_LAYER_BYTES,
 )
 
-MIB = 1 << 20
+from shoal.config import load_config
+from shoal.engine.build import choose_copier
+from shoal.messages import Carrier, Chunk, Envelope
+from shoal.rpc.frames import to_request
+from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
+from shoal.transfer.base import new_incarnation
+from shoal.transfer.carriers.nixl.agent import Agent, is_installed, new_memory
+from shoal.transfer.carriers.nixl.process import Nixl
+from shoal.transfer.carriers.shm import FOLDER, ShmLoader
+from shoal.transfer.channels.grpc import dial
+from shoal.transfer.offer import Staging
+from shoal.transfer.prefill_side import PromptClaim
+from shoal.transfer.session import Identity
+from shoal.transfer.session_pool import SessionPool
+from shoal.v1 import handoff_pb2 as pb
+from shoal.v1.handoff_pb2_grpc import HandoffServiceStub
+
 FLOORS = {"inline": "bare_stream", "shm": "bare_copy", "nixl": "bare_read"}
 GOALS = {"inline": 0.6, "shm": 0.6, "nixl": 0.8}
-# SmolLM2-135M in bfloat16, 20 of its layers kept; the prompt is as long as it takes.
-LAYERS, KEPT, KV_HEADS, HEAD_DIM, BLOCK = 30, 20, 3, 64, 16
-TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 CHUNK_TOKENS = 512
-FRAME_BYTES, SLOT_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 4 * MIB, 16 * MIB, 32 * MIB
-SHAPE = KvShape("benchmark", LAYERS, KEPT, TOKEN_LAYER_BYTES)
-TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30, drain_s=2)
-PORTS = (24100, 24199)
 T = TypeVar("T")
 Way = Callable[[], Awaitable[float]]
-
-
-# --- decode, and the bare stream's other end: a process of its own ---------------------------------------
-
-
-async def serve(num_tokens: int, num_at_once: int) -> None:
-    """Tell both addresses on stdout; open a lease for each line on stdin, and answer it when it's committed."""
-    torch.set_num_threads(1)
-    layout = KvLayout((LayerGroup("all", 0, LAYERS),), KV_HEADS, HEAD_DIM, 2, BLOCK)
-    num_blocks = layout.num_blocks_for(num_tokens)
-    pool = KvPool(layout, num_at_once * num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
-    sink = PoolSink(pool, copier=choose_copier(load_config().decode))
-    desk = HandoffDesk(sink, SHAPE, times=TIMES, credit_bytes=CREDIT_BYTES, observer=SilentObserver())
-    nixl = Nixl(1 << 30)
-    attach = Attach(ShmUnloader.attach, partial(nixl.attach, deadline_s=TIMES.ttl_s) if is_installed() else None)
-    handoff = HandoffServer(desk, Identity(new_incarnation(), (SHAPE.plan_hash,)), attach)
-    address = await handoff.listen("127.0.0.1", *PORTS)
-    bare = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
-    add_HandoffServiceServicer_to_server(_Bare(), bare)
-    port = bare.add_insecure_port("127.0.0.1:0")
-    await bare.start()
-    print(address, port, flush=True)
-    reads = BareReads()
-    # Not in order of their addresses: a pool that has served for a while.
-    free = [int(block) for block in np.random.default_rng(0).permutation(num_at_once * num_blocks)]
-    opened: set[asyncio.Task[None]] = set()
-
-    async def hold(lease_id: bytes) -> None:
-        blocks = [free.pop() for _ in range(num_blocks)]
-        async with desk.open(lease_id, range(num_tokens), blocks) as lease:
-            print("open", lease_id.hex(), flush=True)
-            await lease.arrived()
-        free.extend(blocks)
-        print("arrived", lease_id.hex(), flush=True)
-
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-
-    def ended(task: asyncio.Task[None]) -> None:
-        opened.discard(task)
-        if (error := task.exception()) is not None:
-            traceback.print_exception(error)
-            os._exit(1)
-
-    while line := await reader.readline():
-        if line.startswith(b"read "):
-            print(await asyncio.to_thread(reads, *line.split()[1:]), flush=True)
-            continue
-        task = asyncio.ensure_future(hold(bytes.fromhex(line.decode().strip())))
-        opened.add(task)
-        task.add_done_callback(ended)
-    await handoff.close()
-    await nixl.close()
-    await bare.stop(None)
-    sink.close()
-
-
-class _Bare(HandoffServiceServicer):
-    async def Session(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
-        credit = to_response(Envelope(1, Credit(bytes(16), 0, FRAME_BYTES)))
-        while isinstance(await context.read(), pb.SessionRequest):  # type: ignore[attr-defined]
-            await context.write(credit)  # type: ignore[attr-defined]
-
-
-class BareReads:
-    """``seconds = reads(agent, address, num_bytes)``: so many bytes by READs of a slot each, polled without a pause."""
-
-    def __init__(self) -> None:
-        self._peers: dict[bytes, tuple[Agent, str, Registered]] = {}
-
-    def __call__(self, agent: bytes, address: bytes, num_bytes: bytes) -> float:
-        if agent not in self._peers:
-            ours = Agent()
-            self._peers[agent] = (
-                ours,
-                ours.add_peer(bytes.fromhex(agent.decode())),
-                ours.register(new_memory(SLOT_BYTES)),
-            )
-        ours, peer, target = self._peers[agent]
-        slots = RemoteSegment(b"", int(address), STAGING_BYTES // SLOT_BYTES - 1, SLOT_BYTES, b"")
-        started_s = time.perf_counter()
-        for number in range(-(-int(num_bytes) // SLOT_BYTES)):
-            size = min(SLOT_BYTES, int(num_bytes) - number * SLOT_BYTES)
-            place = slots.address + slot_offset(slots, number % slots.num_slots)
-            handle = ours.read(peer, place, target, size)
-            while not ours.is_done(handle):
-                pass
-            ours.release(handle)
-        return time.perf_counter() - started_s
-
-
-# --- prefill ------------------------------------------------------------------------------------------------
 
 
 class Decode:
@@ -223,7 +120,7 @@ class Decode:
 
 @asynccontextmanager
 async def decode_process(num_tokens: int, num_at_once: int) -> AsyncIterator[Decode]:
-    command = [sys.executable, __file__, "--serve", str(num_tokens), str(num_at_once)]
+    command = [sys.executable, handoff_decode.__file__, str(num_tokens), str(num_at_once)]
     process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield Decode(process)
@@ -423,11 +320,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4], help="prompts that are on their way together")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the result there, too")
-    parser.add_argument("--serve", type=int, nargs=2, metavar=("TOKENS", "AT_ONCE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        asyncio.run(serve(*options.serve))
-        return
     num_tokens = 1 + max(1, options.mib * MIB // (LAYERS * TOKEN_LAYER_BYTES))
     result = json.dumps(asyncio.run(measure(num_tokens, options.at_once, options.rounds)), indent=2)
     print(result)

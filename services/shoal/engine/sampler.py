@@ -146,8 +146,6 @@ def _without_banned(raw: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """``raw`` itself if nothing is banned.
 
     Raises InternalError if a row has nothing else."""
-    if not any(row.banned_token_ids for row in rows):
-        return raw
     num_tokens = raw.shape[-1]
     banned = [{i for i in row.banned_token_ids if 0 <= i < num_tokens} for row in rows]
     if not any(banned):

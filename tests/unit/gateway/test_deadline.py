@@ -136,14 +136,6 @@ async def test_the_deadline_is_one_for_all_outputs(monkeypatch: pytest.MonkeyPat
     assert decode.call.is_cancelled and not decode.tokens._open
 
 
-async def test_an_answer_that_is_complete_is_given_out_whole_however_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_GRACE_S", 0.0)
-    answer = pool(Decode(2)).generate(request(timeout_s=0), Route())
-    assert await anext(answer) == OUTPUT
-    await asyncio.sleep(0)  # the loop's to keep, and it has passed
-    assert [output async for output in answer] == [OUTPUT]
-
-
 async def test_an_answer_is_complete_without_waiting_long_for_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
     decode = Decode(2)

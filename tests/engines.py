@@ -17,8 +17,8 @@ from transformers.masking_utils import eager_mask
 
 from models import tiny_model
 from shoal.engine.engine import Engine
-from shoal.engine.native import hold_for, make_chooser, make_decoder
-from shoal.engine.runner import PrefillChunk, Runner
+from shoal.engine.native import hold_for, make_chooser, make_decode_path, make_decoder
+from shoal.engine.runner import DecodePath, PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import Graph, StepGraphs
 from shoal.engine.tables import Reuse
@@ -149,8 +149,12 @@ def make_engine(
     if hold := hold_for(kernels, stage):
         parameters = parameters.held(hold)
     decoder = make_decoder(spec, plan, stage, parameters, kernels)
-    graphs = None if new_graph is None else StepGraphs(decoder, pool, new_graph, max_sequences)
-    runner = Runner(decoder, pool, graphs)
+    path: DecodePath | None = None
+    if new_graph is not None:
+        path = StepGraphs(decoder, pool, new_graph, max_sequences)
+    elif stage is Stage.DECODE:
+        path = make_decode_path(decoder, pool, kernels)
+    runner = Runner(decoder, pool, path)
     return Engine(scheduler, runner, eos_token_ids=eos_token_ids, chooser=make_chooser(kernels))
 
 

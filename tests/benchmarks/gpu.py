@@ -157,10 +157,10 @@ def make_engine(shape: Shape, options: Any, device: torch.device) -> Engine:
         parameters = ParameterLoader(reader, spec, dtype=dtype, device=device).load(plan, Stage.DECODE)
         engine = build_engine(config, Stage.DECODE, served, parameters, device=device)
     runner = engine.runner
-    if runner.graphs is None:
+    if not isinstance(runner.decode_path, StepGraphs):
         pool = runner.pool
         runner.pool = KvPool(pool.layout, pool.num_blocks, dtype=dtype, device=device, has_spare_slot=True)
-        runner.graphs = StepGraphs(runner.decoder, runner.pool, Again, max(shape.streams))
+        runner.decode_path = StepGraphs(runner.decoder, runner.pool, Again, max(shape.streams))
     for layer in runner.pool.layers:
         layer.normal_()
     return engine
@@ -243,16 +243,17 @@ def decode_rows(engine: Engine, shape: Shape, options: Any, bandwidth: float) ->
 def step_seconds(engine: Engine, streams: int, context: int, options: Any) -> tuple[dict[str, list[float]], StepSize]:
     """Both ways in turns, on the same sequences; and the size of the graph used last."""
     runner, device = engine.runner, engine.runner.pool.layers[0].device
-    graphs = runner.graphs
+    graphs = runner.decode_path
+    assert isinstance(graphs, StepGraphs)
     seconds: dict[str, list[float]] = {"without graphs": [], "with graphs": []}
     with _running(engine, streams, context):
         for _ in track(range(options.rounds), description=f"decode, {streams} sequences"):
             for name, found in seconds.items():
-                runner.graphs = graphs if name == "with graphs" else None
+                runner.decode_path = graphs if name == "with graphs" else None
                 _step(engine, streams)  # captures, where it's the first
                 found += [_seconds(device, lambda: _step(engine, streams)) for _ in range(options.steps)]
-    runner.graphs = graphs
-    if graphs is None or not graphs.sizes or graphs.sizes[-1].rows < streams:
+    runner.decode_path = graphs
+    if not graphs.sizes or graphs.sizes[-1].rows < streams:
         raise SystemExit("no graph was captured: the log says why")
     return seconds, graphs.sizes[-1]
 

@@ -15,8 +15,8 @@ from shoal.config import Dtype, ShoalConfig, StageConfig
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
-from shoal.engine.native import find_kernels, hold_for, make_chooser, make_decoder
-from shoal.engine.runner import Runner
+from shoal.engine.native import find_kernels, hold_for, make_chooser, make_decode_path, make_decoder
+from shoal.engine.runner import DecodePath, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import StepGraphs
 from shoal.engine.tables import Reuse
@@ -184,8 +184,12 @@ def build_engine(
         parameters = parameters.held(hold)
     use_huge_pages(tensor for _, tensor in parameters.tensors())
     decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
-    graphs = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences) if has_graphs else None
-    runner = Runner(decoder, pool, graphs)
+    path: DecodePath | None = None
+    if has_graphs:
+        path = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences)
+    elif stage is Stage.DECODE:
+        path = make_decode_path(decoder, pool, kernels)
+    runner = Runner(decoder, pool, path)
     engine = Engine(
         scheduler,
         runner,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from shoal.engine.attention import attend
-from shoal.engine.native_layers import NativeLayers
+from shoal.engine.native_layers import LayerTable, NativeLayers
+from shoal.engine.native_steps import NativeSteps
 from shoal.engine.sampler import Chooser, SampleRow, TorchChooser, uniform
 from shoal.errors import ConfigError
 from shoal.kernels.native import HEAD_DIMS, MAX_FEW_ROWS, NativeKernels, load
@@ -62,8 +63,14 @@ def make_decoder(
     """``None``: torch computes."""
     if kernels is None:
         return Decoder(spec, plan, stage, parameters, attend)
-    layers = NativeLayers(spec, parameters, kernels)
+    layers = NativeLayers(LayerTable(spec, parameters), kernels)
     return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels), layers)
+
+
+def make_decode_path(decoder: Decoder, pool: KvPool, kernels: NativeKernels | None) -> NativeSteps | None:
+    """A quicker way for steps of a decode stage that only decode, where the kernels take all of them."""
+    steps = None if kernels is None else NativeSteps(decoder, pool, kernels)
+    return steps if steps is not None and steps.can_run else None
 
 
 def make_chooser(kernels: NativeKernels | None) -> Chooser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,16 +22,19 @@ from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.rope import Rope
 
 
-class NativeLayers:
-    """Carries out ``RunLayers`` (model/decoder.py) where all that it needs is packed, or for few rows in int8."""
+class LayerTable:
+    """A stage's layers and lm_head as the kernels have them.
 
-    def __init__(self, spec: ModelSpec, parameters: Parameters, kernels: NativeKernels) -> None:
+    ``is_taken`` says whether they take all layers as they lie, ``has_head`` whether the lm_head, too, and ``max_rows``
+    how many rows at once.
+    """
+
+    def __init__(self, spec: ModelSpec, parameters: Parameters) -> None:
         self._spec = spec
-        self._kernels = kernels
         self._parameters = parameters
         # Layers of one window read alike.
-        self._windows = sorted({look.window for look in spec.layers}, key=lambda window: window or 0)
-        self._shape = native.Shape(
+        self.windows = sorted({look.window for look in spec.layers}, key=lambda window: window or 0)
+        self.shape = native.Shape(
             spec.hidden_size,
             spec.intermediate_size,
             spec.num_heads,
@@ -41,61 +45,27 @@ class NativeLayers:
             int(spec.activation is not Activation.SILU),
         )
         parts = [part for layer in parameters.layers for part in _parts(layer)]
-        self._is_taken = all(map(_is_taken, parts))
+        self.is_taken = bool(parts) and all(map(_is_taken, parts))
         ends = (parameters.final_norm, parameters.lm_head)
-        self._has_head = all(part is not None and _is_taken(part) for part in ends)
-        self._has_int8 = any(isinstance(part, Int8Matrix) for part in parts)
+        self.has_head = all(part is not None and _is_taken(part) for part in ends)
+        self.max_rows = MAX_FEW_ROWS if any(isinstance(part, Int8Matrix) for part in parts) else math.inf
         self._pool: KvPool | None = None
         self._layers: ctypes.Array[native.Layer] | None = None
 
-    def __call__(
-        self,
-        layers: range,
-        hidden: torch.Tensor,
-        rope: Rope,
-        pool: KvPool,
-        reads: AttentionPlan,
-        progressed: Callable[[], None],
-        logits: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        has_many = reads.num_rows > MAX_FEW_ROWS
-        if not (self._is_taken and layers and reads.num_rows) or (has_many and self._has_int8):
-            return None
-        # What may take long, somebody wants to hear of layer by layer: a few rows, too, where they look at many others.
-        is_long = has_many or bool(reads.prompts)
-        if logits is not None and (is_long or not self._has_head):
-            return None
-        table, out = self._table(pool), hidden.clone(memory_format=torch.contiguous_format)
-        if layers.stop > len(table):
-            raise InternalError(f"{layers.stop} layers of {len(table)}")
-        tables = [native.Rope(cos.data_ptr(), sin.data_ptr()) for cos, sin in zip(rope.cos, rope.sin, strict=True)]
-        views = [_reads(reads.within(window)) for window in self._windows]
-        step = native.Step(
-            reads.num_rows,
-            out.data_ptr(),
-            reads.slots.data_ptr(),
-            (native.Rope * len(tables))(*tables),
-            (native.Reads * len(views))(*views),
-            None if logits is None else ctypes.pointer(self._head(logits)),
-        )
-        at_once = 1 if is_long else len(layers)
-        for layer in layers[::at_once]:
-            progressed()
-            self._kernels.run_layers(self._shape, table[layer], at_once, step)
-        return out
-
-    def _head(self, logits: torch.Tensor) -> native.Head:
-        norm, head = self._parameters.final_norm, self._parameters.lm_head
-        if norm is None or head is None:
-            raise InternalError("logits where there is no lm_head")
-        return native.Head(pointer(norm), _matrix(head, None), logits.shape[1], logits.data_ptr())
-
-    def _table(self, pool: KvPool) -> ctypes.Array[native.Layer]:
+    def of(self, pool: KvPool) -> ctypes.Array[native.Layer]:
+        """All layers, with K/V in ``pool``."""
         if self._layers is None or self._pool is not pool:
             self._pool = pool
             layers = [self._layer(*each, pool) for each in enumerate(self._parameters.layers)]
             self._layers = (native.Layer * len(layers))(*layers)
         return self._layers
+
+    def head(self, logits: torch.Tensor) -> native.Head:
+        """What makes ``logits`` ``[rows, vocab]``."""
+        norm, head = self._parameters.final_norm, self._parameters.lm_head
+        if norm is None or head is None:
+            raise InternalError("logits where there is no lm_head")
+        return native.Head(pointer(norm), _matrix(head, None), logits.shape[1], logits.data_ptr())
 
     def _layer(self, index: int, layer: LayerParameters, pool: KvPool) -> native.Layer:
         looks = self._spec.layers[index]
@@ -112,8 +82,48 @@ class NativeLayers:
             pointer(layer.mlp_post_norm),
             pointer(pool.layers[index]),
             looks.rope,
-            self._windows.index(looks.window),
+            self.windows.index(looks.window),
         )
+
+
+class NativeLayers:
+    """Carries out ``RunLayers`` (model/decoder.py) where all that it needs is packed, or for few rows in int8."""
+
+    def __init__(self, table: LayerTable, kernels: NativeKernels) -> None:
+        self._table = table
+        self._kernels = kernels
+
+    def __call__(
+        self,
+        layers: range,
+        hidden: torch.Tensor,
+        rope: Rope,
+        pool: KvPool,
+        reads: AttentionPlan,
+        progressed: Callable[[], None],
+    ) -> torch.Tensor | None:
+        table = self._table
+        if not (table.is_taken and layers and 0 < reads.num_rows <= table.max_rows):
+            return None
+        held, out = table.of(pool), hidden.clone(memory_format=torch.contiguous_format)
+        if layers.stop > len(held):
+            raise InternalError(f"{layers.stop} layers of {len(held)}")
+        ropes = [native.Rope(cos.data_ptr(), sin.data_ptr()) for cos, sin in zip(rope.cos, rope.sin, strict=True)]
+        views = [_reads(reads.within(window)) for window in table.windows]
+        step = native.Step(
+            reads.num_rows,
+            out.data_ptr(),
+            reads.slots.data_ptr(),
+            (native.Rope * len(ropes))(*ropes),
+            (native.Reads * len(views))(*views),
+        )
+        # What may take long, somebody wants to hear of layer by layer: a few rows, too, where they look at many others.
+        is_long = reads.num_rows > MAX_FEW_ROWS or bool(reads.prompts)
+        at_once = 1 if is_long else len(layers)
+        for layer in layers[::at_once]:
+            progressed()
+            self._kernels.run_layers(table.shape, held[layer], at_once, step)
+        return out
 
 
 def _matrix(weight: Weight, bias: torch.Tensor | None) -> native.Matrix:

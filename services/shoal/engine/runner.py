@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,6 @@ from shoal.engine.logprobs import ScoredToken, score
 from shoal.engine.reads import ReadPlanner, Span
 from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.engine.sequence import Sequence
-from shoal.engine.step_graph import StepGraphs
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import WireMode
@@ -57,13 +57,21 @@ class RunOutput:
     scores: tuple[tuple[ScoredToken, ...], ...] = ()
 
 
-class Runner:
-    """Builds the tensors of a step and runs it. Steps that only decode are replayed where there are ``graphs``."""
+class DecodePath(Protocol):
+    """A quicker way for steps of sequences that only go on (engine/native_steps.py, engine/step_graph.py)."""
 
-    def __init__(self, decoder: Decoder, pool: KvPool, graphs: StepGraphs | None = None) -> None:
+    def run(self, rows: tuple[ScheduledRows, ...]) -> torch.Tensor | None:
+        """Logits ``[len(rows), vocab]``, which hold until the next call; K/V are in the pool then. ``None``: it's no
+        step for it, and nothing was done."""
+
+
+class Runner:
+    """Builds the tensors of a step and runs it; a ``decode_path``, if there is one, runs what it can."""
+
+    def __init__(self, decoder: Decoder, pool: KvPool, decode_path: DecodePath | None = None) -> None:
         self.decoder = decoder
         self.pool = pool
-        self.graphs = graphs
+        self.decode_path = decode_path
         self._device = decoder.parameters.embedding.device
         self.reads = ReadPlanner(pool.layout, self._device, decoder.spec.windows)
         self._is_apart = pool.layout.apart is not None
@@ -77,7 +85,7 @@ class Runner:
         computed = [item for item in (*plan.recalls, *rows) if not item.sequence.sampled]
         if not rows:
             return self._output(None, computed)
-        if self.graphs is not None and (logits := self.graphs.run(rows)) is not None:
+        if self.decode_path is not None and (logits := self.decode_path.run(rows)) is not None:
             return self._output(logits, computed)
         tensors = self.decoder.forward(self.batch(rows), self.pool)
         scores = () if tensors.scored is None else self._scores(rows, tensors.scored)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from shoal.engine.pace import Pace
@@ -47,6 +46,12 @@ class ScheduledRows:
     def samples(self) -> bool:
         """This step's last row is to be continued: by one token, or at the boundary by one for each choice."""
         return self.completes and self.sequence.sampled and self.sequence.sampling.max_tokens > 0
+
+    @property
+    def goes_on(self) -> bool:
+        """One token of full depth, the last one. Nothing of a prompt is to be told then: its last token says only what
+        comes after it."""
+        return self.end - self.start == 1 and self.samples and self.start not in self.sequence.shallow
 
     @property
     def scored(self) -> range:
@@ -312,12 +317,16 @@ class Scheduler:
         """One that gave its blocks up stays first: somebody may be reading its answer."""
         return not waiting.came_back and new.due_s < waiting.due_s
 
-    def _in_order(self) -> Iterator[Sequence]:
+    def _in_order(self) -> list[Sequence]:
         """Those that only need one token, oldest first, before those with a prompt to chew on."""
-        snapshot = list(self.running)
-        yield from (sequence for sequence in snapshot if sequence.num_pending == 1)
-        prompts = (sequence for sequence in snapshot if sequence.num_pending > 1)
-        yield from sorted(prompts, key=lambda sequence: sequence.due_s)
+        going_on, prompts = [], []
+        for sequence in self.running:
+            num_pending = sequence.num_pending
+            if num_pending == 1:
+                going_on.append(sequence)
+            elif num_pending > 1:
+                prompts.append(sequence)
+        return [*going_on, *sorted(prompts, key=lambda sequence: sequence.due_s)]
 
     def _run(self, sequence: Sequence) -> None:
         sequence.phase = Phase.RUNNING

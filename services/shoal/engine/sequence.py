@@ -81,6 +81,10 @@ class Sequence:
         return len(self.prompt) + len(self.output) if self.sampled else len(self.prompt) - 1
 
     @property
+    def last_token_id(self) -> int:
+        return self.output[-1] if self.output else self.prompt[-1]
+
+    @property
     def num_places(self) -> int:
         """How many sequences this is, or will be once its choices fork."""
         return max(1, len(self.forks))

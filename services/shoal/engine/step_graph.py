@@ -79,7 +79,7 @@ def is_wasteful(size: StepSize, num_seen: int) -> bool:
 
 
 class StepGraphs:
-    """Runs steps by graphs, which ``new_graph`` makes, of at most ``max_rows`` sequences.
+    """Carries out ``DecodePath`` (engine/runner.py) by graphs of at most ``max_rows`` sequences; ``new_graph`` makes them.
 
     Raises InternalError if ``pool`` has no spare slot.
     """
@@ -120,11 +120,8 @@ class StepGraphs:
         return self._logits[: len(rows)]
 
     def takes(self, rows: Sequence[ScheduledRows]) -> bool:
-        """Whether each of ``rows`` is one token, continued and of full depth. Nothing of a prompt is to be told then:
-        its last token, which is the first to be continued, says only what comes after it."""
-        return 0 < len(rows) <= self._max_rows and all(
-            item.num_rows == 1 and item.samples and item.start not in item.sequence.shallow for item in rows
-        )
+        """Whether each of ``rows`` only goes on, and there are no more than a graph has."""
+        return 0 < len(rows) <= self._max_rows and all(item.goes_on for item in rows)
 
     def size_of(self, rows: Sequence[ScheduledRows]) -> StepSize:
         """What ``rows`` are filled up to."""
@@ -184,7 +181,7 @@ class RecordedStep:
         cells[:] = self._of_nobody
         for row, item in zip(cells, rows, strict=False):
             sequence = item.sequence
-            [row[0]] = sequence.token_ids(item.start, item.end)
+            row[0] = sequence.last_token_id
             self._enter(row[1:], sequence.blocks, item.end)
             if self._size.deep_context:
                 deep = row[2 + self._num_blocks :]

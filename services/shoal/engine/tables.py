@@ -102,6 +102,8 @@ class BlockTable:
         missing = self.num_blocks_for(sequence, end) - len(blocks)
         first_written = self.num_held_tokens(sequence, start) // self._block_tokens
         shared = [index for index in range(first_written, len(blocks)) if self.allocator.count(blocks[index]) > 1]
+        if missing <= 0 and not shared:
+            return
         fresh = self.allocator.allocate(max(0, missing) + len(shared))
         for index in shared:
             source, target = blocks[index], fresh.pop()

@@ -120,6 +120,26 @@ class Step(ctypes.Structure):
     )
 
 
+class Decoding(ctypes.Structure):
+    """A step of sequences that go on by their last token, whose states ``hidden`` ``[num_rows, hidden_size]`` are.
+
+    ``sequences`` int64: of each how many tokens it has, how many blocks, and these. ``ropes`` are of all positions;
+    ``windows`` int64 ``[num_kinds]`` what layers see whose ``reads`` is that index, 0 for all.
+    """
+
+    _fields_ = (
+        ("num_rows", _Int64),
+        ("hidden", _Pointer),
+        ("sequences", _Pointer),
+        ("block_tokens", _Int64),
+        ("ropes", ctypes.POINTER(Rope)),
+        ("num_ropes", _Int64),
+        ("windows", ctypes.POINTER(_Int64)),
+        ("num_kinds", _Int64),
+        ("head", ctypes.POINTER(Head)),
+    )
+
+
 def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 

@@ -13,7 +13,7 @@ import torch
 
 from shoal.errors import ConfigError, InternalError
 from shoal.kernels.build import library
-from shoal.kernels.layers import Layer, Shape, Step, pointer, slots
+from shoal.kernels.layers import Decoding, Layer, Shape, Step, pointer, slots
 
 HEAD_DIMS = frozenset({64, 128, 256})
 # With more, weights in int8 are torch's to multiply. As int8_linear.cpp has it.
@@ -32,6 +32,7 @@ _SIGNATURES = {
     "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_int8_linear": [_PTR, _PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
+    "shoal_decode": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_tiles": [_INT],
     "shoal_gate": [_PTR, _INT, _INT64, _INT64, _PTR, _INT],
     "shoal_gated_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _INT, _PTR, _INT],
@@ -236,6 +237,13 @@ class NativeKernels:
         """``num_layers`` of an array of layers from ``first`` on; with weights in int8, of few rows (MAX_FEW_ROWS)."""
         self._call(
             "shoal_layers", ctypes.addressof(shape), ctypes.addressof(first), num_layers, ctypes.addressof(step),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def decode(self, shape: Shape, first: Layer, num_layers: int, decoding: Decoding) -> None:
+        """All layers, and the head, of sequences that go on: planned and run in one call."""
+        self._call(
+            "shoal_decode", ctypes.addressof(shape), ctypes.addressof(first), num_layers, ctypes.addressof(decoding),
             torch.get_num_threads(),
         )  # fmt: skip
 

@@ -80,8 +80,3 @@ class StepBatch:
     full_rows: torch.Tensor | None
     logit_rows: torch.Tensor
     scored_rows: torch.Tensor | None = None
-
-    @property
-    def only_decodes(self) -> bool:
-        """Whether it is one row of each sequence, and each one's next token is wanted."""
-        return not self.kept.prompts and len(self.logit_rows) == self.kept.num_rows and self.scored_rows is None

@@ -41,8 +41,7 @@ class Attend(Protocol):
 
 class RunLayers(Protocol):
     """Several layers at once (engine/native_layers.py): the states ``[rows, hidden]`` that leave the last of them, or
-    ``None`` where it can't, and nothing was done. ``progressed`` is called before each layer that may take long. With
-    ``logits`` ``[rows, vocab]`` these are made, too, and the states are of no use then."""
+    ``None`` where it can't, and nothing was done. ``progressed`` is called before each layer that may take long."""
 
     def __call__(
         self,
@@ -52,7 +51,6 @@ class RunLayers(Protocol):
         pool: KvPool,
         reads: AttentionPlan,
         progressed: Callable[[], None],
-        logits: torch.Tensor | None = None,
     ) -> torch.Tensor | None: ...
 
 
@@ -100,20 +98,15 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepTensors:
         """Run one step; K/V of every row are in ``pool`` afterwards."""
-        rope, hidden = Rope.at(self.spec, batch.positions, self.dtype), self._embed(batch.token_ids)
+        rope, hidden = Rope.at(self.spec, batch.positions, self.dtype), self.embed(batch.token_ids)
         skips_nothing = not self.plan.num_skipped and batch.full_rows is None
         if batch.deep is batch.kept or skips_nothing:  # all rows run all layers, and alike
-            layers = range(self.plan.num_layers)
-            if self._run_layers is not None and batch.only_decodes:
-                logits = hidden.new_empty(len(hidden), self.spec.vocab_size)
-                if self._run_layers(layers, hidden, rope, pool, batch.kept, self.progressed, logits) is not None:
-                    return StepTensors(self._capped(logits))
-            return self._told(batch, self._run(layers, hidden, rope, pool, batch.kept))
+            return self._told(batch, self._run(range(self.plan.num_layers), hidden, rope, pool, batch.kept))
         return self.deepen(batch, self._run(self.plan.kept, hidden, rope, pool, batch.kept), rope, pool)
 
     def states(self, batch: StepBatch, rope: Rope, pool: KvPool) -> Iterator[torch.Tensor]:
         """The states ``[rows, hidden]`` that enter the first kept layer, and those that leave each of them."""
-        hidden = self._embed(batch.token_ids)
+        hidden = self.embed(batch.token_ids)
         yield hidden
         for layer in self.plan.kept:
             hidden = self._layer(layer, hidden, rope, pool, batch.kept)
@@ -142,7 +135,8 @@ class Decoder:
             hidden = self._layer(layer, hidden, rope, pool, reads)
         return hidden
 
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The states ``[tokens, hidden]`` that enter the first layer."""
         hidden = self._rows.embed(self.parameters.embedding, token_ids)
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
@@ -210,8 +204,9 @@ class Decoder:
             return None
         self.progressed()
         normed = self._rows.norm(hidden.index_select(0, rows), norm)
-        return self._capped(self._rows.linear(normed, head))
+        return self.capped(self._rows.linear(normed, head))
 
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as the family has them; those given are of no use then."""
         cap = self.spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_() * cap

@@ -58,16 +58,23 @@ def _remembered(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -
 
     torch takes eight rows' cosines in a parallel region, whose threads a step that only decodes has to wake.
     """
-    last = int(positions.max())
-    if last >= _MOST_POSITIONS:
+    known = all_angles(table, int(positions.max()), dtype)
+    if known is None:
         return _computed(table, positions, dtype)
+    cos, sin = known
+    return cos.index_select(0, positions), sin.index_select(0, positions)
+
+
+def all_angles(table: RopeTable, last: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Cosines and sines of all positions up to ``last`` at least, on the CPU; ``None``: it would be too much to keep."""
+    if last >= _MOST_POSITIONS:
+        return None
     known = _tables.get((table, dtype))
     if known is None or len(known[0]) <= last:
         with torch.inference_mode(False):
             all_positions = torch.arange(max(_LEAST_POSITIONS, 1 << last.bit_length()))
             known = _tables[table, dtype] = _computed(table, all_positions, dtype)
-    cos, sin = known
-    return cos.index_select(0, positions), sin.index_select(0, positions)
+    return known
 
 
 @cache

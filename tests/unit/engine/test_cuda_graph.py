@@ -14,6 +14,7 @@ from engines import Ask, make_engine, run
 from models import tiny_llama
 from shoal.engine import cuda_graph
 from shoal.engine.cuda_graph import CudaGraph, CudaGraphs
+from shoal.engine.step_graph import StepGraphs
 
 
 class FakeCuda:
@@ -115,7 +116,8 @@ def test_on_a_gpu_they_say_the_same(dtype: torch.dtype):
     asks = [Ask([3 + index * 7 % 90 for index in range(1 + 61 * count % 290)], 4 + 5 * count) for count in range(9)]
     graphed = make_engine(model, 2, num_blocks=512, device=device, new_graph=CudaGraphs(device))
     answers = run(graphed, asks)
-    assert graphed.runner.graphs is not None
-    assert len({size.rows for size in graphed.runner.graphs.sizes}) > 2, "the log says why none was captured"
+    graphs = graphed.runner.decode_path
+    assert isinstance(graphs, StepGraphs)
+    assert len({size.rows for size in graphs.sizes}) > 2, "the log says why none was captured"
     if dtype is torch.float64:
         assert answers == run(make_engine(model, 2, num_blocks=512, device=device), asks)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from engines import Ask, divergence, kernel_model, make_engine, native_kernels, parameters_of, run
-from shoal.engine import native_layers
 from shoal.engine.engine import Engine
 from shoal.kernels.native import NativeKernels
 from shoal.messages import Depth, SamplingParams
@@ -38,6 +37,7 @@ def next_logits(engine: Engine, streams: int, *, in_one_call: bool, monkeypatch:
     decoder = engine.runner.decoder
     layers, counted = decoder._run_layers, list[bool]()
     assert layers is not None
+    monkeypatch.setattr(engine.runner, "decode_path", None)
 
     def watched(*arguments: Any) -> torch.Tensor | None:
         out = layers(*arguments) if in_one_call else None
@@ -53,8 +53,7 @@ def next_logits(engine: Engine, streams: int, *, in_one_call: bool, monkeypatch:
     engine.scheduler.admit()
     logits = engine.runner.run(engine.scheduler.schedule()).logits
     assert logits is not None
-    # With what makes logits, and then without.
-    assert counted == ([True] if in_one_call else [False, False]), "kept and skipped layers are one run"
+    assert counted == [in_one_call], "kept and skipped layers are one run"
     for index in range(streams):
         engine.finish(str(index))
     return logits
@@ -120,6 +119,7 @@ def test_where_nothing_is_skipped(
 
 def test_norms_in_float32_are_one_by_one(kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(kernel_model("gemma3_text", torch.bfloat16), 2, kernels=kernels)
+    assert engine.runner.decode_path is None
     layers, asked = engine.runner.decoder._run_layers, []
     assert layers is not None
     monkeypatch.setattr(engine.runner.decoder, "_run_layers", lambda *arguments: asked.append(layers(*arguments)))
@@ -155,6 +155,8 @@ def test_steps_with_prompts_in_them(
     asks[1] = Ask(PROMPT[:longest], num_tokens=6)
     limits = {"num_blocks": 1024, "max_step_tokens": step_tokens, "max_sequences": 4}
     whole, parts = (make_engine(model, 2, kernels=kernels, **limits) for _ in range(2))
+    for engine in (whole, parts):
+        engine.runner.decode_path = None
     monkeypatch.setattr(parts.runner.decoder, "_run_layers", None)
     layers, asked = whole.runner.decoder._run_layers, []
     assert layers is not None
@@ -191,27 +193,3 @@ def test_each_layer_of_a_prompt_is_told_of(kernels: NativeKernels) -> None:
         while not engine.step().tokens:
             pass
         assert len(told) >= 6 + 1, "each of its layers, and its logits"
-
-
-def test_a_step_s_tokens_are_told_once_all_is_prepared_for_the_next_one(
-    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever is told runs Python, too, and would hold the step up."""
-    engine = make_engine(kernel_model("llama", torch.bfloat16), 0, kernels=kernels)
-    log: list[str] = []
-    engine.submit_generate("answer", (3, 4), Depth.FULL, SamplingParams(max_tokens=8))
-    while not engine.step().tokens:
-        pass
-    engine.told_of_progress(lambda: log.append("told"))
-    for owner, name in ((native_layers.NativeLayers, "_head"), (NativeKernels, "run_layers")):
-        monkeypatch.setattr(owner, name, logged(log, name, getattr(owner, name)))
-    engine.step()
-    assert log == ["_head", "told", "run_layers"]
-
-
-def logged(log: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        log.append(name)
-        return function(*arguments)
-
-    return call

@@ -46,8 +46,8 @@ def llama() -> Any:
 
 
 def graphs_of(engine: Engine) -> StepGraphs:
-    assert engine.runner.graphs is not None
-    return engine.runner.graphs
+    assert isinstance(engine.runner.decode_path, StepGraphs)
+    return engine.runner.decode_path
 
 
 def num_replays(engine: Engine) -> int:
@@ -355,9 +355,9 @@ def test_decode_on_cuda_has_them_and_its_warm_up_captures_the_first(
     plain, graphed = (
         build_engine(config, stage, served, parameters, device=torch.device(kind)) for kind in ("cpu", "cuda")
     )
-    assert plain.runner.graphs is None and not plain.runner.pool.has_spare_slot
+    assert plain.runner.decode_path is None and not plain.runner.pool.has_spare_slot
     if stage is Stage.PREFILL:
-        assert graphed.runner.graphs is None
+        assert graphed.runner.decode_path is None
         return
     assert graphs_of(graphed).sizes == [StepSize(1, 256)]
     asks = [Ask(PROMPT[:count], 4) for count in (3, 5, 7)]

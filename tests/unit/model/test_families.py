@@ -146,7 +146,7 @@ def test_gemmas_norms_and_embedding_scale_are_transformers_in_bfloat16():
     assert ours.dtype == torch.bfloat16 and (ours == theirs).float().mean() > 0.999
     decoder: Decoder = make_engine(model, 0).runner.decoder
     ids = torch.tensor(IDS)
-    assert torch.equal(decoder._embed(ids), model.model.embed_tokens(ids))
+    assert torch.equal(decoder.embed(ids), model.model.embed_tokens(ids))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ constexpr double SCALE = 0x1p52;  // as sampler.py has it
 
 // Of WIDTH numbers from `from` on those that there are; behind the last one, minus infinity.
 inline __m512i numbers(const bf16* row, int64_t from, int64_t size) {
-    const int64_t left = std::min<int64_t>(size - from, WIDTH);
+    const int64_t left = size - from;
+    if (left >= WIDTH) return _mm512_loadu_si512(row + from);
     return _mm512_mask_loadu_epi16(_mm512_set1_epi16((short)LOWEST_BITS), (__mmask32)((1ull << left) - 1), row + from);
 }
 

@@ -1,0 +1,71 @@
+"""Steps that only decode, by one call of Shoal's own kernels: what they read, all layers, and the logits.
+
+Nearly all steps are such ones, and a step of a small model takes a few milliseconds, of which tensors for a plan of any
+kind (engine/runner.py) would be a tenth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from shoal.engine.native_layers import LayerTable
+from shoal.engine.scheduler import ScheduledRows
+from shoal.kernels import layers as native
+from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
+from shoal.kv.pool import KvPool
+from shoal.model.decoder import Decoder
+from shoal.model.rope import all_angles
+
+
+class NativeSteps:
+    """Carries out ``DecodePath`` (engine/runner.py) for a decode stage, with the same numbers as any other step."""
+
+    def __init__(self, decoder: Decoder, pool: KvPool, kernels: NativeKernels) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._kernels = kernels
+        self._table = LayerTable(decoder.spec, decoder.parameters)
+        windows = [window or 0 for window in self._table.windows]
+        self._windows = (ctypes.c_int64 * len(windows))(*windows)
+
+    @property
+    def can_run(self) -> bool:
+        """Whether all weights lie as the kernels take them, and deep layers find K/V where the others do."""
+        return self._table.is_taken and self._table.has_head and self._pool.layout.apart is None
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[ScheduledRows]) -> torch.Tensor | None:
+        decoder, table = self._decoder, self._table
+        if not 0 < len(rows) <= MAX_FEW_ROWS or not all(item.goes_on for item in rows):
+            return None
+        last = max(item.start for item in rows)
+        angles = [all_angles(each, last, decoder.dtype) for each in decoder.spec.rope_tables]
+        ropes = [native.Rope(cos.data_ptr(), sin.data_ptr()) for cos, sin in filter(None, angles)]
+        if len(ropes) < len(angles):
+            return None
+        sequences = array("q")
+        for item in rows:
+            blocks = item.sequence.blocks
+            sequences.extend((item.end, len(blocks)))
+            sequences.extend(blocks)
+        hidden = decoder.embed(torch.tensor([item.sequence.last_token_id for item in rows]))
+        logits = hidden.new_empty(len(rows), decoder.spec.vocab_size)
+        decoding = native.Decoding(
+            len(rows),
+            hidden.data_ptr(),
+            sequences.buffer_info()[0],
+            self._pool.layout.block_tokens,
+            (native.Rope * len(ropes))(*ropes),
+            len(ropes),
+            self._windows,
+            len(self._windows),
+            ctypes.pointer(table.head(logits)),
+        )
+        layers = table.of(self._pool)
+        decoder.progressed()
+        self._kernels.decode(table.shape, layers[0], len(layers), decoding)
+        return decoder.capped(logits)

@@ -79,7 +79,7 @@ def is_wasteful(size: StepSize, num_seen: int) -> bool:
 
 
 class StepGraphs:
-    """Carries out ``DecodePath`` (engine/runner.py) by graphs of at most ``max_rows`` sequences; ``new_graph`` makes them.
+    """Carries out ``DecodePath`` (engine/runner.py), by graphs that ``new_graph`` makes, of at most ``max_rows`` rows.
 
     Raises InternalError if ``pool`` has no spare slot.
     """

@@ -66,7 +66,7 @@ def _remembered(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -
 
 
 def all_angles(table: RopeTable, last: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Cosines and sines of all positions up to ``last`` at least, on the CPU; ``None``: it would be too much to keep."""
+    """Cosines and sines of all positions up to ``last`` at least, on the CPU; ``None``: too much to keep."""
     if last >= _MOST_POSITIONS:
         return None
     known = _tables.get((table, dtype))

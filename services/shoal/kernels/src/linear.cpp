@@ -28,8 +28,9 @@ constexpr int ROWS = 12;
 constexpr int PAIRS = 16;          // a row's cache line holds so many
 constexpr int64_t FAR = 128;       // lines between what is fetched and what is read, where one group is all
 static_assert(FAR % (PAIRS * VECTORS) == 0 && PAIRS * VECTORS == LINE);
-constexpr int64_t MAX_PANELS = 4;  // that a thread takes at a time: more would leave others without at the end
-constexpr int64_t MANY_ROWS = 16;  // with more, one panel is work enough
+constexpr int64_t MAX_PANELS = 8;  // that a thread takes at a time: memory is quickest where it's read from end to end
+constexpr int64_t TURNS = 3;       // but each thread comes so often, or some would wait for others at the end
+constexpr int64_t MANY_ROWS = 64;  // with more, one panel is work enough
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;
@@ -183,10 +184,10 @@ void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
     }
 }
 
-// With few rows so many panels that each thread comes four times, where there are as many.
 int64_t panels_at_once(const Operands& of, int num_threads) {
     if (of.num_rows > MANY_ROWS) return 1;
-    return std::clamp<int64_t>(of.num_turns() / (4 * num_threads), 1, MAX_PANELS);
+    const int64_t num_pieces = TURNS * num_threads;
+    return std::min(MAX_PANELS, (of.num_turns() + num_pieces - 1) / num_pieces);
 }
 
 // The panels of `of`, `at_once` at a time, by `multiply(to, begin, end)`.

@@ -106,6 +106,7 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fet
     const bf16* const weights = of.panel(panel);
     const bf16* const inputs = of.inputs + row * of.size;
     const int64_t size = of.size;
+    const bool is_once = LINES == VECTORS && fetches_once();
     __m512 sums[N][VECTORS];
     for (int n = 0; n < N; n++)
         for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_setzero_ps();
@@ -114,7 +115,11 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fet
 #pragma GCC unroll 2
         for (int64_t pair = first; pair < first + PAIRS; pair++) {
             if constexpr (FETCHES)
-                for (int line = 0; line < LINES; line++) fetch(ahead + ((pair - first) * LINES + line) * LINE);
+                for (int line = 0; line < LINES; line++) {
+                    const bf16* const from = ahead + ((pair - first) * LINES + line) * LINE;
+                    if (is_once) fetch_once(from);
+                    else fetch(from);
+                }
             __m512bh shared[VECTORS];
             for (int v = 0; v < VECTORS; v++)
                 shared[v] = (__m512bh)_mm512_loadu_si512(weights + (pair * VECTORS + v) * LINE);

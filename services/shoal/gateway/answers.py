@@ -209,8 +209,12 @@ def stream_end() -> bytes:
     return b"data: [DONE]\n\n"
 
 
+# json.dumps makes one for each document that isn't written as it is by default.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def _event(document: Json) -> bytes:
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(document).encode() + b"\n\n"
 
 
 def _is_worth_an_event(one: ChoiceOutput) -> bool:

@@ -231,6 +231,25 @@ async def test_one_that_waits_for_blocks_is_given_up_at_its_deadline(folder: Pat
         await until(lambda: nothing_is_held(local))
 
 
+async def test_an_answer_that_stalls_ends_at_its_deadline_behind_what_has_come(folder: Path):
+    async with opened(folder) as local:
+        goes_on, told = threading.Event(), list[int]()
+
+        async def stall_after_three() -> None:
+            async with aclosing(local.decode.worker.generate(request(timeout_s=2.0))) as outputs:
+                async for output in outputs:
+                    told.extend(output.token_ids)
+                    if len(told) == 3:
+                        await local.decode.engine.call(lambda _: None)  # the token of a step waits to be read
+                        local.decode.engine.post(lambda _: goes_on.wait(30) and None)
+
+        with pytest.raises(DeadlineExceeded):
+            await stall_after_three()
+        goes_on.set()
+        assert 3 < len(told) < 150
+        await until(lambda: nothing_is_held(local))
+
+
 async def test_what_would_be_too_late_is_refused_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """So many come that most are too late; of those that come after them, some needn't try."""
     monkeypatch.setattr(admission, "_LEAST_S", 0.0)  # the model is tiny

@@ -69,8 +69,10 @@ def make_decoder(
 
 def make_decode_path(decoder: Decoder, pool: KvPool, kernels: NativeKernels | None) -> NativeSteps | None:
     """A quicker way for steps of a decode stage that only decode, where the kernels take all of them."""
-    steps = None if kernels is None else NativeSteps(decoder, pool, kernels)
-    return steps if steps is not None and steps.can_run else None
+    if kernels is None:
+        return None
+    steps = NativeSteps(decoder, pool, kernels)
+    return steps if steps.can_run else None
 
 
 def make_chooser(kernels: NativeKernels | None) -> Chooser:

@@ -51,7 +51,7 @@ class ScheduledRows:
     def goes_on(self) -> bool:
         """One token of full depth, the last one. Nothing of a prompt is to be told then: its last token says only what
         comes after it."""
-        return self.end - self.start == 1 and self.samples and self.start not in self.sequence.shallow
+        return self.num_rows == 1 and self.samples and self.start not in self.sequence.shallow
 
     @property
     def scored(self) -> range:

@@ -1,4 +1,4 @@
-"""What whole layers are to the kernels: the structures of src/layers.cpp.
+"""What whole layers are to the kernels: the structures of src/layers.hpp and src/decode.cpp.
 
 All of it is pointers: whoever makes them keeps the tensors, which must be contiguous.
 """
@@ -108,7 +108,8 @@ class Head(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """``hidden`` is what goes in and comes out; ``slots`` ``[num_rows]`` are where K/V of the rows go."""
+    """``hidden`` is what goes in and comes out; ``slots`` ``[num_rows]`` are where K/V of the rows go. Without a
+    ``head``, as all are that Python makes, there are no logits."""
 
     _fields_ = (
         ("num_rows", _Int64),

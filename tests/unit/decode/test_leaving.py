@@ -243,9 +243,11 @@ async def test_an_answer_that_stalls_ends_at_its_deadline_behind_what_has_come(f
                         await local.decode.engine.call(lambda _: None)  # the token of a step waits to be read
                         local.decode.engine.post(lambda _: goes_on.wait(30) and None)
 
-        with pytest.raises(DeadlineExceeded):
-            await stall_after_three()
-        goes_on.set()
+        try:
+            with pytest.raises(DeadlineExceeded):
+                await stall_after_three()
+        finally:
+            goes_on.set()
         assert 3 < len(told) < 150
         await until(lambda: nothing_is_held(local))
 

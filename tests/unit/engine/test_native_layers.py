@@ -100,12 +100,9 @@ def test_whoever_does_a_piece(
     assert all(torch.equal(one, logits[0]) for one in logits[1:])
 
 
-@pytest.mark.parametrize("vocab", [96, 108])
 @pytest.mark.parametrize("is_int8", [False, True])
-def test_where_nothing_is_skipped(
-    kernels: NativeKernels, vocab: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = kernel_model("llama", torch.bfloat16, vocab=vocab)
+def test_where_nothing_is_skipped(kernels: NativeKernels, is_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kernel_model("llama", torch.bfloat16)
     held = parameters_of(model, 0).held(Int8Matrix.of) if is_int8 else None
     whole, parts = (
         next_logits(
@@ -113,7 +110,6 @@ def test_where_nothing_is_skipped(
         )
         for one in (True, False)
     )
-    assert whole.shape == (3, vocab)
     assert torch.equal(whole, parts)
 
 

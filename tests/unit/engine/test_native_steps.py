@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engines import Ask, divergence, kernel_model, make_engine, native_kernels, parameters_of, run_choices
+from models import tiny_model
 from shoal.engine.engine import Engine
 from shoal.engine.native_layers import LayerTable
 from shoal.engine.native_steps import NativeSteps
@@ -29,9 +30,9 @@ def kernels() -> NativeKernels:
     return native_kernels()
 
 
-@pytest.fixture(params=[1, 8])
+@pytest.fixture(params=[1, 2, 8])
 def many_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One, or more than there are cores."""
+    """One, two with several panels at a time, or more than there are cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -102,6 +103,34 @@ def test_the_same_as_any_step(
 
 
 @pytest.mark.parametrize("num_skipped", [0, 2])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_vocabulary_that_fills_no_panel(
+    kernels: NativeKernels, num_skipped: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kernel_model("llama", torch.bfloat16, vocab=108)
+    held = parameters_of(model, num_skipped).held(Int8Matrix.of) if is_int8 else None
+    engine = make_engine(model, num_skipped, kernels=kernels, parameters=held)
+    ours, *others = compare(engine, decoding(engine, [9, 30, 4]), monkeypatch)
+    assert ours[0].shape == (3, 108)
+    assert all(all(map(torch.equal, ours, other)) for other in others)
+
+
+@pytest.mark.parametrize("streams", [1, 12, 40])
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.usefixtures("many_threads")
+def test_whoever_does_a_piece(kernels: NativeKernels, streams: int, is_int8: bool) -> None:
+    """With more threads than cores, some are left behind in most steps, with a piece that others do, too."""
+    model = tiny_model("llama", torch.bfloat16, head_dim=64, vocab=1004, intermediate=1024)  # several panels a piece
+    held = parameters_of(model, 2).held(Int8Matrix.of) if is_int8 else None
+    engine = make_engine(model, 2, kernels=kernels, parameters=held, num_blocks=2048)
+    rows = decoding(engine, [1 + 7 * index % 140 for index in range(streams)])
+    path = engine.runner.decode_path
+    assert path is not None
+    logits = [path.run(rows) for _ in range(20)]
+    assert all(one is not None and logits[0] is not None and torch.equal(one, logits[0]) for one in logits)
+
+
+@pytest.mark.parametrize("num_skipped", [0, 2])
 def test_answers_are_the_same(kernels: NativeKernels, num_skipped: int) -> None:
     """With prompts among them, choices that fork, blocks that run out, and all kinds of sampling."""
     model = kernel_model("llama", torch.bfloat16)
@@ -142,8 +171,10 @@ def test_what_it_leaves_to_others(kernels: NativeKernels) -> None:
     assert path.run(()) is None
     assert path.run(rows * 33) is None, "more than 64"
     assert path.run((rows[0], ScheduledRows(sequence, sequence.num_computed - 1, sequence.num_computed + 1))) is None
-    assert path.run((ScheduledRows(sequence, 7, 8),)) is None, "a shallow token, and not the last one"
-    sequence.sampling = SamplingParams(max_tokens=0)
+    assert path.run((ScheduledRows(sequence, 7, 8),)) is None, "not the last one"
+    shallow, sequence.shallow = sequence.shallow, range(rows[0].end)
+    assert path.run(rows) is None, "a shallow token"
+    sequence.shallow, sequence.sampling = shallow, SamplingParams(max_tokens=0)
     assert path.run(rows) is None, "nothing is to follow"
     assert all(map(torch.equal, before, engine.runner.pool.layers))
 
@@ -151,14 +182,16 @@ def test_what_it_leaves_to_others(kernels: NativeKernels) -> None:
 def test_beyond_the_angles_that_are_kept_it_is_as_before(
     kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(kernel_model("llama", torch.bfloat16), 2, kernels=kernels, num_blocks=2048)
-    rows = decoding(engine, [9, 30])
-    path = engine.runner.decode_path
-    assert path is not None
-    monkeypatch.setattr(rope, "_MOST_POSITIONS", rows[1].start + 1)
-    assert path.run(rows) is not None
-    monkeypatch.setattr(rope, "_MOST_POSITIONS", rows[1].start)
-    assert path.run(rows) is None
+    asks = [Ask([*PROMPT[:length]], num_tokens=20) for length in (9, 30)]
+    model = kernel_model("llama", torch.bfloat16)
+    expected = run_choices(make_engine(model, 2, kernels=kernels), asks)
+    monkeypatch.setattr(rope, "_MOST_POSITIONS", 40)
+    engine = make_engine(model, 2, kernels=kernels)
+    taken = watched(engine)
+    assert run_choices(engine, asks) == expected
+    for rows, logits in taken:
+        if all(item.goes_on for item in rows):
+            assert (logits is None) == (max(item.start for item in rows) >= 40)
 
 
 def test_where_there_is_none(kernels: NativeKernels) -> None:

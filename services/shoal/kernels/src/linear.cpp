@@ -31,6 +31,7 @@ static_assert(FAR % (PAIRS * VECTORS) == 0 && PAIRS * VECTORS == LINE);
 constexpr int64_t MAX_PANELS = 8;  // that a thread takes at a time: memory is quickest where it's read from end to end
 constexpr int64_t TURNS = 3;       // but each thread comes so often, or some would wait for others at the end
 constexpr int64_t MANY_ROWS = 64;  // with more, one panel is work enough
+constexpr int64_t MUCH = 64 * 1536 * MAX_PANELS;  // rows, inputs and panels: more would take others' patience
 
 struct Operands {
     const bf16 *inputs, *weights, *bias;
@@ -191,8 +192,8 @@ void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
 
 int64_t panels_at_once(const Operands& of, int num_threads) {
     if (of.num_rows > MANY_ROWS) return 1;
-    const int64_t num_pieces = TURNS * num_threads;
-    return std::min(MAX_PANELS, (of.num_turns() + num_pieces - 1) / num_pieces);
+    const int64_t most = std::clamp<int64_t>(MUCH / (of.num_rows * of.size), 1, MAX_PANELS);
+    return std::clamp<int64_t>(of.num_turns() / (TURNS * num_threads), 1, most);
 }
 
 // The panels of `of`, `at_once` at a time, by `multiply(to, begin, end)`.

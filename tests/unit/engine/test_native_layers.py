@@ -2,115 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from engines import Ask, divergence, kernel_model, make_engine, native_kernels, parameters_of, run
+from engines import Ask, divergence, kernel_model, make_engine, native_kernels, run
 from shoal.engine.engine import Engine
 from shoal.kernels.native import NativeKernels
 from shoal.messages import Depth, SamplingParams
-from shoal.model.int8 import Int8Matrix
 
 PROMPT = [3 + index * 7 % 90 for index in range(150)]
-ASKS = [Ask(PROMPT[: 5 + 7 * index], num_tokens=8) for index in range(20)]
 
 
 @pytest.fixture(scope="module")
 def kernels() -> NativeKernels:
     return native_kernels()
-
-
-@pytest.fixture(params=[1, 8])
-def many_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One, or more than there are cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-def next_logits(engine: Engine, streams: int, *, in_one_call: bool, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """``[streams, vocab]`` of a step that only decodes, after prompts of different lengths."""
-    decoder = engine.runner.decoder
-    layers, counted = decoder._run_layers, list[bool]()
-    assert layers is not None
-    monkeypatch.setattr(engine.runner, "decode_path", None)
-
-    def watched(*arguments: Any) -> torch.Tensor | None:
-        out = layers(*arguments) if in_one_call else None
-        counted.append(out is not None)
-        return out
-
-    monkeypatch.setattr(decoder, "_run_layers", None)  # until then all is alike
-    for index in range(streams):
-        prompt = tuple(PROMPT[: 5 + 7 * index % 140])
-        engine.submit_generate(str(index), prompt, Depth.SHALLOW, SamplingParams(max_tokens=60, temperature=0.0))
-    assert any(len(engine.step().tokens) == streams for _ in range(20))
-    monkeypatch.setattr(decoder, "_run_layers", watched)
-    engine.scheduler.admit()
-    logits = engine.runner.run(engine.scheduler.schedule()).logits
-    assert logits is not None
-    assert counted == [in_one_call], "kept and skipped layers are one run"
-    for index in range(streams):
-        engine.finish(str(index))
-    return logits
-
-
-@pytest.mark.parametrize("streams", [1, 12, 40])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.usefixtures("many_threads")
-def test_the_same_as_one_by_one(
-    kernels: NativeKernels, family: str, streams: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = kernel_model(family, torch.bfloat16)
-    held = parameters_of(model, 2).held(Int8Matrix.of) if is_int8 else None
-    whole, parts = (
-        next_logits(
-            make_engine(model, 2, kernels=kernels, parameters=held, num_blocks=2048),
-            streams,
-            in_one_call=in_one_call,
-            monkeypatch=monkeypatch,
-        )
-        for in_one_call in (True, False)
-    )
-    if family != "qwen3":
-        assert torch.equal(whole, parts)
-    else:  # whose norms of heads are torch's, one by one: it rounds in other places
-        assert max(divergence(ours, theirs) for ours, theirs in zip(whole, parts, strict=True)) < 1e-3
-
-
-@pytest.mark.parametrize("streams", [1, 12, 40])
-@pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.usefixtures("many_threads")
-def test_whoever_does_a_piece(
-    kernels: NativeKernels, streams: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With more threads than cores, some are left behind in most steps, with a piece that others do, too."""
-    model = kernel_model("llama", torch.bfloat16)
-    held = parameters_of(model, 2).held(Int8Matrix.of) if is_int8 else None
-    engine = make_engine(model, 2, kernels=kernels, parameters=held, num_blocks=2048)
-    logits = []
-    for number in range(12):
-        with monkeypatch.context() as patches:
-            logits.append(next_logits(engine, streams, in_one_call=bool(number), monkeypatch=patches))
-    assert all(torch.equal(one, logits[0]) for one in logits[1:])
-
-
-@pytest.mark.parametrize("is_int8", [False, True])
-def test_where_nothing_is_skipped(kernels: NativeKernels, is_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = kernel_model("llama", torch.bfloat16)
-    held = parameters_of(model, 0).held(Int8Matrix.of) if is_int8 else None
-    whole, parts = (
-        next_logits(
-            make_engine(model, 0, kernels=kernels, parameters=held), 3, in_one_call=one, monkeypatch=monkeypatch
-        )
-        for one in (True, False)
-    )
-    assert torch.equal(whole, parts)
 
 
 def test_norms_in_float32_are_one_by_one(kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,11 +73,20 @@ def compare(
             layer[written] = 0
 
     path, decoder = engine.runner.decode_path, engine.runner.decoder
-    assert path is not None
+    layers, asked = decoder._run_layers, list[torch.Tensor | None]()
+    assert path is not None and layers is not None
+
+    def run_layers(*arguments: Any) -> torch.Tensor | None:
+        asked.append(layers(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(decoder, "_run_layers", run_layers)
     batch = engine.runner.batch(rows)
     written = batch.kept.slots
     keep(path.run(rows))
+    assert not asked
     keep(decoder.forward(batch, engine.runner.pool).logits)
+    assert len(asked) == 1 and asked[0] is not None, "kept and skipped layers are one run"
     monkeypatch.setattr(decoder, "_run_layers", None)
     keep(decoder.forward(batch, engine.runner.pool).logits)
     return found

@@ -196,9 +196,9 @@ class HandoffReport:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What one engine step brought for one choice: decode -> gateway.
+    """What one engine step, or some in a row, brought for one choice: decode -> gateway.
 
-    ``text`` is the printable text that became final with this step; it can be empty (half of a character, or
+    ``text`` is the printable text that became final with it; it can be empty (half of a character, or
     text held back because it may begin a stop string). ``stages``, ``handoff`` and ``prompt_logprobs`` (of every prompt
     token but the first, which nothing comes before) come with a request's first output only.
     """

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,23 @@ class Arm:
 
 def arms(
     model: Model, scratch: Path, *, vllm: Path | None, llamacpp: Path | None, llama_server: Path | None,
-    num_skipped: int,
+    num_skipped: int, stream_interval: int = 1,
 ) -> tuple[Arm, ...]:  # fmt: skip
-    """All of them, peers first. ``scratch`` is a folder for what a server wants to write."""
+    """All of them, peers first. ``scratch`` is a folder for what a server wants to write. Who can send several steps'
+    tokens in one message sends ``stream_interval``."""
+    vllm_command = partial(_vllm_command, model, vllm, stream_interval)
+    shoal = partial(_shoal, model=model, stream_interval=stream_interval)
     return (
         _transformers(model),
-        _vllm(model, scratch, vllm),
-        _vllm_pair(model, scratch, vllm),
+        _vllm(vllm_command, scratch, vllm),
+        _vllm_pair(vllm_command, scratch, vllm),
         _llamacpp(model, llamacpp, llama_server),
-        _shoal("shoal-full", "decode does all", model, 0, is_handed_off=False),
-        _shoal("shoal-handed-off", "prefill and decode apart", model, 0, is_handed_off=True),
-        _shoal("shoal-shallow", f"handed off, {num_skipped} layers skipped", model, num_skipped, is_handed_off=True),
-        _shoal("shoal-int8", "handed off, decode's weights in int8", model, 0, is_handed_off=True, weights="int8"),
+        shoal("shoal-full", "decode does all", num_skipped=0, is_handed_off=False),
+        shoal("shoal-handed-off", "prefill and decode apart", num_skipped=0, is_handed_off=True),
+        shoal(
+            "shoal-shallow", f"handed off, {num_skipped} layers skipped", num_skipped=num_skipped, is_handed_off=True
+        ),
+        shoal("shoal-int8", "handed off, decode's weights in int8", num_skipped=0, is_handed_off=True, weights="int8"),
     )
 
 
@@ -97,9 +103,9 @@ def _transformers(model: Model) -> Arm:
     return Arm("transformers", "SDPA, bfloat16, static batches", command, batch_field="batch")
 
 
-def _vllm(model: Model, scratch: Path, python: Path | None) -> Arm:
+def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None) -> Arm:
     def command(mode: Mode, port: int) -> list[str]:
-        return [*_vllm_command(model, python), "--port", str(port)]
+        return [*base(), "--port", str(port)]
 
     def environment(mode: Mode) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))[-mode.threads :]
@@ -111,7 +117,7 @@ def _vllm(model: Model, scratch: Path, python: Path | None) -> Arm:
     )  # fmt: skip
 
 
-def _vllm_pair(model: Model, scratch: Path, python: Path | None) -> Arm:
+def _vllm_pair(base: Callable[[], list[str]], scratch: Path, python: Path | None) -> Arm:
     """Its waiting threads must not spin: two processes of them starve one another."""
 
     def command(mode: Mode, port: int) -> list[str]:
@@ -119,7 +125,7 @@ def _vllm_pair(model: Model, scratch: Path, python: Path | None) -> Arm:
         prefill, decode = (cores[:1], cores[-1:]) if mode is Mode.ONE_THREAD else (cores, cores)
         return [
             sys.executable, str(_HERE / "vllm_pair.py"), "--port", str(port), "--prefill-cores", _bound(prefill),
-            "--decode-cores", _bound(decode), "--", *_vllm_command(model, python),
+            "--decode-cores", _bound(decode), "--", *base(),
         ]  # fmt: skip
 
     return Arm(
@@ -130,12 +136,13 @@ def _vllm_pair(model: Model, scratch: Path, python: Path | None) -> Arm:
     )  # fmt: skip
 
 
-def _vllm_command(model: Model, python: Path | None) -> list[str]:
+def _vllm_command(model: Model, python: Path | None, stream_interval: int) -> list[str]:
     # Not the console script: that of the CPU build looks for a GPU.
     return [
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder),
         "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "bfloat16",
         "--max-model-len", str(model.max_context_tokens), "--no-enable-prefix-caching",
+        "--stream-interval", str(stream_interval),
     ]  # fmt: skip
 
 
@@ -179,8 +186,9 @@ def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
 
 
 def _shoal(
-    name: str, what: str, model: Model, num_skipped: int, *, is_handed_off: bool, weights: str = "bfloat16"
-) -> Arm:
+    name: str, what: str, *, model: Model, stream_interval: int, num_skipped: int, is_handed_off: bool,
+    weights: str = "bfloat16",
+) -> Arm:  # fmt: skip
     def command(mode: Mode, port: int) -> list[str]:
         return [
             sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
@@ -188,7 +196,9 @@ def _shoal(
             *(() if weights == "bfloat16" else ("--decode-weights", weights)),
         ]  # fmt: skip
 
-    environment = {} if is_handed_off else {"SHOAL_HANDOFF__MIN_TOKENS": _NEVER_HAND_OFF}
+    environment = {"SHOAL_DECODE__STREAM_INTERVAL": str(stream_interval)}
+    if not is_handed_off:
+        environment["SHOAL_HANDOFF__MIN_TOKENS"] = _NEVER_HAND_OFF
     return Arm(
         name, what, command, modes=(Mode.OWN,), environment=lambda mode: environment, health="/readyz",
         num_skipped=num_skipped, is_handed_off=is_handed_off, weights=weights,

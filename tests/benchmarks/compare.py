@@ -76,6 +76,7 @@ def main() -> None:
             llamacpp=options.llamacpp_python,
             llama_server=options.llama_server,
             num_skipped=options.skip_layers,
+            stream_interval=options.stream_interval,
         )
         chosen = _chosen(known, options)
         comparison = Comparison(
@@ -84,6 +85,7 @@ def main() -> None:
                 "dtype": "bfloat16",
                 "load": asdict(load),
                 "rounds": options.rounds,
+                "stream_interval": options.stream_interval,
                 "seed": options.seed,
                 "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             },
@@ -172,6 +174,9 @@ def _options() -> argparse.Namespace:
     what.add_argument("--arms", nargs="+", metavar="ARM", help="only these, by the names in the table")
     what.add_argument("--baseline", default="transformers", metavar="ARM", help="default: %(default)s")
     what.add_argument("--skip-layers", type=int, default=10, help="of the shallow arm; default: %(default)s")
+    what.add_argument(
+        "--stream-interval", type=int, default=1, help="steps whose tokens leave in one message, of vLLM and Shoal"
+    )
     loads = parser.add_argument_group("load")
     default = LoadOptions()
     for name, help_text in {

@@ -1,11 +1,12 @@
 """How much of the time per output token isn't the engine's: the way of tokens from decode to a client.
 
     python tests/benchmarks/token_path.py [--streams 1 8 32] [--beside OTHER/services] [--json FILE]
+    python tests/benchmarks/token_path.py --stream-intervals 1 4
 
 Starts ``shoal serve``, asks it by several streams at once over HTTP, and compares the client's time per output token
 with the mean step of decode's engine meanwhile, which decode's own metrics tell. All processes and the client share
 this machine's cores, so work on the way slows the steps down, too: with ``--beside``, another checkout is measured in
-turns with this one, and the tokens a second of both are what counts.
+turns with this one, and the tokens a second of both are what counts. So are those of several ``--stream-intervals``.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ class Figures:
 def main() -> None:
     options = _options()
     adopt_orphans()
-    trees = {"this": _HERE} | ({"beside": options.beside} if options.beside else {})
+    trees = {_name("this", interval): (_HERE, interval) for interval in options.stream_intervals}
+    if options.beside:
+        trees["beside"] = (options.beside, 1)
     found: dict[tuple[str, int], list[Figures]] = defaultdict(list)
     order = [(number, name) for number in range(options.rounds) for name in _turned(list(trees), number)]
     for number, name in track(order, description="rounds", console=Console(stderr=True)):
-        for streams, figures in _measure(trees[name], options, number).items():
+        for streams, figures in _measure(*trees[name], options, number).items():
             found[name, streams].append(figures)
     if options.json:
         raw = [
@@ -79,7 +82,11 @@ def _turned(names: list[str], number: int) -> list[str]:
     return names if number % 2 == 0 else names[::-1]
 
 
-def _measure(tree: str, options: argparse.Namespace, number: int) -> dict[int, Figures]:
+def _name(tree: str, stream_interval: int) -> str:
+    return tree if stream_interval == 1 else f"{tree}, {stream_interval} steps a message"
+
+
+def _measure(tree: str, stream_interval: int, options: argparse.Namespace, number: int) -> dict[int, Figures]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
@@ -88,7 +95,10 @@ def _measure(tree: str, options: argparse.Namespace, number: int) -> dict[int, F
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="shoal-tokens-") as folder:
         path = os.pathsep.join([tree, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        with serving(command, {"PYTHONPATH": path}, Path(folder) / "log", url, "/readyz", 400):
+        environment = {"PYTHONPATH": path}
+        if stream_interval > 1:  # another checkout may not know it
+            environment["SHOAL_DECODE__STREAM_INTERVAL"] = str(stream_interval)
+        with serving(command, environment, Path(folder) / "log", url, "/readyz", 400):
             return asyncio.run(_ask_all(url, options, number))
 
 
@@ -125,6 +135,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--stream-intervals", type=int, nargs="+", default=[1], help="steps whose tokens leave in one message"
+    )
     parser.add_argument("--beside", help="the services folder of another checkout, to measure in turns")
     parser.add_argument("--json", help="write raw figures here")
     return parser.parse_args()

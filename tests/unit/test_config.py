@@ -103,6 +103,8 @@ def test_a_wrong_variable_is_refused_by_name(
         ("decode: {replicas: many}", r"decode\.replicas"),
         ("decode: 5", "decode"),
         ("decode: {1: 2}", r"decode\.1"),
+        ("prefill: {weights: int8}", r"set decode\.weights"),
+        ("prefill: {stream_interval: 2}", r"set decode\.stream_interval"),
         ("model: {depth: deep}", r"model\.depth"),
         ("gateway: {port: 70000}", r"gateway\.port"),
         ("handoff: {ttl_s: .nan}", r"handoff\.ttl_s"),

@@ -106,6 +106,7 @@ async def open_decode(
         on_step=on_step,
         niceness=loaded.niceness,
         yielding=Yielding(pause_s, bool if neighbours is None else neighbours.are_on_their_way),
+        stream_interval=config.decode.stream_interval,
     )
     wire_modes = _wire_modes(config, served)
     project = _projection(served, parameters) if WireMode.HIDDEN in wire_modes else None
@@ -132,6 +133,7 @@ async def open_decode(
         prefill=prefill,
         metrics=metrics,
         prefill_remembers=config.prefill.reuse != "none",
+        stream_interval=config.decode.stream_interval,
     )
     try:
         heartbeats = (engine.heartbeat, sink.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))

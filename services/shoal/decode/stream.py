@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -89,6 +90,29 @@ class ChoiceStreams:
     def _logprob(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
         texts = tuple((other, self._token_text(other), its_logprob) for other, its_logprob in top)
         return TokenLogprob(token_id, self._token_text(token_id), logprob, texts)
+
+
+def joined(outputs: Sequence[TokenOutput]) -> Iterable[TokenOutput]:
+    """One a choice, with all that its own bring."""
+    if len(outputs) == 1:
+        return outputs
+    by_choice = defaultdict[int, list[TokenOutput]](list)
+    for output in outputs:
+        by_choice[output.choice].append(output)
+    return [_join(ones) if len(ones) > 1 else ones[0] for ones in by_choice.values()]
+
+
+def _join(outputs: Sequence[TokenOutput]) -> TokenOutput:
+    """Of one choice, in their order: the first may tell how it began, the last how it ends."""
+    last = outputs[-1]
+    return replace(
+        outputs[0],
+        token_ids=tuple(token_id for one in outputs for token_id in one.token_ids),
+        text="".join(one.text for one in outputs),
+        logprobs=tuple(logprob for one in outputs for logprob in one.logprobs),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )
 
 
 def _sent(request: GenerateRequest) -> tuple[SentChoice, ...]:

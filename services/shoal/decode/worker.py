@@ -24,7 +24,7 @@ from shoal.config import HandoffConfig
 from shoal.decode.admission import Admission
 from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
-from shoal.decode.stream import ChoiceStreams
+from shoal.decode.stream import ChoiceStreams, joined
 from shoal.engine.client import EngineClient, Inbox, Progress
 from shoal.engine.events import Reservation
 from shoal.errors import (
@@ -71,7 +71,8 @@ class _Local:
 
 
 class DecodeWorker:
-    """``prefill`` is the pool that prompts are handed to, if there is one; ``prefill_remembers`` what it computed."""
+    """``prefill`` is the pool that prompts are handed to, if there is one; ``prefill_remembers`` what it computed. Of
+    a choice, up to ``stream_interval`` tokens leave together, as the engine tells them."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class DecodeWorker:
         prefill: PrefillPool | None,
         metrics: DecodeMetrics,
         prefill_remembers: bool = False,
+        stream_interval: int = 1,
     ) -> None:
         self._engine = engine
         self._desk = desk
@@ -95,6 +97,7 @@ class DecodeWorker:
         self.prefill = prefill
         self._metrics = metrics
         self._prefill_remembers = prefill_remembers
+        self._stream_interval = stream_interval
         self.admission = Admission()
         self._ladder = Ladder(config)
         self._told = RateLimit(TOLD)
@@ -103,7 +106,7 @@ class DecodeWorker:
         self._calls: set[asyncio.Future[HandoffOutcome]] = set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        """One output a step and choice. Closing the iterator, or cancelling it, frees everything.
+        """What one or more steps brought a choice is one output. Closing the iterator, or cancelling it, frees all.
 
         Raises PlanMismatch for an answer that a replica of another plan has begun, and Overloaded for one that would be
         too late.
@@ -118,28 +121,36 @@ class DecodeWorker:
             async with _until(deadline_s):
                 begun = await self._begin(key, request, inbox, deadline_s)
             streams = ChoiceStreams(request, self._decode_text)
-            first = True
+            num_together = self._stream_interval * request.sampling.num_choices
+            has_begun = False
             with _due(inbox, deadline_s):
                 while streams.is_open:
-                    event = await inbox.next()
-                    if not isinstance(event, Progress):
-                        raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
-                    outputs = streams.accept(event.event)
-                    if outputs and first:
-                        first = False
-                        stages = _stages(begun, event)
-                        num_cached = min(event.event.num_present, len(request.prompt_token_ids))
-                        self._count_prompt(request, begun.report, stages, num_cached)
-                        if resumption is None:  # else the replica before has told how its first token came
-                            report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
-                            outputs[0] = replace(outputs[0], stages=stages, handoff=report)
-                    for output in outputs:
+                    outputs: list[TokenOutput] = []
+                    for event in await inbox.next_some(num_together):
+                        if not isinstance(event, Progress):
+                            raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
+                        came = streams.accept(event.event)
+                        if came and not has_begun:
+                            has_begun = True
+                            came[0] = self._first(request, begun, event, came[0])
+                        outputs += came
+                    for output in joined(outputs):
                         if isinstance(output.stop_reason, str):
                             choice = output.choice
                             self._engine.post(lambda engine, choice=choice: engine.finish(key, choice))  # type: ignore[misc]
                         self._metrics.decoded(len(output.token_ids))
                         admitted.sent(len(output.token_ids))
                         yield output
+
+    def _first(self, request: GenerateRequest, begun: _Begun, event: Progress, output: TokenOutput) -> TokenOutput:
+        """``output``, which ``event`` brought, with what the first one tells of the prompt."""
+        stages = _stages(begun, event)
+        num_cached = min(event.event.num_present, len(request.prompt_token_ids))
+        self._count_prompt(request, begun.report, stages, num_cached)
+        if request.resumption is not None:  # the replica before has told how its first token came
+            return output
+        report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
+        return replace(output, stages=stages, handoff=report)
 
     def _count_prompt(
         self, request: GenerateRequest, report: HandoffReport, stages: TtftStages, num_cached: int

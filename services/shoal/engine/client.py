@@ -41,7 +41,7 @@ class Progress:
     ended_s: float
 
 
-Event = Reservation | ChunkComputed | Progress | FailureEvent
+Event = Reservation | ChunkComputed | Progress
 
 
 class Inbox:
@@ -50,18 +50,32 @@ class Inbox:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self._events: asyncio.Queue[Event | ShoalError] = asyncio.Queue()
+        self._error: ShoalError | None = None
 
-    def put(self, event: Event | ShoalError) -> None:
-        self._events.put_nowait(event)
+    def put(self, event: Event | FailureEvent | ShoalError) -> None:
+        self._events.put_nowait(event.error if isinstance(event, FailureEvent) else event)
 
     async def next(self) -> Event:
         """The next event. Raises the request's own error, or PeerGone if the engine died."""
+        if self._error is not None:
+            raise self._error
         event = await self._events.get()
         if isinstance(event, ShoalError):
+            self._error = event
             raise event
-        if isinstance(event, FailureEvent):
-            raise event.error
         return event
+
+    async def next_some(self, most: int) -> list[Event]:
+        """The next event, and up to ``most`` with those that are here, too. Raises as ``next``, after what came before
+        the error."""
+        events = [await self.next()]
+        while len(events) < most and self._error is None and not self._events.empty():
+            event = self._events.get_nowait()
+            if isinstance(event, ShoalError):
+                self._error = event
+            else:
+                events.append(event)
+        return events
 
     async def reserved(self) -> Reservation:
         """Wait until the request holds its blocks."""
@@ -82,6 +96,7 @@ class EngineClient:
         on_step: Callable[[StepOutput], None] | None = None,
         niceness: int = 0,
         yielding: Yielding = NEVER,
+        stream_interval: int = 1,
     ) -> None:
         self._inboxes: dict[str, Inbox] = {}
         self._on_step = on_step
@@ -89,8 +104,9 @@ class EngineClient:
         self._num_failed_in_a_row = 0
         loop = asyncio.get_running_loop()
         self._thread = EngineThread(
-            engine, loop, self._deliver, self._died, name=name, niceness=niceness, yielding=yielding
-        )
+            engine, loop, self._deliver, self._died, name=name, niceness=niceness, yielding=yielding,
+            stream_interval=stream_interval,
+        )  # fmt: skip
 
     @property
     def is_serving(self) -> bool:
@@ -149,7 +165,7 @@ class EngineClient:
         if self._on_step is not None:
             self._on_step(output)
 
-    def _put(self, request_id: str, event: Event) -> None:
+    def _put(self, request_id: str, event: Event | FailureEvent) -> None:
         # A request that was given up between two steps has no inbox any more.
         inbox = self._inboxes.get(request_id)
         if inbox is not None:

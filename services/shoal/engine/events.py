@@ -101,3 +101,10 @@ class StepOutput:
     def is_idle(self) -> bool:
         """Nothing could run: there is nothing to do until the next command."""
         return not (self.num_rows or self.reserved or self.chunks or self.failures)
+
+    @property
+    def can_wait(self) -> bool:
+        """Nothing but tokens in the midst of answers: neither a first one, which is waited for, nor a last one."""
+        if not self.tokens or self.reserved or self.prompts or self.chunks or self.failures or self.wants_blocks:
+            return False
+        return all(one.index and one.finish_reason is None for one in self.tokens)

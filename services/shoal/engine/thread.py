@@ -10,11 +10,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
+from shoal.engine.outbox import Outbox
 from shoal.engine.yielding import NEVER, Yielding
 from shoal.errors import PeerGone
 from shoal.heartbeat import Heartbeat
@@ -30,7 +31,8 @@ class EngineThread:
     step ran, or the counts changed.
 
     ``died`` is called there once the thread ends, for whatever reason. The thread steps back for others by
-    ``niceness``; ``yielding`` says when a step waits for them.
+    ``niceness``; ``yielding`` says when a step waits for them. Tokens in the midst of answers are told
+    ``stream_interval`` steps at a time.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class EngineThread:
         name: str,
         niceness: int = 0,
         yielding: Yielding = NEVER,
+        stream_interval: int = 1,
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -54,7 +57,7 @@ class EngineThread:
         self._niceness = niceness
         self._yielding = yielding
         self._began_s = 0.0
-        self._untold: StepOutput | None = None
+        self._outbox = Outbox(stream_interval)
         self.heartbeat = Heartbeat("engine")
         engine.told_of_progress(self._progressed)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -115,30 +118,39 @@ class EngineThread:
                 output = self._engine.step()
                 if output.num_rows:  # else nothing was computed, and nobody need wait for that
                     self._began_s = began_s
-                self._tell()
+                self._tell_due()
                 may_run = not output.is_idle
                 if may_run or output.wants_blocks or output.counts != counts:
-                    counts, self._untold = output.counts, output
+                    counts = output.counts
+                    self._outbox.put(output)
                 if not output.tokens:
-                    self._tell()
+                    self._tell_all()
         except Exception:  # noqa: BLE001 - the thread's edge: whoever waits is told below
             _log.exception("the engine thread failed")
         finally:
             self.heartbeat.stop()
-            self._tell()
+            self._tell_all()
             self._on_loop(self._ended)
             self._yielding.are_on_their_way(False)  # nobody is to wait for what comes here
 
     def _progressed(self) -> None:
         self.heartbeat.beat()
-        self._tell()
+        self._tell_due()
 
-    def _tell(self) -> None:
-        """Deliver what the last step brought, once the next one computes, or there's none: before that, the loop would
+    def _tell_due(self) -> None:
+        """Deliver what the last steps brought, once the next one computes, or there's none: before that, the loop would
         take Python from this thread while the cores wait for it."""
-        output, self._untold = self._untold, None
-        if output is not None:
-            self._on_loop(self._deliver, output)
+        if due := self._outbox.take(time.monotonic()):
+            self._on_loop(self._deliver_all, due)
+
+    def _tell_all(self) -> None:
+        """Deliver it, whether it could wait or not."""
+        if held := self._outbox.take_all():
+            self._on_loop(self._deliver_all, held)
+
+    def _deliver_all(self, outputs: Sequence[StepOutput]) -> None:
+        for output in outputs:
+            self._deliver(output)
 
     def _ended(self) -> None:
         """Whoever still waits for a command would wait for ever."""
@@ -153,7 +165,7 @@ class EngineThread:
         while True:
             wait_s = self._yielding.wait_s(self._engine.scheduler, self._began_s, time.monotonic())
             if wait_s:
-                self._tell()
+                self._tell_all()
             if wait or wait_s:
                 self.heartbeat.rest()
             try:
@@ -163,7 +175,7 @@ class EngineThread:
                     continue
                 return True
             self.heartbeat.beat()
-            self._tell()  # first, what came first
+            self._tell_all()  # first, what came first
             if command is None:
                 return False
             command(self._engine)

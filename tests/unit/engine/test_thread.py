@@ -15,8 +15,9 @@ import torch
 
 from engines import make_engine
 from models import tiny_llama
-from shoal.engine.client import EngineClient
+from shoal.engine.client import EngineClient, Progress
 from shoal.engine.engine import Engine
+from shoal.engine.events import TokenEvent
 from shoal.engine.yielding import Yielding
 from shoal.messages import Depth, SamplingParams
 
@@ -37,7 +38,9 @@ def logged(log: list[str], what: str, function: Callable[..., Any], before: Call
     return call
 
 
-def watched(model: Any, log: list[str], before_computing: Callable[[], object] = list) -> EngineClient:
+def watched(
+    model: Any, log: list[str], before_computing: Callable[[], object] = list, stream_interval: int = 1
+) -> EngineClient:
     """An engine that logs what it does in its thread, and what it hands to the loop."""
     engine = make_engine(model, 0)
     engine.scheduler.schedule = logged(log, "schedules", engine.scheduler.schedule)  # type: ignore[method-assign]
@@ -46,12 +49,12 @@ def watched(model: Any, log: list[str], before_computing: Callable[[], object] =
     attention = decoder._attention
     first = logged(log, "computes", attention, before_computing)
     decoder._attention = lambda index, *rest: (attention if index else first)(index, *rest)  # type: ignore[method-assign]
-    client = EngineClient(engine, name="test")
+    client = EngineClient(engine, name="test", stream_interval=stream_interval)
     hand_over = client._thread._on_loop
 
     def on_loop(function: Callable[..., None], *arguments: Any) -> None:
-        if function == client._deliver:
-            log.extend("told" for _ in arguments[0].tokens)
+        if function == client._thread._deliver_all:
+            log.extend("told" for output in arguments[0] for _ in output.tokens)
         elif arguments and isinstance(arguments[0], asyncio.Future):
             log.append("answered")
         hand_over(function, *arguments)
@@ -71,6 +74,29 @@ async def test_a_token_is_told_as_the_next_step_computes_and_the_last_at_once(mo
     steps = log[log.index("computes") : len(log) - log[::-1].index("told")]
     # Not before what Python has to do for the layers: the loop would take it from this thread.
     assert steps == ["computes", *["schedules", "embeds", "told", "computes"] * 3, "schedules", "told"]
+
+
+async def test_tokens_in_the_midst_of_an_answer_are_told_some_steps_at_a_time(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.engine.outbox.MAX_HELD_S", 3600.0)  # however slow this machine is
+    log: list[str] = []
+    client = watched(model, log, stream_interval=3)
+    sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    with client.open("asks") as inbox:
+        await client.call(lambda engine: engine.submit_generate("asks", (1, 2), Depth.FULL, sampling))
+        came = [await asyncio.wait_for(inbox.next(), 10) for _ in range(6)]
+    client.close()
+    steps = log[log.index("computes") : len(log) - log[::-1].index("told")]
+    begun, computed = ["schedules", "embeds"], ["schedules", "embeds", "computes"]
+    assert steps == [
+        "computes", *begun, "told", "computes",  # the first token
+        *computed, *computed, *begun, "told", "told", "told", "computes",  # three
+        *computed, "schedules", "told", "told",  # and at the end what there is
+    ]  # fmt: skip
+    assert [one.event.index for one in came if isinstance(one, Progress) and isinstance(one.event, TokenEvent)] == [
+        *range(6)
+    ]
 
 
 async def test_a_command_that_comes_during_a_step_is_answered_after_its_tokens(model: Any) -> None:

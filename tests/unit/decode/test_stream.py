@@ -1,0 +1,45 @@
+"""Outputs that leave together: one a choice, with all that its own bring."""
+
+from __future__ import annotations
+
+from shoal.decode.stream import joined
+from shoal.messages import Depth, FinishReason, HandoffReport, TokenLogprob, TokenOutput, TtftStages
+
+STAGES = TtftStages(0.1, 0.2, 0.3, 0.4, 0.5)
+REPORT = HandoffReport(Depth.SHALLOW, transferred=True)
+
+
+def logprob(token_id: int) -> TokenLogprob:
+    return TokenLogprob(token_id, f"<{token_id}>", -0.5, ())
+
+
+def test_one_output_stays_as_it_is():
+    output = TokenOutput(0, (3,), "a", stages=STAGES, handoff=REPORT)
+    assert list(joined([output])) == [output]
+    assert list(joined([])) == []
+
+
+def test_outputs_of_a_choice_become_one_that_begins_as_the_first_and_ends_as_the_last():
+    told = (logprob(9),)
+    first = TokenOutput(0, (3,), "a", (logprob(3),), stages=STAGES, handoff=REPORT, prompt_logprobs=told)
+    last = TokenOutput(0, (5,), "c", (logprob(5),), FinishReason.STOP, "c")
+    assert list(joined([first, TokenOutput(0, (4,), "", (logprob(4),)), last])) == [
+        TokenOutput(
+            0, (3, 4, 5), "ac", (logprob(3), logprob(4), logprob(5)), FinishReason.STOP, "c", STAGES, REPORT, told
+        )
+    ]
+
+
+def test_choices_stay_apart():
+    outputs = [
+        TokenOutput(1, (3,), "a", stages=STAGES),
+        TokenOutput(0, (4,), "b"),
+        TokenOutput(1, (5,), "c", finish_reason=FinishReason.LENGTH),
+        TokenOutput(2, (6,), "d"),
+        TokenOutput(0, (7,), "e"),
+    ]
+    assert list(joined(outputs)) == [
+        TokenOutput(1, (3, 5), "ac", finish_reason=FinishReason.LENGTH, stages=STAGES),
+        TokenOutput(0, (4, 7), "be"),
+        TokenOutput(2, (6,), "d"),
+    ]

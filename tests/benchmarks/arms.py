@@ -142,7 +142,7 @@ def _vllm_command(model: Model, python: Path | None, stream_interval: int) -> li
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder),
         "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "bfloat16",
         "--max-model-len", str(model.max_context_tokens), "--no-enable-prefix-caching",
-        "--stream-interval", str(stream_interval),
+        *(() if stream_interval == 1 else ("--stream-interval", str(stream_interval))),
     ]  # fmt: skip
 
 

@@ -47,6 +47,7 @@ from handoff_decode import (
     STAGING_BYTES,
     TIMES,
     TOKEN_LAYER_BYTES,
+    run_like_a_replica,
 )
 
 from shoal.config import load_config
@@ -322,7 +323,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result there, too")
     options = parser.parse_args()
     num_tokens = 1 + max(1, options.mib * MIB // (LAYERS * TOKEN_LAYER_BYTES))
-    result = json.dumps(asyncio.run(measure(num_tokens, options.at_once, options.rounds)), indent=2)
+    result = json.dumps(run_like_a_replica(measure(num_tokens, options.at_once, options.rounds)), indent=2)
     print(result)
     if options.json is not None:
         options.json.write_text(result + "\n", encoding="utf-8")

@@ -29,9 +29,9 @@ class ChoiceStreams:
         self._prompt_logprobs: list[TokenLogprob] = []
 
     @property
-    def is_open(self) -> bool:
-        """Some choice still runs."""
-        return bool(self._open)
+    def num_open(self) -> int:
+        """Choices that still run."""
+        return len(self._open)
 
     def accept(self, event: TokenEvent | PromptEvent) -> list[TokenOutput]:
         """What ``event`` brought: usually one output, none for a choice that a stop string has ended already.

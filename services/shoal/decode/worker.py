@@ -121,12 +121,12 @@ class DecodeWorker:
             async with _until(deadline_s):
                 begun = await self._begin(key, request, inbox, deadline_s)
             streams = ChoiceStreams(request, self._decode_text)
-            num_together = self._stream_interval * request.sampling.num_choices
             has_begun = False
             with _due(inbox, deadline_s):
-                while streams.is_open:
+                while streams.num_open:
+                    is_alone = self._stream_interval == 1 or not has_begun
                     outputs: list[TokenOutput] = []
-                    for event in await inbox.next_some(num_together):
+                    for event in await inbox.next_some(1 if is_alone else self._stream_interval * streams.num_open):
                         if not isinstance(event, Progress):
                             raise InternalError(f"expected a token, the engine sent {type(event).__name__}")
                         came = streams.accept(event.event)

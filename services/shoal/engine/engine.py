@@ -314,9 +314,10 @@ class Engine:
         if reason is not None:
             self._finish(sequence)
         first_step_s = sequence.first_step_s or self._clock()
+        is_first, sequence.has_spoken = not sequence.has_spoken, True
         return TokenEvent(
             sequence.request_id, sequence.choice, index, sampled.token_id, sampled.logprob, sampled.top, reason, stop,
-            first_step_s, sequence.num_present,
+            first_step_s, sequence.num_present, is_first,
         )  # fmt: skip
 
     # --- helpers --------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from shoal.messages import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One choice's next token. ``index`` counts from 0; ``first_step_s`` is when its request's first step began;
-    ``num_present`` tokens of its prompt were not computed for it."""
+    """One choice's next token. ``index`` counts from 0; ``is_first``: this engine has said none of it before;
+    ``first_step_s`` is when its request's first step began; ``num_present`` tokens of its prompt were not computed for
+    it."""
 
     request_id: str
     choice: int
@@ -25,6 +26,7 @@ class TokenEvent:
     stop_reason: int | None
     first_step_s: float
     num_present: int = 0
+    is_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,6 @@ class StepOutput:
     @property
     def can_wait(self) -> bool:
         """Nothing but tokens in the midst of answers: neither a first one, which is waited for, nor a last one."""
-        if not self.tokens or self.reserved or self.prompts or self.chunks or self.failures or self.wants_blocks:
+        if not self.tokens or self.reserved or self.prompts or self.chunks or self.failures:
             return False
-        return all(one.index and one.finish_reason is None for one in self.tokens)
+        return not any(one.is_first or one.finish_reason is not None for one in self.tokens)

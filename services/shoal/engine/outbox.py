@@ -9,7 +9,7 @@ from __future__ import annotations
 from shoal.engine.events import StepOutput
 
 MAX_HELD_S = 0.1
-"""Nothing waits for longer, however long a step is: one may compute a whole prompt."""
+"""Nothing waits for longer, if the next step takes as long as the last one."""
 
 
 class Outbox:
@@ -19,16 +19,28 @@ class Outbox:
         self._interval = interval
         self._held: list[StepOutput] = []
         self._is_due = False
+        self._wanted_blocks = False
+
+    @property
+    def holds_back(self) -> bool:
+        """Something is here that isn't due."""
+        return bool(self._held) and not self._is_due
 
     def put(self, output: StepOutput) -> None:
         self._held.append(output)
-        self._is_due = self._is_due or len(self._held) >= self._interval or not output.can_wait
+        took_s = output.ended_s - output.started_s
+        self._is_due = (
+            self._is_due
+            or len(self._held) >= self._interval
+            or not output.can_wait
+            or output.wants_blocks is not self._wanted_blocks
+            or output.ended_s + took_s - self._held[0].ended_s >= MAX_HELD_S
+        )
+        self._wanted_blocks = output.wants_blocks
 
-    def take(self, now_s: float) -> list[StepOutput]:
-        """All that is here, if it's due at ``now_s``."""
-        if not self._held or not (self._is_due or now_s - self._held[0].ended_s >= MAX_HELD_S):
-            return []
-        return self.take_all()
+    def take(self) -> list[StepOutput]:
+        """All that is here, if it's due."""
+        return self.take_all() if self._is_due else []
 
     def take_all(self) -> list[StepOutput]:
         taken, self._held, self._is_due = self._held, [], False

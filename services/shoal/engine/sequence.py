@@ -41,7 +41,7 @@ class Sequence:
     counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
     ``due_s`` says who comes first (the engine's clock), ``hurries_from_s`` from when on it has too little time left to
     wait for others' prompts, and ``came_back`` that it gave its blocks up once;
-    ``is_resumed`` that some of its answer was sent by another engine.
+    ``is_resumed`` that some of its answer was sent by another engine, ``has_spoken`` that this one has said some.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
     """
 
@@ -69,6 +69,7 @@ class Sequence:
     hurries_from_s: float = math.inf
     came_back: bool = False
     is_resumed: bool = False
+    has_spoken: bool = False
     first_step_s: float | None = None
 
     @property

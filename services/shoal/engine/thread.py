@@ -1,4 +1,4 @@
-"""The engine's own thread: commands in by a queue, one ``StepOutput`` a step out to the event loop.
+"""The engine's own thread: commands in by a queue, one ``StepOutput`` a step out to the event loop, or some at a time.
 
 The thread sleeps on the queue when nothing can run; there is no polling and no lock.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -114,6 +115,8 @@ class EngineThread:
             step_back(self._niceness)
             while self._obey(wait=not may_run):
                 self.heartbeat.beat()
+                if self._outbox.holds_back and not self._engine.scheduler.only_goes_on(-math.inf):
+                    self._tell_all()  # a step with prompts in it takes longer than anybody should wait
                 began_s = time.monotonic()
                 output = self._engine.step()
                 if output.num_rows:  # else nothing was computed, and nobody need wait for that
@@ -140,7 +143,7 @@ class EngineThread:
     def _tell_due(self) -> None:
         """Deliver what the last steps brought, once the next one computes, or there's none: before that, the loop would
         take Python from this thread while the cores wait for it."""
-        if due := self._outbox.take(time.monotonic()):
+        if due := self._outbox.take():
             self._on_loop(self._deliver_all, due)
 
     def _tell_all(self) -> None:
@@ -150,7 +153,10 @@ class EngineThread:
 
     def _deliver_all(self, outputs: Sequence[StepOutput]) -> None:
         for output in outputs:
-            self._deliver(output)
+            try:
+                self._deliver(output)
+            except Exception:  # noqa: BLE001 - the others have come, too, and somebody waits for them
+                _log.exception("an engine's output could not be delivered")
 
     def _ended(self) -> None:
         """Whoever still waits for a command would wait for ever."""

@@ -1,5 +1,5 @@
-"""Decode's end of the token streams: requests come in, and what a step generated goes out as one message to each
-gateway.
+"""Decode's end of the token streams: requests come in, and what a step, or some in a row, generated goes out as
+one message to each gateway.
 
 ::
 

@@ -362,7 +362,7 @@ Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
 class GenerateStreamResponse(_message.Message):
-    """What one step brought for one answer."""
+    """What one step, or some in a row, brought for one answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -6,7 +6,7 @@ How a request reaches a decode replica, and what is generated for it the gateway
 Ray Serve chooses the replica. Its call stays open for as long as the request runs: it counts the load, carries errors
 and cancels, and says nothing of the request, since Ray pickles it in plain text. The request follows by Submit as soon
 as the call has brought back where to. What is generated comes by one stream for each pair of gateway and decode
-replica, a message of which brings what one step generated for all of the gateway's requests.
+replica, a message of which brings what one step, or some in a row, generated for all of the gateway's requests.
 
 SubmitRequest mirrors GenerateRequest of shoal/messages.py, and Output its TokenOutput; shoal/rpc/requests.py and
 shoal/rpc/outputs.py convert.

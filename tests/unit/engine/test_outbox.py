@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,33 +16,33 @@ from shoal.messages import FinishReason
 COUNTS = EngineCounts(0, 0, 1, 8, 7, 0, 0)
 
 
-def token(index: int, reason: FinishReason | None = None, request_id: str = "asks") -> TokenEvent:
-    return TokenEvent(request_id, 0, index, 7, None, (), reason, None, 0.0)
+def token(index: int, reason: FinishReason | None = None, **others: Any) -> TokenEvent:
+    return TokenEvent("asks", 0, index, 7, None, (), reason, None, 0.0, **others)
 
 
-def step(*tokens: TokenEvent, ended_s: float = 1.0, **others: Any) -> StepOutput:
-    return StepOutput(ended_s - 0.01, ended_s, COUNTS, len(tokens), len(tokens), tokens=tokens, **others)
+def step(*tokens: TokenEvent, started_s: float = 0.0, ended_s: float = 0.0, **others: Any) -> StepOutput:
+    return StepOutput(started_s, ended_s, COUNTS, len(tokens), len(tokens), tokens=tokens, **others)
 
 
 CHUNK = PrefillChunk("other", 0, 4, range(2), torch.empty(0))
 CANNOT_WAIT = {
-    "a first token": step(token(3), token(0, request_id="other")),
-    "a last token": step(token(3), token(9, FinishReason.LENGTH, "other")),
+    "a first token": step(token(3), token(0, is_first=True)),
+    "the first token of an answer that goes on": step(token(3), token(7, is_first=True)),
+    "a last token": step(token(3), token(9, FinishReason.LENGTH)),
     "no token": step(),
     "a reservation": step(token(3), reserved=(Reservation("other", (1, 2)),)),
     "a prompt": step(token(3), prompts=(PromptEvent("other", (), None, 0.0),)),
     "a chunk": step(token(3), chunks=(CHUNK,)),
     "a failure": step(token(3), failures=(FailureEvent("other", 0, InternalError("")),)),
-    "somebody who wants blocks": step(token(3), wants_blocks=True),
 }
 
 
 def test_by_default_each_step_is_told_by_itself():
     outbox, output = Outbox(), step(token(3))
-    assert outbox.take(1.0) == []
+    assert outbox.take() == []
     outbox.put(output)
-    assert outbox.take(1.0) == [output]
-    assert outbox.take(1.0) == []
+    assert outbox.take() == [output]
+    assert outbox.take() == []
 
 
 def test_so_many_steps_are_told_together_in_their_order():
@@ -52,7 +51,7 @@ def test_so_many_steps_are_told_together_in_their_order():
     told = []
     for output in outputs:
         outbox.put(output)
-        told.append(outbox.take(1.0))
+        told.append(outbox.take())
     assert told == [[], [], outputs[:3], [], [], outputs[3:]]
 
 
@@ -60,30 +59,51 @@ def test_so_many_steps_are_told_together_in_their_order():
 def test_what_cannot_wait_takes_along_what_came_before(what: str):
     outbox, before = Outbox(9), step(token(2))
     outbox.put(before)
-    assert outbox.take(1.0) == []
+    assert outbox.take() == []
     outbox.put(CANNOT_WAIT[what])
-    assert outbox.take(1.0) == [before, CANNOT_WAIT[what]]
+    assert outbox.take() == [before, CANNOT_WAIT[what]]
     outbox.put(before)
-    assert outbox.take(1.0) == [], "that was due, and is gone"
+    assert outbox.take() == [], "that was due, and is gone"
 
 
-def test_nothing_waits_for_longer_than_a_tenth_of_a_second():
+def test_nothing_waits_for_longer_than_a_tenth_of_a_second_if_steps_take_as_long_as_before():
     outbox = Outbox(9)
-    first, second = step(token(2), ended_s=0.0), step(token(3), ended_s=0.09)
+    quick, slow = 0.2 * MAX_HELD_S, 0.5 * MAX_HELD_S
+    steps = [step(token(index), started_s=index * quick, ended_s=(index + 1) * quick) for index in range(5)]
+    for output in steps[:4]:
+        outbox.put(output)
+        assert outbox.take() == []
+    outbox.put(steps[4])
+    assert outbox.take() == steps, "after another such step the first one would be too old"
+    first, second = (step(token(index), started_s=index * slow, ended_s=(index + 1) * slow) for index in range(2))
     outbox.put(first)
+    assert outbox.take() == []
     outbox.put(second)
-    assert outbox.take(0.9 * MAX_HELD_S) == []
-    assert outbox.take(MAX_HELD_S) == [first, second]
-    outbox.put(replace(second, ended_s=6.0))
-    assert outbox.take(6.0) == [], "the time of what was told before is over"
+    assert outbox.take() == [first, second]
+    alone = step(token(2), started_s=0.0, ended_s=MAX_HELD_S)
+    outbox.put(alone)
+    assert outbox.take() == [alone], "the next one would bring it too late"
+
+
+def test_whether_blocks_are_wanted_is_told_at_once():
+    outbox, wanting, content = Outbox(9), step(token(2), wants_blocks=True), step(token(3))
+    outbox.put(wanting)
+    assert outbox.take() == [wanting]
+    outbox.put(wanting)
+    assert outbox.take() == [], "that's known"
+    outbox.put(content)
+    assert outbox.take() == [wanting, content]
+    outbox.put(content)
+    assert outbox.take() == []
 
 
 def test_all_can_be_taken_at_any_time():
     outbox, output = Outbox(9), step(token(2))
     outbox.put(output)
-    assert outbox.take_all() == [output]
-    assert outbox.take_all() == []
+    assert outbox.holds_back and outbox.take_all() == [output]
+    assert not outbox.holds_back and outbox.take_all() == []
     outbox.put(CANNOT_WAIT["a last token"])
+    assert not outbox.holds_back, "that's due"
     assert outbox.take_all() == [CANNOT_WAIT["a last token"]]
     outbox.put(output)
-    assert outbox.take(1.0) == []
+    assert outbox.take() == []

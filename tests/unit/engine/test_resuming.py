@@ -54,6 +54,19 @@ def resume(engine: Engine, ask: Ask, sent: tuple[SentChoice, ...], *others: Ask,
     return choices
 
 
+def test_what_is_first_is_what_this_engine_says_first(model: Any):
+    """Of each choice: whoever reads an answer that another engine began has waited for it."""
+    [whole] = run_choices(make_engine(model, SKIPPED), [Ask(PROMPT, sampling=SEEDED)])
+    engine = make_engine(model, SKIPPED)
+    engine.submit_generate("resumed", tuple(PROMPT), Depth.SHALLOW, SEEDED, sent=sent_of(whole, 4, 0, 7))
+    first: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    while not (output := engine.step()).is_idle:
+        for event in output.tokens:
+            if event.is_first:
+                first[event.choice].append(event.index)
+    assert first == {0: [4], 1: [0], 2: [7]}
+
+
 def test_where_the_queue_is_full(model: Any):
     ask = Ask(PROMPT, sampling=GREEDY)
     [whole] = run_choices(make_engine(model, SKIPPED), [ask])

@@ -19,6 +19,7 @@ from shoal.engine.client import EngineClient, Progress
 from shoal.engine.engine import Engine
 from shoal.engine.events import TokenEvent
 from shoal.engine.yielding import Yielding
+from shoal.errors import PeerGone
 from shoal.messages import Depth, SamplingParams
 
 SAMPLING = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -39,10 +40,9 @@ def logged(log: list[str], what: str, function: Callable[..., Any], before: Call
 
 
 def watched(
-    model: Any, log: list[str], before_computing: Callable[[], object] = list, stream_interval: int = 1
+    engine: Engine, log: list[str], before_computing: Callable[[], object] = list, stream_interval: int = 1
 ) -> EngineClient:
-    """An engine that logs what it does in its thread, and what it hands to the loop."""
-    engine = make_engine(model, 0)
+    """``engine``, which logs what it does in its thread, and what it hands to the loop."""
     engine.scheduler.schedule = logged(log, "schedules", engine.scheduler.schedule)  # type: ignore[method-assign]
     decoder = engine.runner.decoder
     decoder.embed = logged(log, "embeds", decoder.embed)  # type: ignore[method-assign]
@@ -65,7 +65,7 @@ def watched(
 
 async def test_a_token_is_told_as_the_next_step_computes_and_the_last_at_once(model: Any) -> None:
     log: list[str] = []
-    client = watched(model, log)
+    client = watched(make_engine(model, 0), log)
     with client.open("asks") as inbox:
         await client.call(lambda engine: engine.submit_generate("asks", (1, 2), Depth.FULL, SAMPLING))
         for _ in range(4):
@@ -81,7 +81,7 @@ async def test_tokens_in_the_midst_of_an_answer_are_told_some_steps_at_a_time(
 ) -> None:
     monkeypatch.setattr("shoal.engine.outbox.MAX_HELD_S", 3600.0)  # however slow this machine is
     log: list[str] = []
-    client = watched(model, log, stream_interval=3)
+    client = watched(make_engine(model, 0), log, stream_interval=3)
     sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     with client.open("asks") as inbox:
         await client.call(lambda engine: engine.submit_generate("asks", (1, 2), Depth.FULL, sampling))
@@ -99,15 +99,20 @@ async def test_tokens_in_the_midst_of_an_answer_are_told_some_steps_at_a_time(
     ]
 
 
-async def test_a_command_that_comes_during_a_step_is_answered_after_its_tokens(model: Any) -> None:
+@pytest.mark.parametrize("stream_interval", [1, 9])
+async def test_a_command_that_comes_during_a_step_is_answered_after_all_tokens(
+    model: Any, monkeypatch: pytest.MonkeyPatch, stream_interval: int
+) -> None:
+    monkeypatch.setattr("shoal.engine.outbox.MAX_HELD_S", 3600.0)
     log: list[str] = []
     computes, may_go_on = threading.Event(), threading.Event()
 
     def wait() -> None:
-        computes.set()
-        may_go_on.wait(10)
+        if log.count("computes") == 3:
+            computes.set()
+            may_go_on.wait(10)
 
-    client = watched(model, log, wait)
+    client = watched(make_engine(model, 0), log, wait, stream_interval)
     with client.open("asks"):
         await client.call(lambda engine: engine.submit_generate("asks", (1, 2), Depth.FULL, SAMPLING))
         await asyncio.to_thread(computes.wait, 10)
@@ -116,8 +121,69 @@ async def test_a_command_that_comes_during_a_step_is_answered_after_its_tokens(m
         log.clear()
         may_go_on.set()
         await counts
-        assert log[:2] == ["told", "answered"]
+        told = ["told"] if stream_interval == 1 else ["told", "told"]
+        assert log[: len(told) + 1] == [*told, "answered"]
     client.close()
+
+
+async def test_no_token_waits_for_a_step_with_a_prompt_in_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.engine.outbox.MAX_HELD_S", 3600.0)
+    log: list[str] = []
+    engine = make_engine(model, 0, max_step_tokens=4)
+    client = watched(engine, log, stream_interval=9)
+    sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    with client.open("asks"), client.open("long") as long:
+
+        def submit(engine: Engine) -> None:
+            engine.submit_generate("asks", (1, 2), Depth.FULL, sampling)
+            engine.submit_generate("long", tuple(range(1, 11)), Depth.FULL, SAMPLING)
+
+        await client.call(submit)
+        await asyncio.wait_for(long.next(), 10)
+    client.close()
+    steps = [what for what in log if what in {"told", "schedules"}]
+    after_the_first = steps.index("told") + 1
+    # Each piece of the prompt comes with a token of the other answer, which is told before the next piece.
+    assert steps[after_the_first : after_the_first + 4] == ["told", "schedules", "told", "schedules"]
+
+
+async def test_who_yields_keeps_nothing_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.engine.outbox.MAX_HELD_S", 3600.0)
+    engine = make_engine(model, 0)
+
+    def are_on_their_way(_to_this: bool) -> bool:
+        return any(len(choice.output) == 3 for choices in engine._sequences.values() for choice in choices.values())
+
+    client = EngineClient(engine, name="test", yielding=Yielding(3600.0, are_on_their_way), stream_interval=9)
+    try:
+        with client.open("answer") as answer:
+            await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+            for _ in range(3):
+                await asyncio.wait_for(answer.next(), 10)
+    finally:
+        client.close()
+
+
+async def test_what_was_kept_back_comes_before_the_end_of_the_engine(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.engine.outbox.MAX_HELD_S", 3600.0)
+    engine = make_engine(model, 0)
+    schedule = engine.scheduler.schedule
+
+    def fail() -> Any:
+        if any(len(choice.output) == 3 for choices in engine._sequences.values() for choice in choices.values()):
+            raise RuntimeError("broken")
+        return schedule()
+
+    engine.scheduler.schedule = fail  # type: ignore[method-assign]
+    client = EngineClient(engine, name="test", stream_interval=9)
+    with client.open("answer") as answer:
+        await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+        for _ in range(3):
+            await asyncio.wait_for(answer.next(), 10)
+        with pytest.raises(PeerGone):
+            await asyncio.wait_for(answer.next(), 10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is a process' own")

@@ -212,6 +212,21 @@ async def test_where_an_engine_dies_another_replica_goes_on(folder: Path, num_to
             num_tokens = 0
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, replace(SEEDED, num_choices=3)], ids=["one", "several"])
+async def test_where_some_steps_tokens_leave_together(folder: Path, sampling: SamplingParams):
+    """After any output; how many tokens each of them has is the event loop's doing."""
+
+    def said(outputs: Sequence[TokenOutput]) -> list[tuple[Any, ...]]:
+        choices = of_choices(outputs, asked)
+        return [(sum((one[0] for one in each), ()), "".join(one[1] for one in each), each[-1][2:]) for each in choices]
+
+    async with pair(folder, decode={"stream_interval": 3}) as models:
+        asked = request(sampling)
+        expected = said(await whole(models[0], asked))
+        for number in range(4):
+            assert said(await cut(models, asked, number)) == expected
+
+
 async def test_at_full_depth(folder: Path):
     async with pair(folder) as models:
         asked = request(SEEDED, Depth.FULL)

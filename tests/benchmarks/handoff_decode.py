@@ -57,6 +57,7 @@ T = TypeVar("T")
 def run_like_a_replica(main: Coroutine[Any, Any, T]) -> T:
     """On the event loop that Ray gives its workers, and with an allocator that keeps what is freed, as it does in whom
     has loaded a model: else each message's memory would go back to the system, and be faulted in again."""
+    # glibc keeps blocks up to the largest that was freed, if that is below 32 MiB.
     large = np.empty(31 * MIB, np.uint8)
     del large
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

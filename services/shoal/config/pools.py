@@ -65,8 +65,8 @@ class StageConfig(Frozen):
     stream_interval: Annotated[int, Field(ge=1, le=64)] = Field(
         1,
         description="Of decode: how many steps' tokens of an answer leave in one message. Neither the first nor the "
-        "last, but for a stop string's, waits for others, and none for longer than a tenth of a second. With many "
-        "streams, each message less leaves time to compute in.",
+        "last, but for a stop string's, waits for others, and none if the next step would make it more than a tenth of "
+        "a second late. With many streams, each message less leaves time to compute in.",
     )
     max_queued: Annotated[int, Field(ge=1)] = Field(
         256, description="Requests that may wait; more get 429, but answers that another replica has begun go on."

@@ -95,7 +95,7 @@ class ShoalConfig(BaseSettings):
         )
 
     @model_validator(mode="after")
-    def _is_decode_s(self) -> ShoalConfig:
+    def _prefill_has_none_of_decode_s(self) -> ShoalConfig:
         if self.prefill.weights != "auto":
             raise ValueError("prefill.weights: many rows at a time are no faster in int8; set decode.weights")
         if self.prefill.stream_interval != 1:

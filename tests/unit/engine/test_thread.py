@@ -17,7 +17,7 @@ from engines import make_engine
 from models import tiny_llama
 from shoal.engine.client import EngineClient, Progress
 from shoal.engine.engine import Engine
-from shoal.engine.events import TokenEvent
+from shoal.engine.events import StepOutput, TokenEvent
 from shoal.engine.yielding import Yielding
 from shoal.errors import PeerGone
 from shoal.messages import Depth, SamplingParams
@@ -159,6 +159,25 @@ async def test_who_yields_keeps_nothing_back(model: Any, monkeypatch: pytest.Mon
         with client.open("answer") as answer:
             await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
             for _ in range(3):
+                await asyncio.wait_for(answer.next(), 10)
+    finally:
+        client.close()
+
+
+async def test_whoever_fails_on_one_output_gets_the_others_all_the_same(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.engine.outbox.MAX_HELD_S", 3600.0)
+
+    def fail(output: StepOutput) -> None:
+        if output.tokens:
+            raise RuntimeError("a defect of a metric")
+
+    client = EngineClient(make_engine(model, 0), name="test", on_step=fail, stream_interval=9)
+    try:
+        with client.open("answer") as answer:
+            await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+            for _ in range(4):
                 await asyncio.wait_for(answer.next(), 10)
     finally:
         client.close()

@@ -8,13 +8,17 @@ overlap, so there is no lock.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from shoal.kv.layout import KvLayout
+
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 class KvPool:
@@ -150,9 +154,22 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, not garbage: a padded read may touch a slot that nobody wrote, and 0 * NaN would spread.
 
     On the CPU they come from the operating system page by page as they are first used: torch would write them all
-    now, many seconds for a pool of gigabytes.
+    now, many seconds for a pool of gigabytes. They begin at a page, so that no row shares a cache line with others
+    (numpy's own would: it begins 16 bytes after one), and pages are huge ones where the system gives them to who asks.
     """
     if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    memory = _pages(num_bytes + _HUGE_PAGE_BYTES)
+    start = -memory.ctypes.data % _HUGE_PAGE_BYTES
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
+
+
+def _pages(num_bytes: int) -> npt.NDArray[np.uint8]:
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"there are no {num_bytes / 2**30:,.1f} GiB for the K/V of one layer") from error
+    with suppress(OSError, AttributeError):  # another system, or one that has none
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +112,34 @@ def test_rows_that_do_not_fit_are_not_written(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match="doesn't fit into 3 slots"):
         pool.write(0, slots, torch.ones(shape))
     assert pool.layers[0].abs().sum() == 0
+
+
+def test_layers_begin_at_a_page_and_large_ones_at_a_huge_one():
+    for layer in make_pool(num_blocks=3).layers:
+        assert layer.data_ptr() % 4096 == 0
+    for layer in make_pool(num_blocks=1 << 16).layers:
+        assert layer.data_ptr() % (2 << 20) == 0
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
+def test_huge_pages_are_asked_for():
+    for layer in make_pool(num_blocks=1 << 16).layers:
+        assert "hg" in flags_of_memory(layer.data_ptr())
+
+
+def test_a_pool_that_no_memory_holds_says_how_much_it_wanted():
+    with pytest.raises(MemoryError, match=r"131,072\.0 GiB for the K/V of one layer"):
+        make_pool(num_blocks=1 << 40)
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """What the system says of the mapping that an address is in."""
+    is_it = False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        head = line.partition(" ")[0]
+        if "-" in head and not head.endswith(":"):
+            start, _, end = head.partition("-")
+            is_it = int(start, 16) <= address < int(end, 16)
+        elif is_it and head == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} is in no mapping")

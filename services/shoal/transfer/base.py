@@ -45,6 +45,11 @@ class Loader(Protocol):
         """There may be none until decode has copied what is there."""
         ...
 
+    @property
+    def gathers(self) -> bool:
+        """Payload becomes bytes of its own, from wherever it was: tiles that are no run cost it nothing more."""
+        ...
+
     def load(self, chunk: Chunk) -> Chunk:
         """``chunk`` as it travels, with its checksum, so that the memory of its payload may be reused. Takes
         ``has_room``."""

@@ -16,12 +16,14 @@ def cut(
     payload: memoryview,
     max_frame_bytes: int,
     wire_mode: WireMode = WireMode.KV,
+    *,
+    gather: bool = False,
 ) -> Iterator[Chunk]:
     """Chunks of at most ``max_frame_bytes`` that tile ``tokens`` x ``layers``, numbered from ``first_seq``.
 
-    ``payload`` is ``[layers, tokens, bytes of a token in a layer]`` in C order, so that both whole layers and a range
-    of tokens in one layer are runs of it: whole layers if one fits a frame, else parts of each. Theirs are views of it,
-    still without a checksum, which whoever copies them takes.
+    ``payload`` is ``[layers, tokens, bytes of a token in a layer]`` in C order, in which whole layers are one run of
+    bytes, and tokens of one layer, too: theirs are views of it, still without a checksum, which whoever copies them
+    takes. ``gather``: as few as can be, and what is no run is copied together.
     With HIDDEN it's ``[tokens, bytes of a state]``, and each chunk is for all of the layers.
     """
     is_hidden = wire_mode is WireMode.HIDDEN
@@ -33,15 +35,17 @@ def cut(
     max_cells = max_frame_bytes // token_bytes
     if max_cells == 0:
         raise InternalError(f"a token's K/V in one layer is {token_bytes} bytes, a frame {max_frame_bytes}: allow more")
-    layer_step = max(1, max_cells // num_tokens)
-    token_step = num_tokens if layer_step > 1 else min(num_tokens, max_cells)
+    layer_step, token_step = _tile(num_layers, num_tokens, max_cells, gather=gather)
     for layer in range(0, num_layers, layer_step):
         layer_end = min(layer + layer_step, num_layers)
         for token in range(0, num_tokens, token_step):
             token_end = min(token + token_step, num_tokens)
-            start = (layer * num_tokens + token) * token_bytes
-            size = (layer_end - layer) * (token_end - token) * token_bytes
-            part = data[start : start + size]
+            starts = [(of_layer * num_tokens + token) * token_bytes for of_layer in range(layer, layer_end)]
+            size = (token_end - token) * token_bytes
+            if len(starts) == 1 or token_end - token == num_tokens:
+                part: bytes | memoryview = data[starts[0] : starts[-1] + size]
+            else:
+                part = b"".join(data[start : start + size] for start in starts)
             seq = first_seq
             first_seq += 1
             yield Chunk(
@@ -55,3 +59,19 @@ def cut(
                 payload=part,
                 wire_mode=wire_mode,
             )
+
+
+def _tile(num_layers: int, num_tokens: int, max_cells: int, *, gather: bool) -> tuple[int, int]:
+    """Layers and tokens of a tile of at most ``max_cells``; with ``gather`` one of which the fewest cover all."""
+    if not gather:
+        return max(1, max_cells // num_tokens), min(num_tokens, max_cells)
+    best, fewest = (1, 1), num_layers * num_tokens + 1
+    num_parts = -(-num_tokens // max_cells)
+    while num_parts < fewest and num_parts <= num_tokens:
+        token_step = -(-num_tokens // num_parts)
+        layer_step = min(num_layers, max_cells // token_step)
+        num_tiles = -(-num_layers // layer_step) * -(-num_tokens // token_step)
+        if num_tiles < fewest:
+            best, fewest = (layer_step, token_step), num_tiles
+        num_parts += 1
+    return best

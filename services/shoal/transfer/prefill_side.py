@@ -251,11 +251,13 @@ class PromptClaim:
         Returns when the last chunk of it is next on the wire. Raises Cancelled if decode gave the lease up, PeerGone if
         the session died, LeaseLost if decode gave no credit for ``ttl_s``.
         """
+        loader = self._session.loader
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
-        for chunk in cut(self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes, wire_mode):
+        frames = (self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes, wire_mode)
+        for chunk in cut(*frames, gather=loader.gathers):
             await self._answered(partial(self._may_go, chunk), "credit")
             self._credit_bytes -= chunk.num_bytes
-            loaded = self._session.loader.load(chunk)
+            loaded = loader.load(chunk)
             # Leases take turns: each has at most one chunk in the session's queue, and loads the next one meanwhile.
             await self._written()
             self._unacknowledged[chunk.seq] = loaded

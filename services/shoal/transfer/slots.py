@@ -48,6 +48,8 @@ class Slots(Protocol):
 class SlotLoader:
     """Prefill's end of the slots in ``memory``, whose nonce is written."""
 
+    gathers = False
+
     def __init__(self, memory: mmap.mmap, slots: Slots, copier: Copier) -> None:
         self._memory = memory
         self._copier = copier

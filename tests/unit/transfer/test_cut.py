@@ -14,13 +14,14 @@ from shoal.transfer.frames import cut
     num_layers=st.integers(1, 6),
     token_bytes=st.integers(1, 9),
     max_frame_bytes=st.integers(9, 400),
+    gather=st.booleans(),
 )
 def test_the_pieces_put_together_are_the_whole(
-    num_tokens: int, num_layers: int, token_bytes: int, max_frame_bytes: int
+    num_tokens: int, num_layers: int, token_bytes: int, max_frame_bytes: int, gather: bool
 ) -> None:
     whole = np.random.default_rng(0).integers(1, 256, (num_layers, num_tokens, token_bytes), dtype=np.uint8)
     tokens, layers = (7, 7 + num_tokens), (2, 2 + num_layers)
-    pieces = list(cut(b"id", 5, tokens, layers, memoryview(whole), max_frame_bytes))
+    pieces = list(cut(b"id", 5, tokens, layers, memoryview(whole), max_frame_bytes, gather=gather))
 
     rebuilt = np.zeros_like(whole)
     for piece in pieces:
@@ -38,6 +39,30 @@ def test_the_pieces_put_together_are_the_whole(
 def test_whole_layers_go_together_where_they_fit(max_frame_bytes: int, num_frames: int) -> None:
     payload = memoryview(bytes(4 * 10 * 20))
     assert len(list(cut(b"id", 0, (0, 10), (0, 4), payload, max_frame_bytes))) == num_frames
+
+
+@given(num_tokens=st.integers(1, 40), num_layers=st.integers(1, 12), max_cells=st.integers(1, 100))
+def test_gathered_pieces_are_as_few_as_equal_tiles_can_be(num_tokens: int, num_layers: int, max_cells: int) -> None:
+    payload = memoryview(bytes(num_tokens * num_layers))
+    fewest = min(
+        -(-num_tokens // token_step) * -(-num_layers // layer_step)
+        for token_step in range(1, num_tokens + 1)
+        for layer_step in range(1, num_layers + 1)
+        if token_step * layer_step <= max_cells
+    )
+    assert len(list(cut(b"id", 0, (0, num_tokens), (0, num_layers), payload, max_cells, gather=True))) == fewest
+
+
+def test_only_what_is_no_run_is_copied() -> None:
+    """Of a prompt of SmolLM2: two and a half layers of 512 tokens fit into a megabyte, five of half of the tokens."""
+    payload = memoryview(bytes(20 * 512 * 768))
+    runs = list(cut(b"id", 0, (0, 512), (0, 20), payload, 1 << 20))
+    tiles = list(cut(b"id", 0, (0, 512), (0, 20), payload, 1 << 20, gather=True))
+    assert (len(runs), len(tiles)) == (10, 8)
+    assert all(isinstance(chunk.payload, memoryview) for chunk in runs)
+    assert all(isinstance(chunk.payload, bytes) for chunk in tiles)
+    whole = next(cut(b"id", 0, (0, 512), (0, 20), payload, 16 << 20, gather=True))
+    assert isinstance(whole.payload, memoryview)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ class InlineLoader:
     """Prefill's end. Decode's has nothing to do: what a channel delivers is nobody else's memory."""
 
     has_room = True
+    gathers = True
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

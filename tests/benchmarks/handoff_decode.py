@@ -47,7 +47,7 @@ MIB = 1 << 20
 # SmolLM2-135M in bfloat16, 20 of its layers kept; the prompt is as long as it takes.
 LAYERS, KEPT, KV_HEADS, HEAD_DIM, BLOCK = 30, 20, 3, 64, 16
 TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
-FRAME_BYTES, SLOT_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 4 * MIB, 16 * MIB, 32 * MIB
+FRAME_BYTES, SLOT_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 8 * MIB, 32 * MIB, 64 * MIB
 SHAPE = KvShape("benchmark", LAYERS, KEPT, TOKEN_LAYER_BYTES)
 TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30, drain_s=2)
 PORTS = (24100, 24199)

@@ -103,7 +103,7 @@ async def test_a_long_prompt_does_not_hold_up_a_short_one() -> None:
         return (envelope,)
 
     async with rig(prefill_sends=note, credit_bytes=1 << 20) as both:
-        long, short = prompt(401, seed=1), prompt(41, seed=2)
+        long, short = prompt(401, seed=1), prompt(65, seed=2)
         session = await both.pool.get("memory")
         ids = lease_id(), lease_id()
 
@@ -114,7 +114,7 @@ async def test_a_long_prompt_does_not_hold_up_a_short_one() -> None:
                 await claim.seal(boundary_token_id=claim.token_ids[-1], queue_s=0, prefill_s=0)
 
         async with both.open(ids[0], long) as first, both.open(ids[1], short) as second:
-            await asyncio.gather(ship(ids[0], long, 400), ship(ids[1], short, 40))
+            await asyncio.gather(ship(ids[0], long, 400), ship(ids[1], short, 64))
             await asyncio.gather(first.arrived(), second.arrived())
         both.assert_arrived(long)
         both.assert_arrived(short)

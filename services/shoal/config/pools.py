@@ -117,7 +117,7 @@ class HandoffConfig(Frozen):
         30.0, description="How long decode waits for a prefill replica with room; then it computes the prompt itself."
     )
     credit_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
-        16 << 20, description="Bytes of a lease on their way at once."
+        32 << 20, description="Bytes of a lease on their way at once."
     )
     max_frame_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 20)] = Field(1 << 20, description="Payload of a frame.")
     carrier: Literal["auto", "inline", "shm", "nixl"] = Field(
@@ -128,15 +128,15 @@ class HandoffConfig(Frozen):
         "don't work, and go inline, too.",
     )
     staging_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
-        32 << 20,
+        64 << 20,
         description="Memory of a prefill replica for each decode replica that payload goes to by shm or nixl; of "
         "/dev/shm at most half of what is free.",
     )
     slot_bytes: Annotated[int, Field(ge=1 << 10, le=16 << 20)] = Field(
-        4 << 20, description="Largest payload of shm and nixl: fewer, larger ones cost fewer frames."
+        8 << 20, description="Largest payload of shm and nixl: fewer, larger ones cost fewer frames."
     )
     max_retired_bytes: Annotated[int, Field(ge=0)] = Field(
-        256 << 20,
+        512 << 20,
         description="Buffers of a decode replica that NIXL may fill: four slots for each prefill replica, and those of "
         "reads that never ended, which are used no more. Beyond it, new sessions go inline.",
     )

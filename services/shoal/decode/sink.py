@@ -1,4 +1,8 @@
-"""Where arriving K/V land: the request's reserved blocks, filled by the copy thread."""
+"""Where arriving K/V land: the request's reserved blocks.
+
+What is projected, on its way to a device, or takes long for another reason, a thread does. The rest takes the event
+loop less time than to ask a thread and hear of it again.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,16 @@ from shoal.kernels.copying import Copier
 from shoal.kv.pool import KvPool
 from shoal.messages import Chunk, WireMode
 
+_AT_ONCE_BYTES = 8 << 20
+"""What the kernel copies in a millisecond."""
 Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """States ``[tokens, hidden]`` and positions ``[tokens]`` -> K/V of the skipped layers ``[S, tokens, 2, kv_heads,
 head_dim]``."""
 
 
 class PoolSink:
-    """Copies chunks into ``pool``, and of states what ``project`` makes of them. One thread: copies are short, and two
-    would only fight over memory bandwidth."""
+    """Copies chunks into ``pool``, and of states what ``project`` makes of them. One thread at most: copies are short,
+    and two would only fight over memory bandwidth."""
 
     def __init__(self, pool: KvPool, project: Project | None = None, copier: Copier | None = None) -> None:
         self._pool = pool
@@ -39,12 +45,18 @@ class PoolSink:
 
     async def write(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
         """Copy a chunk into the blocks that hold its tokens; the CRC32C of what was copied, if it stayed there."""
+        if self._is_quick(chunk):
+            return self._copy_if_there(blocks, chunk, is_there)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._copy_thread, self._copy_if_there, blocks, chunk, is_there)
 
     def close(self) -> None:
         """Finish the copy under way, and stop."""
         self._copy_thread.shutdown()
+
+    def _is_quick(self, chunk: Chunk) -> bool:
+        is_copied = self._held is not None and chunk.wire_mode is WireMode.KV
+        return is_copied and self._copier.is_native and chunk.num_bytes <= _AT_ONCE_BYTES
 
     def _copy_if_there(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
         if not is_there():

@@ -29,6 +29,11 @@ class Copier:
     def __init__(self, kernels: NativeKernels | None = None) -> None:
         self._kernels = kernels
 
+    @property
+    def is_native(self) -> bool:
+        """By Shoal's own kernel, at the memory's speed."""
+        return self._kernels is not None
+
     def copy(self, source: bytes | memoryview, target: Bytes) -> int:
         """All of ``source`` into ``target``, of as many bytes."""
         given = np.frombuffer(source, np.uint8)

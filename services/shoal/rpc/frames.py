@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
+from functools import cache
 from typing import Any, TypeVar
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from shoal.errors import ProtocolViolation
@@ -100,21 +102,31 @@ def _encode(envelope: Envelope, message_type: type[_AnyMessage]) -> _AnyMessage:
 
 
 def _to_body(frame: Frame) -> dict[str, object]:
-    values = {field.name: getattr(frame, field.name) for field in fields(frame)}
+    values = _values(frame)
     match frame:
         case Hello():
             values["wire_modes"] = [_WIRE_MODES[mode] for mode in frame.wire_modes]
-            values["segment"] = frame.segment and asdict(frame.segment)
-            values["remote"] = frame.remote and asdict(frame.remote)
+            values["segment"] = frame.segment and _values(frame.segment)
+            values["remote"] = frame.remote and _values(frame.remote)
         case Chunk() if len(frame.payload) > MAX_PAYLOAD_BYTES:
             raise ProtocolViolation(f"a chunk of {len(frame.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
         case Chunk():
-            values["staged"] = frame.staged and asdict(frame.staged)
+            values["staged"] = frame.staged and _values(frame.staged)
             values["wire_mode"] = _WIRE_MODES[frame.wire_mode]
         case Refused() | Failed() | Cancel():
             # A reason often is an error's text: it's for people, so a long one is cut, not refused.
             values["reason"] = frame.reason[:MAX_TEXT_CHARS]
     return values
+
+
+def _values(part: Frame | StagedPayload | StagingSegment | RemoteSegment) -> dict[str, object]:
+    kind: Any = type(part)
+    return {name: getattr(part, name) for name in _names(kind)}
+
+
+@cache
+def _names(of: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(of))
 
 
 # --- in -------------------------------------------------------------------------------------------------
@@ -132,9 +144,14 @@ def _decode(message: pb.SessionRequest | pb.SessionResponse, name: str | None) -
 
 def _require_presence(body: Message, name: str) -> None:
     """Refuse a scalar that is ``optional`` and not set; a message may be absent."""
-    for field in body.DESCRIPTOR.fields:
-        if field.has_presence and field.message_type is None and not body.HasField(field.name):
-            raise ProtocolViolation(f"{name}.{field.name} is not set")
+    for field in _required(body.DESCRIPTOR):
+        if not body.HasField(field):
+            raise ProtocolViolation(f"{name}.{field} is not set")
+
+
+@cache
+def _required(descriptor: Descriptor) -> tuple[str, ...]:
+    return tuple(field.name for field in descriptor.fields if field.has_presence and field.message_type is None)
 
 
 def _from_hello(body: pb.Hello) -> Hello:

@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -35,7 +35,7 @@ from shoal.transfer.base import Clock, KvSink, SilentObserver, Timer, TransferOb
 from shoal.transfer.lease import ENDED, Lease, LeaseState, Receipt
 from shoal.transfer.lease_table import LeaseTable, LeaseTimes
 from shoal.transfer.staging import StagingSlots
-from shoal.transfer.terms import KvShape, LeaseTerms, Owner, PartBytes
+from shoal.transfer.terms import PART_NAMES, KvShape, LeaseTerms, Owner, PartBytes
 
 _log = logging.getLogger(__name__)
 
@@ -251,8 +251,8 @@ class HandoffDesk:
     def _count(self, held: OpenLease, chunk: Chunk, carrier: Carrier) -> None:
         parts = self.shape.part_bytes(chunk)
         held.num_bytes += parts
-        for part, num_bytes in asdict(parts).items():
-            self._observer.shipped(part, num_bytes, carrier)
+        for part in PART_NAMES:
+            self._observer.shipped(part, getattr(parts, part), carrier)
 
     def _copy_ended(self, task: asyncio.Task[None]) -> None:
         self._copies.discard(task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from shoal.errors import InternalError, PlanMismatch
 from shoal.messages import Carrier, Chunk, WireMode
@@ -23,6 +23,9 @@ class PartBytes:
 
     def __add__(self, other: PartBytes) -> PartBytes:
         return PartBytes(self.shallow + other.shallow, self.deep + other.deep, self.hidden + other.hidden)
+
+
+PART_NAMES = tuple(field.name for field in fields(PartBytes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engines import native_kernels
+from shoal.decode import sink as sinks
 from shoal.decode.sink import PoolSink
 from shoal.kernels.copying import Copier
 from shoal.kv.layout import stage_layout
@@ -98,3 +99,20 @@ async def test_blocks_that_are_not_there_are_an_error(sink: PoolSink) -> None:
     with pytest.raises(IndexError):
         await sink.write([2, 3], chunk, lambda: True)
     assert not any(layer.any() for layer in sink._pool.layers)
+
+
+async def test_a_thread_is_asked_for_what_takes_long_alone(sink: PoolSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    submit = sink._copy_thread.submit
+    monkeypatch.setattr(sink._copy_thread, "submit", lambda *call: (asked.append(call), submit(*call))[1])
+    kv, _ = kv_chunk()
+    states = torch.randn(5, 4).numpy().tobytes()
+    for chunk, at_once_bytes, takes_long in (
+        (kv, kv.num_bytes, not sink._copier.is_native),
+        (kv, kv.num_bytes - 1, True),
+        (Chunk(b"", 0, 2, 7, 2, 3, crc32c(states), states, wire_mode=WireMode.HIDDEN), 1 << 20, True),
+    ):
+        monkeypatch.setattr(sinks, "_AT_ONCE_BYTES", at_once_bytes)
+        asked.clear()
+        assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
+        assert bool(asked) == takes_long

@@ -173,3 +173,24 @@ async def test_two_hosts_greet_twice_and_then_payload_is_read_from_afar() -> Non
         await both.hand_off(prompt())
         both.assert_arrived(prompt())
         assert set(both.counts.bytes_by_carrier) == {Carrier.NIXL}
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_frames", "what"), [("memory", 5, {bytes, memoryview}), ("memory+shm", 8, {memoryview})]
+)
+async def test_frames_are_as_few_as_can_be_and_nothing_is_copied_before_its_slot(
+    kind: str, num_frames: int, what: set[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 tokens in 4 layers are 160 cells, of which 32 fit: a layer and a part of it, or all layers of eight tokens."""
+    wanted, new_id, loaded = prompt(41), lease_id(), list[Chunk]()
+    async with rig(kind) as both:
+        session = await both.pool.get("memory")
+        load = session.loader.load
+        monkeypatch.setattr(session.loader, "load", lambda chunk: (loaded.append(chunk), load(chunk))[1])
+        async with both.open(new_id, wanted) as lease, session.claim(new_id) as claim:
+            await claim.send(0, 40, 0, 4, memoryview(wanted.kv.tobytes()))
+            await claim.seal(boundary_token_id=wanted.token_ids[-1], queue_s=0, prefill_s=0)
+            await lease.arrived()
+        both.assert_arrived(wanted)
+    assert len(loaded) == num_frames
+    assert {type(chunk.payload) for chunk in loaded} <= what

@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,15 @@ async def test_without_room_all_goes_inline() -> None:
         both.pool._staging = Staging(full)
         session = await both.pool.get("memory")
         assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.NO_ROOM)
+        await both.hand_off(prompt())
+
+
+async def test_with_little_room_slots_are_smaller() -> None:
+    async with rig(KIND) as both:
+        both.pool._staging = Staging(partial(ShmLoader.create, 8 << 20, 9 << 20, both.folder))
+        session = await both.pool.get("memory")
+        assert session.carrier is Carrier.SHM
+        assert session.loader.max_bytes == 2 << 20
         await both.hand_off(prompt())
 
 

@@ -133,7 +133,9 @@ class HandoffConfig(Frozen):
         "/dev/shm at most half of what is free.",
     )
     slot_bytes: Annotated[int, Field(ge=1 << 10, le=16 << 20)] = Field(
-        8 << 20, description="Largest payload of shm and nixl: fewer, larger ones cost fewer frames."
+        8 << 20,
+        description="Largest payload of shm and nixl: fewer, larger ones cost fewer frames. Slots are smaller where "
+        "there is no room for four.",
     )
     max_retired_bytes: Annotated[int, Field(ge=0)] = Field(
         512 << 20,

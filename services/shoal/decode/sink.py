@@ -1,7 +1,7 @@
 """Where arriving K/V land: the request's reserved blocks.
 
-What is projected, on its way to a device, or takes long for another reason, a thread does. The rest takes the event
-loop less time than to ask a thread and hear of it again.
+What is projected, on its way to a device, or takes long for another reason, a thread does. The rest the event loop
+copies by itself: to ask a thread and hear of it again takes both cores longer than a millisecond's copy.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from shoal.kv.pool import KvPool
 from shoal.messages import Chunk, WireMode
 
 _AT_ONCE_BYTES = 8 << 20
-"""What the kernel copies in a millisecond."""
+"""A millisecond of the kernel's, into memory that was used before; ``handoff.slot_bytes`` is as much by default."""
 Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """States ``[tokens, hidden]`` and positions ``[tokens]`` -> K/V of the skipped layers ``[S, tokens, 2, kv_heads,
 head_dim]``."""
 
 
 class PoolSink:
-    """Copies chunks into ``pool``, and of states what ``project`` makes of them. One thread at most: copies are short,
-    and two would only fight over memory bandwidth."""
+    """Copies chunks into ``pool``, and of states what ``project`` makes of them. One thread: copies are short, and two
+    would only fight over memory bandwidth."""
 
     def __init__(self, pool: KvPool, project: Project | None = None, copier: Copier | None = None) -> None:
         self._pool = pool
@@ -38,6 +38,7 @@ class PoolSink:
         self._held = pool.host_rows()
         self._private = np.empty(0, np.uint8)
         self._copy_thread = SingleThread("copy", _compute_alone)
+        self._turn = asyncio.Lock()
 
     @property
     def heartbeat(self) -> Heartbeat:
@@ -46,7 +47,10 @@ class PoolSink:
     async def write(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
         """Copy a chunk into the blocks that hold its tokens; the CRC32C of what was copied, if it stayed there."""
         if self._is_quick(chunk):
-            return self._copy_if_there(blocks, chunk, is_there)
+            async with self._turn:
+                crc32c = self._copy_if_there(blocks, chunk, is_there)
+                await asyncio.sleep(0)  # whatever else the event loop has to do comes between two copies
+                return crc32c
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._copy_thread, self._copy_if_there, blocks, chunk, is_there)
 
@@ -55,8 +59,9 @@ class PoolSink:
         self._copy_thread.shutdown()
 
     def _is_quick(self, chunk: Chunk) -> bool:
-        is_copied = self._held is not None and chunk.wire_mode is WireMode.KV
-        return is_copied and self._copier.is_native and chunk.num_bytes <= _AT_ONCE_BYTES
+        if self._held is None or chunk.wire_mode is not WireMode.KV:
+            return False
+        return self._copier.has_kernel_for(self._held[0].shape[1]) and chunk.num_bytes <= _AT_ONCE_BYTES
 
     def _copy_if_there(self, blocks: Sequence[int], chunk: Chunk, is_there: Callable[[], bool]) -> int | None:
         if not is_there():

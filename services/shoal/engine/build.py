@@ -159,14 +159,17 @@ def build_engine(
                 f"{num_deep_blocks * layout.block_tokens}: raise model.deep_blocks_ratio or decode.kv_pool_bytes"
             )
     has_graphs = stage is Stage.DECODE and device.type == "cuda"
-    pool = KvPool(
-        layout,
-        num_blocks,
-        dtype=served.kv_dtype,
-        device=device,
-        num_deep_blocks=num_deep_blocks,
-        has_spare_slot=has_graphs,
-    )
+    try:
+        pool = KvPool(
+            layout,
+            num_blocks,
+            dtype=served.kv_dtype,
+            device=device,
+            num_deep_blocks=num_deep_blocks,
+            has_spare_slot=has_graphs,
+        )
+    except MemoryError as error:
+        raise ConfigError(f"{error}: lower {stage}.num_blocks, or {stage}.kv_pool_bytes where that is set") from error
     scheduler = Scheduler(
         layout,
         num_blocks,

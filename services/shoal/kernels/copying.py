@@ -24,15 +24,14 @@ _LINE_BYTES = 64
 
 
 class Copier:
-    """Copies on the calling thread alone, and lets others run Python meanwhile."""
+    """Copies on the calling thread alone; while the kernel does, others run Python."""
 
     def __init__(self, kernels: NativeKernels | None = None) -> None:
         self._kernels = kernels
 
-    @property
-    def is_native(self) -> bool:
-        """By Shoal's own kernel, at the memory's speed."""
-        return self._kernels is not None
+    def has_kernel_for(self, row_bytes: int) -> bool:
+        """Rows of so many bytes are copied by Shoal's own kernel, as fast as memory is."""
+        return self._kernels is not None and row_bytes % _LINE_BYTES == 0
 
     def copy(self, source: bytes | memoryview, target: Bytes) -> int:
         """All of ``source`` into ``target``, of as many bytes."""
@@ -55,7 +54,7 @@ class Copier:
         num_rows = min(len(target) for target in targets)
         if at.size and not (at.min() >= 0 and at.max() < num_rows):
             raise IndexError(f"rows {at.min()} to {at.max()} of {num_rows}")
-        if self._kernels is not None and row_bytes % _LINE_BYTES == 0:
+        if self._kernels is not None and self.has_kernel_for(row_bytes):
             return self._kernels.copy_rows(given, len(at), row_bytes, targets, at)
         crc = 0
         for target, rows in zip(targets, given.reshape(len(targets), len(at), row_bytes), strict=True):

@@ -2,7 +2,7 @@
 
 One tensor per layer, ``[num_slots, 2, num_kv_heads, head_dim]``, and where the layout has states one more,
 ``[num_slots, state_dim]``; slot ``block * block_tokens + offset`` holds one token. The engine thread reads and writes
-blocks of running sequences; the copy thread writes reserved blocks, which no running sequence can see: the rows never
+blocks of running sequences; decode's sink writes reserved blocks, which no running sequence can see: the rows never
 overlap, so there is no lock.
 """
 
@@ -154,22 +154,25 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, not garbage: a padded read may touch a slot that nobody wrote, and 0 * NaN would spread.
 
     On the CPU they come from the operating system page by page as they are first used: torch would write them all
-    now, many seconds for a pool of gigabytes. They begin at a page, so that no row shares a cache line with others
-    (numpy's own would: it begins 16 bytes after one), and pages are huge ones where the system gives them to who asks.
+    now, many seconds for a pool of gigabytes. They begin at a page, and a line of K/V is one of the caches (numpy's own
+    memory begins 16 bytes later); large layers begin at a huge page, if the system gives those to who asks.
     """
     if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
-    memory = _pages(num_bytes + _HUGE_PAGE_BYTES)
-    start = -memory.ctypes.data % _HUGE_PAGE_BYTES
-    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
+    return torch.from_numpy(_pages(num_bytes)).view(dtype).view(shape)
 
 
 def _pages(num_bytes: int) -> npt.NDArray[np.uint8]:
+    is_large = num_bytes >= 2 * _HUGE_PAGE_BYTES
     try:
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, num_bytes + is_large * _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise MemoryError(f"there are no {num_bytes / 2**30:,.1f} GiB for the K/V of one layer") from error
+        raise MemoryError(f"no memory for {num_bytes:,} bytes, which is one layer of the KV pool") from error
+    held = np.frombuffer(memory, np.uint8)
+    if not is_large:
+        return held
     with suppress(OSError, AttributeError):  # another system, or one that has none
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+    start = -held.ctypes.data % _HUGE_PAGE_BYTES
+    return held[start : start + num_bytes]

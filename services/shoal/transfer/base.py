@@ -47,7 +47,7 @@ class Loader(Protocol):
 
     @property
     def gathers(self) -> bool:
-        """Payload becomes bytes of its own, from wherever it was: tiles that are no run cost it nothing more."""
+        """Payload is copied into bytes of its own in any case, so it may be put together from several runs."""
         ...
 
     def load(self, chunk: Chunk) -> Chunk:
@@ -115,8 +115,8 @@ class KvSink(Protocol):
         """Copy ``chunk`` into ``blocks``, the request's reserved ones, in order, and return the CRC32C of what was
         copied: ``None`` unless it ``is_there`` before and after.
 
-        Runs on the copy thread and waits for nothing else: no scheduler, no block, no other lease. Once it returns or
-        raises, nothing writes into ``blocks`` any more.
+        Waits for other copies alone: no scheduler, no block, no other lease. Once it returns or raises, nothing writes
+        into ``blocks`` any more.
         """
         ...
 

@@ -8,7 +8,7 @@
     …                                                               nobody writes into blocks any more
 
 Lives on the event loop. Copies are tasks of the desk, not of a session: they end by themselves, never by a
-disconnect, because the copy thread can't be interrupted in the middle of a block.
+disconnect, because a copy can't be interrupted in the middle of a block.
 """
 
 from __future__ import annotations

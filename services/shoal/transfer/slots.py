@@ -25,7 +25,7 @@ import numpy as np
 from shoal.errors import InternalError, ProtocolViolation
 from shoal.kernels.copying import Copier
 from shoal.messages import Chunk, StagedPayload
-from shoal.rpc.frames import MAX_SLOTS
+from shoal.rpc.frames import MAX_PAYLOAD_BYTES, MAX_SLOTS
 from shoal.transfer.staging import StagingSlot, StagingSlots
 
 GENERATION_BYTES = 8
@@ -33,6 +33,7 @@ HEAD_BYTES = 64
 """Before the payload: a cache line, most of it empty."""
 ALIGN_BYTES = 4096
 """Not the page of this host: the other one's may be another."""
+_ENOUGH_SLOTS = 4
 
 
 class Slots(Protocol):
@@ -48,7 +49,7 @@ class Slots(Protocol):
 class SlotLoader:
     """Prefill's end of the slots in ``memory``, whose nonce is written."""
 
-    gathers = False
+    gathers = False  # into a slot, and not before
 
     def __init__(self, memory: mmap.mmap, slots: Slots, copier: Copier) -> None:
         self._memory = memory
@@ -91,6 +92,14 @@ class SlotLoader:
     def ended(self, lease_id: bytes) -> None:
         for slot in self._lent.pop(lease_id, {}).values():
             self._slots.give_back(slot)
+
+
+def choose_slots(num_bytes: int, slot_bytes: int) -> tuple[int, int]:
+    """How many slots a segment of at most ``num_bytes`` has, and of what size: smaller ones than wanted where few would
+    fit, so that some are written while others are read, but none smaller than a frame's payload."""
+    while num_slots_in(num_bytes, slot_bytes) < _ENOUGH_SLOTS and slot_bytes // 2 >= MAX_PAYLOAD_BYTES:
+        slot_bytes //= 2
+    return num_slots_in(num_bytes, slot_bytes), slot_bytes
 
 
 def num_slots_in(num_bytes: int, slot_bytes: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import pytest
 import torch
@@ -19,18 +20,19 @@ from shoal.messages import Chunk, WireMode
 from shoal.transfer.base import crc32c
 
 BLOCK = 4
+HEAD_DIM = 8  # with K and V of one head in float32 a row is 64 bytes, which the kernel takes
 
 
 @pytest.fixture(params=["kernel", "numpy"])
 def sink(request: pytest.FixtureRequest) -> Iterator[PoolSink]:
     layout = stage_layout(
-        num_layers=3, num_kept=2, num_held=3, num_kv_heads=1, head_dim=4, dtype_bytes=4, block_tokens=BLOCK
+        num_layers=3, num_kept=2, num_held=3, num_kv_heads=1, head_dim=HEAD_DIM, dtype_bytes=4, block_tokens=BLOCK
     )
     pool = KvPool(layout, 3, dtype=torch.float32, device=torch.device("cpu"))
 
     def project(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         assert states.isfinite().all()
-        return torch.ones(1, len(positions), 2, 1, 4)
+        return torch.ones(1, len(positions), 2, 1, HEAD_DIM)
 
     made = PoolSink(pool, project, Copier(native_kernels() if request.param == "kernel" else None))
     yield made
@@ -39,7 +41,7 @@ def sink(request: pytest.FixtureRequest) -> Iterator[PoolSink]:
 
 def kv_chunk() -> tuple[Chunk, torch.Tensor]:
     """Of tokens [2, 7) in layers 1 and 2."""
-    kv = torch.randn(2, 5, 2, 1, 4, generator=torch.Generator().manual_seed(0))
+    kv = torch.randn(2, 5, 2, 1, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     payload = kv.numpy().tobytes()
     return Chunk(b"", 0, 2, 7, 1, 3, crc32c(payload), payload), kv
 
@@ -101,18 +103,55 @@ async def test_blocks_that_are_not_there_are_an_error(sink: PoolSink) -> None:
     assert not any(layer.any() for layer in sink._pool.layers)
 
 
-async def test_a_thread_is_asked_for_what_takes_long_alone(sink: PoolSink, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+@pytest.fixture
+def asked(sink: PoolSink, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What the sink's thread was asked for."""
+    calls: list[object] = []
     submit = sink._copy_thread.submit
-    monkeypatch.setattr(sink._copy_thread, "submit", lambda *call: (asked.append(call), submit(*call))[1])
-    kv, _ = kv_chunk()
+    monkeypatch.setattr(sink._copy_thread, "submit", lambda *call: (calls.append(call), submit(*call))[1])
+    return calls
+
+
+async def test_kv_are_copied_without_a_thread_where_the_kernel_does(sink: PoolSink, asked: list[object]) -> None:
+    chunk, _ = kv_chunk()
+    assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
+    assert bool(asked) == (sink._copier._kernels is None)
+
+
+async def test_large_kv_and_states_are_the_threads(
+    sink: PoolSink, asked: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, _ = kv_chunk()
+    monkeypatch.setattr(sinks, "_AT_ONCE_BYTES", chunk.num_bytes - 1)
+    assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
+    assert len(asked) == 1
     states = torch.randn(5, 4).numpy().tobytes()
-    for chunk, at_once_bytes, takes_long in (
-        (kv, kv.num_bytes, not sink._copier.is_native),
-        (kv, kv.num_bytes - 1, True),
-        (Chunk(b"", 0, 2, 7, 2, 3, crc32c(states), states, wire_mode=WireMode.HIDDEN), 1 << 20, True),
-    ):
-        monkeypatch.setattr(sinks, "_AT_ONCE_BYTES", at_once_bytes)
-        asked.clear()
-        assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
-        assert bool(asked) == takes_long
+    chunk = Chunk(b"", 0, 2, 7, 2, 3, crc32c(states), states, wire_mode=WireMode.HIDDEN)
+    assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("row_bytes", "has_kernel"), [(64, True), (32, False), (96, False), (768, True)])
+def test_the_kernel_takes_rows_of_whole_lines(row_bytes: int, has_kernel: bool) -> None:
+    assert Copier(native_kernels()).has_kernel_for(row_bytes) == has_kernel
+    assert not Copier().has_kernel_for(row_bytes)
+
+
+async def test_between_two_copies_the_event_loop_does_what_else_there_is(
+    sink: PoolSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    copy = sink._copy
+    monkeypatch.setattr(sink, "_copy", lambda *what: (happened.append("copy"), copy(*what))[1])
+    chunk, _ = kv_chunk()
+    copies = [asyncio.ensure_future(sink.write([2, 0], chunk, lambda: True)) for _ in range(3)]
+
+    async def others() -> None:
+        while not all(one.done() for one in copies):
+            happened.append("others")
+            await asyncio.sleep(0)
+
+    await asyncio.gather(others(), *copies)
+    if sink._copier.has_kernel_for(64):
+        assert happened.count("copy") == 3
+        assert not any(pair == ("copy", "copy") for pair in pairwise(happened))

@@ -15,7 +15,7 @@ from models import save_tiny, tiny_model
 from shoal.config import load_config
 from shoal.engine import build
 from shoal.engine.build import load_stage
-from shoal.errors import ModelError
+from shoal.errors import ConfigError, ModelError
 from shoal.messages import Stage
 from shoal.model.packed import PackedMatrix
 
@@ -69,3 +69,11 @@ async def test_what_it_multiplies_is_held_once_as_the_kernels_want_it(
 async def test_what_cannot_be_loaded_says_so():
     with pytest.raises(ModelError, match="no model"):
         await load_stage(load_config(model={"name": "nowhere"}), Stage.DECODE)
+
+
+@pytest.mark.parametrize("stage", Stage)
+async def test_a_pool_that_memory_does_not_hold_says_which_setting_to_lower(tmp_path: Path, stage: Stage):
+    save_tiny(tmp_path)
+    config = load_config(model={"name": str(tmp_path)}, **{stage: {"num_blocks": 1 << 40}})
+    with pytest.raises(ConfigError, match=f"no memory for .* bytes.*lower {stage}.num_blocks"):
+        await load_stage(config, stage)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import mmap
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from memory_maps import mapping_of
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 
@@ -114,32 +117,35 @@ def test_rows_that_do_not_fit_are_not_written(shape: tuple[int, ...]):
     assert pool.layers[0].abs().sum() == 0
 
 
-def test_layers_begin_at_a_page_and_large_ones_at_a_huge_one():
-    for layer in make_pool(num_blocks=3).layers:
-        assert layer.data_ptr() % 4096 == 0
-    for layer in make_pool(num_blocks=1 << 16).layers:
-        assert layer.data_ptr() % (2 << 20) == 0
+MANY_BLOCKS = 1 << 16  # 8 MiB a layer
+
+
+@pytest.mark.parametrize(("num_blocks", "page_bytes"), [(3, mmap.PAGESIZE), (MANY_BLOCKS, 2 << 20)])
+def test_a_layer_begins_at_a_page_and_a_large_one_at_a_huge_page(num_blocks: int, page_bytes: int):
+    for layer in make_pool(num_blocks).layers:
+        assert layer.data_ptr() % page_bytes == 0
+        assert not layer.any()
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
-def test_huge_pages_are_asked_for():
-    for layer in make_pool(num_blocks=1 << 16).layers:
-        assert "hg" in flags_of_memory(layer.data_ptr())
+@pytest.mark.parametrize(("num_blocks", "are_asked_for"), [(3, False), (MANY_BLOCKS, True)])
+def test_huge_pages_are_asked_for_where_one_would_be_filled(num_blocks: int, are_asked_for: bool):
+    for layer in make_pool(num_blocks).layers:
+        [flags] = re.findall("VmFlags:.*", mapping_of(layer.data_ptr()))
+        assert ("hg" in flags.split()) == are_asked_for
 
 
-def test_a_pool_that_no_memory_holds_says_how_much_it_wanted():
-    with pytest.raises(MemoryError, match=r"131,072\.0 GiB for the K/V of one layer"):
+@pytest.mark.parametrize("advice", [None, -1], ids=["another system", "a system without huge pages"])
+def test_without_huge_pages_a_pool_works_as_well(advice: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    if advice is not None:
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", advice, raising=False)
+    pool = make_pool(MANY_BLOCKS)
+    kv = torch.randn(1, 2, 2, 2)
+    pool.write(0, torch.tensor([4 * MANY_BLOCKS - 1]), kv)
+    assert torch.equal(pool.layers[0][-1:], kv)
+
+
+def test_a_pool_that_no_memory_holds_says_so():
+    with pytest.raises(MemoryError, match="no memory for 140,737,488,355,328 bytes"):
         make_pool(num_blocks=1 << 40)
-
-
-def flags_of_memory(address: int) -> list[str]:
-    """What the system says of the mapping that an address is in."""
-    is_it = False
-    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
-        head = line.partition(" ")[0]
-        if "-" in head and not head.endswith(":"):
-            start, _, end = head.partition("-")
-            is_it = int(start, 16) <= address < int(end, 16)
-        elif is_it and head == "VmFlags:":
-            return line.split()[1:]
-    raise AssertionError(f"{address:x} is in no mapping")

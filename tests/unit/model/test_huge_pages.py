@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from memory_maps import mapping_of
 from shoal.model import huge_pages
 from shoal.model.huge_pages import runs, use_huge_pages
 
@@ -41,11 +42,9 @@ def fresh_memory(num_bytes: int = 64 << 20) -> mmap.mmap:
 
 def huge_bytes_at(address: int) -> int:
     """Of the mapping that holds ``address``."""
-    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
-        start, end = (int(bound, 16) for bound in mapping.split()[0].split("-"))
-        if start <= address < end and (found := re.search(r"AnonHugePages: *(\d+) kB", mapping)):
-            return int(found[1]) * KIB
-    raise AssertionError("nothing is mapped there")
+    found = re.search(r"AnonHugePages: *(\d+) kB", mapping_of(address))
+    assert found is not None
+    return int(found[1]) * KIB
 
 
 def are_given() -> bool:

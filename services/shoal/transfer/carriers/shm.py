@@ -22,7 +22,7 @@ from pathlib import Path
 from shoal.kernels.copying import Copier
 from shoal.messages import Carrier, Chunk, StagedPayload, StagingSegment
 from shoal.rpc.frames import NONCE_BYTES
-from shoal.transfer.slots import GENERATION_BYTES, HEAD_BYTES, SlotLoader, num_slots_in, segment_bytes, slot_offset
+from shoal.transfer.slots import GENERATION_BYTES, HEAD_BYTES, SlotLoader, choose_slots, segment_bytes, slot_offset
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - names there are unguessable, and exclusive when made
 _NAME = re.compile(r"shoal-[0-9a-f]{32}")
@@ -42,9 +42,10 @@ class ShmLoader(SlotLoader):
 
     @classmethod
     def create(cls, slot_bytes: int, max_bytes: int, folder: Path = FOLDER, copier: Copier | None = None) -> ShmLoader:
-        """A segment of at most ``max_bytes``, and of half the room that is left. Raises OSError if none can be made."""
+        """A segment of at most ``max_bytes``, and of half the room that is left; its slots may be smaller than wanted.
+        Raises OSError if none can be made."""
         room = os.statvfs(folder)
-        num_slots = num_slots_in(min(max_bytes, room.f_bavail * room.f_frsize // 2), slot_bytes)
+        num_slots, slot_bytes = choose_slots(min(max_bytes, room.f_bavail * room.f_frsize // 2), slot_bytes)
         if num_slots < 1:
             raise OSError(errno.ENOSPC, "no room for a staging slot", str(folder))
         name = f"shoal-{secrets.token_hex(16)}"

@@ -13,7 +13,7 @@ from shoal.messages import Carrier, Chunk, RemoteSegment
 from shoal.rpc.frames import NONCE_BYTES
 from shoal.transfer.carriers.nixl.agent import Agent, Registered, new_memory
 from shoal.transfer.carriers.nixl.thread import NixlThread, poll_after
-from shoal.transfer.slots import SlotLoader, num_slots_in, segment_bytes
+from shoal.transfer.slots import SlotLoader, choose_slots, segment_bytes
 
 _MIN_POLL_S = 200e-6
 """Far less than a slot takes over TCP, and little work for the processor where decode needs no help."""
@@ -95,7 +95,7 @@ class NixlLoader(SlotLoader):
 
 
 def _make(thread: NixlThread, slot_bytes: int, max_bytes: int, copier: Copier) -> NixlLoader:
-    num_slots = num_slots_in(max_bytes, slot_bytes)
+    num_slots, slot_bytes = choose_slots(max_bytes, slot_bytes)
     if num_slots < 1:
         raise Unavailable(f"no staging slot of {slot_bytes} bytes fits {max_bytes} bytes")
     agent = Agent()

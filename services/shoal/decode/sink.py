@@ -48,9 +48,9 @@ class PoolSink:
         """Copy a chunk into the blocks that hold its tokens; the CRC32C of what was copied, if it stayed there."""
         if self._is_quick(chunk):
             async with self._turn:
-                crc32c = self._copy_if_there(blocks, chunk, is_there)
-                await asyncio.sleep(0)  # whatever else the event loop has to do comes between two copies
-                return crc32c
+                # What else the event loop has to do comes first, also to ask for the next frame.
+                await asyncio.sleep(0)
+                return self._copy_if_there(blocks, chunk, is_there)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._copy_thread, self._copy_if_there, blocks, chunk, is_there)
 

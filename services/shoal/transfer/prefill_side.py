@@ -255,8 +255,8 @@ class PromptClaim:
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
         frames = (self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes, wire_mode)
         for chunk in cut(*frames, gather=loader.gathers):
-            # Leases take turns: each has at most one chunk in the session's queue. And what was loaded leaves before the
-            # next one is, which takes the event loop.
+            # Leases take turns: each has at most one chunk in the session's queue. And what was loaded before leaves
+            # first, since the next one takes the event loop.
             await self._written()
             await self._answered(partial(self._may_go, chunk), "credit")
             self._credit_bytes -= chunk.num_bytes

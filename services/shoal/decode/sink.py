@@ -28,8 +28,10 @@ head_dim]``."""
 
 
 class PoolSink:
-    """Copies chunks into ``pool``, and of states what ``project`` makes of them. One thread: copies are short, and two
-    would only fight over memory bandwidth."""
+    """Copies chunks into ``pool``, and of states what ``project`` makes of them.
+
+    Of the event loop's copies and the thread's, one at a time each: more would only fight over memory bandwidth.
+    """
 
     def __init__(self, pool: KvPool, project: Project | None = None, copier: Copier | None = None) -> None:
         self._pool = pool

@@ -155,7 +155,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
     On the CPU they come from the operating system page by page as they are first used: torch would write them all
     now, many seconds for a pool of gigabytes. They begin at a page, and a line of K/V is one of the caches (numpy's own
-    memory begins 16 bytes later); large layers begin at a huge page, if the system gives those to who asks.
+    memory begins 16 bytes later); large layers begin where a huge page may, for systems that give those to who asks.
     """
     if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -175,11 +175,9 @@ async def test_two_hosts_greet_twice_and_then_payload_is_read_from_afar() -> Non
         assert set(both.counts.bytes_by_carrier) == {Carrier.NIXL}
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_frames", "what"), [("memory", 5, {bytes, memoryview}), ("memory+shm", 8, {memoryview})]
-)
+@pytest.mark.parametrize(("kind", "num_frames", "payload_type"), [("memory", 5, bytes), ("memory+shm", 8, memoryview)])
 async def test_frames_are_as_few_as_can_be_and_nothing_is_copied_before_its_slot(
-    kind: str, num_frames: int, what: set[type], monkeypatch: pytest.MonkeyPatch
+    kind: str, num_frames: int, payload_type: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 tokens in 4 layers are 160 cells, of which 32 fit: a layer and a part of it, or all layers of eight tokens."""
     wanted, new_id, loaded = prompt(41), lease_id(), list[Chunk]()
@@ -193,4 +191,4 @@ async def test_frames_are_as_few_as_can_be_and_nothing_is_copied_before_its_slot
             await lease.arrived()
         both.assert_arrived(wanted)
     assert len(loaded) == num_frames
-    assert {type(chunk.payload) for chunk in loaded} <= what
+    assert all(isinstance(chunk.payload, payload_type) for chunk in loaded)

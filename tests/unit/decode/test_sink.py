@@ -152,6 +152,6 @@ async def test_between_two_copies_the_event_loop_does_what_else_there_is(
             await asyncio.sleep(0)
 
     await asyncio.gather(others(), *copies)
-    if sink._copier.has_kernel_for(64):
-        assert happened.count("copy") == 3
+    assert happened.count("copy") == 3
+    if sink._copier.has_kernel_for(64):  # else the thread copies, one at once after another
         assert not any(pair == ("copy", "copy") for pair in pairwise(happened))

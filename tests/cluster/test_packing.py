@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 # Long enough to be handed over.
 SOME = {str(start): list(range(start, start + 300)) for start in range(1000, 7000, 1000)}
-NUM_TOKENS = 192
+NUM_TOKENS = 96
 NUM_TO_SEE = len(SOME) * 8
 
 

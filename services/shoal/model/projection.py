@@ -102,7 +102,7 @@ class KvProjection:
         rows = (rope.positions < self.num_sinks).nonzero().squeeze(1)
         if not rows.numel():
             return flat
-        return flat.index_copy(0, rows, F.linear(normed[rows], self.sink_weight, self.bias).to(flat.dtype))
+        return flat.index_copy(0, rows, linear(normed[rows], self.sink_weight, self.bias).to(flat.dtype))
 
     def __call__(self, hidden: torch.Tensor, rope: Rope, multiply: Multiply = linear) -> torch.Tensor:
         """``hidden`` ``[tokens, hidden]`` -> K/V ``[S, tokens, 2, kv_heads, head_dim]`` (a strided view)."""

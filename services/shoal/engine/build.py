@@ -41,7 +41,7 @@ from shoal.model.weights import open_weights
 _log = structlog.get_logger(__name__)
 
 _WARM_UP = "warm-up"
-_CPU_WARM_UP_TOKENS = 256
+_CPU_WARM_UP_TOKENS = 64
 POOL_SHARE_OF_FREE_MEMORY = 0.25
 # Linux gives 2.4 times as much to whoever is 4 less nice. Workers of a Ray that is joined are at 15 of 19 already.
 PREFILL_NICENESS = 4
@@ -250,8 +250,8 @@ def warm_up(engine: Engine, stage: Stage, device: torch.device) -> None:
     num_tokens = min(scheduler.max_step_tokens, scheduler.num_tokens_held - 2)
     if num_tokens < 2:
         return
-    if stage is Stage.DECODE and device.type == "cpu":
-        # Long prompts are prefill's; elsewhere than on a CPU a full step also shows that its activations fit.
+    if device.type == "cpu":
+        # Elsewhere a full step also shows that its activations fit; here it would be most of what a start takes.
         num_tokens = min(num_tokens, _CPU_WARM_UP_TOKENS)
     if stage is Stage.PREFILL:
         engine.submit_prefill(_WARM_UP, num_tokens)

@@ -43,8 +43,8 @@ def _is_trained(*tensors: torch.Tensor | None) -> bool:
 def onednn_linear() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None:
     """oneDNN's product of float32, where this torch has it.
 
-    torch's own is MKL's, which reads a matrix at half the speed where the processor isn't Intel's, and a vocabulary for
-    some rows at a quarter. The operation is what torch.compile takes; there is no public name for it.
+    torch's own is MKL's, which on AMD's processors (Zen 4) reads a large matrix at half the speed, for some rows at a
+    third. The operation is what torch.compile takes; there is no public name for it.
     """
     is_available: Callable[[], bool] = torch.backends.mkldnn.is_available
     if not is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

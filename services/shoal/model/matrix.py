@@ -41,13 +41,13 @@ def _is_trained(*tensors: torch.Tensor | None) -> bool:
 
 @cache
 def onednn_linear() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None:
-    """oneDNN's product of float32, where this torch has it.
+    """oneDNN's product of float32, where this torch has it and would ask MKL.
 
-    torch's own is MKL's, which on AMD's processors (Zen 4) reads a large matrix at half the speed, for some rows at a
-    third. The operation is what torch.compile takes; there is no public name for it.
+    On AMD's processors (Zen 4) MKL reads a large matrix at half the speed, for some rows at a third. Where torch has no
+    MKL, as on ARM, it chooses by itself. There is no public name for the operation; torch.compile takes it, too.
     """
-    is_available: Callable[[], bool] = torch.backends.mkldnn.is_available
-    if not is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    has_both = all(library.is_available() for library in (torch.backends.mkl, torch.backends.mkldnn))
+    if not has_both or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
-    product: Any = torch.ops.mkldnn._linear_pointwise
+    product: Any = torch.ops.mkldnn._linear_pointwise.default
     return lambda inputs, weight, bias: product(inputs, weight, bias, "none", [], "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from yamllint import linter
 from yamllint.config import YamlLintConfig
 
 from shoal.config import GatewayConfig
+from shoal.kernels import build
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
@@ -81,3 +84,25 @@ def test_it_exposes_the_gateways_ports() -> None:
 def test_its_command_is_one_that_the_package_installs() -> None:
     assert instructions("ENTRYPOINT") == ['["shoal"]']
     assert "shoal" in PROJECT["scripts"]
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="there are no kernels for this processor")
+def test_what_it_compiles_is_found_by_whoever_runs_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [commands] = re.findall(r"^RUN ((?:.*\\\n)*.*shoal\.kernels\.build.*)$", DOCKERFILE, re.MULTILINE)
+    place = DOCKERFILE[: DOCKERFILE.index(commands)].rpartition("\nWORKDIR ")[2].partition("\n")[0]
+    [found] = re.findall(rf"^ +{build.FOLDER_VARIABLE}=(\S+)$", DOCKERFILE, re.MULTILINE)
+    copied = [line.split()[1:] for line in instructions("COPY") if "--from=builder" in line]
+    assert [place, place] in copied
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shell = ["sh", "-c", f"umask 077\n{commands}"]
+    subprocess.run(shell, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True, timeout=300)
+
+    folder = tmp_path / Path(found).relative_to(place)
+    assert folder.stat().st_mode & 0o777 == 0o755, "another user is to read it"
+    monkeypatch.setenv(build.FOLDER_VARIABLE, str(folder))
+    monkeypatch.setenv("CXX", "/nowhere")
+    monkeypatch.setattr(build, "cpu_flags", lambda: build.CPU_FLAGS)
+    assert build.library().stat().st_mode & 0o777 == 0o755

@@ -93,12 +93,14 @@ def test_what_it_compiles_is_found_by_whoever_runs_without_a_compiler(
 ) -> None:
     [commands] = re.findall(r"^RUN ((?:.*\\\n)*.*shoal\.kernels\.build.*)$", DOCKERFILE, re.MULTILINE)
     place = DOCKERFILE[: DOCKERFILE.index(commands)].rpartition("\nWORKDIR ")[2].partition("\n")[0]
-    [found] = re.findall(rf"^ +{build.FOLDER_VARIABLE}=(\S+)$", DOCKERFILE, re.MULTILINE)
+    before, _, ships = DOCKERFILE.rpartition("\nFROM ")
+    assert re.search(r"apt-get install .*g\+\+", before.partition(commands)[0])
+    [found] = re.findall(rf"^ +{build.FOLDER_VARIABLE}=([^\s\\]+)", ships, re.MULTILINE)
     copied = [line.split()[1:] for line in instructions("COPY") if "--from=builder" in line]
     assert [place, place] in copied
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    shell = ["sh", "-c", f"umask 077\n{commands}"]
-    subprocess.run(shell, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True, timeout=300)
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT / "services")}
+    subprocess.run(["sh", "-c", f"umask 077\n{commands}"], cwd=tmp_path, env=environment, check=True, timeout=300)
 
     folder = tmp_path / Path(found).relative_to(place)
     assert folder.stat().st_mode & 0o777 == 0o755, "another user is to read it"

@@ -31,6 +31,7 @@ _OPTIONS = (
     "-pthread", "-fPIC", "-shared",
 )  # fmt: skip
 _TIMEOUT_S = 120
+_AHEAD_TIMEOUT_S = 1800  # the image of another processor is built under emulation
 # A folder with a library compiled before, for images without a compiler.
 FOLDER_VARIABLE = "SHOAL_KERNELS_FOLDER"
 
@@ -49,13 +50,13 @@ def library() -> Path:
     return path
 
 
-def compiled(folder: Path, *options: str) -> Path:
+def compiled(folder: Path, *options: str, within_s: float = _TIMEOUT_S) -> Path:
     """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError or OSError."""
     sources, options = _sources(), (*_OPTIONS, *options)
     digest = sha256("\0".join([*options, *(text for pair in sources for text in pair)]).encode()).hexdigest()
     path = folder / f"{digest[:32]}.so"
     if not path.exists():
-        _compile(sources, options, path)
+        _compile(sources, options, path, within_s)
     return path
 
 
@@ -70,7 +71,7 @@ def _sources() -> list[tuple[str, str]]:
     return sorted((entry.name, entry.read_text(encoding="utf-8")) for entry in folder.iterdir())
 
 
-def _compile(sources: Iterable[tuple[str, str]], options: Iterable[str], path: Path) -> None:
+def _compile(sources: Iterable[tuple[str, str]], options: Iterable[str], path: Path, within_s: float) -> None:
     tool = compiler()
     if tool is None:
         raise ConfigError("no C++ compiler is at hand: install g++")
@@ -83,14 +84,14 @@ def _compile(sources: Iterable[tuple[str, str]], options: Iterable[str], path: P
             units = sorted(str(unit) for unit in folder.glob("*.cpp"))
             made = folder / "library"
             subprocess.run(
-                [*tool, *options, "-o", str(made), *units], check=True, capture_output=True, timeout=_TIMEOUT_S
+                [*tool, *options, "-o", str(made), *units], check=True, capture_output=True, timeout=within_s
             )
             made.chmod(0o755)
             made.replace(path)  # whoever else compiles it makes the same
     except subprocess.CalledProcessError as error:
         raise ConfigError(f"{tool[0]} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{tool[0]} took longer than {_TIMEOUT_S} s") from error
+        raise ConfigError(f"{tool[0]} took longer than {within_s:g} s") from error
 
 
 def _is_ours(path: Path) -> bool:
@@ -100,4 +101,4 @@ def _is_ours(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    compiled(Path(sys.argv[1]))
+    compiled(Path(sys.argv[1]), within_s=_AHEAD_TIMEOUT_S)

@@ -1,16 +1,22 @@
-"""Attention over the paged pool, behind one function (``attend``), with torch's own fused kernels.
+"""Attention over the paged pool, behind one function (``attend``), with torch's own operators.
 
-Queries of grouped heads share their K/V head by a stride-0 view, so K/V are never expanded. Each call gathers only
-the blocks that its sequences hold, or takes a view where they lie in one run.
+Queries of grouped heads share their K/V head by a stride-0 view or as rows of one product, so K/V are never expanded.
+Each call gathers only the blocks that its sequences hold, or takes a view where they lie in one run.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from shoal.kv.pool import KvPool
+from shoal.machine import cpu_flags
 from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
+
+# Rows of a prompt that are attended to at a time: few enough that their scores stay in the caches.
+BLOCK_ROWS = 128
 
 
 def attend(
@@ -48,12 +54,65 @@ def _prompt(
     kv = pool.read(layer, segment.context).to(queries.dtype)
     num_context, _, kv_heads, _ = kv.shape
     shared = num_heads // kv_heads
+    if rows >= 2 * BLOCK_ROWS and _suits_blocks(queries) and not kv.requires_grad:
+        return by_blocks(queries, kv, segment, scale, softcap)
     grouped = queries.view(rows, kv_heads, shared, head_dim).permute(1, 2, 0, 3)
     keys, values = (
         kv[:, part].transpose(0, 1).unsqueeze(1).expand(kv_heads, shared, num_context, head_dim) for part in (0, 1)
     )
     mixed = _mix(grouped, keys, values, segment.mask, segment.mask is None, scale, softcap)
     return mixed.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim)
+
+
+@cache
+def are_blocks_quicker() -> bool:
+    """Whether bfloat16 takes half as long by blocks as by torch's fused kernel: where the processor multiplies it, and
+    has no matrix unit, by which the fused kernel multiplies. (float32 takes longer by blocks.)"""
+    flags = cpu_flags()
+    return "avx512_bf16" in flags and "amx_bf16" not in flags
+
+
+def _suits_blocks(queries: torch.Tensor) -> bool:
+    is_plain = queries.device.type == "cpu" and not queries.requires_grad
+    return is_plain and queries.dtype is torch.bfloat16 and are_blocks_quicker()
+
+
+def by_blocks(
+    queries: torch.Tensor, kv: torch.Tensor, segment: PromptSegment, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """What the rows of ``segment`` mix of ``kv`` ``[context, 2, kv_heads, head_dim]``, some of them at a time.
+
+    The query heads that share a K/V head are rows of one product, and nothing is multiplied that comes after the last
+    of its rows. Scores are rounded to the dtype of ``queries`` ``[rows, heads, head_dim]``, sums are float32.
+    """
+    rows, num_heads, head_dim = queries.shape
+    num_context, _, kv_heads, _ = kv.shape
+    shared = num_heads // kv_heads
+    num_before = num_context - rows
+    keys, values = kv[:, 0].permute(1, 2, 0), kv[:, 1].transpose(0, 1)
+    grouped = queries.view(rows, kv_heads, shared, head_dim)
+    mixed = torch.empty_like(grouped, memory_format=torch.contiguous_format)
+    comes_later = torch.ones(BLOCK_ROWS, BLOCK_ROWS, dtype=torch.bool, device=queries.device).triu(1)
+    unused = queries.new_empty(())
+    start = 0
+    while start < rows:
+        # Ends are multiples, wherever a prompt is cut: oneDNN compiles a product for each shape that is new.
+        num_seen = min(num_context, BLOCK_ROWS * ((num_before + start) // BLOCK_ROWS + 1))
+        end = num_seen - num_before
+        asked = grouped[start:end].permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        alpha = scale if softcap is None else scale / softcap
+        scores = torch.baddbmm(unused, asked, keys[:, :, :num_seen], beta=0, alpha=alpha)
+        if softcap is not None:
+            scores.tanh_().mul_(softcap)
+        of_rows = scores.view(kv_heads, shared, end - start, num_seen)
+        if segment.window is None or segment.mask is None:  # what comes before its own rows, each of them may see
+            of_rows[..., num_before + start :].masked_fill_(comes_later[: end - start, : end - start], float("-inf"))
+        else:
+            of_rows.masked_fill_(~segment.mask[start:end, :num_seen], float("-inf"))
+        found = torch.bmm(scores.softmax(dim=-1), values[:, :num_seen])
+        mixed[start:end] = found.view(kv_heads, shared, end - start, head_dim).permute(2, 0, 1, 3)
+        start = end
+    return mixed.view(rows, num_heads, head_dim)
 
 
 def _decode(

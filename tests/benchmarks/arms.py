@@ -91,6 +91,13 @@ def arms(
         shoal(
             "shoal-shallow", f"handed off, {num_skipped} layers skipped", num_skipped=num_skipped, is_handed_off=True
         ),
+        shoal(
+            "shoal-torch",
+            f"handed off, {num_skipped} layers skipped, torch's kernels",
+            num_skipped=num_skipped,
+            is_handed_off=True,
+            kernels="torch",
+        ),
         shoal("shoal-int8", "handed off, decode's weights in int8", num_skipped=0, is_handed_off=True, weights="int8"),
     )
 
@@ -187,7 +194,7 @@ def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
 
 def _shoal(
     name: str, what: str, *, model: Model, stream_interval: int, num_skipped: int, is_handed_off: bool,
-    weights: str = "bfloat16",
+    weights: str = "bfloat16", kernels: str = "auto",
 ) -> Arm:  # fmt: skip
     def command(mode: Mode, port: int) -> list[str]:
         return [
@@ -196,7 +203,11 @@ def _shoal(
             *(() if weights == "bfloat16" else ("--decode-weights", weights)),
         ]  # fmt: skip
 
-    environment = {"SHOAL_DECODE__STREAM_INTERVAL": str(stream_interval)}
+    environment = {
+        "SHOAL_DECODE__STREAM_INTERVAL": str(stream_interval),
+        "SHOAL_PREFILL__KERNELS": kernels,
+        "SHOAL_DECODE__KERNELS": kernels,
+    }
     if not is_handed_off:
         environment["SHOAL_HANDOFF__MIN_TOKENS"] = _NEVER_HAND_OFF
     return Arm(

@@ -46,7 +46,7 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 
 test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long)
 	$(MAKE) --jobs 2 lint types imports generated tools
-	$(BIN)/pytest -m 'not cluster' --numprocesses auto $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
+	$(BIN)/pytest -m 'not cluster' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
 	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit transfer chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP) ## Style and formatting (ruff)
@@ -80,7 +80,7 @@ tools: .tools/.complete ## Real helm, kubectl, promtool and prometheus for the t
 	@$(BIN)/python tests/tools.py
 
 unit: $(STAMP) tools ## The quick tests only, on all cores at once
-	$(BIN)/pytest -m 'not slow and not cluster' --numprocesses auto $(ARGS) || [ $$? = 5 ]
+	$(BIN)/pytest -m 'not slow and not cluster' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ]
 
 optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no check may be an assert
 	PYTHONOPTIMIZE=1 $(BIN)/pytest --numprocesses auto -p no:cacheprovider -W ignore::pytest.PytestConfigWarning $(addprefix tests/,\

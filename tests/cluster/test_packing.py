@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 
 from clusters import Look, cluster
+from models import save_tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
-# Long enough to be handed over.
-SOME = {str(start): list(range(start, start + 300)) for start in range(1000, 7000, 1000)}
-NUM_TOKENS = 96
+# Long enough to be handed over, and of answers that take a tiny model seconds.
+SOME = {str(start): [3 + (start + index * index) % 90 for index in range(300)] for start in range(6)}
+NUM_TOKENS = 400
 NUM_TO_SEE = len(SOME) * 8
 
 
-def test_the_replica_that_has_all_answers_dies_and_the_other_one_finishes_them():
-    with cluster(decode={"replicas": 2}, prefill={"replicas": 2}) as live:
+def test_the_replica_that_has_all_answers_dies_and_the_other_one_finishes_them(tmp_path: Path):
+    save_tiny(tmp_path, dtype=torch.float32, context=2048)
+    model = {"name": str(tmp_path), "served_name": "smollm2", "skip_layers": 2}
+    with cluster(model=model, decode={"replicas": 2}, prefill={"replicas": 2}) as live:
         right = live.complete(SOME, max_tokens=NUM_TOKENS, depth="shallow")
         before = live.look()
         assert len(at_work(before)) == 1 and live.num_transfers == len(SOME), (

@@ -44,6 +44,7 @@ demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep de
 serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
 	$(BIN)/shoal serve $(ARGS)
 
+# worksteal: neighbours run in one process where they can, so what a module's tests share is made once.
 test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long)
 	$(MAKE) --jobs 2 lint types imports generated tools
 	$(BIN)/pytest -m 'not cluster' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these

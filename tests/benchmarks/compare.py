@@ -173,7 +173,7 @@ def _options() -> argparse.Namespace:
     what = parser.add_argument_group("what is compared")
     what.add_argument("--arms", nargs="+", metavar="ARM", help="only these, by the names in the table")
     what.add_argument("--baseline", default="transformers", metavar="ARM", help="default: %(default)s")
-    what.add_argument("--skip-layers", type=int, default=10, help="of the shallow arm; default: %(default)s")
+    what.add_argument("--skip-layers", type=int, default=10, help="of the shallow arms; default: %(default)s")
     what.add_argument(
         "--stream-interval", type=int, default=1, help="steps whose tokens leave in one message, of vLLM and Shoal"
     )

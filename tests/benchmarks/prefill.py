@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     config = load_config(
         model={"skip_layers": options.skip_layers, "dtype": options.dtype, "projector": "paper"},
-        decode={"max_step_tokens": options.chunk},
+        decode={"max_step_tokens": options.chunk, "target_step_s": 600},  # nothing else cuts a prompt
     )
     served = Served.of(config)
     parameters = load_parameters(served, Stage.DECODE, torch.device("cpu"))

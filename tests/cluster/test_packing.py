@@ -24,6 +24,7 @@ def test_the_replica_that_has_all_answers_dies_and_the_other_one_finishes_them(t
     model = {"name": str(tmp_path), "served_name": "smollm2", "skip_layers": 2}
     with cluster(model=model, decode={"replicas": 2}, prefill={"replicas": 2}) as live:
         right = live.complete(SOME, max_tokens=NUM_TOKENS, depth="shallow")
+        assert len(set(map(tuple, right.values()))) == len(SOME)
         before = live.look()
         assert len(at_work(before)) == 1 and live.num_transfers == len(SOME), (
             "the other decode replica has computed something, too"

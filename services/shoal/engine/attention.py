@@ -15,7 +15,7 @@ from shoal.kv.pool import KvPool
 from shoal.machine import cpu_flags
 from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
 
-# Rows of a prompt that are attended to at a time: few enough that their scores stay in the caches.
+# Rows of a prompt that are attended to at a time: a small model's scores of them are some megabytes.
 BLOCK_ROWS = 128
 
 
@@ -66,8 +66,8 @@ def _prompt(
 
 @cache
 def are_blocks_quicker() -> bool:
-    """Whether bfloat16 takes half as long by blocks as by torch's fused kernel: where the processor multiplies it, and
-    has no matrix unit, by which the fused kernel multiplies. (float32 takes longer by blocks.)"""
+    """Whether bfloat16 takes half as long by blocks as by torch's fused kernel: where the processor multiplies it. With
+    a matrix unit, which the fused kernel knows to use, they weren't compared. (float32 takes longer by blocks.)"""
     flags = cpu_flags()
     return "avx512_bf16" in flags and "amx_bf16" not in flags
 
@@ -83,24 +83,28 @@ def by_blocks(
     """What the rows of ``segment`` mix of ``kv`` ``[context, 2, kv_heads, head_dim]``, some of them at a time.
 
     The query heads that share a K/V head are rows of one product, and nothing is multiplied that comes after the last
-    of its rows. Scores are rounded to the dtype of ``queries`` ``[rows, heads, head_dim]``, sums are float32.
+    of its rows. Scores are rounded to the dtype of ``queries`` ``[rows, heads, head_dim]``, sums are float32. What all
+    keys of a head have in common adds the same to each of a row's scores, and so nothing to what it mixes: without it,
+    as biases of keys may bring, scores are small enough to be held.
     """
     rows, num_heads, head_dim = queries.shape
     num_context, _, kv_heads, _ = kv.shape
     shared = num_heads // kv_heads
     num_before = num_context - rows
-    keys, values = kv[:, 0].permute(1, 2, 0), kv[:, 1].transpose(0, 1)
+    keys = kv[:, 0] if softcap is not None else kv[:, 0] - kv[:, 0].mean(dim=0)
+    keys, values = keys.permute(1, 2, 0), kv[:, 1].transpose(0, 1)
+    alpha = scale if softcap is None else scale / softcap
     grouped = queries.view(rows, kv_heads, shared, head_dim)
     mixed = torch.empty_like(grouped, memory_format=torch.contiguous_format)
     comes_later = torch.ones(BLOCK_ROWS, BLOCK_ROWS, dtype=torch.bool, device=queries.device).triu(1)
     unused = queries.new_empty(())
     start = 0
     while start < rows:
-        # Ends are multiples, wherever a prompt is cut: oneDNN compiles a product for each shape that is new.
+        # What is seen ends at multiples, wherever a prompt is cut: oneDNN compiles a product for each new shape.
         num_seen = min(num_context, BLOCK_ROWS * ((num_before + start) // BLOCK_ROWS + 1))
         end = num_seen - num_before
         asked = grouped[start:end].permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        alpha = scale if softcap is None else scale / softcap
+        # Scaled before they are rounded, which bmm couldn't. Of ``unused`` nothing is read.
         scores = torch.baddbmm(unused, asked, keys[:, :, :num_seen], beta=0, alpha=alpha)
         if softcap is not None:
             scores.tanh_().mul_(softcap)

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from engines import divergence, kernel_model, logits_after, make_engine
+from models import tiny_model
 from shoal.engine import attention
 from shoal.engine.attention import BLOCK_ROWS, by_blocks
 from shoal.messages import Depth
 from shoal.model.batch import AttentionPlan, PromptSegment
 
 HEAD_DIM = 64
-# Two blocks, and a piece of a third.
+# Two blocks, and a piece of a third; with a window, no piece of a prompt is longer than that.
 NUM_ROWS = 2 * BLOCK_ROWS + 9
 
 
@@ -41,7 +42,7 @@ def exact(
     return mixed
 
 
-@pytest.mark.parametrize("num_before", [0, 1, BLOCK_ROWS, 300])
+@pytest.mark.parametrize("num_before", [0, 1, BLOCK_ROWS, NUM_ROWS - 1])
 @pytest.mark.parametrize("window", [None, NUM_ROWS])
 @pytest.mark.parametrize(("num_heads", "kv_heads"), [(6, 2), (2, 2), (3, 1)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -53,9 +54,7 @@ def test_each_row_mixes_what_it_may_see(
     kv = torch.randn(num_before + NUM_ROWS, 2, kv_heads, HEAD_DIM, generator=chance)
     mask = mask_of(num_before, NUM_ROWS, window)
     wanted = exact(queries.bfloat16(), kv.bfloat16(), mask, 0.1, softcap)
-    segment = PromptSegment(
-        0, NUM_ROWS, slice(0, len(kv)), len(kv), window, mask if num_before or window is not None else None
-    )
+    segment = PromptSegment(0, NUM_ROWS, slice(0, len(kv)), len(kv), window, mask if num_before else None)
     found = by_blocks(queries.bfloat16(), kv.bfloat16(), segment, 0.1, softcap)
     assert found.dtype is torch.bfloat16 and found.shape == queries.shape
     # A score is rounded to 8 bits of what it is, here 4 at most, and so are weights and sums.
@@ -64,14 +63,28 @@ def test_each_row_mixes_what_it_may_see(
     assert (in_float32.double() - wanted).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text"])
+def test_what_all_keys_share_costs_no_bit_of_their_scores() -> None:
+    """As a bias of keys does (Qwen2): scores of hundreds differ by what bfloat16 wouldn't hold of them."""
+    chance = torch.Generator().manual_seed(0)
+    queries = torch.randn(NUM_ROWS, 2, HEAD_DIM, generator=chance).bfloat16()
+    kv = torch.randn(NUM_ROWS, 2, 1, HEAD_DIM, generator=chance)
+    kv[:, 0] += 200 * torch.randn(HEAD_DIM, generator=chance)
+    kv = kv.bfloat16()
+    segment = PromptSegment(0, NUM_ROWS, slice(0, NUM_ROWS), NUM_ROWS, None, None)
+    wanted = exact(queries, kv, mask_of(0, NUM_ROWS, None), 0.1, None)
+    assert (by_blocks(queries, kv, segment, 0.1, None).double() - wanted).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), ("qwen2", {}), ("gemma2", {}), ("gemma3_text", {"sliding_window": 300})]
+)
 @pytest.mark.parametrize("depth", list(Depth))
 @pytest.mark.parametrize("max_step_tokens", [1024, 2 * BLOCK_ROWS + 5])
 def test_as_near_to_float32_as_the_fused_kernel(
-    family: str, depth: Depth, max_step_tokens: int, monkeypatch: pytest.MonkeyPatch
+    family: str, options: dict[str, int], depth: Depth, max_step_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounded = kernel_model(family, torch.bfloat16)
-    prompt = [3 + index * 7 % 90 for index in range(2 * max_step_tokens if max_step_tokens < 1024 else 400)]
+    rounded = tiny_model(family, torch.bfloat16, head_dim=HEAD_DIM, vocab=96, intermediate=128, context=1024, **options)
+    prompt = [3 + index * 7 % 90 for index in range(700)]
     engines = {"num_skipped": 2, "num_blocks": 1024, "max_step_tokens": max_step_tokens}
     asked: list[int] = []
 

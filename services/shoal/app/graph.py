@@ -30,8 +30,8 @@ HEALTH_TIMEOUT_S = 5.0
 # What a replica may need, beyond what its open requests may, to close its servers and its engine.
 CLOSE_S = 2.0
 # oneDNN, and torch's layer above it, compile products for each number of rows that comes, and keep a thousand each:
-# with prompts of all lengths that is 0.6 GiB and more, filled within an hour. These are of some twenty lengths, or,
-# where torch attends to prompts by blocks (engine/attention.py), of some four.
+# with prompts of all lengths that is 0.6 GiB and more, filled within an hour. These are of some twenty lengths.
+# Of torch's attention by blocks (engine/attention.py) prompts share all but what is at their ends.
 KEPT_PRODUCTS = dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "128")
 
 

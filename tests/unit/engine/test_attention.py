@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engines import divergence, kernel_model, logits_after, make_engine
+from exact_attention import exact_attention
 from models import tiny_model
 from shoal.engine import attention
 from shoal.engine.attention import BLOCK_ROWS, by_blocks
@@ -25,23 +26,6 @@ def mask_of(num_before: int, num_rows: int, window: int | None) -> torch.Tensor:
     return mask if window is None else mask.triu(num_before - window + 1)
 
 
-def exact(
-    queries: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float | None
-) -> torch.Tensor:
-    """Row by row, head by head, in float64."""
-    rows, num_heads, _ = queries.shape
-    shared = num_heads // kv.shape[2]
-    mixed = torch.empty(queries.shape, dtype=torch.float64)
-    for head in range(num_heads):
-        keys, values = (kv[:, part, head // shared].double() for part in (0, 1))
-        for row in range(rows):
-            scores = keys @ queries[row, head].double() * scale
-            if softcap is not None:
-                scores = (scores / softcap).tanh() * softcap
-            mixed[row, head] = scores[mask[row]].softmax(-1) @ values[mask[row]]
-    return mixed
-
-
 @pytest.mark.parametrize("num_before", [0, 1, BLOCK_ROWS, NUM_ROWS - 1])
 @pytest.mark.parametrize("window", [None, NUM_ROWS])
 @pytest.mark.parametrize(("num_heads", "kv_heads"), [(6, 2), (2, 2), (3, 1)])
@@ -53,7 +37,7 @@ def test_each_row_mixes_what_it_may_see(
     queries = torch.randn(NUM_ROWS, num_heads, HEAD_DIM, generator=chance)
     kv = torch.randn(num_before + NUM_ROWS, 2, kv_heads, HEAD_DIM, generator=chance)
     mask = mask_of(num_before, NUM_ROWS, window)
-    wanted = exact(queries.bfloat16(), kv.bfloat16(), mask, 0.1, softcap)
+    wanted = exact_attention(queries.bfloat16(), kv.bfloat16(), mask, 0.1, softcap)
     segment = PromptSegment(0, NUM_ROWS, slice(0, len(kv)), len(kv), window, mask if num_before else None)
     found = by_blocks(queries.bfloat16(), kv.bfloat16(), segment, 0.1, softcap)
     assert found.dtype is torch.bfloat16 and found.shape == queries.shape
@@ -71,7 +55,7 @@ def test_what_all_keys_share_costs_no_bit_of_their_scores() -> None:
     kv[:, 0] += 200 * torch.randn(HEAD_DIM, generator=chance)
     kv = kv.bfloat16()
     segment = PromptSegment(0, NUM_ROWS, slice(0, NUM_ROWS), NUM_ROWS, None, None)
-    wanted = exact(queries, kv, mask_of(0, NUM_ROWS, None), 0.1, None)
+    wanted = exact_attention(queries, kv, mask_of(0, NUM_ROWS, None), 0.1)
     assert (by_blocks(queries, kv, segment, 0.1, None).double() - wanted).abs().max() < 0.03
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exact_attention import exact_attention
 from shoal.errors import InternalError
 from shoal.kernels.layers import pointer
 from shoal.kernels.native import NativeKernels
@@ -23,14 +24,6 @@ CLOSE = {"rtol": 1 / 64, "atol": 1 / 64}
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
-
-
-def attention(queries: torch.Tensor, kv: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
-    """``seen`` ``[rows, context]``; everything in float64."""
-    shared = queries.shape[1] // kv.shape[2]
-    keys, values = (kv[:, part].double().repeat_interleave(shared, dim=1) for part in (0, 1))
-    scores = torch.einsum("rhd,chd->hrc", queries.double(), keys) * scale
-    return torch.einsum("hrc,chd->rhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
 
 
 @pytest.mark.parametrize("in_one_run", [True, False])
@@ -66,7 +59,7 @@ def test_prompt_attention(
     seen = (key <= position) & (key > position - (window or context))
     out = torch.full((rows, heads, head_dim), math.nan, dtype=torch.bfloat16)
     kernels.attend_prompt(queries, pool, slots, context, window, 0.3, out)
-    torch.testing.assert_close(out.double(), attention(queries, pool[slots], seen, 0.3), **CLOSE)
+    torch.testing.assert_close(out.double(), exact_attention(queries, pool[slots], seen, 0.3), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +88,7 @@ def test_decode_attention(
     kernels.attend_decode(queries, rows, pool, slots.reshape(-1), longest, torch.tensor(lengths), 0.3, out)
     for row, length, own in zip(rows.tolist(), lengths, slots, strict=True):
         seen = torch.ones(1, length, dtype=torch.bool)
-        expected = attention(queries[row : row + 1], pool[own[:length]], seen, 0.3)
+        expected = exact_attention(queries[row : row + 1], pool[own[:length]], seen, 0.3)
         torch.testing.assert_close(out[row : row + 1].double(), expected, **CLOSE)
     assert out[[0, batch + 1]].isnan().all()  # not asked for, not touched
 
@@ -127,7 +120,7 @@ def test_scores_of_any_size_make_no_nan(kernels: NativeKernels) -> None:
     queries, pool = 1e4 * random(70, 1, 64), 1e4 * random(70, 2, 1, 64)
     out = torch.empty(70, 1, 64, dtype=torch.bfloat16)
     kernels.attend_prompt(queries, pool, slice(0, 70), 70, None, 1.0, out)
-    expected = attention(queries, pool, torch.ones(70, 70, dtype=torch.bool).tril(), 1.0)
+    expected = exact_attention(queries, pool, torch.ones(70, 70, dtype=torch.bool).tril(), 1.0)
     torch.testing.assert_close(out.double(), expected, rtol=1 / 64, atol=1e4 / 64)
 
 

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from models import tiny_model
+from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
 from shoal.engine.native import hold_for, make_chooser, make_decode_path, make_decoder
 from shoal.engine.runner import DecodePath, PrefillChunk, Runner
@@ -28,6 +29,7 @@ from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
+from shoal.model.decoder import Attend
 from shoal.model.families import describe
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import Anchors, LayerPlan
@@ -123,6 +125,7 @@ def make_engine(
     reuse: Reuse = Reuse.NONE,
     device: torch.device = CPU,
     new_graph: Callable[[], Graph] | None = None,
+    attention: Attend = attend,
 ) -> Engine:
     spec = describe(model.config)
     plan = LayerPlan(spec.num_layers, num_skipped, num_boundary, anchors)
@@ -148,10 +151,10 @@ def make_engine(
     parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan, device=device)
     if hold := hold_for(kernels, stage):
         parameters = parameters.held(hold)
-    decoder = make_decoder(spec, plan, stage, parameters, kernels)
+    decoder = make_decoder(spec, plan, stage, parameters, kernels, attention)
     path: DecodePath | None = None
     if new_graph is not None:
-        path = StepGraphs(decoder, pool, new_graph, max_sequences)
+        path = StepGraphs(decoder, pool, new_graph, max_sequences, reads_padding=attention is attend)
     elif stage is Stage.DECODE:
         path = make_decode_path(decoder, pool, kernels)
     runner = Runner(decoder, pool, path)

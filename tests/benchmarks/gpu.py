@@ -4,9 +4,12 @@
     python tests/benchmarks/gpu.py --shape tiny --device cpu        # seconds, to see that all of it runs
 
 Prefill is the time from prompts' ids to the first token of all of them, the boundary token in the same forward, logits
-of last tokens only. Decode is the time of a step in which each sequence gets a token; beside it stands what share of
-the memory's read rate, measured in the same run, it is to read all weights and the K/V of all sequences once. What is
-compared takes turns. On a CPU "graphs" are none: the same step, filled up as for one, is run again.
+of last tokens only; its products' and its attention's FLOPs over its time stand beside the rate of one large product in
+the same run. Decode is the time of a step in which each sequence gets a token, by torch's attention one operation after
+the other, the same as a graph, and as a graph with Shoal's Triton kernel; beside it stands what share of the memory's
+read rate, measured in the same run, it is to read all weights and the K/V of all sequences once, and how far the next
+token's distribution is from torch's (KL, nats). What is compared takes turns. On a CPU "graphs" are none: the same
+step, filled up as for one, is run again; and Triton takes part only by its interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -31,11 +34,17 @@ from transformers import LlamaConfig
 from work import prefill_flops, weight_bytes
 
 from shoal.config import load_config
+from shoal.engine.attention import attend
 from shoal.engine.build import Served, build_engine
+from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
-from shoal.engine.step_graph import StepGraphs, StepSize
+from shoal.engine.gpu_attention import find_gpu_attention
+from shoal.engine.native import make_decoder
+from shoal.engine.step_graph import StepGraphs
+from shoal.errors import ConfigError
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.decoder import Attend
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import locate
 from shoal.model.parameters import ParameterLoader
@@ -43,6 +52,7 @@ from shoal.model.plan import LayerPlan
 
 GOAL = 1.40
 """Full over shallow, at the middle of the prompts' lengths."""
+EAGER, GRAPHS, TRITON = "one by one", "graphs", "graphs, Triton"
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Shape:
     context: int
     streams: tuple[int, ...]
     read_bytes: int
+    product_size: int
 
 
 SHAPES = {
@@ -66,7 +77,7 @@ SHAPES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
         },
         skip_layers=10, prompt_tokens=(512, 2048, 8192), batches=(1, 8), context=2048, streams=(1, 8, 32),
-        read_bytes=4 << 30,
+        read_bytes=4 << 30, product_size=8192,
     ),
     "tiny": Shape(
         {
@@ -74,7 +85,7 @@ SHAPES = {
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
         },
         skip_layers=2, prompt_tokens=(16, 32, 64), batches=(1, 3), context=40, streams=(1, 3),
-        read_bytes=16 << 20,
+        read_bytes=16 << 20, product_size=256,
     ),
 }  # fmt: skip
 
@@ -115,7 +126,7 @@ class Again:
 
 def main() -> None:
     options = _options()
-    shape, device = SHAPES[options.shape], torch.device(options.device)
+    shape, device, dtype = SHAPES[options.shape], torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     with torch.inference_mode():
         engine = make_engine(shape, options, device)
@@ -128,7 +139,8 @@ def main() -> None:
             "skip_layers": shape.skip_layers,
             "layers": engine.runner.decoder.spec.num_layers,
             "read_bytes_per_s": (bandwidth := memory_bytes_per_s(shape.read_bytes, device)),
-            "prefill": (prefill := prefill_rows(engine, shape, options.rounds)),
+            "product_flops_per_s": (peak := product_flops_per_s(shape.product_size, dtype, device)),
+            "prefill": (prefill := prefill_rows(engine, shape, options.rounds, peak)),
             "decode": decode_rows(engine, shape, options, bandwidth),
             "goal": goal_of(prefill, shape),
         }
@@ -138,7 +150,7 @@ def main() -> None:
 
 
 def make_engine(shape: Shape, options: Any, device: torch.device) -> Engine:
-    """Decode's, whose pool holds random numbers; on a GPU it has graphs."""
+    """Decode's, whose pool holds random numbers."""
     most = max(max(shape.batches) * max(shape.prompt_tokens), max(shape.streams) * (shape.context + 1024))
     limits = {
         "num_blocks": most // 16 + 2 * max(shape.streams) + 16, "max_sequences": max(shape.streams),
@@ -157,13 +169,36 @@ def make_engine(shape: Shape, options: Any, device: torch.device) -> Engine:
         parameters = ParameterLoader(reader, spec, dtype=dtype, device=device).load(plan, Stage.DECODE)
         engine = build_engine(config, Stage.DECODE, served, parameters, device=device)
     runner = engine.runner
-    if not isinstance(runner.decode_path, StepGraphs):
+    if not runner.pool.has_spare_slot:
         pool = runner.pool
         runner.pool = KvPool(pool.layout, pool.num_blocks, dtype=dtype, device=device, has_spare_slot=True)
-        runner.decode_path = StepGraphs(runner.decoder, runner.pool, Again, max(shape.streams))
     for layer in runner.pool.layers:
         layer.normal_()
     return engine
+
+
+def make_ways(engine: Engine, shape: Shape) -> dict[str, StepGraphs | None]:
+    """Of a step that only decodes; without Triton's, and a line that says so, where that can't be had."""
+    runner, device = engine.runner, engine.runner.pool.layers[0].device
+    spec, plan, parameters = runner.decoder.spec, runner.decoder.plan, runner.decoder.parameters
+    attentions: dict[str, Attend] = {GRAPHS: attend}
+    try:
+        attentions[TRITON] = find_gpu_attention(spec, runner.decoder.dtype, runner.pool.dtype, device)
+    except ConfigError as error:
+        Console(stderr=True).print(f"[yellow]without Triton: {error.message}")
+    ways: dict[str, StepGraphs | None] = {EAGER: None}
+    for name, attention in attentions.items():
+        decoder = make_decoder(spec, plan, Stage.DECODE, parameters, None, attention)
+        new_graph = CudaGraphs(device) if device.type == "cuda" else Again
+        ways[name] = StepGraphs(decoder, runner.pool, new_graph, max(shape.streams), reads_padding=attention is attend)
+    runner.decoder = make_decoder(spec, plan, Stage.DECODE, parameters, None)
+    return ways
+
+
+def product_flops_per_s(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Of the best of ten square products."""
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return float(2 * size**3 / min(_seconds(device, lambda: left @ right) for _ in range(10)))
 
 
 def memory_bytes_per_s(num_bytes: int, device: torch.device) -> float:
@@ -177,8 +212,9 @@ def memory_bytes_per_s(num_bytes: int, device: torch.device) -> float:
     return max(factor * num_bytes / min(found) for factor, found in times.items())
 
 
-def prefill_rows(engine: Engine, shape: Shape, rounds: int) -> list[dict[str, Any]]:
-    rows = []
+def prefill_rows(engine: Engine, shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]]:
+    rows, spec = [], engine.runner.decoder.spec
+    full = LayerPlan(spec.num_layers, 0)
     for batch in shape.batches:
         for num_tokens in shape.prompt_tokens:
             prompts = [
@@ -195,6 +231,7 @@ def prefill_rows(engine: Engine, shape: Shape, rounds: int) -> list[dict[str, An
                 {
                     "batch": batch, "tokens": num_tokens, "median_s": median, "seconds": seconds,
                     "full_over_shallow": median["full"] / median["shallow"], "ideal": _ideal(engine, num_tokens),
+                    "share_of_products": batch * prefill_flops(spec, full, num_tokens) / median["full"] / peak,
                 }
             )  # fmt: skip
     return rows
@@ -224,38 +261,64 @@ def _ideal(engine: Engine, num_tokens: int) -> float:
 
 
 def decode_rows(engine: Engine, shape: Shape, options: Any, bandwidth: float) -> list[dict[str, Any]]:
-    rows, spec, pool = [], engine.runner.decoder.spec, engine.runner.pool
+    rows, spec, pool, ways = [], engine.runner.decoder.spec, engine.runner.pool, make_ways(engine, shape)
     for streams in shape.streams:
         num_bytes = weight_bytes(spec, pool.dtype.itemsize) + streams * shape.context * pool.layout.token_bytes
-        seconds, size = step_seconds(engine, streams, shape.context, options)
-        median = {name: statistics.median(found) for name, found in seconds.items()}
+        measured = measure_steps(engine, ways, streams, shape.context, options)
+        median = {name: statistics.median(found) for name, found in measured.seconds.items()}
+        graphs = ways[GRAPHS]
+        assert graphs is not None
         rows.append(
             {
-                "streams": streams, "context": shape.context, "filled_up_to": asdict(size), "bytes": num_bytes,
-                "median_s": median, "seconds": seconds,
-                "without_over_with": median["without graphs"] / median["with graphs"],
+                "streams": streams, "context": shape.context, "filled_up_to": asdict(graphs.sizes[-1]),
+                "bytes": num_bytes, "median_s": median, "seconds": measured.seconds,
+                "kl_from_one_by_one": {name: statistics.fmean(found) for name, found in measured.divergences.items()},
                 "share_of_bandwidth": {name: num_bytes / took_s / bandwidth for name, took_s in median.items()},
             }
         )  # fmt: skip
     return rows
 
 
-def step_seconds(engine: Engine, streams: int, context: int, options: Any) -> tuple[dict[str, list[float]], StepSize]:
-    """Both ways in turns, on the same sequences; and the size of the graph used last."""
+@dataclass(frozen=True)
+class Steps:
+    """What steps took by each way, and how far (KL, nats) their distributions were from those of the first."""
+
+    seconds: dict[str, list[float]]
+    divergences: dict[str, list[float]]
+
+
+def measure_steps(
+    engine: Engine, ways: dict[str, StepGraphs | None], streams: int, context: int, options: Any
+) -> Steps:
+    """All ways in turns, on the same sequences."""
     runner, device = engine.runner, engine.runner.pool.layers[0].device
-    graphs = runner.decode_path
-    assert isinstance(graphs, StepGraphs)
-    seconds: dict[str, list[float]] = {"without graphs": [], "with graphs": []}
+    steps = Steps({name: [] for name in ways}, {name: [] for name in ways if name != EAGER})
     with _running(engine, streams, context):
         for _ in track(range(options.rounds), description=f"decode, {streams} sequences"):
-            for name, found in seconds.items():
-                runner.decode_path = graphs if name == "with graphs" else None
+            for name, found in steps.seconds.items():
+                runner.decode_path = ways[name]
                 _step(engine, streams)  # captures, where it's the first
                 found += [_seconds(device, lambda: _step(engine, streams)) for _ in range(options.steps)]
-    runner.decode_path = graphs
-    if not graphs.sizes or graphs.sizes[-1].rows < streams:
-        raise SystemExit("no graph was captured: the log says why")
-    return seconds, graphs.sizes[-1]
+            for name, divergence in _divergences(engine, ways).items():
+                steps.divergences[name].append(divergence)
+    runner.decode_path = None
+    for way in ways.values():
+        if way is not None and (not way.sizes or way.sizes[-1].rows < streams):
+            raise SystemExit("no graph was captured: the log says why")
+    return steps
+
+
+def _divergences(engine: Engine, ways: dict[str, StepGraphs | None]) -> dict[str, float]:
+    """Of the same step by each way: they write the same K/V, so it can be run again and again."""
+    runner = engine.runner
+    rows = engine.scheduler.schedule().rows
+    logits = {}
+    for name, way in ways.items():
+        found = way.run(rows) if way is not None else runner.decoder.forward(runner.batch(rows), runner.pool).logits
+        assert found is not None
+        logits[name] = found.double().log_softmax(-1)
+    exact = logits.pop(EAGER)
+    return {name: float((exact.exp() * (exact - ours)).sum(-1).mean()) for name, ours in logits.items()}
 
 
 @contextmanager
@@ -293,25 +356,30 @@ def goal_of(prefill: Sequence[dict[str, Any]], shape: Shape) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     skipped, console = f"{result['skip_layers']} of {result['layers']} layers skipped", Console()
     prefill = Table(title=f"{result['settings']['shape']} on {result['machine']['device']}: prefill, {skipped}")
-    for column in ("prompts", "tokens each", "full, ms", "shallow, ms", "full / shallow", "by FLOPs"):
+    for column in ("prompts", "tokens each", "full, ms", "of products", "shallow, ms", "full / shallow", "by FLOPs"):
         prefill.add_column(column, justify="right")
     for row in result["prefill"]:
         full, shallow = (f"{row['median_s'][name] * 1e3:.2f}" for name in ("full", "shallow"))
         ratios = (f"{row[name]:.2f}" for name in ("full_over_shallow", "ideal"))
-        prefill.add_row(str(row["batch"]), f"{row['tokens']:,}", full, shallow, *ratios)
+        share = f"{row['share_of_products']:.2f}"
+        prefill.add_row(str(row["batch"]), f"{row['tokens']:,}", full, share, shallow, *ratios)
     console.print(prefill)
     decode = Table(title="a decode step")
-    for column in ("sequences", "context", "", "ms", "tokens/s", "of memory's read rate"):
+    for column in ("sequences", "context", "", "ms", "tokens/s", "of memory's read rate", "KL"):
         decode.add_column(column, justify="right" if column else "left")
     for row in result["decode"]:
         for name, took_s in row["median_s"].items():
             decode.add_row(
                 str(row["streams"]), f"{row['context']:,}", name, f"{took_s * 1e3:.2f}",
                 f"{row['streams'] / took_s:.0f}", f"{row['share_of_bandwidth'][name]:.2f}",
+                "" if name == EAGER else f"{row['kl_from_one_by_one'][name]:.1e}",
             )  # fmt: skip
     console.print(decode)
     goal = result["goal"]
-    console.print(f"memory is read at {result['read_bytes_per_s'] / 1e9:.0f} GB/s")
+    console.print(
+        f"memory is read at {result['read_bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"products run at {result['product_flops_per_s'] / 1e12:.2f} TFLOP/s"
+    )
     console.print(
         f"goal: full / shallow at {goal['tokens']:,} tokens {goal['full_over_shallow']:.2f}, wanted "
         f"{goal['wanted']:.2f}: {'reached' if goal['is_reached'] else 'not reached'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import socket
+import sys
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from shoal.doctor import GIB, Finding, Level
         (doctor.judge_bf16(native=True, bf16_flops=1e9, float32_flops=2e9), Level.WARN),
         (doctor.judge_bf16(native=True, bf16_flops=4e9, float32_flops=2e9), Level.OK),
         (doctor.judge_gpus([]), Level.OK),
+        (doctor.judge_gpus([], "triton"), Level.OK),
+        (doctor.judge_gpus([("H100", 80 * GIB)], "triton"), Level.WARN),
         (doctor.judge_kernels(None, fits_cpu=True), Level.OK),
         (doctor.judge_kernels(None, fits_cpu=True, has_tiles=True), Level.OK),
         (doctor.judge_kernels("no C++ compiler is at hand", fits_cpu=True), Level.WARN),
@@ -50,6 +53,17 @@ def test_a_finding_has_its_level_and_a_next_step_unless_all_is_well(finding: Fin
 
 def test_gpus_are_named_with_their_memory() -> None:
     assert doctor.judge_gpus([("H100", 80 * GIB), ("L4", 24 * GIB)]).what == "H100 (80 GiB), L4 (24 GiB)"
+
+
+def test_what_triton_lacks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    assert doctor._what_triton_lacks() == "triton"
+    monkeypatch.setattr(doctor, "find_spec", lambda _: "it's there")
+    monkeypatch.setenv("PATH", "")
+    assert "gcc" in doctor._what_triton_lacks()
+    monkeypatch.setenv("CC", sys.executable)
+    assert doctor._what_triton_lacks() is None
 
 
 def test_the_worst_finding_decides() -> None:

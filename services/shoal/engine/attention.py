@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from shoal.kv.pool import KvPool
 from shoal.machine import cpu_flags
@@ -34,22 +35,22 @@ def attend(
     own K/V must already be in the pool.
     """
     if len(reads.prompts) == 1 and not reads.groups:
-        return _prompt(queries, pool, layer, reads.prompts[0], scale, softcap)
+        return attend_prompt(queries, pool, layer, reads.prompts[0], scale, softcap)
     if len(reads.groups) == 1 and not reads.prompts:  # then its rows are all there are, in their order
         return _decode(queries, pool, layer, reads.groups[0], scale, softcap)
     mixed = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for segment in reads.prompts:
         rows = slice(segment.row_start, segment.row_end)
-        mixed[rows] = _prompt(queries[rows], pool, layer, segment, scale, softcap)
+        mixed[rows] = attend_prompt(queries[rows], pool, layer, segment, scale, softcap)
     for group in reads.groups:
         mixed[group.rows] = _decode(queries[group.rows], pool, layer, group, scale, softcap)
     return mixed
 
 
-def _prompt(
+def attend_prompt(
     queries: torch.Tensor, pool: KvPool, layer: int, segment: PromptSegment, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """Many rows of one sequence: batch = K/V heads, heads = the queries that share one."""
+    """Many rows of one sequence, ``[rows, heads, head_dim]``: batch = K/V heads, heads = queries that share one."""
     rows, num_heads, head_dim = queries.shape
     kv = pool.read(layer, segment.context).to(queries.dtype)
     num_context, _, kv_heads, _ = kv.shape
@@ -60,8 +61,16 @@ def _prompt(
     keys, values = (
         kv[:, part].transpose(0, 1).unsqueeze(1).expand(kv_heads, shared, num_context, head_dim) for part in (0, 1)
     )
-    mixed = _mix(grouped, keys, values, segment.mask, segment.mask is None, scale, softcap)
+    mask = segment.mask
+    if mask is not None and segment.window is None and softcap is None and _may_be_flash(queries):
+        mask = causal_lower_right(rows, num_context)
+    mixed = _mix(grouped, keys, values, mask, mask is None, scale, softcap)
     return mixed.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim)
+
+
+def _may_be_flash(queries: torch.Tensor) -> bool:
+    """Whether torch has FlashAttention, which takes no mask, but knows rows that follow others."""
+    return queries.is_cuda
 
 
 @cache

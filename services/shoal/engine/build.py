@@ -12,9 +12,11 @@ import structlog
 import torch
 
 from shoal.config import Dtype, ShoalConfig, StageConfig
+from shoal.engine.attention import attend
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
+from shoal.engine.gpu_attention import find_gpu_attention
 from shoal.engine.native import find_kernels, hold_for, make_chooser, make_decode_path, make_decoder
 from shoal.engine.runner import DecodePath, Runner
 from shoal.engine.scheduler import Scheduler
@@ -28,6 +30,7 @@ from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.machine import available_memory_bytes, step_back, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.decoder import Attend
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
 from shoal.model.huge_pages import use_huge_pages
@@ -187,10 +190,12 @@ def build_engine(
     if hold := hold_for(kernels, stage):
         parameters = parameters.held(hold)
     use_huge_pages(tensor for _, tensor in parameters.tensors())
-    decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
+    attention = choose_attention(limits, served, stage, device)
+    decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels, attention)
     path: DecodePath | None = None
     if has_graphs:
-        path = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences)
+        reads_padding = attention is attend
+        path = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences, reads_padding=reads_padding)
     elif stage is Stage.DECODE:
         path = make_decode_path(decoder, pool, kernels)
     runner = Runner(decoder, pool, path)
@@ -207,8 +212,8 @@ def build_engine(
 def choose_kernels(
     limits: StageConfig, served: Served, device: torch.device, *, quietly: bool = False
 ) -> NativeKernels | None:
-    """``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
-    if limits.kernels == "torch":
+    """Those for CPUs; ``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
+    if limits.kernels == "torch" or device.type == "cuda":
         return None
     try:
         return find_kernels(served.spec, served.dtype, served.kv_dtype, device)
@@ -218,6 +223,20 @@ def choose_kernels(
         if not quietly:
             _log.info("torch computes", reason=error.message)
         return None
+
+
+def choose_attention(limits: StageConfig, served: Served, stage: Stage, device: torch.device) -> Attend:
+    """What attends where no kernels for CPUs compute: on a GPU, where single rows are most of what is asked, Shoal's
+    own. Raises ConfigError where that is demanded and can't be had."""
+    if limits.kernels == "torch" or device.type != "cuda" or stage is not Stage.DECODE:
+        return attend
+    try:
+        return find_gpu_attention(served.spec, served.dtype, served.kv_dtype, device)
+    except ConfigError as error:
+        if limits.kernels == "native":
+            raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch attends") from error
+        _log.warning("torch attends, which takes longer", reason=error.message)
+        return attend
 
 
 def choose_copier(limits: StageConfig) -> Copier:

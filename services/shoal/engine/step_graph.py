@@ -81,16 +81,26 @@ def is_wasteful(size: StepSize, num_seen: int) -> bool:
 class StepGraphs:
     """Carries out ``DecodePath`` (engine/runner.py), by graphs that ``new_graph`` makes, of at most ``max_rows`` rows.
 
-    Raises InternalError if ``pool`` has no spare slot.
+    ``reads_padding``: attention reads each row's context up to the longest. Raises InternalError if ``pool`` has no
+    spare slot.
     """
 
-    def __init__(self, decoder: Decoder, pool: KvPool, new_graph: Callable[[], Graph], max_rows: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KvPool,
+        new_graph: Callable[[], Graph],
+        max_rows: int,
+        *,
+        reads_padding: bool = True,
+    ) -> None:
         if not pool.has_spare_slot:
             raise InternalError("steps that are filled up need a pool with a spare slot")
         self._decoder = decoder
         self._pool = pool
         self._new_graph = new_graph
         self._max_rows = max_rows
+        self._reads_padding = reads_padding
         self._steps: OrderedDict[StepSize, RecordedStep] = OrderedDict()
         self._may_capture = True
         # One for all graphs: of a large vocabulary each would hold megabytes.
@@ -109,7 +119,7 @@ class StepGraphs:
         if not self.takes(rows):
             return None
         size = self.size_of(rows)
-        if is_wasteful(size, sum(item.end for item in rows)):
+        if self._reads_padding and is_wasteful(size, sum(item.end for item in rows)):
             return None
         step = self._steps.get(size) or self._capture(size)
         if step is None:

@@ -1,6 +1,6 @@
-"""Our own compute kernels for CPUs that multiply bfloat16 (AVX-512, and AMX where it is there), where torch's are slow:
-attention, products, and what happens to rows between the products.
+"""Our own compute kernels, where torch's are slow. Nothing needs them: where they can't be, torch computes the same.
 
-They are C++ (src/), compiled ahead, or once where a compiler is at hand (build.py). Nothing needs them: without
-a compiler, on another CPU, or in another dtype, torch computes the same.
+For CPUs that multiply bfloat16 (AVX-512, and AMX where it is there) they are C++ (src/), compiled ahead, or once where
+a compiler is at hand (build.py): attention, products, and what happens to rows between the products. For GPUs there is
+one in Triton: attention of single rows (paged_attention.py).
 """

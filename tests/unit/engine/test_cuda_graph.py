@@ -14,7 +14,10 @@ from engines import Ask, make_engine, run
 from models import tiny_llama
 from shoal.engine import cuda_graph
 from shoal.engine.cuda_graph import CudaGraph, CudaGraphs
+from shoal.engine.gpu_attention import find_gpu_attention
 from shoal.engine.step_graph import StepGraphs
+from shoal.model.families import describe
+from triton_kernel import loaded_kernel
 
 
 class FakeCuda:
@@ -121,3 +124,18 @@ def test_on_a_gpu_they_say_the_same(dtype: torch.dtype):
     assert len({size.rows for size in graphs.sizes}) > 2, "the log says why none was captured"
     if dtype is torch.float64:
         assert answers == run(make_engine(model, 2, num_blocks=512, device=device), asks)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_they_hold_the_triton_kernel():
+    device = torch.device("cuda")
+    model = tiny_llama(torch.float32, layers=4)[1].to(device)
+    asks = [Ask([3 + index * 7 % 90 for index in range(1 + 61 * count % 290)], 4 + 5 * count) for count in range(9)]
+    spec = describe(model.config)
+    with loaded_kernel():
+        attention = find_gpu_attention(spec, torch.float32, torch.float32, device)
+        options: dict[str, Any] = {"num_blocks": 512, "device": device, "attention": attention}
+        graphed = make_engine(model, 2, new_graph=CudaGraphs(device), **options)
+        assert run(graphed, asks) == run(make_engine(model, 2, **options), asks)
+    assert isinstance(graphed.runner.decode_path, StepGraphs)
+    assert graphed.runner.decode_path.sizes, "the log says why none was captured"

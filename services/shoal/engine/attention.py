@@ -6,11 +6,11 @@ Each call gathers only the blocks that its sequences hold, or takes a view where
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from shoal.kv.pool import KvPool
 from shoal.machine import cpu_flags
@@ -63,7 +63,7 @@ def attend_prompt(
     )
     mask = segment.mask
     if mask is not None and segment.window is None and softcap is None and _may_be_flash(queries):
-        mask = causal_lower_right(rows, num_context)
+        mask = _last_rows(rows, num_context)
     mixed = _mix(grouped, keys, values, mask, mask is None, scale, softcap)
     return mixed.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim)
 
@@ -71,6 +71,14 @@ def attend_prompt(
 def _may_be_flash(queries: torch.Tensor) -> bool:
     """Whether torch has FlashAttention, which takes no mask, but knows rows that follow others."""
     return queries.is_cuda
+
+
+def _last_rows(num_rows: int, num_context: int) -> torch.Tensor:
+    """What says to torch that rows are the last of their context. Its module loads torch's compiler, a second's work
+    that a CPU is spared."""
+    bias = importlib.import_module("torch.nn.attention.bias")
+    last: torch.Tensor = bias.causal_lower_right(num_rows, num_context)
+    return last
 
 
 @cache

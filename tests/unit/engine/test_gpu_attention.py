@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.bias import causal_lower_right
 
 from engines import Ask, make_engine, run
 from models import tiny_model
@@ -119,12 +118,12 @@ def test_rows_that_follow_others_need_no_mask_where_there_is_flash_attention(mon
     wanted = run(make_engine(model, 1, max_step_tokens=40), [Ask(PROMPT[:100], 6)])
     shapes = []
 
-    def spied(*shape: int) -> torch.Tensor:
+    def spied(*shape: int, last_rows: Any = attention._last_rows) -> torch.Tensor:
         shapes.append(shape)
-        return causal_lower_right(*shape)
+        return last_rows(*shape)
 
     monkeypatch.setattr(attention, "_may_be_flash", lambda _: True)
-    monkeypatch.setattr(attention, "causal_lower_right", spied)
+    monkeypatch.setattr(attention, "_last_rows", spied)
     assert run(make_engine(model, 1, max_step_tokens=40), [Ask(PROMPT[:100], 6)]) == wanted
     assert shapes == [(40, 80), (20, 100)]  # the second and third chunk, in the one kept layer that sees all
 

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from models import tiny_model
-from shoal.engine.attention import attend
 from shoal.engine.engine import Engine
+from shoal.engine.gpu import GpuKernels
 from shoal.engine.native import hold_for, make_chooser, make_decode_path, make_decoder
 from shoal.engine.runner import DecodePath, PrefillChunk, Runner
 from shoal.engine.scheduler import Scheduler
@@ -29,7 +29,6 @@ from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
-from shoal.model.decoder import Attend
 from shoal.model.families import describe
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import Anchors, LayerPlan
@@ -121,11 +120,10 @@ def make_engine(
     num_boundary: int = 1,
     anchors: Anchors | None = None,
     num_deep_blocks: int = 256,
-    kernels: NativeKernels | None = None,
+    kernels: NativeKernels | GpuKernels | None = None,
     reuse: Reuse = Reuse.NONE,
     device: torch.device = CPU,
     new_graph: Callable[[], Graph] | None = None,
-    attention: Attend = attend,
 ) -> Engine:
     spec = describe(model.config)
     plan = LayerPlan(spec.num_layers, num_skipped, num_boundary, anchors)
@@ -149,16 +147,20 @@ def make_engine(
         has_spare_slot=new_graph is not None,
     )  # fmt: skip
     parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan, device=device)
-    if hold := hold_for(kernels, stage):
+    native = None if isinstance(kernels, GpuKernels) else kernels
+    if hold := hold_for(native, stage):
         parameters = parameters.held(hold)
-    decoder = make_decoder(spec, plan, stage, parameters, kernels, attention)
+    if isinstance(kernels, GpuKernels):
+        decoder = kernels.decoder(spec, plan, stage, parameters)
+    else:
+        decoder = make_decoder(spec, plan, stage, parameters, kernels)
     path: DecodePath | None = None
     if new_graph is not None:
-        path = StepGraphs(decoder, pool, new_graph, max_sequences, reads_padding=attention is attend)
+        path = StepGraphs(decoder, pool, new_graph, max_sequences, reads_padding=not isinstance(kernels, GpuKernels))
     elif stage is Stage.DECODE:
-        path = make_decode_path(decoder, pool, kernels)
+        path = make_decode_path(decoder, pool, native)
     runner = Runner(decoder, pool, path)
-    return Engine(scheduler, runner, eos_token_ids=eos_token_ids, chooser=make_chooser(kernels))
+    return Engine(scheduler, runner, eos_token_ids=eos_token_ids, chooser=make_chooser(native))
 
 
 @dataclass(frozen=True)

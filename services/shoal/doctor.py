@@ -129,7 +129,7 @@ def judge_bf16(*, native: bool, bf16_flops: float, float32_flops: float) -> Find
 
 
 def judge_gpus(gpus: list[tuple[str, int]], triton_lacks: str | None = None) -> Finding:
-    """``gpus``: name and memory in bytes of each. ``triton_lacks``: what decode's kernel there can't do without."""
+    """``gpus``: name and memory in bytes of each. ``triton_lacks``: what kernels there can't do without."""
     if not gpus:
         return Finding("GPU", Level.OK, "none: everything runs on the CPU")
     what = ", ".join(f"{name} ({size / GIB:.0f} GiB)" for name, size in gpus)

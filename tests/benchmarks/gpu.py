@@ -4,12 +4,14 @@
     python tests/benchmarks/gpu.py --shape tiny --device cpu        # seconds, to see that all of it runs
 
 Prefill is the time from prompts' ids to the first token of all of them, the boundary token in the same forward, logits
-of last tokens only; its products' and its attention's FLOPs over its time stand beside the rate of one large product in
-the same run. Decode is the time of a step in which each sequence gets a token, by torch's attention one operation after
-the other, the same as a graph, and as a graph with Shoal's Triton kernel; beside it stands what share of the memory's
-read rate, measured in the same run, it is to read all weights and the K/V of all sequences once, and how far the next
-token's distribution is from torch's (KL, nats). What is compared takes turns. On a CPU "graphs" are none: the same
-step, filled up as for one, is run again; and Triton takes part only by its interpreter (TRITON_INTERPRET=1).
+of last tokens only, by torch's operators and with Shoal's Triton kernels between the products; full depth's FLOPs over
+its time stand beside the rate of one large product in the same run. Decode is the time of a step in which each sequence
+gets a token: by torch one operation after the other, the same as a graph, and as a graph of Triton's. Beside it stands
+what share of the memory's read rate, measured in the same run, it is to read all weights and the K/V of all sequences
+once, and how far the next token's distribution is from that of the first way (KL, nats). What is compared takes turns.
+
+On a CPU "graphs" are none: the same step, filled up as for one, is run again; and Triton takes part only by its
+interpreter (TRITON_INTERPRET=1, float32).
 """
 
 from __future__ import annotations
@@ -34,17 +36,15 @@ from transformers import LlamaConfig
 from work import prefill_flops, weight_bytes
 
 from shoal.config import load_config
-from shoal.engine.attention import attend
 from shoal.engine.build import Served, build_engine
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
-from shoal.engine.gpu_attention import find_gpu_attention
-from shoal.engine.native import make_decoder
+from shoal.engine.gpu import find_gpu_kernels
 from shoal.engine.step_graph import StepGraphs
 from shoal.errors import ConfigError
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.decoder import Attend
+from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import locate
 from shoal.model.parameters import ParameterLoader
@@ -52,7 +52,8 @@ from shoal.model.plan import LayerPlan
 
 GOAL = 1.40
 """Full over shallow, at the middle of the prompts' lengths."""
-EAGER, GRAPHS, TRITON = "one by one", "graphs", "graphs, Triton"
+TORCH, TRITON = "torch", "Triton"
+EAGER = "torch, one by one"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         engine = make_engine(shape, options, device)
+        decoders = make_decoders(engine)
         result = {
             "settings": {name: value for name, value in vars(options).items() if name != "json"},
             "machine": {
@@ -140,8 +142,8 @@ def main() -> None:
             "layers": engine.runner.decoder.spec.num_layers,
             "read_bytes_per_s": (bandwidth := memory_bytes_per_s(shape.read_bytes, device)),
             "product_flops_per_s": (peak := product_flops_per_s(shape.product_size, dtype, device)),
-            "prefill": (prefill := prefill_rows(engine, shape, options.rounds, peak)),
-            "decode": decode_rows(engine, shape, options, bandwidth),
+            "prefill": (prefill := prefill_rows(engine, decoders, shape, options.rounds, peak)),
+            "decode": decode_rows(engine, make_ways(engine, decoders, shape), shape, options, bandwidth),
             "goal": goal_of(prefill, shape),
         }
     show(result)
@@ -177,21 +179,26 @@ def make_engine(shape: Shape, options: Any, device: torch.device) -> Engine:
     return engine
 
 
-def make_ways(engine: Engine, shape: Shape) -> dict[str, StepGraphs | None]:
-    """Of a step that only decodes; without Triton's, and a line that says so, where that can't be had."""
-    runner, device = engine.runner, engine.runner.pool.layers[0].device
-    spec, plan, parameters = runner.decoder.spec, runner.decoder.plan, runner.decoder.parameters
-    attentions: dict[str, Attend] = {GRAPHS: attend}
+def make_decoders(engine: Engine) -> dict[str, Decoder]:
+    """By whose kernels; Triton's last, or without it, and a line that says so, where that can't be had."""
+    runner, theirs = engine.runner, engine.runner.decoder
+    decoders = {TORCH: theirs}
     try:
-        attentions[TRITON] = find_gpu_attention(spec, runner.decoder.dtype, runner.pool.dtype, device)
+        ours = find_gpu_kernels(theirs.spec, theirs.dtype, runner.pool.dtype, runner.pool.layers[0].device)
+        decoders[TRITON] = ours.decoder(theirs.spec, theirs.plan, theirs.stage, theirs.parameters)
     except ConfigError as error:
         Console(stderr=True).print(f"[yellow]without Triton: {error.message}")
+    return decoders
+
+
+def make_ways(engine: Engine, decoders: dict[str, Decoder], shape: Shape) -> dict[str, StepGraphs | None]:
+    """Of a step that only decodes."""
+    pool = engine.runner.pool
+    new_graph = CudaGraphs(device) if (device := pool.layers[0].device).type == "cuda" else Again
     ways: dict[str, StepGraphs | None] = {EAGER: None}
-    for name, attention in attentions.items():
-        decoder = make_decoder(spec, plan, Stage.DECODE, parameters, None, attention)
-        new_graph = CudaGraphs(device) if device.type == "cuda" else Again
-        ways[name] = StepGraphs(decoder, runner.pool, new_graph, max(shape.streams), reads_padding=attention is attend)
-    runner.decoder = make_decoder(spec, plan, Stage.DECODE, parameters, None)
+    for name, decoder in decoders.items():
+        most = max(shape.streams)
+        ways[f"{name}, graphs"] = StepGraphs(decoder, pool, new_graph, most, reads_padding=name == TORCH)
     return ways
 
 
@@ -212,7 +219,9 @@ def memory_bytes_per_s(num_bytes: int, device: torch.device) -> float:
     return max(factor * num_bytes / min(found) for factor, found in times.items())
 
 
-def prefill_rows(engine: Engine, shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]]:
+def prefill_rows(
+    engine: Engine, decoders: dict[str, Decoder], shape: Shape, rounds: int, peak: float
+) -> list[dict[str, Any]]:
     rows, spec = [], engine.runner.decoder.spec
     full = LayerPlan(spec.num_layers, 0)
     for batch in shape.batches:
@@ -220,20 +229,27 @@ def prefill_rows(engine: Engine, shape: Shape, rounds: int, peak: float) -> list
             prompts = [
                 tuple(torch.randint(2, shape.config["vocab_size"], (num_tokens,)).tolist()) for _ in range(batch)
             ]
-            seconds: dict[str, list[float]] = {"shallow": [], "full": []}
+            seconds: dict[tuple[str, Depth], list[float]] = {
+                (name, depth): [] for name in decoders for depth in (Depth.SHALLOW, Depth.FULL)
+            }
             for number in track(range(rounds + 1), description=f"prefill, {batch} of {num_tokens:,} tokens"):
-                for name, found in seconds.items():
-                    took_s = prefill_s(engine, prompts, Depth(name))
+                for (name, depth), found in seconds.items():
+                    engine.runner.decoder = decoders[name]
+                    took_s = prefill_s(engine, prompts, depth)
                     if number:  # the first one warms up
                         found.append(took_s)
-            median = {name: statistics.median(found) for name, found in seconds.items()}
-            rows.append(
-                {
-                    "batch": batch, "tokens": num_tokens, "median_s": median, "seconds": seconds,
-                    "full_over_shallow": median["full"] / median["shallow"], "ideal": _ideal(engine, num_tokens),
-                    "share_of_products": batch * prefill_flops(spec, full, num_tokens) / median["full"] / peak,
-                }
-            )  # fmt: skip
+            engine.runner.decoder = decoders[TORCH]
+            for name in decoders:
+                taken = {depth: seconds[name, depth] for depth in (Depth.SHALLOW, Depth.FULL)}
+                median = {depth: statistics.median(found) for depth, found in taken.items()}
+                rows.append(
+                    {
+                        "batch": batch, "tokens": num_tokens, "kernels": name, "median_s": median, "seconds": taken,
+                        "full_over_shallow": median[Depth.FULL] / median[Depth.SHALLOW],
+                        "ideal": _ideal(engine, num_tokens),
+                        "share_of_products": batch * prefill_flops(spec, full, num_tokens) / median[Depth.FULL] / peak,
+                    }
+                )  # fmt: skip
     return rows
 
 
@@ -260,18 +276,19 @@ def _ideal(engine: Engine, num_tokens: int) -> float:
     return prefill_flops(decoder.spec, full, num_tokens) / prefill_flops(decoder.spec, decoder.plan, num_tokens)
 
 
-def decode_rows(engine: Engine, shape: Shape, options: Any, bandwidth: float) -> list[dict[str, Any]]:
-    rows, spec, pool, ways = [], engine.runner.decoder.spec, engine.runner.pool, make_ways(engine, shape)
+def decode_rows(
+    engine: Engine, ways: dict[str, StepGraphs | None], shape: Shape, options: Any, bandwidth: float
+) -> list[dict[str, Any]]:
+    rows, spec, pool = [], engine.runner.decoder.spec, engine.runner.pool
     for streams in shape.streams:
         num_bytes = weight_bytes(spec, pool.dtype.itemsize) + streams * shape.context * pool.layout.token_bytes
         measured = measure_steps(engine, ways, streams, shape.context, options)
         median = {name: statistics.median(found) for name, found in measured.seconds.items()}
-        graphs = ways[GRAPHS]
-        assert graphs is not None
         rows.append(
             {
-                "streams": streams, "context": shape.context, "filled_up_to": asdict(graphs.sizes[-1]),
-                "bytes": num_bytes, "median_s": median, "seconds": measured.seconds,
+                "streams": streams, "context": shape.context, "bytes": num_bytes,
+                "filled_up_to": {name: asdict(way.sizes[-1]) for name, way in ways.items() if way is not None},
+                "median_s": median, "seconds": measured.seconds,
                 "kl_from_one_by_one": {name: statistics.fmean(found) for name, found in measured.divergences.items()},
                 "share_of_bandwidth": {name: num_bytes / took_s / bandwidth for name, took_s in median.items()},
             }
@@ -348,21 +365,23 @@ def _finish(device: torch.device) -> None:
 
 
 def goal_of(prefill: Sequence[dict[str, Any]], shape: Shape) -> dict[str, Any]:
-    tokens = shape.prompt_tokens[1]
-    least = min(row["full_over_shallow"] for row in prefill if row["tokens"] == tokens)
-    return {"tokens": tokens, "full_over_shallow": least, "wanted": GOAL, "is_reached": least >= GOAL}
+    tokens, kernels = shape.prompt_tokens[1], prefill[-1]["kernels"]
+    least = min(row["full_over_shallow"] for row in prefill if (row["tokens"], row["kernels"]) == (tokens, kernels))
+    return {
+        "tokens": tokens, "kernels": kernels, "full_over_shallow": least, "wanted": GOAL, "is_reached": least >= GOAL
+    }  # fmt: skip
 
 
 def show(result: dict[str, Any]) -> None:
     skipped, console = f"{result['skip_layers']} of {result['layers']} layers skipped", Console()
     prefill = Table(title=f"{result['settings']['shape']} on {result['machine']['device']}: prefill, {skipped}")
-    for column in ("prompts", "tokens each", "full, ms", "of products", "shallow, ms", "full / shallow", "by FLOPs"):
-        prefill.add_column(column, justify="right")
+    for column in ("prompts", "tokens", "kernels", "full, ms", "of peak", "shallow, ms", "ratio", "by FLOPs"):
+        prefill.add_column(column, justify="left" if column == "kernels" else "right")
     for row in result["prefill"]:
         full, shallow = (f"{row['median_s'][name] * 1e3:.2f}" for name in ("full", "shallow"))
         ratios = (f"{row[name]:.2f}" for name in ("full_over_shallow", "ideal"))
         share = f"{row['share_of_products']:.2f}"
-        prefill.add_row(str(row["batch"]), f"{row['tokens']:,}", full, share, shallow, *ratios)
+        prefill.add_row(str(row["batch"]), f"{row['tokens']:,}", row["kernels"], full, share, shallow, *ratios)
     console.print(prefill)
     decode = Table(title="a decode step")
     for column in ("sequences", "context", "", "ms", "tokens/s", "of memory's read rate", "KL"):
@@ -381,8 +400,8 @@ def show(result: dict[str, Any]) -> None:
         f"products run at {result['product_flops_per_s'] / 1e12:.2f} TFLOP/s"
     )
     console.print(
-        f"goal: full / shallow at {goal['tokens']:,} tokens {goal['full_over_shallow']:.2f}, wanted "
-        f"{goal['wanted']:.2f}: {'reached' if goal['is_reached'] else 'not reached'}"
+        f"goal: full / shallow at {goal['tokens']:,} tokens by {goal['kernels']} {goal['full_over_shallow']:.2f}, "
+        f"wanted {goal['wanted']:.2f}: {'reached' if goal['is_reached'] else 'not reached'}"
     )
 
 

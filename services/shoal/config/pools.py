@@ -34,7 +34,7 @@ class StageConfig(Frozen):
     kernels: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="native: Shoal's own, for bfloat16 on CPUs with AVX-512, compiled ahead (SHOAL_KERNELS_FOLDER has "
-        "them) or at the first start, and for decode on GPUs, by Triton; auto: those where it can be, else torch's.",
+        "them) or at the first start, and on GPUs, by Triton; auto: those where it can be, else torch's.",
     )
     weights: Literal["auto", "int8"] = Field(
         "auto",

@@ -12,11 +12,10 @@ import structlog
 import torch
 
 from shoal.config import Dtype, ShoalConfig, StageConfig
-from shoal.engine.attention import attend
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
-from shoal.engine.gpu_attention import find_gpu_attention
+from shoal.engine.gpu import GpuKernels, find_gpu_kernels
 from shoal.engine.native import find_kernels, hold_for, make_chooser, make_decode_path, make_decoder
 from shoal.engine.runner import DecodePath, Runner
 from shoal.engine.scheduler import Scheduler
@@ -30,7 +29,6 @@ from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.machine import available_memory_bytes, step_back, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.decoder import Attend
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import ModelFiles, locate
 from shoal.model.huge_pages import use_huge_pages
@@ -190,12 +188,14 @@ def build_engine(
     if hold := hold_for(kernels, stage):
         parameters = parameters.held(hold)
     use_huge_pages(tensor for _, tensor in parameters.tensors())
-    attention = choose_attention(limits, served, stage, device)
-    decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels, attention)
+    gpu = choose_gpu_kernels(limits, served, device)
+    if gpu is None:
+        decoder = make_decoder(served.spec, served.plan, stage, parameters, kernels)
+    else:
+        decoder = gpu.decoder(served.spec, served.plan, stage, parameters)
     path: DecodePath | None = None
     if has_graphs:
-        reads_padding = attention is attend
-        path = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences, reads_padding=reads_padding)
+        path = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences, reads_padding=gpu is None)
     elif stage is Stage.DECODE:
         path = make_decode_path(decoder, pool, kernels)
     runner = Runner(decoder, pool, path)
@@ -225,18 +225,17 @@ def choose_kernels(
         return None
 
 
-def choose_attention(limits: StageConfig, served: Served, stage: Stage, device: torch.device) -> Attend:
-    """What attends where no kernels for CPUs compute: on a GPU, where single rows are most of what is asked, Shoal's
-    own. Raises ConfigError where that is demanded and can't be had."""
-    if limits.kernels == "torch" or device.type != "cuda" or stage is not Stage.DECODE:
-        return attend
+def choose_gpu_kernels(limits: StageConfig, served: Served, device: torch.device) -> GpuKernels | None:
+    """Those for GPUs; ``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
+    if limits.kernels == "torch" or device.type != "cuda":
+        return None
     try:
-        return find_gpu_attention(served.spec, served.dtype, served.kv_dtype, device)
+        return find_gpu_kernels(served.spec, served.dtype, served.kv_dtype, device)
     except ConfigError as error:
         if limits.kernels == "native":
-            raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch attends") from error
-        _log.warning("torch attends, which takes longer", reason=error.message)
-        return attend
+            raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
+        _log.warning("torch computes, which takes longer", reason=error.message)
+        return None
 
 
 def choose_copier(limits: StageConfig) -> Copier:

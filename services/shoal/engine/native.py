@@ -15,7 +15,7 @@ from shoal.kernels.native import HEAD_DIMS, MAX_FEW_ROWS, NativeKernels, load
 from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan
-from shoal.model.decoder import Attend, Decoder
+from shoal.model.decoder import Decoder
 from shoal.model.families import Activation, ModelSpec
 from shoal.model.int8 import Int8Matrix
 from shoal.model.matrix import Hold, Weight
@@ -58,16 +58,11 @@ def hold_for(kernels: NativeKernels | None, stage: Stage) -> Hold | None:
 
 
 def make_decoder(
-    spec: ModelSpec,
-    plan: LayerPlan,
-    stage: Stage,
-    parameters: Parameters,
-    kernels: NativeKernels | None,
-    attention: Attend = attend,
+    spec: ModelSpec, plan: LayerPlan, stage: Stage, parameters: Parameters, kernels: NativeKernels | None
 ) -> Decoder:
-    """``None``: torch computes, but for ``attention``."""
+    """``None``: torch computes."""
     if kernels is None:
-        return Decoder(spec, plan, stage, parameters, attention)
+        return Decoder(spec, plan, stage, parameters, attend)
     layers = NativeLayers(LayerTable(spec, parameters), kernels)
     return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels), layers)
 

@@ -79,7 +79,10 @@ class TorchRows:
         return heads[:, : spec.num_heads]
 
     def gated(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        gate, up = self.linear(inputs, weight, bias).chunk(2, dim=-1)
+        return self._gated(self.linear(inputs, weight, bias))
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
         silu = self._spec.activation is Activation.SILU
         return (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")).mul_(up)
 

@@ -14,10 +14,10 @@ from engines import Ask, make_engine, run
 from models import tiny_llama
 from shoal.engine import cuda_graph
 from shoal.engine.cuda_graph import CudaGraph, CudaGraphs
-from shoal.engine.gpu_attention import find_gpu_attention
+from shoal.engine.gpu import find_gpu_kernels
 from shoal.engine.step_graph import StepGraphs
 from shoal.model.families import describe
-from triton_kernel import loaded_kernel
+from triton_kernels import loaded
 
 
 class FakeCuda:
@@ -127,14 +127,14 @@ def test_on_a_gpu_they_say_the_same(dtype: torch.dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_they_hold_the_triton_kernel():
+def test_on_a_gpu_they_hold_triton_s_kernels():
     device = torch.device("cuda")
     model = tiny_llama(torch.float32, layers=4)[1].to(device)
     asks = [Ask([3 + index * 7 % 90 for index in range(1 + 61 * count % 290)], 4 + 5 * count) for count in range(9)]
     spec = describe(model.config)
-    with loaded_kernel():
-        attention = find_gpu_attention(spec, torch.float32, torch.float32, device)
-        options: dict[str, Any] = {"num_blocks": 512, "device": device, "attention": attention}
+    with loaded("paged_attention"):
+        kernels = find_gpu_kernels(spec, torch.float32, torch.float32, device)
+        options: dict[str, Any] = {"num_blocks": 512, "device": device, "kernels": kernels}
         graphed = make_engine(model, 2, new_graph=CudaGraphs(device), **options)
         assert run(graphed, asks) == run(make_engine(model, 2, **options), asks)
     assert isinstance(graphed.runner.decode_path, StepGraphs)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tools
 from exact_attention import exact_attention
-from triton_kernel import DEVICE, SHAPES, loaded_kernel
+from triton_kernels import DEVICE, loaded
 
 # The interpreter's products of bfloat16 aren't numbers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
@@ -26,7 +20,7 @@ LENGTHS = (LONGEST, 1, 256, 257)
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[Any]:
-    with loaded_kernel() as kernel:
+    with loaded("paged_attention") as kernel:
         yield kernel
 
 
@@ -125,22 +119,3 @@ def test_what_it_does_not_take(kernel: Any) -> None:
     assert not kernel.takes(half.double(), kv) and not kernel.takes(half, kv.double())
     assert not kernel.takes(half.new_zeros(1, 2, 257), half.new_zeros(1, 2, 1, 257))
     assert not kernel.takes(half.mT.contiguous().mT, kv)
-
-
-def test_it_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    """As far as their machine code; products of 16 bits go to the tensor cores."""
-    folder, tests = tools.triton(), Path(__file__).parents[2]
-    paths = [tests, tests.parent / "services", *([] if folder is None else [folder])]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": os.pathsep.join(str(path) for path in paths), "TRITON_CACHE_DIR": str(tmp_path),
-    }  # fmt: skip
-    command = [sys.executable, str(tests / "triton_kernel.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert list(found) == list(SHAPES)
-    for name, kernels in found.items():
-        part, together = kernels
-        assert part["machine_code_bytes"] and together["machine_code_bytes"]
-        assert (part["tensor_core_products"] > 0) == ("float32" not in name)
-        assert part["shared_bytes"] < 99 << 10  # what the smallest of those that know bfloat16 have

@@ -135,9 +135,7 @@ def judge_gpus(gpus: list[tuple[str, int]], triton_lacks: str | None = None) -> 
     what = ", ".join(f"{name} ({size / GIB:.0f} GiB)" for name, size in gpus)
     if triton_lacks is None:
         return Finding("GPU", Level.OK, what)
-    return Finding(
-        "GPU", Level.WARN, f"{what}; decode reads K/V by torch", f"install {triton_lacks}: it reads them once"
-    )
+    return Finding("GPU", Level.WARN, f"{what}; torch computes alone", f"install {triton_lacks}: steps take less time")
 
 
 def judge_kernels(problem: str | None, *, fits_cpu: bool, has_tiles: bool = False) -> Finding:

@@ -193,8 +193,6 @@ class _Trial:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
 
 
-def _most_off(
-    ours: Iterator[torch.Tensor] | list[torch.Tensor], theirs: Iterator[torch.Tensor] | list[torch.Tensor]
-) -> float:
+def _most_off(ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> float:
     most = [(mine.float() - other.float()).abs().max() for mine, other in zip(ours, theirs, strict=True)]
     return float(torch.stack(most).max())  # torch's, which what is no number stays

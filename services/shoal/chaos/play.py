@@ -36,7 +36,7 @@ class Limits:
 
     num_requests: int = 64
     num_in_flight: int = 40
-    deadline_s: float = 120.0
+    deadline_s: float = 240.0
     recover_within_s: float = 180.0
 
 

@@ -89,7 +89,8 @@ class PoolSink:
     def _private_bytes(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """Of the copy thread alone, until its next copy."""
         if len(self._private) < num_bytes:
-            self._private = np.empty(num_bytes, np.uint8)
+            is_pinned = self._pool.layers[0].is_cuda  # what goes on to a GPU goes several times as fast from there
+            self._private = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned).numpy()
         return self._private[:num_bytes]
 
     def _kv_of(self, chunk: Chunk, arrived: torch.Tensor) -> torch.Tensor:

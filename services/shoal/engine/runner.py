@@ -16,7 +16,7 @@ from shoal.engine.reads import ReadPlanner, Span
 from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.engine.sequence import Sequence
 from shoal.errors import InternalError
-from shoal.kv.pool import KvPool
+from shoal.kv.pool import KvPool, on_host
 from shoal.messages import WireMode
 from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
@@ -97,7 +97,7 @@ class Runner:
         self.progressed()
         positions = torch.arange(item.start, item.end, device=self._device)
         projected = self.decoder.project(self.pool.read_states(self._slots(item)), positions).to(self.pool.dtype)
-        payload = projected.contiguous().cpu()
+        payload = on_host(projected.contiguous())
         return PrefillChunk(item.sequence.request_id, item.start, item.end, self.decoder.plan.skipped, payload)
 
     def batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
@@ -180,11 +180,11 @@ class Runner:
         for item in map(_unshipped, computed):
             self.progressed()
             request_id, start, end = item.sequence.request_id, item.start, item.end
-            kept = self.pool.read_layers(0, plan.num_kept, self._slots(item)).cpu()
+            kept = on_host(self.pool.read_layers(0, plan.num_kept, self._slots(item)))
             has_more = bool(self.pool.layout.state_dim) and start < end
             chunks.append(PrefillChunk(request_id, start, end, plan.kept, kept, is_whole=not has_more))
             if has_more and item.sequence.wire_mode is WireMode.HIDDEN:
-                states = self.pool.read_states(self._slots(item)).cpu()
+                states = on_host(self.pool.read_states(self._slots(item)))
                 chunks.append(PrefillChunk(request_id, start, end, plan.skipped, states, WireMode.HIDDEN))
             elif has_more:
                 unprojected.append(item)

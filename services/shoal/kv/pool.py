@@ -104,6 +104,17 @@ class KvPool:
                 held[target * size : (target + 1) * size] = held[source * size : (source + 1) * size]
 
 
+def on_host(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` themselves, or of a GPU's a copy, in pinned memory: the driver would copy to other memory piece by piece
+    through some of its own. torch keeps what it pinned for the next copy."""
+    if not rows.is_cuda:
+        return rows.cpu()
+    copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    copy.copy_(rows, non_blocking=True)
+    torch.cuda.current_stream(rows.device).synchronize()
+    return copy
+
+
 # A token is one piece of memory. torch goes element by element in bfloat16, and with threads of its own, which a copy
 # doesn't need: at best three times as long, at worst thirty.
 

@@ -10,7 +10,7 @@ import torch
 
 from memory_maps import mapping_of
 from shoal.kv.layout import KvLayout, stage_layout
-from shoal.kv.pool import KvPool
+from shoal.kv.pool import KvPool, on_host
 
 
 def make_layout(block_tokens: int = 4, *, is_apart: bool = False) -> KvLayout:
@@ -149,3 +149,15 @@ def test_without_huge_pages_a_pool_works_as_well(advice: int | None, monkeypatch
 def test_a_pool_that_no_memory_holds_says_so():
     with pytest.raises(MemoryError, match="no memory for 140,737,488,355,328 bytes"):
         make_pool(num_blocks=1 << 40)
+
+
+def test_what_is_on_the_host_is_not_copied() -> None:
+    rows = torch.randn(3, 4)
+    assert on_host(rows) is rows
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_what_is_on_a_gpu_comes_into_pinned_memory() -> None:
+    rows = torch.randn(300, 4, device="cuda").mT  # as it lies, it doesn't matter
+    copy = on_host(rows)
+    assert copy.is_pinned() and copy.is_contiguous() and torch.equal(copy, rows.cpu())

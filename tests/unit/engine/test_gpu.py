@@ -74,11 +74,12 @@ def logits_of(engine: Engine, asks: list[Ask]) -> tuple[list[list[int]], list[to
     return run(engine, asks), seen
 
 
-def fails_in_torch(rows: Any, name: str) -> Any:
+def fails_in_torch(rows: Any, name: str, called: set[str]) -> Any:
     """That operation, which fails the test where torch's is what computes in the end."""
     ours = getattr(rows, name)
 
     def checked(*given: Any) -> Any:
+        called.add(name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TorchRows, name, lambda *_: pytest.fail(f"{name} by torch"))
             return ours(*given)
@@ -101,12 +102,13 @@ def test_what_is_said_is_torchs(
         attend_rows(queries, rows, *rest, **options)
 
     monkeypatch.setattr(attention_kernel, "attend_rows", spied)
-    for name in ("norm", "add_norm", "rotate_and_store", "_gated"):
-        monkeypatch.setattr(kernels.rows, name, fails_in_torch(kernels.rows, name))
+    operations, called = {"norm", "add_norm", "rotate_and_store", "gated"}, set[str]()
+    for name in operations:
+        monkeypatch.setattr(kernels.rows, name, fails_in_torch(kernels.rows, name, called))
     options: dict[str, Any] = {"device": DEVICE, **({"new_graph": Again} if by_graphs else {})}
     wanted_tokens, wanted = logits_of(make_engine(model, 1, device=DEVICE), ASKS)
     tokens, found = logits_of(make_engine(model, 1, kernels=kernels, **options), ASKS)
-    assert tokens == wanted_tokens
+    assert tokens == wanted_tokens and called == operations
     assert max(asked) == (len(ASKS) if by_graphs else 2)  # else only those of a like length are read together
     for mine, theirs in zip(found, wanted, strict=True):
         assert (mine - theirs).abs().max() < 1e-3

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -210,7 +211,10 @@ def _what_triton_lacks() -> str | None:
     if find_spec("triton") is None:
         return "triton"
     compilers = [os.environ.get("CC", ""), "clang", "gcc"]
-    return None if any(shutil.which(name) for name in compilers) else "gcc, which Triton starts its kernels with"
+    if not any(shutil.which(name) for name in compilers):
+        return "gcc, which Triton starts its kernels with"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return None if header.exists() else f"Python's headers ({header} is missing), which Triton compiles with"
 
 
 def _examine_kernels() -> Finding:

@@ -6,7 +6,7 @@
 Prefill is the time from prompts' ids to the first token of all of them, the boundary token in the same forward, logits
 of last tokens only, by torch's operators and with Shoal's Triton kernels between the products; full depth's FLOPs over
 its time stand beside the rate of one large product in the same run. Decode is the time of a step in which each sequence
-gets a token: by torch one operation after the other, the same as a graph, and as a graph of Triton's. Beside it stands
+gets a token, by torch and by Triton, one operation after the other and as a graph. Beside it stands
 what share of the memory's read rate, measured in the same run, it is to read all weights and the K/V of all sequences
 once, and how far the next token's distribution is from that of the first way (KL, nats). What is compared takes turns.
 
@@ -191,15 +191,39 @@ def make_decoders(engine: Engine) -> dict[str, Decoder]:
     return decoders
 
 
-def make_ways(engine: Engine, decoders: dict[str, Decoder], shape: Shape) -> dict[str, StepGraphs | None]:
-    """Of a step that only decodes."""
+@dataclass(frozen=True)
+class Way:
+    """To carry out a step that only decodes; without ``graphs`` one operation after the other."""
+
+    decoder: Decoder
+    graphs: StepGraphs | None
+
+    def take(self, engine: Engine) -> None:
+        engine.runner.decoder, engine.runner.decode_path = self.decoder, self.graphs
+
+    def logits(self, engine: Engine) -> torch.Tensor:
+        """Of the next step, which stays the next."""
+        rows, runner = engine.scheduler.schedule().rows, engine.runner
+        if self.graphs is not None:
+            found = self.graphs.run(rows)
+        else:
+            found = self.decoder.forward(runner.batch(rows), runner.pool).logits
+        assert found is not None
+        return found.double()
+
+
+def make_ways(engine: Engine, decoders: dict[str, Decoder], shape: Shape) -> dict[str, Way]:
     pool = engine.runner.pool
     new_graph = CudaGraphs(device) if (device := pool.layers[0].device).type == "cuda" else Again
-    ways: dict[str, StepGraphs | None] = {EAGER: None}
+    ways: dict[str, Way] = {}
     for name, decoder in decoders.items():
-        most = max(shape.streams)
-        ways[f"{name}, graphs"] = StepGraphs(decoder, pool, new_graph, most, reads_padding=name == TORCH)
+        graphs = StepGraphs(decoder, pool, new_graph, max(shape.streams), reads_padding=name == TORCH)
+        ways |= {f"{name}, one by one": Way(decoder, None), f"{name}, graphs": Way(decoder, graphs)}
     return ways
+
+
+def graphs_of(ways: dict[str, Way]) -> dict[str, StepGraphs]:
+    return {name: way.graphs for name, way in ways.items() if way.graphs is not None}
 
 
 def product_flops_per_s(size: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -277,7 +301,7 @@ def _ideal(engine: Engine, num_tokens: int) -> float:
 
 
 def decode_rows(
-    engine: Engine, ways: dict[str, StepGraphs | None], shape: Shape, options: Any, bandwidth: float
+    engine: Engine, ways: dict[str, Way], shape: Shape, options: Any, bandwidth: float
 ) -> list[dict[str, Any]]:
     rows, spec, pool = [], engine.runner.decoder.spec, engine.runner.pool
     for streams in shape.streams:
@@ -287,7 +311,7 @@ def decode_rows(
         rows.append(
             {
                 "streams": streams, "context": shape.context, "bytes": num_bytes,
-                "filled_up_to": {name: asdict(way.sizes[-1]) for name, way in ways.items() if way is not None},
+                "filled_up_to": {name: asdict(graphs.sizes[-1]) for name, graphs in graphs_of(ways).items()},
                 "median_s": median, "seconds": measured.seconds,
                 "kl_from_one_by_one": {name: statistics.fmean(found) for name, found in measured.divergences.items()},
                 "share_of_bandwidth": {name: num_bytes / took_s / bandwidth for name, took_s in median.items()},
@@ -304,38 +328,27 @@ class Steps:
     divergences: dict[str, list[float]]
 
 
-def measure_steps(
-    engine: Engine, ways: dict[str, StepGraphs | None], streams: int, context: int, options: Any
-) -> Steps:
+def measure_steps(engine: Engine, ways: dict[str, Way], streams: int, context: int, options: Any) -> Steps:
     """All ways in turns, on the same sequences."""
-    runner, device = engine.runner, engine.runner.pool.layers[0].device
+    device = engine.runner.pool.layers[0].device
     steps = Steps({name: [] for name in ways}, {name: [] for name in ways if name != EAGER})
     with _running(engine, streams, context):
         for _ in track(range(options.rounds), description=f"decode, {streams} sequences"):
             for name, found in steps.seconds.items():
-                runner.decode_path = ways[name]
+                ways[name].take(engine)
                 _step(engine, streams)  # captures, where it's the first
                 found += [_seconds(device, lambda: _step(engine, streams)) for _ in range(options.steps)]
-            for name, divergence in _divergences(engine, ways).items():
-                steps.divergences[name].append(divergence)
-    runner.decode_path = None
-    for way in ways.values():
-        if way is not None and (not way.sizes or way.sizes[-1].rows < streams):
-            raise SystemExit("no graph was captured: the log says why")
+            exact = ways[EAGER].logits(engine).log_softmax(-1)
+            for name, found in steps.divergences.items():
+                ours = ways[name].logits(engine).log_softmax(-1)
+                found.append(float((exact.exp() * (exact - ours)).sum(-1).mean()))
+    ways[EAGER].take(engine)
+    if any(
+        way.graphs is not None and (not way.graphs.sizes or way.graphs.sizes[-1].rows < streams)
+        for way in ways.values()
+    ):
+        raise SystemExit("no graph was captured: the log says why")
     return steps
-
-
-def _divergences(engine: Engine, ways: dict[str, StepGraphs | None]) -> dict[str, float]:
-    """Of the same step by each way: they write the same K/V, so it can be run again and again."""
-    runner = engine.runner
-    rows = engine.scheduler.schedule().rows
-    logits = {}
-    for name, way in ways.items():
-        found = way.run(rows) if way is not None else runner.decoder.forward(runner.batch(rows), runner.pool).logits
-        assert found is not None
-        logits[name] = found.double().log_softmax(-1)
-    exact = logits.pop(EAGER)
-    return {name: float((exact.exp() * (exact - ours)).sum(-1).mean()) for name, ours in logits.items()}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_gpus_are_named_with_their_memory() -> None:
     assert doctor.judge_gpus([("H100", 80 * GIB), ("L4", 24 * GIB)]).what == "H100 (80 GiB), L4 (24 GiB)"
 
 
-def test_what_triton_lacks(monkeypatch: pytest.MonkeyPatch):
+def test_what_triton_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     assert doctor._what_triton_lacks() == "triton"
@@ -63,7 +64,11 @@ def test_what_triton_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     assert "gcc" in doctor._what_triton_lacks()
     monkeypatch.setenv("CC", sys.executable)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     assert doctor._what_triton_lacks() is None
+    (tmp_path / "Python.h").unlink()
+    assert "Python's headers" in doctor._what_triton_lacks()
 
 
 def test_the_worst_finding_decides() -> None:

@@ -71,7 +71,7 @@ class GpuRows(TorchRows):
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if not self._norms(hidden, weight):
             return super().norm(hidden, weight)
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # one head of several is a view that isn't
         normed: torch.Tensor = self._kernel.add_norm(flat, None, weight, self._spec.norm_eps)[1]
         return normed.view(hidden.shape)
 
@@ -124,8 +124,12 @@ def find_gpu_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype,
         attention, rows = (importlib.import_module(f"shoal.kernels.{name}") for name in ("paged_attention", "gpu_rows"))
     except ImportError as error:
         raise ConfigError(f"Triton can't be imported: {error}") from error
-    found = GpuKernels(GpuAttention(attention), GpuRows(spec, rows))
     trial = _Trial(spec, dtype, kv_dtype, device)
+    if not attention.takes(trial.queries(1), trial.pool(1).layers[0]):
+        raise ConfigError(
+            f"Triton's kernels take no heads of {spec.head_dim} numbers in {dtype}, with K/V in {kv_dtype}"
+        )
+    found = GpuKernels(GpuAttention(attention), GpuRows(spec, rows))
     for name, tried in (("attention", trial.attention), ("rows", trial.rows)):
         try:
             off = tried(found)
@@ -136,61 +140,76 @@ def find_gpu_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype,
     return found
 
 
-@dataclass(frozen=True, slots=True)
 class _Trial:
     """Kernels against torch, on random numbers: the largest difference between what they give."""
 
-    spec: ModelSpec
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-    device: torch.device
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> None:
+        self._spec = spec
+        self._dtype = dtype
+        self._kv_dtype = kv_dtype
+        self._device = device
+        self._chance = torch.Generator().manual_seed(0)
 
     @torch.inference_mode()
     def attention(self, kernels: GpuKernels) -> float:
-        """Of a context in one run, and of a scattered one beside a single token."""
+        """Of a context in one run, and of scattered ones of a like length beside a single token."""
         long, blocks = 600, list(range(38))
-        pool = self._pool(len(blocks) + 1)
-        queries = self._random(2, self.spec.num_heads, self.spec.head_dim)
-        planner, last = ReadPlanner(pool.layout, self.device), Span(blocks[::-1], long - 1, long)
+        pool, queries = self.pool(len(blocks) + 1), self.queries(4)
+        planner = ReadPlanner(pool.layout, self._device)
+        several = [Span(blocks[::-1], end - 1, end) for end in (long, long - 1, long - 70)]
         pairs = []
-        for rows in ([Span(blocks, long - 1, long)], [last, Span([len(blocks)], 0, 1)]):
+        for rows in ([Span(blocks, long - 1, long)], [*several, Span([len(blocks)], 0, 1)]):
             reads = planner.plan(rows)
             pairs += [
-                way(queries[: len(rows)], pool, 0, reads, scale=0.1, softcap=self.spec.attention_softcap)
+                way(queries[: len(rows)], pool, 0, reads, scale=0.1, softcap=self._spec.attention_softcap)
                 for way in (kernels.attention, attend)
             ]
         return _most_off(pairs[::2], pairs[1::2])
 
     @torch.inference_mode()
     def rows(self, kernels: GpuKernels) -> float:
-        """Of a layer's: norm, rotation, what the pool holds then, gate."""
-        return _most_off(self._rows(kernels.rows), self._rows(TorchRows(self.spec)))
-
-    def _rows(self, ops: RowOps) -> Iterator[torch.Tensor]:
-        spec, count = self.spec, 3
+        """Of a layer's: norms of rows and of heads, rotation, what the pool holds then, gate."""
+        spec, count = self._spec, 3
         hidden, added = self._random(2, count, spec.hidden_size) / 4
-        yield from ops.add_norm(hidden, added, self._random(spec.hidden_size) / 4)
-        pool, slots = self._pool(1), torch.tensor([5, 0, 9], device=self.device)
-        heads = self._random(count, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim) / 2
-        rope = Rope.at(spec, torch.arange(100, 100 + count, device=self.device), self.dtype)
-        yield ops.rotate_and_store(heads, rope, 0, pool, 0, slots)
-        yield pool.layers[0]
-        inputs, weight = torch.eye(count, 32, dtype=self.dtype, device=self.device), self._random(2 * count, 32) / 2
-        yield ops.gated(inputs, weight, None)
+        wide = torch.float32 if spec.norm_offset else self._dtype
+        weight, head_weight = (self._random(size).to(wide) / 4 for size in (spec.hidden_size, spec.head_dim))
+        heads, gate_up = self._heads(count) / 2, self._random(2 * spec.intermediate_size, 32) / 2
+        slots = torch.tensor([5, 0, 9], device=self._device)
+        rope = Rope.at(spec, torch.arange(100, 100 + count, device=self._device), self._dtype)
 
-    def _pool(self, num_blocks: int) -> KvPool:
-        spec = self.spec
+        def told(ops: RowOps) -> Iterator[torch.Tensor]:
+            yield ops.norm(hidden, weight)
+            yield from ops.add_norm(hidden, added, weight)
+            for some in (slice(0, spec.num_heads), slice(0, 1)):
+                yield ops.norm(heads[:, some], head_weight)
+            pool = self.pool(1)
+            pool.layers[0].zero_()
+            yield ops.rotate_and_store(heads.clone(), rope, 0, pool, 0, slots)
+            yield pool.layers[0]
+            yield ops.gated(torch.eye(count, 32, dtype=self._dtype, device=self._device), gate_up, None)
+
+        return _most_off(told(kernels.rows), told(TorchRows(spec)))
+
+    def queries(self, count: int) -> torch.Tensor:
+        """As they lie beside K and V."""
+        return self._heads(count)[:, : self._spec.num_heads]
+
+    def _heads(self, count: int) -> torch.Tensor:
+        return self._random(count, self._spec.num_heads + 2 * self._spec.num_kv_heads, self._spec.head_dim)
+
+    def pool(self, num_blocks: int) -> KvPool:
+        """Of one layer."""
+        spec = self._spec
         layout = stage_layout(
             num_layers=1, num_kept=1, num_held=1, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            dtype_bytes=self.kv_dtype.itemsize, block_tokens=16,
+            dtype_bytes=self._kv_dtype.itemsize, block_tokens=16,
         )  # fmt: skip
-        pool = KvPool(layout, num_blocks, dtype=self.kv_dtype, device=self.device)
+        pool = KvPool(layout, num_blocks, dtype=self._kv_dtype, device=self._device)
         pool.layers[0].copy_(self._random(*pool.layers[0].shape))
         return pool
 
     def _random(self, *shape: int) -> torch.Tensor:
-        """Always the same for a shape."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        return torch.randn(shape, generator=self._chance).to(self._device, self._dtype)
 
 
 def _most_off(ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> float:

@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 MAX_GRAPHS = 48
 """Each takes some megabytes of the device; the one that wasn't used for the longest time goes."""
 _LEAST_CONTEXT = 256
+MOST_INDEXED = 1 << 22
+"""Rows times tokens that each sees: which slots these are in is worked out in a few integers for each."""
 
 
 class Graph(Protocol):
@@ -119,6 +121,8 @@ class StepGraphs:
         if not self.takes(rows):
             return None
         size = self.size_of(rows)
+        if size.rows * size.context > MOST_INDEXED:
+            return None
         if self._reads_padding and is_wasteful(size, sum(item.end for item in rows)):
             return None
         step = self._steps.get(size) or self._capture(size)

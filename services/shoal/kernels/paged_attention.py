@@ -14,10 +14,13 @@ import triton
 import triton.language as tl
 
 MAX_HEAD_DIM = 256
-# Below it a part costs more to put together than it saves.
-_LEAST_PART_TOKENS = 256
+# Below the least, a part costs more to put together than it saves; beyond the most, a sequence that is far longer than
+# those beside it would still be read by few programs when theirs have ended.
+_LEAST_PART_TOKENS, _MOST_PART_TOKENS = 256, 4096
 _PROGRAMS_PER_PROCESSOR = 4
 _MOST_PARTS = 64  # a power of two
+# Triton fetches tiles ahead; those whose slots have to be fetched first need two stages more to come as early.
+_STAGES_OF_A_RUN, _STAGES = 3, 5
 # Tensor cores multiply no fewer rows.
 _LEAST_ROWS = 16
 _LOG2_E = 1.4426950408889634
@@ -50,14 +53,16 @@ def attend_rows(
     num_rows, num_heads, head_dim = len(rows), *queries.shape[1:]
     kv_heads = kv.shape[2]
     shared, padded_dim = num_heads // kv_heads, max(_LEAST_ROWS, triton.next_power_of_2(head_dim))
-    # Of K/V at a time: some tens of kilobytes for three tiles on their way, which every GPU's processors have.
+    # Of K/V at a time: two tiles of each, one of them on its way, are less than the 99 KB that any GPU's processor has
+    # which multiplies bfloat16.
     tile = min(64, 16_384 // (padded_dim * max(2, queries.element_size())))
     num_parts = _num_parts(num_rows * kv_heads, longest, _num_processors(queries.device))
     part_tokens = triton.cdiv(triton.cdiv(longest, num_parts), tile) * tile
     num_parts = triton.cdiv(longest, part_tokens)
     partly = queries.new_empty((num_rows, num_heads, num_parts, head_dim), dtype=torch.float32)
     # Of each part the largest score, as a power of two, and the sum of the weights beside it.
-    most, sums = queries.new_empty((2, num_rows, num_heads, num_parts), dtype=torch.float32)
+    # (Two allocations, for Triton compiles anew what isn't aligned alike.)
+    most, sums = (queries.new_empty((num_rows, num_heads, num_parts), dtype=torch.float32) for _ in range(2))
     first_slot, index = (context.start, None) if isinstance(context, slice) else (0, context)
     # Triton asks which device is the current one; of the host's tensors none is.
     with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]  # torch's own
@@ -68,6 +73,7 @@ def attend_rows(
             0.0 if softcap is None else softcap * _LOG2_E,
             shared, kv_heads, head_dim,
             max(_LEAST_ROWS, triton.next_power_of_2(shared)), padded_dim, tile, index is None, softcap is not None,
+            num_stages=_STAGES_OF_A_RUN if index is None else _STAGES,
         )  # fmt: skip
         _put_together[(num_rows, num_heads)](
             partly, most, sums, rows, mixed, mixed.stride(0), mixed.stride(1), num_parts,
@@ -76,9 +82,10 @@ def attend_rows(
 
 
 def _num_parts(num_programs: int, longest: int, num_processors: int) -> int:
-    """Of each sequence: as many as keep all processors busy, none of them short."""
-    wanted: int = triton.cdiv(num_processors * _PROGRAMS_PER_PROCESSOR, num_programs)
-    return max(1, min(wanted, longest // _LEAST_PART_TOKENS, _MOST_PARTS))
+    """Of each sequence: as many as keep all processors busy, none of them short, nor very long."""
+    busy: int = triton.cdiv(num_processors * _PROGRAMS_PER_PROCESSOR, num_programs)
+    least: int = triton.cdiv(longest, _MOST_PART_TOKENS)
+    return max(1, min(max(busy, least), longest // _LEAST_PART_TOKENS, _MOST_PARTS))
 
 
 @cache
@@ -133,12 +140,13 @@ def _attend_part(  # type: ignore[no-untyped-def]  # Triton's own types
         mixed = mixed * shrunk[:, None] + tl.dot(weights.to(asked.dtype), values, input_precision="ieee")
         total = total * shrunk + tl.sum(weights, 1)
         largest = now_largest
-    # A part beyond the sequence's end has no weight.
+    # A part beyond the sequence's end has no weight, and nothing else is told of it.
     place = (sequence.to(tl.int64) * kv_heads * shared + head) * num_parts + part
     tl.store(most + place, largest, mask=is_head)
     tl.store(sums + place, total, mask=is_head)
     where = partly + place[:, None] * head_dim + dims[None, :]
-    tl.store(where, mixed, mask=is_head[:, None] & is_dim[None, :])
+    is_told = is_head & (total > 0.0)
+    tl.store(where, mixed, mask=is_told[:, None] & is_dim[None, :])
 
 
 @triton.jit(do_not_specialize=["num_parts"])  # type: ignore[untyped-decorator]
@@ -161,7 +169,7 @@ def _put_together(  # type: ignore[no-untyped-def]
         share = tl.exp2(tl.load(most + parts, mask=is_part, other=float("-inf")) - largest)
         total += tl.sum(share * tl.load(sums + parts, mask=is_part, other=0.0), 0)
         held = partly + parts[:, None] * head_dim + dims[None, :]
-        part = tl.load(held, mask=is_part[:, None] & is_dim[None, :], other=0.0)
+        part = tl.load(held, mask=(share > 0.0)[:, None] & is_dim[None, :], other=0.0)
         found += tl.sum(share[:, None] * part, 0)
     target = mixed + tl.load(rows + sequence) * row_stride + head * head_stride + dims
     tl.store(target, (found / total).to(mixed.dtype.element_ty), mask=is_dim)

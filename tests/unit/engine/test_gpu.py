@@ -15,7 +15,7 @@ import torch
 from engines import Ask, make_engine, run, run_handed_off
 from models import TINY_FAMILIES, tiny_model
 from shoal.config import StageConfig
-from shoal.engine import attention, build
+from shoal.engine import attention, build, step_graph
 from shoal.engine.build import choose_gpu_kernels, choose_kernels
 from shoal.engine.engine import Engine
 from shoal.engine.gpu import GpuKernels, find_gpu_kernels
@@ -88,13 +88,17 @@ def fails_in_torch(rows: Any, name: str, called: set[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "by_graphs"), [*((family, False) for family in TINY_FAMILIES), ("llama", True), ("gemma2", True)]
-)
+    ("family", "kv_heads", "by_graphs"),
+    [
+        *((family, 2, False) for family in TINY_FAMILIES), ("llama", 2, True), ("gemma2", 2, True),
+        ("qwen3", 1, False), ("gemma3_text", 1, True),
+    ],
+)  # fmt: skip
 def test_what_is_said_is_torchs(
-    attention_kernel: Any, family: str, by_graphs: bool, monkeypatch: pytest.MonkeyPatch
+    attention_kernel: Any, family: str, kv_heads: int, by_graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, with windows and softcaps, prompts in the same step, and steps that are filled up."""
-    model = tiny_model(family, torch.float32, layers=3).to(DEVICE)
+    model = tiny_model(family, torch.float32, layers=3, kv_heads=kv_heads).to(DEVICE)
     kernels, asked, attend_rows = kernels_for(model), list[int](), attention_kernel.attend_rows
 
     def spied(queries: torch.Tensor, rows: torch.Tensor, *rest: Any, **options: Any) -> None:
@@ -129,9 +133,22 @@ def test_a_long_sequence_beside_short_ones_goes_by_a_graph() -> None:
     assert replays == [2, 0]
 
 
+def test_a_step_that_sees_too_much_for_an_index_is_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float32, layers=3).to(DEVICE)
+    for most, num_replays in ((512, 2), (511, 0)):
+        monkeypatch.setattr(step_graph, "MOST_INDEXED", most)
+        engine = make_engine(model, 1, kernels=kernels_for(model), device=DEVICE, new_graph=Again)
+        run(engine, [Ask(PROMPT[:3], 3), Ask(PROMPT[:3], 3)])
+        graphs = engine.runner.decode_path
+        assert isinstance(graphs, StepGraphs)
+        assert sum(step._graph.num_replays for step in graphs._steps.values()) == num_replays  # type: ignore[attr-defined]
+
+
 def test_float64_is_torchs(attention_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", torch.float64, layers=3).to(DEVICE)
-    kernels = kernels_for(model)
+    with pytest.raises(ConfigError, match=r"take no heads of 16 numbers in torch\.float64"):
+        kernels_for(model)
+    kernels = kernels_for(tiny_model("llama", torch.float32, layers=3))
     monkeypatch.setattr(attention_kernel, "attend_rows", lambda *_, **__: pytest.fail("by Triton"))
     for name in ("add_norm", "rotate_store", "gate"):
         monkeypatch.setattr(kernels.rows._kernel, name, lambda *_, **__: pytest.fail("by Triton"))

@@ -13,7 +13,7 @@ from triton_kernels import DEVICE, loaded
 
 # The interpreter's products of bfloat16 aren't numbers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
-MOST_OFF = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+MOST_OFF = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 LONGEST = 600
 LENGTHS = (LONGEST, 1, 256, 257)
 
@@ -67,7 +67,7 @@ class Case:
 @pytest.mark.parametrize(
     ("num_heads", "kv_heads", "head_dim"), [(6, 2, 64), (2, 2, 80), (3, 1, 128), (2, 1, 20), (2, 1, 256), (20, 1, 16)]
 )
-@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("softcap", [None, 0.5, 50.0])
 def test_each_row_mixes_what_it_may_see(
     kernel: Any, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, softcap: float | None
 ) -> None:
@@ -84,14 +84,15 @@ def test_in_however_many_parts(kernel: Any, num_processors: int, monkeypatch: py
     case = Case(2, 1, 64, torch.float32)
     parts = kernel._num_parts(len(LENGTHS), LONGEST, num_processors)
     assert parts == {1: 1, 3: 3, 1000: 15}[num_processors]
-    assert (case.mixed(kernel) - case.exactly()).abs().max() < 2e-6
+    assert (case.mixed(kernel) - case.exactly()).abs().max() < MOST_OFF[torch.float32]
 
 
 def test_parts_keep_all_processors_busy_and_none_is_short(kernel: Any) -> None:
     assert kernel._num_parts(8, 2048, 132) == 8  # an eighth of a long context each
     assert kernel._num_parts(32 * 8, 2048, 132) == 3
     assert kernel._num_parts(64 * 8, 2048, 132) == 2
-    assert kernel._num_parts(1024, 131_072, 132) == 1
+    assert kernel._num_parts(1024, 2048, 132) == 1
+    assert kernel._num_parts(1024, 131_072, 132) == 32  # a single long one would else be read by a few
     assert kernel._num_parts(1, 131_072, 132) == kernel._MOST_PARTS
     assert kernel._num_parts(1, 255, 132) == 1
 
@@ -104,12 +105,12 @@ def test_contexts_in_one_run_are_read_without_an_index(kernel: Any) -> None:
     wanted = case.exactly()
     case.kv = run
     found = case.mixed(kernel, slice(7, 7 + len(LENGTHS) * LONGEST))
-    assert (found - wanted).abs().max() < 2e-6
+    assert (found - wanted).abs().max() < MOST_OFF[torch.float32]
 
 
 def test_kv_of_another_dtype_are_multiplied_in_that_of_queries(kernel: Any) -> None:
     case = Case(6, 2, 64, torch.float32, kv_dtype=torch.float16)
-    assert (case.mixed(kernel) - case.exactly()).abs().max() < 2e-6
+    assert (case.mixed(kernel) - case.exactly()).abs().max() < MOST_OFF[torch.float32]
 
 
 def test_what_it_does_not_take(kernel: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -124,20 +125,21 @@ def find_gpu_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype,
         attention, rows = (importlib.import_module(f"shoal.kernels.{name}") for name in ("paged_attention", "gpu_rows"))
     except ImportError as error:
         raise ConfigError(f"Triton can't be imported: {error}") from error
-    trial = _Trial(spec, dtype, kv_dtype, device)
-    if not attention.takes(trial.queries(1), trial.pool(1).layers[0]):
-        raise ConfigError(
-            f"Triton's kernels take no heads of {spec.head_dim} numbers in {dtype}, with K/V in {kv_dtype}"
-        )
-    found = GpuKernels(GpuAttention(attention), GpuRows(spec, rows))
-    for name, tried in (("attention", trial.attention), ("rows", trial.rows)):
-        try:
-            off = tried(found)
-        except Exception as error:  # Triton's, its compilers' and the driver's own, of many kinds
-            raise ConfigError(f"Triton's {name} can't be run: {error}") from error
-        if not off < _MOST_OFF:  # nor where it's no number
-            raise ConfigError(f"Triton's {name}, tried once, was {off:.2g} off what torch gives")
+    found, trial = GpuKernels(GpuAttention(attention), GpuRows(spec, rows)), _Trial(spec, dtype, kv_dtype, device)
+    try:
+        is_taken = attention.takes(trial.queries(1), trial.pool(1).layers[0])
+        most_off = max(trial.attention(found), trial.rows(found), key=_how_bad) if is_taken else 0.0
+    except Exception as error:  # Triton's, its compilers' and the driver's own, of many kinds
+        raise ConfigError(f"Triton's kernels can't be run: {error}") from error
+    if not is_taken:
+        raise ConfigError(f"Triton's kernels take no heads of {spec.head_dim} numbers in {dtype}, K/V in {kv_dtype}")
+    if not most_off < _MOST_OFF:  # nor where it's no number
+        raise ConfigError(f"Triton's kernels, tried once, were {most_off:.2g} off what torch gives")
     return found
+
+
+def _how_bad(off: float) -> float:
+    return math.inf if math.isnan(off) else off
 
 
 class _Trial:

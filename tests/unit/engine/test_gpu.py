@@ -201,18 +201,24 @@ def test_they_are_tried_before_they_serve(module: str, function: str, monkeypatc
 
     assert isinstance(kernels_for(model), GpuKernels)
     spoil(lambda told: told[0].add_(0.1))
-    with pytest.raises(ConfigError, match=r"tried once, was 0\.[12] off what torch gives"):
+    with pytest.raises(ConfigError, match=r"tried once, were 0\.[12] off what torch gives"):
         kernels_for(model)
     spoil(lambda told: told[-1].fill_(float("nan")))
-    with pytest.raises(ConfigError, match="was nan off"):
+    with pytest.raises(ConfigError, match="were nan off"):
         kernels_for(model)
 
     def broken(_: torch.Tensor) -> None:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     spoil(broken)
-    with pytest.raises(ConfigError, match="can't be run: Failed to find C compiler"):
+    with pytest.raises(ConfigError, match="kernels can't be run: Failed to find C compiler"):
         kernels_for(model)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_reason() -> None:
+    with pytest.raises(ConfigError, match=r"Triton's kernels can't be run: .*CUDA"):
+        find_gpu_kernels(describe(tiny_model("llama").config), torch.float32, torch.float32, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("module", ["paged_attention", "gpu_rows"])

@@ -74,7 +74,7 @@ generate: $(STAMP) ## Write services/shoal/v1 from the protos; docs/configuratio
 	$(BIN)/python docs/generate.py
 	$(BIN)/python helm/generate.py
 
-tools: .tools/.complete ## Real helm, kubectl, promtool and prometheus for the tests, in .tools
+tools: .tools/.complete ## Real helm, kubectl, promtool, prometheus and Triton for the tests, in .tools (1.3 GB)
 
 # Without the stamp something couldn't be had: that is said, the tests that need it are skipped, and the next run tries again.
 .tools/.complete: $(STAMP) tests/tools.py

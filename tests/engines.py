@@ -215,6 +215,20 @@ def run_choices(engine: Engine, asks: list[Ask]) -> list[list[list[int]]]:
     return [[tokens[str(index), choice] for choice in range(ask.params.num_choices)] for index, ask in enumerate(asks)]
 
 
+def watched(engine: Engine, seen: list[torch.Tensor]) -> Engine:
+    """Put the logits of each step into ``seen``."""
+    run_step = engine.runner.run
+
+    def noted(plan: Any) -> Any:
+        output = run_step(plan)
+        if output.logits is not None:
+            seen.append(output.logits.clone())
+        return output
+
+    engine.runner.run = noted  # type: ignore[method-assign]
+    return engine
+
+
 def one_by_one(engine: Engine, asks: list[Ask]) -> list[list[int]]:
     return [run(engine, [ask])[0] for ask in asks]
 

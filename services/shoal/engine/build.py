@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import structlog
 import torch
@@ -40,6 +42,7 @@ from shoal.model.projector import PAPER, Projector, find_projector, require_mode
 from shoal.model.weights import open_weights
 
 _log = structlog.get_logger(__name__)
+_Kernels = TypeVar("_Kernels")
 
 _WARM_UP = "warm-up"
 # More than few: with more rows other kernels compute, and what they leave to torch does.
@@ -213,28 +216,29 @@ def choose_kernels(
     limits: StageConfig, served: Served, device: torch.device, *, quietly: bool = False
 ) -> NativeKernels | None:
     """Those for CPUs; ``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
-    if limits.kernels == "torch" or device.type == "cuda":
+    if device.type == "cuda":
+        return None
+    find = partial(find_kernels, served.spec, served.dtype, served.kv_dtype, device)
+    return _own_or_torchs(limits, find, quietly=quietly)
+
+
+def choose_gpu_kernels(limits: StageConfig, served: Served, device: torch.device) -> GpuKernels | None:
+    """Those for GPUs; ``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
+    if device.type != "cuda":
+        return None
+    return _own_or_torchs(limits, partial(find_gpu_kernels, served.spec, served.dtype, served.kv_dtype, device))
+
+
+def _own_or_torchs(limits: StageConfig, find: Callable[[], _Kernels], *, quietly: bool = False) -> _Kernels | None:
+    if limits.kernels == "torch":
         return None
     try:
-        return find_kernels(served.spec, served.dtype, served.kv_dtype, device)
+        return find()
     except ConfigError as error:
         if limits.kernels == "native":
             raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
         if not quietly:
             _log.info("torch computes", reason=error.message)
-        return None
-
-
-def choose_gpu_kernels(limits: StageConfig, served: Served, device: torch.device) -> GpuKernels | None:
-    """Those for GPUs; ``None`` is torch's. Raises ConfigError where Shoal's own are demanded and can't be had."""
-    if limits.kernels == "torch" or device.type != "cuda":
-        return None
-    try:
-        return find_gpu_kernels(served.spec, served.dtype, served.kv_dtype, device)
-    except ConfigError as error:
-        if limits.kernels == "native":
-            raise ConfigError(f"kernels is native, but: {error.message}; with auto, torch computes") from error
-        _log.warning("torch computes, which takes longer", reason=error.message)
         return None
 
 

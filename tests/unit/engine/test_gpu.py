@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from engines import Ask, make_engine, run, run_handed_off
+from engines import Ask, make_engine, run, run_handed_off, watched
 from models import TINY_FAMILIES, tiny_model
 from shoal.config import StageConfig
 from shoal.engine import attention, build, step_graph
 from shoal.engine.build import choose_gpu_kernels, choose_kernels
-from shoal.engine.engine import Engine
 from shoal.engine.gpu import GpuKernels, find_gpu_kernels
 from shoal.engine.step_graph import StepGraphs
 from shoal.errors import ConfigError
@@ -59,21 +58,6 @@ class Again:
         self._run()
 
 
-def logits_of(engine: Engine, asks: list[Ask]) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Tokens, and the logits of each step."""
-    seen: list[torch.Tensor] = []
-    run_step = engine.runner.run
-
-    def noted(plan: Any) -> Any:
-        output = run_step(plan)
-        if output.logits is not None:
-            seen.append(output.logits.clone())
-        return output
-
-    engine.runner.run = noted  # type: ignore[method-assign]
-    return run(engine, asks), seen
-
-
 def fails_in_torch(rows: Any, name: str, called: set[str]) -> Any:
     """That operation, which fails the test where torch's is what computes in the end."""
     ours = getattr(rows, name)
@@ -110,9 +94,11 @@ def test_what_is_said_is_torchs(
     for name in operations:
         monkeypatch.setattr(kernels.rows, name, fails_in_torch(kernels.rows, name, called))
     options: dict[str, Any] = {"device": DEVICE, **({"new_graph": Again} if by_graphs else {})}
-    wanted_tokens, wanted = logits_of(make_engine(model, 1, device=DEVICE), ASKS)
-    tokens, found = logits_of(make_engine(model, 1, kernels=kernels, **options), ASKS)
-    assert tokens == wanted_tokens and called == operations
+    wanted, found = list[torch.Tensor](), list[torch.Tensor]()
+    by_torch = watched(make_engine(model, 1, device=DEVICE), wanted)
+    ours = watched(make_engine(model, 1, kernels=kernels, **options), found)
+    assert run(ours, ASKS) == run(by_torch, ASKS)
+    assert called == operations
     assert max(asked) == (len(ASKS) if by_graphs else 2)  # else only those of a like length are read together
     for mine, theirs in zip(found, wanted, strict=True):
         assert (mine - theirs).abs().max() < 1e-3

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import CPU, Ask, make_engine, run, run_choices
+from engines import CPU, Ask, make_engine, run, run_choices, watched
 from graphs import BrokenGraph, RecordedGraph, compute_as_on_a_gpu
 from models import TINY_FAMILIES, WINDOW, save_tiny, tiny_llama, tiny_model
 from shoal.config import load_config
@@ -52,20 +52,6 @@ def graphs_of(engine: Engine) -> StepGraphs:
 
 def num_replays(engine: Engine) -> int:
     return sum(step._graph.num_replays for step in graphs_of(engine)._steps.values())
-
-
-def watched(engine: Engine, seen: list[torch.Tensor]) -> Engine:
-    """Put the logits of each step into ``seen``."""
-    run_step = engine.runner.run
-
-    def noted(plan: Any) -> Any:
-        output = run_step(plan)
-        if output.logits is not None:
-            seen.append(output.logits.clone())
-        return output
-
-    engine.runner.run = noted  # type: ignore[method-assign]
-    return engine
 
 
 def load_of_many(engine: Engine) -> list[tuple[str, int]]:

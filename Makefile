@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Where there is no GPU, Triton's interpreter carries its kernels out, from a process's beginning to its end.
+TRITON := PYTHONPATH=$(CURDIR)/.tools/triton $(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test lint format types imports generated generate tools unit optimized audit sbom bench compare clean
@@ -47,7 +49,8 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 # worksteal: neighbours run in one process where they can, so what a module's tests share is made once.
 test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long)
 	$(MAKE) --jobs 2 lint types imports generated tools
-	$(BIN)/pytest -m 'not cluster' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none of these
+	$(BIN)/pytest -m 'not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none
+	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto $(addprefix tests/unit/,engine kernels) $(ARGS) || [ $$? = 5 ]
 	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit transfer chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP) ## Style and formatting (ruff)
@@ -81,7 +84,7 @@ tools: .tools/.complete ## Real helm, kubectl, promtool, prometheus and Triton f
 	@$(BIN)/python tests/tools.py
 
 unit: $(STAMP) tools ## The quick tests only, on all cores at once
-	$(BIN)/pytest -m 'not slow and not cluster' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ]
+	$(BIN)/pytest -m 'not slow and not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ]
 
 optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no check may be an assert
 	PYTHONOPTIMIZE=1 $(BIN)/pytest --numprocesses auto -p no:cacheprovider -W ignore::pytest.PytestConfigWarning $(addprefix tests/,\

@@ -15,8 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,16 +50,6 @@ def promtool() -> Path:
 
 def prometheus() -> Path:
     return _tool("prometheus")
-
-
-@cache
-def triton() -> Path | None:
-    """The folder to import Triton from; ``None`` where it's installed anyway. Skips the test where it isn't there."""
-    if find_spec("triton") is not None:
-        return None
-    if not (ours := FOLDER / "triton").exists():
-        pytest.skip("Triton isn't here: run `make tools`, which says so if it can't be had")
-    return ours
 
 
 def _tool(name: str) -> Path:

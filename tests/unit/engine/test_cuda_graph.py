@@ -132,10 +132,10 @@ def test_on_a_gpu_they_hold_triton_s_kernels():
     model = tiny_llama(torch.float32, layers=4)[1].to(device)
     asks = [Ask([3 + index * 7 % 90 for index in range(1 + 61 * count % 290)], 4 + 5 * count) for count in range(9)]
     spec = describe(model.config)
-    with loaded("paged_attention"):
-        kernels = find_gpu_kernels(spec, torch.float32, torch.float32, device)
-        options: dict[str, Any] = {"num_blocks": 512, "device": device, "kernels": kernels}
-        graphed = make_engine(model, 2, new_graph=CudaGraphs(device), **options)
-        assert run(graphed, asks) == run(make_engine(model, 2, **options), asks)
+    loaded("paged_attention")
+    kernels = find_gpu_kernels(spec, torch.float32, torch.float32, device)
+    options: dict[str, Any] = {"num_blocks": 512, "device": device, "kernels": kernels}
+    graphed = make_engine(model, 2, new_graph=CudaGraphs(device), **options)
+    assert run(graphed, asks) == run(make_engine(model, 2, **options), asks)
     assert isinstance(graphed.runner.decode_path, StepGraphs)
     assert graphed.runner.decode_path.sizes, "the log says why none was captured"

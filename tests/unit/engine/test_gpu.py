@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,8 @@ from shoal.model.families import describe
 from shoal.model.rows import TorchRows
 from triton_kernels import DEVICE, loaded
 
+pytestmark = pytest.mark.triton
+
 PROMPT = [3 + index * 7 % 90 for index in range(400)]
 # Of both depths; some share a step with others' prompts, and one is far longer than the rest.
 ASKS = [
@@ -34,9 +36,8 @@ ASKS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def attention_kernel() -> Iterator[Any]:
-    with loaded("paged_attention") as attention_kernel:
-        yield attention_kernel
+def attention_kernel() -> Any:
+    return loaded("paged_attention")
 
 
 def kernels_for(model: Any) -> GpuKernels:

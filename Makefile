@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TRITON := PYTHONPATH=$(CURDIR)/.tools/triton $(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format types imports generated generate tools unit optimized audit sbom bench compare clean
+.PHONY: help install wheel demo serve test lint format types imports generated generate tools unit optimized audit sbom bench compare clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -42,6 +42,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep decode pool
 	$(BIN)/shoal demo $(ARGS)
+
+wheel: $(STAMP) ## A wheel in dist, with the kernels compiled: who installs it needs no compiler
+	$(BIN)/python -m hatchling build --target wheel
 
 serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
 	$(BIN)/shoal serve $(ARGS)

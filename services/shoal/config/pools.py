@@ -33,7 +33,7 @@ class StageConfig(Frozen):
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")
     kernels: Literal["auto", "native", "torch"] = Field(
         "auto",
-        description="native: Shoal's own, for bfloat16 on CPUs with AVX-512, compiled ahead (SHOAL_KERNELS_FOLDER has "
+        description="native: Shoal's own, for bfloat16 on CPUs with AVX-512, compiled ahead (a wheel brings "
         "them) or at the first start, and on GPUs, by Triton; auto: those where it can be, else torch's.",
     )
     weights: Literal["auto", "int8"] = Field(

@@ -1,6 +1,7 @@
-"""Compile src/ into one shared library, once: the user's cache keeps it under the digest of all that it depends on.
+"""Compile src/ into one shared library, under the digest of all that it depends on.
 
-``python -m shoal.kernels.build FOLDER`` does it ahead, for an image.
+A wheel brings it along (services/compile_kernels.py). Elsewhere it's compiled once, at the first start, and kept in the
+user's cache.
 """
 
 from __future__ import annotations
@@ -9,14 +10,11 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
-
-from platformdirs import user_cache_path
 
 from shoal.errors import ConfigError
 from shoal.machine import cpu_flags
@@ -31,15 +29,23 @@ _OPTIONS = (
     "-pthread", "-fPIC", "-shared",
 )  # fmt: skip
 _TIMEOUT_S = 120
-_AHEAD_TIMEOUT_S = 1800  # the image of another processor is built under emulation
-# A folder with a library compiled before, for images without a compiler.
+# Where to keep it instead of in the user's cache.
 FOLDER_VARIABLE = "SHOAL_KERNELS_FOLDER"
+# Where a wheel has it, as a part of the package.
+SHIPPED = "compiled"
 
 
 def library() -> Path:
     """The compiled library, compiling it if need be. Raises ConfigError that says why there can't be one."""
     if missing := sorted(CPU_FLAGS - cpu_flags()):
         raise ConfigError(f"this CPU lacks {', '.join(missing)}")
+    shipped = Path(__file__).parent / SHIPPED / _file_name(_sources(), _OPTIONS)
+    return shipped if shipped.exists() else _kept()
+
+
+def _kept() -> Path:
+    from platformdirs import user_cache_path
+
     folder = Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels")
     try:
         path = compiled(folder)
@@ -53,8 +59,7 @@ def library() -> Path:
 def compiled(folder: Path, *options: str, within_s: float = _TIMEOUT_S) -> Path:
     """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError or OSError."""
     sources, options = _sources(), (*_OPTIONS, *options)
-    digest = sha256("\0".join([*options, *(text for pair in sources for text in pair)]).encode()).hexdigest()
-    path = folder / f"{digest[:32]}.so"
+    path = folder / _file_name(sources, options)
     if not path.exists():
         _compile(sources, options, path, within_s)
     return path
@@ -69,6 +74,11 @@ def compiler() -> list[str] | None:
 def _sources() -> list[tuple[str, str]]:
     folder = resources.files("shoal.kernels") / "src"
     return sorted((entry.name, entry.read_text(encoding="utf-8")) for entry in folder.iterdir())
+
+
+def _file_name(sources: Iterable[tuple[str, str]], options: Iterable[str]) -> str:
+    digest = sha256("\0".join([*options, *(text for pair in sources for text in pair)]).encode()).hexdigest()
+    return f"{digest[:32]}.so"
 
 
 def _compile(sources: Iterable[tuple[str, str]], options: Iterable[str], path: Path, within_s: float) -> None:
@@ -98,7 +108,3 @@ def _is_ours(path: Path) -> bool:
     """It is code: nobody but its owner may have written it, and the owner is we or the system."""
     found = path.stat()
     return found.st_uid in {os.getuid(), 0} and not found.st_mode & 0o022
-
-
-if __name__ == "__main__":
-    compiled(Path(sys.argv[1]), within_s=_AHEAD_TIMEOUT_S)

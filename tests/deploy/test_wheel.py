@@ -1,0 +1,78 @@
+"""What a wheel brings along, and what it does where there is no compiler."""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from shoal.kernels.build import CPU_FLAGS, compiler
+from shoal.machine import cpu_flags
+
+ROOT = Path(__file__).parents[2]
+IS_OF_KERNELS = platform.machine() == "x86_64"
+# By the kernels that were found, of 3 + 4 the sum.
+ADDS = """
+import torch
+from shoal.kernels import build, native
+print(build.library())
+total = native.load().add(torch.full((1, 64), 3.0).bfloat16(), torch.full((1, 64), 4.0).bfloat16())
+print(total.unique().item())
+"""
+
+
+def made(folder: Path, **variables: str) -> tuple[Path, str]:
+    """The wheel, and what was said about it."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=True, timeout=300
+    )
+    [wheel] = folder.iterdir()
+    return wheel, done.stdout + done.stderr
+
+
+def libraries(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return [name for name in archive.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_OF_KERNELS, reason="there are no kernels for this processor")
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_its_kernels_are_found_where_there_is_no_compiler(tmp_path: Path) -> None:
+    wheel, _ = made(tmp_path / "wheel")
+    [library] = libraries(wheel)
+    assert wheel.name.endswith("_x86_64.whl") and "-py3-none-" in wheel.name
+    assert "linux_x86_64" not in wheel.name.replace("manylinux", ""), "an older C library must refuse it"
+    package = tmp_path / "package"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(package)
+        assert stat.S_IMODE(archive.getinfo(library).external_attr >> 16) & 0o444 == 0o444, "others may read it"
+    if not cpu_flags() >= CPU_FLAGS:
+        pytest.skip("this CPU can't run them")
+    kept = tmp_path / "kept"
+    without = {"PYTHONPATH": str(package), "CXX": "/nowhere", "SHOAL_KERNELS_FOLDER": str(kept)}
+    done = subprocess.run(
+        [sys.executable, "-c", ADDS], cwd=tmp_path, env=os.environ | without, capture_output=True, text=True,
+        check=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(package / library), "7.0"]
+    assert not kept.exists()
+
+
+def test_without_a_compiler_it_is_one_for_any_machine(tmp_path: Path) -> None:
+    wheel, said = made(tmp_path, CXX="/nowhere")
+    assert wheel.name.endswith("-py3-none-any.whl") and not libraries(wheel)
+    if IS_OF_KERNELS:
+        assert "without compiled kernels" in said and "install g++" in said
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    # With what compiles them later, and without what made it.
+    assert {"shoal/py.typed", "shoal/kernels/src/linear.cpp", "shoal/kernels/build.py"} <= names
+    assert not any("compile_kernels" in name for name in names)

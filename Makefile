@@ -44,7 +44,7 @@ demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep de
 	$(BIN)/shoal demo $(ARGS)
 
 wheel: $(STAMP) ## A wheel in dist, with the kernels compiled: who installs it needs no compiler
-	$(BIN)/python -m hatchling build --target wheel
+	SHOAL_REQUIRE_KERNELS=1 $(BIN)/python -m hatchling build --target wheel
 
 serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
 	$(BIN)/shoal serve $(ARGS)

@@ -1,12 +1,15 @@
 """What hatchling does before it makes a wheel (pyproject.toml says so): compile Shoal's kernels into it.
 
 Whoever installs that wheel needs no compiler. Without one here, or for another processor, it becomes a wheel for any
-machine, and a replica compiles them at its first start, if it can.
+machine, and a replica compiles them at its first start, if it can. With SHOAL_REQUIRE_KERNELS set, what keeps them from
+being compiled is an error.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +23,8 @@ _TIMEOUT_S = 1800  # the image of another processor is built under emulation
 
 
 class CompiledKernels(BuildHookInterface[BuilderConfig]):
+    _folder: Path | None = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
             return
@@ -27,17 +32,23 @@ class CompiledKernels(BuildHookInterface[BuilderConfig]):
         from shoal.errors import ConfigError
         from shoal.kernels.build import SHIPPED, compiled
 
-        self._folder = tempfile.TemporaryDirectory()  # lasts as long as the hook, and the wheel is made meanwhile
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-kernels-"))
         try:
-            library = compiled(Path(self._folder.name), within_s=_TIMEOUT_S)
-        except ConfigError as error:
-            self.app.display_warning(f"a wheel without compiled kernels, for any machine: {error.message}")
+            library = compiled(self._folder, within_s=_TIMEOUT_S)
+        except (ConfigError, OSError) as error:
+            if os.environ.get("SHOAL_REQUIRE_KERNELS"):
+                raise
+            self.app.display_warning(f"a wheel without compiled kernels, for any machine: {error}")
             return
         build_data["force_include"][str(library)] = f"shoal/kernels/{SHIPPED}/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_this_platform()}"
 
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
 
 def _this_platform() -> str:
     """By the C library's version, too: an older one may not have what the compiled library asks for."""
-    return next(tag for tag in platform_tags() if not tag.startswith("linux"))
+    return next((tag for tag in platform_tags() if not tag.startswith("linux")), "linux_x86_64")

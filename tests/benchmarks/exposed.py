@@ -17,7 +17,9 @@ from pathlib import Path
 from child import adopt_orphans
 from rich.console import Console
 from rich.table import Table
-from serving_times import Sample, ask_alone, server
+from serving_times import ask_alone, server
+
+from shoal.simulate.measurements import Sample
 
 GOAL = 0.03
 _STAGE = "transfer_exposed_s"
@@ -41,7 +43,7 @@ def main() -> None:
 def _show(samples: list[Sample]) -> None:
     table = Table("stage", "median", "of the first token's time")
     ttft_s = statistics.median(one["ttft_s"] for one in samples)
-    for stage in (name for name in samples[0] if name.endswith("_s")):
+    for stage in (name for name in samples[0] if name.endswith("_s") and name != "tpot_s"):
         seconds = statistics.median(one[stage] for one in samples)
         table.add_row(stage.removesuffix("_s"), f"{1e3 * seconds:.1f} ms", f"{seconds / ttft_s:.1%}")
     Console().print(table)

@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 from child import free_port, serving
 from load import LoadOptions, Loads, send_at_once
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.simulate.costs import DecodeCost, FitQuality, HandoffCost, ServingCost, SharingCost
-from shoal.simulate.fit import fit
+from shoal.simulate.measurements import Sample
 
-Sample = dict[str, Any]
 _STAGES = "shoal_ttft_stage_seconds_sum"
 _SHORT_PROMPT, _STREAM_OUTPUT = 16, 64
+_PAUSE_S = 3.0
+"""Before each prompt alone. A machine that had nothing to do takes longer than one that had, and such are most whose
+prompts come one at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,12 @@ async def _ask_all(
 ) -> Asked:
     alone, together = [], []
     for num_tokens in prompts:
-        alone += await ask_alone(url, num_tokens, samples, on_step)
+        alone += await ask_alone(url, num_tokens, samples, on_step, num_output=_STREAM_OUTPUT, pause_s=_PAUSE_S)
+        together += [
+            {"streams": 1, "context": num_tokens + _STREAM_OUTPUT // 2, "tpot_s": one["tpot_s"]}
+            for one in alone[-samples:]
+            if one["tpot_s"] is not None
+        ]
     load = LoadOptions(stream_prompt_tokens=_SHORT_PROMPT, stream_output_tokens=_STREAM_OUTPUT)
     loads = Loads(range(1000, 9000), load, seed=1)
     for num in streams:
@@ -76,17 +81,24 @@ async def _ask_all(
 
 
 async def ask_alone(
-    url: str, num_tokens: int, samples: int, on_step: Callable[[], None] = lambda: None
+    url: str,
+    num_tokens: int,
+    samples: int,
+    on_step: Callable[[], None] = lambda: None,
+    *,
+    num_output: int = 2,
+    pause_s: float = 0.0,
 ) -> list[Sample]:
-    """Prompts of so many tokens, one at a time: the TTFT of each, and the stages that the server tells of it."""
-    loads = Loads(range(1000, 9000), LoadOptions(prompt_tokens=num_tokens, output_tokens=2), seed=num_tokens)
+    """Prompts of so many tokens, one at a time: TTFT and TPOT of each, and the stages that the server tells of it."""
+    loads = Loads(range(1000, 9000), LoadOptions(prompt_tokens=num_tokens, output_tokens=num_output), seed=num_tokens)
     await send_at_once(url, [loads.alone("warm-up")])
     found = []
     for sample in range(samples):
+        await asyncio.sleep(pause_s)
         before = _stages(url)
         [record] = await send_at_once(url, [loads.alone(f"sample {sample}")])
         told = {name: seconds - before[name] for name, seconds in _stages(url).items()}
-        found.append({"prompt_tokens": num_tokens, "ttft_s": record.ttft_s, **told})
+        found.append({"prompt_tokens": num_tokens, "ttft_s": record.ttft_s, "tpot_s": record.tpot_s, **told})
         on_step()
     return found
 
@@ -100,37 +112,3 @@ def _stages(url: str) -> dict[str, float]:
         for sample in family.samples
         if sample.name == _STAGES
     }
-
-
-# --- from times to costs ----------------------------------------------------------------------------------
-
-
-def fit_handoff(samples: Sequence[Sample], token_bytes: int, chunk: int) -> tuple[HandoffCost, FitQuality]:
-    """What the way to prefill and back takes beside computing: a latency, and the last chunk's bytes."""
-    samples = [one for one in samples if one["transfer_exposed_s"] > 0]  # short prompts stay with decode
-    tails = [token_bytes * ((one["prompt_tokens"] - 2) % chunk + 1) for one in samples]
-    times = [one["queue_s"] + one["transfer_exposed_s"] for one in samples]
-    (latency_s, byte_s), quality = fit([(1.0, tail) for tail in tails], times)
-    return HandoffCost(latency_s=latency_s, bytes_per_s=1 / max(byte_s, 1e-12), token_bytes=token_bytes), quality
-
-
-def fit_serving(
-    asked: Asked, decode: DecodeCost, sharing: SharingCost
-) -> tuple[ServingCost, FitQuality]:  # fmt: skip
-    """What a step's way to its clients works, from how much longer it makes the steps beside it.
-
-    That work has one thread and a step ``sharing.threads``. While both run, either advances at the speed that the
-    simulation gives them, v; so work w makes a step w (1 / v - 1) longer.
-    """
-    num_threads = sharing.threads + 1
-    speed = 1.0 if num_threads <= sharing.cores else sharing.efficiency * sharing.cores / num_threads
-    longer = 1 / speed - 1 if speed < 1 else 1.0
-    steps_s = [decode.seconds(one["streams"], one["streams"] * one["context"]) for one in asked.together]
-    (step_s, token_s), quality = fit(
-        [(longer, longer * one["streams"]) for one in asked.together],
-        [one["tpot_s"] for one in asked.together],
-        steps_s,
-    )
-    engines = ("queue_s", "prefill_s", "transfer_exposed_s", "boundary_step_s")
-    rest = statistics.median(one["ttft_s"] - sum(one[name] for name in engines) for one in asked.alone)
-    return ServingCost(request_s=max(0.0, rest - step_s - token_s), step_s=step_s, token_s=token_s), quality

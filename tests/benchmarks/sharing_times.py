@@ -20,7 +20,9 @@ from contextlib import contextmanager
 import torch
 from step_times import Grid, begin, config_for, make_engine
 
+from shoal.config import PREFILL_NICENESS
 from shoal.engine.engine import Engine
+from shoal.machine import step_back
 from shoal.messages import Stage
 
 _CHUNK, _STREAMS, _CONTEXT = 512, 8, 512
@@ -71,6 +73,8 @@ def _line(process: subprocess.Popen[str]) -> str:
 def main() -> None:
     stage, skip_layers, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(threads)
+    if stage == "prefill":
+        step_back(PREFILL_NICENESS)  # as a server's does
     grid = Grid((_CHUNK,), _CHUNK, (_STREAMS,), (_CONTEXT,), 1, 1)
     engine = make_engine(config_for(skip_layers, grid), Stage(stage))
     step = _prefill_step(engine) if stage == "prefill" else _decode_step(engine)

@@ -3,9 +3,10 @@
     python tests/benchmarks/step_costs.py --json step-costs.json [--skips 0 5 10] [--no-serving]
 
 Four parts: steps of prefill, for each number of skipped layers, by chunk and context; steps of decode by sequences and
-context; what two stages that share the cores lose; and, of a real server with one replica of each pool, what a request,
-a hand-off and a token cost beside the steps. Each formula is fitted by least squares of relative errors; how far it is
-from the times that it was fitted to is printed and kept, and so are the times. Leave the machine alone meanwhile.
+context; what two stages that share the cores lose; and, of a real server with one replica of each pool, how much longer
+steps take in it, and what a request, a hand-off and a token cost beside them. Each formula is fitted by least squares
+of relative errors; how far it is from the times that it was fitted to is printed and kept, and so are the times.
+Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import torch
 from child import adopt_orphans
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from serving_times import ask, fit_handoff, fit_serving
+from serving_times import ask
 from sharing_times import sharing_efficiency
 from step_costs_table import show
-from step_times import Grid, Sample, config_for, decode_times, fit_decode, fit_prefill, make_engine, prefill_times
+from step_times import Grid, config_for, decode_times, make_engine, prefill_times
 
 from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, layout_of, num_blocks_for
@@ -37,6 +38,15 @@ from shoal.simulate.costs import (
     ServingCost,
     SharingCost,
     StepCosts,
+)
+from shoal.simulate.measurements import (
+    Sample,
+    decode_cost,
+    handoff_cost,
+    prefill_cost,
+    server_slowdown,
+    serving_cost,
+    slowed,
 )
 
 
@@ -58,7 +68,7 @@ class Measuring:
         bar = self._progress.add_task(name, total=grid.rounds * len(grid.chunks))
         engine = make_engine(config_for(skip_layers, grid), Stage.PREFILL)
         self.samples[name] = prefill_times(engine, grid, lambda: self._progress.advance(bar))
-        cost, self.fits[name] = fit_prefill(skip_layers, self.samples[name])
+        cost, self.fits[name] = prefill_cost(skip_layers, self.samples[name])
         return cost
 
     def costs(self) -> StepCosts:
@@ -67,7 +77,7 @@ class Measuring:
         bar = self._progress.add_task("decode", total=len(grid.streams) * len(grid.contexts))
         engine = make_engine(config_for(max(options.skips), grid), Stage.DECODE)
         self.samples["decode"] = decode_times(engine, grid, lambda: self._progress.advance(bar))
-        decode, self.fits["decode"] = fit_decode(self.samples["decode"])
+        decode, self.fits["decode"] = decode_cost(self.samples["decode"])
         del engine
         bar = self._progress.add_task("sharing", total=1)
         efficiency, rates = sharing_efficiency(max(options.skips), options.threads, options.seconds)
@@ -98,10 +108,14 @@ class Measuring:
         )  # fmt: skip
         self.samples["alone"], self.samples["together"] = asked.alone, asked.together
         chunk = ShoalConfig().prefill.max_step_tokens
-        handoff, self.fits["hand-off"] = fit_handoff(asked.alone, costs.handoff.token_bytes, chunk)
+        alone = costs.of_skip(skip_layers)
+        slower, way_s, self.fits["prefill in a server"] = server_slowdown(alone, asked.alone, chunk)
+        handoff, self.fits["hand-off"] = handoff_cost(asked.alone, way_s, costs.handoff.token_bytes, chunk)
         assert costs.sharing is not None
-        serving, self.fits["serving"] = fit_serving(asked, costs.decode, costs.sharing)
-        return costs.model_copy(update={"handoff": handoff, "serving": serving})
+        prefill = tuple(slowed(one, slower) for one in costs.prefill)
+        serving, slower, self.fits["serving"] = serving_cost(asked.alone, asked.together, costs.decode, costs.sharing)
+        decode = slowed(costs.decode, slower)
+        return costs.model_copy(update={"prefill": prefill, "decode": decode, "handoff": handoff, "serving": serving})
 
 
 def token_bytes(served: Served) -> int:
@@ -136,7 +150,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="decode steps in a row")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each run of the stages that share cores")
     parser.add_argument("--no-serving", action="store_true", help="without a server: requests and tokens cost nothing")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512, 1800], help="asked of the server, alone")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512, 1000, 1800], help="asked of it alone")
     parser.add_argument("--serving-streams", type=int, nargs="+", default=[1, 4, 8, 16], help="asked of it together")
     parser.add_argument("--samples", type=int, default=5, help="of each")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -145,6 +159,9 @@ def _options() -> argparse.Namespace:
 
 def main() -> None:
     options = _options()
+    least = ShoalConfig().handoff.min_tokens
+    if not options.no_serving and len({num for num in options.prompts if num >= least}) < 2:
+        raise SystemExit(f"error: --prompts needs two lengths of {least} tokens or more, which are handed over")
     adopt_orphans()
     torch.set_num_threads(options.threads)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

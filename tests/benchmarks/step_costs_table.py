@@ -10,12 +10,14 @@ from shoal.simulate.costs import StepCosts
 
 def show(costs: StepCosts) -> None:
     table = Table(title=f"{costs.model} on {costs.machine}")
-    for column in ("formula", "a step (ms)", "a token or sequence (ms)", "a token seen (ns)"):
+    for column in ("formula", "a step (ms)", "a token or sequence (ms)", "a token seen (ns)", "a token read (ns)"):
         table.add_column(column, justify="left" if column == "formula" else "right")
     for one in costs.prefill:
-        table.add_row(f"prefill, {one.skip_layers} skipped", *_row(one.step_s, one.token_s, one.token_context_s))
+        numbers = _row(one.step_s, one.token_s, one.token_context_s, one.context_token_s)
+        table.add_row(f"prefill, {one.skip_layers} skipped", *numbers)
     decode = costs.decode
-    table.add_row("decode", *_row(decode.step_s, decode.sequence_s, decode.context_token_s))
+    name = f"decode, beyond {decode.free_sequences} sequences" if decode.free_sequences else "decode"
+    table.add_row(name, *_row(decode.step_s, decode.sequence_s, 0.0, decode.context_token_s))
     console = Console()
     console.print(table)
     handoff, serving, sharing = costs.handoff, costs.serving, costs.sharing
@@ -32,5 +34,5 @@ def show(costs: StepCosts) -> None:
         )
 
 
-def _row(step_s: float, unit_s: float, seen_s: float) -> tuple[str, str, str]:
-    return f"{1e3 * step_s:.2f}", f"{1e3 * unit_s:.4f}", f"{1e9 * seen_s:.2f}"
+def _row(step_s: float, unit_s: float, seen_s: float, read_s: float) -> tuple[str, ...]:
+    return f"{1e3 * step_s:.2f}", f"{1e3 * unit_s:.4f}", f"{1e9 * seen_s:.3f}", f"{1e9 * read_s:.1f}"

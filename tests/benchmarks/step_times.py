@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,10 +13,7 @@ from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.simulate.costs import DecodeCost, FitQuality, PrefillCost, seen
-from shoal.simulate.fit import fit
-
-Sample = dict[str, Any]
+from shoal.simulate.measurements import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +55,16 @@ def make_engine(config: ShoalConfig, stage: Stage) -> Engine:
 
 def prefill_times(engine: Engine, grid: Grid, on_step: Callable[[], None]) -> list[Sample]:
     """One sample for each chunk of a long prompt, for each size of chunks: its tokens, those before it, seconds."""
-    times: dict[tuple[int, int], list[float]] = {}
+    times: dict[tuple[int, int, int], list[float]] = {}
     for number in range(grid.rounds):
         for chunk in grid.chunks:
             for start, end, seconds in run_prompt(engine, f"{number}, {chunk}", grid.prompt_tokens, chunk):
-                times.setdefault((start, end), []).append(seconds)
+                times.setdefault((chunk, start, end), []).append(seconds)
             on_step()
-    return [{"start": start, "end": end, "seconds": statistics.median(found)} for (start, end), found in times.items()]
+    return [
+        {"chunk": chunk, "start": start, "end": end, "seconds": statistics.median(found)}
+        for (chunk, start, end), found in times.items()
+    ]
 
 
 def run_prompt(engine: Engine, key: str, num_tokens: int, chunk: int) -> list[tuple[int, int, float]]:
@@ -119,16 +118,3 @@ def begin(engine: Engine, streams: int, context: int, key: str) -> None:
     engine.step()
     for index in range(streams):
         engine.start(f"{key}, {index}", num_arrived=context - 1)
-
-
-def fit_prefill(skip_layers: int, samples: Sequence[Sample]) -> tuple[PrefillCost, FitQuality]:
-    features = [(1.0, one["end"] - one["start"], seen(one["start"], one["end"])) for one in samples]
-    (step_s, token_s, token_context_s), quality = fit(features, [one["seconds"] for one in samples])
-    cost = PrefillCost(skip_layers=skip_layers, step_s=step_s, token_s=token_s, token_context_s=token_context_s)
-    return cost, quality
-
-
-def fit_decode(samples: Sequence[Sample]) -> tuple[DecodeCost, FitQuality]:
-    features = [(1.0, one["streams"], one["streams"] * one["context"]) for one in samples]
-    (step_s, sequence_s, context_token_s), quality = fit(features, [one["seconds"] for one in samples])
-    return DecodeCost(step_s=step_s, sequence_s=sequence_s, context_token_s=context_token_s), quality

@@ -5,7 +5,7 @@ A file is YAML in the shape of ``ShoalConfig``; every key can also come from the
 """
 
 from shoal.config.loading import load_config
-from shoal.config.pools import HandoffConfig, StageConfig
+from shoal.config.pools import PREFILL_NICENESS, HandoffConfig, StageConfig
 from shoal.config.sections import (
     AUTO,
     Dtype,
@@ -23,6 +23,7 @@ from shoal.config.whole import ShoalConfig
 
 __all__ = [
     "AUTO",
+    "PREFILL_NICENESS",
     "Dtype",
     "GatewayConfig",
     "HandoffConfig",

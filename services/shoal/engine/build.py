@@ -13,7 +13,7 @@ from typing import TypeVar
 import structlog
 import torch
 
-from shoal.config import Dtype, ShoalConfig, StageConfig
+from shoal.config import PREFILL_NICENESS, Dtype, ShoalConfig, StageConfig
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
@@ -48,8 +48,6 @@ _WARM_UP = "warm-up"
 # More than few: with more rows other kernels compute, and what they leave to torch does.
 _CPU_WARM_UP_TOKENS = MAX_FEW_ROWS + 32
 POOL_SHARE_OF_FREE_MEMORY = 0.25
-# Linux gives 2.4 times as much to whoever is 4 less nice. Workers of a Ray that is joined are at 15 of 19 already.
-PREFILL_NICENESS = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 

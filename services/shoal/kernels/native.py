@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from shoal.errors import ConfigError, InternalError
-from shoal.kernels.build import library
+from shoal.kernels.build import SHIPPED, library
 from shoal.kernels.layers import Decoding, Layer, Shape, Step, pointer, slots
 
 HEAD_DIMS = frozenset({64, 128, 256})
@@ -50,7 +50,8 @@ def load() -> NativeKernels:
     try:
         return NativeKernels(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
-        raise ConfigError(f"{path} can't be loaded ({error}): remove it") from error
+        advice = "it's a wheel's for another system: install another" if path.parent.name == SHIPPED else "remove it"
+        raise ConfigError(f"{path} can't be loaded ({error}): {advice}") from error
 
 
 class NativeKernels:

@@ -9,7 +9,7 @@ from functools import partial
 
 from shoal.bench.mix import RequestClass
 from shoal.config import ShoalConfig
-from shoal.simulate.costs import StepCosts, seen
+from shoal.simulate.costs import StepCosts
 from shoal.simulate.system import Fleet
 
 
@@ -51,8 +51,9 @@ def _prompt_s(fleet: Fleet, costs: StepCosts, config: ShoalConfig, mix: Sequence
         is_shipped = num + 1 >= config.handoff.min_tokens
         if is_shipped is not shipped:
             return 0.0
-        tokens_s = cost.seconds(num, seen(0, num))
-        return tokens_s + cost.step_s * max(0, math.ceil(num / chunk) - 1) if shipped else tokens_s - cost.step_s
+        if not shipped:  # as a part of a step that is counted already
+            return cost.seconds([(0, num)]) - cost.step_s
+        return cost.prompt_seconds(num, chunk)
 
     return _mean(mix, partial(seconds, shipped=True)), _mean(mix, partial(seconds, shipped=False))
 

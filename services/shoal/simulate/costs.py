@@ -2,8 +2,9 @@
 
 ::
 
-    prefill step   step_s + token_s * tokens + token_context_s * Σ (a token * what it sees)       for each skip count
-    decode step    step_s + sequence_s * sequences + context_token_s * Σ (what each sequence sees)
+    prefill step   step_s + token_s * tokens + token_context_s * Σ (a token * what it sees)
+                          + context_token_s * Σ (what each piece of a prompt reads)          for each skip count
+    decode step    step_s + sequence_s * sequences beyond free_sequences + context_token_s * Σ (what each sequence sees)
     hand-off       latency_s + bytes / bytes_per_s, of which the next chunks' computing hides all but the tail
     serving        request_s once a request; step_s + token_s * tokens for what a decode step sends to clients
 
@@ -36,20 +37,36 @@ class PrefillCost(_Frozen):
     step_s: Seconds
     token_s: Seconds
     token_context_s: Seconds
+    context_token_s: Seconds = 0.0
 
-    def seconds(self, num_tokens: int, num_seen: float) -> float:
-        return self.step_s + self.token_s * num_tokens + self.token_context_s * num_seen
+    def seconds(self, pieces: Iterable[tuple[int, int]]) -> float:
+        """Of one step that runs the tokens ``[start, end)`` of these prompts."""
+        pieces = list(pieces)
+        num_tokens, num_read = sum(end - start for start, end in pieces), sum(end for _, end in pieces)
+        num_seen = math.fsum(seen(start, end) for start, end in pieces)
+        of_tokens = self.token_s * num_tokens + self.token_context_s * num_seen
+        return self.step_s + of_tokens + self.context_token_s * num_read
+
+    def prompt_seconds(self, num_tokens: int, chunk: int) -> float:
+        """Of a prompt's steps, one after the other, of ``chunk`` tokens each but the last."""
+        starts = range(0, num_tokens, chunk)
+        return math.fsum(self.seconds([(start, min(start + chunk, num_tokens))]) for start in starts)
 
 
 class DecodeCost(_Frozen):
-    """Of a step that gives each of its sequences one token, at full depth."""
+    """Of a step that gives each of its sequences one token, at full depth.
+
+    While weights are read, ``free_sequences`` are multiplied by them.
+    """
 
     step_s: Seconds
     sequence_s: Seconds
     context_token_s: Seconds
+    free_sequences: Annotated[int, Field(ge=0)] = 0
 
     def seconds(self, num_sequences: int, num_context_tokens: int) -> float:
-        return self.step_s + self.sequence_s * num_sequences + self.context_token_s * num_context_tokens
+        num_charged = max(0, num_sequences - self.free_sequences)
+        return self.step_s + self.sequence_s * num_charged + self.context_token_s * num_context_tokens
 
 
 class HandoffCost(_Frozen):
@@ -149,8 +166,7 @@ def read_costs(path: Path) -> StepCosts:
 
 def prefill_step_s(cost: PrefillCost, rows: Iterable[ScheduledRows]) -> float:
     """Of a step of prefill."""
-    num_tokens, num_seen = _chunks(rows)
-    return cost.seconds(num_tokens, num_seen)
+    return cost.seconds((row.start, row.end) for row in rows)
 
 
 def decode_step_s(cost: DecodeCost, local: PrefillCost, rows: Iterable[ScheduledRows]) -> float:
@@ -160,15 +176,10 @@ def decode_step_s(cost: DecodeCost, local: PrefillCost, rows: Iterable[Scheduled
     chunks = [row for row in rows if row.num_rows > 1]
     seconds = cost.seconds(len(single), sum(row.end for row in single)) if single else 0.0
     if chunks:
-        seconds += local.seconds(*_chunks(chunks))
+        seconds += local.seconds((row.start, row.end) for row in chunks)
     return seconds - (min(cost.step_s, local.step_s) if single and chunks else 0.0)
 
 
 def seen(start: int, end: int) -> float:
     """Pairs of a token in ``[start, end)`` and a token that it sees, itself included."""
     return (end - start) * (start + end + 1) / 2
-
-
-def _chunks(rows: Iterable[ScheduledRows]) -> tuple[int, float]:
-    pieces = [(row.start, row.end) for row in rows]
-    return sum(end - start for start, end in pieces), math.fsum(seen(start, end) for start, end in pieces)

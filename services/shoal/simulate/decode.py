@@ -81,7 +81,9 @@ class DecodeReplica:
         self.num_ongoing = 0
         self.num_fallbacks = 0
         scheduler = setting.decode_scheduler()
-        self.engine = SimulatedEngine(setting.agenda, cores, setting.threads, scheduler, self, yielding)
+        self.engine = SimulatedEngine(
+            setting.agenda, cores, setting.threads, scheduler, self, niceness=setting.niceness[1], yielding=yielding
+        )
         self.into = Link(setting.costs.handoff.bytes_per_s)
         self._agenda, self._cost, self._local = setting.agenda, setting.costs.decode, setting.prefill_cost
         self._outlet, self._prefill, self._choose = outlet, prefill, choose

@@ -41,15 +41,16 @@ class SimulatedEngine:
     """
 
     def __init__(
-        self, agenda: Agenda, cores: Cores, threads: int, scheduler: Scheduler, stage: Stage, yielding: Yielding = NEVER
-    ) -> None:
+        self, agenda: Agenda, cores: Cores, threads: int, scheduler: Scheduler, stage: Stage, *,
+        niceness: int = 0, yielding: Yielding = NEVER,
+    ) -> None:  # fmt: skip
         self.scheduler = scheduler
         self.num_steps = 0
         self.num_tokens = 0
         """Rows computed."""
         self.busy_s = 0.0
         self._agenda, self._cores, self._threads, self._stage = agenda, cores, threads, stage
-        self._yielding, self._began_s = yielding, 0.0
+        self._niceness, self._yielding, self._began_s = niceness, yielding, 0.0
         self._runs = self._is_called = False
 
     def kick(self) -> None:
@@ -74,7 +75,8 @@ class SimulatedEngine:
         plan = self.scheduler.schedule()
         if plan.rows:
             self._runs, self._began_s = True, self._agenda.now_s
-            self._cores.run(self._threads, self._stage.step_s(plan.rows), lambda: self._end(plan))
+            step_s = self._stage.step_s(plan.rows)
+            self._cores.run(self._threads, step_s, lambda: self._end(plan), niceness=self._niceness)
         elif plan.wants_blocks:
             self._stage.wants_blocks()
 

@@ -13,10 +13,15 @@ from shoal.simulate.costs import FitQuality
 
 
 def fit(
-    features: Sequence[Sequence[float]], seconds: Sequence[float], known: Sequence[float] | None = None
+    features: Sequence[Sequence[float]],
+    seconds: Sequence[float],
+    known: Sequence[float] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> tuple[list[float], FitQuality]:
     """Coefficients ``x >= 0`` for which ``features @ x``, and what is ``known`` of each time already, is nearest to
-    ``seconds``, by the squares of relative errors: those of a short step count as much as those of a long one.
+    ``seconds``, by the squares of relative errors, each times its weight, if there are any: those of a short step count
+    as much as those of a long one.
 
     ``features`` is [samples, coefficients]. With few coefficients, the least non-negative solution is found by trying
     which of them are 0. Raises ConfigError if there are fewer samples than coefficients, or a time isn't positive.
@@ -29,11 +34,12 @@ def fit(
         raise ConfigError("a step took no time: measure again")
     relative = matrix / times[:, None]
     left = 1 - (np.zeros(len(times)) if known is None else np.asarray(known, dtype=np.float64)) / times
-    best, least = np.zeros(matrix.shape[1]), float((left**2).sum())
+    roots = np.ones(len(times)) if weights is None else np.sqrt(np.asarray(weights, dtype=np.float64))
+    best, least = np.zeros(matrix.shape[1]), float(((left * roots) ** 2).sum())
     for num in range(1, matrix.shape[1] + 1):
         for chosen in itertools.combinations(range(matrix.shape[1]), num):
-            found = _solve(relative, left, chosen)
-            error = float(((relative @ found - left) ** 2).sum())
+            found = _solve(relative * roots[:, None], left * roots, chosen)
+            error = float((((relative @ found - left) * roots) ** 2).sum())
             if (found >= 0).all() and error < least:
                 best, least = found, error
     errors = np.abs(relative @ best - left)

@@ -38,7 +38,9 @@ class PrefillReplica:
     def __init__(self, index: int, setting: Setting, cores: Cores) -> None:
         self.index = index
         self.num_ongoing = 0
-        self.engine = SimulatedEngine(setting.agenda, cores, setting.threads, setting.prefill_scheduler(), self)
+        self.engine = SimulatedEngine(
+            setting.agenda, cores, setting.threads, setting.prefill_scheduler(), self, niceness=setting.niceness[0]
+        )
         self.out = Link(setting.costs.handoff.bytes_per_s)
         self._agenda, self._cost, self._handoff = setting.agenda, setting.prefill_cost, setting.costs.handoff
         self._claim_timeout_s = setting.config.handoff.claim_timeout_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.config import ShoalConfig, StageConfig
+from shoal.config import PREFILL_NICENESS, ShoalConfig, StageConfig
 from shoal.decode.yielding import yield_s_of
 from shoal.engine.scheduler import Scheduler
 from shoal.errors import ConfigError
@@ -30,6 +30,12 @@ class Setting:
     def threads(self) -> int:
         """Of a step, where cores are shared."""
         return 1 if self.costs.sharing is None else self.costs.sharing.threads
+
+    @property
+    def niceness(self) -> tuple[int, int]:
+        """Of prefill's and of decode's threads, which count where both share cores."""
+        prefill, decode = self.config.prefill.niceness, self.config.decode.niceness
+        return PREFILL_NICENESS if prefill is None else prefill, decode or 0
 
     def yield_s(self, num_decode: int, *, is_shared: bool) -> float:
         """How long each of so many decode replicas leaves the cores to prefill, if all of them share a machine's, and

@@ -30,6 +30,28 @@ def test_it_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         build.library()
 
 
+def test_a_wheels_own_comes_first(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises((ConfigError, OSError)):
+        build.library()  # this compiler makes nothing
+    shipped = tmp_path / build.SHIPPED
+    shipped.mkdir()
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    (shipped / "of-another-source.so").write_bytes(b"")
+    with pytest.raises((ConfigError, OSError)):
+        build.library()
+    monkeypatch.setattr(build, "_compile", lambda sources, options, path, within_s: path.write_bytes(b""))
+    made = build.compiled(shipped)
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    monkeypatch.setattr(build, "cpu_flags", lambda: build.CPU_FLAGS)
+    monkeypatch.setenv(build.FOLDER_VARIABLE, str(folder))
+    assert build.library() == made
+    with pytest.raises(ConfigError, match="install another"):
+        native.load.__wrapped__()
+    assert not folder.exists() or not list(folder.iterdir())
+
+
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere")
     with pytest.raises(ConfigError, match=r"install g\+\+"):

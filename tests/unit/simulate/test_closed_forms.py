@@ -127,6 +127,30 @@ def test_decode_yields_while_a_prompt_is_on_its_way_and_takes_it_along_at_once(y
     assert prompt.ttft_s == pytest.approx(0.005 + 1.02 + 0.01)
 
 
+@pytest.mark.parametrize(
+    ("of_prefill", "of_answers", "of_decode"),
+    [(None, None, 1.25**4 / (1 + 1.25**4)), (0, None, 1 / 2), (0, 4, 1 / (1 + 1.25**4)), (6, 6, 1 / 2)],
+)
+def test_prefill_steps_back_for_decode_on_the_same_cores(
+    of_prefill: int | None, of_answers: int | None, of_decode: float
+):
+    """While a prompt's one step of 1 s runs, an answer's get this share of the cores, and the prompt the rest."""
+    known = free(
+        prefill=(PrefillCost(skip_layers=0, step_s=1.0, token_s=0.0, token_context_s=0.0),),
+        decode=DecodeCost(step_s=0.01, sequence_s=0.0, context_token_s=0.0),
+        sharing=SharingCost(cores=2, threads=2, efficiency=1.0),
+    )
+    config = ShoalConfig(
+        prefill={"niceness": of_prefill},
+        decode={"niceness": of_answers},
+        handoff=HandoffConfig(min_tokens=2, yield_s=0.0),
+    )
+    requests = [request(0, 0.0, num_prompt=1, num_output=600), request(1, 0.125, num_output=1)]
+    answer, prompt = run(requests, Fleet(1, 1, 0, is_shared=True), known, config).records
+    assert answer.itl_s[20:40] == pytest.approx([0.01 / of_decode] * 20)
+    assert prompt.ttft_s == pytest.approx(1 / (1 - of_decode) + 0.01, rel=0.01)
+
+
 @pytest.mark.parametrize(("is_shared", "meanwhile"), [(True, [0.05] * 20 + [0.03]), (False, [])])
 def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_cores(
     is_shared: bool, meanwhile: list[float]
@@ -137,7 +161,10 @@ def test_decode_yields_to_prompts_on_their_way_to_another_replica_of_the_same_co
         # Too few for the threads of both pools, and yet two steps at once take no longer than one.
         sharing=SharingCost(cores=3, threads=2, efficiency=4 / 3),
     )
-    config = ShoalConfig(decode={"pack_up_to": 0}, handoff=HandoffConfig(min_tokens=2, yield_s=0.05))
+    # Whose threads are equals.
+    config = ShoalConfig(
+        prefill={"niceness": 0}, decode={"pack_up_to": 0}, handoff=HandoffConfig(min_tokens=2, yield_s=0.05)
+    )
     requests = [request(0, 0.0, num_prompt=1, num_output=140), request(1, 0.125, num_output=2)]
     answer, prompt = run(requests, Fleet(1, 2, 0, is_shared=is_shared), known, config).records
     gaps = [round(gap, 9) for gap in answer.itl_s]

@@ -1,4 +1,4 @@
-"""Cores that are shared: everybody advances alike, and nothing is lost but what efficiency says."""
+"""Cores that are shared: by niceness, and nothing is lost but what efficiency says."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import pytest
 
 from shoal.errors import InternalError
 from shoal.simulate.agenda import Agenda
-from shoal.simulate.cores import OwnCores, SharedCores
+from shoal.simulate.cores import OwnCores, SharedCores, shares
 
 
-def ends(jobs: list[tuple[float, int, float]], num: int = 2, efficiency: float = 1.0) -> list[float]:
-    """When jobs ``(begins, width, work)`` end."""
+def ends(
+    jobs: list[tuple[float, int, float]], num: int = 2, efficiency: float = 1.0, niceness: tuple[int, ...] = ()
+) -> list[float]:
+    """When jobs ``(begins, width, work)`` end, each as nice as ``niceness`` says, if it does."""
     agenda = Agenda()
     cores = SharedCores(agenda, num, efficiency)
     ended = [0.0] * len(jobs)
 
     def begin(index: int) -> None:
         _, width, work_s = jobs[index]
-        cores.run(width, work_s, lambda: ended.__setitem__(index, agenda.now_s))
+        nice = niceness[index] if niceness else 0
+        cores.run(width, work_s, lambda: ended.__setitem__(index, agenda.now_s), niceness=nice)
 
     for index, (begins_s, _, _) in enumerate(jobs):
         agenda.at(begins_s, lambda index=index: begin(index))
@@ -39,9 +42,31 @@ def test_threads_are_alike_whoever_they_belong_to():
     assert ends([(0.0, 2, 2.0), (0.0, 1, 2.0)]) == pytest.approx([3.0, 3.0])
 
 
+def test_who_is_nicer_gets_less_while_others_want_the_cores():
+    """4 steps of niceness: 2.44 times as much for the other, of 2 cores for 2 threads each."""
+    share = 1.25**4 / (1 + 1.25**4)
+    of_one, other = ends([(0.0, 2, 1.0), (0.0, 2, 1.0)], niceness=(0, 4))
+    assert of_one == pytest.approx(1 / share)
+    assert other == pytest.approx(2.0), "no work is lost"
+    assert ends([(0.0, 2, 1.0), (3.0, 2, 1.0)], niceness=(19, 4)) == [1.0, 4.0], "alone, it has all of them"
+
+
+def test_no_thread_uses_more_than_a_core_and_others_get_what_it_leaves():
+    assert shares([(1, 10.0), (1, 1.0), (1, 1.0)], 2) == pytest.approx([1.0, 0.5, 0.5])
+    assert shares([(2, 1.0), (1, 10.0)], 2) == pytest.approx([0.5, 1.0])
+    assert shares([(2, 3.0), (2, 1.0)], 2) == pytest.approx([0.75, 0.25])
+    assert shares([(1, 1.0), (1, 5.0)], 2) == [1.0, 1.0]
+    assert shares([], 2) == []
+
+
 def test_what_sharing_costs_is_lost_by_all_and_only_while_cores_are_short():
     assert ends([(0.0, 2, 1.0), (0.0, 2, 1.0)], efficiency=0.8) == pytest.approx([2.5, 2.5])
     assert ends([(0.0, 1, 1.0), (0.0, 1, 1.0)], efficiency=0.8) == [1.0, 1.0]
+
+
+def test_nobody_is_quicker_than_alone():
+    """One thread, and two nicer ones, of which more gets done together: the first has a whole core, and no more."""
+    assert ends([(0.0, 1, 1.0), (0.0, 2, 1.0)], efficiency=1.3, niceness=(0, 4))[0] == 1.0
 
 
 def test_no_work_is_lost_however_it_comes():

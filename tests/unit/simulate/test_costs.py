@@ -24,6 +24,16 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path):
     assert read_costs(path) == COSTS
 
 
+def test_a_file_from_before_some_terms_were_known_has_none_of_them(tmp_path: Path):
+    document = json.loads(COSTS.to_json())
+    del document["decode"]["free_sequences"]
+    for one in document["prefill"]:
+        del one["context_token_s"]
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(document))
+    assert read_costs(path) == COSTS
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -80,9 +90,13 @@ def rows(*pieces: tuple[int, int]) -> list[ScheduledRows]:
 
 
 def test_a_step_costs_what_its_rows_do_and_its_fixed_part_once():
-    prompt = PrefillCost(skip_layers=0, step_s=2.0, token_s=0.1, token_context_s=0.01)
+    prompt = PrefillCost(skip_layers=0, step_s=2.0, token_s=0.1, token_context_s=0.01, context_token_s=0.0)
     token = DecodeCost(step_s=3.0, sequence_s=0.5, context_token_s=0.001)
     assert prefill_step_s(prompt, rows((0, 4), (8, 9))) == pytest.approx(2 + 5 * 0.1 + (10 + 9) * 0.01)
+    reads = prompt.model_copy(update={"context_token_s": 0.2})
+    assert prefill_step_s(reads, rows((0, 4), (8, 9))) == pytest.approx(2 + 5 * 0.1 + (10 + 9) * 0.01 + (4 + 9) * 0.2)
+    free = token.model_copy(update={"free_sequences": 2})
+    assert [free.seconds(num, 0) for num in (1, 2, 3, 5)] == [3.0, 3.0, 3.5, 4.5]
     single = 3 + 2 * 0.5 + (100 + 50) * 0.001
     assert decode_step_s(token, prompt, rows((99, 100), (49, 50))) == pytest.approx(single)
     chunk = 2 + 4 * 0.1 + 10 * 0.01
@@ -120,6 +134,14 @@ def test_what_is_known_of_the_times_is_not_fitted_once_more():
     # One that is off by a little doesn't weigh more than the rest.
     found, _ = fit(rows, [known[0] - 1e-6, *times[1:]], known)
     assert found[1] > 5e-5
+
+
+def test_a_time_counts_as_much_as_its_weight_says():
+    """The least of Σ weight (x / time - 1)²."""
+    times, weights = [1.0, 2.0, 4.0], [1.0, 0.25, 3.0]
+    [found], _ = fit([(1.0,)] * 3, times, weights=weights)
+    of_first = sum(weight / time for weight, time in zip(weights, times, strict=True))
+    assert found == pytest.approx(of_first / sum(weight / time**2 for weight, time in zip(weights, times, strict=True)))
 
 
 def test_too_few_times_and_none_at_all_are_refused():

@@ -53,6 +53,8 @@ def test_its_kernels_are_found_where_there_is_no_compiler(tmp_path: Path) -> Non
     package = tmp_path / "package"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(package)
+        [about] = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
+        assert "Root-Is-Purelib: false" in archive.read(about).decode()
         assert stat.S_IMODE(archive.getinfo(library).external_attr >> 16) & 0o444 == 0o444, "others may read it"
     if not cpu_flags() >= CPU_FLAGS:
         pytest.skip("this CPU can't run them")

@@ -105,12 +105,13 @@ def test_a_server_is_no_quicker_than_an_engine():
 @pytest.mark.parametrize(("cores", "efficiency"), [(3, 1.2), (2, 1.45), (2, 1.6)])
 def test_where_serving_makes_no_step_longer_all_of_the_difference_is_the_steps(cores: int, efficiency: float):
     together = [
-        {"streams": streams, "context": 50, "tpot_s": 1.3 * DECODE.seconds(streams, streams * 50)}
-        for streams in (1, 4, 8, 16)
+        {"streams": streams, "context": 50, "tpot_s": times * DECODE.seconds(streams, streams * 50)}
+        for streams, times in ((1, 1.3), (4, 1.29), (8, 1.3), (16, 1.31))
     ]
     sharing = SharingCost(cores=cores, threads=2, efficiency=efficiency)
     found, slower, _ = serving_cost([alone(32, ttft_s=0.25)], together, DECODE, sharing)
-    assert (found, slower) == (ServingCost(request_s=0.25, step_s=0.0, token_s=0.0), pytest.approx(1.3))
+    assert found == ServingCost(request_s=0.25, step_s=0.0, token_s=0.0)
+    assert slower == pytest.approx(1.3, rel=1e-3)
 
 
 def test_serving_is_what_makes_steps_longer_and_what_stages_leave_of_a_first_token():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ _TIMEOUT_S = 1800  # the image of another processor is built under emulation
 
 
 class CompiledKernels(BuildHookInterface[BuilderConfig]):
-    _folder: Path | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
@@ -32,9 +31,9 @@ class CompiledKernels(BuildHookInterface[BuilderConfig]):
         from shoal.errors import ConfigError
         from shoal.kernels.build import SHIPPED, compiled
 
-        self._folder = Path(tempfile.mkdtemp(prefix="shoal-kernels-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-kernels-")
         try:
-            library = compiled(self._folder, within_s=_TIMEOUT_S)
+            library = compiled(Path(self._folder.name), within_s=_TIMEOUT_S)
         except (ConfigError, OSError) as error:
             if os.environ.get("SHOAL_REQUIRE_KERNELS"):
                 raise
@@ -46,7 +45,7 @@ class CompiledKernels(BuildHookInterface[BuilderConfig]):
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.cleanup()
 
 
 def _this_platform() -> str:

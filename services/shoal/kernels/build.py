@@ -44,7 +44,7 @@ def library() -> Path:
 
 
 def _kept() -> Path:
-    from platformdirs import user_cache_path
+    from platformdirs import user_cache_path  # isn't there where a wheel is built
 
     folder = Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels")
     try:

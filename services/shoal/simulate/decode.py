@@ -82,7 +82,7 @@ class DecodeReplica:
         self.num_fallbacks = 0
         scheduler = setting.decode_scheduler()
         self.engine = SimulatedEngine(
-            setting.agenda, cores, setting.threads, scheduler, self, niceness=setting.niceness[1], yielding=yielding
+            setting.agenda, cores, setting.threads, scheduler, self, niceness=setting.decode_niceness, yielding=yielding
         )
         self.into = Link(setting.costs.handoff.bytes_per_s)
         self._agenda, self._cost, self._local = setting.agenda, setting.costs.decode, setting.prefill_cost

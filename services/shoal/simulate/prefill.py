@@ -39,7 +39,7 @@ class PrefillReplica:
         self.index = index
         self.num_ongoing = 0
         self.engine = SimulatedEngine(
-            setting.agenda, cores, setting.threads, setting.prefill_scheduler(), self, niceness=setting.niceness[0]
+            setting.agenda, cores, setting.threads, setting.prefill_scheduler(), self, niceness=setting.prefill_niceness
         )
         self.out = Link(setting.costs.handoff.bytes_per_s)
         self._agenda, self._cost, self._handoff = setting.agenda, setting.prefill_cost, setting.costs.handoff

@@ -32,10 +32,14 @@ class Setting:
         return 1 if self.costs.sharing is None else self.costs.sharing.threads
 
     @property
-    def niceness(self) -> tuple[int, int]:
-        """Of prefill's and of decode's threads, which count where both share cores."""
-        prefill, decode = self.config.prefill.niceness, self.config.decode.niceness
-        return PREFILL_NICENESS if prefill is None else prefill, decode or 0
+    def prefill_niceness(self) -> int:
+        """Of its threads, which counts where they share cores with others."""
+        configured = self.config.prefill.niceness
+        return PREFILL_NICENESS if configured is None else configured
+
+    @property
+    def decode_niceness(self) -> int:
+        return self.config.decode.niceness or 0
 
     def yield_s(self, num_decode: int, *, is_shared: bool) -> float:
         """How long each of so many decode replicas leaves the cores to prefill, if all of them share a machine's, and

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
@@ -76,9 +76,13 @@ def to_response(envelope: Envelope) -> pb.SessionResponse:
     return _encode(envelope, pb.SessionResponse)
 
 
-def from_request(message: pb.SessionRequest) -> Envelope:
-    """What prefill sent. Raises ProtocolViolation unless it's well formed."""
-    return _decode(message, message.WhichOneof("frame"))
+def from_request(message: pb.SessionRequest, payload: memoryview | None = None) -> Envelope:
+    """What prefill sent. ``payload`` is a chunk's, if ``message`` lacks it. Raises ProtocolViolation unless it's well
+    formed."""
+    name = message.WhichOneof("frame")
+    if payload is None or name != "chunk":
+        return _decode(message, name)
+    return _decode(message, name, partial(_from_chunk, payload=payload))
 
 
 def from_response(message: pb.SessionResponse) -> Envelope:
@@ -108,15 +112,20 @@ def _to_body(frame: Frame) -> dict[str, object]:
             values["wire_modes"] = [_WIRE_MODES[mode] for mode in frame.wire_modes]
             values["segment"] = frame.segment and _values(frame.segment)
             values["remote"] = frame.remote and _values(frame.remote)
-        case Chunk() if len(frame.payload) > MAX_PAYLOAD_BYTES:
-            raise ProtocolViolation(f"a chunk of {len(frame.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
         case Chunk():
+            check_payload(frame)
             values["staged"] = frame.staged and _values(frame.staged)
             values["wire_mode"] = _WIRE_MODES[frame.wire_mode]
         case Refused() | Failed() | Cancel():
             # A reason often is an error's text: it's for people, so a long one is cut, not refused.
             values["reason"] = frame.reason[:MAX_TEXT_CHARS]
     return values
+
+
+def check_payload(chunk: Chunk) -> None:
+    """Raises ProtocolViolation if it's too large for a frame."""
+    if len(chunk.payload) > MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"a chunk of {len(chunk.payload)} bytes is above {MAX_PAYLOAD_BYTES}: split it")
 
 
 def _values(part: Frame | StagedPayload | StagingSegment | RemoteSegment) -> dict[str, object]:
@@ -132,14 +141,16 @@ def _names(of: type[Any]) -> tuple[str, ...]:
 # --- in -------------------------------------------------------------------------------------------------
 
 
-def _decode(message: pb.SessionRequest | pb.SessionResponse, name: str | None) -> Envelope:
+def _decode(
+    message: pb.SessionRequest | pb.SessionResponse, name: str | None, from_body: Callable[..., Frame] | None = None
+) -> Envelope:
     if message.incarnation == 0:
         raise ProtocolViolation("a frame without incarnation: every process must send its own")
     if name is None:
         raise ProtocolViolation("an envelope without a frame, or with one that this version doesn't know")
     body = getattr(message, name)
     _require_presence(body, name)
-    return Envelope(message.incarnation, _FROM_BODY[name](body))
+    return Envelope(message.incarnation, (from_body or _FROM_BODY[name])(body))
 
 
 def _require_presence(body: Message, name: str) -> None:
@@ -201,17 +212,18 @@ def _from_accepted(body: pb.Accepted) -> Accepted:
     return Accepted(_lease_id(body.lease_id), token_ids, body.num_present, body.credit_bytes, ttl_s)
 
 
-def _from_chunk(body: pb.Chunk) -> Chunk:
+def _from_chunk(body: pb.Chunk, payload: memoryview | None = None) -> Chunk:
+    found: bytes | memoryview = body.payload if payload is None else payload
     staged = _from_staged(body.staged) if body.HasField("staged") else None
-    if staged is not None and body.payload:
+    if staged is not None and found:
         raise ProtocolViolation("a chunk brings its payload and names a staging slot, too")
-    if staged is None and not 0 < len(body.payload) <= MAX_PAYLOAD_BYTES:
-        raise ProtocolViolation(f"chunk.payload has {len(body.payload)} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
+    if staged is None and not 0 < len(found) <= MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"chunk.payload has {len(found)} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
     tokens = _range(body.token_start, body.token_end, "chunk.token")
     layers = _range(body.layer_start, body.layer_end, "chunk.layer")
     seq = _id(body.seq, "chunk.seq")
     wire_mode = _wire_mode(body.wire_mode, "chunk.wire_mode")
-    return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, body.payload, staged, wire_mode)
+    return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, found, staged, wire_mode)
 
 
 def _from_staged(body: pb.StagedPayload) -> StagedPayload:

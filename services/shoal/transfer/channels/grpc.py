@@ -1,4 +1,7 @@
-"""The two ends of HandoffService.Session over grpc.aio."""
+"""The two ends of HandoffService.Session over grpc.aio.
+
+What prefill sends goes as bytes (rpc/wire.py), past the messages that generated code would make of it.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,23 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from shoal.errors import HandoffError, PeerGone, ShoalError
 from shoal.messages import Envelope
-from shoal.rpc.frames import from_request, from_response, to_request, to_response
+from shoal.rpc.frames import from_response, to_response
 from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
 from shoal.rpc.peers import PeerTls, open_channel, refusal
 from shoal.rpc.statuses import abort, from_rpc_error
+from shoal.rpc.wire import parse, serialize
 from shoal.transfer.base import Channel
 from shoal.v1 import handoff_pb2 as pb
-from shoal.v1.handoff_pb2_grpc import (
-    HandoffServiceServicer,
-    HandoffServiceStub,
-    add_HandoffServiceServicer_to_server,
-)
 
 _log = logging.getLogger(__name__)
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["HandoffService"].full_name
+_METHOD = "Session"
 
 
 async def dial(address: str, tls: PeerTls | None = None) -> Channel:
@@ -32,12 +35,22 @@ async def dial(address: str, tls: PeerTls | None = None) -> Channel:
     Returns at once: whether anybody is there, and is decode, shows at the first frame. Without ``tls`` it's plain text.
     """
     channel = open_channel(address, HANDOFF_CHANNEL_OPTIONS, tls)
-    return _ClientEnd(address, channel, HandoffServiceStub(channel).Session())  # type: ignore[call-arg]
+    session = channel.stream_stream(
+        f"/{_SERVICE}/{_METHOD}", request_serializer=None, response_deserializer=pb.SessionResponse.FromString
+    )
+    return _ClientEnd(address, channel, session())  # type: ignore[call-arg]
 
 
 def add_handoff_service(server: grpc.aio.Server, serve: Callable[[Channel], Awaitable[None]]) -> None:
     """Let ``server`` call ``serve`` with decode's end of every stream. A ShoalError it raises is what prefill sees."""
-    add_HandoffServiceServicer_to_server(_Servicer(serve), server)
+
+    async def session(_: object, context: grpc.aio.ServicerContext[bytes, pb.SessionResponse]) -> None:
+        await _serve(serve, context)
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        session, request_deserializer=None, response_serializer=pb.SessionResponse.SerializeToString
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
 
 
 class _ClientEnd:
@@ -45,7 +58,7 @@ class _ClientEnd:
         self,
         address: str,
         channel: grpc.aio.Channel,
-        call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse],
+        call: grpc.aio.StreamStreamCall[bytes, pb.SessionResponse],
     ) -> None:
         self._address = address
         self._channel = channel
@@ -54,7 +67,7 @@ class _ClientEnd:
 
     async def send(self, envelope: Envelope) -> None:
         # Apart, so that close() can end it: of a call that is cancelled before it is connected, gRPC says nothing.
-        self._writing = asyncio.ensure_future(self._call.write(to_request(envelope)))
+        self._writing = asyncio.ensure_future(self._call.write(serialize(envelope)))
         try:
             await self._writing
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError) as error:
@@ -88,7 +101,7 @@ class _ClientEnd:
 
 
 class _ServerEnd:
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext[bytes, pb.SessionResponse]) -> None:
         self._context = context
         self._reading: asyncio.Future[Any] | None = None
         self._is_closed = False
@@ -114,9 +127,9 @@ class _ServerEnd:
             if self._is_closed and not _is_being_cancelled():
                 raise PeerGone("the stream is closed") from error
             raise
-        if not isinstance(message, pb.SessionRequest):  # EOF
+        if not isinstance(message, bytes):  # EOF
             raise PeerGone("prefill closed the stream")
-        return from_request(message)
+        return parse(message)
 
     async def close(self) -> None:
         self._is_closed = True
@@ -124,21 +137,19 @@ class _ServerEnd:
             self._reading.cancel()
 
 
-class _Servicer(HandoffServiceServicer):
-    def __init__(self, serve: Callable[[Channel], Awaitable[None]]) -> None:
-        self._serve = serve
-
-    async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
-        end = _ServerEnd(context)
-        try:
-            await self._serve(end)
-        except PeerGone:
-            _log.debug("a prefill process went away", exc_info=True)
-        except ShoalError as error:
-            _log.warning("a prefill process was turned away: %s", error.message)
-            await abort(context, error)
-        finally:
-            await end.close()
+async def _serve(
+    serve: Callable[[Channel], Awaitable[None]], context: grpc.aio.ServicerContext[bytes, pb.SessionResponse]
+) -> None:
+    end = _ServerEnd(context)
+    try:
+        await serve(end)
+    except PeerGone:
+        _log.debug("a prefill process went away", exc_info=True)
+    except ShoalError as error:
+        _log.warning("a prefill process was turned away: %s", error.message)
+        await abort(context, error)
+    finally:
+        await end.close()
 
 
 def _is_being_cancelled() -> bool:

@@ -1,0 +1,123 @@
+"""The bytes of what prefill sends: protobuf's own, of a payload with fewer copies than protobuf makes.
+
+protobuf copies a payload into a message, and out of it to the wire; at the other end into a message, and out of that
+each time somebody asks. Here it's joined to the bytes of all else, and found in them again. Fields of a message may
+stand in any order, so whoever knows handoff.proto reads what comes from here, and is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from google.protobuf.message import DecodeError, Message
+
+from shoal.errors import ProtocolViolation
+from shoal.messages import Chunk, Envelope
+from shoal.rpc.frames import check_payload, from_request, to_request
+from shoal.v1 import handoff_pb2 as pb
+
+_LENGTH = 2
+_FIXED64_BYTES, _FIXED32_BYTES = 8, 4
+_MAX_HEAD_BYTES = 256
+"""Of a chunk before its payload; Shoal's have at most a hundred. What is longer, protobuf parses."""
+_MAX_VARINT_BYTES = 10
+
+
+def _tag(message: type[Message], name: str) -> int:
+    """What a field of bytes or a message begins with: one byte, for numbers below 16."""
+    number: int = message.DESCRIPTOR.fields_by_name[name].number
+    return number << 3 | _LENGTH
+
+
+_CHUNK = _tag(pb.SessionRequest, "chunk")
+_PAYLOAD = _tag(pb.Chunk, "payload")
+_BEFORE_CHUNK = 1 + _FIXED64_BYTES
+"""An incarnation."""
+
+
+def serialize(envelope: Envelope) -> bytes:
+    """A ``SessionRequest``. Raises ProtocolViolation for what doesn't fit one."""
+    chunk = envelope.frame
+    if not (isinstance(chunk, Chunk) and chunk.payload):
+        return to_request(envelope).SerializeToString()
+    check_payload(chunk)
+    head = to_request(replace(envelope, frame=replace(chunk, payload=b"")))
+    of_chunk = b"".join((head.chunk.SerializeToString(), bytes((_PAYLOAD,)), _to_varint(len(chunk.payload))))
+    head.ClearField("chunk")
+    num_bytes = _to_varint(len(of_chunk) + len(chunk.payload))
+    return b"".join((head.SerializeToString(), bytes((_CHUNK,)), num_bytes, of_chunk, chunk.payload))
+
+
+def parse(data: bytes) -> Envelope:
+    """What ``data`` says, whoever wrote it; a payload may be a view of it. Raises ProtocolViolation unless it's well
+    formed."""
+    place = _find_payload(data)
+    try:
+        if place is None:
+            return from_request(pb.SessionRequest.FromString(data))
+        chunk_at, head_end, payload_at = place
+        request = pb.SessionRequest.FromString(data[:_BEFORE_CHUNK])
+        request.chunk.MergeFromString(data[chunk_at:head_end])
+    except DecodeError as error:
+        raise ProtocolViolation(f"{len(data)} bytes that are no frame") from error
+    return from_request(request, memoryview(data)[payload_at:])
+
+
+def _find_payload(data: bytes) -> tuple[int, int, int] | None:
+    """Where a chunk begins, where its payload's field does, and where the payload.
+
+    ``None`` for any other frame, and for a chunk that isn't the last thing in ``data``, or its payload not the last in
+    the chunk.
+    """
+    if len(data) <= _BEFORE_CHUNK or data[_BEFORE_CHUNK] != _CHUNK:
+        return None
+    try:
+        num_bytes, at = _from_varint(data, _BEFORE_CHUNK + 1)
+        if at + num_bytes != len(data):
+            return None
+        chunk_at = at
+        while at - chunk_at < _MAX_HEAD_BYTES:
+            field_at = at
+            tag, at = _from_varint(data, at)
+            if tag == _PAYLOAD:
+                num_bytes, at = _from_varint(data, at)
+                return (chunk_at, field_at, at) if at + num_bytes == len(data) else None
+            at = _after(data, at, tag & 7)
+    except (IndexError, ValueError):  # protobuf says what is wrong
+        return None
+    return None
+
+
+def _after(data: bytes, at: int, wire_type: int) -> int:
+    """Where the value at ``at`` ends. Raises IndexError or ValueError."""
+    match wire_type:
+        case 0:
+            return _from_varint(data, at)[1]
+        case 1:
+            return at + _FIXED64_BYTES
+        case 2:
+            num_bytes, at = _from_varint(data, at)
+            return at + num_bytes
+        case 5:
+            return at + _FIXED32_BYTES
+    raise ValueError(f"a field of wire type {wire_type}")
+
+
+def _to_varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; all but the last say that there are more."""
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
+
+
+def _from_varint(data: bytes, at: int) -> tuple[int, int]:
+    """A value, and where it ends. Raises IndexError where ``data`` does, ValueError where it's too long."""
+    value = 0
+    for index in range(_MAX_VARINT_BYTES):
+        value |= (data[at + index] & 0x7F) << 7 * index
+        if data[at + index] <= 0x7F:
+            return value, at + index + 1
+    raise ValueError("a number of more than 64 bits")

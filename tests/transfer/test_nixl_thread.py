@@ -43,3 +43,24 @@ def test_a_call_that_hangs_does_not_hold_up_the_end_of_the_process(caplog: pytes
 
 def test_one_that_was_never_used_has_nothing_to_end():
     NixlThread().close()
+
+
+def test_who_is_to_be_polled_again_is_though_nobody_calls_any_more():
+    """However short the wait was: READs would hang, whose end nobody else sees."""
+    thread, enough = NixlThread(), threading.Event()
+
+    class Polled:
+        num_left = 100_000
+
+        def poll(self, now_s: float) -> float | None:
+            self.num_left -= 1
+            if self.num_left == 0:
+                enough.set()
+                return None
+            if self.num_left % 2:
+                thread.wake()
+            return 1e-9
+
+    thread.submit(lambda: thread.add(Polled()))
+    assert enough.wait(60)
+    thread.close()

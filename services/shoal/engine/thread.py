@@ -20,6 +20,7 @@ from shoal.engine.outbox import Outbox
 from shoal.engine.yielding import NEVER, Yielding
 from shoal.errors import PeerGone
 from shoal.heartbeat import Heartbeat
+from shoal.inbox import Inbox
 from shoal.machine import step_back
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class EngineThread:
         self._loop = loop
         self._deliver = deliver
         self._died = died
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands: Inbox[Command | None] = Inbox()
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
         self._niceness = niceness
@@ -175,7 +176,7 @@ class EngineThread:
             if wait or wait_s:
                 self.heartbeat.rest()
             try:
-                command = self._commands.get(block=wait or wait_s > 0, timeout=None if wait else wait_s)
+                command = self._commands.take(None if wait else wait_s)
             except queue.Empty:
                 if wait_s:
                     continue

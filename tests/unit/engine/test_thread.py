@@ -18,6 +18,7 @@ from models import tiny_llama
 from shoal.engine.client import EngineClient, Progress
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput, TokenEvent
+from shoal.engine.scheduler import Scheduler
 from shoal.engine.yielding import Yielding
 from shoal.errors import PeerGone
 from shoal.messages import Depth, SamplingParams
@@ -323,6 +324,38 @@ async def test_prompts_on_their_way_elsewhere_count_where_cores_are_shared(model
     finally:
         client.close()
     assert not told[-1]  # nobody is to wait for what comes to an engine that has ended
+
+
+async def test_however_short_a_wait_is_it_ends_by_itself(model: Any) -> None:
+    """Also right after a command, and though none comes afterwards."""
+    client = EngineClient(make_engine(model, 0), name="test", yielding=Hasty(50_000))  # type: ignore[arg-type]
+    try:
+        with client.open("answer") as answer:
+            client._thread._yielding.post = client._thread.post  # type: ignore[attr-defined]
+            await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
+            for _ in range(4):
+                await asyncio.wait_for(answer.next(), 30)
+    finally:
+        await asyncio.wait_for(asyncio.to_thread(client.close), 30)
+
+
+class Hasty:
+    """Has the engine wait for no time at all, so many times, and between two of them come a command."""
+
+    def __init__(self, num_waits: int) -> None:
+        self._num_left = num_waits
+        self.post: Callable[[Callable[[Engine], object]], None] | None = None
+
+    def wait_s(self, scheduler: Scheduler, began_s: float, now_s: float) -> float:
+        if self.post is None or self._num_left == 0 or not scheduler.running:
+            return 0.0
+        self._num_left -= 1
+        if self._num_left % 2:
+            self.post(bool)
+        return 1e-9
+
+    def are_on_their_way(self, to_this: bool) -> bool:
+        return to_this
 
 
 async def test_closing_waits_for_no_prompt(model: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from shoal.errors import Unavailable
 from shoal.heartbeat import Heartbeat
+from shoal.inbox import Inbox
 
 T = TypeVar("T")
 _MIN_POLL_S = 50e-6
@@ -40,7 +41,7 @@ class NixlThread:
 
     def __init__(self) -> None:
         self.heartbeat = Heartbeat("nixl")
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._calls: Inbox[Callable[[], object] | None] = Inbox()
         self._pollers: list[Poller] = []
         self._thread = threading.Thread(target=self._run, name="shoal-nixl", daemon=True)
         self._lock = threading.Lock()
@@ -114,7 +115,7 @@ class NixlThread:
         """Wait for a call, or until somebody is to be polled; False once closed."""
         self.heartbeat.rest()
         try:
-            call = self._calls.get(timeout=self._wait_s)
+            call = self._calls.take(self._wait_s)
         except queue.Empty:
             call = _nothing
         if call is None:

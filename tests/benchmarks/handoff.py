@@ -6,6 +6,7 @@ Prefill is this process, decode another one on the same host, joined by gRPC on 
 checksums of both sides, copies out of the wire or the slot and into decode's pool, credits, seal and commit.
 
     inline   through the frames           floor: a bare grpc.aio stream of equal messages, each answered as credit is
+                                          (``bare_bytes``: the same, if protobuf neither made nor read them)
     shm      through shared memory        floor: write to a mapping and copy out of it again, in one thread
     nixl     read by decode (UCX)         floor: as many bytes by NIXL's own READs of slots, one after another, between
                                           the same two processes; nothing is written, checked or copied on
@@ -38,6 +39,7 @@ import grpc.aio
 import handoff_decode
 import numpy as np
 from handoff_decode import (
+    BARE_BYTES,
     FRAME_BYTES,
     KEPT,
     LAYERS,
@@ -163,13 +165,16 @@ def hand_off(
     return once
 
 
-def bare_stream(port: int, num_bytes: int) -> Way:
-    """As many bytes in messages like the hand-off's, and each answered with a message like its credit."""
+def bare_stream(port: int, num_bytes: int, *, are_messages: bool = True) -> Way:
+    """As many bytes in messages like the hand-off's, and each answered with a message like its credit; or in plain
+    bytes both ways."""
 
     async def once() -> float:
-        request = to_request(Envelope(1, Chunk(bytes(16), 0, 0, 1, 0, 1, 0, bytes(FRAME_BYTES))))
+        message = to_request(Envelope(1, Chunk(bytes(16), 0, 0, 1, 0, 1, 0, bytes(FRAME_BYTES))))
+        request = message if are_messages else message.SerializeToString()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=HANDOFF_CHANNEL_OPTIONS) as channel:
-            call = HandoffServiceStub(channel).Session()  # type: ignore[call-arg]
+            session = HandoffServiceStub(channel).Session if are_messages else channel.stream_stream(BARE_BYTES)
+            call = session()  # type: ignore[call-arg]
             await call.write(request)  # connected, and warm
             await call.read()
             started_s = time.perf_counter()
@@ -185,7 +190,7 @@ def bare_stream(port: int, num_bytes: int) -> Way:
     return once
 
 
-async def _write(call: object, request: pb.SessionRequest, num_messages: int) -> None:
+async def _write(call: object, request: pb.SessionRequest | bytes, num_messages: int) -> None:
     for _ in range(num_messages):
         await call.write(request)  # type: ignore[attr-defined]
 
@@ -267,6 +272,7 @@ async def measure(num_tokens: int, at_once: Sequence[int], num_rounds: int) -> d
                 for number in at_once
             },
             "bare_stream": bare_stream(int(port), num_bytes),
+            "bare_bytes": bare_stream(int(port), num_bytes, are_messages=False),
             "bare_copy": bare_copy(num_bytes),
         }
         if Carrier.NIXL in stagings:

@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
+import grpc
 import grpc.aio
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ FRAME_BYTES, SLOT_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 8 * MIB, 32 * MIB, 6
 SHAPE = KvShape("benchmark", LAYERS, KEPT, TOKEN_LAYER_BYTES)
 TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30, drain_s=2)
 PORTS = (24100, 24199)
+BARE_BYTES = "/shoal.benchmark/Bytes"
 T = TypeVar("T")
 
 
@@ -78,6 +80,10 @@ async def serve(num_tokens: int, num_at_once: int) -> None:
     address = await handoff.listen("127.0.0.1", *PORTS)
     bare = grpc.aio.server(options=HANDOFF_SERVER_OPTIONS)
     add_HandoffServiceServicer_to_server(_Bare(), bare)
+    service, method = BARE_BYTES.strip("/").split("/")
+    bare.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: grpc.stream_stream_rpc_method_handler(_answer)}),)
+    )
     port = bare.add_insecure_port("127.0.0.1:0")
     await bare.start()
     print(address, port, flush=True)
@@ -114,6 +120,12 @@ async def serve(num_tokens: int, num_at_once: int) -> None:
     await nixl.close()
     await bare.stop(None)
     sink.close()
+
+
+async def _answer(_: object, context: object) -> None:
+    credit = to_response(Envelope(1, Credit(bytes(16), 0, FRAME_BYTES))).SerializeToString()
+    while isinstance(await context.read(), bytes):  # type: ignore[attr-defined]
+        await context.write(credit)  # type: ignore[attr-defined]
 
 
 class _Bare(HandoffServiceServicer):

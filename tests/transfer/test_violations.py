@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import grpc
+import grpc.aio
 import pytest
 
 from fake_clock import settle
@@ -281,6 +284,18 @@ async def test_garbage_on_the_wire_ends_the_session_with_a_reason() -> None:
             assert isinstance(error, ProtocolViolation)
             with pytest.raises(ProtocolViolation, match="empty or out of bounds"):
                 await lease.arrived()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff" * 5], ids=["empty", "no message"])
+async def test_bytes_that_are_no_frame_end_the_session_with_a_reason(garbage: bytes) -> None:
+    async with rig("grpc") as both, grpc.aio.insecure_channel(both.address) as channel:
+        call = channel.stream_stream("/shoal.v1.HandoffService/Session")()  # type: ignore[call-arg]
+        await call.write(garbage)
+        await asyncio.wait_for(call.read(), 10)  # its Hello
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await asyncio.wait_for(call.read(), 10)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await both.hand_off(prompt())  # and nobody else's
 
 
 async def test_a_prefill_session_survives_frames_of_leases_that_it_left(both: Rig) -> None:

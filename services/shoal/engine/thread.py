@@ -1,6 +1,6 @@
-"""The engine's own thread: commands in by a queue, one ``StepOutput`` a step out to the event loop, or some at a time.
+"""The engine's own thread: commands in by a mailbox, a step's ``StepOutput`` out to the event loop, or some at a time.
 
-The thread sleeps on the queue when nothing can run; there is no polling and no lock.
+The thread sleeps until something comes when nothing can run; there is no polling, and no lock on the engine.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from shoal.engine.outbox import Outbox
 from shoal.engine.yielding import NEVER, Yielding
 from shoal.errors import PeerGone
 from shoal.heartbeat import Heartbeat
-from shoal.inbox import Inbox
 from shoal.machine import step_back
+from shoal.mailbox import Mailbox
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class EngineThread:
         self._loop = loop
         self._deliver = deliver
         self._died = died
-        self._commands: Inbox[Command | None] = Inbox()
+        self._commands: Mailbox[Command | None] = Mailbox()
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = False
         self._niceness = niceness

@@ -16,21 +16,22 @@ from shoal.messages import Chunk, Envelope
 from shoal.rpc.frames import check_payload, from_request, to_request
 from shoal.v1 import handoff_pb2 as pb
 
-_LENGTH = 2
+_FIXED64, _LENGTH = 1, 2
 _FIXED64_BYTES, _FIXED32_BYTES = 8, 4
 _MAX_HEAD_BYTES = 256
 """Of a chunk before its payload; Shoal's have at most a hundred. What is longer, protobuf parses."""
 _MAX_VARINT_BYTES = 10
 
 
-def _tag(message: type[Message], name: str) -> int:
-    """What a field of bytes or a message begins with: one byte, for numbers below 16."""
+def _tag(message: type[Message], name: str, wire_type: int) -> int:
+    """What a field begins with: one byte, for numbers below 16."""
     number: int = message.DESCRIPTOR.fields_by_name[name].number
-    return number << 3 | _LENGTH
+    return number << 3 | wire_type
 
 
-_CHUNK = _tag(pb.SessionRequest, "chunk")
-_PAYLOAD = _tag(pb.Chunk, "payload")
+_INCARNATION = _tag(pb.SessionRequest, "incarnation", _FIXED64)
+_CHUNK = _tag(pb.SessionRequest, "chunk", _LENGTH)
+_PAYLOAD = _tag(pb.Chunk, "payload", _LENGTH)
 _BEFORE_CHUNK = 1 + _FIXED64_BYTES
 """An incarnation."""
 
@@ -52,15 +53,18 @@ def parse(data: bytes) -> Envelope:
     """What ``data`` says, whoever wrote it; a payload may be a view of it. Raises ProtocolViolation unless it's well
     formed."""
     place = _find_payload(data)
+    payload = None
     try:
         if place is None:
-            return from_request(pb.SessionRequest.FromString(data))
-        chunk_at, head_end, payload_at = place
-        request = pb.SessionRequest.FromString(data[:_BEFORE_CHUNK])
-        request.chunk.MergeFromString(data[chunk_at:head_end])
-    except DecodeError as error:
+            request = pb.SessionRequest.FromString(data)
+        else:
+            chunk_at, head_end, payload_at = place
+            request = pb.SessionRequest.FromString(data[:_BEFORE_CHUNK])
+            request.chunk.MergeFromString(data[chunk_at:head_end])
+            payload = memoryview(data)[payload_at:]
+    except (DecodeError, ValueError) as error:  # protobuf without its C code says UnicodeDecodeError, too
         raise ProtocolViolation(f"{len(data)} bytes that are no frame") from error
-    return from_request(request, memoryview(data)[payload_at:])
+    return from_request(request, payload)
 
 
 def _find_payload(data: bytes) -> tuple[int, int, int] | None:
@@ -69,7 +73,7 @@ def _find_payload(data: bytes) -> tuple[int, int, int] | None:
     ``None`` for any other frame, and for a chunk that isn't the last thing in ``data``, or its payload not the last in
     the chunk.
     """
-    if len(data) <= _BEFORE_CHUNK or data[_BEFORE_CHUNK] != _CHUNK:
+    if len(data) <= _BEFORE_CHUNK or (data[0], data[_BEFORE_CHUNK]) != (_INCARNATION, _CHUNK):
         return None
     try:
         num_bytes, at = _from_varint(data, _BEFORE_CHUNK + 1)
@@ -77,11 +81,10 @@ def _find_payload(data: bytes) -> tuple[int, int, int] | None:
             return None
         chunk_at = at
         while at - chunk_at < _MAX_HEAD_BYTES:
-            field_at = at
+            if data[at] == _PAYLOAD:
+                num_bytes, payload_at = _from_varint(data, at + 1)
+                return (chunk_at, at, payload_at) if payload_at + num_bytes == len(data) else None
             tag, at = _from_varint(data, at)
-            if tag == _PAYLOAD:
-                num_bytes, at = _from_varint(data, at)
-                return (chunk_at, field_at, at) if at + num_bytes == len(data) else None
             at = _after(data, at, tag & 7)
     except (IndexError, ValueError):  # protobuf says what is wrong
         return None

@@ -328,7 +328,7 @@ async def test_prompts_on_their_way_elsewhere_count_where_cores_are_shared(model
 
 async def test_however_short_a_wait_is_it_ends_by_itself(model: Any) -> None:
     """Also right after a command, and though none comes afterwards."""
-    client = EngineClient(make_engine(model, 0), name="test", yielding=Hasty(50_000))  # type: ignore[arg-type]
+    client = EngineClient(make_engine(model, 0), name="test", yielding=Hasty(200_000))  # type: ignore[arg-type]
     try:
         with client.open("answer") as answer:
             client._thread._yielding.post = client._thread.post  # type: ignore[attr-defined]

@@ -113,16 +113,16 @@ def test_what_does_not_fit_is_not_sent(frame: Frame) -> None:
 
 
 @pytest.mark.parametrize(
-    "frame",
+    ("frame", "why"),
     [
-        replace(CHUNK, payload=bytes(MAX_PAYLOAD_BYTES + 1)),
-        replace(CHUNK, staged=StagedPayload(0, 1, 5)),
-        replace(CHUNK, token_end=0),
-        replace(CHUNK, lease_id=b"short"),
+        (replace(CHUNK, payload=bytes(MAX_PAYLOAD_BYTES + 1)), "1048577 bytes"),
+        (replace(CHUNK, staged=StagedPayload(0, 1, 5)), "names a staging slot, too"),
+        (replace(CHUNK, token_end=0), "empty or out of bounds"),
+        (replace(CHUNK, lease_id=b"short"), "has 16 bytes, not 5"),
     ],
     ids=["too large", "staged, too", "empty range", "lease id"],
 )
-def test_what_is_not_well_formed_is_refused_though_its_payload_is_found(frame: Chunk) -> None:
+def test_what_is_not_well_formed_is_refused_though_its_payload_is_found(frame: Chunk, why: str) -> None:
     good = serialize(Envelope(1, replace(CHUNK, payload=b"x")))
     body = pb.Chunk(
         lease_id=frame.lease_id, seq=frame.seq, token_start=frame.token_start, token_end=frame.token_end,
@@ -130,7 +130,7 @@ def test_what_is_not_well_formed_is_refused_though_its_payload_is_found(frame: C
         staged=frame.staged and pb.StagedPayload(slot=0, generation=1, num_bytes=5),
     ).SerializeToString()  # fmt: skip
     in_chunk = body + field(8, bytes(frame.payload))
-    with pytest.raises(ProtocolViolation):
+    with pytest.raises(ProtocolViolation, match=why):
         parse(good[:9] + field(4, in_chunk))
 
 
@@ -174,9 +174,9 @@ def test_bytes_that_are_no_frame_are_refused(data: bytes) -> None:
 
 UNKNOWN = {
     "varint": b"\xc0\x02" + b"\xff" * 9 + b"\x01",
-    "64 bits": b"\xc1\x02" + bytes(8),
+    "64 bits": b"\xc1\x02" + b"\x42" * 8,
     "bytes": b"\xc2\x02" + b"\x05" + b"\x42\x01xyz",
-    "32 bits": b"\xc5\x02" + bytes(4),
+    "32 bits": b"\xc5\x02" + b"\x42" * 4,
 }
 """Fields 40, which no chunk has."""
 
@@ -203,6 +203,27 @@ def test_a_payload_is_found_behind_fields_of_a_later_version(unknown: bytes) -> 
 def test_what_is_odd_before_a_payload_is_protobufs_to_judge(head: bytes) -> None:
     whole = request_of(HEAD + head, b"payload")
     assert by_us(whole) == by_protobuf(whole)
+
+
+@pytest.mark.parametrize("tag", [b"\xc2\x80\x00", b"\xc2\x80\x80\x80\x80\x00", b"\x40", b"\x41", b"\x45"])
+def test_a_payload_begins_as_payloads_do(tag: bytes) -> None:
+    """Not with more bytes than it takes, nor as a number: protobuf judges those."""
+    rest = b"\x07" + b"payload"
+    whole = pb.SessionRequest(incarnation=1).SerializeToString() + field(4, HEAD + tag + rest)
+    assert by_us(whole) == by_protobuf(whole)
+
+
+def test_what_comes_before_a_chunk_may_be_a_field_of_a_later_version() -> None:
+    """Though in the midst of it there are bytes as a chunk and its payload begin with."""
+    rest = pb.SessionRequest(incarnation=1).SerializeToString() + field(4, HEAD + field(8, b"payload"))
+    whole = bytearray(field(15, bytes(20)) + rest)
+    whole[9] = 0x22
+    whole[10] = len(whole) - 11
+    whole[11] = 0x42
+    whole[12] = len(whole) - 13
+    found = by_protobuf(bytes(whole))
+    assert found is not None
+    assert by_us(bytes(whole)) == found
 
 
 @pytest.mark.parametrize("change", [-1, 1], ids=["shorter", "longer"])

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from shoal.errors import Unavailable
 from shoal.heartbeat import Heartbeat
-from shoal.inbox import Inbox
+from shoal.mailbox import Mailbox
 
 T = TypeVar("T")
 _MIN_POLL_S = 50e-6
@@ -41,7 +41,7 @@ class NixlThread:
 
     def __init__(self) -> None:
         self.heartbeat = Heartbeat("nixl")
-        self._calls: Inbox[Callable[[], object] | None] = Inbox()
+        self._calls: Mailbox[Callable[[], object] | None] = Mailbox()
         self._pollers: list[Poller] = []
         self._thread = threading.Thread(target=self._run, name="shoal-nixl", daemon=True)
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Inbox(Generic[T]):
+class Mailbox(Generic[T]):
     """Any thread puts, also from where an object ends; one takes."""
 
     def __init__(self) -> None:

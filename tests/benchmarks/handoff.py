@@ -33,7 +33,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 import handoff_decode
@@ -174,7 +174,7 @@ def bare_stream(port: int, num_bytes: int, *, are_messages: bool = True) -> Way:
         request = message if are_messages else message.SerializeToString()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=HANDOFF_CHANNEL_OPTIONS) as channel:
             session = HandoffServiceStub(channel).Session if are_messages else channel.stream_stream(BARE_BYTES)
-            call = session()  # type: ignore[call-arg]
+            call: Any = session()  # type: ignore[call-arg]
             await call.write(request)  # connected, and warm
             await call.read()
             started_s = time.perf_counter()
@@ -190,9 +190,9 @@ def bare_stream(port: int, num_bytes: int, *, are_messages: bool = True) -> Way:
     return once
 
 
-async def _write(call: object, request: pb.SessionRequest | bytes, num_messages: int) -> None:
+async def _write(call: Any, request: pb.SessionRequest | bytes, num_messages: int) -> None:
     for _ in range(num_messages):
-        await call.write(request)  # type: ignore[attr-defined]
+        await call.write(request)
 
 
 def bare_copy(num_bytes: int) -> Way:

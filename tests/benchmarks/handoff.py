@@ -173,7 +173,9 @@ def bare_stream(port: int, num_bytes: int, *, are_messages: bool = True) -> Way:
         message = to_request(Envelope(1, Chunk(bytes(16), 0, 0, 1, 0, 1, 0, bytes(FRAME_BYTES))))
         request = message if are_messages else message.SerializeToString()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=HANDOFF_CHANNEL_OPTIONS) as channel:
-            session = HandoffServiceStub(channel).Session if are_messages else channel.stream_stream(BARE_BYTES)
+            session = (
+                HandoffServiceStub(channel).Session if are_messages else channel.stream_stream(BARE_BYTES, None, None)
+            )
             call: Any = session()  # type: ignore[call-arg]
             await call.write(request)  # connected, and warm
             await call.read()

@@ -7,6 +7,7 @@ stand in any order, so whoever knows handoff.proto reads what comes from here, a
 
 from __future__ import annotations
 
+import enum
 from dataclasses import replace
 
 from google.protobuf.message import DecodeError, Message
@@ -16,22 +17,31 @@ from shoal.messages import Chunk, Envelope
 from shoal.rpc.frames import check_payload, from_request, to_request
 from shoal.v1 import handoff_pb2 as pb
 
-_FIXED64, _LENGTH = 1, 2
+
+class _WireType(enum.IntEnum):
+    """How a field's value is written; what else there is, protobuf parses."""
+
+    VARINT = 0
+    FIXED64 = 1
+    LENGTH = 2
+    FIXED32 = 5
+
+
 _FIXED64_BYTES, _FIXED32_BYTES = 8, 4
 _MAX_HEAD_BYTES = 256
 """Of a chunk before its payload; Shoal's have at most a hundred. What is longer, protobuf parses."""
 _MAX_VARINT_BYTES = 10
 
 
-def _tag(message: type[Message], name: str, wire_type: int) -> int:
+def _tag(message: type[Message], name: str, wire_type: _WireType) -> int:
     """What a field begins with: one byte, for numbers below 16."""
     number: int = message.DESCRIPTOR.fields_by_name[name].number
     return number << 3 | wire_type
 
 
-_INCARNATION = _tag(pb.SessionRequest, "incarnation", _FIXED64)
-_CHUNK = _tag(pb.SessionRequest, "chunk", _LENGTH)
-_PAYLOAD = _tag(pb.Chunk, "payload", _LENGTH)
+_INCARNATION = _tag(pb.SessionRequest, "incarnation", _WireType.FIXED64)
+_CHUNK = _tag(pb.SessionRequest, "chunk", _WireType.LENGTH)
+_PAYLOAD = _tag(pb.Chunk, "payload", _WireType.LENGTH)
 _BEFORE_CHUNK = 1 + _FIXED64_BYTES
 """An incarnation."""
 
@@ -94,14 +104,14 @@ def _find_payload(data: bytes) -> tuple[int, int, int] | None:
 def _after(data: bytes, at: int, wire_type: int) -> int:
     """Where the value at ``at`` ends. Raises IndexError or ValueError."""
     match wire_type:
-        case 0:
+        case _WireType.VARINT:
             return _from_varint(data, at)[1]
-        case 1:
+        case _WireType.FIXED64:
             return at + _FIXED64_BYTES
-        case 2:
+        case _WireType.LENGTH:
             num_bytes, at = _from_varint(data, at)
             return at + num_bytes
-        case 5:
+        case _WireType.FIXED32:
             return at + _FIXED32_BYTES
     raise ValueError(f"a field of wire type {wire_type}")
 

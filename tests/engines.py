@@ -148,7 +148,7 @@ def make_engine(
     )  # fmt: skip
     parameters = parameters or parameters_of(model, num_skipped, stage, plan=plan, device=device)
     native = None if isinstance(kernels, GpuKernels) else kernels
-    if hold := hold_for(native, stage):
+    if hold := hold_for(native):
         parameters = parameters.held(hold)
     if isinstance(kernels, GpuKernels):
         decoder = kernels.decoder(spec, plan, stage, parameters)

@@ -186,7 +186,7 @@ def build_engine(
         target_step_s=limits.target_step_s,
     )
     kernels = choose_kernels(limits, served, device)
-    if hold := hold_for(kernels, stage):
+    if hold := hold_for(kernels):
         parameters = parameters.held(hold)
     use_huge_pages(tensor for _, tensor in parameters.tensors())
     gpu = choose_gpu_kernels(limits, served, device)
@@ -363,7 +363,7 @@ async def load_stage(
             require_int8(limits, served, device)
             hold: Hold | None = Int8Matrix.of
         else:
-            hold = hold_for(choose_kernels(limits, served, device, quietly=True), stage)
+            hold = hold_for(choose_kernels(limits, served, device, quietly=True))
         parameters = load_parameters(served, stage, device, on_progress, hold=hold)
         niceness = choose_niceness(limits, stage, device)
         step_back(niceness)  # as it warms up, this thread starts those that help the engine's

@@ -47,14 +47,9 @@ def find_kernels(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, dev
     return load()
 
 
-def hold_for(kernels: NativeKernels | None, stage: Stage) -> Hold | None:
-    """How matrices are to lie for whoever multiplies them; ``None``: as they are.
-
-    By a matrix unit, torch multiplies the many rows of prefill faster still.
-    """
-    if kernels is None or (stage is Stage.PREFILL and kernels.has_tiles):
-        return None
-    return packed
+def hold_for(kernels: NativeKernels | None) -> Hold | None:
+    """How matrices are to lie for whoever multiplies them; ``None``: as they are."""
+    return None if kernels is None else packed
 
 
 def make_decoder(

@@ -143,7 +143,7 @@ class Subject:
 
     @property
     def _hold(self) -> Hold | None:
-        return hold_for(self._kernels, Stage.DECODE)
+        return hold_for(self._kernels)
 
     def step(
         self,

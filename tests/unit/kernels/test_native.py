@@ -62,6 +62,19 @@ def test_prompt_attention(
     torch.testing.assert_close(out.double(), exact_attention(queries, pool[slots], seen, 0.3), **CLOSE)
 
 
+@pytest.mark.parametrize("rise", [-0.5, 0.01, 0.5, 40.0])
+def test_scores_that_rise_from_key_to_key(kernels: NativeKernels, rise: float) -> None:
+    """By less than is worth a new scale, and by more; or they only fall."""
+    rows, head_dim = 300, 64
+    queries, pool = torch.zeros(rows, 1, head_dim).bfloat16(), random(rows, 2, 1, head_dim)
+    queries[:, 0, 0] = torch.linspace(0, 1, rows)  # each row's rise by as much as it is late
+    pool[:, 0, 0, 0] = torch.arange(rows) * rise
+    out = torch.empty_like(queries)
+    kernels.attend_prompt(queries, pool, slice(0, rows), rows, None, 1.0, out)
+    seen = torch.ones(rows, rows, dtype=torch.bool).tril()
+    torch.testing.assert_close(out.double(), exact_attention(queries, pool, seen, 1.0), **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "head_dim"),
     [
@@ -230,6 +243,24 @@ def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_
     expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
     found = kernels.linear(inputs, PackedMatrix.of(weight).values, outputs, bias)
     torch.testing.assert_close(found.double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "size"), [(1100, 97, 1600), (2049, 33, 288), (70, 160, 4128)])
+def test_rows_by_the_thousand_are_as_each_of_them_among_few(
+    kernels: NativeKernels, rows: int, outputs: int, size: int
+) -> None:
+    """More rows than the second cache holds, more inputs than the first one."""
+    inputs, panels = random(rows, size), PackedMatrix.of(random(outputs, size)).values
+    found = kernels.linear(inputs, panels, outputs, None)
+    for begin in (0, rows // 2, rows - 40):
+        some = slice(begin, begin + 40)
+        assert torch.equal(found[some], kernels.linear(inputs[some], panels, outputs, None))
+
+
+def test_gates_by_the_thousand(kernels: NativeKernels) -> None:
+    inputs, panels = random(1100, 960) / 4, PackedMatrix.of(random(2 * 96, 960) / 8).values
+    expected = kernels.gate(kernels.linear(inputs, panels, 2 * 96, None), is_gelu=False)
+    assert torch.equal(kernels.gated_linear(inputs, panels, 96, None, is_gelu=False), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 13, 31, 40, 200])

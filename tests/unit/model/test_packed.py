@@ -133,10 +133,6 @@ def test_what_is_packed_afterwards_is_what_is_packed_as_it_comes(stage: Stage) -
     assert again.layers[0].qkv is made.layers[0].qkv and again.embedding is made.embedding
 
 
-def test_prefill_is_torchs_where_there_is_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = native_kernels()
-    for has_unit in (False, True):
-        monkeypatch.setattr(type(kernels), "has_tiles", has_unit)
-        assert (hold_for(kernels, Stage.PREFILL) is None) == has_unit
-        assert hold_for(kernels, Stage.DECODE) is native.packed
-    assert hold_for(None, Stage.DECODE) is None
+def test_kernels_want_it_packed_torch_as_it_is() -> None:
+    assert hold_for(native_kernels()) is native.packed
+    assert hold_for(None) is None

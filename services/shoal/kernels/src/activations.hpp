@@ -6,10 +6,15 @@ namespace shoal {
 
 enum class Activation { NONE, SILU, GELU };
 
+// 1 / x for x >= 1: an estimate of 14 digits, and by Newton's step twice as many. A division takes three times as long.
+inline __m512 reciprocal(__m512 x) {
+    const __m512 about = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(about, _mm512_fnmadd_ps(x, about, _mm512_set1_ps(2)));
+}
+
 inline __m512 sigmoid(__m512 x) {
     const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-80.0f));
-    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1),
-                                                          exp2(_mm512_mul_ps(bounded, _mm512_set1_ps(-LOG2_E)))));
+    return reciprocal(_mm512_add_ps(_mm512_set1_ps(1), exp2(_mm512_mul_ps(bounded, _mm512_set1_ps(-LOG2_E)))));
 }
 
 inline __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid(x)); }

@@ -1,11 +1,11 @@
 // Whole layers in one call: with few rows, what lies between two kernels would take as long as some of them. Where all
 // rows are single ones of their sequences, the threads go through the layers together.
 #include <algorithm>
-#include <vector>
 
 #include "crew.hpp"
 #include "kernels.hpp"
 #include "layers.hpp"
+#include "room.hpp"
 #include "simd.hpp"
 
 namespace shoal {
@@ -18,9 +18,9 @@ constexpr int64_t TOGETHER = 64;
 
 // What passes between the kernels of a layer, and what some of them keep.
 struct Scratch {
-    std::vector<bf16> normed, heads, mixed, both, gated, added;
-    std::vector<float> parts;
-    std::vector<__m512i> whole;
+    Room<bf16> normed, heads, mixed, both, gated, added;
+    Room<float> parts;
+    Room<__m512i> whole;
 };
 
 class Runner {
@@ -31,12 +31,11 @@ class Runner {
     // Room for all that the layers pass on: nobody makes any on the way. It's kept: the next step is as large.
     void fit(const Layer* layers, int64_t num_layers) {
         const int64_t rows = step_.num_rows, mixed = shape_.num_heads * shape_.head_dim;
-        const auto grow = [](auto& room, int64_t size) { room.resize(std::max<size_t>(room.size(), size)); };
-        grow(scratch_.normed, rows * shape_.hidden_size);
-        grow(scratch_.added, rows * shape_.hidden_size);
-        grow(scratch_.heads, rows * heads_size());
-        grow(scratch_.mixed, rows * mixed);
-        grow(scratch_.gated, rows * shape_.intermediate_size);
+        scratch_.normed.of(rows * shape_.hidden_size);
+        scratch_.added.of(rows * shape_.hidden_size);
+        scratch_.heads.of(rows * heads_size());
+        scratch_.mixed.of(rows * mixed);
+        scratch_.gated.of(rows * shape_.intermediate_size);
         const int64_t widest = std::max(shape_.hidden_size, mixed);
         int64_t both = 0, parts = 0, whole = step_.head && step_.head->by.scales ? kept_by_int8(rows, widest) : 0;
         for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
@@ -47,9 +46,9 @@ class Runner {
                 parts = std::max(parts, kept_by_attention(of->batch, of->longest, (int)shape_.num_heads,
                                                           (int)shape_.head_dim, num_threads_));
         }
-        grow(scratch_.both, both);
-        grow(scratch_.parts, parts);
-        grow(scratch_.whole, whole);
+        scratch_.both.of(both);
+        scratch_.parts.of(parts);
+        scratch_.whole.of(whole);
     }
 
     // Whether all rows are single ones, and few.
@@ -82,14 +81,14 @@ class Runner {
     // A layer's MLP is added to the states by the next one's first norm.
     bool run(const Layer* layers, int64_t num_layers) {
         for (int64_t i = 0; i < num_layers; i++) {
-            const void* const added = i ? scratch_.added.data() : nullptr;
+            const void* const added = i ? scratch_.added.numbers() : nullptr;
             if (!(add_norm(added, layers[i].input_norm) && attention(layers[i]) &&
-                  add_norm(scratch_.added.data(), layers[i].mlp_norm) && mlp(layers[i])))
+                  add_norm(scratch_.added.numbers(), layers[i].mlp_norm) && mlp(layers[i])))
                 return false;
         }
-        const bf16* const added = scratch_.added.data();
+        const bf16* const added = scratch_.added.numbers();
         if (const Head* const head = step_.head)
-            return add_norm(added, head->norm) && multiply(head->by, scratch_.normed.data(), shape_.hidden_size,
+            return add_norm(added, head->norm) && multiply(head->by, scratch_.normed.numbers(), shape_.hidden_size,
                                                            head->num_outputs, static_cast<bf16*>(head->logits));
         return !shoal_add_norm(step_.hidden, added, nullptr, step_.num_rows, shape_.hidden_size, shape_.eps, step_.hidden,
                                nullptr, num_threads_);
@@ -105,14 +104,14 @@ class Runner {
     bool attention(const Layer& layer) {
         const int64_t size = heads_size();
         const Rope& rope = step_.ropes[layer.rope];
-        bf16* const heads = scratch_.heads.data();
-        if (!multiply(layer.qkv, scratch_.normed.data(), shape_.hidden_size, size, heads)) return false;
+        bf16* const heads = scratch_.heads.numbers();
+        if (!multiply(layer.qkv, scratch_.normed.numbers(), shape_.hidden_size, size, heads)) return false;
         if (!norm_heads(layer, heads, size)) return false;
         if (shoal_rotate_store(heads, size, rope.cos, rope.sin, step_.num_rows, (int)shape_.num_heads,
                                (int)shape_.kv_heads, (int)shape_.head_dim, layer.pool, step_.slots, num_threads_))
             return false;
         const Reads& reads = step_.reads[layer.reads];
-        bf16* const mixed = scratch_.mixed.data();
+        bf16* const mixed = scratch_.mixed.numbers();
         for (int64_t i = 0; i < reads.num_prompts; i++) {
             const Prompt& of = reads.prompts[i];
             if (shoal_attend_prompt(heads + of.first_row * size, size, layer.pool, of.slots, of.first_slot, of.num_context,
@@ -125,12 +124,12 @@ class Runner {
             const Group& of = reads.groups[i];
             if (attend_decode(heads, size, of.rows, layer.pool, of.slots, of.first_slot, of.longest, of.lengths, of.batch,
                               (int)shape_.num_heads, (int)shape_.kv_heads, (int)shape_.head_dim, shape_.attention_scale,
-                              mixed, num_threads_, scratch_.parts.data()))
+                              mixed, num_threads_, scratch_.parts.numbers()))
                 return false;
         }
         return multiply(layer.out, mixed, shape_.num_heads * shape_.head_dim, shape_.hidden_size,
-                        scratch_.added.data()) &&
-               norm(layer.attention_post_norm, scratch_.added.data(), step_.num_rows, shape_.hidden_size, num_threads_);
+                        scratch_.added.numbers()) &&
+               norm(layer.attention_post_norm, scratch_.added.numbers(), step_.num_rows, shape_.hidden_size, num_threads_);
     }
 
     // Where a family norms queries and keys. Each row by itself: they lie apart.
@@ -149,24 +148,24 @@ class Runner {
 
     bool mlp(const Layer& layer) {
         const int64_t size = shape_.intermediate_size;
-        return gate(layer.gate_up, size, scratch_.gated.data()) &&
-               multiply(layer.down, scratch_.gated.data(), size, shape_.hidden_size, scratch_.added.data()) &&
-               norm(layer.mlp_post_norm, scratch_.added.data(), step_.num_rows, shape_.hidden_size, num_threads_);
+        return gate(layer.gate_up, size, scratch_.gated.numbers()) &&
+               multiply(layer.down, scratch_.gated.numbers(), size, shape_.hidden_size, scratch_.added.numbers()) &&
+               norm(layer.mlp_post_norm, scratch_.added.numbers(), step_.num_rows, shape_.hidden_size, num_threads_);
     }
 
     bool gate(const Matrix& by, int64_t size, bf16* out) {
-        const bf16* const normed = scratch_.normed.data();
+        const bf16* const normed = scratch_.normed.numbers();
         if (gates_at_once(by))
             return !shoal_gated_linear(normed, by.weights, by.bias, step_.num_rows, size, shape_.hidden_size,
                                        shape_.activation, out, num_threads_);
-        return multiply(by, normed, shape_.hidden_size, 2 * size, scratch_.both.data()) &&
-               !shoal_gate(scratch_.both.data(), shape_.activation, step_.num_rows, size, out, num_threads_);
+        return multiply(by, normed, shape_.hidden_size, 2 * size, scratch_.both.numbers()) &&
+               !shoal_gate(scratch_.both.numbers(), shape_.activation, step_.num_rows, size, out, num_threads_);
     }
 
     bool multiply(const Matrix& by, const bf16* inputs, int64_t size, int64_t num_outputs, bf16* out) {
         if (by.scales)
             return !int8_linear(inputs, by.weights, by.scales, by.bias, step_.num_rows, num_outputs, size, out,
-                                num_threads_, scratch_.whole.data());
+                                num_threads_, scratch_.whole.numbers());
         return !shoal_linear(inputs, by.weights, by.bias, step_.num_rows, num_outputs, size, out, num_threads_);
     }
 
@@ -179,7 +178,7 @@ class Runner {
     // The states, with `added` to them, if any; normed beside.
     bool add_norm(const void* added, const void* weight) {
         return !shoal_add_norm(step_.hidden, added, weight, step_.num_rows, shape_.hidden_size, shape_.eps,
-                               step_.hidden, scratch_.normed.data(), num_threads_);
+                               step_.hidden, scratch_.normed.numbers(), num_threads_);
     }
 
     const Shape& shape_;

@@ -10,85 +10,18 @@
 //
 // Where the outputs are gates and what they gate, nobody wants the products themselves: a panel of the ones is multiplied
 // with its panel of the others, and only what comes of both is written.
-#include <algorithm>
-#include <vector>
+#include "linear.hpp"
 
-#include "activations.hpp"
-#include "apart.hpp"
-#include "crew.hpp"
-#include "simd.hpp"
 #include "tiles.hpp"
 
 namespace shoal {
 namespace {
 
-constexpr int64_t PANEL = 32;
 constexpr int VECTORS = PANEL / 16;
 constexpr int ROWS = 12;
-constexpr int PAIRS = 16;          // a row's cache line holds so many
-constexpr int64_t FAR = 128;       // lines between what is fetched and what is read, where one group is all
+constexpr int PAIRS = 16;     // a row's cache line holds so many
+constexpr int64_t FAR = 128;  // lines between what is fetched and what is read, where one group is all
 static_assert(FAR % (PAIRS * VECTORS) == 0 && PAIRS * VECTORS == LINE);
-constexpr int64_t MAX_PANELS = 8;  // that a thread takes at a time: memory is quickest where it's read from end to end
-constexpr int64_t TURNS = 3;       // but each thread comes so often, or some would wait for others at the end
-constexpr int64_t MANY_ROWS = 64;  // with more, one panel is work enough
-constexpr int64_t MUCH = 64 * 1536 * MAX_PANELS;  // rows, inputs and panels: more would take others' patience
-
-struct Operands {
-    const bf16 *inputs, *weights, *bias;
-    int64_t num_rows, num_outputs, size;
-    Output out;
-    Activation activation;  // none, or the outputs' second half is gated by the first one
-
-    bool is_gated() const { return activation != Activation::NONE; }
-    int64_t num_panels() const { return (num_outputs + PANEL - 1) / PANEL; }
-    // That are multiplied together with another one.
-    int64_t num_turns() const { return is_gated() ? num_panels() / 2 : num_panels(); }
-    const bf16* panel(int64_t index) const { return weights + index * PANEL * size; }
-
-    // Of sixteen outputs, those that there are.
-    __mmask16 mask(int64_t output) const {
-        return (__mmask16)((1u << std::clamp<int64_t>(num_outputs - output, 0, 16)) - 1);
-    }
-    __m512 bias_of(int64_t output) const {
-        if (!bias) return _mm512_setzero_ps();
-        const __m256i halves = _mm256_maskz_loadu_epi16(mask(output), bias + output);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-    }
-    void put(int64_t row, int64_t output, __m512 sums) const {
-        _mm256_mask_storeu_epi16(out.numbers + row * out.row + output, mask(output), (__m256i)_mm512_cvtneps_pbh(sums));
-    }
-};
-
-// Of some rows, the sums [rows, PANEL] of a panel, and where it is gated, of what its numbers gate.
-struct Sums {
-    alignas(64) float own[2 * TILE * PANEL], gated[2 * TILE * PANEL];
-};
-
-inline __m512 rounded(__m512 numbers) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)), 16));
-}
-
-void put(const Operands& of, int64_t panel, int64_t row, int64_t num_rows, const Sums& sums) {
-    for (int64_t output = panel * PANEL, at = 0; at < PANEL; output += 16, at += 16) {
-        const __m512 bias = of.bias_of(output);
-        for (int64_t n = 0; n < num_rows; n++)
-            of.put(row + n, output, _mm512_add_ps(_mm512_load_ps(sums.own + n * PANEL + at), bias));
-    }
-}
-
-// Rounded before, too: a row's numbers must not depend on whether it is one of few.
-void put_gated(const Operands& of, int64_t panel, int64_t row, int64_t num_rows, const Sums& sums) {
-    const int64_t num_gated = of.num_outputs / 2;
-    for (int64_t output = panel * PANEL, at = 0; at < PANEL; output += 16, at += 16) {
-        const __m512 bias = of.bias_of(output), gated_bias = of.bias_of(num_gated + output);
-        for (int64_t n = 0; n < num_rows; n++) {
-            const __m512 own = rounded(_mm512_add_ps(_mm512_load_ps(sums.own + n * PANEL + at), bias));
-            const __m512 gated = rounded(_mm512_add_ps(_mm512_load_ps(sums.gated + n * PANEL + at), gated_bias));
-            store(of.out.numbers + (row + n) * of.out.row + output,
-                  _mm512_mul_ps(activate(of.activation, own), gated));
-        }
-    }
-}
 
 // What is fetched meanwhile: `number` lines, those from `begin` to `end`, and then those at `then`.
 struct Fetched {
@@ -176,38 +109,18 @@ void pass(const Operands& of, int64_t panel, const bf16* next, int64_t group, in
 void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
     const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, gated = of.num_turns() + panel;
     const bf16* const own_next = next < of.num_turns() ? of.panel(next) : nullptr;
-    Sums sums;
+    alignas(64) float own[ROWS * PANEL], gated_sums[ROWS * PANEL];
     for (int64_t group = 0; group < num_groups; group++) {
         if (!of.is_gated()) {
             pass<false>(of, panel, own_next, group, num_groups, nullptr);
             continue;
         }
         const bf16* const gated_next = own_next ? of.panel(of.num_turns() + next) : nullptr;
-        pass<true>(of, panel, num_groups == 1 ? of.panel(gated) : own_next, group, num_groups, sums.own);
-        pass<true>(of, gated, num_groups == 1 ? own_next : gated_next, group, num_groups, sums.gated);
+        pass<true>(of, panel, num_groups == 1 ? of.panel(gated) : own_next, group, num_groups, own);
+        pass<true>(of, gated, num_groups == 1 ? own_next : gated_next, group, num_groups, gated_sums);
         const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
-        put_gated(of, panel, begin, end - begin, sums);
+        put_gated(of, panel, begin, end - begin, own, gated_sums);
     }
-}
-
-int64_t panels_at_once(const Operands& of, int num_threads) {
-    if (of.num_rows > MANY_ROWS) return 1;
-    const int64_t most = std::clamp<int64_t>(MUCH / (of.num_rows * of.size), 1, MAX_PANELS);
-    return std::clamp<int64_t>(of.num_turns() / (TURNS * num_threads), 1, most);
-}
-
-// The panels of `of`, `at_once` at a time, by `multiply(to, begin, end)`.
-template <class Multiply>
-void share_panels(const Operands& of, int num_threads, int64_t at_once, const Multiply& multiply) {
-    const int64_t num_made = of.is_gated() ? of.num_outputs / 2 : of.num_outputs;
-    share_ranges(of.num_turns(), at_once, num_threads, [&](int64_t begin, int64_t end, Claim& claim) {
-        const Part made = {0, of.num_rows, begin * PANEL, std::min(end * PANEL, num_made)};
-        make_part(of.out, made, claim, [&](const Output& out) {
-            Operands to = of;
-            to.out = out;
-            multiply(to, begin, end);
-        });
-    });
 }
 
 void multiply_by_rows(const Operands& of, int num_threads) {
@@ -219,56 +132,12 @@ void multiply_by_rows(const Operands& of, int num_threads) {
     });
 }
 
-// A panel's sums of up to 32 rows, or 16. Nothing is fetched ahead: the processor does that by itself, and a tile's load
-// waits for sixteen lines at once.
-template <bool IS_WHOLE>
-void multiply_by_tiles(const Operands& of, int64_t panel, const bf16* inputs, float* sums) {
-    constexpr int64_t RIGHT_PAIR = 2 * PANEL;
-    const bf16* const weights = of.panel(panel);
-    Square::zero();
-    for (int64_t k = 0; k < of.size; k += TILE_NUMBERS) {
-        const bf16* const right = weights + k / 2 * RIGHT_PAIR;
-        if constexpr (IS_WHOLE) Square::add(inputs + k, of.size, right, RIGHT_PAIR);
-        else Square::add_half(inputs + k, of.size, right, RIGHT_PAIR);
-    }
-    if constexpr (IS_WHOLE) Square::store(sums, PANEL);
-    else Square::store_half(sums, PANEL);
-}
-
-void multiply_by_tiles(const Operands& of, int num_threads) {
-    constexpr int64_t MOST = 2 * TILE;
-    // The last rows, with nothing after them where a tile wants more.
-    const int64_t last = of.num_rows % TILE ? (of.num_rows - 1) / MOST * MOST : of.num_rows;
-    static thread_local std::vector<bf16> kept;
-    if (last < of.num_rows && !is_left_behind()) {
-        kept.assign(MOST * of.size, 0);
-        std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
-    }
-    const bf16* const filled = kept.data();  // the crew's threads have a `kept` of their own
-    share_panels(of, num_threads, panels_at_once(of, num_threads), [&](const Operands& to, int64_t begin, int64_t end) {
-        const Tiles held;
-        Sums sums;
-        for (int64_t panel = begin; panel < end; panel++)
-            for (int64_t row = 0; row < to.num_rows; row += MOST) {
-                const bf16* const inputs = row < last ? to.inputs + row * to.size : filled;
-                const auto multiply = to.num_rows - row > TILE ? multiply_by_tiles<true> : multiply_by_tiles<false>;
-                multiply(to, panel, inputs, sums.own);
-                const int64_t num_rows = std::min(MOST, to.num_rows - row);
-                if (!to.is_gated()) {
-                    put(to, panel, row, num_rows, sums);
-                    continue;
-                }
-                multiply(to, to.num_turns() + panel, inputs, sums.gated);
-                put_gated(to, panel, row, num_rows, sums);
-            }
-    });
-}
-
 int linear(const Operands& of, int num_threads) {
     if (of.size % (2 * PAIRS) || of.num_rows < 1) return 1;
     // A single row takes as long as memory does, either way.
-    if (of.num_rows > 1 && have_tiles()) multiply_by_tiles(of, num_threads);
-    else multiply_by_rows(of, num_threads);
+    if (of.num_rows == 1 || !have_tiles()) multiply_by_rows(of, num_threads);
+    else if (of.num_rows <= MANY_ROWS) multiply_by_tiles(of, num_threads);
+    else multiply_many_by_tiles(of, num_threads);
     return 0;
 }
 

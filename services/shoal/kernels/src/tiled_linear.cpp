@@ -1,0 +1,170 @@
+// Products by the matrix unit (tiles.hpp), with weights as linear.cpp has them: panels are what it takes.
+//
+// Few rows are taken as they lie. Many are packed before, as what a square of sums wants of them at a time:
+//
+//     inputs  [square of 32 rows][step of 32 inputs][row][input]
+//
+// A thread takes a block of rows which the second cache holds, and some panels. Of a panel the first cache holds a part,
+// which all squares of the block are multiplied by, one after the other, before the next part. The vector registers have
+// nothing to do meanwhile: while a square is multiplied, they make outputs of the sums of the one before.
+#include <vector>
+
+#include "linear.hpp"
+#include "room.hpp"
+#include "tiles.hpp"
+
+namespace shoal {
+namespace {
+
+constexpr int64_t SIDE = 2 * TILE;              // of a square
+constexpr int64_t SQUARE = SIDE * PANEL;        // its sums
+constexpr int64_t STEP = SIDE * TILE_NUMBERS;   // inputs of a square, and weights of a panel, that are multiplied at once
+constexpr int64_t PART = 9;                     // about so many steps: 18 KiB of weights
+constexpr int64_t NEAR = 512 * 1024;            // inputs of a block: a MiB
+static_assert(PANEL == SIDE);
+
+// A panel's sums of up to 32 rows, or 16. Nothing is fetched ahead: the processor does that by itself, and a tile's load
+// waits for sixteen lines at once.
+template <bool IS_WHOLE>
+void multiply_by_tiles(const Operands& of, int64_t panel, const bf16* inputs, float* sums) {
+    constexpr int64_t RIGHT_PAIR = 2 * PANEL;
+    const bf16* const weights = of.panel(panel);
+    Square::zero();
+    for (int64_t k = 0; k < of.size; k += TILE_NUMBERS) {
+        const bf16* const right = weights + k / 2 * RIGHT_PAIR;
+        if constexpr (IS_WHOLE) Square::add(inputs + k, of.size, right, RIGHT_PAIR);
+        else Square::add_half(inputs + k, of.size, right, RIGHT_PAIR);
+    }
+    if constexpr (IS_WHOLE) Square::store(sums, PANEL);
+    else Square::store_half(sums, PANEL);
+}
+
+class ManyRows {
+   public:
+    ManyRows(const Operands& of, int num_threads) : of_(of), num_threads_(num_threads) {
+        static thread_local Room<bf16> packed;
+        packed_ = packed.of(num_squares_ * SIDE * of.size);
+    }
+
+    void run() const {
+        share(num_squares_, num_threads_, [&](int64_t square) { pack(square); });
+        const int64_t turns = of_.num_turns(), wanted = TURNS * num_threads_;
+        const int64_t by_cache = (of_.num_rows * of_.size + NEAR - 1) / NEAR, by_threads = (wanted + turns - 1) / turns;
+        const int64_t num_blocks = std::min(std::max(by_cache, by_threads), num_squares_);
+        const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS / 2);
+        const int64_t num_groups = (turns + at_once - 1) / at_once;
+        share(num_blocks * num_groups, num_threads_, [&](int64_t piece) {
+            const int64_t block = piece / num_groups, begin = piece % num_groups * at_once;
+            const Squares squares = {num_squares_ * block / num_blocks, num_squares_ * (block + 1) / num_blocks};
+            static thread_local Room<float> sums;
+            float* const own = sums.of(2 * squares.number() * SQUARE);
+            float* const gated = own + squares.number() * SQUARE;
+            const Tiles held;
+            for (int64_t panel = begin; panel < std::min(begin + at_once, turns); panel++) {
+                const auto put_own = [&](int64_t at, int64_t row, int64_t num_rows) {
+                    put(of_, panel, row, num_rows, own + at);
+                };
+                const auto put_both = [&](int64_t at, int64_t row, int64_t num_rows) {
+                    put_gated(of_, panel, row, num_rows, own + at, gated + at);
+                };
+                if (!of_.is_gated()) {
+                    multiply(squares, panel, panel + 1, own, put_own);
+                    continue;
+                }
+                multiply(squares, panel, turns + panel, own, [](int64_t, int64_t, int64_t) {});
+                multiply(squares, turns + panel, panel + 1, gated, put_both);
+            }
+        });
+    }
+
+   private:
+    struct Squares {
+        int64_t begin, end;
+        int64_t number() const { return end - begin; }
+    };
+
+    // What a square has more than there are rows is zeros.
+    void pack(int64_t square) const {
+        bf16* const to = packed_ + square * num_steps_ * STEP;
+        for (int64_t row = 0; row < SIDE; row++) {
+            const int64_t from = square * SIDE + row;
+            for (int64_t step = 0; step < num_steps_; step++) {
+                const bf16* const numbers = of_.inputs + from * of_.size + step * TILE_NUMBERS;
+                _mm512_store_si512(to + step * STEP + row * TILE_NUMBERS,
+                                   from < of_.num_rows ? _mm512_loadu_si512(numbers) : _mm512_setzero_si512());
+            }
+        }
+    }
+
+    // The sums of a panel for all of a block's squares, one after the other, and then `put` for some rows of them at a
+    // time. The part of weights that follows is fetched meanwhile, at the end of the panel that of `next`.
+    template <class Put>
+    void multiply(Squares squares, int64_t panel, int64_t next, float* sums, const Put& put) const {
+        const int64_t num_parts = std::max<int64_t>(1, (num_steps_ + PART / 2) / PART);
+        int64_t done = -1;  // a square whose sums are ready
+        const auto put_some = [&](int64_t begin, int64_t end) {
+            const int64_t row = (squares.begin + done) * SIDE;
+            end = std::min(end, of_.num_rows - row);
+            if (done >= 0 && begin < end) put(done * SQUARE + begin * PANEL, row + begin, end - begin);
+        };
+        for (int64_t part = 0; part < num_parts; part++) {
+            const int64_t begin = num_steps_ * part / num_parts, end = num_steps_ * (part + 1) / num_parts;
+            const bool is_first = part == 0, is_last = part + 1 == num_parts;
+            const bf16* ahead = is_last ? of_.panel(next) : of_.panel(panel) + end * STEP;
+            const int64_t lines = (STEP / LINE + squares.number() - 1) / squares.number();  // with each step
+            for (int64_t square = 0; square < squares.number(); square++) {
+                const bf16* const inputs = packed_ + (squares.begin + square) * num_steps_ * STEP;
+                float* const to = sums + square * SQUARE;
+                if (is_first) Square::zero();
+                else Square::load(to, PANEL);
+                for (int64_t step = begin; step < end; step++) {
+                    for (int64_t line = 0; line < lines; line++, ahead += LINE) fetch(ahead);
+                    Square::add(inputs + step * STEP, TILE_NUMBERS, of_.panel(panel) + step * STEP, 2 * PANEL);
+                    if (is_last) put_some(SIDE * (step - begin) / (end - begin), SIDE * (step - begin + 1) / (end - begin));
+                }
+                Square::store(to, PANEL);
+                if (is_last) done = square;
+            }
+        }
+        put_some(0, SIDE);
+    }
+
+    const Operands& of_;
+    const int num_threads_;
+    const int64_t num_squares_ = (of_.num_rows + SIDE - 1) / SIDE, num_steps_ = of_.size / TILE_NUMBERS;
+    bf16* packed_;
+};
+
+}  // namespace
+
+void multiply_by_tiles(const Operands& of, int num_threads) {
+    // The last rows, with nothing after them where a tile wants more.
+    const int64_t last = of.num_rows % TILE ? (of.num_rows - 1) / SIDE * SIDE : of.num_rows;
+    static thread_local std::vector<bf16> kept;
+    if (last < of.num_rows && !is_left_behind()) {
+        kept.assign(SIDE * of.size, 0);
+        std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
+    }
+    const bf16* const filled = kept.data();  // the crew's threads have a `kept` of their own
+    share_panels(of, num_threads, panels_at_once(of, num_threads), [&](const Operands& to, int64_t begin, int64_t end) {
+        const Tiles held;
+        alignas(64) float own[SQUARE], gated[SQUARE];
+        for (int64_t panel = begin; panel < end; panel++)
+            for (int64_t row = 0; row < to.num_rows; row += SIDE) {
+                const bf16* const inputs = row < last ? to.inputs + row * to.size : filled;
+                const auto multiply = to.num_rows - row > TILE ? multiply_by_tiles<true> : multiply_by_tiles<false>;
+                multiply(to, panel, inputs, own);
+                const int64_t num_rows = std::min(SIDE, to.num_rows - row);
+                if (!to.is_gated()) {
+                    put(to, panel, row, num_rows, own);
+                    continue;
+                }
+                multiply(to, to.num_turns() + panel, inputs, gated);
+                put_gated(to, panel, row, num_rows, own, gated);
+            }
+    });
+}
+
+void multiply_many_by_tiles(const Operands& of, int num_threads) { ManyRows(of, num_threads).run(); }
+
+}  // namespace shoal

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/tiles.py [--rounds 9] [--json FILE]
 
-Prompts' attention is of one layer of SmolLM2-135M; products are of all its matrices, lm_head included, as a decode step
-of so many streams has them, in bfloat16 and with weights in int8. torch's attention, which uses the unit, is measured
-beside. Numbers are random; times are medians over rounds.
+Prompts' attention is of one layer of SmolLM2-135M; products are of all its layers' matrices, with as many rows as a
+prompt has tokens, gates included; and those of a decode step of so many streams, with the lm_head, in bfloat16 and with
+weights in int8. torch's attention and products, which use the unit, are measured beside. Numbers are random; times are
+medians over rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from shoal.model.packed import PackedMatrix
 
 Work = Callable[[], object]
 NUM_LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
-LAYER, HEAD = ((960, 576), (576, 576), (3072, 576), (576, 1536)), (49152, 576)
+GATED = 3072
+LAYER, HEAD = ((960, 576), (576, 576), (GATED, 576), (576, 1536)), (49152, 576)
 
 
 def main() -> None:
@@ -49,6 +51,12 @@ def main() -> None:
 def _works(kernels: NativeKernels, options: Any) -> Iterator[tuple[str, Work, Work | None]]:
     for tokens in options.tokens:
         yield f"attention, {tokens:,} tokens", *_attention(kernels, tokens)
+    plain = [torch.randn(shape).bfloat16() for shape in LAYER * NUM_LAYERS]
+    layers = [PackedMatrix.of(weight) for weight in plain]
+    for tokens in options.tokens:
+        inputs = {size: torch.randn(tokens, size).bfloat16() for _, size in LAYER}
+        by_torch = partial(_multiply_by_torch, inputs, plain)
+        yield f"products, {tokens:,} tokens", partial(_multiply_layers, kernels, inputs, layers), by_torch
     shapes = (*LAYER * NUM_LAYERS, HEAD)
     matrices = [PackedMatrix.of(torch.randn(shape).bfloat16()) for shape in shapes]
     values = [torch.randint(-127, 128, shape, dtype=torch.int8) for shape in shapes]
@@ -57,6 +65,23 @@ def _works(kernels: NativeKernels, options: Any) -> Iterator[tuple[str, Work, Wo
         inputs = {size: torch.randn(num_rows, size).bfloat16() for _, size in LAYER}
         yield f"bfloat16, {num_rows} rows", partial(_multiply, kernels, inputs, matrices), None
         yield f"int8, {num_rows} rows", partial(_multiply_int8, kernels, inputs, values, scales), None
+
+
+def _multiply_layers(kernels: NativeKernels, inputs: dict[int, torch.Tensor], matrices: list[PackedMatrix]) -> None:
+    for matrix in matrices:
+        outputs, size = matrix.shape
+        if outputs == GATED:
+            kernels.gated_linear(inputs[size], matrix.values, outputs // 2, None, is_gelu=False)
+        else:
+            kernels.linear(inputs[size], matrix.values, outputs, None)
+
+
+def _multiply_by_torch(inputs: dict[int, torch.Tensor], matrices: list[torch.Tensor]) -> None:
+    for matrix in matrices:
+        outputs, size = matrix.shape
+        made = F.linear(inputs[size], matrix)
+        if outputs == GATED:
+            F.silu(made[:, : outputs // 2]).mul_(made[:, outputs // 2 :])
 
 
 def _multiply(kernels: NativeKernels, inputs: dict[int, torch.Tensor], matrices: list[PackedMatrix]) -> None:

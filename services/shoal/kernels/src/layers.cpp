@@ -5,6 +5,7 @@
 #include "crew.hpp"
 #include "kernels.hpp"
 #include "layers.hpp"
+#include "linear.hpp"
 #include "room.hpp"
 #include "simd.hpp"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t FEW_ROWS = 16;
 // With more, a piece takes so long that one that's done twice would be felt, and threads are seldom waited for.
 constexpr int64_t TOGETHER = 64;
+static_assert(TOGETHER <= MANY_ROWS);  // of more rows, tiles' products prepare what only one thread has
 
 // What passes between the kernels of a layer, and what some of them keep.
 struct Scratch {

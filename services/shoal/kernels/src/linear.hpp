@@ -103,7 +103,8 @@ void share_panels(const Operands& of, int num_threads, int64_t at_once, const Mu
     });
 }
 
-// By the matrix unit (tiled_linear.cpp): some rows, or many of them, MANY_ROWS at least.
+// By the matrix unit (tiled_linear.cpp): some rows, or more than MANY_ROWS, which nobody goes
+// through together (layers.cpp).
 void multiply_by_tiles(const Operands& of, int num_threads);
 void multiply_many_by_tiles(const Operands& of, int num_threads);
 

@@ -196,6 +196,7 @@ void attend_prompt(const Rows& rows, const Context& context) {
     const int64_t run = by_tiles ? TILED_RUN : 8 * ROWS;
     const int64_t padded = (rows.num_context + PANEL - 1) / PANEL * PANEL;
     const int64_t num_pieces = (rows.num_context + PIECE - 1) / PIECE, num_runs = (rows.num_rows + run - 1) / run;
+    constexpr int64_t KEPT = 64 << 20;  // bytes: a longer context's are seldom wanted again
     static thread_local Room<bf16> packed;
     bf16* const memory = packed.of(2 * rows.kv_heads * padded * D);
     const auto keys = [&](int head) { return memory + 2 * head * padded * D; };
@@ -220,6 +221,7 @@ void attend_prompt(const Rows& rows, const Context& context) {
         for (; row + ROWS <= end; row += ROWS) attend_heads<D, ROWS, false>(rows, head, row, ROWS, kv);
         for (; row < end; row++) attend_heads<D, 1, false>(rows, head, row, 1, kv);
     });
+    packed.keep(KEPT);
 }
 
 }  // namespace
@@ -235,10 +237,13 @@ extern "C" int shoal_attend_prompt(const void* queries, int64_t query_row, const
     const Context context = {static_cast<const bf16*>(pool), slots, first_slot, 2 * (int64_t)kv_heads * head_dim};
     const Rows rows = {static_cast<const bf16*>(queries), query_row, num_rows, num_context, window,
                        num_heads, kv_heads, scale * LOG2_E, static_cast<bf16*>(out), num_threads};
-    switch (head_dim) {
-        case 64: return attend_prompt<64>(rows, context), 0;
-        case 128: return attend_prompt<128>(rows, context), 0;
-        case 256: return attend_prompt<256>(rows, context), 0;
-        default: return 1;
+    try {
+        switch (head_dim) {
+            case 64: return attend_prompt<64>(rows, context), 0;
+            case 128: return attend_prompt<128>(rows, context), 0;
+            case 256: return attend_prompt<256>(rows, context), 0;
+        }
+    } catch (const std::bad_alloc&) {  // of a long context, this may be gigabytes
     }
+    return 1;
 }

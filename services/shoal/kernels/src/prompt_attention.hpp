@@ -14,7 +14,7 @@ struct Packed {
     const bf16 *keys, *values;
 };
 
-// 2^x for x <= 0; what is below 2^-125 becomes that. An addition rounds x, and leaves the exponent where it can be shifted
+// 2^x for x <= 126; what is below 2^-125 becomes that. An addition rounds x, and leaves the exponent where it can be shifted
 // into place. The relative error is below 8e-5, bfloat16's is 4e-3.
 inline __m512 probability(__m512 x) {
     const __m512 ones = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: the last bit of a sum with it counts ones

@@ -15,7 +15,7 @@ class Room {
     Room(const Room&) = delete;
     ~Room() { std::free(numbers_); }
 
-    // For so many, of which nothing is known: what was asked for before is lost.
+    // For so many, of which nothing is known: what was asked for before is lost. Throws std::bad_alloc.
     T* of(int64_t number) {
         if (number <= size_) return numbers_;
         std::free(numbers_);
@@ -25,8 +25,15 @@ class Room {
         void* const memory = std::aligned_alloc(unit, whole);
         if (!memory) throw std::bad_alloc();
         if (unit == HUGE_PAGE) madvise(memory, whole, MADV_HUGEPAGE);  // without them it's as right
-        numbers_ = static_cast<T*>(memory), size_ = number;
+        numbers_ = static_cast<T*>(memory), size_ = whole / (int64_t)sizeof(T);
         return numbers_;
+    }
+
+    // Keeps no more than so many bytes for the next call.
+    void keep(int64_t bytes) {
+        if (size_ * (int64_t)sizeof(T) <= bytes) return;
+        std::free(numbers_);
+        numbers_ = nullptr, size_ = 0;
     }
 
     // What was asked for last.

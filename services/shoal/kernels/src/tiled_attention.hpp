@@ -121,9 +121,11 @@ class TiledRows {
                 most2 = _mm512_mask_max_ps(most2, sees(half, key + 1), most2, score(key + 1));
             }
             const __m512 top = _mm512_max_ps(most, most2), above = _mm512_mul_ps(_mm512_sub_ps(top, tops_[half]), factor_);
-            has_risen[half] = _mm512_cmp_ps_mask(above, _mm512_set1_ps(ENOUGH), _CMP_GT_OQ);
-            if (!has_risen[half]) continue;
-            const __m512 risen = _mm512_max_ps(tops_[half], top);
+            // Each by itself: a row's numbers must not depend on which others are beside it.
+            const __mmask16 rises = _mm512_cmp_ps_mask(above, _mm512_set1_ps(ENOUGH), _CMP_GT_OQ);
+            has_risen[half] = rises;
+            if (!rises) continue;
+            const __m512 risen = _mm512_mask_mov_ps(tops_[half], rises, top);
             shrinks[half] = exp2(_mm512_mul_ps(_mm512_sub_ps(tops_[half], risen), factor_));
             totals_[half] = _mm512_mul_ps(totals_[half], shrinks[half]);
             tops_[half] = risen;

@@ -21,6 +21,7 @@ constexpr int64_t SQUARE = SIDE * PANEL;        // its sums
 constexpr int64_t STEP = SIDE * TILE_NUMBERS;   // inputs of a square, and weights of a panel, that are multiplied at once
 constexpr int64_t PART = 9;                     // about so many steps: 18 KiB of weights
 constexpr int64_t NEAR = 512 * 1024;            // inputs of a block: a MiB
+constexpr int64_t FEWEST = 4;                   // squares of a block
 static_assert(PANEL == SIDE);
 
 // A panel's sums of up to 32 rows, or 16. Nothing is fetched ahead: the processor does that by itself, and a tile's load
@@ -49,7 +50,10 @@ class ManyRows {
     void run() const {
         share(num_squares_, num_threads_, [&](int64_t square) { pack(square); });
         const int64_t turns = of_.num_turns(), wanted = TURNS * num_threads_;
-        const int64_t by_cache = (of_.num_rows * of_.size + NEAR - 1) / NEAR, by_threads = (wanted + turns - 1) / turns;
+        // But so many squares that weights serve more than a few rows: those are read once for each block.
+        const int64_t most = std::max<int64_t>(1, num_squares_ / FEWEST);
+        const int64_t by_cache = std::min((of_.num_rows * of_.size + NEAR - 1) / NEAR, most);
+        const int64_t by_threads = (wanted + turns - 1) / turns;
         const int64_t num_blocks = std::min(std::max(by_cache, by_threads), num_squares_);
         const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS / 2);
         const int64_t num_groups = (turns + at_once - 1) / at_once;

@@ -6,7 +6,8 @@ namespace shoal {
 
 enum class Activation { NONE, SILU, GELU };
 
-// 1 / x for x from 1 to 2^126: an estimate of 14 digits, and by Newton's step twice as many. A division takes three times as long.
+// 1 / x for x from 1 to 2^126: an estimate of 14 binary digits, and by Newton's step twice as many. Divisions wait for one
+// another.
 inline __m512 reciprocal(__m512 x) {
     const __m512 about = _mm512_rcp14_ps(x);
     return _mm512_mul_ps(about, _mm512_fnmadd_ps(x, about, _mm512_set1_ps(2)));

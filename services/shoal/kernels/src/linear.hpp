@@ -49,18 +49,17 @@ struct Operands {
 inline void put(const Operands& of, int64_t panel, int64_t row, int64_t num_rows, const float* sums) {
     const int64_t output = panel * PANEL;
     const __m512 bias = of.bias_of(output), bias2 = of.bias_of(output + 16);
-    const auto put_lines = [&](const auto& put) {
-        for (int64_t n = 0; n < num_rows; n++)
-            put(row + n, output, _mm512_add_ps(_mm512_load_ps(sums + n * PANEL), bias),
-                _mm512_add_ps(_mm512_load_ps(sums + n * PANEL + 16), bias2));
-    };
-    if (output + PANEL <= of.num_outputs)
-        put_lines([&](int64_t at, int64_t first, __m512 low, __m512 high) { of.put_line(at, first, low, high); });
-    else
-        put_lines([&](int64_t at, int64_t first, __m512 low, __m512 high) {
-            of.put(at, first, low);
-            of.put(at, first + 16, high);
-        });
+    const bool is_whole = output + PANEL <= of.num_outputs;
+    for (int64_t n = 0; n < num_rows; n++) {
+        const __m512 low = _mm512_add_ps(_mm512_load_ps(sums + n * PANEL), bias);
+        const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + n * PANEL + 16), bias2);
+        if (is_whole) {
+            of.put_line(row + n, output, low, high);
+            continue;
+        }
+        of.put(row + n, output, low);
+        of.put(row + n, output + 16, high);
+    }
 }
 
 inline __m512 rounded(__m512 numbers) {

@@ -7,8 +7,6 @@
 // A thread takes a block of rows which the second cache holds, and some panels. Of a panel the first cache holds a part,
 // which all squares of the block are multiplied by, one after the other, before the next part. The vector registers have
 // nothing to do meanwhile: while a square is multiplied, they make outputs of the sums of the one before.
-#include <vector>
-
 #include "linear.hpp"
 #include "room.hpp"
 #include "tiles.hpp"
@@ -24,21 +22,68 @@ constexpr int64_t NEAR = 512 * 1024;            // inputs of a block: a MiB
 constexpr int64_t FEWEST = 4;                   // squares of a block
 static_assert(PANEL == SIDE);
 
-// A panel's sums of up to 32 rows, or 16. Nothing is fetched ahead: the processor does that by itself, and a tile's load
-// waits for sixteen lines at once.
-template <bool IS_WHOLE>
-void multiply_by_tiles(const Operands& of, int64_t panel, const bf16* inputs, float* sums) {
-    constexpr int64_t RIGHT_PAIR = 2 * PANEL;
-    const bf16* const weights = of.panel(panel);
-    Square::zero();
-    for (int64_t k = 0; k < of.size; k += TILE_NUMBERS) {
-        const bf16* const right = weights + k / 2 * RIGHT_PAIR;
-        if constexpr (IS_WHOLE) Square::add(inputs + k, of.size, right, RIGHT_PAIR);
-        else Square::add_half(inputs + k, of.size, right, RIGHT_PAIR);
+// Up to MANY_ROWS rows as they lie, and panels of them that one thread takes, one after the other. Weights of more than a
+// tile's rows are fetched meanwhile, two steps ahead: what the unit loads itself is waited for. Fewer take as long as memory.
+class FewRows {
+   public:
+    explicit FewRows(const Operands& of) : of_(of) {}
+
+    // Squares have equally many rows: where that can't be, two have one in common.
+    void run(int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; panel++)
+            for (int64_t square = 0; square < num_squares_; square++) {
+                const int64_t row = std::min(square * num_rows_, of_.num_rows - num_rows_);
+                const auto sums = [&](int64_t of_panel, float* to, int64_t first) {
+                    if (num_rows_ <= TILE) multiply<false>(of_panel, row, to, first, 0);
+                    else multiply<true>(of_panel, row, to, first, square ? 0 : STEP / LINE);
+                };
+                sums(panel, own_[next_], 0);
+                if (of_.is_gated()) sums(of_.num_turns() + panel, gated_[next_], num_steps_);
+                ready_ = {panel, row, num_rows_, next_};
+                next_ = 1 - next_;
+            }
+        put_some(0, SIDE);
     }
-    if constexpr (IS_WHOLE) Square::store(sums, PANEL);
-    else Square::store_half(sums, PANEL);
-}
+
+   private:
+    // Sums of a panel; as many of its square's, and of what that gates, have been made by `first` steps before. With each
+    // step some outputs of the square before are written.
+    template <bool IS_WHOLE>
+    void multiply(int64_t panel, int64_t row, float* to, int64_t first, int64_t num_fetched) {
+        constexpr int64_t RIGHT_PAIR = 2 * PANEL, FAR = 2;
+        const bf16 *inputs = of_.inputs + row * of_.size, *weights = of_.panel(panel);
+        const int64_t num_all = of_.is_gated() ? 2 * num_steps_ : num_steps_;
+        Square::zero();
+        for (int64_t step = 0; step < num_steps_; step++, inputs += TILE_NUMBERS, weights += STEP) {
+            for (int64_t line = 0; line < num_fetched; line++) fetch(weights + FAR * STEP + line * LINE);
+            if constexpr (IS_WHOLE) Square::add(inputs, of_.size, weights, RIGHT_PAIR);
+            else Square::add_half(inputs, of_.size, weights, RIGHT_PAIR);
+            put_some(SIDE * (first + step) / num_all, SIDE * (first + step + 1) / num_all);
+        }
+        if constexpr (IS_WHOLE) Square::store(to, PANEL);
+        else Square::store_half(to, PANEL);
+    }
+
+    void put_some(int64_t begin, int64_t end) const {
+        const int64_t number = std::min(end, ready_.num_rows) - begin, row = ready_.row + begin;
+        if (number <= 0) return;
+        const float* const own = own_[ready_.at] + begin * PANEL;
+        if (of_.is_gated()) put_gated(of_, ready_.panel, row, number, own, gated_[ready_.at] + begin * PANEL);
+        else put(of_, ready_.panel, row, number, own);
+    }
+
+    const Operands& of_;
+    const int64_t num_steps_ = of_.size / TILE_NUMBERS, num_squares_ = (of_.num_rows + SIDE - 1) / SIDE;
+    const int64_t num_rows_ = (of_.num_rows + num_squares_ - 1) / num_squares_;  // of a square
+    const Tiles held_{num_rows_};
+    // A square whose sums are made, and which of the two below they are.
+    struct {
+        int64_t panel, row, num_rows;
+        int at;
+    } ready_ = {};
+    int next_ = 0;
+    alignas(64) float own_[2][SQUARE], gated_[2][SQUARE];
+};
 
 class ManyRows {
    public:
@@ -142,30 +187,8 @@ class ManyRows {
 }  // namespace
 
 void multiply_by_tiles(const Operands& of, int num_threads) {
-    // The last rows, with nothing after them where a tile wants more.
-    const int64_t last = of.num_rows % TILE ? (of.num_rows - 1) / SIDE * SIDE : of.num_rows;
-    static thread_local std::vector<bf16> kept;
-    if (last < of.num_rows && !is_left_behind()) {
-        kept.assign(SIDE * of.size, 0);
-        std::copy(of.inputs + last * of.size, of.inputs + of.num_rows * of.size, kept.begin());
-    }
-    const bf16* const filled = kept.data();  // the crew's threads have a `kept` of their own
     share_panels(of, num_threads, panels_at_once(of, num_threads), [&](const Operands& to, int64_t begin, int64_t end) {
-        const Tiles held;
-        alignas(64) float own[SQUARE], gated[SQUARE];
-        for (int64_t panel = begin; panel < end; panel++)
-            for (int64_t row = 0; row < to.num_rows; row += SIDE) {
-                const bf16* const inputs = row < last ? to.inputs + row * to.size : filled;
-                const auto multiply = to.num_rows - row > TILE ? multiply_by_tiles<true> : multiply_by_tiles<false>;
-                multiply(to, panel, inputs, own);
-                const int64_t num_rows = std::min(SIDE, to.num_rows - row);
-                if (!to.is_gated()) {
-                    put(to, panel, row, num_rows, own);
-                    continue;
-                }
-                multiply(to, to.num_turns() + panel, inputs, gated);
-                put_gated(to, panel, row, num_rows, own, gated);
-            }
+        FewRows(to).run(begin, end);
     });
 }
 

@@ -6,6 +6,7 @@
 //
 // With SHOAL_EMULATE_TILES plain code does the same, to test on any machine what is built upon them.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -20,10 +21,26 @@ constexpr int TILE_NUMBERS = 32;  // of bfloat16 in a row
 // Whether this processor has the unit, and the system lets this process use it. Asked for once.
 bool have_tiles();
 
+// How many rows each tile has where those of a left side, and their sums, are `num_rows` of a Square: an instruction takes
+// as long as rows are many.
+struct TileRows {
+    uint8_t of[8];
+
+    explicit TileRows(int64_t num_rows) {
+        const auto upper = (uint8_t)std::clamp<int64_t>(num_rows, 1, TILE);
+        const auto lower = (uint8_t)std::clamp<int64_t>(num_rows - TILE, 1, TILE);
+        const uint8_t rows[] = {upper, upper, lower, lower, upper, lower, TILE, TILE};
+        std::copy(rows, rows + 8, of);
+    }
+};
+
 #ifdef SHOAL_EMULATE_TILES
 
 struct Tiles {
-    Tiles() { std::memset(registers(), 0, 8 * 1024); }
+    explicit Tiles(int64_t num_rows = 2 * TILE) {
+        std::memset(registers(), 0, 8 * 1024);
+        rows() = TileRows(num_rows);
+    }
 
     template <int T>
     static void zero() {
@@ -31,16 +48,17 @@ struct Tiles {
     }
     template <int T>
     static void load(const void* from, int64_t row_bytes) {
-        for (int row = 0; row < TILE; row++)
+        for (int row = 0; row < rows().of[T]; row++)
             std::memcpy(at(T, row), static_cast<const char*>(from) + row * row_bytes, 64);
     }
     template <int T>
     static void store(void* to, int64_t row_bytes) {
-        for (int row = 0; row < TILE; row++) std::memcpy(static_cast<char*>(to) + row * row_bytes, at(T, row), 64);
+        for (int row = 0; row < rows().of[T]; row++)
+            std::memcpy(static_cast<char*>(to) + row * row_bytes, at(T, row), 64);
     }
     template <int SUMS, int LEFT, int RIGHT>
     static void multiply() {
-        for (int row = 0; row < TILE; row++) {
+        for (int row = 0; row < rows().of[SUMS]; row++) {
             auto* const sums = reinterpret_cast<float*>(at(SUMS, row));
             const auto* const left = reinterpret_cast<const bf16*>(at(LEFT, row));
             for (int k = 0; k < TILE_NUMBERS; k++)
@@ -52,7 +70,7 @@ struct Tiles {
 
     template <int SUMS, int LEFT, int RIGHT>
     static void multiply_bytes() {
-        for (int row = 0; row < TILE; row++) {
+        for (int row = 0; row < rows().of[SUMS]; row++) {
             auto* const sums = reinterpret_cast<int32_t*>(at(SUMS, row));
             const auto* const left = reinterpret_cast<const int8_t*>(at(LEFT, row));
             for (int k = 0; k < TILE_BYTES; k++)
@@ -66,6 +84,10 @@ struct Tiles {
         alignas(64) static thread_local char all[8 * 1024];
         return all;
     }
+    static TileRows& rows() {
+        static thread_local TileRows now(2 * TILE);
+        return now;
+    }
     static char* at(int tile, int row) { return registers() + 1024 * tile + 64 * row; }
     static float widened(bf16 number) {
         const uint32_t bits = (uint32_t)number << 16;
@@ -77,17 +99,18 @@ struct Tiles {
 
 #else
 
-// While it lives, the thread's tiles are ours, all of them whole. Whoever used them before gets back the shapes that
-// were set: torch's products remember what they have set.
+// While it lives, the thread's tiles are ours, all of them whole, but for the rows that a Square hasn't. Whoever used them
+// before gets back the shapes that were set: torch's products remember what they have set.
 class Tiles {
    public:
-    Tiles() {
+    explicit Tiles(int64_t num_rows = 2 * TILE) {
         asm volatile("sttilecfg %0" : "=m"(before_));
+        const TileRows rows(num_rows);
         Shapes ours = {};
         ours.palette = 1;
         for (int tile = 0; tile < 8; tile++) {
             ours.row_bytes[tile] = 64;
-            ours.num_rows[tile] = TILE;
+            ours.num_rows[tile] = rows.of[tile];
         }
         asm volatile("ldtilecfg %0" ::"m"(ours));
     }

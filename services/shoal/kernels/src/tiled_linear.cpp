@@ -7,6 +7,9 @@
 // A thread takes a block of rows which the second cache holds, and some panels. Of a panel the first cache holds a part,
 // which all squares of the block are multiplied by, one after the other, before the next part. The vector registers have
 // nothing to do meanwhile: while a square is multiplied, they make outputs of the sums of the one before.
+#include <atomic>
+#include <vector>
+
 #include "linear.hpp"
 #include "room.hpp"
 #include "tiles.hpp"
@@ -18,7 +21,7 @@ constexpr int64_t SIDE = 2 * TILE;              // of a square
 constexpr int64_t SQUARE = SIDE * PANEL;        // its sums
 constexpr int64_t STEP = SIDE * TILE_NUMBERS;   // inputs of a square, and weights of a panel, that are multiplied at once
 constexpr int64_t PART = 9;                     // about so many steps: 18 KiB of weights
-constexpr int64_t NEAR = 512 * 1024;            // inputs of a block: a MiB
+constexpr int64_t NEAR = 320 * 1024;            // inputs of a block: 640 KiB
 constexpr int64_t FEWEST = 4;                   // squares of a block
 static_assert(PANEL == SIDE);
 
@@ -87,41 +90,31 @@ class FewRows {
 
 class ManyRows {
    public:
-    ManyRows(const Operands& of, int num_threads) : of_(of), num_threads_(num_threads) {
-        static thread_local Room<bf16> packed;
-        packed_ = packed.of(num_squares_ * SIDE * of.size);
-    }
+    ManyRows(const Operands& of, int num_threads) : of_(of), num_threads_(num_threads) {}
 
+    // Each thread begins with a block of its own, which it packs: inputs that another one has packed would come from that
+    // one's cache. Who has none left helps the others.
     void run() const {
-        share(num_squares_, num_threads_, [&](int64_t square) { pack(square); });
         const int64_t turns = of_.num_turns(), wanted = TURNS * num_threads_;
         // But so many squares that weights serve more than a few rows: those are read once for each block.
         const int64_t most = std::max<int64_t>(1, num_squares_ / FEWEST);
         const int64_t by_cache = std::min((of_.num_rows * of_.size + NEAR - 1) / NEAR, most);
-        const int64_t by_threads = (wanted + turns - 1) / turns;
-        const int64_t num_blocks = std::min(std::max(by_cache, by_threads), num_squares_);
-        const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS / 2);
+        const int64_t alike = (by_cache + num_threads_ - 1) / num_threads_ * num_threads_;  // each thread has as many
+        const int64_t num_blocks = alike <= most ? alike : by_cache;
+        const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS);
         const int64_t num_groups = (turns + at_once - 1) / at_once;
-        share(num_blocks * num_groups, num_threads_, [&](int64_t piece) {
-            const int64_t block = piece / num_groups, begin = piece % num_groups * at_once;
-            const Squares squares = {num_squares_ * block / num_blocks, num_squares_ * (block + 1) / num_blocks};
-            static thread_local Room<float> sums;
-            float* const own = sums.of(2 * squares.number() * SQUARE);
-            float* const gated = own + squares.number() * SQUARE;
-            const Tiles held;
-            for (int64_t panel = begin; panel < std::min(begin + at_once, turns); panel++) {
-                const auto put_own = [&](int64_t at, int64_t row, int64_t num_rows) {
-                    put(of_, panel, row, num_rows, own + at);
-                };
-                const auto put_both = [&](int64_t at, int64_t row, int64_t num_rows) {
-                    put_gated(of_, panel, row, num_rows, own + at, gated + at);
-                };
-                if (!of_.is_gated()) {
-                    multiply(squares, panel, panel + 1, own, put_own);
-                    continue;
+        std::vector<std::atomic<int64_t>> num_taken(num_blocks);
+        share(num_threads_, num_threads_, [&](int64_t thread) {
+            static thread_local Room<bf16> room;
+            for (int64_t turn = 0; turn < num_blocks; turn++) {
+                const int64_t block = (turn + thread * num_blocks / num_threads_) % num_blocks;
+                const Squares squares = {num_squares_ * block / num_blocks, num_squares_ * (block + 1) / num_blocks};
+                bf16* packed = nullptr;
+                for (int64_t group; (group = num_taken[block].fetch_add(1)) < num_groups;) {
+                    if (!packed) pack(squares, packed = room.of(squares.number() * SIDE * of_.size));
+                    const int64_t begin = group * at_once;
+                    multiply(squares, packed, begin, std::min(begin + at_once, turns));
                 }
-                multiply(squares, panel, turns + panel, own, [](int64_t, int64_t, int64_t) {});
-                multiply(squares, turns + panel, panel + 1, gated, put_both);
             }
         });
     }
@@ -133,22 +126,44 @@ class ManyRows {
     };
 
     // What a square has more than there are rows is zeros.
-    void pack(int64_t square) const {
-        bf16* const to = packed_ + square * num_steps_ * STEP;
-        for (int64_t row = 0; row < SIDE; row++) {
-            const int64_t from = square * SIDE + row;
+    void pack(Squares squares, bf16* packed) const {
+        for (int64_t row = 0; row < squares.number() * SIDE; row++) {
+            const int64_t from = squares.begin * SIDE + row;
+            bf16* const to = packed + row / SIDE * num_steps_ * STEP + row % SIDE * TILE_NUMBERS;
             for (int64_t step = 0; step < num_steps_; step++) {
                 const bf16* const numbers = of_.inputs + from * of_.size + step * TILE_NUMBERS;
-                _mm512_store_si512(to + step * STEP + row * TILE_NUMBERS,
-                                   from < of_.num_rows ? _mm512_loadu_si512(numbers) : _mm512_setzero_si512());
+                _mm512_store_si512(to + step * STEP, from < of_.num_rows ? _mm512_loadu_si512(numbers) : _mm512_setzero_si512());
             }
+        }
+    }
+
+    // Panels from `begin` to `end`.
+    void multiply(Squares squares, const bf16* packed, int64_t begin, int64_t end) const {
+        static thread_local Room<float> sums;
+        float* const own = sums.of(2 * squares.number() * SQUARE);
+        float* const gated = own + squares.number() * SQUARE;
+        const Tiles held;
+        for (int64_t panel = begin; panel < end; panel++) {
+            const auto put_own = [&](int64_t at, int64_t row, int64_t num_rows) {
+                put(of_, panel, row, num_rows, own + at);
+            };
+            const auto put_both = [&](int64_t at, int64_t row, int64_t num_rows) {
+                put_gated(of_, panel, row, num_rows, own + at, gated + at);
+            };
+            if (!of_.is_gated()) {
+                multiply(squares, packed, panel, panel + 1, own, put_own);
+                continue;
+            }
+            const int64_t other = of_.num_turns() + panel;
+            multiply(squares, packed, panel, other, own, [](int64_t, int64_t, int64_t) {});
+            multiply(squares, packed, other, panel + 1, gated, put_both);
         }
     }
 
     // The sums of a panel for all of a block's squares, one after the other, and then `put` for some rows of them at a
     // time. The part of weights that follows is fetched meanwhile, at the end of the panel that of `next`.
     template <class Put>
-    void multiply(Squares squares, int64_t panel, int64_t next, float* sums, const Put& put) const {
+    void multiply(Squares squares, const bf16* packed, int64_t panel, int64_t next, float* sums, const Put& put) const {
         const int64_t num_parts = std::max<int64_t>(1, (num_steps_ + PART / 2) / PART);
         int64_t done = -1;  // a square whose sums are ready
         const auto put_some = [&](int64_t begin, int64_t end) {
@@ -162,7 +177,7 @@ class ManyRows {
             const bf16* ahead = is_last ? of_.panel(next) : of_.panel(panel) + end * STEP;
             const int64_t lines = (STEP / LINE + squares.number() - 1) / squares.number();  // with each step
             for (int64_t square = 0; square < squares.number(); square++) {
-                const bf16* const inputs = packed_ + (squares.begin + square) * num_steps_ * STEP;
+                const bf16* const inputs = packed + square * num_steps_ * STEP;
                 float* const to = sums + square * SQUARE;
                 if (is_first) Square::zero();
                 else Square::load(to, PANEL);
@@ -181,7 +196,6 @@ class ManyRows {
     const Operands& of_;
     const int num_threads_;
     const int64_t num_squares_ = (of_.num_rows + SIDE - 1) / SIDE, num_steps_ = of_.size / TILE_NUMBERS;
-    bf16* packed_;
 };
 
 }  // namespace

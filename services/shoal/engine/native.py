@@ -156,17 +156,41 @@ class NativeRows(TorchRows):
         return super().linear(inputs, weight, bias)
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
-        if projection.k_norm is not None or not hidden.is_contiguous():
+        if not _is_plain(projection, hidden):
             return projection(hidden, rope, self.linear)
         spec, rows = self._spec, hidden.shape[0]
+        projected = hidden.new_empty(projection.num_layers, rows, 2, spec.num_kv_heads, spec.head_dim)
+        self._project_to(list(projected), None, projection, hidden, rope)
+        return projected
+
+    def project_and_store(
+        self, projection: KvProjection, hidden: torch.Tensor, rope: Rope, pool: KvPool, first: int, slots: torch.Tensor
+    ) -> None:
+        if _is_plain(projection, hidden):
+            self._project_to(pool.layers[first : first + projection.num_layers], slots, projection, hidden, rope)
+        else:
+            super().project_and_store(projection, hidden, rope, pool, first, slots)
+
+    def _project_to(
+        self,
+        targets: Sequence[torch.Tensor],
+        slots: torch.Tensor | None,
+        projection: KvProjection,
+        hidden: torch.Tensor,
+        rope: Rope,
+    ) -> None:
+        """A layer's K/V go to one of ``targets`` ``[any, 2, kv_heads, head_dim]``: to ``slots``, or one by one."""
+        spec = self._spec
         normed = self._kernels.add_norm(hidden, None, None, spec.norm_eps)[1]
         flat = projection.put_sinks(self.linear(normed, projection.matrix, projection.bias), normed, rope)
-        heads = flat.view(rows, projection.num_layers, 2 * spec.num_kv_heads, spec.head_dim)
-        projected = flat.new_empty(projection.num_layers, rows, 2, spec.num_kv_heads, spec.head_dim)
-        for layer, table in enumerate(projection.ropes):
-            cos, sin = rope.cos[table], rope.sin[table]
-            self._kernels.rotate_store(heads[:, layer], 0, cos, sin, projected[layer], None)
-        return projected
+        heads = flat.view(hidden.shape[0], projection.num_layers, 2 * spec.num_kv_heads, spec.head_dim)
+        for layer, (table, target) in enumerate(zip(projection.ropes, targets, strict=True)):
+            self._kernels.rotate_store(heads[:, layer], 0, rope.cos[table], rope.sin[table], target, slots)
+
+
+def _is_plain(projection: KvProjection, hidden: torch.Tensor) -> bool:
+    """The kernels norm no keys."""
+    return projection.k_norm is None and hidden.is_contiguous()
 
 
 class NativeChooser(TorchChooser):

@@ -20,6 +20,7 @@ from shoal.model.batch import AttentionPlan, StepBatch
 from shoal.model.families import ModelSpec
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
+from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
 from shoal.model.rows import RowOps, TorchRows
 
@@ -144,13 +145,14 @@ class Decoder:
     def project(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """K/V of the skipped layers ``[S, tokens, 2, kv_heads, head_dim]`` of shallow tokens at ``positions``
         ``[tokens]``, from the ``states`` ``[tokens, hidden]`` that left the last kept layer."""
-        return self._project(states.to(self.dtype), Rope.at(self.spec, positions, self.dtype))
+        rope = Rope.at(self.spec, positions, self.dtype)
+        return self._rows.project(self._projection(), states.to(self.dtype), rope)
 
-    def _project(self, states: torch.Tensor, rope: Rope) -> torch.Tensor:
+    def _projection(self) -> KvProjection:
         if self.parameters.projection is None:
             raise InternalError("a plan that projects, and no projection")
         self.progressed()
-        return self._rows.project(self.parameters.projection, states, rope)
+        return self.parameters.projection
 
     def _store_deep(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> None:
         """K/V of the shallow rows in the skipped layers, or what they can be made of."""
@@ -163,7 +165,7 @@ class Decoder:
         if self.stage is Stage.PREFILL:
             pool.write_states(slots, hidden)
         else:
-            pool.write_layers(self.plan.num_kept, slots, self._project(hidden, rope))
+            self._rows.project_and_store(self._projection(), hidden, rope, pool, self.plan.num_kept, slots)
 
     def _layer(self, index: int, hidden: torch.Tensor, rope: Rope, pool: KvPool, reads: AttentionPlan) -> torch.Tensor:
         self.progressed()

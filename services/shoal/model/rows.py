@@ -47,6 +47,11 @@ class RowOps(Protocol):
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         """K/V of the skipped layers ``[S, rows, 2, kv_heads, head_dim]``."""
 
+    def project_and_store(
+        self, projection: KvProjection, hidden: torch.Tensor, rope: Rope, pool: KvPool, first: int, slots: torch.Tensor
+    ) -> None:
+        """Put what ``project`` makes into the pool's layers from ``first`` on, at ``slots``."""
+
 
 class TorchRows:
     """By torch, on any device and in any dtype; can be differentiated."""
@@ -91,3 +96,8 @@ class TorchRows:
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
         return projection(hidden, rope)
+
+    def project_and_store(
+        self, projection: KvProjection, hidden: torch.Tensor, rope: Rope, pool: KvPool, first: int, slots: torch.Tensor
+    ) -> None:
+        pool.write_layers(first, slots, self.project(projection, hidden, rope))

@@ -269,6 +269,18 @@ def test_rows_by_the_thousand_are_as_each_of_them_among_few(
         assert torch.equal(found[some], kernels.linear(inputs[some], panels, outputs, None))
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_rows_by_the_thousand_whoever_shares_them(kernels: NativeKernels, threads: int) -> None:
+    """Of more threads than cores some come late, and others have begun with what they would have."""
+    rows, outputs, size = 1300, 97, 576
+    inputs, panels = random(rows, size), PackedMatrix.of(random(outputs, size)).values
+    found = torch.full((rows, outputs), 7.0).bfloat16()
+    kernels._call(
+        "shoal_linear", inputs.data_ptr(), panels.data_ptr(), None, rows, outputs, size, found.data_ptr(), threads
+    )
+    assert torch.equal(found, kernels.linear(inputs, panels, outputs, None))
+
+
 def test_gates_by_the_thousand(kernels: NativeKernels) -> None:
     inputs, panels = random(1100, 960) / 4, PackedMatrix.of(random(2 * 96, 960) / 8).values
     expected = kernels.gate(kernels.linear(inputs, panels, 2 * 96, None), is_gelu=False)

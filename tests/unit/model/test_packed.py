@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from engines import ModelReader, native_kernels
 from models import tiny_model
 from shoal.engine import native
-from shoal.engine.native import hold_for, make_decoder
+from shoal.engine.native import NativeRows, hold_for, make_decoder
 from shoal.errors import InternalError
+from shoal.kv.layout import stage_layout
+from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.families import describe
 from shoal.model.matrix import linear, rows_of
 from shoal.model.packed import PackedMatrix, packed
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
+from shoal.model.rope import Rope
+from shoal.model.rows import TorchRows
 
 CPU = torch.device("cpu")
 SIZES = {"hidden": 64, "head_dim": 32}
@@ -121,6 +125,37 @@ def test_the_kernels_project_by_it_as_torch_does(family: str, num_sinks: int) ->
     )
     assert ours.shape == (2, 70, 2, spec.num_kv_heads, spec.head_dim)
     torch.testing.assert_close(ours, torchs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_what_is_projected_into_the_pool_is_what_is_projected(has_kernels: bool, family: str, num_sinks: int) -> None:
+    kernels = native_kernels() if has_kernels else None
+    model = tiny_model(family, dtype=torch.bfloat16, hidden=64, head_dim=64)
+    spec, plan = describe(model.config), LayerPlan(6, 2)
+    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
+    paper = loader.load(plan, Stage.PREFILL).projection
+    assert paper is not None
+    parameters = loader.load(plan, Stage.DECODE, paper.weight * 1.5, num_sinks)
+    projection = parameters.projection if kernels is None else parameters.held(packed).projection
+    rows = TorchRows(spec) if kernels is None else NativeRows(spec, kernels)
+    assert projection is not None
+    states = torch.randn(70, spec.hidden_size, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    layout = stage_layout(
+        num_layers=6, num_kept=4, num_held=6, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype_bytes=2,
+        block_tokens=16,
+    )  # fmt: skip
+    pool = KvPool(layout, 6, dtype=torch.bfloat16, device=CPU)
+    slots = torch.randperm(96, generator=torch.Generator().manual_seed(2))[:70]
+    rope = Rope.at(spec, torch.arange(70), states.dtype)
+    rows.project_and_store(projection, states, rope, pool, plan.num_kept, slots)
+    projected = rows.project(projection, states, rope)
+    for layer in range(plan.num_layers):
+        expected = torch.zeros_like(pool.layers[layer])
+        if layer in plan.skipped:
+            expected[slots] = projected[layer - plan.num_kept]
+        assert torch.equal(pool.layers[layer], expected)
 
 
 @pytest.mark.parametrize("stage", Stage)

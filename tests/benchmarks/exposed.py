@@ -3,7 +3,8 @@
     python tests/benchmarks/exposed.py [--prompt-tokens 1800] [--samples 15] [--json FILE]
 
 A long prompt is handed over again and again, alone, on a server of one replica of each pool. ``transfer_exposed`` is
-from the end of prefill's last step to the commit, checks and copies included. The goal is 3 %.
+what lies between asking prefill and the commit, but for prefill's queue and computing: the call itself, copies and
+checks. The goal is 3 %.
 """
 
 from __future__ import annotations

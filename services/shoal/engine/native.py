@@ -156,7 +156,7 @@ class NativeRows(TorchRows):
         return super().linear(inputs, weight, bias)
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
-        if not _is_plain(projection, hidden):
+        if not _can_project(projection, hidden):
             return projection(hidden, rope, self.linear)
         spec, rows = self._spec, hidden.shape[0]
         projected = hidden.new_empty(projection.num_layers, rows, 2, spec.num_kv_heads, spec.head_dim)
@@ -166,7 +166,7 @@ class NativeRows(TorchRows):
     def project_and_store(
         self, projection: KvProjection, hidden: torch.Tensor, rope: Rope, pool: KvPool, first: int, slots: torch.Tensor
     ) -> None:
-        if _is_plain(projection, hidden):
+        if _can_project(projection, hidden):
             self._project_to(pool.layers[first : first + projection.num_layers], slots, projection, hidden, rope)
         else:
             super().project_and_store(projection, hidden, rope, pool, first, slots)
@@ -188,8 +188,8 @@ class NativeRows(TorchRows):
             self._kernels.rotate_store(heads[:, layer], 0, rope.cos[table], rope.sin[table], target, slots)
 
 
-def _is_plain(projection: KvProjection, hidden: torch.Tensor) -> bool:
-    """The kernels norm no keys."""
+def _can_project(projection: KvProjection, hidden: torch.Tensor) -> bool:
+    """The kernels norm no keys, and take rows that lie one after the other."""
     return projection.k_norm is None and hidden.is_contiguous()
 
 

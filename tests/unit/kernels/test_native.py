@@ -270,9 +270,11 @@ def test_rows_by_the_thousand_are_as_each_of_them_among_few(
 
 
 @pytest.mark.parametrize("threads", [1, 3, 5])
-def test_rows_by_the_thousand_whoever_shares_them(kernels: NativeKernels, threads: int) -> None:
-    """Of more threads than cores some come late, and others have begun with what they would have."""
-    rows, outputs, size = 1300, 97, 576
+@pytest.mark.parametrize(("rows", "outputs"), [(1300, 97), (70, 97), (200, 577)])
+def test_many_rows_whoever_shares_them(kernels: NativeKernels, rows: int, outputs: int, threads: int) -> None:
+    """Of more threads than cores some come late, and others have begun with what they would have; of few rows there are
+    fewer blocks than threads."""
+    size = 576
     inputs, panels = random(rows, size), PackedMatrix.of(random(outputs, size)).values
     found = torch.full((rows, outputs), 7.0).bfloat16()
     kernels._call(
@@ -281,10 +283,16 @@ def test_rows_by_the_thousand_whoever_shares_them(kernels: NativeKernels, thread
     assert torch.equal(found, kernels.linear(inputs, panels, outputs, None))
 
 
-def test_gates_by_the_thousand(kernels: NativeKernels) -> None:
-    inputs, panels = random(1100, 960) / 4, PackedMatrix.of(random(2 * 96, 960) / 8).values
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("rows", [70, 1100])
+def test_gates_of_many_rows(kernels: NativeKernels, rows: int, threads: int) -> None:
+    inputs, panels = random(rows, 960) / 4, PackedMatrix.of(random(2 * 96, 960) / 8).values
     expected = kernels.gate(kernels.linear(inputs, panels, 2 * 96, None), is_gelu=False)
-    assert torch.equal(kernels.gated_linear(inputs, panels, 96, None, is_gelu=False), expected)
+    found = torch.empty_like(expected)
+    kernels._call(
+        "shoal_gated_linear", inputs.data_ptr(), panels.data_ptr(), None, rows, 96, 960, 0, found.data_ptr(), threads
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 13, 31, 40, 200])

@@ -128,9 +128,10 @@ def test_the_kernels_project_by_it_as_torch_does(family: str, num_sinks: int) ->
 
 
 @pytest.mark.parametrize("num_sinks", [0, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_what_is_projected_into_the_pool_is_what_is_projected(has_kernels: bool, family: str, num_sinks: int) -> None:
+    """With a bias (qwen2) and k_norm (qwen3), too."""
     kernels = native_kernels() if has_kernels else None
     model = tiny_model(family, dtype=torch.bfloat16, hidden=64, head_dim=64)
     spec, plan = describe(model.config), LayerPlan(6, 2)

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t FEW_ROWS = 16;
 // With more, a piece takes so long that one that's done twice would be felt, and threads are seldom waited for.
 constexpr int64_t TOGETHER = 64;
-static_assert(TOGETHER <= MANY_ROWS);  // of more rows, tiles' products prepare what only one thread has
+static_assert(TOGETHER <= MANY_ROWS);  // of more rows, each thread would take all pieces of a product, and claim none
 
 // What passes between the kernels of a layer, and what some of them keep.
 struct Scratch {

@@ -1,6 +1,6 @@
 // Products by the matrix unit (tiles.hpp), with weights as linear.cpp has them: panels are what it takes.
 //
-// Few rows are taken as they lie. Many are packed before, as what a square of sums wants of them at a time:
+// Few rows are taken as they lie. Many are packed by each thread, as what a square of sums wants of them at a time:
 //
 //     inputs  [square of 32 rows][step of 32 inputs][row][input]
 //
@@ -25,8 +25,8 @@ constexpr int64_t NEAR = 320 * 1024;            // inputs of a block: 640 KiB
 constexpr int64_t FEWEST = 4;                   // squares of a block
 static_assert(PANEL == SIDE);
 
-// Up to MANY_ROWS rows as they lie, and panels of them that one thread takes, one after the other. Weights of more than a
-// tile's rows are fetched meanwhile, two steps ahead: what the unit loads itself is waited for. Fewer take as long as memory.
+// Up to MANY_ROWS rows as they lie, and panels that one thread takes, one after the other. With more rows than a tile has,
+// weights are fetched two steps ahead: what the unit loads itself is waited for. With fewer, memory takes as long anyway.
 class FewRows {
    public:
     explicit FewRows(const Operands& of) : of_(of) {}
@@ -42,15 +42,15 @@ class FewRows {
                 };
                 sums(panel, own_[next_], 0);
                 if (of_.is_gated()) sums(of_.num_turns() + panel, gated_[next_], num_steps_);
-                ready_ = {panel, row, num_rows_, next_};
+                ready_ = {panel, row, num_rows_};
                 next_ = 1 - next_;
             }
         put_some(0, SIDE);
     }
 
    private:
-    // Sums of a panel; as many of its square's, and of what that gates, have been made by `first` steps before. With each
-    // step some outputs of the square before are written.
+    // Sums of a panel. With each step some outputs of the square before are written: there are as many steps as of this
+    // square's panels together, and `first` of them were those of the other one.
     template <bool IS_WHOLE>
     void multiply(int64_t panel, int64_t row, float* to, int64_t first, int64_t num_fetched) {
         constexpr int64_t RIGHT_PAIR = 2 * PANEL, FAR = 2;
@@ -70,8 +70,8 @@ class FewRows {
     void put_some(int64_t begin, int64_t end) const {
         const int64_t number = std::min(end, ready_.num_rows) - begin, row = ready_.row + begin;
         if (number <= 0) return;
-        const float* const own = own_[ready_.at] + begin * PANEL;
-        if (of_.is_gated()) put_gated(of_, ready_.panel, row, number, own, gated_[ready_.at] + begin * PANEL);
+        const float* const own = own_[1 - next_] + begin * PANEL;
+        if (of_.is_gated()) put_gated(of_, ready_.panel, row, number, own, gated_[1 - next_] + begin * PANEL);
         else put(of_, ready_.panel, row, number, own);
     }
 
@@ -79,10 +79,9 @@ class FewRows {
     const int64_t num_steps_ = of_.size / TILE_NUMBERS, num_squares_ = (of_.num_rows + SIDE - 1) / SIDE;
     const int64_t num_rows_ = (of_.num_rows + num_squares_ - 1) / num_squares_;  // of a square
     const Tiles held_{num_rows_};
-    // A square whose sums are made, and which of the two below they are.
+    // A square whose sums are made: they are those below that `next_` isn't.
     struct {
         int64_t panel, row, num_rows;
-        int at;
     } ready_ = {};
     int next_ = 0;
     alignas(64) float own_[2][SQUARE], gated_[2][SQUARE];
@@ -100,7 +99,8 @@ class ManyRows {
         const int64_t most = std::max<int64_t>(1, num_squares_ / FEWEST);
         const int64_t by_cache = std::min((of_.num_rows * of_.size + NEAR - 1) / NEAR, most);
         const int64_t alike = (by_cache + num_threads_ - 1) / num_threads_ * num_threads_;  // each thread has as many
-        const int64_t num_blocks = alike <= most ? alike : by_cache;
+        const int64_t by_threads = (wanted + turns - 1) / turns;
+        const int64_t num_blocks = std::min(std::max(alike <= most ? alike : by_cache, by_threads), num_squares_);
         const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS);
         const int64_t num_groups = (turns + at_once - 1) / at_once;
         std::vector<std::atomic<int64_t>> num_taken(num_blocks);

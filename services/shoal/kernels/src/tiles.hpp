@@ -8,6 +8,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "simd.hpp"
@@ -21,8 +22,7 @@ constexpr int TILE_NUMBERS = 32;  // of bfloat16 in a row
 // Whether this processor has the unit, and the system lets this process use it. Asked for once.
 bool have_tiles();
 
-// How many rows each tile has where those of a left side, and their sums, are `num_rows` of a Square: an instruction takes
-// as long as rows are many.
+// The rows of each tile where a Square has `num_rows`: an instruction takes as long as rows are many.
 struct TileRows {
     uint8_t of[8];
 
@@ -58,6 +58,7 @@ struct Tiles {
     }
     template <int SUMS, int LEFT, int RIGHT>
     static void multiply() {
+        require_alike(SUMS, LEFT);
         for (int row = 0; row < rows().of[SUMS]; row++) {
             auto* const sums = reinterpret_cast<float*>(at(SUMS, row));
             const auto* const left = reinterpret_cast<const bf16*>(at(LEFT, row));
@@ -70,6 +71,7 @@ struct Tiles {
 
     template <int SUMS, int LEFT, int RIGHT>
     static void multiply_bytes() {
+        require_alike(SUMS, LEFT);
         for (int row = 0; row < rows().of[SUMS]; row++) {
             auto* const sums = reinterpret_cast<int32_t*>(at(SUMS, row));
             const auto* const left = reinterpret_cast<const int8_t*>(at(LEFT, row));
@@ -83,6 +85,10 @@ struct Tiles {
     static char* registers() {
         alignas(64) static thread_local char all[8 * 1024];
         return all;
+    }
+    // The unit itself refuses it, too.
+    static void require_alike(int sums, int left) {
+        if (rows().of[sums] != rows().of[left]) std::abort();
     }
     static TileRows& rows() {
         static thread_local TileRows now(2 * TILE);

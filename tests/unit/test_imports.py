@@ -65,5 +65,25 @@ def test_a_gateway_starts_without_torch() -> None:
     assert done.returncode == 0
 
 
+def test_who_deploys_needs_no_torch() -> None:
+    """Ray starts seconds sooner without."""
+    deploys = "import sys; from shoal.app import Replicas; Replicas.shipped(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", deploys], check=False, cwd=SERVICES, timeout=120).returncode == 0
+
+
+READS = """
+import sys
+from shoal.model.files import locate
+files = locate("smollm2")
+assert files.spec().num_layers == 30 and files.eos_token_ids()
+sys.exit("transformers.core_model_loading" in sys.modules)
+"""
+
+
+def test_a_plain_gguf_is_described_without_what_loads_models_in_transformers() -> None:
+    """Its import takes longer than torch's."""
+    assert subprocess.run([sys.executable, "-c", READS], check=False, cwd=SERVICES, timeout=120).returncode == 0
+
+
 def test_a_heavy_module_would_be_noticed() -> None:
     assert "pydantic" in loaded_by("shoal.config")

@@ -37,6 +37,7 @@ from shoal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
+    from ray.serve.schema import ApplicationStatusOverview
 
     from shoal.directory import Entry
     from shoal.messages import Role
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WATCH_PERIOD_S = 0.1
+# Each look takes some 15 ms of a core, which replicas want that load their weights.
+_LOADING_PERIOD_S = 0.25
 _GIVE_UP_S = 3.0
 
 log = logging.getLogger(__name__)
@@ -233,11 +236,13 @@ class _Start:
             serve.run_many, [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
         )
         shown: set[Progress] = set()
-        while not self._is_running():
-            self._show(shown)
+        while True:
+            application = self._application()
+            self._show(application, shown)
+            if application.status == "RUNNING":
+                break
             self.daemons.require_live()
-            self._is_over.wait(_WATCH_PERIOD_S)
-        self._show(shown)
+            self._is_over.wait(_LOADING_PERIOD_S)
         self._gateway = gateway
 
     def _call(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -246,7 +251,7 @@ class _Start:
         self._calls.append(called)
         return called.result()
 
-    def _is_running(self) -> bool:
+    def _application(self) -> ApplicationStatusOverview:
         """Serve tells nobody of its progress; it has to be asked. Raises what kept a replica from starting."""
         from ray import serve
 
@@ -256,19 +261,16 @@ class _Start:
         if application.status == "DEPLOY_FAILED":
             heard = [one.message for one in application.deployments.values() if one.status == "DEPLOY_FAILED"]
             raise explain("\n".join(heard) or application.message)
-        return bool(application.status == "RUNNING")
+        return application
 
-    def _show(self, shown: set[Progress]) -> None:
-        from ray import serve
+    def _show(self, application: ApplicationStatusOverview, shown: set[Progress]) -> None:
         from ray.serve._private.common import ReplicaState
 
         from shoal import directory
 
         now = [Progress(f"{it.role} {it.replica_id}", it.num_done, it.num_total) for it in directory.loading(self._app)]
-        status = serve.status().applications.get(self._app)
-        if status is not None:
-            num_ready = sum(one.replica_states.get(ReplicaState.RUNNING, 0) for one in status.deployments.values())
-            now.append(Progress("replicas", num_ready, num_replicas(self._config)))
+        num_ready = sum(one.replica_states.get(ReplicaState.RUNNING, 0) for one in application.deployments.values())
+        now.append(Progress("replicas", num_ready, num_replicas(self._config)))
         for progress in now:
             if progress not in shown:
                 shown.add(progress)

@@ -224,22 +224,23 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
     from shoal.gateway.tokenizer import Tokenizer
     from shoal.local import open_local
     from shoal.messages import Depth, GenerateRequest, PromptOutline, RequestContext, SamplingParams
+    from shoal.model.files import locate
 
+    raw_tokenizer = locate(settings.model.name).tokenizer()
+    tokenizer, outline = Tokenizer(raw_tokenizer), PromptOutline()
+    if raw or raw_tokenizer.chat_template is None:
+        ids = await tokenizer.encode(text)
+    else:
+        messages = [Message(role="user", content=text)]
+        ids = await tokenizer.encode_chat(messages)
+        outline = await tokenizer.outline_chat(messages, ids)
+    tokenizer.close()
+    if not ids:  # before anything is loaded
+        raise InvalidRequest("the prompt is empty: there is nothing to continue", param="prompt")
     with progress_bars() as on_progress:
         async with open_local(settings, on_progress) as local:
             on_progress("", 0, 0)
             served = local.decode.served
-            raw_tokenizer = served.files.tokenizer()
-            tokenizer, outline = Tokenizer(raw_tokenizer), PromptOutline()
-            if raw or raw_tokenizer.chat_template is None:
-                ids = await tokenizer.encode(text)
-            else:
-                messages = [Message(role="user", content=text)]
-                ids = await tokenizer.encode_chat(messages)
-                outline = await tokenizer.outline_chat(messages, ids)
-            tokenizer.close()
-            if not ids:
-                raise InvalidRequest("the prompt is empty: there is nothing to continue", param="prompt")
             room = served.max_context_tokens - len(ids)
             if room < 1:
                 raise ContextLengthExceeded(

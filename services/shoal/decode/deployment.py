@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -15,8 +15,6 @@ from ray.serve.handle import DeploymentHandle
 
 from shoal import directory, routes
 from shoal.config import ShoalConfig
-from shoal.decode.stage import open_decode
-from shoal.decode.worker import DecodeWorker
 from shoal.errors import PeerGone
 from shoal.messages import Grant, HandoffOutcome, Ticket
 from shoal.replica import (
@@ -34,11 +32,17 @@ from shoal.rpc.token_server import Outlet, Place, TokenServer
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
 from shoal.watch import Watch
 
+if TYPE_CHECKING:
+    from shoal.decode.worker import DecodeWorker
+
 
 class DecodeReplica:
     """Called by the gateway through its Serve handle; calls prefill replicas through ``prefill``."""
 
     async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        # Here and not above: who deploys this class needs neither torch nor the seconds that it takes.
+        from shoal.decode.stage import open_decode
+
         settings = ShoalConfig(**config)
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         leave_no_dump()

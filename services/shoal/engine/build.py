@@ -31,7 +31,7 @@ from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.machine import available_memory_bytes, step_back, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.families import ModelSpec, describe
+from shoal.model.families import ModelSpec
 from shoal.model.files import ModelFiles, locate
 from shoal.model.huge_pages import use_huge_pages
 from shoal.model.int8 import Int8Matrix
@@ -69,7 +69,7 @@ class Served:
     def of(cls, config: ShoalConfig, device: torch.device | None = None) -> Served:
         """Raises ModelError or ConfigError that says what to change."""
         files = locate(config.model.name)
-        spec = describe(files.config())
+        spec = files.spec()
         if config.model.plan == "pop":
             require_model(config.model.projector, files)
         plan = plan_of(config, spec)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
-from shoal.model.families import check_family
+from shoal.model.families import ModelSpec, check_family, describe
 from shoal.model.gguf_header import read_gguf
-from shoal.model.gguf_model import gguf_config, gguf_size
+from shoal.model.gguf_model import gguf_config, gguf_outline, gguf_size
 from shoal.model.safetensors_header import read_safetensors
 from shoal.model.tensor_file import TensorFile
 
@@ -117,6 +117,14 @@ class ModelFiles:
             return gguf_config(self.tensor_files[0])
         return _folder_config(self.path)
 
+    def spec(self) -> ModelSpec:
+        """The model as the decoder knows it. Raises UnsupportedModel or MalformedWeights."""
+        return describe(self._outline())
+
+    def _outline(self) -> Any:
+        """What is read of ``config``, without what transformers' configurations take to import where that can be."""
+        return gguf_outline(self.tensor_files[0]) if self.kind is ModelKind.GGUF else self.config()
+
     def size(self) -> ModelSize:
         """What can be told without transformers' configurations, whose import takes seconds, where it can.
 
@@ -145,7 +153,7 @@ class ModelFiles:
         if self.kind is ModelKind.SAFETENSORS and (self.path / "generation_config.json").is_file():
             found = _read_json(self.path / "generation_config.json").get("eos_token_id")
         if found is None:
-            found = self.config().eos_token_id
+            found = self._outline().eos_token_id
         if found is None:
             found = self.tokenizer().eos_token_id
         ids = [] if found is None else found if isinstance(found, list) else [found]

@@ -6,7 +6,7 @@ share (which layers have windows, their RoPE base) isn't in the file.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal.model.families.reading import FULL, SLIDING
 from shoal.model.gguf_llama import LAYER_NAMES as _LLAMA_NAMES
@@ -14,7 +14,7 @@ from shoal.model.gguf_values import GgufValues
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma3TextConfig, PreTrainedConfig
+    from transformers import Gemma3TextConfig
 
 LAYER_NAMES = {
     **_LLAMA_NAMES,
@@ -45,7 +45,7 @@ def gemma3_config(values: GgufValues) -> Gemma3TextConfig:
     )
 
 
-def restore(_config: PreTrainedConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def restore(_config: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A norm's weight as transformers stores it; other tensors are the same."""
     return tensor - 1 if name.endswith("norm.weight") else tensor
 

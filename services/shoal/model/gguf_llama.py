@@ -6,14 +6,15 @@ transformers rotates halves (0, d/2), (1, d/2 + 1), ...; ``restore`` gives trans
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import MalformedWeights, UnsupportedModel
 from shoal.model.gguf_values import GgufValues
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, PreTrainedConfig
+    from transformers import LlamaConfig
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -33,15 +34,26 @@ def llama_config(values: GgufValues) -> LlamaConfig:
     """The configuration that the metadata describe."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(
+    return LlamaConfig(**_settings(values))
+
+
+def llama_outline(values: GgufValues) -> Any:
+    """The same, for whoever only reads it: transformers' class takes two seconds to import."""
+    if values.rope()["rope_type"] != "default":
+        return llama_config(values)  # transformers computes other frequencies by it
+    return SimpleNamespace(model_type="llama", hidden_act="silu", **_settings(values))
+
+
+def _settings(values: GgufValues) -> dict[str, Any]:
+    return {
         **values.common(),
-        rope_parameters=values.rope(),
-        attention_bias=_has_biases(values, "attention"),
-        mlp_bias=_has_biases(values, "mlp"),
-    )
+        "rope_parameters": values.rope(),
+        "attention_bias": _has_biases(values, "attention"),
+        "mlp_bias": _has_biases(values, "mlp"),
+    }
 
 
-def restore(config: PreTrainedConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def restore(config: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Rows ``[heads * head_dim, ...]`` of a Q or K projection (or its bias) in transformers' order."""
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     num_heads = next((number for part, number in heads.items() if part in name), None)

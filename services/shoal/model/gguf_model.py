@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UnsupportedModel
 from shoal.model import gguf_gemma3, gguf_llama
@@ -22,11 +22,13 @@ _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
-    """``restore(config, name, tensor)`` undoes what llama.cpp's converter did to a tensor of transformers' ``name``."""
+    """``restore(outline, name, tensor)`` undoes what llama.cpp's converter did to a tensor of transformers' ``name``.
+    ``outline`` has at least what ``restore`` and ``families.describe`` read of ``config``."""
 
     layer_names: Mapping[str, str]
     config: Callable[[GgufValues], PreTrainedConfig]
-    restore: Callable[[PreTrainedConfig, str, torch.Tensor], torch.Tensor]
+    outline: Callable[[GgufValues], Any]
+    restore: Callable[[Any, str, torch.Tensor], torch.Tensor]
 
     def transformers_name(self, name: str) -> str:
         """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``.
@@ -45,8 +47,12 @@ class GgufArchitecture:
 
 
 _ARCHITECTURES = {
-    "gemma3": GgufArchitecture(gguf_gemma3.LAYER_NAMES, gguf_gemma3.gemma3_config, gguf_gemma3.restore),
-    "llama": GgufArchitecture(gguf_llama.LAYER_NAMES, gguf_llama.llama_config, gguf_llama.restore),
+    "gemma3": GgufArchitecture(
+        gguf_gemma3.LAYER_NAMES, gguf_gemma3.gemma3_config, gguf_gemma3.gemma3_config, gguf_gemma3.restore
+    ),
+    "llama": GgufArchitecture(
+        gguf_llama.LAYER_NAMES, gguf_llama.llama_config, gguf_llama.llama_outline, gguf_llama.restore
+    ),
 }
 
 
@@ -64,8 +70,7 @@ def gguf_architecture(file: TensorFile) -> GgufArchitecture:
 def gguf_size(file: TensorFile) -> tuple[int, int]:
     """The vocabulary's and the longest context's tokens. Raises as ``gguf_config`` does."""
     gguf_architecture(file)
-    values = GgufValues(file)
-    values.refuse_variants()
+    values = _plain_values(file)
     return values.vocab_size(), values.count("context_length")
 
 
@@ -75,6 +80,15 @@ def gguf_config(file: TensorFile) -> PreTrainedConfig:
     Raises UnsupportedModel where it isn't a plain model of the family, MalformedWeights where a value is missing or
     impossible.
     """
-    architecture, values = gguf_architecture(file), GgufValues(file)
+    return gguf_architecture(file).config(_plain_values(file))
+
+
+def gguf_outline(file: TensorFile) -> Any:
+    """What ``families.describe`` reads of the same, without transformers' configurations where that can be told."""
+    return gguf_architecture(file).outline(_plain_values(file))
+
+
+def _plain_values(file: TensorFile) -> GgufValues:
+    values = GgufValues(file)
     values.refuse_variants()
-    return architecture.config(values)
+    return values

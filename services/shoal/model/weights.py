@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, dequantize
 
 from shoal.errors import MalformedWeights
 from shoal.model.files import ModelFiles, ModelKind
-from shoal.model.gguf_model import gguf_architecture
+from shoal.model.gguf_model import gguf_architecture, gguf_outline
 from shoal.model.tensor_file import Bytes, TensorFile, TensorInfo
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -93,7 +93,7 @@ def _from_safetensors(name: str, info: TensorInfo, data: Bytes) -> torch.Tensor:
 
 
 def _gguf_decoder(files: ModelFiles) -> _Decode:
-    config = files.config()
+    outline = gguf_outline(files.tensor_files[0])
     architecture = gguf_architecture(files.tensor_files[0])
 
     def decode(name: str, info: TensorInfo, data: Bytes) -> torch.Tensor:
@@ -101,6 +101,6 @@ def _gguf_decoder(files: ModelFiles) -> _Decode:
             values = dequantize(data.reshape(*info.shape[:-1], -1), GGMLQuantizationType[info.dtype])
         except NotImplementedError as error:
             raise MalformedWeights(f"tensor {name} is stored as {info.dtype}, which can't be read") from error
-        return architecture.restore(config, name, torch.from_numpy(values).reshape(info.shape))
+        return architecture.restore(outline, name, torch.from_numpy(values).reshape(info.shape))
 
     return decode

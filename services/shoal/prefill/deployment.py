@@ -14,7 +14,6 @@ import structlog
 from shoal import directory
 from shoal.config import ShoalConfig
 from shoal.messages import Grant, HandoffOutcome
-from shoal.prefill.stage import open_prefill
 from shoal.replica import host_of_metrics, is_stopping, leave_no_dump, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
 from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
@@ -31,6 +30,9 @@ class PrefillReplica:
     dial: Callable[..., Awaitable[Channel]] = staticmethod(dial)
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        # Here and not above: who deploys this class needs neither torch nor the seconds that it takes.
+        from shoal.prefill.stage import open_prefill
+
         settings = ShoalConfig(**config)
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         leave_no_dump()

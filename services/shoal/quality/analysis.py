@@ -17,7 +17,6 @@ import torch
 from pydantic import TypeAdapter
 
 from shoal.errors import ConfigError
-from shoal.model.families import describe
 from shoal.model.files import ModelFiles
 from shoal.model.plan import LayerPlan
 from shoal.quality.gated import GatedModel
@@ -130,7 +129,7 @@ class _Run:
     """What the two passes over a model share. All that can be refused without its weights is refused here."""
 
     def __init__(self, files: ModelFiles, options: AnalysisOptions, on_progress: Progress) -> None:
-        spec = describe(files.config())
+        spec = files.spec()
         self.num_layers = spec.num_layers
         self.candidates = tuple(sorted(set(options.candidates))) or default_candidates(spec.num_layers)
         for num_skipped in self.candidates:

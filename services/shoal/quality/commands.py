@@ -14,7 +14,6 @@ import torch
 
 from shoal.engine.build import choose_dtype
 from shoal.errors import ConfigError
-from shoal.model.families import describe
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
@@ -104,7 +103,7 @@ def run_calibrate(
 ) -> str:
     """Write a projector; what to tell the user. Raises ShoalError."""
     files = locate(model)
-    plan = _plan_to_calibrate(describe(files.config()).num_layers, options.num_skipped)
+    plan = _plan_to_calibrate(files.spec().num_layers, options.num_skipped)
     if num_passages < MIN_PASSAGES:
         raise ConfigError(f"--passages is {num_passages}, and {MIN_PASSAGES} of each text are the least: raise it")
     path = output or _beside(files, plan)

@@ -15,7 +15,6 @@ from functools import partial
 from pydantic import TypeAdapter
 
 from shoal.errors import ConfigError
-from shoal.model.families import describe
 from shoal.model.files import ModelFiles
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import require_model
@@ -123,7 +122,7 @@ class _Run:
     """One evaluation: what is measured on is made at once, the model's weights are read by ``load``."""
 
     def __init__(self, files: ModelFiles, options: EvaluationOptions, on_progress: Progress) -> None:
-        spec = describe(files.config())
+        spec = files.spec()
         self._files, self._on_progress = files, on_progress
         require_model(options.projector, files)
         self._counts = options.skip_layers or (LayerPlan.default(spec.num_layers).num_skipped,)

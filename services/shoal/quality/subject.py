@@ -25,7 +25,7 @@ from shoal.kv.pool import KvPool
 from shoal.messages import SamplingParams, Stage
 from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
-from shoal.model.families import ModelSpec, describe
+from shoal.model.families import ModelSpec
 from shoal.model.files import ModelFiles
 from shoal.model.int8 import Int8Matrix
 from shoal.model.matrix import Hold
@@ -104,7 +104,7 @@ class Subject:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Subject:
         """``on_progress`` is called with (layers done, layers in all). Raises ModelError."""
-        spec = describe(files.config())
+        spec = files.spec()
         device = device or torch.device("cpu")
         with open_weights(files) as reader:
             loader = ParameterLoader(reader, spec, dtype=dtype, device=device, on_progress=on_progress)

@@ -13,6 +13,7 @@ import torch
 
 from models import EOS, save_tiny, save_tiny_gguf, tiny_llama, tiny_tokenizer
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
+from shoal.model.families import describe
 from shoal.model.files import ModelKind, locate
 
 
@@ -190,8 +191,9 @@ def test_a_ggufs_metadata_give_the_configuration_back(tmp_path: Path, options: d
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     extra = scaling if "rope_scaling" in options else {}
     save_tiny_gguf(tmp_path / "t.gguf", model, **extra)
-    found = locate(str(tmp_path / "t.gguf")).config().to_dict()
-    expected = config.to_dict()
+    files = locate(str(tmp_path / "t.gguf"))
+    assert files.spec() == describe(files.config())
+    found, expected = files.config().to_dict(), config.to_dict()
     assert found.pop("rms_norm_eps") == pytest.approx(expected.pop("rms_norm_eps"))
     same = set(expected) - {"dtype", "architectures", "_name_or_path"}
     assert {key: found.get(key) for key in same} == {key: expected[key] for key in same}
@@ -225,8 +227,9 @@ def test_ggufs_that_are_no_plain_llama_are_refused(
     files.__dict__["tensor_files"] = (
         dataclasses.replace(header, metadata={**header.metadata, "general.architecture": architecture}),
     )
-    with pytest.raises(error, match=message):
-        files.config()
+    for read in (files.config, files.spec):
+        with pytest.raises(error, match=message):
+            read()
 
 
 # --- end of answer ---------------------------------------------------------------------------------------

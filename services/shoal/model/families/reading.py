@@ -49,7 +49,6 @@ def rope_table(config: Any, layer_type: str | None = None) -> RopeTable:
     a variant that the decoder would rotate wrongly.
     """
     import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = config.rope_parameters or {}
     parameters = parameters.get(layer_type, {}) if layer_type else parameters
@@ -64,6 +63,8 @@ def rope_table(config: Any, layer_type: str | None = None) -> RopeTable:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         inv_freq, scale = 1.0 / parameters["rope_theta"] ** exponents, 1.0
     else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, **({"layer_type": layer_type} if layer_type else {}))
     if 2 * len(inv_freq) != head_dim:
         raise UnsupportedModel(f"RoPE on {2 * len(inv_freq)} of {head_dim} dimensions is not supported")

@@ -6,18 +6,34 @@
 //     scores [key][query]     =  keys [key][channel]    *  queries [pair of channels][query][2]
 //     sums [channel][query]  +=  values [channel][key]  *  probabilities [pair of keys][query][2]
 //
-// While the registers make probabilities of a block's scores, the tiles have the next block's keys to multiply, and the
-// values of the block before. K and V are packed as they are asked for:
+// While the registers make probabilities of a block's scores, the tiles have the values of the block before to multiply,
+// then the next block's keys: a tile with each pair of keys, and what is multiplied is stored no sooner than four tiles
+// later, since who waits for a tile keeps others from going on. While tiles are multiplied a core's registers are
+// multiplied, and compared, by one unit of two, but added up by both: a probability takes as few of the former as may be.
+// K and V are packed as they are asked for:
 //
 //     keys    [key][channel]
 //     values  [square of 32 keys][channel][key]
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "prompt_attention.hpp"
 #include "tiles.hpp"
 
 namespace shoal {
+
+// While it lives, what is too small for a normal number is zero. To make such numbers takes fifty times as long.
+class NoDenormals {
+   public:
+    NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | FLUSH_TO_ZERO); }
+    ~NoDenormals() { _mm_setcsr(before_); }
+    NoDenormals(const NoDenormals&) = delete;
+
+   private:
+    static constexpr unsigned FLUSH_TO_ZERO = 0x8000;
+    const unsigned before_;
+};
 
 // The rows of one head, of which row i sees the keys of seen[i]; both ends only grow from row to row.
 template <int D>
@@ -33,7 +49,8 @@ class TiledRows {
         }
         last_begin_ = seen[num_rows - 1].begin, first_end_ = num_rows == SIDE ? seen[0].end : 0;
         for (int half = 0; half < 2; half++) {
-            tops_[half] = _mm512_set1_ps(LOWEST), totals_[half] = _mm512_setzero_ps();
+            tops_[half] = totals_[half] = _mm512_setzero_ps();
+            are_new_[half] = (__mmask16)((1u << std::clamp(num_rows - half * TILE, 0, TILE)) - 1);
             for (int step = 0; step < STEPS; step++) {
                 __m512i rows[TILE];
                 for (int row = 0; row < TILE; row++)
@@ -48,54 +65,88 @@ class TiledRows {
     }
 
     void attend(bf16* out, int64_t out_row) {
+        const NoDenormals flushing;
         const int num_blocks = (int)((end_ - first_ + BLOCK - 1) / BLOCK);
-        const auto block = [&](int index) {
-            const int64_t begin = first_ + (int64_t)index * BLOCK;
-            return Block{begin, (int)(std::clamp<int64_t>(end_ - begin, 0, BLOCK) + SIDE - 1) / SIDE, index % 2};
-        };
-        for (int unit = 0; unit < units(block(0)); unit++) multiply_keys(block(0), unit);
-        for (int index = 0; index < num_blocks; index++) {
-            const Block now = block(index), next = block(index + 1), before = index ? block(index - 1) : Block{};
-            const int num_keys = units(next), num_units = num_keys + units(before);
-            const auto multiply = [&](int unit) {
-                if (unit < num_keys) multiply_keys(next, unit);
-                else multiply_values(before, unit - num_keys);
+        for (int run = 0; run < NUM_RUNS / 2; run++) multiply(keys(0, run));
+        for (int block = 0; block < num_blocks; block++) {
+            const auto around = [&](int run) {
+                if (run < NUM_RUNS / 2) return block > 0 ? values(block - 1, run) : Run{};
+                return block + 1 < num_blocks ? keys(block + 1, run - NUM_RUNS / 2) : Run{};
             };
-            if (now.begin + BLOCK <= first_end_ && now.begin >= last_begin_)
-                add(now, num_units, multiply, [](int, int) { return (__mmask16)0xffff; });
+            const int64_t begin = first_ + (int64_t)block * BLOCK;
+            if (begin + BLOCK <= first_end_ && begin >= last_begin_)
+                add(block, around, [](int, int) { return (__mmask16)0xffff; });
             else
-                add(now, num_units, multiply, [&](int half, int key) { return sees(half, (int)(now.begin - first_) + key); });
+                add(block, around, [&](int half, int key) { return sees(half, block * BLOCK + key); });
         }
-        const Block last = block(num_blocks - 1);
-        for (int unit = 0; unit < units(last); unit++) multiply_values(last, unit);
+        for (int run = 0; run < NUM_RUNS / 2; run++) multiply(values(num_blocks - 1, run));
+        store_last();
         finish(out, out_row);
     }
 
    private:
-    static constexpr int SIDE = 2 * TILE, BLOCK = KEYS, STEPS = D / TILE_NUMBERS;
-    // A top stays until scores are so far above it: powers may be as large as 2^8, which takes nothing from their digits.
-    static constexpr float ENOUGH = 8;
+    static constexpr int SIDE = 2 * TILE, SQUARE = SIDE * SIDE, BLOCK = KEYS, STEPS = D / TILE_NUMBERS;
+    // What is multiplied around a block, runs of values and then of keys, and what comes with each.
+    static constexpr int RUN_STEPS = 2, RUN_TILES = 4 * RUN_STEPS, NUM_RUNS = D / 16;
+    static constexpr int NUM_PAIRS = BLOCK / 2, RUN_PAIRS = NUM_PAIRS / NUM_RUNS;
+    static_assert(BLOCK == RUN_STEPS * TILE_NUMBERS && NUM_PAIRS % NUM_RUNS == 0);
+    // A top stays until probabilities of a block are so large: that takes nothing from their digits.
+    static constexpr float ENOUGH = 18446744073709551616.0f;  // 2^64
 
-    struct Block {
-        int64_t begin;
-        int num_squares;  // of 32 keys
-        int side;         // of what there are two of
+    // Two steps, one after the other, of 32 rows of 32 numbers by 32 columns. What they are added to is `sums` that are
+    // there, or zeros that become them, or, without any, those of the run before.
+    struct Run {
+        const bf16 *left, *right;  // none: nothing to do
+        int64_t left_row, left_step;
+        float* sums;
+        bool are_there;
     };
-    // What is multiplied at once, with keys or with values.
-    static int units(const Block& of) { return of.num_squares * STEPS; }
-
-    void multiply_keys(const Block& of, int unit) {
-        const int key = unit / STEPS * SIDE, step = unit % STEPS;
-        if (step == 0) Square::zero();
-        Square::add(kv_.keys + (of.begin + key) * D + step * TILE_NUMBERS, D, queries_ + step * TILE_NUMBERS * SIDE, 2 * SIDE);
-        if (step == STEPS - 1) Square::store(scores_[of.side] + key * SIDE, SIDE);
+    Run keys(int block, int run) {
+        constexpr int RUNS = STEPS / RUN_STEPS;  // of a square
+        const int square = run / RUNS, step = run % RUNS * RUN_STEPS;
+        return {kv_.keys + (first_ + block * BLOCK + square * SIDE) * D + step * TILE_NUMBERS,
+                queries_ + step * TILE_NUMBERS * SIDE, D, TILE_NUMBERS,
+                step ? nullptr : scores(block) + square * SQUARE, false};
     }
-    void multiply_values(const Block& of, int unit) {
-        const int channel = unit / of.num_squares * SIDE, square = unit % of.num_squares;
-        if (square == 0) Square::load(sums_ + channel * SIDE, SIDE);
-        Square::add(kv_.values + (of.begin + square * SIDE) * D + channel * TILE_NUMBERS, TILE_NUMBERS,
-                    probabilities_[of.side] + square * TILE_NUMBERS * SIDE, 2 * SIDE);
-        if (square == of.num_squares - 1) Square::store(sums_ + channel * SIDE, SIDE);
+    Run values(int block, int run) {
+        return {kv_.values + (first_ + block * BLOCK) * D + run * SIDE * TILE_NUMBERS, probabilities(block),
+                TILE_NUMBERS, SIDE * D, sums_ + run * SQUARE, true};
+    }
+    // Probabilities come where scores were. Of two blocks at a time: the next one's scores come when the values of the one
+    // before are multiplied.
+    float* scores(int block) { return scores_[block % 2]; }
+    bf16* probabilities(int block) { return reinterpret_cast<bf16*>(scores(block)); }
+
+    template <int QUARTER>
+    static constexpr int64_t PLACE = QUARTER / 2 * TILE * SIDE + QUARTER % 2 * TILE;
+
+    // One of a run's eight tiles: of its first step and then of its second one, each quarter of the square.
+    template <int NUMBER>
+    __attribute__((always_inline)) void multiply_tile(const Run& run) {
+        constexpr int QUARTER = NUMBER % 4, STEP = NUMBER / 4;
+        if constexpr (STEP == 0)
+            if (run.sums) {
+                if (unstored_) Tiles::store<QUARTER>(unstored_ + PLACE<QUARTER>, 4 * SIDE);
+                if (run.are_there) Tiles::load<QUARTER>(run.sums + PLACE<QUARTER>, 4 * SIDE);
+                else Tiles::zero<QUARTER>();
+                if constexpr (QUARTER == 3) unstored_ = run.sums;
+            }
+        const bf16* const left = run.left + STEP * run.left_step;
+        const bf16* const right = run.right + STEP * TILE_NUMBERS * SIDE;
+        if constexpr (QUARTER == 0) Tiles::load<4>(left, 2 * run.left_row);
+        if constexpr (QUARTER == 2) Tiles::load<5>(left + TILE * run.left_row, 2 * run.left_row);
+        if constexpr (QUARTER == 0) Tiles::load<6>(right, 4 * SIDE);
+        if constexpr (QUARTER == 1) Tiles::load<7>(right + 2 * TILE, 4 * SIDE);
+        Tiles::multiply<QUARTER, 4 + QUARTER / 2, 6 + QUARTER % 2>();
+    }
+    template <int FIRST, int... NUMBERS>
+    __attribute__((always_inline)) void multiply_tiles(const Run& run, std::integer_sequence<int, NUMBERS...>) {
+        (multiply_tile<FIRST + NUMBERS>(run), ...);
+    }
+    void multiply(const Run& run) { multiply_tiles<0>(run, std::make_integer_sequence<int, RUN_TILES>{}); }
+    void store_last() {
+        if (unstored_) Square::store(unstored_, SIDE);
+        unstored_ = nullptr;
     }
 
     // Of sixteen queries those that see a key.
@@ -105,60 +156,84 @@ class TiledRows {
                _mm512_cmpgt_epi32_mask(_mm512_load_si512(ends_ + half * TILE), at);
     }
 
-    // Makes probabilities of a block's scores, those that `sees(half, key)` allows, and calls `multiply` for each unit
+    // Makes probabilities of a block's scores, those that `sees(half, key)` allows, and multiplies what is around it
     // meanwhile.
-    template <class Multiply, class Sees>
-    void add(const Block& of, int num_units, const Multiply& multiply, const Sees& sees) {
-        const float* const scores = scores_[of.side];
-        const int num_keys = of.num_squares * SIDE;
-        __m512 shrinks[2];
-        bool has_risen[2];
-        for (int half = 0; half < 2; half++) {
-            __m512 most = _mm512_set1_ps(LOWEST), most2 = most;  // neither waits for the other
-            const auto score = [&](int key) { return _mm512_load_ps(scores + key * SIDE + half * TILE); };
-            for (int key = 0; key < num_keys; key += 2) {
-                most = _mm512_mask_max_ps(most, sees(half, key), most, score(key));
-                most2 = _mm512_mask_max_ps(most2, sees(half, key + 1), most2, score(key + 1));
-            }
-            const __m512 top = _mm512_max_ps(most, most2), above = _mm512_mul_ps(_mm512_sub_ps(top, tops_[half]), factor_);
-            // Each by itself: a row's numbers must not depend on which others are beside it.
-            const __mmask16 rises = _mm512_cmp_ps_mask(above, _mm512_set1_ps(ENOUGH), _CMP_GT_OQ);
-            has_risen[half] = rises;
-            if (!rises) continue;
-            const __m512 risen = _mm512_mask_mov_ps(tops_[half], rises, top);
-            shrinks[half] = exp2(_mm512_mul_ps(_mm512_sub_ps(tops_[half], risen), factor_));
-            totals_[half] = _mm512_mul_ps(totals_[half], shrinks[half]);
-            tops_[half] = risen;
-        }
-        // Words of the one and of the other, in turns.
-        alignas(64) static constexpr uint16_t IN_TURNS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        const __m512i in_turns = _mm512_load_si512(IN_TURNS);
-        const __m512 factor = factor_, top = tops_[0], top2 = tops_[1];
-        __m512 total = totals_[0], total2 = totals_[1];
-        const auto make = [&](int half, int pair, __m512 own_top) __attribute__((always_inline)) {
-            const auto at = [&](int key) __attribute__((always_inline)) {
-                const __m512 score = _mm512_load_ps(scores + key * SIDE + half * TILE);
-                const __m512 below = _mm512_mul_ps(_mm512_sub_ps(score, own_top), factor);
-                return _mm512_maskz_mov_ps(sees(half, key), probability(below));
-            };
-            const __m512 one = at(2 * pair), two = at(2 * pair + 1);
-            const __m512i both = _mm512_permutexvar_epi16(in_turns, (__m512i)_mm512_cvtne2ps_pbh(two, one));
-            _mm512_store_si512(probabilities_[of.side] + (2 * pair * SIDE + 2 * half * TILE), both);
-            return _mm512_add_ps(one, two);
-        };
-        for (int pair = 0, unit = 0; pair < num_keys / 2; pair++) {
-            total = _mm512_add_ps(total, make(0, pair, top));
-            total2 = _mm512_add_ps(total2, make(1, pair, top2));
-            for (; unit < num_units * (pair + 1) / (num_keys / 2); unit++) multiply(unit);
-        }
-        totals_[0] = total, totals_[1] = total2;
-        // Not before all of what came before them is in the sums.
+    template <class AroundIt, class Sees>
+    void add(int block, const AroundIt& around, const Sees& sees) {
         for (int half = 0; half < 2; half++)
-            for (int channel = 0; has_risen[half] && channel < D; channel++) {
-                float* const sum = sums_ + channel * SIDE + half * TILE;
-                _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), shrinks[half]));
+            if (are_new_[half]) raise(block, half, are_new_[half], sees);
+        __m512 totals[2] = {};
+        for (int run = 0; run < NUM_RUNS; run++) {
+            const Run meanwhile = around(run);
+            const auto at_pair = [&]<int PAIR>() __attribute__((always_inline)) {
+                for (int half = 0; half < 2; half++)
+                    totals[half] = _mm512_add_ps(totals[half], make_pair(block, half, run * RUN_PAIRS + PAIR, sees));
+                constexpr int TILES = RUN_TILES / RUN_PAIRS;
+                if (meanwhile.left) multiply_tiles<PAIR * TILES>(meanwhile, std::make_integer_sequence<int, TILES>{});
+            };
+            [&]<int... PAIRS>(std::integer_sequence<int, PAIRS...>) __attribute__((always_inline)) {
+                (at_pair.template operator()<PAIRS>(), ...);
+            }(std::make_integer_sequence<int, RUN_PAIRS>{});
+        }
+        // Each lane by itself: a row's numbers must not depend on which others are beside it. Of a power that is far too
+        // large not even the sign is right.
+        __mmask16 rise[2];
+        for (int half = 0; half < 2; half++)
+            rise[half] = _mm512_cmp_ps_mask(_mm512_abs_ps(totals[half]), _mm512_set1_ps(ENOUGH), _CMP_NLE_UQ);
+        if (rise[0] | rise[1]) {
+            // Once more: the scores aren't there any longer.
+            for (int run = 0; run < NUM_RUNS / 2; run++) multiply(keys(block, run));
+            for (int half = 0; half < 2; half++) {
+                raise(block, half, rise[half], sees);
+                totals[half] = _mm512_setzero_ps();
+                for (int pair = 0; pair < NUM_PAIRS; pair++)
+                    totals[half] = _mm512_add_ps(totals[half], make_pair(block, half, pair, sees));
             }
+        }
+        for (int half = 0; half < 2; half++) totals_[half] = _mm512_add_ps(totals_[half], totals[half]);
+    }
+
+    // Makes probabilities of two keys; returns what they are together.
+    template <class Sees>
+    __attribute__((always_inline)) __m512 make_pair(int block, int half, int pair, const Sees& sees) {
+        const auto at = [&](int key) __attribute__((always_inline)) {
+            const __m512 score = _mm512_load_ps(scores(block) + key * SIDE + half * TILE);
+            const __m512 power = _mm512_mul_ps(_mm512_sub_ps(score, tops_[half]), factor_), ones = _mm512_set1_ps(ONES);
+            const __m512 whole = _mm512_sub_ps(_mm512_add_ps(power, ones), ones);
+            const __m512 made = _mm512_scalef_ps(power_of_rest(_mm512_sub_ps(power, whole)), whole);
+            return _mm512_maskz_mov_ps(sees(half, key), made);
+        };
+        const __m512 one = at(2 * pair), two = at(2 * pair + 1);
+        // Rounded to bfloat16, the first one in the lower half of each word: conversions take longer.
+        const __m512i half_bit = _mm512_set1_epi32(0x8000), low = _mm512_add_epi32(_mm512_castps_si512(one), half_bit);
+        const __m512i high = _mm512_add_epi32(_mm512_castps_si512(two), half_bit);
+        const __m512i upper_bytes = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
+        _mm512_store_si512(probabilities(block) + 2 * (pair * SIDE + half * TILE),
+                           _mm512_mask_shuffle_epi8(high, 0x3333333333333333, low, upper_bytes));
+        return _mm512_add_ps(one, two);
+    }
+
+    // What those of sixteen queries have so far gets the scale of their largest score of a block.
+    template <class Sees>
+    void raise(int block, int half, __mmask16 which, const Sees& sees) {
+        store_last();
+        __m512 most = _mm512_set1_ps(LOWEST);
+        for (int key = 0; key < BLOCK; key++) {
+            const __m512 score = _mm512_load_ps(scores(block) + key * SIDE + half * TILE);
+            most = _mm512_mask_max_ps(most, sees(half, key), most, score);
+        }
+        which &= _mm512_cmp_ps_mask(most, _mm512_set1_ps(LOWEST), _CMP_GT_OQ);
+        const __mmask16 have_some = which & ~are_new_[half];
+        const __m512 by = exp2(_mm512_mul_ps(_mm512_sub_ps(tops_[half], most), factor_));
+        const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1), have_some, by);
+        tops_[half] = _mm512_mask_mov_ps(tops_[half], which, most);
+        are_new_[half] &= ~which;
+        if (!have_some) return;
+        totals_[half] = _mm512_mul_ps(totals_[half], shrink);
+        for (int channel = 0; channel < D; channel++) {
+            float* const sum = sums_ + channel * SIDE + half * TILE;
+            _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), shrink));
+        }
     }
 
     void finish(bf16* out, int64_t out_row) const {
@@ -183,9 +258,10 @@ class TiledRows {
     const __m512 factor_;
     int64_t last_begin_, first_end_;  // all rows see what is between
     __m512 tops_[2], totals_[2];
+    __mmask16 are_new_[2];       // who has seen nothing yet
+    float* unstored_ = nullptr;  // where what is in the tiles belongs
     alignas(64) int32_t begins_[SIDE], ends_[SIDE];
     alignas(64) bf16 queries_[SIDE * D];
-    alignas(64) bf16 probabilities_[2][SIDE * BLOCK];
     alignas(64) float scores_[2][SIDE * BLOCK];
     alignas(64) float sums_[SIDE * D] = {};
 };

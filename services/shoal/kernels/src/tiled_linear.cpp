@@ -127,14 +127,13 @@ class ManyRows {
 
     // What a square has more than there are rows is zeros.
     void pack(Squares squares, bf16* packed) const {
-        for (int64_t row = 0; row < squares.number() * SIDE; row++) {
-            const int64_t from = squares.begin * SIDE + row;
-            bf16* const to = packed + row / SIDE * num_steps_ * STEP + row % SIDE * TILE_NUMBERS;
-            for (int64_t step = 0; step < num_steps_; step++) {
-                const bf16* const numbers = of_.inputs + from * of_.size + step * TILE_NUMBERS;
-                _mm512_store_si512(to + step * STEP, from < of_.num_rows ? _mm512_loadu_si512(numbers) : _mm512_setzero_si512());
-            }
-        }
+        for (int64_t square = squares.begin; square < squares.end; square++)
+            for (int64_t step = 0; step < num_steps_; step++)
+                for (int64_t row = square * SIDE; row < (square + 1) * SIDE; row++, packed += TILE_NUMBERS) {
+                    const bf16* const numbers = of_.inputs + row * of_.size + step * TILE_NUMBERS;
+                    const bool is_there = row < of_.num_rows;
+                    _mm512_store_si512(packed, is_there ? _mm512_loadu_si512(numbers) : _mm512_setzero_si512());
+                }
     }
 
     // Panels from `begin` to `end`.

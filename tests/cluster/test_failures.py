@@ -176,6 +176,8 @@ UNREADY_WITHIN_S = 5.0
 GONE_WITHIN_S = 30.0
 # Long enough to be handed over, and to be under way for a while.
 SOME = {str(start): list(range(start, start + 200)) for start in range(1000, 7000, 1000)}
+# Under way for longer than it takes to notice two hangs.
+NUM_TOKENS = 96
 
 
 def forgotten(live: TestCluster, role: Any, num_left: int, within_s: float = UNREADY_WITHIN_S) -> None:
@@ -188,11 +190,11 @@ def forgotten(live: TestCluster, role: Any, num_left: int, within_s: float = UNR
 @pytest.fixture(scope="module")
 def right(live: TestCluster) -> dict[str, list[int]]:
     """What nobody disturbs."""
-    return live.complete(SOME, max_tokens=192, depth="shallow")
+    return live.complete(SOME, max_tokens=NUM_TOKENS, depth="shallow")
 
 
 @contextmanager
-def both_at_work(live: TestCluster, right: dict[str, list[int]], num_tokens: int = 192) -> Iterator[None]:
+def both_at_work(live: TestCluster, right: dict[str, list[int]], num_tokens: int = NUM_TOKENS) -> Iterator[None]:
     """Within the block, both decode replicas answer; whatever happens there, the answers are the ``right`` ones."""
     asked = partial(live.complete, max_tokens=num_tokens, depth="shallow")
     with ThreadPoolExecutor(len(SOME)) as threads:

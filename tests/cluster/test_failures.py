@@ -194,7 +194,9 @@ def right(live: TestCluster) -> dict[str, list[int]]:
 
 
 @contextmanager
-def both_at_work(live: TestCluster, right: dict[str, list[int]], num_tokens: int = NUM_TOKENS) -> Iterator[None]:
+def both_at_work(
+    live: TestCluster, right: dict[str, list[int]], num_tokens: int = NUM_TOKENS
+) -> Iterator[list[Future[dict[str, list[int]]]]]:
     """Within the block, both decode replicas answer; whatever happens there, the answers are the ``right`` ones."""
     asked = partial(live.complete, max_tokens=num_tokens, depth="shallow")
     with ThreadPoolExecutor(len(SOME)) as threads:
@@ -205,7 +207,7 @@ def both_at_work(live: TestCluster, right: dict[str, list[int]], num_tokens: int
             live.look()
         while len(holders(live.look(), "shoal_kv_blocks", role="decode", state="used")) < 2:
             assert not all(answer.done() for answer in answers), "all were answered before anything could happen to it"
-        yield
+        yield answers
         told = dict(ChainMap(*(answer.result() for answer in answers)))
         assert told == {name: ids[:num_tokens] for name, ids in right.items()}
 
@@ -215,11 +217,12 @@ def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestClust
     from ray import serve  # not before the cluster has set Ray's environment
 
     prefill = {entry.replica_id for entry in live.live.replica_entries("prefill")}
-    with both_at_work(live, right):
+    with both_at_work(live, right) as answers:
         hangs = serve.get_deployment_handle("decode", live.live.app).wedge_engine.remote().result(timeout_s=20)
         forgotten(live, "decode", num_left=1)
         # Its metrics can still be found, and say which part it is.
         assert live.look().each("shoal_component_healthy", component="engine")[hangs] == 0
+        assert not all(answer.done() for answer in answers)
         serve.get_deployment_handle("prefill", live.live.app).wedge_loop.remote()
         forgotten(live, "prefill", num_left=1)
     live.await_whole()

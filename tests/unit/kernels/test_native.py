@@ -62,10 +62,11 @@ def test_prompt_attention(
     torch.testing.assert_close(out.double(), exact_attention(queries, pool[slots], seen, 0.3), **CLOSE)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("rise", [-0.5, 0.01, 0.5, 40.0])
-def test_scores_that_rise_from_key_to_key(kernels: NativeKernels, rise: float) -> None:
+def test_scores_that_rise_from_key_to_key(kernels: NativeKernels, rise: float, head_dim: int) -> None:
     """By less than is worth a new scale, and by more; or they only fall."""
-    rows, head_dim = 300, 64
+    rows = 300
     queries, pool = torch.zeros(rows, 1, head_dim).bfloat16(), random(rows, 2, 1, head_dim)
     queries[:, 0, 0] = torch.linspace(0, 1, rows)  # each row's rise by as much as it is late
     pool[:, 0, 0, 0] = torch.arange(rows) * rise
@@ -75,13 +76,14 @@ def test_scores_that_rise_from_key_to_key(kernels: NativeKernels, rise: float) -
     torch.testing.assert_close(out.double(), exact_attention(queries, pool, seen, 1.0), **CLOSE)
 
 
-@pytest.mark.parametrize("size", [4, 100])  # with large ones, most later scores are too large for their row's scale
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("size", [4, 100])  # with large ones, later scores are often too large for their row's scale
 @pytest.mark.parametrize("window", [None, 70])
 def test_a_rows_attention_is_the_same_whichever_rows_are_beside_it(
-    kernels: NativeKernels, window: int | None, size: int
+    kernels: NativeKernels, window: int | None, size: int, head_dim: int
 ) -> None:
     """So is what chunks of another size make, or a prompt that begins with what was cached."""
-    rows, head_dim = 300, 64
+    rows = 300
     queries, pool = size * random(rows, 2, head_dim), random(rows, 2, 1, head_dim)
     whole, parts = torch.empty_like(queries), torch.empty_like(queries)
     kernels.attend_prompt(queries, pool, slice(0, rows), rows, window, 1.0, whole)
@@ -144,12 +146,13 @@ def test_decode_attention_over_one_run_of_slots(kernels: NativeKernels) -> None:
     assert torch.equal(*outs)
 
 
-def test_scores_of_any_size_make_no_nan(kernels: NativeKernels) -> None:
-    queries, pool = 1e4 * random(70, 1, 64), 1e4 * random(70, 2, 1, 64)
+@pytest.mark.parametrize("size", [1e4, 1e12])
+def test_scores_of_any_size_make_no_nan(kernels: NativeKernels, size: float) -> None:
+    queries, pool = size * random(70, 1, 64), size * random(70, 2, 1, 64)
     out = torch.empty(70, 1, 64, dtype=torch.bfloat16)
     kernels.attend_prompt(queries, pool, slice(0, 70), 70, None, 1.0, out)
     expected = exact_attention(queries, pool, torch.ones(70, 70, dtype=torch.bool).tril(), 1.0)
-    torch.testing.assert_close(out.double(), expected, rtol=1 / 64, atol=1e4 / 64)
+    torch.testing.assert_close(out.double(), expected, rtol=1 / 64, atol=size / 64)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

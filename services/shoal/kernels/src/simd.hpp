@@ -72,6 +72,13 @@ inline __m512 exp2(__m512 x) {
 
 constexpr float ONES = 12582912.0f;  // 1.5 * 2^23: the last bit of a sum with it counts ones, so an addition rounds
 
+// Keeps the compiler from computing what follows by multiplying once more: powers that are too large would get lost, and
+// while tiles are multiplied (tiled_attention.hpp), an addition takes less than that.
+inline __m512 rounded_now(__m512 product) {
+    asm("" : "+v"(product));
+    return product;
+}
+
 // 2^x of x in [-1/2, 1/2]. The relative error is below 8e-5, bfloat16's is 4e-3.
 inline __m512 power_of_rest(__m512 x) {
     __m512 sum = _mm512_set1_ps(5.517167e-2f);

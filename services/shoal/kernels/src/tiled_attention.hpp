@@ -7,8 +7,8 @@
 //     sums [channel][query]  +=  values [channel][key]  *  probabilities [pair of keys][query][2]
 //
 // While the registers make probabilities of a block's scores, the tiles have the values of the block before to multiply,
-// then the next block's keys: a tile with each pair of keys, and what is multiplied is stored no sooner than four tiles
-// later, since who waits for a tile keeps others from going on. While tiles are multiplied a core's registers are
+// then the next block's keys: a tile or more with each pair of keys, and what is multiplied is stored no sooner than four
+// tiles later, since who waits for a tile keeps others from going on. While tiles are multiplied a core's registers are
 // multiplied, and compared, by one unit of two, but added up by both: a probability takes as few of the former as may be.
 // K and V are packed as they are asked for:
 //
@@ -23,7 +23,7 @@
 
 namespace shoal {
 
-// While it lives, what is too small for a normal number is zero. To make such numbers takes fifty times as long.
+// While it lives, what comes out too small for a normal number is zero. To make such numbers takes fifty times as long.
 class NoDenormals {
    public:
     NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | FLUSH_TO_ZERO); }
@@ -89,9 +89,10 @@ class TiledRows {
     // What is multiplied around a block, runs of values and then of keys, and what comes with each.
     static constexpr int RUN_STEPS = 2, RUN_TILES = 4 * RUN_STEPS, NUM_RUNS = D / 16;
     static constexpr int NUM_PAIRS = BLOCK / 2, RUN_PAIRS = NUM_PAIRS / NUM_RUNS;
-    static_assert(BLOCK == RUN_STEPS * TILE_NUMBERS && NUM_PAIRS % NUM_RUNS == 0);
-    // A top stays until probabilities of a block are so large: that takes nothing from their digits.
-    static constexpr float ENOUGH = 18446744073709551616.0f;  // 2^64
+    static_assert(D % (RUN_STEPS * TILE_NUMBERS) == 0 && BLOCK == RUN_STEPS * TILE_NUMBERS && NUM_PAIRS % NUM_RUNS == 0);
+    // A top stays until a block's probabilities together are so large. That takes nothing from their digits, and sums have
+    // room for so many times what V are, which isn't 2^60.
+    static constexpr float MOST_OF_BLOCK = 18446744073709551616.0f;  // 2^64
 
     // Two steps, one after the other, of 32 rows of 32 numbers by 32 columns. What they are added to is `sums` that are
     // there, or zeros that become them, or, without any, those of the run before.
@@ -112,7 +113,8 @@ class TiledRows {
         return {kv_.values + (first_ + block * BLOCK) * D + run * SIDE * TILE_NUMBERS, probabilities(block),
                 TILE_NUMBERS, SIDE * D, sums_ + run * SQUARE, true};
     }
-    // Probabilities come where scores were. Of two blocks at a time: the next one's scores come when the values of the one
+    // Probabilities come where scores were: of a pair of keys in half the memory, which is that of earlier pairs, or of this
+    // one's scores that have been read. Of two blocks at a time: the next one's scores come when the values of the one
     // before are multiplied.
     float* scores(int block) { return scores_[block % 2]; }
     bf16* probabilities(int block) { return reinterpret_cast<bf16*>(scores(block)); }
@@ -161,7 +163,7 @@ class TiledRows {
     template <class AroundIt, class Sees>
     void add(int block, const AroundIt& around, const Sees& sees) {
         for (int half = 0; half < 2; half++)
-            if (are_new_[half]) raise(block, half, are_new_[half], sees);
+            if (are_new_[half]) set_top(block, half, are_new_[half], sees);
         __m512 totals[2] = {};
         for (int run = 0; run < NUM_RUNS; run++) {
             const Run meanwhile = around(run);
@@ -177,14 +179,14 @@ class TiledRows {
         }
         // Each lane by itself: a row's numbers must not depend on which others are beside it. Of a power that is far too
         // large not even the sign is right.
-        __mmask16 rise[2];
+        __mmask16 too_large[2];
         for (int half = 0; half < 2; half++)
-            rise[half] = _mm512_cmp_ps_mask(_mm512_abs_ps(totals[half]), _mm512_set1_ps(ENOUGH), _CMP_NLE_UQ);
-        if (rise[0] | rise[1]) {
+            too_large[half] = _mm512_cmp_ps_mask(_mm512_abs_ps(totals[half]), _mm512_set1_ps(MOST_OF_BLOCK), _CMP_NLE_UQ);
+        if (too_large[0] | too_large[1]) {
             // Once more: the scores aren't there any longer.
             for (int run = 0; run < NUM_RUNS / 2; run++) multiply(keys(block, run));
             for (int half = 0; half < 2; half++) {
-                raise(block, half, rise[half], sees);
+                set_top(block, half, too_large[half], sees);
                 totals[half] = _mm512_setzero_ps();
                 for (int pair = 0; pair < NUM_PAIRS; pair++)
                     totals[half] = _mm512_add_ps(totals[half], make_pair(block, half, pair, sees));
@@ -198,7 +200,8 @@ class TiledRows {
     __attribute__((always_inline)) __m512 make_pair(int block, int half, int pair, const Sees& sees) {
         const auto at = [&](int key) __attribute__((always_inline)) {
             const __m512 score = _mm512_load_ps(scores(block) + key * SIDE + half * TILE);
-            const __m512 power = _mm512_mul_ps(_mm512_sub_ps(score, tops_[half]), factor_), ones = _mm512_set1_ps(ONES);
+            const __m512 power = rounded_now(_mm512_mul_ps(_mm512_sub_ps(score, tops_[half]), factor_));
+            const __m512 ones = _mm512_set1_ps(ONES);
             const __m512 whole = _mm512_sub_ps(_mm512_add_ps(power, ones), ones);
             const __m512 made = _mm512_scalef_ps(power_of_rest(_mm512_sub_ps(power, whole)), whole);
             return _mm512_maskz_mov_ps(sees(half, key), made);
@@ -215,7 +218,7 @@ class TiledRows {
 
     // What those of sixteen queries have so far gets the scale of their largest score of a block.
     template <class Sees>
-    void raise(int block, int half, __mmask16 which, const Sees& sees) {
+    void set_top(int block, int half, __mmask16 which, const Sees& sees) {
         store_last();
         __m512 most = _mm512_set1_ps(LOWEST);
         for (int key = 0; key < BLOCK; key++) {

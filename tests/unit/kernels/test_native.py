@@ -155,6 +155,19 @@ def test_scores_of_any_size_make_no_nan(kernels: NativeKernels, size: float) -> 
     torch.testing.assert_close(out.double(), expected, rtol=1 / 64, atol=size / 64)
 
 
+def test_a_power_that_is_no_longer_cut_where_it_should_be_is_noticed(kernels: NativeKernels) -> None:
+    """Just below 2^27 its whole part is off by up to eight, and what is made of the rest may be less than nothing."""
+    rows, late = 300, 70
+    queries, pool = torch.zeros(rows, 1, 64).bfloat16(), random(rows, 2, 1, 64)
+    pool[:, 0] = 0
+    pool[late, 0, 0, :2] = 1
+    queries[:, 0, 0] = 8.887e7
+    queries[:, 0, 1] = 2e5 * random(rows)
+    out = torch.empty_like(queries)
+    kernels.attend_prompt(queries, pool, slice(0, rows), rows, None, 1.0, out)
+    assert torch.equal(out[late:, 0], pool[late, 1].expand(rows - late, -1))
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["query", "key", "value"])
 def test_what_is_not_finite_stays_so(kernels: NativeKernels, what: str, broken: float) -> None:

@@ -76,6 +76,17 @@ def test_scores_that_rise_from_key_to_key(kernels: NativeKernels, rise: float, h
     torch.testing.assert_close(out.double(), exact_attention(queries, pool, seen, 1.0), **CLOSE)
 
 
+def test_prompt_attention_rounds_to_neither_side(kernels: NativeKernels) -> None:
+    """Probabilities that were cut off instead would make all of it 0.2 % smaller, which no single number shows."""
+    rows = 300
+    queries, pool = random(rows, 1, 64), random(rows, 2, 1, 64)
+    pool[:, 1] = pool[:, 1].sigmoid() + 1
+    out = torch.empty_like(queries)
+    kernels.attend_prompt(queries, pool, slice(0, rows), rows, None, 0.3, out)
+    expected = exact_attention(queries, pool, torch.ones(rows, rows, dtype=torch.bool).tril(), 0.3)
+    assert abs((out.double() / expected - 1).mean().item()) < 2e-4
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("size", [4, 100])  # with large ones, later scores are often too large for their row's scale
 @pytest.mark.parametrize("window", [None, 70])

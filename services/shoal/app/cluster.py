@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WATCH_PERIOD_S = 0.1
-# Each look takes some 15 ms of a core, which replicas want that load their weights.
+# A look is several calls to Ray: ten a second took a fifth of a core, which replicas want that load their weights.
 _LOADING_PERIOD_S = 0.25
 _GIVE_UP_S = 3.0
 

@@ -7,13 +7,10 @@ namespace shoal {
 enum class Activation { NONE, SILU, GELU };
 
 // 1 / (1 + 2^-y) with y = x / log 2, right to 2e-4: bfloat16 is to 4e-3. Beyond 80 powers would leave float32, or nearly.
-// While tiles are multiplied, it's multiplications that take time (tiled_attention.hpp).
 inline __m512 sigmoid(__m512 x) {
     constexpr int SMALLER_WITH_SIGN_OF_FIRST = 2;
     const __m512 bounded = _mm512_range_ps(x, _mm512_set1_ps(80), SMALLER_WITH_SIGN_OF_FIRST);
-    const __m512 power = rounded_now(_mm512_mul_ps(bounded, _mm512_set1_ps(-LOG2_E))), ones = _mm512_set1_ps(ONES);
-    const __m512 whole = _mm512_sub_ps(_mm512_add_ps(power, ones), ones);
-    const __m512 grown = _mm512_scalef_ps(power_of_rest(_mm512_sub_ps(power, whole)), whole);
+    const __m512 grown = near_exp2(_mm512_mul_ps(bounded, _mm512_set1_ps(-LOG2_E)));
     return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), grown));
 }
 

@@ -72,19 +72,22 @@ inline __m512 exp2(__m512 x) {
 
 constexpr float ONES = 12582912.0f;  // 1.5 * 2^23: the last bit of a sum with it counts ones, so an addition rounds
 
-// Keeps the compiler from computing what follows by multiplying once more: powers that are too large would get lost, and
-// while tiles are multiplied (tiled_attention.hpp), an addition takes less than that.
-inline __m512 rounded_now(__m512 product) {
-    asm("" : "+v"(product));
-    return product;
-}
-
 // 2^x of x in [-1/2, 1/2]. The relative error is below 8e-5, bfloat16's is 4e-3.
 inline __m512 power_of_rest(__m512 x) {
     __m512 sum = _mm512_set1_ps(5.517167e-2f);
     for (const float next : {2.4261112e-1f, 6.9326099e-1f, 9.9992807e-1f})
         sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(next));
     return sum;
+}
+
+// 2^x, as near as that, with few multiplications: while tiles are multiplied (tiled_attention.hpp), additions
+// take less. From 128 on it's infinite, but of an x of millions not even the sign is right; far below, it's nothing.
+inline __m512 near_exp2(__m512 x) {
+    // x is a product. Else the compiler would make the additions multiplications of its factors, and of very large ones
+    // what is left would be far more than 1/2.
+    asm("" : "+v"(x));
+    const __m512 ones = _mm512_set1_ps(ONES), whole = _mm512_sub_ps(_mm512_add_ps(x, ones), ones);
+    return _mm512_scalef_ps(power_of_rest(_mm512_sub_ps(x, whole)), whole);
 }
 
 using ints = int32_t __attribute__((vector_size(64)));

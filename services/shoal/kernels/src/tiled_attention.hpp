@@ -200,11 +200,8 @@ class TiledRows {
     __attribute__((always_inline)) __m512 make_pair(int block, int half, int pair, const Sees& sees) {
         const auto at = [&](int key) __attribute__((always_inline)) {
             const __m512 score = _mm512_load_ps(scores(block) + key * SIDE + half * TILE);
-            const __m512 power = rounded_now(_mm512_mul_ps(_mm512_sub_ps(score, tops_[half]), factor_));
-            const __m512 ones = _mm512_set1_ps(ONES);
-            const __m512 whole = _mm512_sub_ps(_mm512_add_ps(power, ones), ones);
-            const __m512 made = _mm512_scalef_ps(power_of_rest(_mm512_sub_ps(power, whole)), whole);
-            return _mm512_maskz_mov_ps(sees(half, key), made);
+            const __m512 power = _mm512_mul_ps(_mm512_sub_ps(score, tops_[half]), factor_);
+            return _mm512_maskz_mov_ps(sees(half, key), near_exp2(power));
         };
         const __m512 one = at(2 * pair), two = at(2 * pair + 1);
         // Rounded to bfloat16, the first one in the lower half of each word: conversions take longer.

@@ -156,41 +156,52 @@ class NativeRows(TorchRows):
         return super().linear(inputs, weight, bias)
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
-        if not _can_project(projection, hidden):
+        matrix = _panels(projection, hidden)
+        if matrix is None:
             return projection(hidden, rope, self.linear)
         spec, rows = self._spec, hidden.shape[0]
         projected = hidden.new_empty(projection.num_layers, rows, 2, spec.num_kv_heads, spec.head_dim)
-        self._project_to(list(projected), None, projection, hidden, rope)
+        self._project_to(list(projected), None, projection, matrix, hidden, rope)
         return projected
 
     def project_and_store(
         self, projection: KvProjection, hidden: torch.Tensor, rope: Rope, pool: KvPool, first: int, slots: torch.Tensor
     ) -> None:
-        if _can_project(projection, hidden):
-            self._project_to(pool.layers[first : first + projection.num_layers], slots, projection, hidden, rope)
-        else:
-            super().project_and_store(projection, hidden, rope, pool, first, slots)
+        matrix = _panels(projection, hidden)
+        if matrix is None:
+            return super().project_and_store(projection, hidden, rope, pool, first, slots)
+        targets = pool.layers[first : first + projection.num_layers]
+        return self._project_to(targets, slots, projection, matrix, hidden, rope)
 
     def _project_to(
         self,
         targets: Sequence[torch.Tensor],
         slots: torch.Tensor | None,
         projection: KvProjection,
+        matrix: PackedMatrix,
         hidden: torch.Tensor,
         rope: Rope,
     ) -> None:
         """A layer's K/V go to one of ``targets`` ``[any, 2, kv_heads, head_dim]``: to ``slots``, or one by one."""
         spec = self._spec
         normed = self._kernels.add_norm(hidden, None, None, spec.norm_eps)[1]
-        flat = projection.put_sinks(self.linear(normed, projection.matrix, projection.bias), normed, rope)
-        heads = flat.view(hidden.shape[0], projection.num_layers, 2 * spec.num_kv_heads, spec.head_dim)
-        for layer, (table, target) in enumerate(zip(projection.ropes, targets, strict=True)):
-            self._kernels.rotate_store(heads[:, layer], 0, rope.cos[table], rope.sin[table], target, slots)
+        angles = [(rope.cos[table], rope.sin[table]) for table in projection.ropes]
+        self._kernels.project(normed, matrix.values, projection.bias, targets, angles, slots)
+        sinks = projection.of_sinks(normed, rope)
+        if sinks is None:
+            return
+        rows, flat = sinks
+        heads = flat.view(len(rows), projection.num_layers, 2 * spec.num_kv_heads, spec.head_dim)
+        slots = rows if slots is None else slots[rows]
+        for layer, ((cos, sin), target) in enumerate(zip(angles, targets, strict=True)):
+            self._kernels.rotate_store(heads[:, layer], 0, cos[rows], sin[rows], target, slots)
 
 
-def _can_project(projection: KvProjection, hidden: torch.Tensor) -> bool:
-    """The kernels norm no keys, and take rows that lie one after the other."""
-    return projection.k_norm is None and hidden.is_contiguous()
+def _panels(projection: KvProjection, hidden: torch.Tensor) -> PackedMatrix | None:
+    """What the kernels project by. They norm no keys, and take rows that lie one after the other."""
+    matrix = projection.matrix
+    can_be = projection.k_norm is None and hidden.is_contiguous() and hidden.shape[0] > 0
+    return matrix if can_be and isinstance(matrix, PackedMatrix) else None
 
 
 class NativeChooser(TorchChooser):

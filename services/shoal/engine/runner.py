@@ -134,8 +134,8 @@ class Runner:
             positions=self._index(positions),
             kept=kept,
             deep=(self.reads.plan(deep) if mixed or self._is_apart else kept) if has_deep else None,
-            shallow_rows=self._index(shallow) if full else None,
-            full_rows=self._index(full) if mixed else None,
+            shallow_rows=self._selected(shallow) if full else None,
+            full_rows=self._selected(full) if mixed else None,
             logit_rows=self._index(wanted),
             scored_rows=self._index(scored) if scored else None,
         )
@@ -161,6 +161,12 @@ class Runner:
             tokens += score(logits, token_ids[piece], num_top[piece])
         each = iter(tokens)
         return tuple(tuple(islice(each, len(item.scored))) for item in items)
+
+    def _selected(self, rows: list[int]) -> torch.Tensor | slice:
+        """Rising ``rows``: where they follow one another, what they select is no copy."""
+        if rows and rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1)
+        return self._index(rows)
 
     def _index(self, values: list[int] | npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)

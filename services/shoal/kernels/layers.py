@@ -1,4 +1,4 @@
-"""What whole layers are to the kernels: the structures of src/layers.hpp and src/decode.cpp.
+"""What whole layers are to the kernels: the structures of src/layers.hpp, src/decode.cpp and src/heads.hpp.
 
 All of it is pointers: whoever makes them keeps the tensors, which must be contiguous.
 """
@@ -139,6 +139,12 @@ class Decoding(ctypes.Structure):
         ("num_kinds", _Int64),
         ("head", ctypes.POINTER(Head)),
     )
+
+
+class Store(ctypes.Structure):
+    """Where keys and values go, and by what keys are rotated, ``[rows, head_dim / 2]`` each."""
+
+    _fields_ = (("pool", _Pointer), ("cos", _Pointer), ("sin", _Pointer))
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

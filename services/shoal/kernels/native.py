@@ -13,7 +13,7 @@ import torch
 
 from shoal.errors import ConfigError, InternalError
 from shoal.kernels.build import SHIPPED, library
-from shoal.kernels.layers import Decoding, Layer, Shape, Step, pointer, slots
+from shoal.kernels.layers import Decoding, Layer, Shape, Step, Store, pointer, slots
 
 HEAD_DIMS = frozenset({64, 128, 256})
 # With more, weights in int8 are torch's to multiply. As int8_linear.cpp has it.
@@ -30,6 +30,7 @@ _SIGNATURES = {
     "shoal_add_norm": [_PTR, _PTR, _PTR, _INT64, _INT64, _FLOAT, _PTR, _PTR, _INT],
     "shoal_rotate_store": [_PTR, _INT64, _PTR, _PTR, _INT64, _INT, _INT, _INT, _PTR, _PTR, _INT],
     "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
+    "shoal_project": [_PTR, _PTR, _PTR, _INT64, _INT64, _PTR, _INT64, _PTR, _INT, _INT, _INT],
     "shoal_int8_linear": [_PTR, _PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_decode": [_PTR, _PTR, _INT64, _PTR, _INT],
@@ -164,6 +165,27 @@ class NativeKernels:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def project(
+        self,
+        inputs: torch.Tensor,
+        panels: torch.Tensor,
+        bias: torch.Tensor | None,
+        pools: Sequence[torch.Tensor],
+        angles: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        at: torch.Tensor | None,
+    ) -> None:
+        """K/V of several layers by one matrix: ``linear``, whose outputs are ``[rows, layers, 2 kv_heads, head_dim]``,
+        and ``rotate_store`` of each layer's into its own of ``pools``, by its own cosines and sines of ``angles``."""
+        rows, size = inputs.shape
+        _, _, kv_heads, head_dim = pools[0].shape
+        each = zip(pools, angles, strict=True)
+        stores = (Store * len(pools))(*(Store(*map(pointer, (pool, *turns))) for pool, turns in each))
+        self._call(
+            "shoal_project", inputs.data_ptr(), panels.data_ptr(), pointer(bias), rows, size,
+            ctypes.addressof(stores), len(stores), pointer(at), kv_heads, head_dim,
+            torch.get_num_threads(),
+        )  # fmt: skip
 
     def int8_linear(
         self, inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None

@@ -67,16 +67,16 @@ class StepBatch:
 
     ``kept`` is how all rows run layers ``0..K-1``, ``deep`` how the full-depth rows run the others (``None`` where
     there are none; ``kept`` itself only if no row is shallow). ``shallow_rows`` / ``full_rows`` select rows of each
-    depth (``None`` = all of them, an empty tensor = none). ``logit_rows`` selects, among the full-depth rows, those
-    whose next token is wanted; ``scored_rows`` (``None`` = none) those whose states are, so that a prompt's own tokens
-    can be scored in pieces.
+    depth (``None`` = all of them, an empty tensor = none, a slice = rows that follow one another). ``logit_rows``
+    selects, among the full-depth rows, those whose next token is wanted; ``scored_rows`` (``None`` = none) those whose
+    states are, so that a prompt's own tokens can be scored in pieces.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     kept: AttentionPlan
     deep: AttentionPlan | None
-    shallow_rows: torch.Tensor | None
-    full_rows: torch.Tensor | None
+    shallow_rows: torch.Tensor | slice | None
+    full_rows: torch.Tensor | slice | None
     logit_rows: torch.Tensor
     scored_rows: torch.Tensor | None = None

@@ -157,7 +157,7 @@ class Decoder:
     def _store_deep(self, batch: StepBatch, hidden: torch.Tensor, rope: Rope, pool: KvPool) -> None:
         """K/V of the shallow rows in the skipped layers, or what they can be made of."""
         rows = batch.shallow_rows
-        if (rows is not None and rows.numel() == 0) or not self.plan.projects:
+        if (isinstance(rows, torch.Tensor) and rows.numel() == 0) or not self.plan.projects:
             return
         slots = batch.kept.slots
         if rows is not None:

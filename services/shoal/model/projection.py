@@ -94,21 +94,21 @@ class KvProjection:
         other.matrix = matrix
         return other
 
-    def put_sinks(self, flat: torch.Tensor, normed: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """``flat`` ``[tokens, S * 2 * kv_size]``, made of ``normed`` ``[tokens, hidden]`` by ``weight``, with the rows
-        of sinks as their own matrix has them."""
+    def of_sinks(self, normed: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of ``normed`` ``[tokens, hidden]`` the rows that are sinks, and what their own matrix makes of them,
+        ``[rows, S * 2 * kv_size]``; ``None`` if there are none."""
         if self.sink_weight is None:
-            return flat
+            return None
         rows = (rope.positions < self.num_sinks).nonzero().squeeze(1)
-        if not rows.numel():
-            return flat
-        return flat.index_copy(0, rows, linear(normed[rows], self.sink_weight, self.bias).to(flat.dtype))
+        return (rows, linear(normed[rows], self.sink_weight, self.bias)) if rows.numel() else None
 
     def __call__(self, hidden: torch.Tensor, rope: Rope, multiply: Multiply = linear) -> torch.Tensor:
         """``hidden`` ``[tokens, hidden]`` -> K/V ``[S, tokens, 2, kv_heads, head_dim]`` (a strided view)."""
         spec = self._spec
         normed = rms_norm(hidden, None, spec.norm_eps)
-        flat = self.put_sinks(multiply(normed, self.matrix, self.bias), normed, rope)
+        flat = multiply(normed, self.matrix, self.bias)
+        if sinks := self.of_sinks(normed, rope):
+            flat = flat.index_copy(0, sinks[0], sinks[1].to(flat.dtype))
         kv = flat.view(hidden.shape[0], self.num_layers, 2, spec.num_kv_heads, spec.head_dim)
         if self.k_norm is not None:
             # A new tensor, for a gradient needs what was normed.

@@ -9,7 +9,6 @@ import torch
 
 from shoal.model.families import ModelSpec, RopeTable
 
-_FEW_ROWS = 64
 _LEAST_POSITIONS, _MOST_POSITIONS = 1 << 11, 1 << 16
 _tables: dict[tuple[RopeTable, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 """On the CPU; one that is too short is replaced as a whole."""
@@ -27,11 +26,11 @@ class Rope:
     @classmethod
     def at(cls, spec: ModelSpec, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
         """Angles are taken in float32, as the models were trained, whatever ``dtype`` is."""
-        find = _remembered if positions.device.type == "cpu" and 0 < len(positions) <= _FEW_ROWS else _computed
+        find = _remembered if positions.device.type == "cpu" and len(positions) else _computed
         cos, sin = zip(*(find(table, positions, dtype) for table in spec.rope_tables), strict=True)
         return cls(positions, cos, sin)
 
-    def rows(self, index: torch.Tensor | None) -> Rope:
+    def rows(self, index: torch.Tensor | slice | None) -> Rope:
         """The same for some of the rows (``None``: all)."""
         if index is None:
             return self

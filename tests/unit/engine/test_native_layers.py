@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import Ask, divergence, kernel_model, make_engine, native_kernels, run
+from engines import Ask, divergence, emulated_kernels, kernel_model, make_engine, native_kernels, run
 from shoal.engine.engine import Engine
 from shoal.kernels.native import NativeKernels
 from shoal.messages import Depth, SamplingParams
@@ -15,8 +15,10 @@ from shoal.messages import Depth, SamplingParams
 PROMPT = [3 + index * 7 % 90 for index in range(150)]
 
 
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
+@pytest.fixture(scope="module", params=["as they are", "emulated tiles"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    if request.param == "emulated tiles":
+        return emulated_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
     return native_kernels()
 
 

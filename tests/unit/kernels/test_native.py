@@ -267,6 +267,27 @@ def test_rotate_and_store(kernels: NativeKernels, rows: int) -> None:
     assert torch.equal(pool[others], untouched[others])
 
 
+@pytest.mark.parametrize("rows", [1, 50, 65, 100, 511])
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(3, 64), (1, 128), (2, 256), (2, 32), (1, 96)])
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_projected_heads_are_those_of_one_kernel_after_the_other(
+    kernels: NativeKernels, rows: int, kv_heads: int, head_dim: int, is_listed: bool
+) -> None:
+    """Three layers' keys and values, each to its own pool by its own angles: bit by bit, and nothing beside them."""
+    layers, size = 3, 96
+    outputs = layers * 2 * kv_heads * head_dim
+    inputs, bias, panels = random(rows, size), random(outputs), PackedMatrix.of(random(outputs, size)).values
+    turns = [torch.rand(rows, head_dim // 2, generator=torch.Generator().manual_seed(seed)) * 6 for seed in (1, 2, 3)]
+    angles = [(each.cos().bfloat16(), each.sin().bfloat16()) for each in turns]
+    slots = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:rows] if is_listed else None
+    found, expected = ([random(600, 2, kv_heads, head_dim).add_(layer) for layer in range(layers)] for _ in range(2))
+    heads = kernels.linear(inputs, panels, outputs, bias).view(rows, layers, 2 * kv_heads, head_dim)
+    for layer, (cos, sin) in enumerate(angles):
+        kernels.rotate_store(heads[:, layer], 0, cos, sin, expected[layer], slots)
+    kernels.project(inputs, panels, bias, found, angles, slots)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
     with pytest.raises(InternalError, match="shoal_gate"):
         kernels.gate(random(2, 20), is_gelu=False)
@@ -274,6 +295,11 @@ def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
         kernels.linear(random(65, 48), random(1, 24, 32, 2), 32, None)
     with pytest.raises(InternalError, match="shoal_gated_linear"):
         kernels.gated_linear(random(20, 32), random(3, 16, 32, 2), 48, None, is_gelu=False)
+    angles = [(random(70, 24), random(70, 24))]
+    for size, head_dim in ((32, 48), (48, 64)):
+        inputs, panels, pools = random(70, size), random(4, size // 2, 32, 2), [random(70, 2, 1, head_dim)]
+        with pytest.raises(InternalError, match="shoal_project"):
+            kernels.project(inputs, panels, None, pools, angles, None)
 
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 25, 32, 33, 40, 47, 48, 49, 64, 65, 100, 511])

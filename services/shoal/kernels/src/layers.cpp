@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "crew.hpp"
+#include "heads.hpp"
 #include "kernels.hpp"
 #include "layers.hpp"
 #include "linear.hpp"
@@ -99,6 +100,9 @@ class Runner {
    private:
     int64_t heads_size() const { return (shape_.num_heads + 2 * shape_.kv_heads) * shape_.head_dim; }
     bool gates_at_once(const Matrix& by) const { return !by.scales && step_.num_rows > FEW_ROWS; }
+    bool rotates_as_it_multiplies(const Layer& layer) const {
+        return !layer.qkv.scales && !layer.q_norm && !layer.k_norm && rotates_at_once(step_.num_rows, shape_.head_dim);
+    }
     static bool has_int8(const Layer& layer) {
         return layer.qkv.scales || layer.out.scales || layer.gate_up.scales || layer.down.scales;
     }
@@ -107,11 +111,21 @@ class Runner {
         const int64_t size = heads_size();
         const Rope& rope = step_.ropes[layer.rope];
         bf16* const heads = scratch_.heads.numbers();
-        if (!multiply(layer.qkv, scratch_.normed.numbers(), shape_.hidden_size, size, heads)) return false;
-        if (!norm_heads(layer, heads, size)) return false;
-        if (shoal_rotate_store(heads, size, rope.cos, rope.sin, step_.num_rows, (int)shape_.num_heads,
-                               (int)shape_.kv_heads, (int)shape_.head_dim, layer.pool, step_.slots, num_threads_))
+        if (rotates_as_it_multiplies(layer)) {
+            const Store store = {static_cast<bf16*>(layer.pool), static_cast<const bf16*>(rope.cos),
+                                 static_cast<const bf16*>(rope.sin)};
+            if (rotated_linear(scratch_.normed.numbers(), layer.qkv.weights, layer.qkv.bias, step_.num_rows, size,
+                               shape_.hidden_size,
+                               {&store, {heads, size}, step_.slots, shape_.num_heads, shape_.kv_heads, shape_.head_dim},
+                               num_threads_))
+                return false;
+        } else if (!(multiply(layer.qkv, scratch_.normed.numbers(), shape_.hidden_size, size, heads) &&
+                     norm_heads(layer, heads, size) &&
+                     !shoal_rotate_store(heads, size, rope.cos, rope.sin, step_.num_rows, (int)shape_.num_heads,
+                                         (int)shape_.kv_heads, (int)shape_.head_dim, layer.pool, step_.slots,
+                                         num_threads_))) {
             return false;
+        }
         const Reads& reads = step_.reads[layer.reads];
         bf16* const mixed = scratch_.mixed.numbers();
         for (int64_t i = 0; i < reads.num_prompts; i++) {

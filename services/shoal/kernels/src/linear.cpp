@@ -107,7 +107,7 @@ void pass(const Operands& of, int64_t panel, const bf16* next, int64_t group, in
 
 // All rows; `next` is the panel that this thread takes then, if there's such a one.
 void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
-    const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, gated = of.num_turns() + panel;
+    const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, gated = of.second_panel(panel);
     const bf16* const own_next = next < of.num_turns() ? of.panel(next) : nullptr;
     alignas(64) float own[ROWS * PANEL], gated_sums[ROWS * PANEL];
     for (int64_t group = 0; group < num_groups; group++) {
@@ -115,7 +115,7 @@ void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
             pass<false>(of, panel, own_next, group, num_groups, nullptr);
             continue;
         }
-        const bf16* const gated_next = own_next ? of.panel(of.num_turns() + next) : nullptr;
+        const bf16* const gated_next = own_next ? of.panel(of.second_panel(next)) : nullptr;
         pass<true>(of, panel, num_groups == 1 ? of.panel(gated) : own_next, group, num_groups, own);
         pass<true>(of, gated, num_groups == 1 ? own_next : gated_next, group, num_groups, gated_sums);
         const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;

@@ -15,16 +15,25 @@ constexpr int64_t TURNS = 3;       // but each thread comes so often, or some wo
 constexpr int64_t MANY_ROWS = 64;  // with more, one panel is work enough
 constexpr int64_t MUCH = 64 * 1536 * MAX_PANELS;  // rows, inputs and panels: more would take others' patience
 
+// Outputs that are queries, keys and values, of a layer or of several: where each of them belongs (heads.hpp).
+struct Heads;
+
 struct Operands {
     const bf16 *inputs, *weights, *bias;
     int64_t num_rows, num_outputs, size;
     Output out;
-    Activation activation;  // none, or the outputs' second half is gated by the first one
+    Activation activation;         // none, or the outputs' second half is gated by the first one
+    const Heads* heads = nullptr;  // or they go there, instead of to `out`
+    int64_t half = 0;              // panels of half a head
 
     bool is_gated() const { return activation != Activation::NONE; }
+    // Whether a panel's outputs are made of its sums and another one's.
+    bool is_paired() const { return is_gated() || heads; }
     int64_t num_panels() const { return (num_outputs + PANEL - 1) / PANEL; }
-    // That are multiplied together with another one.
-    int64_t num_turns() const { return is_gated() ? num_panels() / 2 : num_panels(); }
+    // A panel each, or two.
+    int64_t num_turns() const { return is_paired() ? num_panels() / 2 : num_panels(); }
+    int64_t first_panel(int64_t turn) const { return heads ? turn + turn / half * half : turn; }
+    int64_t second_panel(int64_t turn) const { return first_panel(turn) + (heads ? half : num_turns()); }
     const bf16* panel(int64_t index) const { return weights + index * PANEL * size; }
 
     // Of sixteen outputs, those that there are.
@@ -81,6 +90,9 @@ inline void put_gated(const Operands& of, int64_t panel, int64_t row, int64_t nu
     };
     for (int64_t n = 0; n < num_rows; n++) of.put_line(row + n, output, gate(n, 0), gate(n, 1));
 }
+
+// The same where they are the first and the second half of a head. They are rounded before, as gates are.
+void put_heads(const Operands& of, int64_t panel, int64_t row, int64_t num_rows, const float* first, const float* second);
 
 inline int64_t panels_at_once(const Operands& of, int num_threads) {
     if (of.num_rows > MANY_ROWS) return 1;

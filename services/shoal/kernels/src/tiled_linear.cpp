@@ -41,7 +41,7 @@ class FewRows {
                     else multiply<true>(of_panel, row, to, first, square ? 0 : STEP / LINE);
                 };
                 sums(panel, own_[next_], 0);
-                if (of_.is_gated()) sums(of_.num_turns() + panel, gated_[next_], num_steps_);
+                if (of_.is_gated()) sums(of_.second_panel(panel), gated_[next_], num_steps_);
                 ready_ = {panel, row, num_rows_};
                 next_ = 1 - next_;
             }
@@ -136,26 +136,28 @@ class ManyRows {
                 }
     }
 
-    // Panels from `begin` to `end`.
+    // Turns from `begin` to `end`.
     void multiply(Squares squares, const bf16* packed, int64_t begin, int64_t end) const {
         static thread_local Room<float> sums;
         float* const own = sums.of(2 * squares.number() * SQUARE);
-        float* const gated = own + squares.number() * SQUARE;
+        float* const other = own + squares.number() * SQUARE;
         const Tiles held;
-        for (int64_t panel = begin; panel < end; panel++) {
+        for (int64_t turn = begin; turn < end; turn++) {
+            const int64_t panel = of_.first_panel(turn), next = of_.first_panel(turn + 1);
             const auto put_own = [&](int64_t at, int64_t row, int64_t num_rows) {
                 put(of_, panel, row, num_rows, own + at);
             };
             const auto put_both = [&](int64_t at, int64_t row, int64_t num_rows) {
-                put_gated(of_, panel, row, num_rows, own + at, gated + at);
+                if (of_.heads) put_heads(of_, panel, row, num_rows, own + at, other + at);
+                else put_gated(of_, panel, row, num_rows, own + at, other + at);
             };
-            if (!of_.is_gated()) {
-                multiply(squares, packed, panel, panel + 1, own, put_own);
+            if (!of_.is_paired()) {
+                multiply(squares, packed, panel, next, own, put_own);
                 continue;
             }
-            const int64_t other = of_.num_turns() + panel;
-            multiply(squares, packed, panel, other, own, [](int64_t, int64_t, int64_t) {});
-            multiply(squares, packed, other, panel + 1, gated, put_both);
+            const int64_t second = of_.second_panel(turn);
+            multiply(squares, packed, panel, second, own, [](int64_t, int64_t, int64_t) {});
+            multiply(squares, packed, second, next, other, put_both);
         }
     }
 

@@ -9,10 +9,17 @@
 
 namespace shoal {
 
-// What a kernel makes: `row` numbers from one row to the next.
+// What a kernel makes: `row` numbers from one row to the next, or packed as the matrix unit takes many rows
+// (tiled_linear.hpp), with so many `steps` a square.
 struct Output {
     bf16* numbers;
-    int64_t row;
+    int64_t row, steps = 0;
+
+    bf16* at(int64_t of_row, int64_t column) const {
+        constexpr int64_t SIDE = 32;
+        if (!steps) return numbers + of_row * row + column;
+        return numbers + ((of_row / SIDE * steps + column / SIDE) * SIDE + of_row % SIDE) * SIDE + column % SIDE;
+    }
 };
 
 // A part of it: of each of the rows some columns.

@@ -8,6 +8,7 @@
 #include "layers.hpp"
 #include "linear.hpp"
 #include "room.hpp"
+#include "row_blocks.hpp"
 #include "simd.hpp"
 
 namespace shoal {
@@ -83,6 +84,10 @@ class Runner {
 
     // A layer's MLP is added to the states by the next one's first norm.
     bool run(const Layer* layers, int64_t num_layers) {
+        if (!step_.head && std::all_of(layers, layers + num_layers, [&](const Layer& layer) {
+                return goes_by_blocks(shape_, layer, step_.num_rows);
+            }))
+            return std::all_of(layers, layers + num_layers, [&](const Layer& layer) { return run_by_blocks(layer); });
         for (int64_t i = 0; i < num_layers; i++) {
             const void* const added = i ? scratch_.added.numbers() : nullptr;
             if (!(add_norm(added, layers[i].input_norm) && attention(layers[i]) &&
@@ -112,12 +117,9 @@ class Runner {
         const Rope& rope = step_.ropes[layer.rope];
         bf16* const heads = scratch_.heads.numbers();
         if (rotates_as_it_multiplies(layer)) {
-            const Store store = {static_cast<bf16*>(layer.pool), static_cast<const bf16*>(rope.cos),
-                                 static_cast<const bf16*>(rope.sin)};
+            const Store store = store_of(layer);
             if (rotated_linear(scratch_.normed.numbers(), layer.qkv.weights, layer.qkv.bias, step_.num_rows, size,
-                               shape_.hidden_size,
-                               {&store, {heads, size}, step_.slots, shape_.num_heads, shape_.kv_heads, shape_.head_dim},
-                               num_threads_))
+                               shape_.hidden_size, heads_of(store), num_threads_))
                 return false;
         } else if (!(multiply(layer.qkv, scratch_.normed.numbers(), shape_.hidden_size, size, heads) &&
                      norm_heads(layer, heads, size) &&
@@ -126,8 +128,17 @@ class Runner {
                                          num_threads_))) {
             return false;
         }
+        return attend(layer) &&
+               multiply(layer.out, scratch_.mixed.numbers(), shape_.num_heads * shape_.head_dim, shape_.hidden_size,
+                        scratch_.added.numbers()) &&
+               norm(layer.attention_post_norm, scratch_.added.numbers(), step_.num_rows, shape_.hidden_size, num_threads_);
+    }
+
+    // Of all rows' queries, to `mixed`.
+    bool attend(const Layer& layer) {
+        const int64_t size = heads_size();
         const Reads& reads = step_.reads[layer.reads];
-        bf16* const mixed = scratch_.mixed.numbers();
+        bf16 *const heads = scratch_.heads.numbers(), *const mixed = scratch_.mixed.numbers();
         for (int64_t i = 0; i < reads.num_prompts; i++) {
             const Prompt& of = reads.prompts[i];
             if (shoal_attend_prompt(heads + of.first_row * size, size, layer.pool, of.slots, of.first_slot, of.num_context,
@@ -143,9 +154,25 @@ class Runner {
                               mixed, num_threads_, scratch_.parts.numbers()))
                 return false;
         }
-        return multiply(layer.out, mixed, shape_.num_heads * shape_.head_dim, shape_.hidden_size,
-                        scratch_.added.numbers()) &&
-               norm(layer.attention_post_norm, scratch_.added.numbers(), step_.num_rows, shape_.hidden_size, num_threads_);
+        return true;
+    }
+
+    bool run_by_blocks(const Layer& layer) {
+        bf16* const hidden = static_cast<bf16*>(step_.hidden);
+        const Store store = store_of(layer);
+        heads_by_blocks(shape_, layer, hidden, step_.num_rows, heads_of(store), num_threads_);
+        if (!attend(layer)) return false;
+        mlp_by_blocks(shape_, layer, scratch_.mixed.numbers(), hidden, step_.num_rows, num_threads_);
+        return true;
+    }
+
+    Store store_of(const Layer& layer) const {
+        const Rope& rope = step_.ropes[layer.rope];
+        return {static_cast<bf16*>(layer.pool), static_cast<const bf16*>(rope.cos), static_cast<const bf16*>(rope.sin)};
+    }
+    Heads heads_of(const Store& store) {
+        const Output queries = {scratch_.heads.numbers(), heads_size()};
+        return {&store, queries, step_.slots, shape_.num_heads, shape_.kv_heads, shape_.head_dim};
     }
 
     // Where a family norms queries and keys. Each row by itself: they lie apart.

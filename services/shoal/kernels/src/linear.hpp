@@ -46,7 +46,7 @@ struct Operands {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
     void put_line(int64_t row, int64_t output, __m512 low, __m512 high) const {
-        _mm512_storeu_si512(out.numbers + row * out.row + output, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        _mm512_storeu_si512(out.at(row, output), (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
     void put(int64_t row, int64_t output, __m512 sums) const {
         _mm256_mask_storeu_epi16(out.numbers + row * out.row + output, mask(output), (__m256i)_mm512_cvtneps_pbh(sums));

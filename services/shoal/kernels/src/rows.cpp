@@ -1,9 +1,8 @@
 // What happens to each row between the matrix products: one pass over the memory each, float32 inside, one rounding.
-#include <cmath>
+#include "rows.hpp"
 
 #include "activations.hpp"
 #include "crew.hpp"
-#include "simd.hpp"
 
 namespace shoal {
 namespace {
@@ -30,25 +29,12 @@ extern "C" int shoal_add_norm(const void* hidden, const void* added, const void*
                               float eps, void* sum, void* out, int num_threads) {
     using namespace shoal;
     if (size % 16) return 1;
+    const Output to = {static_cast<bf16*>(out), size};
     share_ranges(num_rows, PIECE, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) {
-            const bf16* from = static_cast<const bf16*>(hidden) + row * size;
-            if (added) {
-                bf16* const to = static_cast<bf16*>(sum) + row * size;
-                const bf16* const other = static_cast<const bf16*>(added) + row * size;
-                for (int64_t j = 0; j < size; j += 16) store(to + j, _mm512_add_ps(load(from + j), load(other + j)));
-                from = to;
-            }
-            if (!out) continue;
-            __m512 squares = _mm512_setzero_ps();
-            for (int64_t j = 0; j < size; j += 16) squares = _mm512_fmadd_ps(load(from + j), load(from + j), squares);
-            const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / (float)size + eps));
-            bf16* const to = static_cast<bf16*>(out) + row * size;
-            for (int64_t j = 0; j < size; j += 16) {
-                const __m512 normed = _mm512_mul_ps(load(from + j), scale);
-                store(to + j, weight ? _mm512_mul_ps(normed, load(static_cast<const bf16*>(weight) + j)) : normed);
-            }
-        }
+        for (int64_t row = begin; row < end; row++)
+            add_norm_row(static_cast<const bf16*>(hidden) + row * size,
+                         added ? static_cast<const bf16*>(added) + row * size : nullptr,
+                         static_cast<const bf16*>(weight), size, eps, static_cast<bf16*>(sum) + row * size, to, row);
     });
     return 0;
 }

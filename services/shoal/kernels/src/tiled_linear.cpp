@@ -1,23 +1,20 @@
 // Products by the matrix unit (tiles.hpp), with weights as linear.cpp has them: panels are what it takes.
 //
-// Few rows are taken as they lie. Many are packed by each thread, as what a square of sums wants of them at a time:
-//
-//     inputs  [square of 32 rows][step of 32 inputs][row][input]
-//
-// A thread takes a block of rows which the second cache holds, and some panels. Of a panel the first cache holds a part,
+// Few rows are taken as they lie. Many are packed by each thread, as what a square of sums wants of them at a time
+// (tiled_linear.hpp). A thread takes a block of rows which the second cache holds, and some panels. Of a panel the first cache holds a part,
 // which all squares of the block are multiplied by, one after the other, before the next part. The vector registers have
 // nothing to do meanwhile: while a square is multiplied, they make outputs of the sums of the one before.
 #include <atomic>
 #include <vector>
 
-#include "linear.hpp"
+#include "tiled_linear.hpp"
+
 #include "room.hpp"
-#include "tiles.hpp"
 
 namespace shoal {
 namespace {
 
-constexpr int64_t SIDE = 2 * TILE;              // of a square
+constexpr int64_t SIDE = SQUARE_ROWS;
 constexpr int64_t SQUARE = SIDE * PANEL;        // its sums
 constexpr int64_t STEP = SIDE * TILE_NUMBERS;   // inputs of a square, and weights of a panel, that are multiplied at once
 constexpr int64_t PART = 9;                     // about so many steps: 18 KiB of weights
@@ -87,117 +84,70 @@ class FewRows {
     alignas(64) float own_[2][SQUARE], gated_[2][SQUARE];
 };
 
-class ManyRows {
-   public:
-    ManyRows(const Operands& of, int num_threads) : of_(of), num_threads_(num_threads) {}
-
-    // Each thread begins with a block of its own, which it packs: inputs that another one has packed would come from that
-    // one's cache. Who has none left helps the others.
-    void run() const {
-        const int64_t turns = of_.num_turns(), wanted = TURNS * num_threads_;
-        // But so many squares that weights serve more than a few rows: those are read once for each block.
-        const int64_t most = std::max<int64_t>(1, num_squares_ / FEWEST);
-        const int64_t by_cache = std::min((of_.num_rows * of_.size + NEAR - 1) / NEAR, most);
-        const int64_t alike = (by_cache + num_threads_ - 1) / num_threads_ * num_threads_;  // each thread has as many
-        const int64_t by_threads = (wanted + turns - 1) / turns;
-        const int64_t num_blocks = std::min(std::max(alike <= most ? alike : by_cache, by_threads), num_squares_);
-        const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS);
-        const int64_t num_groups = (turns + at_once - 1) / at_once;
-        std::vector<std::atomic<int64_t>> num_taken(num_blocks);
-        share(num_threads_, num_threads_, [&](int64_t thread) {
-            static thread_local Room<bf16> room;
-            for (int64_t turn = 0; turn < num_blocks; turn++) {
-                const int64_t block = (turn + thread * num_blocks / num_threads_) % num_blocks;
-                const Squares squares = {num_squares_ * block / num_blocks, num_squares_ * (block + 1) / num_blocks};
-                bf16* packed = nullptr;
-                for (int64_t group; (group = num_taken[block].fetch_add(1)) < num_groups;) {
-                    if (!packed) pack(squares, packed = room.of(squares.number() * SIDE * of_.size));
-                    const int64_t begin = group * at_once;
-                    multiply(squares, packed, begin, std::min(begin + at_once, turns));
-                }
-            }
-        });
-    }
-
-   private:
-    struct Squares {
-        int64_t begin, end;
-        int64_t number() const { return end - begin; }
+// The sums of a panel for all of a block's squares, one after the other, and then `put` for some rows of them at a time.
+// The part of weights that follows is fetched meanwhile, at the end of the panel that of `next`.
+template <class Put>
+void multiply_panel(const Operands& of, Squares squares, const bf16* packed, int64_t panel, const bf16* next, float* sums,
+                    const Put& put) {
+    const int64_t num_steps = of.size / TILE_NUMBERS, num_parts = std::max<int64_t>(1, (num_steps + PART / 2) / PART);
+    int64_t done = -1;  // a square whose sums are ready
+    const auto put_some = [&](int64_t begin, int64_t end) {
+        const int64_t row = squares.first_row() + done * SIDE;
+        end = std::min(end, of.num_rows - row);
+        if (done >= 0 && begin < end) put(done * SQUARE + begin * PANEL, row + begin, end - begin);
     };
-
-    // What a square has more than there are rows is zeros.
-    void pack(Squares squares, bf16* packed) const {
-        for (int64_t square = squares.begin; square < squares.end; square++)
-            for (int64_t step = 0; step < num_steps_; step++)
-                for (int64_t row = square * SIDE; row < (square + 1) * SIDE; row++, packed += TILE_NUMBERS) {
-                    const bf16* const numbers = of_.inputs + row * of_.size + step * TILE_NUMBERS;
-                    const bool is_there = row < of_.num_rows;
-                    _mm512_store_si512(packed, is_there ? _mm512_loadu_si512(numbers) : _mm512_setzero_si512());
-                }
-    }
-
-    // Turns from `begin` to `end`.
-    void multiply(Squares squares, const bf16* packed, int64_t begin, int64_t end) const {
-        static thread_local Room<float> sums;
-        float* const own = sums.of(2 * squares.number() * SQUARE);
-        float* const other = own + squares.number() * SQUARE;
-        const Tiles held;
-        for (int64_t turn = begin; turn < end; turn++) {
-            const int64_t panel = of_.first_panel(turn), next = of_.first_panel(turn + 1);
-            const auto put_own = [&](int64_t at, int64_t row, int64_t num_rows) {
-                put(of_, panel, row, num_rows, own + at);
-            };
-            const auto put_both = [&](int64_t at, int64_t row, int64_t num_rows) {
-                if (of_.heads) put_heads(of_, panel, row, num_rows, own + at, other + at);
-                else put_gated(of_, panel, row, num_rows, own + at, other + at);
-            };
-            if (!of_.is_paired()) {
-                multiply(squares, packed, panel, next, own, put_own);
-                continue;
+    for (int64_t part = 0; part < num_parts; part++) {
+        const int64_t begin = num_steps * part / num_parts, end = num_steps * (part + 1) / num_parts;
+        const bool is_first = part == 0, is_last = part + 1 == num_parts;
+        const bf16* ahead = is_last ? next : of.panel(panel) + end * STEP;
+        const int64_t lines = (STEP / LINE + squares.number() - 1) / squares.number();  // with each step
+        for (int64_t square = 0; square < squares.number(); square++) {
+            const bf16* const inputs = packed + square * num_steps * STEP;
+            float* const to = sums + square * SQUARE;
+            if (is_first) Square::zero();
+            else Square::load(to, PANEL);
+            for (int64_t step = begin; step < end; step++) {
+                for (int64_t line = 0; line < lines; line++, ahead += LINE) fetch(ahead);
+                Square::add(inputs + step * STEP, TILE_NUMBERS, of.panel(panel) + step * STEP, 2 * PANEL);
+                if (is_last) put_some(SIDE * (step - begin) / (end - begin), SIDE * (step - begin + 1) / (end - begin));
             }
-            const int64_t second = of_.second_panel(turn);
-            multiply(squares, packed, panel, second, own, [](int64_t, int64_t, int64_t) {});
-            multiply(squares, packed, second, next, other, put_both);
+            Square::store(to, PANEL);
+            if (is_last) done = square;
         }
     }
+    put_some(0, SIDE);
+}
 
-    // The sums of a panel for all of a block's squares, one after the other, and then `put` for some rows of them at a
-    // time. The part of weights that follows is fetched meanwhile, at the end of the panel that of `next`.
-    template <class Put>
-    void multiply(Squares squares, const bf16* packed, int64_t panel, int64_t next, float* sums, const Put& put) const {
-        const int64_t num_parts = std::max<int64_t>(1, (num_steps_ + PART / 2) / PART);
-        int64_t done = -1;  // a square whose sums are ready
-        const auto put_some = [&](int64_t begin, int64_t end) {
-            const int64_t row = (squares.begin + done) * SIDE;
-            end = std::min(end, of_.num_rows - row);
-            if (done >= 0 && begin < end) put(done * SQUARE + begin * PANEL, row + begin, end - begin);
-        };
-        for (int64_t part = 0; part < num_parts; part++) {
-            const int64_t begin = num_steps_ * part / num_parts, end = num_steps_ * (part + 1) / num_parts;
-            const bool is_first = part == 0, is_last = part + 1 == num_parts;
-            const bf16* ahead = is_last ? of_.panel(next) : of_.panel(panel) + end * STEP;
-            const int64_t lines = (STEP / LINE + squares.number() - 1) / squares.number();  // with each step
-            for (int64_t square = 0; square < squares.number(); square++) {
-                const bf16* const inputs = packed + square * num_steps_ * STEP;
-                float* const to = sums + square * SQUARE;
-                if (is_first) Square::zero();
-                else Square::load(to, PANEL);
-                for (int64_t step = begin; step < end; step++) {
-                    for (int64_t line = 0; line < lines; line++, ahead += LINE) fetch(ahead);
-                    Square::add(inputs + step * STEP, TILE_NUMBERS, of_.panel(panel) + step * STEP, 2 * PANEL);
-                    if (is_last) put_some(SIDE * (step - begin) / (end - begin), SIDE * (step - begin + 1) / (end - begin));
+// Each thread begins with a block of its own, which it packs: inputs that another one has packed would come from that
+// one's cache. Who has none left helps the others.
+void multiply_many(const Operands& of, int num_threads) {
+    const int64_t num_squares = Squares::number_of(of.num_rows), turns = of.num_turns(), wanted = TURNS * num_threads;
+    // But so many squares that weights serve more than a few rows: those are read once for each block.
+    const int64_t most = std::max<int64_t>(1, num_squares / FEWEST);
+    const int64_t by_cache = std::min((of.num_rows * of.size + NEAR - 1) / NEAR, most);
+    const int64_t alike = (by_cache + num_threads - 1) / num_threads * num_threads;  // each thread has as many
+    const int64_t by_threads = (wanted + turns - 1) / turns;
+    const int64_t num_blocks = std::min(std::max(alike <= most ? alike : by_cache, by_threads), num_squares);
+    const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS);
+    const int64_t num_groups = (turns + at_once - 1) / at_once;
+    std::vector<std::atomic<int64_t>> num_taken(num_blocks);
+    share(num_threads, num_threads, [&](int64_t thread) {
+        static thread_local Room<bf16> room;
+        for (int64_t turn = 0; turn < num_blocks; turn++) {
+            const int64_t block = (turn + thread * num_blocks / num_threads) % num_blocks;
+            const Squares squares = Squares::block(num_squares, block, num_blocks);
+            bf16* packed = nullptr;
+            for (int64_t group; (group = num_taken[block].fetch_add(1)) < num_groups;) {
+                if (!packed) {
+                    packed = room.of(squares.num_rows() * of.size);
+                    pack_squares(of.inputs, of.num_rows, of.size, squares, packed);
                 }
-                Square::store(to, PANEL);
-                if (is_last) done = square;
+                const int64_t begin = group * at_once;
+                multiply_squares(of, squares, packed, begin, std::min(begin + at_once, turns));
             }
         }
-        put_some(0, SIDE);
-    }
-
-    const Operands& of_;
-    const int num_threads_;
-    const int64_t num_squares_ = (of_.num_rows + SIDE - 1) / SIDE, num_steps_ = of_.size / TILE_NUMBERS;
-};
+    });
+}
 
 }  // namespace
 
@@ -207,6 +157,39 @@ void multiply_by_tiles(const Operands& of, int num_threads) {
     });
 }
 
-void multiply_many_by_tiles(const Operands& of, int num_threads) { ManyRows(of, num_threads).run(); }
+void multiply_many_by_tiles(const Operands& of, int num_threads) { multiply_many(of, num_threads); }
+
+void pack_squares(const bf16* inputs, int64_t num_rows, int64_t size, Squares squares, bf16* packed) {
+    for (int64_t first = squares.first_row(); first < squares.end * SIDE; first += SIDE)
+        for (int64_t step = 0; step < size; step += TILE_NUMBERS)
+            for (int64_t row = first; row < first + SIDE; row++, packed += TILE_NUMBERS)
+                _mm512_store_si512(packed, row < num_rows ? _mm512_loadu_si512(inputs + row * size + step)
+                                                          : _mm512_setzero_si512());
+}
+
+void multiply_squares(const Operands& of, Squares squares, const bf16* packed, int64_t begin, int64_t end) {
+    static thread_local Room<float> sums;
+    float* const own = sums.of(2 * squares.number() * SQUARE);
+    float* const other = own + squares.number() * SQUARE;
+    const Tiles held;
+    for (int64_t turn = begin; turn < end; turn++) {
+        const int64_t panel = of.first_panel(turn);
+        const bf16* const next = of.panel(of.first_panel(turn + 1));
+        const auto put_own = [&](int64_t at, int64_t row, int64_t num_rows) {
+            put(of, panel, row, num_rows, own + at);
+        };
+        const auto put_both = [&](int64_t at, int64_t row, int64_t num_rows) {
+            if (of.heads) put_heads(of, panel, row, num_rows, own + at, other + at);
+            else put_gated(of, panel, row, num_rows, own + at, other + at);
+        };
+        if (!of.is_paired()) {
+            multiply_panel(of, squares, packed, panel, next, own, put_own);
+            continue;
+        }
+        const int64_t second = of.second_panel(turn);
+        multiply_panel(of, squares, packed, panel, of.panel(second), own, [](int64_t, int64_t, int64_t) {});
+        multiply_panel(of, squares, packed, second, next, other, put_both);
+    }
+}
 
 }  // namespace shoal

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from engines import Ask, divergence, emulated_kernels, kernel_model, make_engine, native_kernels, run
+from engines import (
+    Ask,
+    divergence,
+    emulated_kernels,
+    kernel_model,
+    logits_after,
+    make_engine,
+    native_kernels,
+    run,
+)
+from models import tiny_model
 from shoal.engine.engine import Engine
 from shoal.kernels.native import NativeKernels
 from shoal.messages import Depth, SamplingParams
@@ -86,6 +97,28 @@ def test_steps_with_prompts_in_them(
         if not torch.equal(mine.argmax(dim=-1), other.argmax(dim=-1)):
             assert index > 3
             break
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("intermediate", [128, 5632])
+def test_whether_or_not_a_cache_holds_a_block_of_rows(
+    kernels: NativeKernels, intermediate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are as many blocks as threads at least."""
+    model = tiny_model("llama", torch.bfloat16, head_dim=64, vocab=96, intermediate=intermediate, layers=2)
+    whole, parts = (make_engine(model, 1, kernels=kernels, num_blocks=1024, max_step_tokens=200) for _ in range(2))
+    monkeypatch.setattr(parts.runner.decoder, "_run_layers", None)
+    for num_tokens, depth in ((70, Depth.FULL), (100, Depth.SHALLOW)):
+        ours, theirs = (logits_after(engine, PROMPT[:num_tokens], depth) for engine in (whole, parts))
+        assert torch.equal(ours, theirs)
 
 
 def test_each_layer_of_a_prompt_is_told_of(kernels: NativeKernels) -> None:

@@ -313,11 +313,13 @@ def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_
     torch.testing.assert_close(found.double(), expected, **CLOSE)
 
 
-@pytest.mark.parametrize(("rows", "outputs", "size"), [(1100, 97, 1600), (2049, 33, 288), (70, 160, 4128)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "size"), [(1100, 97, 1600), (2049, 33, 288), (70, 160, 4128), (100, 640, 2080)]
+)
 def test_rows_by_the_thousand_are_as_each_of_them_among_few(
     kernels: NativeKernels, rows: int, outputs: int, size: int
 ) -> None:
-    """More rows than the second cache holds, more inputs than the first one."""
+    """More rows than the second cache holds, or more inputs: a chunk at a time, by several panels."""
     inputs, panels = random(rows, size), PackedMatrix.of(random(outputs, size)).values
     found = kernels.linear(inputs, panels, outputs, None)
     for begin in (0, rows // 2, rows - 40):
@@ -340,13 +342,22 @@ def test_many_rows_whoever_shares_them(kernels: NativeKernels, rows: int, output
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-@pytest.mark.parametrize("rows", [70, 1100])
-def test_gates_of_many_rows(kernels: NativeKernels, rows: int, threads: int) -> None:
-    inputs, panels = random(rows, 960) / 4, PackedMatrix.of(random(2 * 96, 960) / 8).values
-    expected = kernels.gate(kernels.linear(inputs, panels, 2 * 96, None), is_gelu=False)
+@pytest.mark.parametrize(("rows", "gated", "size"), [(70, 96, 960), (1100, 96, 960), (80, 320, 2080)])
+def test_gates_of_many_rows(kernels: NativeKernels, rows: int, gated: int, size: int, threads: int) -> None:
+    inputs, panels = random(rows, size) / 4, PackedMatrix.of(random(2 * gated, size) / 8).values
+    expected = kernels.gate(kernels.linear(inputs, panels, 2 * gated, None), is_gelu=False)
     found = torch.empty_like(expected)
     kernels._call(
-        "shoal_gated_linear", inputs.data_ptr(), panels.data_ptr(), None, rows, 96, 960, 0, found.data_ptr(), threads
+        "shoal_gated_linear",
+        inputs.data_ptr(),
+        panels.data_ptr(),
+        None,
+        rows,
+        gated,
+        size,
+        0,
+        found.data_ptr(),
+        threads,
     )
     assert torch.equal(found, expected)
 

@@ -1,9 +1,7 @@
 // Products by the matrix unit (tiles.hpp), with weights as linear.cpp has them: panels are what it takes.
 //
 // Few rows are taken as they lie. Many are packed by each thread, as what a square of sums wants of them at a time
-// (tiled_linear.hpp). A thread takes a block of rows which the second cache holds, and some panels. Of a panel the first cache holds a part,
-// which all squares of the block are multiplied by, one after the other, before the next part. The vector registers have
-// nothing to do meanwhile: while a square is multiplied, they make outputs of the sums of the one before.
+// (tiled_linear.hpp). A thread takes a block of rows which the second cache holds, and some panels, one after the other.
 #include <atomic>
 #include <vector>
 
@@ -17,10 +15,13 @@ namespace {
 constexpr int64_t SIDE = SQUARE_ROWS;
 constexpr int64_t SQUARE = SIDE * PANEL;        // its sums
 constexpr int64_t STEP = SIDE * TILE_NUMBERS;   // inputs of a square, and weights of a panel, that are multiplied at once
-constexpr int64_t PART = 9;                     // about so many steps: 18 KiB of weights
-constexpr int64_t NEAR = 320 * 1024;            // inputs of a block: 640 KiB
+constexpr int64_t CHUNK = 64;                   // steps at most: 128 KiB of weights, and as much of a square
+constexpr int64_t NEAR = 320 * 1024;            // inputs of a block's chunk: 640 KiB
+constexpr int64_t FAR_PANELS = 32;              // that share a chunk: sums of five squares are as much
 constexpr int64_t FEWEST = 4;                   // squares of a block
 static_assert(PANEL == SIDE);
+
+int64_t num_chunks_of(int64_t size) { return (size / TILE_NUMBERS + CHUNK - 1) / CHUNK; }
 
 // Up to MANY_ROWS rows as they lie, and panels that one thread takes, one after the other. With more rows than a tile has,
 // weights are fetched two steps ahead: what the unit loads itself is waited for. With fewer, memory takes as long anyway.
@@ -84,39 +85,80 @@ class FewRows {
     alignas(64) float own_[2][SQUARE], gated_[2][SQUARE];
 };
 
-// The sums of a panel for all of a block's squares, one after the other, and then `put` for some rows of them at a time.
-// The part of weights that follows is fetched meanwhile, at the end of the panel that of `next`.
-template <class Put>
-void multiply_panel(const Operands& of, Squares squares, const bf16* packed, int64_t panel, const bf16* next, float* sums,
-                    const Put& put) {
-    const int64_t num_steps = of.size / TILE_NUMBERS, num_parts = std::max<int64_t>(1, (num_steps + PART / 2) / PART);
-    int64_t done = -1;  // a square whose sums are ready
-    const auto put_some = [&](int64_t begin, int64_t end) {
-        const int64_t row = squares.first_row() + done * SIDE;
-        end = std::min(end, of.num_rows - row);
-        if (done >= 0 && begin < end) put(done * SQUARE + begin * PANEL, row + begin, end - begin);
-    };
-    for (int64_t part = 0; part < num_parts; part++) {
-        const int64_t begin = num_steps * part / num_parts, end = num_steps * (part + 1) / num_parts;
-        const bool is_first = part == 0, is_last = part + 1 == num_parts;
-        const bf16* ahead = is_last ? next : of.panel(panel) + end * STEP;
-        const int64_t lines = (STEP / LINE + squares.number() - 1) / squares.number();  // with each step
-        for (int64_t square = 0; square < squares.number(); square++) {
-            const bf16* const inputs = packed + square * num_steps * STEP;
-            float* const to = sums + square * SQUARE;
-            if (is_first) Square::zero();
-            else Square::load(to, PANEL);
-            for (int64_t step = begin; step < end; step++) {
-                for (int64_t line = 0; line < lines; line++, ahead += LINE) fetch(ahead);
-                Square::add(inputs + step * STEP, TILE_NUMBERS, of.panel(panel) + step * STEP, 2 * PANEL);
-                if (is_last) put_some(SIDE * (step - begin) / (end - begin), SIDE * (step - begin + 1) / (end - begin));
+// Turns of one thread with a block's squares, which are packed. Of many inputs the second cache holds a chunk; sums wait
+// there for the next one. The vector registers have nothing to do meanwhile: while a square is multiplied for the last
+// time, they make outputs of the sums of the one before.
+class ManySquares {
+   public:
+    ManySquares(const Operands& of, Squares squares, const bf16* packed) : of_(of), squares_(squares), packed_(packed) {}
+
+    void run(int64_t begin, int64_t end) {
+        static thread_local Room<float> room;
+        const int64_t num_chunks = num_chunks_of(of_.size);
+        float* const sums = room.of((num_chunks > 1 ? (end - begin) * squares_.number() : 2) * 2 * SQUARE);
+        for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
+            const Steps steps = {num_steps_ * chunk / num_chunks, num_steps_ * (chunk + 1) / num_chunks};
+            const bool is_last = chunk + 1 == num_chunks;
+            for (int64_t turn = begin, at = 0; turn < end; turn++) {
+                const bool is_next_chunk = turn + 1 == end && !is_last;
+                const int64_t next = is_next_chunk ? begin : turn + 1, from = is_next_chunk ? steps.end : steps.begin;
+                const bf16* ahead[] = {of_.panel(of_.first_panel(next)) + from * STEP,
+                                       of_.panel(of_.second_panel(next)) + from * STEP};
+                for (int64_t square = 0; square < squares_.number(); square++, at++) {
+                    float* const own = sums + 2 * (num_chunks > 1 ? at : at % 2) * SQUARE;
+                    multiply(square, of_.first_panel(turn), steps, own, 0, ahead[0]);
+                    if (of_.is_paired())
+                        multiply(square, of_.second_panel(turn), steps, own + SQUARE, steps.number(), ahead[1]);
+                    if (is_last) ready_ = {of_.first_panel(turn), squares_.first_row() + square * SIDE, own};
+                }
             }
-            Square::store(to, PANEL);
-            if (is_last) done = square;
         }
+        put_some(0, SIDE);
     }
-    put_some(0, SIDE);
-}
+
+   private:
+    struct Steps {
+        int64_t begin, end;
+        int64_t number() const { return end - begin; }
+    };
+
+    // `first` steps were multiplied by the turn's other panel. What comes after the panel is fetched on the way.
+    void multiply(int64_t square, int64_t panel, Steps steps, float* sums, int64_t first, const bf16*& ahead) {
+        const bf16* const inputs = packed_ + square * num_steps_ * STEP;
+        const int64_t num_all = (of_.is_paired() ? 2 : 1) * steps.number();
+        const int64_t num_lines = (STEP / LINE + squares_.number() - 1) / squares_.number();  // with each step
+        if (steps.begin) Square::load(sums, PANEL);
+        else Square::zero();
+        for (int64_t step = steps.begin; step < steps.end; step++) {
+            for (int64_t line = 0; line < num_lines; line++, ahead += LINE) fetch(ahead);
+            Square::add(inputs + step * STEP, TILE_NUMBERS, of_.panel(panel) + step * STEP, 2 * PANEL);
+            const int64_t done = first + step - steps.begin;
+            put_some(SIDE * done / num_all, SIDE * (done + 1) / num_all);
+        }
+        Square::store(sums, PANEL);
+    }
+
+    void put_some(int64_t begin, int64_t end) const {
+        if (!ready_.sums) return;
+        const int64_t row = ready_.row + begin, number = std::min(end, of_.num_rows - ready_.row) - begin;
+        if (number <= 0) return;
+        const float *const own = ready_.sums + begin * PANEL, *const other = own + SQUARE;
+        if (of_.heads) put_heads(of_, ready_.panel, row, number, own, other);
+        else if (of_.is_gated()) put_gated(of_, ready_.panel, row, number, own, other);
+        else put(of_, ready_.panel, row, number, own);
+    }
+
+    const Operands& of_;
+    const Squares squares_;
+    const bf16* const packed_;
+    const int64_t num_steps_ = of_.size / TILE_NUMBERS;
+    const Tiles held_;
+    // A square whose sums are made.
+    struct {
+        int64_t panel, row;
+        const float* sums;
+    } ready_ = {};
+};
 
 // Each thread begins with a block of its own, which it packs: inputs that another one has packed would come from that
 // one's cache. Who has none left helps the others.
@@ -124,11 +166,13 @@ void multiply_many(const Operands& of, int num_threads) {
     const int64_t num_squares = Squares::number_of(of.num_rows), turns = of.num_turns(), wanted = TURNS * num_threads;
     // But so many squares that weights serve more than a few rows: those are read once for each block.
     const int64_t most = std::max<int64_t>(1, num_squares / FEWEST);
-    const int64_t by_cache = std::min((of.num_rows * of.size + NEAR - 1) / NEAR, most);
+    const int64_t of_a_chunk = of.size / num_chunks_of(of.size);
+    const int64_t by_cache = std::min((of.num_rows * of_a_chunk + NEAR - 1) / NEAR, most);
     const int64_t alike = (by_cache + num_threads - 1) / num_threads * num_threads;  // each thread has as many
     const int64_t by_threads = (wanted + turns - 1) / turns;
     const int64_t num_blocks = std::min(std::max(alike <= most ? alike : by_cache, by_threads), num_squares);
-    const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, MAX_PANELS);
+    const int64_t most_panels = num_chunks_of(of.size) > 1 ? FAR_PANELS : MAX_PANELS;
+    const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, most_panels);
     const int64_t num_groups = (turns + at_once - 1) / at_once;
     std::vector<std::atomic<int64_t>> num_taken(num_blocks);
     share(num_threads, num_threads, [&](int64_t thread) {
@@ -168,28 +212,7 @@ void pack_squares(const bf16* inputs, int64_t num_rows, int64_t size, Squares sq
 }
 
 void multiply_squares(const Operands& of, Squares squares, const bf16* packed, int64_t begin, int64_t end) {
-    static thread_local Room<float> sums;
-    float* const own = sums.of(2 * squares.number() * SQUARE);
-    float* const other = own + squares.number() * SQUARE;
-    const Tiles held;
-    for (int64_t turn = begin; turn < end; turn++) {
-        const int64_t panel = of.first_panel(turn);
-        const bf16* const next = of.panel(of.first_panel(turn + 1));
-        const auto put_own = [&](int64_t at, int64_t row, int64_t num_rows) {
-            put(of, panel, row, num_rows, own + at);
-        };
-        const auto put_both = [&](int64_t at, int64_t row, int64_t num_rows) {
-            if (of.heads) put_heads(of, panel, row, num_rows, own + at, other + at);
-            else put_gated(of, panel, row, num_rows, own + at, other + at);
-        };
-        if (!of.is_paired()) {
-            multiply_panel(of, squares, packed, panel, next, own, put_own);
-            continue;
-        }
-        const int64_t second = of.second_panel(turn);
-        multiply_panel(of, squares, packed, panel, of.panel(second), own, [](int64_t, int64_t, int64_t) {});
-        multiply_panel(of, squares, packed, second, next, other, put_both);
-    }
+    ManySquares(of, squares, packed).run(begin, end);
 }
 
 }  // namespace shoal

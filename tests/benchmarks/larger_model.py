@@ -43,7 +43,9 @@ def main() -> None:
     rows, products = [], []
     for num_tokens in shape.prompt_tokens:
         prompt = tuple(torch.randint(2, shape.config["vocab_size"], (num_tokens,)).tolist())
-        seconds = {(whose, depth): [] for whose in WHOSE for depth in (Depth.SHALLOW, Depth.FULL)}
+        seconds: dict[tuple[str, Depth], list[float]] = {
+            (whose, depth): [] for whose in WHOSE for depth in (Depth.SHALLOW, Depth.FULL)
+        }
         for number in track(range(options.rounds + 1), description=f"{num_tokens:,} tokens"):
             for (whose, depth), found in list(seconds.items())[:: -1 if number % 2 else 1]:
                 took_s = prefill_s(engines[whose], [prompt], depth)

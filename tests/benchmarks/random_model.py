@@ -107,6 +107,7 @@ def make_engine(
     if not runner.pool.has_spare_slot:
         pool = runner.pool
         runner.pool = KvPool(pool.layout, pool.num_blocks, dtype=dtype, device=device, has_spare_slot=True)
+        runner.decode_path = None  # it knows the one before
     for layer in runner.pool.layers:
         layer.normal_()
     return engine

@@ -55,7 +55,8 @@ def _computed(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -> 
 def _remembered(table: RopeTable, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The same from what was computed for all positions up to a power of two, if that isn't too much to keep.
 
-    torch takes eight rows' cosines in a parallel region, whose threads a step that only decodes has to wake.
+    A prompt's take torch as long as some kernels take, and of eight rows and more they are a parallel region, whose
+    threads a step that only decodes has to wake.
     """
     known = all_angles(table, int(positions.max()), dtype)
     if known is None:

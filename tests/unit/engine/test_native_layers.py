@@ -108,16 +108,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("intermediate", [128, 5632])
+@pytest.mark.parametrize(("intermediate", "num_tokens"), [(128, 400), (4096, 180), (5632, 70)])
 def test_whether_or_not_a_cache_holds_a_block_of_rows(
-    kernels: NativeKernels, intermediate: int, monkeypatch: pytest.MonkeyPatch
+    kernels: NativeKernels, intermediate: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are as many blocks as threads at least."""
+    """A block for each thread, more of them with inputs in chunks, and none where few rows would fill the cache."""
     model = tiny_model("llama", torch.bfloat16, head_dim=64, vocab=96, intermediate=intermediate, layers=2)
-    whole, parts = (make_engine(model, 1, kernels=kernels, num_blocks=1024, max_step_tokens=200) for _ in range(2))
+    whole, parts = (make_engine(model, 1, kernels=kernels, num_blocks=1024, max_step_tokens=500) for _ in range(2))
     monkeypatch.setattr(parts.runner.decoder, "_run_layers", None)
-    for num_tokens, depth in ((70, Depth.FULL), (100, Depth.SHALLOW)):
-        ours, theirs = (logits_after(engine, PROMPT[:num_tokens], depth) for engine in (whole, parts))
+    prompt = [3 + index * 7 % 90 for index in range(num_tokens)]
+    for depth in (Depth.FULL, Depth.SHALLOW):
+        ours, theirs = (logits_after(engine, prompt, depth) for engine in (whole, parts))
         assert torch.equal(ours, theirs)
 
 

@@ -341,7 +341,7 @@ def test_many_rows_whoever_shares_them(kernels: NativeKernels, rows: int, output
     assert torch.equal(found, kernels.linear(inputs, panels, outputs, None))
 
 
-@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(("rows", "gated", "size"), [(70, 96, 960), (1100, 96, 960), (80, 320, 2080)])
 def test_gates_of_many_rows(kernels: NativeKernels, rows: int, gated: int, size: int, threads: int) -> None:
     inputs, panels = random(rows, size) / 4, PackedMatrix.of(random(2 * gated, size) / 8).values

@@ -85,7 +85,7 @@ def test_layers_are_read_as_they_lie_in_any_dtype_and_of_no_slots_nothing_is():
         pool = KvPool(make_pool().layout, 4, dtype=dtype, device=torch.device("cpu"))
         for layer in pool.layers:
             layer.copy_(torch.randn(layer.shape))
-        for slots in ([9, 2, 3], []):
+        for slots in ([9, 2, 3], [5, 6, 7, 8], [15], [3, 4, 6], [7, 6], []):
             read = pool.read_layers(1, 3, torch.tensor(slots, dtype=torch.int64))
             assert read.shape == (2, len(slots), 2, 2, 2) and read.dtype == dtype
             for layer, found in zip(pool.layers[1:], read, strict=True):

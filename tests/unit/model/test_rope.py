@@ -1,4 +1,4 @@
-"""Frequencies are made once for each device, and few rows' angles looked up: whoever asks first, all can use them."""
+"""Frequencies are made once for each device, and angles looked up: whoever asks first, all can use them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_what_is_looked_up_is_what_is_computed(dtype: torch.dtype):
     module._tables.clear()
     many = torch.tensor([*range(4000, 3900, -1), 0, 1, 2047, 2048, 65_535, 65_536])
     computed = Rope.at(spec, many, dtype)
-    assert not module._tables  # so many aren't remembered
+    assert not module._tables  # that far they aren't remembered
     for rows in (slice(0, 1), slice(3, 67), slice(100, 105), slice(102, 103), slice(99, 106)):
         found = Rope.at(spec, many[rows], dtype)
         assert torch.equal(found.positions, many[rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shoal.engine.native import make_decoder
 from shoal.messages import Stage
 from shoal.model.families import describe
 from shoal.model.files import locate
+from shoal.model.packed import packed
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, load_projector, save_projector
 from shoal.model.rope import Rope
@@ -78,11 +80,13 @@ def test_shoal_s_kernels_know_them_too():
     model = tiny_model("llama", dtype=torch.bfloat16, head_dim=64)
     spec = describe(model.config)
     parameters = parameters_of(model, NUM_SKIPPED, projector=moved(model), num_sinks=NUM_SINKS)
+    assert parameters.projection is not None
+    held = replace(parameters, projection=parameters.projection.held(packed))
     plan = LayerPlan(spec.num_layers, NUM_SKIPPED)
     states = torch.randn(9, spec.hidden_size, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     ours, torchs = (
-        make_decoder(spec, plan, Stage.PREFILL, parameters, own).project(states, torch.arange(9))
-        for own in (kernels, None)
+        make_decoder(spec, plan, Stage.PREFILL, its_own, own).project(states, torch.arange(9))
+        for its_own, own in ((held, kernels), (parameters, None))
     )
     torch.testing.assert_close(ours, torchs, rtol=0.02, atol=0.02)
 

@@ -27,7 +27,8 @@ struct Part {
     int64_t first_row, num_rows, begin, end;
 };
 
-// Calls `make(to)`, which writes all of `part`, and nothing else, to `out` or to memory of this thread's own.
+// Calls `make(to)`, which writes all of `part`, and nothing else, to `out`, which isn't packed, or to memory of this thread's
+// own.
 template <class Make>
 void make_part(const Output& out, const Part& part, Claim& claim, const Make& make) {
     if (!claim.is_shared()) return make(out);

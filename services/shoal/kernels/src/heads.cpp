@@ -1,5 +1,7 @@
 #include "heads.hpp"
 
+#include <new>
+
 #include "kernels.hpp"
 #include "room.hpp"
 #include "tiles.hpp"
@@ -61,7 +63,12 @@ extern "C" int shoal_project(const void* inputs, const void* weights, const void
         return rotated_linear(inputs, weights, bias, num_rows, num_outputs, size,
                               {to, {}, slots, 0, kv_heads, head_dim}, num_threads);
     Room<bf16> room;
-    bf16* const flat = room.of(num_rows * num_outputs);
+    bf16* flat = nullptr;
+    try {
+        flat = room.of(num_rows * num_outputs);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
     if (shoal_linear(inputs, weights, bias, num_rows, num_outputs, size, flat, num_threads)) return 1;
     for (int64_t i = 0; i < num_stores; i++)
         if (shoal_rotate_store(flat + i * of_a_store, num_outputs, to[i].cos, to[i].sin, num_rows, 0, kv_heads, head_dim,

@@ -82,10 +82,10 @@ class Runner {
         return (num_outputs / 32 + 1) * (by.scales ? 1 + step_.num_rows / 32 : 1);
     }
 
-    // A layer's MLP is added to the states by the next one's first norm.
+    // Where it isn't by blocks of rows, a layer's MLP is added to the states by the next one's first norm.
     bool run(const Layer* layers, int64_t num_layers) {
         if (!step_.head && std::all_of(layers, layers + num_layers, [&](const Layer& layer) {
-                return goes_by_blocks(shape_, layer, step_.num_rows);
+                return goes_by_blocks(shape_, layer, step_.num_rows, num_threads_);
             }))
             return std::all_of(layers, layers + num_layers, [&](const Layer& layer) { return run_by_blocks(layer); });
         for (int64_t i = 0; i < num_layers; i++) {
@@ -114,16 +114,15 @@ class Runner {
 
     bool attention(const Layer& layer) {
         const int64_t size = heads_size();
-        const Rope& rope = step_.ropes[layer.rope];
+        const Store store = store_of(layer);
         bf16* const heads = scratch_.heads.numbers();
         if (rotates_as_it_multiplies(layer)) {
-            const Store store = store_of(layer);
             if (rotated_linear(scratch_.normed.numbers(), layer.qkv.weights, layer.qkv.bias, step_.num_rows, size,
                                shape_.hidden_size, heads_of(store), num_threads_))
                 return false;
         } else if (!(multiply(layer.qkv, scratch_.normed.numbers(), shape_.hidden_size, size, heads) &&
                      norm_heads(layer, heads, size) &&
-                     !shoal_rotate_store(heads, size, rope.cos, rope.sin, step_.num_rows, (int)shape_.num_heads,
+                     !shoal_rotate_store(heads, size, store.cos, store.sin, step_.num_rows, (int)shape_.num_heads,
                                          (int)shape_.kv_heads, (int)shape_.head_dim, layer.pool, step_.slots,
                                          num_threads_))) {
             return false;

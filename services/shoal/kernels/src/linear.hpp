@@ -114,8 +114,7 @@ void share_panels(const Operands& of, int num_threads, int64_t at_once, const Mu
     });
 }
 
-// By the matrix unit (tiled_linear.cpp): some rows, or more than MANY_ROWS, which nobody goes
-// through together (layers.cpp).
+// By the matrix unit (tiled_linear.cpp): some rows, or more than MANY_ROWS, which nobody goes through together (layers.cpp).
 void multiply_by_tiles(const Operands& of, int num_threads);
 void multiply_many_by_tiles(const Operands& of, int num_threads);
 

@@ -6,8 +6,8 @@
 
 namespace shoal {
 
-// Whether it's of use: weights are read once for each block, which must have rows enough.
-bool goes_by_blocks(const Shape& shape, const Layer& layer, int64_t num_rows);
+// Whether it's of use: weights are read once for each block, which must have rows enough, and be small enough.
+bool goes_by_blocks(const Shape& shape, const Layer& layer, int64_t num_rows, int num_threads);
 
 // hidden [num_rows, hidden_size] -> the heads of its norm, each to its place.
 void heads_by_blocks(const Shape& shape, const Layer& layer, const bf16* hidden, int64_t num_rows, const Heads& heads,

@@ -1,7 +1,8 @@
 // Products by the matrix unit (tiles.hpp), with weights as linear.cpp has them: panels are what it takes.
 //
 // Few rows are taken as they lie. Many are packed by each thread, as what a square of sums wants of them at a time
-// (tiled_linear.hpp). A thread takes a block of rows which the second cache holds, and some panels, one after the other.
+// (tiled_linear.hpp). A thread takes a block of rows, of whose inputs, or of a chunk of them, the second cache holds all,
+// and some panels, one after the other.
 #include <atomic>
 #include <vector>
 
@@ -17,7 +18,7 @@ constexpr int64_t SQUARE = SIDE * PANEL;        // its sums
 constexpr int64_t STEP = SIDE * TILE_NUMBERS;   // inputs of a square, and weights of a panel, that are multiplied at once
 constexpr int64_t CHUNK = 64;                   // steps at most: 128 KiB of weights, and as much of a square
 constexpr int64_t NEAR = 320 * 1024;            // inputs of a block's chunk: 640 KiB
-constexpr int64_t FAR_PANELS = 32;              // that share a chunk: sums of five squares are as much
+constexpr int64_t FAR_TURNS = 32;               // that share a chunk: of five squares, sums of 640 KiB or twice that
 constexpr int64_t FEWEST = 4;                   // squares of a block
 static_assert(PANEL == SIDE);
 
@@ -95,7 +96,8 @@ class ManySquares {
     void run(int64_t begin, int64_t end) {
         static thread_local Room<float> room;
         const int64_t num_chunks = num_chunks_of(of_.size);
-        float* const sums = room.of((num_chunks > 1 ? (end - begin) * squares_.number() : 2) * 2 * SQUARE);
+        const int64_t of_a_turn = (of_.is_paired() ? 2 : 1) * SQUARE;
+        float* const sums = room.of((num_chunks > 1 ? (end - begin) * squares_.number() : 2) * of_a_turn);
         for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
             const Steps steps = {num_steps_ * chunk / num_chunks, num_steps_ * (chunk + 1) / num_chunks};
             const bool is_last = chunk + 1 == num_chunks;
@@ -105,7 +107,7 @@ class ManySquares {
                 const bf16* ahead[] = {of_.panel(of_.first_panel(next)) + from * STEP,
                                        of_.panel(of_.second_panel(next)) + from * STEP};
                 for (int64_t square = 0; square < squares_.number(); square++, at++) {
-                    float* const own = sums + 2 * (num_chunks > 1 ? at : at % 2) * SQUARE;
+                    float* const own = sums + (num_chunks > 1 ? at : at % 2) * of_a_turn;
                     multiply(square, of_.first_panel(turn), steps, own, 0, ahead[0]);
                     if (of_.is_paired())
                         multiply(square, of_.second_panel(turn), steps, own + SQUARE, steps.number(), ahead[1]);
@@ -171,8 +173,8 @@ void multiply_many(const Operands& of, int num_threads) {
     const int64_t alike = (by_cache + num_threads - 1) / num_threads * num_threads;  // each thread has as many
     const int64_t by_threads = (wanted + turns - 1) / turns;
     const int64_t num_blocks = std::min(std::max(alike <= most ? alike : by_cache, by_threads), num_squares);
-    const int64_t most_panels = num_chunks_of(of.size) > 1 ? FAR_PANELS : MAX_PANELS;
-    const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, most_panels);
+    const int64_t most_at_once = num_chunks_of(of.size) > 1 ? FAR_TURNS : MAX_PANELS;
+    const int64_t at_once = std::clamp<int64_t>(turns * num_blocks / wanted, 1, most_at_once);
     const int64_t num_groups = (turns + at_once - 1) / at_once;
     std::vector<std::atomic<int64_t>> num_taken(num_blocks);
     share(num_threads, num_threads, [&](int64_t thread) {

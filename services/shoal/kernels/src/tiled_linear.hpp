@@ -21,7 +21,7 @@ struct Squares {
     int64_t number() const { return end - begin; }
     int64_t num_rows() const { return number() * SQUARE_ROWS; }
     int64_t first_row() const { return begin * SQUARE_ROWS; }
-    int64_t last_row(int64_t num_rows) const { return std::min(num_rows, end * SQUARE_ROWS); }
+    int64_t end_row(int64_t num_rows) const { return std::min(num_rows, end * SQUARE_ROWS); }
 };
 
 // Rows of inputs [num_rows, size]. What a square has more than there are rows is zeros.

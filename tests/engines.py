@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -192,6 +193,17 @@ def emulated_kernels(folder: Path) -> NativeKernels:
     native_kernels()
     path = compiled(folder, "-DSHOAL_EMULATE_TILES", "-O1")  # in half of the time
     return NativeKernels(ctypes.CDLL(str(path)))
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """As many are what kernels take, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(engine: Engine, asks: list[Ask]) -> list[list[int]]:

@@ -17,6 +17,7 @@ from engines import (
     make_engine,
     native_kernels,
     run,
+    torch_threads,
 )
 from models import tiny_model
 from shoal.engine.engine import Engine
@@ -101,10 +102,8 @@ def test_steps_with_prompts_in_them(
 
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 @pytest.mark.usefixtures("threads")

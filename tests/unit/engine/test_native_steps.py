@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from engines import Ask, divergence, kernel_model, make_engine, native_kernels, parameters_of, run_choices
+from engines import (
+    Ask,
+    divergence,
+    kernel_model,
+    make_engine,
+    native_kernels,
+    parameters_of,
+    run_choices,
+    torch_threads,
+)
 from models import tiny_model
 from shoal.engine.engine import Engine
 from shoal.engine.native_layers import LayerTable
@@ -33,10 +42,8 @@ def kernels() -> NativeKernels:
 @pytest.fixture(params=[1, 2, 8])
 def many_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One, two with several panels at a time, or more than there are cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield
 
 
 def submit(engine: Engine, name: str, num_tokens: int, depth: Depth = Depth.SHALLOW, **options: Any) -> None:

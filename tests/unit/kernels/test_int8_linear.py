@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from engines import torch_threads
 from shoal.errors import InternalError
 from shoal.kernels.native import NativeKernels
 
@@ -18,10 +19,8 @@ SHAPES = [(1, 1), (16, 64), (17, 63), (15, 65), (50, 96), (1072, 576), (130, 153
 
 @pytest.fixture(params=[1, 2])
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def operands(rows: int, outputs: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ struct Operands {
         _mm512_storeu_si512(out.at(row, output), (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
     void put(int64_t row, int64_t output, __m512 sums) const {
-        _mm256_mask_storeu_epi16(out.numbers + row * out.row + output, mask(output), (__m256i)_mm512_cvtneps_pbh(sums));
+        _mm256_mask_storeu_epi16(out.at(row, output), mask(output), (__m256i)_mm512_cvtneps_pbh(sums));
     }
 };
 

@@ -162,9 +162,17 @@ class ManySquares {
     } ready_ = {};
 };
 
+}  // namespace
+
+void multiply_by_tiles(const Operands& of, int num_threads) {
+    share_panels(of, num_threads, panels_at_once(of, num_threads), [&](const Operands& to, int64_t begin, int64_t end) {
+        FewRows(to).run(begin, end);
+    });
+}
+
 // Each thread begins with a block of its own, which it packs: inputs that another one has packed would come from that
 // one's cache. Who has none left helps the others.
-void multiply_many(const Operands& of, int num_threads) {
+void multiply_many_by_tiles(const Operands& of, int num_threads) {
     const int64_t num_squares = Squares::number_of(of.num_rows), turns = of.num_turns(), wanted = TURNS * num_threads;
     // But so many squares that weights serve more than a few rows: those are read once for each block.
     const int64_t most = std::max<int64_t>(1, num_squares / FEWEST);
@@ -194,16 +202,6 @@ void multiply_many(const Operands& of, int num_threads) {
         }
     });
 }
-
-}  // namespace
-
-void multiply_by_tiles(const Operands& of, int num_threads) {
-    share_panels(of, num_threads, panels_at_once(of, num_threads), [&](const Operands& to, int64_t begin, int64_t end) {
-        FewRows(to).run(begin, end);
-    });
-}
-
-void multiply_many_by_tiles(const Operands& of, int num_threads) { multiply_many(of, num_threads); }
 
 void pack_squares(const bf16* inputs, int64_t num_rows, int64_t size, Squares squares, bf16* packed) {
     for (int64_t first = squares.first_row(); first < squares.end * SIDE; first += SIDE)

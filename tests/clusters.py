@@ -26,6 +26,8 @@ from shoal.config import ShoalConfig, load_config
 IDLE_WITHIN_S = 3.0
 # At a cluster's end, when much may have run.
 END_WITHIN_S = 10.0
+# Between two looks at what no event tells of: to look all the time would take a core from those that are looked at.
+MOMENT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class TestCluster:
         deadline_s = time.monotonic() + within_s
         while not is_whole():
             assert time.monotonic() < deadline_s, directory.registered(self.live.app)
-            threading.Event().wait(0.1)  # nobody tells
+            threading.Event().wait(MOMENT_S)
 
     def complete(self, prompts: Mapping[str, Sequence[int]], **fields: Any) -> dict[str, list[int]]:
         """All prompts at once, each a request of its own; the first choice's token ids."""
@@ -140,7 +142,7 @@ class TestCluster:
         """Zero leases, zero pinned or reserved blocks, all blocks free as at the start; soon, if not at once."""
         deadline_s = time.monotonic() + within_s
         while (held := (look := self.look()).held()) and time.monotonic() < deadline_s:
-            pass  # each look is a few HTTP requests: no need to sleep between them
+            threading.Event().wait(MOMENT_S)
         assert not held, held
         self._assert_same_pools(look)
 

@@ -16,20 +16,23 @@ import pytest
 import torch
 
 import shoal
+from extent import TEST_ALL
 from models import save_tiny
 from shoal.chaos.result import Result
 from shoal.chaos.scenario import SCENARIOS, choose
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-# Processes that are killed take as long as others take to start; of the last ones another has what can be felt.
+# Processes that are killed take as long as others take to start; of the last ones another has what can be felt, or
+# test_failures.py does the same.
 LEFT_OUT = {
     "kill-prefill", "kill-prefill-pool", "kill-decode", "kill-gateway", "restart", "disk-full", "roll-plan",
     "kill-prefill-shm", "kill-decode-shm", "bit-flip-shm",
-    "pause-prefill", "partition-to-decode", "partition-to-prefill", "delay", "slow-reader", "truncate", "duplicate",
+    "pause-prefill", "pause-decode", "half-open", "partition-to-decode", "partition-to-prefill", "delay",
+    "slow-reader", "truncate", "duplicate",
 }  # fmt: skip
 QUICK = ",".join(scenario.name for scenario in SCENARIOS if scenario.name not in LEFT_OUT)
-NAMES = [scenario.name for scenario in choose("all" if os.environ.get("SHOAL_TEST_ALL") == "1" else QUICK)]
+NAMES = [scenario.name for scenario in choose("all" if TEST_ALL else QUICK)]
 # Of these one sees more than that things take their time.
 FELT = {
     "kill-prefill-pool", "kill-decode", "restart", "partition", "partition-to-decode", "partition-to-prefill", "reset",

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from collections import ChainMap
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ import httpx
 import pytest
 
 from answers import Answer, ask, ask_grpc, ask_whole, connected
-from clusters import END_WITHIN_S, Look, TestCluster, cluster
+from clusters import END_WITHIN_S, MOMENT_S, Look, TestCluster, cluster
 from real_prompts import RealPrompt
 from shoal.app.ports import free_port
 from shoal.client import AsyncClient
@@ -57,6 +58,7 @@ async def until(live: TestCluster, asked: asyncio.Task[Answer], holds: Callable[
     """The first look for which ``holds``; the answer must not be there before."""
     while not holds(look := await asyncio.to_thread(live.look)):
         assert not asked.done(), "it was answered before anything could happen to it"
+        await asyncio.sleep(MOMENT_S)
     return look
 
 
@@ -185,6 +187,7 @@ def forgotten(live: TestCluster, role: Any, num_left: int, within_s: float = UNR
     deadline_s = time.monotonic() + within_s
     while len(live.live.replica_entries(role)) > num_left:
         assert time.monotonic() < deadline_s
+        threading.Event().wait(MOMENT_S)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +210,7 @@ def both_at_work(
             live.look()
         while len(holders(live.look(), "shoal_kv_blocks", role="decode", state="used")) < 2:
             assert not all(answer.done() for answer in answers), "all were answered before anything could happen to it"
+            threading.Event().wait(MOMENT_S)
         yield answers
         told = dict(ChainMap(*(answer.result() for answer in answers)))
         assert told == {name: ids[:num_tokens] for name, ids in right.items()}
@@ -279,7 +283,7 @@ def test_a_replica_that_is_shut_down_finishes_what_it_has(
         async with connected(live) as client:
             asked: list[asyncio.Task[Answer]] = []
             for prompt in some:
-                asked.append(asyncio.create_task(ask(client, Answer(prompt, num_tokens=64))))
+                asked.append(asyncio.create_task(ask(client, Answer(prompt, num_tokens=40))))
                 # Serve would send a burst to whichever replica it last heard of; between looks it hears of both.
                 await asyncio.to_thread(live.look)
             await until(live, asked[-1], both_work)
@@ -347,7 +351,7 @@ def test_a_gateway_that_is_killed_is_replaced_at_its_ports(live: TestCluster, kn
     [killed] = live.live.replica_entries("gateway")
     live.kill(killed.replica_id)
     while killed in live.live.replica_entries("gateway"):
-        pass
+        threading.Event().wait(MOMENT_S)
     live.await_whole()
     assert_answers_at_both_doors(live, known)
 

@@ -19,6 +19,7 @@ NUM_TOKENS = 400
 NUM_TO_SEE = len(SOME) * 8
 
 
+@pytest.mark.long
 def test_the_replica_that_has_all_answers_dies_and_the_other_one_finishes_them(tmp_path: Path):
     save_tiny(tmp_path, dtype=torch.float32, context=2048)
     model = {"name": str(tmp_path), "served_name": "smollm2", "skip_layers": 2}

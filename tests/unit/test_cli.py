@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from models import save_tiny
 from shoal.cli import app
+from shoal.command import main
 from shoal.quality.evaluation_options import Task
 from shoal.quality.limits import MIN_PASSAGES, MIN_SAMPLES
 from shoal.quality.texts import Kind
@@ -77,7 +78,6 @@ def test_serve_names_every_option_that_the_readme_promises():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("serve", "missing.yaml"), "missing.yaml"),
         (("generate", "hello", "--model", "no-such-model"), "no-such-model"),
         (("generate", "hello", "--skip-layers", "30"), "skip_layers is 30"),
         (("generate", "hello", "--anchors", "4"), "anchors are speed's"),
@@ -92,10 +92,23 @@ def test_serve_names_every_option_that_the_readme_promises():
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_an_error_is_a_sentence_and_not_a_traceback(arguments: tuple[str, ...], says: str):
-    said = shoal(*arguments)
+def test_an_error_is_a_sentence_and_not_a_traceback(
+    arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """In this process: to start another one for each takes far longer than what is tested."""
+    monkeypatch.setattr(sys, "argv", ["shoal", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "error:" in said and says in said.replace("\n", " ")
+    assert "Traceback" not in said
+
+
+def test_an_error_ends_the_process_with_its_sentence():
+    said = shoal("serve", "missing.yaml")
     assert said.returncode == 2
-    assert "error:" in said.stderr and says in said.stderr.replace("\n", " ")
+    assert "error:" in said.stderr and "missing.yaml" in said.stderr.replace("\n", " ")
     assert "Traceback" not in said.stderr
 
 

@@ -1,23 +1,28 @@
 """Compile src/ into one shared library, under the digest of all that it depends on.
 
-A wheel brings it along (services/compile_kernels.py). Elsewhere it's compiled once, at the first start, and kept in the
-user's cache.
+A wheel brings it along (services/compile_kernels.py). Elsewhere it's compiled once, by all cores, at the first start,
+and kept in the user's cache. Of replicas that start together one compiles it, and the others wait.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 
 from shoal.errors import ConfigError
-from shoal.machine import cpu_flags
+from shoal.machine import cpu_flags, usable_threads
 
 # What x86-64-v4 and the other options let the compiler use, as /proc/cpuinfo names it.
 CPU_FLAGS = frozenset({
@@ -26,7 +31,7 @@ CPU_FLAGS = frozenset({
 })  # fmt: skip
 _OPTIONS = (
     "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mvpclmulqdq",
-    "-pthread", "-fPIC", "-shared",
+    "-pthread", "-fPIC",
 )  # fmt: skip
 _TIMEOUT_S = 120
 # Where to keep it instead of in the user's cache.
@@ -60,8 +65,16 @@ def compiled(folder: Path, *options: str, within_s: float = _TIMEOUT_S) -> Path:
     """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError or OSError."""
     sources, options = _sources(), (*_OPTIONS, *options)
     path = folder / _file_name(sources, options)
-    if not path.exists():
-        _compile(sources, options, path, within_s)
+    if path.exists():
+        return path
+    tool = compiler()
+    if tool is None:
+        raise ConfigError("no C++ compiler is at hand: install g++")
+    deadline_s = time.monotonic() + within_s
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _alone_in(folder, deadline_s):
+        if not path.exists():
+            _compile([*tool, *options], sources, path, deadline_s)
     return path
 
 
@@ -81,27 +94,55 @@ def _file_name(sources: Iterable[tuple[str, str]], options: Iterable[str]) -> st
     return f"{digest[:32]}.so"
 
 
-def _compile(sources: Iterable[tuple[str, str]], options: Iterable[str], path: Path, within_s: float) -> None:
-    tool = compiler()
-    if tool is None:
-        raise ConfigError("no C++ compiler is at hand: install g++")
+@contextmanager
+def _alone_in(folder: Path, deadline_s: float) -> Iterator[None]:
+    """While nobody else is: two that compile would only take each other's cores."""
+    held = os.open(folder, os.O_RDONLY)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        while not _is_locked(held):
+            if time.monotonic() > deadline_s:
+                raise ConfigError(f"another process has been compiling into {folder} all the time")
+            threading.Event().wait(0.1)  # nobody tells
+        yield
+    finally:
+        os.close(held)
+
+
+def _is_locked(folder: int) -> bool:
+    """As far as it can be: some file systems lock nothing, and whoever else compiles there makes the same."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _compile(command: list[str], sources: Iterable[tuple[str, str]], path: Path, deadline_s: float) -> None:
+    def run(*arguments: str) -> None:
+        left_s = deadline_s - time.monotonic()
+        subprocess.run([*command, *arguments], check=True, capture_output=True, timeout=left_s)
+
+    def compile_one(unit: Path) -> str:
+        made = str(unit.with_suffix(".o"))
+        run("-c", "-o", made, str(unit))
+        return made
+
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as name, ThreadPoolExecutor(usable_threads()) as threads:
             folder = Path(name)
             for source, text in sources:
                 (folder / source).write_text(text, encoding="utf-8")
-            units = sorted(str(unit) for unit in folder.glob("*.cpp"))
+            objects = list(threads.map(compile_one, sorted(folder.glob("*.cpp"))))
             made = folder / "library"
-            subprocess.run(
-                [*tool, *options, "-o", str(made), *units], check=True, capture_output=True, timeout=within_s
-            )
+            run("-shared", "-o", str(made), *objects)
             made.chmod(0o755)
-            made.replace(path)  # whoever else compiles it makes the same
+            made.replace(path)
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"{tool[0]} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
+        raise ConfigError(f"{command[0]} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{tool[0]} took longer than {within_s:g} s") from error
+        raise ConfigError(f"{command[0]} took too long") from error
 
 
 def _is_ours(path: Path) -> bool:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from shoal.errors import ConfigError
 from shoal.kernels import build, native
+
+# Two units, of which one needs the other, and what both include.
+SOURCES = [
+    ("add.cpp", '#include "add.hpp"\nint add(int a, int b) { return a + b; }\n'),
+    ("add.hpp", "int add(int a, int b);\n"),
+    ("twice.cpp", '#include "add.hpp"\nextern "C" int twice(int a) { return add(a, a); }\n'),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 def test_it_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_sources", lambda: SOURCES)
     made = build.library()
+    assert ctypes.CDLL(str(made)).twice(21) == 42
     assert made.parent == folder
     assert [entry.name for entry in folder.iterdir()] == [made.name]
     monkeypatch.setenv("CXX", "/nowhere")
@@ -30,9 +45,51 @@ def test_it_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         build.library()
 
 
+def test_who_comes_while_another_compiles_waits_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, may_end, made = threading.Event(), threading.Event(), []
+
+    def compile_slowly(command: object, sources: object, path: Path, deadline_s: object) -> None:
+        made.append(threading.current_thread())
+        began.set()
+        assert may_end.wait(20)
+        path.write_bytes(b"library")
+
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(build, "_compile", compile_slowly)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(build.compiled, folder)
+        assert began.wait(20)
+        with pytest.raises(ConfigError, match="another process has been compiling"):
+            build.compiled(folder, within_s=0)
+        others = [threads.submit(build.compiled, folder) for _ in range(3)]
+        may_end.set()
+        assert {other.result(20) for other in others} == {first.result(20)}
+    assert len(made) == 1
+
+
+def test_where_nothing_can_be_locked_each_compiles_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(build, "_compile", lambda command, sources, path, deadline_s: path.write_bytes(b"library"))
+    assert build.compiled(folder).read_bytes() == b"library"
+
+
+def test_a_compiler_that_takes_too_long(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "slow"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CXX", str(tool))
+    with pytest.raises(ConfigError, match="slow took too long"):
+        build.compiled(folder, within_s=0.2)
+    assert not list(folder.iterdir())
+
+
 def test_a_wheels_own_comes_first(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it's of these sources, and though another could be compiled."""
-    monkeypatch.setattr(build, "_compile", lambda sources, options, path, within_s: path.write_bytes(b"no library"))
+    monkeypatch.setattr(build, "_compile", lambda command, sources, path, deadline_s: path.write_bytes(b"no library"))
     monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
     folder.mkdir()
     shipped = tmp_path / build.SHIPPED

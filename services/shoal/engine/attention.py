@@ -83,8 +83,8 @@ def _last_rows(num_rows: int, num_context: int) -> torch.Tensor:
 
 @cache
 def are_blocks_quicker() -> bool:
-    """Whether bfloat16 takes less time by blocks than by torch's fused kernel: where the processor multiplies it. With
-    a matrix unit, which the fused kernel knows to use, they weren't compared. (float32 takes longer by blocks.)"""
+    """Whether bfloat16 takes less time by blocks than by torch's fused kernel: where the processor multiplies it, but
+    has no matrix unit, which the fused kernel knows to use. (float32 takes longer by blocks.)"""
     flags = cpu_flags()
     return "avx512_bf16" in flags and "amx_bf16" not in flags
 

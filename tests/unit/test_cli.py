@@ -97,6 +97,7 @@ def test_an_error_is_a_sentence_and_not_a_traceback(
 ):
     """In this process: to start another one for each takes far longer than what is tested."""
     monkeypatch.setattr(sys, "argv", ["shoal", *arguments])
+    monkeypatch.setattr("shoal.telemetry.configure_logging", lambda *_, **__: None)  # the tests' own stays
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2

@@ -1,7 +1,7 @@
 """Compile src/ into one shared library, under the digest of all that it depends on.
 
-A wheel brings it along (services/compile_kernels.py). Elsewhere it's compiled once, by all cores, at the first start,
-and kept in the user's cache. Of replicas that start together one compiles it, and the others wait.
+A wheel brings it along (services/compile_kernels.py). Elsewhere it's compiled once, by several cores, at the first
+start, and kept in the user's cache. Of replicas that start together one compiles it, and the others wait.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _OPTIONS = (
     "-pthread", "-fPIC",
 )  # fmt: skip
 _TIMEOUT_S = 120
+# At once: each takes up to 0.3 GB.
+_MAX_COMPILERS = 4
 # Where to keep it instead of in the user's cache.
 FOLDER_VARIABLE = "SHOAL_KERNELS_FOLDER"
 # Where a wheel has it, as a part of the package.
@@ -70,11 +72,10 @@ def compiled(folder: Path, *options: str, within_s: float = _TIMEOUT_S) -> Path:
     tool = compiler()
     if tool is None:
         raise ConfigError("no C++ compiler is at hand: install g++")
-    deadline_s = time.monotonic() + within_s
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _alone_in(folder, deadline_s):
+    with _alone_in(folder, within_s):
         if not path.exists():
-            _compile([*tool, *options], sources, path, deadline_s)
+            _compile([*tool, *options], sources, path, within_s)
     return path
 
 
@@ -95,13 +96,13 @@ def _file_name(sources: Iterable[tuple[str, str]], options: Iterable[str]) -> st
 
 
 @contextmanager
-def _alone_in(folder: Path, deadline_s: float) -> Iterator[None]:
-    """While nobody else is: two that compile would only take each other's cores."""
+def _alone_in(folder: Path, within_s: float) -> Iterator[None]:
+    """While nobody else is: two that compile would only take each other's cores. Whoever is there for longer than
+    ``within_s`` hangs, and is waited for no more."""
     held = os.open(folder, os.O_RDONLY)
+    deadline_s = time.monotonic() + within_s
     try:
-        while not _is_locked(held):
-            if time.monotonic() > deadline_s:
-                raise ConfigError(f"another process has been compiling into {folder} all the time")
+        while not _is_locked(held) and time.monotonic() < deadline_s:
             threading.Event().wait(0.1)  # nobody tells
         yield
     finally:
@@ -119,7 +120,9 @@ def _is_locked(folder: int) -> bool:
     return True
 
 
-def _compile(command: list[str], sources: Iterable[tuple[str, str]], path: Path, deadline_s: float) -> None:
+def _compile(command: list[str], sources: Iterable[tuple[str, str]], path: Path, within_s: float) -> None:
+    deadline_s = time.monotonic() + within_s
+
     def run(*arguments: str) -> None:
         left_s = deadline_s - time.monotonic()
         subprocess.run([*command, *arguments], check=True, capture_output=True, timeout=left_s)
@@ -130,7 +133,8 @@ def _compile(command: list[str], sources: Iterable[tuple[str, str]], path: Path,
         return made
 
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as name, ThreadPoolExecutor(usable_threads()) as threads:
+        num_threads = min(usable_threads(), _MAX_COMPILERS)
+        with tempfile.TemporaryDirectory(dir=path.parent) as name, ThreadPoolExecutor(num_threads) as threads:
             folder = Path(name)
             for source, text in sources:
                 (folder / source).write_text(text, encoding="utf-8")
@@ -142,7 +146,9 @@ def _compile(command: list[str], sources: Iterable[tuple[str, str]], path: Path,
     except subprocess.CalledProcessError as error:
         raise ConfigError(f"{command[0]} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{command[0]} took too long") from error
+        raise ConfigError(f"{command[0]} took longer than {within_s:g} s") from error
+    except RuntimeError as error:  # no thread can be had
+        raise ConfigError(f"{command[0]} can't be run: {error}") from error
 
 
 def _is_ours(path: Path) -> bool:

@@ -50,7 +50,7 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 	$(BIN)/shoal serve $(ARGS)
 
 # worksteal: neighbours run in one process where they can, so what a module's tests share is made once.
-test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long, and all of what others look at in part)
+test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long)
 	$(MAKE) --jobs 2 lint types imports generated tools
 	$(BIN)/pytest -m 'not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none
 	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto $(addprefix tests/unit/,engine kernels) $(ARGS) || [ $$? = 5 ]

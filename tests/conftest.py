@@ -21,11 +21,10 @@ from pathlib import Path
 import pytest
 
 import examples  # how hypothesis looks for them, in all tests
-import extent
 
 # pytest makes checks of the assertions in tests, which hold under python -O, too; so it shall of those in helpers.
 _HELPERS = {path.stem for path in Path(__file__).parent.glob("*.py")}
-pytest.register_assert_rewrite(*sorted(_HELPERS - {examples.__name__, extent.__name__}))
+pytest.register_assert_rewrite(*sorted(_HELPERS - {examples.__name__}))
 
 EXIT_STATUS = pytest.StashKey[int]()
 
@@ -39,7 +38,7 @@ def known() -> Mapping[str, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not extent.TEST_ALL:
+    if os.environ.get("SHOAL_TEST_ALL") != "1":
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip("takes long: SHOAL_TEST_ALL=1 runs it"))

@@ -32,7 +32,16 @@ def _same(kept: Generated, new: Generated) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["01-question", "09-recipe", "15-proof"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "01-question",
+        pytest.param("05-function", marks=pytest.mark.long),
+        "09-recipe",
+        pytest.param("13-code-review", marks=pytest.mark.long),
+        "15-proof",
+    ],
+)
 def test_computed_anew_they_are_the_same(name: str):
     [kept] = [prompt for prompt in real_prompts() if prompt.name == name]
     new = refer(name, NUM_TOKENS)

@@ -1,8 +1,7 @@
 """Negative controls: each part of the method is taken away, on real text, and the damage is measured.
 
 SmolLM2-135M in float32, 10 of 30 layers skipped, by the reference alone. Were a part not needed, or were the
-reference to do without it unnoticed, one of these would fail. Every other of the repo's prompts is enough for that;
-with SHOAL_TEST_ALL=1 it's all of them.
+reference to do without it unnoticed, one of these would fail.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from extent import TEST_ALL
 from models import smollm2_reference
 from reference import Cache, all_layers, encode_shallow, logits_of, pop_logits, run_layers, token_nlls
 from shoal.model.files import locate
@@ -53,7 +51,7 @@ def measured() -> Measured:
     everywhere: list[tuple[Tensor, Tensor]] = []
     after_prompts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
-        for text in list(prompts().values())[:: 1 if TEST_ALL else 2]:
+        for text in prompts().values():
             ids = tokenizer.encode(text)[:MAX_TEXT_TOKENS]
             cache: Cache = {}
             shallow = logits_of(model, encode_shallow(model, ids, NUM_SKIPPED, cache))
@@ -105,7 +103,7 @@ def test_the_same_layers_removed_at_every_stage_ruin_the_model(measured: Measure
 
 
 def test_without_kv_projection_what_follows_the_first_token_is_two_nats_worse(measured: Measured):
-    """Over the repo's prompts. How much is lost depends on how much a text takes from its prompt: on finished
+    """Over all the repo's prompts. How much is lost depends on how much a text takes from its prompt: on finished
     prose it is 1 to 1.5 nats, in tables, logs, settings and code 3 to 4.
     """
     pop, unprojected = measured.pop[:, 1:].mean(), measured.unprojected[:, 1:].mean()

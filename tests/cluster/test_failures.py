@@ -283,7 +283,7 @@ def test_a_replica_that_is_shut_down_finishes_what_it_has(
         async with connected(live) as client:
             asked: list[asyncio.Task[Answer]] = []
             for prompt in some:
-                asked.append(asyncio.create_task(ask(client, Answer(prompt, num_tokens=40))))
+                asked.append(asyncio.create_task(ask(client, Answer(prompt, num_tokens=64))))
                 # Serve would send a burst to whichever replica it last heard of; between looks it hears of both.
                 await asyncio.to_thread(live.look)
             await until(live, asked[-1], both_work)

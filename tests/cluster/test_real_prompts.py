@@ -1,7 +1,4 @@
-"""Twenty real prompts through real processes: every token equals the reference's, in float32.
-
-At full depth, which is one process' own, it's half of them; with SHOAL_TEST_ALL=1 all.
-"""
+"""Twenty real prompts through real processes: every token equals the reference's, in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from clusters import TestCluster, cluster
-from extent import TEST_ALL
 from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, ids_of, references
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -38,10 +34,9 @@ def test_all_at_once_shallow_prompts_through_both_pools_are_the_papers(
 def test_all_at_once_full_depth_on_a_shallow_deployment_is_transformers_own(
     shallow: TestCluster, known: Mapping[str, RealPrompt]
 ):
-    some = known if TEST_ALL else {name: known[name] for name in sorted(known)[::2]}
     before = shallow.num_transfers
-    tokens = shallow.complete(ids_of(some), depth="full", max_tokens=NUM_TOKENS)
-    assert_same_tokens(tokens, references(some, "full"))
+    tokens = shallow.complete(ids_of(known), depth="full", max_tokens=NUM_TOKENS)
+    assert_same_tokens(tokens, references(known, "full"))
     assert shallow.num_transfers == before, "decode prefills at full depth itself"
     shallow.assert_nothing_held()
 

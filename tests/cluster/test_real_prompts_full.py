@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_nothing_skipped_both_pools_together_are_transformers_own(known: Mapping[str, RealPrompt]):
-    known = {name: known[name] for name in sorted(known)[1:12:5]}
+    known = {name: known[name] for name in sorted(known)[1:18:5]}
     with cluster(model={"skip_layers": 0}) as full:
         answers = full.ask(ids_of(known), max_tokens=NUM_TOKENS)
         tokens = {name: answer["shoal"]["choices"][0]["token_ids"] for name, answer in answers.items()}

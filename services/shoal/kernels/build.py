@@ -102,15 +102,15 @@ def _alone_in(folder: Path, within_s: float) -> Iterator[None]:
     held = os.open(folder, os.O_RDONLY)
     deadline_s = time.monotonic() + within_s
     try:
-        while not _is_locked(held) and time.monotonic() < deadline_s:
+        while not _try_lock(held) and time.monotonic() < deadline_s:
             threading.Event().wait(0.1)  # nobody tells
         yield
     finally:
         os.close(held)
 
 
-def _is_locked(folder: int) -> bool:
-    """As far as it can be: some file systems lock nothing, and whoever else compiles there makes the same."""
+def _try_lock(folder: int) -> bool:
+    """Whether it's ours now, as far as it can be: where a file system locks nothing, each compiles the same."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -50,10 +50,10 @@ def test_who_comes_while_another_compiles_waits_for_it(folder: Path, monkeypatch
     may_end, made, num_others = threading.Event(), Counter[str](), 3
     waiting: set[int] = set()
     others_wait = threading.Semaphore(0)
-    is_locked = build._is_locked
+    try_lock = build._try_lock
 
     def tell(held: int) -> bool:
-        found = is_locked(held)
+        found = try_lock(held)
         if not found and threading.get_ident() not in waiting:
             waiting.add(threading.get_ident())
             others_wait.release()
@@ -65,7 +65,7 @@ def test_who_comes_while_another_compiles_waits_for_it(folder: Path, monkeypatch
         path.write_bytes(b"library")
 
     monkeypatch.setenv("CXX", "true")
-    monkeypatch.setattr(build, "_is_locked", tell)
+    monkeypatch.setattr(build, "_try_lock", tell)
     monkeypatch.setattr(build, "_compile", compile_slowly)
     with ThreadPoolExecutor(1 + num_others) as threads:
         compiling = [threads.submit(build.compiled, folder) for _ in range(1 + num_others)]

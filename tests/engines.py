@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from shoal.engine.step_graph import Graph, StepGraphs
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
 from shoal.kernels.build import compiled
+from shoal.kernels.copying import Copier
 from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
@@ -286,7 +288,7 @@ def prefill_chunks(engine: Engine, prompt: list[int], *, num_present: int = 0, t
         for part in output.chunks:
             parts.append(part)
             if part.is_whole:
-                chunks.append(_put_together(parts))
+                chunks.append(_put_together(parts, engine.runner.pool))
                 parts = []
                 engine.chunk_sent(part.request_id)
     assert not parts
@@ -320,12 +322,22 @@ def run_handed_off(prefill: Engine, decode: Engine, asks: list[Ask]) -> list[lis
     return [tokens[str(index)] for index in range(len(asks))]
 
 
-def _put_together(parts: list[PrefillChunk]) -> ShippedTokens:
+def payload_of(part: PrefillChunk, pool: KvPool) -> torch.Tensor:
+    """``[layers, tokens, 2, kv_heads, head_dim]``, wherever it lies."""
+    if isinstance(part.payload, torch.Tensor):
+        return part.payload
+    copied = np.empty(len(part.payload), np.uint8)
+    Copier().gather(part.payload.layers, part.payload.at, copied)
+    held = pool.layers[0]
+    return torch.from_numpy(copied).view(held.dtype).view(len(part.layers), part.end - part.start, *held.shape[1:])
+
+
+def _put_together(parts: list[PrefillChunk], pool: KvPool) -> ShippedTokens:
     first = parts[0]
     assert {(part.request_id, part.start, part.end) for part in parts} == {(first.request_id, first.start, first.end)}
     layers = [layer for part in parts for layer in part.layers]
     assert layers == list(range(len(layers))) and not any(part.is_whole for part in parts[:-1])
-    return ShippedTokens(first.start, first.end, torch.cat([part.payload for part in parts]))
+    return ShippedTokens(first.start, first.end, torch.cat([payload_of(part, pool) for part in parts]))
 
 
 def assert_nothing_held(engine: Engine) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from shoal.messages import Chunk, WireMode
 from shoal.transfer.base import crc32c
+from shoal.transfer.frames import Piece
 from shoal.transfer.terms import KvShape
 
 PLAN = "plan-a"
@@ -55,6 +56,13 @@ def prompt(num_tokens: int = 41, *, num_present: int = 0, seed: int = 0) -> Prom
     kv = rng.integers(0, 256, (NUM_LAYERS, num_tokens - 1, TOKEN_BYTES), dtype=np.uint8)
     kv[NUM_SHALLOW:] = project(kv[NUM_SHALLOW, :, :STATE_BYTES])
     return Prompt(ids, kv, (seed, seed + 1000), num_present)
+
+
+def piece_of(chunk: Chunk) -> Piece:
+    """What ``chunk`` is before it's loaded."""
+    return Piece(
+        chunk.lease_id, chunk.seq, chunk.token_start, chunk.token_end, chunk.layer_start, chunk.layer_end, chunk.payload
+    )
 
 
 def project(states: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

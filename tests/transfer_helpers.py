@@ -22,6 +22,7 @@ from kv_prompts import NUM_LAYERS, NUM_SHALLOW, PLAN, SHAPE, ArraySink, Prompt, 
 from remote_memory import Remote
 from role_certificates import Roles
 from shoal.errors import ShoalError
+from shoal.kv.rows import KvRows
 from shoal.messages import Carrier, WireMode
 from shoal.rpc.peers import PeerTls
 from shoal.transfer.base import Channel, Clock, new_incarnation
@@ -183,13 +184,16 @@ class Rig:
 
 
 async def send_all(claim: PromptClaim, wanted: Prompt, *, until: int | None = None) -> None:
-    """Each chunk of tokens in two pieces, kept layers and projected ones or their states, as prefill computes them."""
+    """Each chunk of tokens in two pieces, kept layers from a pool and projected ones or their states as they are made,
+    as prefill computes them."""
+    num_tokens = wanted.kv.shape[1]
+    pool = tuple(np.ascontiguousarray(wanted.kv[:NUM_SHALLOW, ::-1]))  # it has them in another order
     end = len(claim.token_ids) - 1 if until is None else until
     for start in range(claim.num_present, end, CHUNK_TOKENS):
         stop = min(start + CHUNK_TOKENS, end)
-        shallow = wanted.kv[:NUM_SHALLOW, start:stop]
+        shallow = KvRows(pool, num_tokens - 1 - np.arange(start, stop))
         deep = wanted.states[start:stop] if claim.wire_mode is WireMode.HIDDEN else wanted.kv[NUM_SHALLOW:, start:stop]
-        await claim.send(start, stop, 0, NUM_SHALLOW, _bytes_of(shallow))
+        await claim.send(start, stop, 0, NUM_SHALLOW, shallow)
         await claim.send(start, stop, NUM_SHALLOW, NUM_LAYERS, _bytes_of(deep), claim.wire_mode)
 
 

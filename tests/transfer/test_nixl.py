@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from kv_prompts import PLAN, lease_id, prompt
+from kv_prompts import PLAN, lease_id, piece_of, prompt
 from raw_peer import RawPeer, chunk
 from shoal.errors import PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import (
@@ -200,7 +200,7 @@ def held_up(nixl: Nixl) -> Iterator[None]:
 
 def staged(loader: NixlLoader, new_id: bytes, seq: int = 0, tokens: tuple[int, int] = (0, 8), **place: int) -> Chunk:
     """A good staged chunk, or one that says it's at another ``place``."""
-    loaded = loader.load(chunk(new_id, seq, tokens))
+    loaded = loader.load(piece_of(chunk(new_id, seq, tokens)))
     assert loaded.staged is not None
     return replace(loaded, staged=replace(loaded.staged, **place))
 
@@ -375,7 +375,7 @@ async def test_whoever_has_nothing_under_way_is_not_polled() -> None:
         assert await next_poll_s(prefill) is None
         assert await next_poll_s(decode) is None
         loader = both.nixl_loaders[0]
-        loader.load(chunk(lease_id(), 0, (0, 1)))
+        loader.load(piece_of(chunk(lease_id(), 0, (0, 1))))
         waited_s = await next_poll_s(prefill)
         assert waited_s is not None and 0 < waited_s <= 5e-3
         loader.ended(lease_id_of(loader))

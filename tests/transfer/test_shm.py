@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fake_clock import FakeClock, settle
-from kv_prompts import PLAN, TOKEN_BYTES, lease_id, prompt
+from kv_prompts import PLAN, TOKEN_BYTES, lease_id, piece_of, prompt
 from raw_peer import RawPeer, chunk
 from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, PeerGone, ProtocolViolation
 from shoal.messages import (
@@ -121,7 +121,7 @@ async def test_a_prefill_that_finds_no_slot_for_too_long_gives_up() -> None:
     clock = FakeClock()
     async with rig(KIND, num_slots=1, clock=clock) as both:
         session = await both.pool.get("memory")
-        session.loader.load(chunk(lease_id(), 0, (0, 1)))  # nobody will ever give it back
+        session.loader.load(piece_of(chunk(lease_id(), 0, (0, 1))))  # nobody will ever give it back
         task = asyncio.ensure_future(both.hand_off(prompt()))
         await clock.advance(TIMES.ttl_s)
         with pytest.raises(LeaseLost, match="no credit"):
@@ -220,7 +220,7 @@ async def staging_peer(both: Rig) -> AsyncIterator[tuple[RawPeer, ShmLoader]]:
 
 def staged(loader: ShmLoader, new_id: bytes, seq: int = 0, tokens: tuple[int, int] = (0, 8), **place: int) -> Chunk:
     """A good staged chunk, or one that says it's at another ``place``."""
-    loaded = loader.load(chunk(new_id, seq, tokens))
+    loaded = loader.load(piece_of(chunk(new_id, seq, tokens)))
     assert loaded.staged is not None
     return replace(loaded, staged=replace(loaded.staged, **place))
 

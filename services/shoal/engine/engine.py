@@ -9,14 +9,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.logprobs import NOT_FINITE
-from shoal.engine.runner import Runner, RunOutput
+from shoal.engine.runner import PrefillChunk, Runner, RunOutput
 from shoal.engine.sampler import Chooser, Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
@@ -51,6 +51,8 @@ class Engine:
         self._sequences: dict[str, dict[int, Sequence]] = {}
         self._finished_kv_bytes: list[int] = []
         self._unprojected: deque[ScheduledRows] = deque()
+        self._projecting: Iterator[PrefillChunk] | None = None
+        """What is left of the first of them, if it was begun."""
         self._has_projected = False
 
     def told_of_progress(self, progressed: Callable[[], None]) -> None:
@@ -180,9 +182,9 @@ class Engine:
             reserved = tuple(Reservation(item.request_id, tuple(item.blocks), item.num_present) for item in admitted)
             return StepOutput(started_s, self._clock(), self.counts(), reserved=reserved)
         while self._unprojected:
-            item = self._unprojected.popleft()
-            if item.sequence.phase is Phase.RUNNING:
-                return self._project(item, started_s)
+            if self._unprojected[0].sequence.phase is Phase.RUNNING:
+                return self._project(started_s)
+            self._projected()
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
@@ -221,19 +223,29 @@ class Engine:
             wants_blocks=plan.wants_blocks,
         )
 
-    def _project(self, item: ScheduledRows, started_s: float) -> StepOutput:
-        """Before another forward: until then the rows' states are where they left them."""
+    def _project(self, started_s: float) -> StepOutput:
+        """Some layers of a prompt, before another forward: until then the rows' states are where they left them."""
+        sequence = self._unprojected[0].sequence
         try:
-            chunk = self.runner.project(item)
+            self._projecting = self._projecting or self.runner.project(self._unprojected[0])
+            chunk = next(self._projecting)
         except Exception as error:  # noqa: BLE001 - as of a step
             _log.exception("a projection failed")
-            failure = self._fail(item.sequence, error)
+            self._projected()
+            failure = self._fail(sequence, error)
             # Of one forward's prompts, as of a step: all, and told once.
             are_others = any(other.sequence.phase is Phase.RUNNING for other in self._unprojected)
             all_failed = not (are_others or self._has_projected)
             return StepOutput(started_s, self._clock(), self.counts(), failures=(failure,), all_failed=all_failed)
-        self._has_projected = True
+        if chunk.is_whole:
+            self._projected()
+            self._has_projected = True
         return StepOutput(started_s, self._clock(), self.counts(), chunks=(chunk,))
+
+    def _projected(self) -> None:
+        """The first of those that are to be projected is it, or isn't wanted any more."""
+        self._unprojected.popleft()
+        self._projecting = None
 
     def _advance(self, plan: StepPlan, output: RunOutput) -> tuple[list[PromptEvent], list[FailureEvent]]:
         """Note what is computed; tell what prompts were asked for, and end those that nothing is to follow."""

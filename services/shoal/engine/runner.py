@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.engine.sequence import Sequence
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool, on_host
+from shoal.kv.rows import KvRows
 from shoal.messages import WireMode
 from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
@@ -24,21 +25,25 @@ from shoal.model.decoder import Decoder
 # Rows of prompts whose logits exist at once: 256 of a vocabulary of 128k are 128 MiB in float32.
 MAX_LOGIT_ROWS = 256
 
+# What is projected at a time, or a layer if that's more: the next ones are computed while these are on their way.
+PROJECTED_BYTES = 4 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """K/V of tokens ``[start, end)`` of one prompt in some ``layers``, ready to ship; no tokens if decode has them all.
 
     ``payload`` is ``[layers, tokens, 2, kv_heads, head_dim]``, or in HIDDEN mode the states ``[tokens, hidden]`` that
-    decode is to project those layers from: a contiguous copy on the host. The kept layers come first; what is projected
-    follows by itself, so that it's computed while they are on their way. ``is_whole``: nothing follows.
+    decode is to project those layers from: a contiguous copy on the host, or K/V where they lie. The kept layers come
+    first; what is projected follows, some layers at a time, so that it's computed while others are on their way.
+    ``is_whole``: nothing follows.
     """
 
     request_id: str
     start: int
     end: int
     layers: range
-    payload: torch.Tensor
+    payload: torch.Tensor | KvRows
     wire_mode: WireMode = WireMode.KV
     is_whole: bool = True
 
@@ -92,13 +97,25 @@ class Runner:
         return self._output(tensors.logits, computed, scores)
 
     @torch.inference_mode()
-    def project(self, item: ScheduledRows) -> PrefillChunk:
-        """K/V of ``unprojected`` rows in the skipped layers, while their blocks hold the states that they left."""
+    def project(self, item: ScheduledRows) -> Iterator[PrefillChunk]:
+        """K/V of ``unprojected`` rows in the skipped layers, some layers at a time; the first is to be asked for while
+        their blocks hold the states that they left."""
         self.progressed()
+        states = self.pool.read_states(self._slots(item))
         positions = torch.arange(item.start, item.end, device=self._device)
-        projected = self.decoder.project(self.pool.read_states(self._slots(item)), positions).to(self.pool.dtype)
-        payload = on_host(projected.contiguous())
-        return PrefillChunk(item.sequence.request_id, item.start, item.end, self.decoder.plan.skipped, payload)
+        for layers in self._at_a_time(len(positions)):
+            projected = self.decoder.project(states, positions, layers).to(self.pool.dtype)
+            is_whole = layers.stop == self.decoder.plan.skipped.stop
+            payload = on_host(projected.contiguous())
+            yield PrefillChunk(item.sequence.request_id, item.start, item.end, layers, payload, is_whole=is_whole)
+
+    def _at_a_time(self, num_tokens: int) -> list[range]:
+        """The skipped layers, about as many of them each time."""
+        skipped, projection = self.decoder.plan.skipped, self.decoder.parameters.projection
+        num_parts = -(-len(skipped) * num_tokens * self.pool.layout.token_layer_bytes // PROJECTED_BYTES)
+        num_parts = min(num_parts, len(skipped)) if projection is not None and projection.can_be_cut else 1
+        edges = [skipped.start + len(skipped) * part // num_parts for part in range(num_parts + 1)]
+        return [range(*edge) for edge in pairwise(edges)]
 
     def batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
         """The tensors of a step; logits are wanted of the last row of each sequence that it completes."""
@@ -178,7 +195,7 @@ class Runner:
         computed: Iterable[ScheduledRows],
         scores: tuple[tuple[ScoredToken, ...], ...] = (),
     ) -> RunOutput:
-        """With what prefill ships of ``computed`` rows: kept layers, read back from the pool, and states where decode
+        """With what prefill ships of ``computed`` rows: kept layers, as the pool has them, and states where decode
         projects. What is to be projected here can wait until those are on their way."""
         chunks: list[PrefillChunk] = []
         unprojected: list[ScheduledRows] = []
@@ -186,7 +203,7 @@ class Runner:
         for item in map(_unshipped, computed):
             self.progressed()
             request_id, start, end = item.sequence.request_id, item.start, item.end
-            kept = on_host(self.pool.read_layers(0, plan.num_kept, self._slots(item)))
+            kept = self._kept(self._slots(item))
             has_more = bool(self.pool.layout.state_dim) and start < end
             chunks.append(PrefillChunk(request_id, start, end, plan.kept, kept, is_whole=not has_more))
             if has_more and item.sequence.wire_mode is WireMode.HIDDEN:
@@ -195,6 +212,11 @@ class Runner:
             elif has_more:
                 unprojected.append(item)
         return RunOutput(logits, tuple(chunks), tuple(unprojected), scores)
+
+    def _kept(self, slots: torch.Tensor) -> torch.Tensor | KvRows:
+        num_kept = self.decoder.plan.num_kept
+        rows = self.pool.rows(0, num_kept, slots)
+        return on_host(self.pool.read_layers(0, num_kept, slots)) if rows is None else rows
 
     def _slots(self, item: ScheduledRows) -> torch.Tensor:
         return self._index(self.pool.layout.slots(item.sequence.blocks, item.start, item.end))

@@ -1,4 +1,4 @@
-"""Bytes from one place to others, and their CRC32C (RFC 3720), in one pass over the memory.
+"""Bytes from one place to others, or from many to one, and their CRC32C (RFC 3720), in one pass over the memory.
 
 By Shoal's own kernel where there is one; else by numpy and google-crc32c in turns, in pieces that stay in the cache
 between the two. Either way the checksum is of what was written, whatever happens to the source meanwhile.
@@ -42,6 +42,20 @@ class Copier:
             return _copy(given, target)
         return self._kernels.copy_rows(given, len(given) // _LINE_BYTES, _LINE_BYTES, (target,))
 
+    def gather(self, sources: Sequence[Bytes], at: npt.NDArray[np.int64], target: Bytes) -> int:
+        """The rows ``at`` ``[rows]`` of each of ``sources`` ``[any, row_bytes]``, one after the other, into ``target``.
+
+        Raises IndexError as ``scatter``.
+        """
+        row_bytes = sources[0].shape[1]
+        _require_fitting(target.size, sources, at)
+        if self._kernels is not None and self.has_kernel_for(row_bytes):
+            return self._kernels.gather_rows(sources, at, target)
+        crc = 0
+        for source, rows in zip(sources, target.reshape(len(sources), len(at), row_bytes), strict=True):
+            crc = _gather(source, at, rows, crc)
+        return crc
+
     def scatter(self, source: bytes | memoryview, targets: Sequence[Bytes], at: npt.NDArray[np.int64]) -> int:
         """``source`` ``[targets, rows, row_bytes]`` into the rows ``at`` ``[rows]`` of each ``[any, row_bytes]``.
 
@@ -49,11 +63,7 @@ class Copier:
         """
         given = np.frombuffer(source, np.uint8)
         row_bytes = targets[0].shape[1]
-        if given.size != len(targets) * len(at) * row_bytes:
-            raise ValueError(f"{given.size} bytes aren't {len(at)} rows of {row_bytes} for each of {len(targets)}")
-        num_rows = min(len(target) for target in targets)
-        if at.size and not (at.min() >= 0 and at.max() < num_rows):
-            raise IndexError(f"rows {at.min()} to {at.max()} of {num_rows}")
+        _require_fitting(given.size, targets, at)
         if self._kernels is not None and self.has_kernel_for(row_bytes):
             return self._kernels.copy_rows(given, len(at), row_bytes, targets, at)
         crc = 0
@@ -62,12 +72,30 @@ class Copier:
         return crc
 
 
+def _require_fitting(num_bytes: int, held: Sequence[Bytes], at: npt.NDArray[np.int64]) -> None:
+    row_bytes, num_rows = held[0].shape[1], min(map(len, held))
+    if num_bytes != len(held) * len(at) * row_bytes:
+        raise ValueError(f"{num_bytes} bytes aren't {len(at)} rows of {row_bytes} for each of {len(held)}")
+    if at.size and not (at.min() >= 0 and at.max() < num_rows):
+        raise IndexError(f"rows {at.min()} to {at.max()} of {num_rows}")
+
+
 def _copy(source: Bytes, target: Bytes) -> int:
     crc = 0
     for start in range(0, len(source), _PIECE_BYTES):
         piece = target[start : start + _PIECE_BYTES]
         piece[:] = source[start : start + _PIECE_BYTES]
         crc = google_crc32c.extend(crc, piece)
+    return crc
+
+
+def _gather(source: Bytes, at: npt.NDArray[np.int64], target: Bytes, crc: int) -> int:
+    step = max(1, _PIECE_BYTES // source.shape[1])
+    for start in range(0, len(at), step):
+        piece = target[start : start + step]
+        # Its bounds are checked: ``clip`` spares numpy a copy, without which it couldn't raise.
+        np.take(source, at[start : start + step], axis=0, out=piece, mode="clip")
+        crc = google_crc32c.extend(crc, piece.reshape(-1))
     return crc
 
 

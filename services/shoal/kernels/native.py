@@ -41,6 +41,7 @@ _SIGNATURES = {
     "shoal_argmax": [_PTR, _INT64, _INT64, _PTR, ctypes.POINTER(_INT64), _INT],
     "shoal_draw": [_PTR, _INT64, _INT64, _PTR, _PTR, _PTR, _PTR, _PTR, _INT],
     "shoal_copy_rows": [_PTR, _INT64, _INT64, _INT64, _PTR, _PTR, ctypes.POINTER(ctypes.c_uint32)],
+    "shoal_gather_rows": [_PTR, _INT64, _PTR, _INT64, _INT64, _PTR, ctypes.POINTER(ctypes.c_uint32)],
 }  # fmt: skip
 
 
@@ -285,6 +286,19 @@ class NativeKernels:
         self._call(
             "shoal_copy_rows", source.ctypes.data, len(targets), num_rows, row_bytes, addresses.ctypes.data,
             None if at is None else at.ctypes.data, crc,
+        )  # fmt: skip
+        return crc.value
+
+    def gather_rows(
+        self, sources: Sequence[npt.NDArray[np.uint8]], at: npt.NDArray[np.int64], target: npt.NDArray[np.uint8]
+    ) -> int:
+        """The rows ``at`` ``[rows]`` of each source ``[any, row_bytes]``, of a multiple of 64 bytes, to ``target``
+        ``[sources, rows, row_bytes]``. Returns the CRC32C of what was copied. On the calling thread alone."""
+        addresses = np.array([source.ctypes.data for source in sources], np.uintp)
+        crc = ctypes.c_uint32()
+        self._call(
+            "shoal_gather_rows", addresses.ctypes.data, len(sources), at.ctypes.data, len(at), sources[0].shape[1],
+            target.ctypes.data, crc,
         )  # fmt: skip
         return crc.value
 

@@ -3,7 +3,8 @@
 One tensor per layer, ``[num_slots, 2, num_kv_heads, head_dim]``, and where the layout has states one more,
 ``[num_slots, state_dim]``; slot ``block * block_tokens + offset`` holds one token. The engine thread reads and writes
 blocks of running sequences; decode's sink writes reserved blocks, which no running sequence can see: the rows never
-overlap, so there is no lock.
+overlap, so there is no lock. What ships a prompt reads rows that were computed (kv/rows.py), of blocks that are still
+the prompt's, and which nobody writes to again before they are given back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from shoal.kv.layout import KvLayout
+from shoal.kv.rows import KvRows
 
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -70,6 +72,11 @@ class KvPool:
         for layer, target in zip(held, copy, strict=True):
             _take(layer, slots, target)
         return copy
+
+    def rows(self, layer_start: int, layer_end: int, slots: torch.Tensor) -> KvRows | None:
+        """The same without a copy; ``None`` where it isn't the host's memory. Raises IndexError as ``read_layers``."""
+        held = self.layers[layer_start:layer_end]
+        return KvRows(tuple(map(_bytes, held)), _index(slots, held[0])) if all(map(_is_plain, held)) else None
 
     def write_layers(self, layer_start: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put ``kv`` ``[layers, tokens, 2, kv_heads, head_dim]`` into the layers from ``layer_start`` on."""

@@ -142,11 +142,13 @@ class Decoder:
         return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
 
     @torch.inference_mode()
-    def project(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """K/V of the skipped layers ``[S, tokens, 2, kv_heads, head_dim]`` of shallow tokens at ``positions``
-        ``[tokens]``, from the ``states`` ``[tokens, hidden]`` that left the last kept layer."""
-        rope = Rope.at(self.spec, positions, self.dtype)
-        return self._rows.project(self._projection(), states.to(self.dtype), rope)
+    def project(self, states: torch.Tensor, positions: torch.Tensor, layers: range | None = None) -> torch.Tensor:
+        """K/V of the skipped layers, or of ``layers`` of them, ``[S, tokens, 2, kv_heads, head_dim]`` of shallow tokens
+        at ``positions`` ``[tokens]``, from the ``states`` ``[tokens, hidden]`` that left the last kept layer."""
+        projection, rope = self._projection(), Rope.at(self.spec, positions, self.dtype)
+        if layers is not None:
+            projection = projection.of(layers.start - self.plan.num_kept, layers.stop - self.plan.num_kept)
+        return self._rows.project(projection, states.to(self.dtype), rope)
 
     def _projection(self) -> KvProjection:
         if self.parameters.projection is None:

@@ -46,6 +46,11 @@ class PackedMatrix:
         """``[len(index), inputs]``: an embedding's, looked up."""
         return self.values[index // PANEL, :, index % PANEL].flatten(1)
 
+    def part(self, outputs: slice) -> PackedMatrix:
+        """Those ``outputs`` alone, which are whole panels: a view."""
+        first, last = outputs.start, outputs.stop
+        return PackedMatrix(self.values[first // PANEL : last // PANEL], last - first)
+
     def unpacked(self) -> torch.Tensor:
         """``[outputs, inputs]`` once more, copied."""
         return self.values.transpose(1, 2).reshape(-1, self.shape[1])[: self.num_outputs]

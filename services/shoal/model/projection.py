@@ -21,7 +21,7 @@ from shoal.errors import InternalError, MalformedWeights
 from shoal.model.families import ModelSpec
 from shoal.model.matrix import Hold, Weight, linear
 from shoal.model.norm import rms_norm
-from shoal.model.packed import PackedMatrix, packed
+from shoal.model.packed import PANEL, PackedMatrix, packed
 from shoal.model.rope import Rope
 
 Multiply = Callable[[torch.Tensor, Weight, torch.Tensor | None], torch.Tensor]
@@ -81,6 +81,23 @@ class KvProjection:
     def unpacked(self) -> KvProjection:
         """As torch multiplies it."""
         return self._with(self.matrix.unpacked()) if isinstance(self.matrix, PackedMatrix) else self
+
+    @property
+    def can_be_cut(self) -> bool:
+        """A layer's outputs end where a panel does."""
+        return not isinstance(self.matrix, PackedMatrix) or 2 * self._spec.kv_size % PANEL == 0
+
+    def of(self, first: int, last: int) -> KvProjection:
+        """The projection of some of the skipped layers, ``[first, last)`` of them: views of the same matrices, if it
+        ``can_be_cut``."""
+        size, whole = 2 * self._spec.kv_size, self.matrix
+        outputs = slice(first * size, last * size)
+        other = self._with(whole.part(outputs) if isinstance(whole, PackedMatrix) else self.weight[outputs])
+        other.num_layers, other.ropes = last - first, self.ropes[first:last]
+        other.bias = None if self.bias is None else self.bias[outputs]
+        other.k_norm = None if self.k_norm is None else self.k_norm[first:last]
+        other.sink_weight = None if self.sink_weight is None else self.sink_weight[outputs]
+        return other
 
     @property
     def weight(self) -> torch.Tensor:

@@ -107,10 +107,10 @@ def _staging(config: HandoffConfig, nixl: Nixl | None, copier: Copier) -> Stagin
     sizes = (config.slot_bytes, config.staging_bytes)
     remote = None if nixl is None else partial(nixl.open_loader, *sizes, copier=copier)
     if config.carrier not in {"auto", "shm"}:
-        return Staging(remote=remote)
+        return Staging(remote=remote, copier=copier)
     if num_segments := reap():
         _log.info("removed staging segments of prefill processes that have died", num_segments=num_segments)
-    return Staging(partial(ShmLoader.create, *sizes, copier=copier), remote)
+    return Staging(partial(ShmLoader.create, *sizes, copier=copier), remote, copier)
 
 
 def _session_opened(metrics: PrefillMetrics, wanted: str, address: str, session: PrefillSession) -> None:

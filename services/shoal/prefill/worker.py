@@ -15,6 +15,7 @@ import torch
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import Cancelled, DeadlineExceeded, InternalError, LeaseLost, PlanMismatch, ShoalError
+from shoal.kv.rows import KvRows
 from shoal.messages import Depth, Grant, HandoffOutcome
 from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
@@ -120,8 +121,9 @@ class PrefillWorker:
 
     async def _send(self, claim: PromptClaim, chunk: PrefillChunk) -> None:
         if chunk.start < chunk.end:
-            layers, payload = chunk.layers, _bytes_of(chunk.payload)
-            await claim.send(chunk.start, chunk.end, layers.start, layers.stop, payload, chunk.wire_mode)
+            layers, payload = chunk.layers, chunk.payload
+            held = payload if isinstance(payload, KvRows) else _bytes_of(payload)
+            await claim.send(chunk.start, chunk.end, layers.start, layers.stop, held, chunk.wire_mode)
 
 
 async def _unless_cancelled(claim: PromptClaim, inbox: Inbox) -> ChunkComputed:

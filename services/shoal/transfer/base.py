@@ -11,6 +11,7 @@ import google_crc32c
 import numpy as np
 
 from shoal.messages import Carrier, Chunk, Envelope, RemoteSegment, StagedPayload, StagingSegment
+from shoal.transfer.frames import Piece
 
 
 class Channel(Protocol):
@@ -50,8 +51,8 @@ class Loader(Protocol):
         """Payload is copied into bytes of its own in any case, so it may be put together from several runs."""
         ...
 
-    def load(self, chunk: Chunk) -> Chunk:
-        """``chunk`` as it travels, with its checksum, so that the memory of its payload may be reused. Takes
+    def load(self, piece: Piece) -> Chunk:
+        """``piece`` as it travels, with its checksum, so that the memory of its payload may be reused. Takes
         ``has_room``."""
         ...
 

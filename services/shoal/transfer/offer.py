@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from shoal.errors import Unavailable
+from shoal.kernels.copying import Copier
 from shoal.messages import Carrier, CarrierReason, Hello
 from shoal.transfer.base import StagingLoader
 
@@ -29,11 +30,13 @@ _log = logging.getLogger(__name__)
 class Staging:
     """How prefill makes memory that decode may read payload from, on its host and anywhere; ``None``: it doesn't.
 
-    Raise OSError if there is no room, Unavailable if it can't be had for another reason.
+    Raise OSError if there is no room, Unavailable if it can't be had for another reason. What goes inline ``copier``
+    puts together.
     """
 
     local: Callable[[], StagingLoader] | None = None
     remote: Callable[[], Awaitable[StagingLoader]] | None = None
+    copier: Copier = field(default_factory=Copier, compare=False)
 
 
 class Offer:

@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from shoal.errors import Cancelled, LeaseLost, PeerGone, ProtocolViolation, ShoalError
+from shoal.kv.rows import KvRows
 from shoal.messages import (
     Accepted,
     Beat,
@@ -65,9 +66,9 @@ class PrefillSession(Session):
         super().__init__(channel, identity, ttl_s=ttl_s, clock=clock or asyncio.get_running_loop())
         self.carrier = Carrier.INLINE
         self.carrier_reason = CarrierReason.CONFIGURED
-        self.loader: Loader = InlineLoader(max_frame_bytes)
         self.wire_mode = WireMode.KV
         self._staging = staging or Staging()
+        self.loader: Loader = InlineLoader(max_frame_bytes, self._staging.copier)
         self._claims: dict[bytes, PromptClaim] = {}
 
     @classmethod
@@ -242,11 +243,11 @@ class PromptClaim:
         token_end: int,
         layer_start: int,
         layer_end: int,
-        payload: memoryview,
+        payload: memoryview | KvRows,
         wire_mode: WireMode = WireMode.KV,
     ) -> None:
-        """Ship K/V ``[layers, tokens, bytes of a token in a layer]``, C order, or with HIDDEN states ``[tokens, bytes
-        of a state]`` for all of the layers; ``payload`` may be reused afterwards.
+        """Ship K/V ``[layers, tokens, bytes of a token in a layer]``, in C order or where a pool has them, or with
+        HIDDEN states ``[tokens, bytes of a state]`` for all of the layers; ``payload`` may be reused afterwards.
 
         Returns when the last chunk of it is next on the wire. Raises Cancelled if decode gave the lease up, PeerGone if
         the session died, LeaseLost if decode gave no credit for ``ttl_s``.
@@ -254,14 +255,14 @@ class PromptClaim:
         loader = self._session.loader
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
         frames = (self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes, wire_mode)
-        for chunk in cut(*frames, gather=loader.gathers):
+        for piece in cut(*frames, gather=loader.gathers):
             # Leases take turns: each has at most one chunk in the session's queue. And what was loaded before leaves
             # first, since the next one takes the event loop.
             await self._written()
-            await self._answered(partial(self._may_go, chunk), "credit")
-            self._credit_bytes -= chunk.num_bytes
-            loaded = loader.load(chunk)
-            self._unacknowledged[chunk.seq] = loaded
+            await self._answered(partial(self._may_go, piece.num_bytes), "credit")
+            self._credit_bytes -= piece.num_bytes
+            loaded = loader.load(piece)
+            self._unacknowledged[piece.seq] = loaded
             self._num_chunks += 1
             self._session.post(loaded, self._was_written)
 
@@ -315,8 +316,8 @@ class PromptClaim:
         """Something was given back that other claims may wait for, too."""
         self._changed.set()
 
-    def _may_go(self, chunk: Chunk) -> bool:
-        return chunk.num_bytes <= self._credit_bytes and self._session.loader.has_room
+    def _may_go(self, num_bytes: int) -> bool:
+        return num_bytes <= self._credit_bytes and self._session.loader.has_room
 
     async def _written(self) -> None:
         """Wait until no chunk of this lease is in the session's queue, but for one that was asked for again."""

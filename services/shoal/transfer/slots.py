@@ -17,15 +17,16 @@ used any more, whatever a reader that is still busy finds there.
 from __future__ import annotations
 
 import mmap
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from shoal.errors import InternalError, ProtocolViolation
 from shoal.kernels.copying import Copier
+from shoal.kv.rows import KvRows
 from shoal.messages import Chunk, StagedPayload
 from shoal.rpc.frames import MAX_PAYLOAD_BYTES, MAX_SLOTS
+from shoal.transfer.frames import Piece
 from shoal.transfer.staging import StagingSlot, StagingSlots
 
 GENERATION_BYTES = 8
@@ -71,18 +72,21 @@ class SlotLoader:
     def has_room(self) -> bool:
         return self._slots.num_lent < self._shape.num_slots
 
-    def load(self, chunk: Chunk) -> Chunk:
+    def load(self, piece: Piece) -> Chunk:
         """Copy the payload into a free slot, and take its checksum."""
-        slot = self._slots.take()
-        if slot is None or len(chunk.payload) > slot.num_bytes:
-            raise InternalError(f"{len(chunk.payload)} bytes don't fit the staging slots: ask has_room and max_bytes")
-        self._lent.setdefault(chunk.lease_id, {})[chunk.seq] = slot
+        slot, payload = self._slots.take(), piece.payload
+        if slot is None or len(payload) > slot.num_bytes:
+            raise InternalError(f"{len(payload)} bytes don't fit the staging slots: ask has_room and max_bytes")
+        self._lent.setdefault(piece.lease_id, {})[piece.seq] = slot
         start = slot_offset(self._shape, slot.index)
         # The generation first: who copies from the slot against the rules finds another one afterwards.
         self._memory[start : start + GENERATION_BYTES] = slot.generation.to_bytes(GENERATION_BYTES, "little")
-        target = np.frombuffer(self._memory, np.uint8, len(chunk.payload), start + HEAD_BYTES)
-        staged = StagedPayload(slot.index, slot.generation, len(chunk.payload))
-        return replace(chunk, payload=b"", staged=staged, crc32c=self._copier.copy(chunk.payload, target))
+        target = np.frombuffer(self._memory, np.uint8, len(payload), start + HEAD_BYTES)
+        if isinstance(payload, KvRows):
+            crc32c = self._copier.gather(payload.layers, payload.at, target)
+        else:
+            crc32c = self._copier.copy(payload, target)
+        return piece.loaded(b"", crc32c, StagedPayload(slot.index, slot.generation, len(payload)))
 
     def credited(self, lease_id: bytes, seq: int) -> None:
         slot = self._lent.get(lease_id, {}).pop(seq, None)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from engines import assert_nothing_held, exact, make_engine
+from engines import assert_nothing_held, exact, make_engine, payload_of, prefill_chunks
 from models import tiny_model
+from shoal.engine import runner
 from shoal.engine.build import warm_up
 from shoal.engine.client import ChunkComputed, EngineClient
 from shoal.engine.engine import Engine
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import InternalError
+from shoal.kv.rows import KvRows
 from shoal.messages import Stage, WireMode
 
 NUM_LAYERS, NUM_SKIPPED = 6, 2
@@ -48,6 +51,79 @@ def test_the_kept_layers_come_first_and_each_prompts_others_by_themselves(model:
     assert told(first.chunks) == [("a", KEPT, False), ("b", KEPT, False)] and first.num_rows == 2 * (len(PROMPT) - 1)
     assert [told(engine.step().chunks) for _ in "ab"] == [[("a", SKIPPED, True)], [("b", SKIPPED, True)]]
     assert engine.step().is_idle
+
+
+@pytest.fixture
+def a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "PROJECTED_BYTES", 1)
+
+
+ONE_BY_ONE = [range(layer, layer + 1) for layer in SKIPPED]
+
+
+@pytest.mark.usefixtures("a_layer_at_a_time")
+def test_layers_are_projected_some_at_a_time_each_prompts_together(model: Any) -> None:
+    engine = engine_with(model, "a", "b")
+    engine.step()
+    seen = [told(engine.step().chunks) for _ in (*ONE_BY_ONE, *ONE_BY_ONE)]
+    assert seen == [[(name, layers, layers == ONE_BY_ONE[-1])] for name in "ab" for layers in ONE_BY_ONE]
+    assert engine.step().is_idle
+
+
+@pytest.mark.parametrize(("num_bytes", "sizes"), [(1, [1] * 4), (2, [2, 2]), (3, [2, 2]), (4, [4]), (9, [4])])
+def test_about_as_many_layers_each_time(model: Any, num_bytes: int, sizes: list[int], monkeypatch: Any) -> None:
+    """``num_bytes``: how many layers' worth."""
+    engine = make_engine(model, 4, stage=Stage.PREFILL)
+    layer_bytes = 7 * engine.runner.pool.layout.token_layer_bytes
+    monkeypatch.setattr(runner, "PROJECTED_BYTES", num_bytes * layer_bytes)
+    assert [len(layers) for layers in engine.runner._at_a_time(7)] == sizes
+    assert [layer for layers in engine.runner._at_a_time(7) for layer in layers] == [2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("a_layer_at_a_time")
+def test_in_pieces_the_same_is_shipped(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    [pieces] = prefill_chunks(make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL), list(PROMPT))
+    monkeypatch.setattr(runner, "PROJECTED_BYTES", 1 << 30)
+    [whole] = prefill_chunks(make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL), list(PROMPT))
+    torch.testing.assert_close(pieces.kv, whole.kv, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("a_layer_at_a_time")
+def test_who_is_given_up_between_two_layers_holds_up_nobody(model: Any) -> None:
+    engine = engine_with(model, "a", "b")
+    engine.step()
+    assert told(engine.step().chunks) == [("a", ONE_BY_ONE[0], False)]
+    engine.finish("a")
+    assert [told(engine.step().chunks)[0][0] for _ in ONE_BY_ONE] == ["b"] * len(ONE_BY_ONE)
+    engine.finish("b")
+    assert engine.step().is_idle
+    assert_nothing_held(engine)
+
+
+@pytest.mark.usefixtures("a_layer_at_a_time")
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_whose_later_layers_fail_has_failed(model: Any, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_with(model, *names)
+    engine.step()
+    engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner.decoder, "project", broken)
+        output = engine.step()
+    assert [failure.request_id for failure in output.failures] == ["a"] and output.all_failed == (names == "a")
+    assert [told(engine.step().chunks) for _ in ONE_BY_ONE] == [
+        [("b", layers, layers == ONE_BY_ONE[-1])] if "b" in names else [] for layers in ONE_BY_ONE
+    ]
+
+
+def test_what_is_kept_is_not_copied_before_it_leaves(model: Any) -> None:
+    engine = engine_with(model, "a")
+    [kept] = engine.step().chunks
+    held = engine.runner.pool.layers
+    assert isinstance(kept.payload, KvRows) and len(kept.payload.layers) == len(KEPT)
+    for rows, layer in zip(kept.payload.layers, held, strict=False):
+        assert np.shares_memory(rows, layer.numpy())
+    read = engine.runner.pool.read_layers(0, len(KEPT), torch.from_numpy(kept.payload.at))
+    assert torch.equal(payload_of(kept, engine.runner.pool), read)
 
 
 def test_a_prompt_that_could_run_waits_for_those_that_are_to_be_projected(model: Any) -> None:

@@ -68,6 +68,22 @@ def test_rows_land_where_they_belong_and_nowhere_else(has_kernel: bool, data: st
     assert crc == crc_of(source)
 
 
+@given(data=st.data())
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_rows_are_gathered_in_their_order_and_nothing_else_is_written(has_kernel: bool, data: st.DataObject) -> None:
+    copier = Copier(native_kernels() if has_kernel else None)
+    row_bytes = data.draw(st.sampled_from([1, 4, 8, 24, 64, 768, 1000]))
+    num_sources = data.draw(st.integers(1, 4))
+    sources = [np.frombuffer(random_bytes(20 * row_bytes), np.uint8).reshape(20, row_bytes) for _ in range(num_sources)]
+    sources = [np.roll(source, number, axis=0) for number, source in enumerate(sources)]
+    at = np.array(data.draw(st.lists(st.integers(0, 19), max_size=20)), np.int64)
+    expected = np.stack([source[at] for source in sources])
+    around = np.full(expected.size + 2, 9, np.uint8)
+    assert copier.gather(sources, at, around[1:-1]) == crc_of(expected)
+    np.testing.assert_array_equal(around[1:-1], expected.reshape(-1))
+    assert around[0] == around[-1] == 9
+
+
 def test_more_than_a_piece(copier: Copier) -> None:
     rows = 5 + copying._PIECE_BYTES // 768
     at = np.random.default_rng(0).permutation(rows)
@@ -75,6 +91,9 @@ def test_more_than_a_piece(copier: Copier) -> None:
     assert copier.scatter(source, targets, at) == crc_of(np.frombuffer(source, np.uint8))
     landed = np.stack([target[at] for target in targets])
     assert landed.tobytes() == source
+    back = np.zeros(2 * rows * 768, np.uint8)
+    assert copier.gather(targets, at, back) == crc_of(back)
+    assert back.tobytes() == source
 
 
 @pytest.mark.parametrize("row", [-1, 3])
@@ -83,6 +102,10 @@ def test_a_row_that_is_not_there_is_an_error_and_nothing_is_written(copier: Copi
     with pytest.raises(IndexError, match="of 3"):
         copier.scatter(b"x" * 32, targets, np.array([0, row]))
     assert not any(target.any() for target in targets)
+    gathered = np.zeros(32, np.uint8)
+    with pytest.raises(IndexError, match="of 3"):
+        copier.gather([target + 1 for target in targets], np.array([0, row]), gathered)
+    assert not gathered.any()
 
 
 def test_bytes_that_do_not_fit_are_an_error(copier: Copier) -> None:
@@ -90,6 +113,8 @@ def test_bytes_that_do_not_fit_are_an_error(copier: Copier) -> None:
         copier.copy(bytes(8), np.zeros(16, np.uint8))
     with pytest.raises(ValueError, match="aren't 1 rows of 8"):
         copier.scatter(bytes(16), [np.zeros((2, 8), np.uint8)], np.array([0]))
+    with pytest.raises(ValueError, match="aren't 1 rows of 8"):
+        copier.gather([np.zeros((2, 8), np.uint8)], np.array([0]), np.zeros(16, np.uint8))
 
 
 @pytest.mark.parametrize("offset", [0, 16])
@@ -114,6 +139,7 @@ def test_the_checksum_is_of_what_was_written_whatever_happens_to_the_source(copi
             plain, target = np.empty(1 << 20, np.uint8), rows_at(offset, 1 << 14, 64)
             assert copier.copy(memoryview(source), plain) == crc_of(plain)  # type: ignore[arg-type]
             assert copier.scatter(memoryview(source), [target], at) == crc_of(target[at])  # type: ignore[arg-type]
+            assert copier.gather([source.reshape(-1, 64)], at, plain) == crc_of(plain)
             torn += len(np.unique(plain)) > 1
         assert torn  # else nothing was shown
     finally:

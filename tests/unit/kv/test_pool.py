@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,11 @@ def test_layers_are_read_as_they_lie_in_any_dtype_and_of_no_slots_nothing_is():
             layer.copy_(torch.randn(layer.shape))
         for slots in ([9, 2, 3], [5, 6, 7, 8], [15], [3, 4, 6], [7, 6], []):
             read = pool.read_layers(1, 3, torch.tensor(slots, dtype=torch.int64))
+            rows = pool.rows(1, 3, torch.tensor(slots, dtype=torch.int64))
+            assert rows is not None and rows.at.tolist() == slots and len(rows) == read.nbytes
+            for held, layer in zip(rows.layers, pool.layers[1:], strict=True):
+                assert np.shares_memory(held, layer.view(torch.uint8).numpy())
+            assert b"".join(held[rows.at].tobytes() for held in rows.layers) == read.view(torch.uint8).numpy().tobytes()
             assert read.shape == (2, len(slots), 2, 2, 2) and read.dtype == dtype
             for layer, found in zip(pool.layers[1:], read, strict=True):
                 assert torch.equal(layer.view(torch.uint8)[slots], found.view(torch.uint8))
@@ -99,6 +105,7 @@ def test_a_slot_that_is_not_there_is_neither_read_nor_written(slot: int):
     slots, kv, states = torch.tensor([3, slot]), torch.ones(1, 2, 2, 2, 2), torch.ones(2, 2)
     for use in (
         lambda: pool.read_layers(0, 2, slots),
+        lambda: pool.rows(0, 2, slots),
         lambda: pool.read_states(slots),
         lambda: pool.write(0, slots, kv[0]),
         lambda: pool.write_layers(0, slots, kv),

@@ -128,6 +128,39 @@ def test_the_kernels_project_by_it_as_torch_does(family: str, num_sinks: int) ->
 
 
 @pytest.mark.parametrize("num_sinks", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_some_layers_by_themselves_are_projected_as_all_of_them_are(
+    has_kernels: bool, family: str, num_sinks: int
+) -> None:
+    """With a bias (qwen2), k_norm (qwen3), and another RoPE table for each third layer (gemma3)."""
+    kernels = native_kernels() if has_kernels else None
+    model = tiny_model(family, layers=8, dtype=torch.bfloat16, hidden=64, head_dim=64)
+    spec, plan = describe(model.config), LayerPlan(8, 5)
+    loader = ParameterLoader(ModelReader(model), spec, dtype=model.dtype, device=CPU)
+    paper = loader.load(plan, Stage.PREFILL).projection
+    assert paper is not None
+    parameters = loader.load(plan, Stage.PREFILL, paper.weight * 1.5, num_sinks)
+    parameters = parameters if kernels is None else parameters.held(packed)
+    states = torch.randn(70, spec.hidden_size, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    decoder = make_decoder(spec, plan, Stage.PREFILL, parameters, kernels)
+    whole = decoder.project(states, torch.arange(70))
+    for layers in (range(3, 4), range(3, 5), range(4, 7), range(5, 8), range(3, 8)):
+        part = decoder.project(states, torch.arange(70), layers)
+        torch.testing.assert_close(part, whole[layers.start - 3 : layers.stop - 3], rtol=0.01, atol=0.01)
+        assert kernels is None or spec.qk_norm or torch.equal(part, whole[layers.start - 3 : layers.stop - 3])
+
+
+def test_what_does_not_end_with_a_panel_is_not_cut() -> None:
+    model = tiny_model("llama", hidden=64, head_dim=8, kv_heads=1)
+    loader = ParameterLoader(ModelReader(model), describe(model.config), dtype=model.dtype, device=CPU)
+    plain = loader.load(LayerPlan(6, 2), Stage.PREFILL).projection
+    assert plain is not None and plain.can_be_cut
+    own = plain.held(packed)
+    assert isinstance(own.matrix, PackedMatrix) and not own.can_be_cut
+
+
+@pytest.mark.parametrize("num_sinks", [0, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_what_is_projected_into_the_pool_is_what_is_projected(has_kernels: bool, family: str, num_sinks: int) -> None:

@@ -84,3 +84,19 @@ extern "C" int shoal_copy_rows(const void* source, int64_t num_targets, int64_t 
     *crc = num_targets * num_rows ? folded.crc() : 0;
     return 0;
 }
+
+// The other way round: the rows `at` [num_rows] of each source to [num_sources, num_rows, row_bytes]. As above.
+extern "C" int shoal_gather_rows(const void* const* sources, int64_t num_sources, const int64_t* at, int64_t num_rows,
+                                 int64_t row_bytes, void* target, uint32_t* crc) {
+    using namespace shoal;
+    if (row_bytes <= 0 || row_bytes % LINE_BYTES) return 1;
+    char* to = static_cast<char*>(target);
+    Folded folded;
+    for (int64_t source = 0; source < num_sources; source++) {
+        const char* const from = static_cast<const char*>(sources[source]);
+        for (int64_t row = 0; row < num_rows; row++, to += row_bytes)
+            copy<false>(from + at[row] * row_bytes, to, row_bytes, folded);
+    }
+    *crc = num_sources * num_rows ? folded.crc() : 0;
+    return 0;
+}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import numpy as np
 
+from shoal.kernels.copying import Copier
+from shoal.kv.rows import KvRows
 from shoal.messages import Chunk
 from shoal.transfer.base import crc32c
+from shoal.transfer.frames import Piece
 
 
 class InlineLoader:
@@ -14,12 +17,17 @@ class InlineLoader:
     has_room = True
     gathers = True
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, copier: Copier | None = None) -> None:
         self.max_bytes = max_bytes
+        self._copier = copier or Copier()
 
-    def load(self, chunk: Chunk) -> Chunk:
-        payload = bytes(chunk.payload)
-        return replace(chunk, payload=payload, crc32c=crc32c(payload))
+    def load(self, piece: Piece) -> Chunk:
+        if isinstance(piece.payload, KvRows):
+            gathered = np.empty(piece.num_bytes, np.uint8)
+            crc = self._copier.gather(piece.payload.layers, piece.payload.at, gathered)
+            return piece.loaded(gathered.data, crc)
+        payload = bytes(piece.payload)
+        return piece.loaded(payload, crc32c(payload))
 
     def credited(self, lease_id: bytes, seq: int) -> None: ...
 

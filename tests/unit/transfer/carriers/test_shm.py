@@ -21,6 +21,7 @@ from shoal.errors import InternalError
 from shoal.messages import Chunk
 from shoal.transfer.base import crc32c
 from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader, reap
+from shoal.transfer.frames import Piece
 
 SLOT_BYTES = 1000
 LEASE = bytes(16)
@@ -45,12 +46,12 @@ def joined(folder: Path, num_slots: int = 4) -> tuple[ShmLoader, ShmUnloader]:
     return loader, unloader
 
 
-def chunk(seq: int, payload: bytes, lease_id: bytes = LEASE) -> Chunk:
-    return Chunk(lease_id, seq, 0, 1, 0, 1, 0, memoryview(payload))
+def piece(seq: int, payload: bytes, lease_id: bytes = LEASE) -> Piece:
+    return Piece(lease_id, seq, 0, 1, 0, 1, memoryview(payload))
 
 
 def staged(loader: ShmLoader, seq: int, payload: bytes, lease_id: bytes = LEASE) -> Chunk:
-    loaded = loader.load(chunk(seq, payload, lease_id))
+    loaded = loader.load(piece(seq, payload, lease_id))
     assert loaded.staged is not None and loaded.payload == b""
     assert loaded.num_bytes == len(payload)
     return loaded
@@ -208,9 +209,9 @@ def test_a_slot_is_lent_again_only_after_its_credit_or_the_end_of_its_lease(fold
 def test_what_does_not_fit_is_a_defect_of_ours(folder: Path) -> None:
     loader = make(folder, num_slots=1)
     with pytest.raises(InternalError):
-        loader.load(chunk(0, bytes(SLOT_BYTES + 1)))
+        loader.load(piece(0, bytes(SLOT_BYTES + 1)))
     with pytest.raises(InternalError):
-        loader.load(chunk(0, b"x"))
+        loader.load(piece(0, b"x"))
     loader.close()
 
 
@@ -243,7 +244,7 @@ def test_no_slot_is_ever_lent_twice_and_each_payload_is_there_until_it_is_given_
                 payload = seq.to_bytes(4, "big") * 9
                 assert loader.has_room == (sum(map(len, out.values())) < 3)
                 if loader.has_room:
-                    held[seq] = loader.load(chunk(seq, payload, lease_id)), payload
+                    held[seq] = loader.load(piece(seq, payload, lease_id)), payload
             case "credit" if held:
                 first = next(iter(held))
                 loader.credited(lease_id, first)

@@ -13,6 +13,7 @@ from shoal.messages import Carrier, Chunk, RemoteSegment
 from shoal.rpc.frames import NONCE_BYTES
 from shoal.transfer.carriers.nixl.agent import Agent, Registered, new_memory
 from shoal.transfer.carriers.nixl.thread import NixlThread, poll_after
+from shoal.transfer.frames import Piece
 from shoal.transfer.slots import SlotLoader, choose_slots, segment_bytes
 
 _MIN_POLL_S = 200e-6
@@ -48,8 +49,8 @@ class NixlLoader(SlotLoader):
         """Slots that take at most ``max_bytes``. Raises Unavailable if there is no agent, OSError without memory."""
         return await thread.call(lambda: _make(thread, slot_bytes, max_bytes, copier or Copier()), undo=cls.close)
 
-    def load(self, chunk: Chunk) -> Chunk:
-        loaded = super().load(chunk)
+    def load(self, piece: Piece) -> Chunk:
+        loaded = super().load(piece)
         self._touched_s = time.monotonic()
         self._thread.wake()
         return loaded

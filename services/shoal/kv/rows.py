@@ -1,0 +1,29 @@
+"""K/V of some tokens where the pool has them: what ships them copies them once, to where they leave from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class KvRows:
+    """Rows ``at`` ``[tokens]`` (int64) of each of some ``layers`` ``[slots, bytes of a token]``, in their order.
+
+    They hold while the tokens' blocks belong to the request that has computed them.
+    """
+
+    layers: tuple[Bytes, ...]
+    at: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Bytes."""
+        row_bytes: int = self.layers[0].shape[1]
+        return len(self.layers) * len(self.at) * row_bytes
+
+    def part(self, layers: slice, tokens: slice) -> KvRows:
+        return KvRows(self.layers[layers], self.at[tokens])

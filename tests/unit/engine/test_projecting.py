@@ -19,6 +19,7 @@ from shoal.engine.runner import PrefillChunk
 from shoal.errors import InternalError
 from shoal.kv.rows import KvRows
 from shoal.messages import Stage, WireMode
+from shoal.model.projection import KvProjection
 
 NUM_LAYERS, NUM_SKIPPED = 6, 2
 KEPT, SKIPPED = range(NUM_LAYERS - NUM_SKIPPED), range(NUM_LAYERS - NUM_SKIPPED, NUM_LAYERS)
@@ -78,6 +79,12 @@ def test_about_as_many_layers_each_time(model: Any, num_bytes: int, sizes: list[
     monkeypatch.setattr(runner, "PROJECTED_BYTES", num_bytes * layer_bytes)
     assert [len(layers) for layers in engine.runner._at_a_time(7)] == sizes
     assert [layer for layers in engine.runner._at_a_time(7) for layer in layers] == [2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("a_layer_at_a_time")
+def test_what_can_not_be_cut_is_projected_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KvProjection, "can_be_cut", False)
+    assert make_engine(model, 4, stage=Stage.PREFILL).runner._at_a_time(7) == [range(2, 6)]
 
 
 @pytest.mark.usefixtures("a_layer_at_a_time")

@@ -98,6 +98,11 @@ def test_layers_are_read_as_they_lie_in_any_dtype_and_of_no_slots_nothing_is():
                 assert torch.equal(layer.view(torch.uint8)[slots], found.view(torch.uint8))
 
 
+def test_rows_of_what_is_not_the_hosts_memory_there_are_none_of():
+    pool = KvPool(make_pool().layout, 4, dtype=torch.float32, device=torch.device("meta"))
+    assert pool.rows(0, 2, torch.tensor([1])) is None
+
+
 @pytest.mark.parametrize("slot", [-1, 16])
 def test_a_slot_that_is_not_there_is_neither_read_nor_written(slot: int):
     layout = replace(make_pool().layout, state_dim=2)

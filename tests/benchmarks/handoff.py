@@ -54,6 +54,8 @@ from handoff_decode import (
 
 from shoal.config import load_config
 from shoal.engine.build import choose_copier
+from shoal.engine.runner import portions
+from shoal.kv.rows import KvRows
 from shoal.messages import Carrier, Chunk, Envelope
 from shoal.rpc.frames import to_request
 from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
@@ -137,12 +139,15 @@ def hand_off(
 ) -> Way:
     """So many prompts, each as ``PrefillWorker`` ships it, from the first one's first byte to the last one's commit."""
     rng = np.random.default_rng(0)
-    pieces = []
+    kept = tuple(rng.integers(0, 256, (KEPT, num_tokens, TOKEN_LAYER_BYTES), dtype=np.uint8))
+    pieces: list[tuple[int, int, int, int, KvRows | memoryview]] = []
     for start in range(0, num_tokens - 1, CHUNK_TOKENS):
         end = min(start + CHUNK_TOKENS, num_tokens - 1)
-        for first, last in ((0, KEPT), (KEPT, LAYERS)):
-            size = (last - first) * (end - start) * TOKEN_LAYER_BYTES
-            pieces.append((start, end, first, last, memoryview(rng.integers(0, 256, size, dtype=np.uint8))))  # type: ignore[arg-type]
+        pieces.append((start, end, 0, KEPT, KvRows(kept, np.arange(start, end))))
+        layer_bytes = (end - start) * TOKEN_LAYER_BYTES
+        for layers in portions(range(KEPT, LAYERS), layer_bytes):
+            projected = rng.integers(0, 256, len(layers) * layer_bytes, dtype=np.uint8)
+            pieces.append((start, end, layers.start, layers.stop, memoryview(projected)))  # type: ignore[arg-type]
 
     async def ship(claim: PromptClaim) -> None:
         for piece in pieces:
@@ -253,7 +258,7 @@ async def measure(num_tokens: int, at_once: Sequence[int], num_rounds: int) -> d
     num_bytes = (num_tokens - 1) * LAYERS * TOKEN_LAYER_BYTES
     nixl, copier = Nixl(0), choose_copier(load_config().prefill)
     stagings = {
-        Carrier.INLINE: Staging(),
+        Carrier.INLINE: Staging(copier=copier),
         Carrier.SHM: Staging(partial(ShmLoader.create, SLOT_BYTES, STAGING_BYTES, copier=copier)),
         Carrier.NIXL: Staging(remote=partial(nixl.open_loader, SLOT_BYTES, STAGING_BYTES, copier)),
     }

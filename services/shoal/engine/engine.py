@@ -1,6 +1,7 @@
 """One engine for both stages: scheduler, runner and sampler behind a handful of commands.
 
-``step`` runs one forward and returns all that came of it. Not thread-safe: engine/thread.py gives it its thread.
+``step`` runs one forward, or projects some layers of the last one's rows, and returns all that came of it. Not
+thread-safe: engine/thread.py gives it its thread.
 """
 
 from __future__ import annotations

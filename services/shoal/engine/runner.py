@@ -25,7 +25,7 @@ from shoal.model.decoder import Decoder
 # Rows of prompts whose logits exist at once: 256 of a vocabulary of 128k are 128 MiB in float32.
 MAX_LOGIT_ROWS = 256
 
-# What is projected at a time, or a layer if that's more: the next ones are computed while these are on their way.
+# About what is projected at a time: the next layers are computed while these are on their way.
 PROJECTED_BYTES = 4 << 20
 
 
@@ -110,12 +110,10 @@ class Runner:
             yield PrefillChunk(item.sequence.request_id, item.start, item.end, layers, payload, is_whole=is_whole)
 
     def _at_a_time(self, num_tokens: int) -> list[range]:
-        """The skipped layers, about as many of them each time."""
         skipped, projection = self.decoder.plan.skipped, self.decoder.parameters.projection
-        num_parts = -(-len(skipped) * num_tokens * self.pool.layout.token_layer_bytes // PROJECTED_BYTES)
-        num_parts = min(num_parts, len(skipped)) if projection is not None and projection.can_be_cut else 1
-        edges = [skipped.start + len(skipped) * part // num_parts for part in range(num_parts + 1)]
-        return [range(*edge) for edge in pairwise(edges)]
+        if projection is None or not projection.can_be_cut:
+            return [skipped]
+        return portions(skipped, num_tokens * self.pool.layout.token_layer_bytes)
 
     def batch(self, rows: tuple[ScheduledRows, ...]) -> StepBatch:
         """The tensors of a step; logits are wanted of the last row of each sequence that it completes."""
@@ -225,3 +223,10 @@ class Runner:
 def _unshipped(item: ScheduledRows) -> ScheduledRows:
     """Of its rows those that decode hasn't got."""
     return ScheduledRows(item.sequence, min(max(item.start, item.sequence.num_shipped), item.end), item.end)
+
+
+def portions(layers: range, layer_bytes: int) -> list[range]:
+    """``layers`` as they are projected: about as many each time, and at least one."""
+    num_portions = min(len(layers), -(-len(layers) * layer_bytes // PROJECTED_BYTES))
+    edges = [layers.start + len(layers) * portion // num_portions for portion in range(num_portions + 1)]
+    return [range(*edge) for edge in pairwise(edges)]

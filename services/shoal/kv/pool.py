@@ -3,8 +3,8 @@
 One tensor per layer, ``[num_slots, 2, num_kv_heads, head_dim]``, and where the layout has states one more,
 ``[num_slots, state_dim]``; slot ``block * block_tokens + offset`` holds one token. The engine thread reads and writes
 blocks of running sequences; decode's sink writes reserved blocks, which no running sequence can see: the rows never
-overlap, so there is no lock. What ships a prompt reads rows that were computed (kv/rows.py), of blocks that are still
-the prompt's, and which nobody writes to again before they are given back.
+overlap, so there is no lock. What ships a prompt reads rows that were computed (kv/rows.py), which nobody writes to
+again before the prompt has given its blocks back, or has failed and isn't sealed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ Bytes = npt.NDArray[np.uint8]
 class KvRows:
     """Rows ``at`` ``[tokens]`` (int64) of each of some ``layers`` ``[slots, bytes of a token]``, in their order.
 
-    They hold while the tokens' blocks belong to the request that has computed them.
+    They hold while the request that ships them holds the blocks. One that the engine has failed doesn't any more: what
+    leaves for it then may be anybody's, and no seal follows, without which decode throws all of it away.
     """
 
     layers: tuple[Bytes, ...]

@@ -48,7 +48,7 @@ class Loader(Protocol):
 
     @property
     def gathers(self) -> bool:
-        """Payload is copied into bytes of its own in any case, so it may be put together from several runs."""
+        """Bytes are copied once more in any case, so a piece may be put together from several runs of them."""
         ...
 
     def load(self, piece: Piece) -> Chunk:

@@ -49,8 +49,8 @@ def cut(
     """Pieces of at most ``max_frame_bytes`` that tile ``tokens`` x ``layers``, numbered from ``first_seq``.
 
     ``payload`` is ``[layers, tokens, bytes of a token in a layer]``: rows of a pool, or bytes in C order, in which
-    whole layers are one run, and tokens of one layer, too. Pieces are views of it. ``gather``: as few as can be, and
-    what is no run of bytes is copied together.
+    whole layers are one run, and tokens of one layer, too. Pieces are views of it. ``gather``: as few as can be, where
+    rows cost no more for that, and what is no run of bytes is copied together.
     With HIDDEN it's ``[tokens, bytes of a state]``, and each piece is for all of the layers.
     """
     is_hidden = wire_mode is WireMode.HIDDEN

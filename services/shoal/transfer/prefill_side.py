@@ -255,7 +255,7 @@ class PromptClaim:
         loader = self._session.loader
         tokens, layers = (token_start, token_end), (layer_start, layer_end)
         frames = (self.lease_id, self._num_chunks, tokens, layers, payload, self._max_frame_bytes, wire_mode)
-        for piece in cut(*frames, gather=loader.gathers):
+        for piece in cut(*frames, gather=loader.gathers or isinstance(payload, KvRows)):
             # Leases take turns: each has at most one chunk in the session's queue. And what was loaded before leaves
             # first, since the next one takes the event loop.
             await self._written()

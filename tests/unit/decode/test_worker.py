@@ -20,6 +20,7 @@ from reference import full_generate, pop_generate, speed_generate
 from shoal.config import load_config
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.engine.engine import Engine
+from shoal.engine.runner import Runner
 from shoal.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -30,6 +31,7 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )  # fmt: skip
+from shoal.kv.rows import KvRows
 from shoal.local import LocalShoal, OneReplica, open_local
 from shoal.messages import (
     Depth,
@@ -42,6 +44,7 @@ from shoal.messages import (
     SamplingParams,
     TokenOutput,
 )  # fmt: skip
+from shoal.transfer.prefill_side import PromptClaim
 
 SKIPPED = 3
 
@@ -277,6 +280,48 @@ async def test_a_failed_hand_off_goes_to_another_replica(opened: Any, model: Any
     first, second = pool.grants
     assert (first.excluded, second.excluded) == (frozenset(), frozenset("a"))
     assert (first.context.attempt, second.context.attempt) == (1, 2) and first.lease_id != second.lease_id
+
+
+async def test_what_leaves_when_the_engine_has_failed_its_prompt_is_never_read(
+    opened: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Its first chunk waits, its second fails, and another prompt gets the blocks that the first one is read from."""
+    failed, may_go, contents = asyncio.Event(), asyncio.Event(), list[bytes]()
+    loop, send, run = asyncio.get_running_loop(), PromptClaim.send, Runner.run
+
+    async def send_late(claim: PromptClaim, start: int, end: int, first: int, last: int, rows: Any, *mode: Any) -> None:
+        if claim.token_ids == tuple(PROMPT) and not contents:
+            contents.append(bytes_of(rows))
+            await may_go.wait()
+            contents.append(bytes_of(rows))
+        await send(claim, start, end, first, last, rows, *mode)
+
+    def fail_once(runner: Runner, plan: Any) -> Any:
+        is_second = any(item.start and not item.sequence.sampled for item in plan.rows)
+        if is_second and not failed.is_set():
+            loop.call_soon_threadsafe(failed.set)
+            raise RuntimeError("its second chunk")
+        return run(runner, plan)
+
+    monkeypatch.setattr(PromptClaim, "send", send_late)
+    monkeypatch.setattr(Runner, "run", fail_once)
+    other = [token + 1 for token in PROMPT]
+    async with opened(prefill={"max_step_tokens": 16}) as local:
+        answer = asyncio.ensure_future(collect(local, request(PROMPT)))
+        await asyncio.wait_for(failed.wait(), 10)
+        of_other = await collect(local, request(other))
+        may_go.set()
+        outputs = await answer
+        assert fallbacks(local) == {("local", "other"): 1}
+    before, after = contents
+    assert before != after, "else nothing was shown"
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    assert ids(of_other) == pop_generate(model, other, 10, SKIPPED).token_ids
+    assert of_other[0].handoff is not None and of_other[0].handoff.transferred
+
+
+def bytes_of(rows: KvRows) -> bytes:
+    return b"".join(layer[rows.at].tobytes() for layer in rows.layers)
 
 
 async def test_who_looks_for_why_a_hand_off_failed_finds_it_in_both_logs(opened: Any, monkeypatch: pytest.MonkeyPatch):

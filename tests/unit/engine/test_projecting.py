@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,18 @@ def test_what_is_kept_is_not_copied_before_it_leaves(model: Any) -> None:
     assert torch.equal(payload_of(kept, engine.runner.pool), read)
 
 
+def test_what_waits_to_be_sent_stays_what_it_was(model: Any) -> None:
+    """Two chunks each of two prompts, while others are computed."""
+    engine = engine_with(model, "a", "b", max_step_tokens=11)
+    pool, parts, early = engine.runner.pool, list[PrefillChunk](), list[torch.Tensor]()
+    while not (output := engine.step()).is_idle:
+        parts += output.chunks
+        early += [payload_of(part, pool).clone() for part in output.chunks]
+    assert [part.request_id for part in parts].count("a") >= 3 and {part.request_id for part in parts} == {"a", "b"}
+    for part, seen in zip(parts, early, strict=True):
+        assert torch.equal(payload_of(part, pool), seen)
+
+
 def test_a_prompt_that_could_run_waits_for_those_that_are_to_be_projected(model: Any) -> None:
     """Its rows could overwrite what they are projected from."""
     engine = engine_with(model, "a")
@@ -192,7 +205,7 @@ def test_the_projections_of_one_forward_count_as_one_failed_step_if_all_fail(
     engine.step()
     project = engine.runner.project
 
-    def project_some(item: Any) -> PrefillChunk:
+    def project_some(item: Any) -> Iterator[PrefillChunk]:
         if item.sequence.request_id in breaks:
             raise RuntimeError("secret details")
         return project(item)
@@ -275,7 +288,7 @@ async def test_what_is_kept_is_told_before_the_others_are_projected(
     loop, may_project = asyncio.get_running_loop(), asyncio.Event()
     project = core.runner.project
 
-    def when_told(item: Any) -> PrefillChunk:
+    def when_told(item: Any) -> Iterator[PrefillChunk]:
         asyncio.run_coroutine_threadsafe(may_project.wait(), loop).result(10)
         return project(item)
 

@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines import native_kernels
 from shoal.errors import InternalError
+from shoal.kernels.copying import Copier
+from shoal.kv.rows import KvRows
 from shoal.messages import Chunk
 from shoal.transfer.base import crc32c
 from shoal.transfer.carriers.shm import FOLDER, ShmLoader, ShmUnloader, reap
@@ -62,6 +66,20 @@ def unload(unloader: ShmUnloader, one: Chunk) -> Chunk:
     assert one.staged is not None
     unloader.unload(one, one.staged, copies.append)
     return copies.pop()  # at once
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_rows_of_a_pool_are_gathered_into_the_slot(folder: Path, has_kernel: bool) -> None:
+    copier = Copier(native_kernels() if has_kernel else None)
+    loader = ShmLoader.create(SLOT_BYTES, 5 * mmap.PAGESIZE, folder, copier)
+    unloader = ShmUnloader.attach(loader.segment, folder)
+    pool = tuple(np.random.default_rng(0).integers(0, 256, (3, 9, 64), dtype=np.uint8))
+    rows = KvRows(pool, np.array([7, 2, 5]))
+    loaded = loader.load(Piece(LEASE, 0, 0, 3, 0, 3, rows))
+    assert unloader is not None and loaded.num_bytes == len(rows) == 3 * 3 * 64
+    expected = b"".join(layer[[7, 2, 5]].tobytes() for layer in pool)
+    assert unload(unloader, loaded).payload == expected and loaded.crc32c == crc32c(expected)
+    loader.close()
 
 
 # --- the segment ----------------------------------------------------------------------------------------

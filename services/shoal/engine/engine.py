@@ -185,7 +185,7 @@ class Engine:
         while self._unprojected:
             if self._unprojected[0].sequence.phase is Phase.RUNNING:
                 return self._project(started_s)
-            self._projected()
+            self._end_projection()
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
@@ -232,19 +232,19 @@ class Engine:
             chunk = next(self._projecting)
         except Exception as error:  # noqa: BLE001 - as of a step
             _log.exception("a projection failed")
-            self._projected()
+            self._end_projection()
             failure = self._fail(sequence, error)
             # Of one forward's prompts, as of a step: all, and told once.
             are_others = any(other.sequence.phase is Phase.RUNNING for other in self._unprojected)
             all_failed = not (are_others or self._has_projected)
             return StepOutput(started_s, self._clock(), self.counts(), failures=(failure,), all_failed=all_failed)
         if chunk.is_whole:
-            self._projected()
+            self._end_projection()
             self._has_projected = True
         return StepOutput(started_s, self._clock(), self.counts(), chunks=(chunk,))
 
-    def _projected(self) -> None:
-        """The first of those that are to be projected is it, or isn't wanted any more."""
+    def _end_projection(self) -> None:
+        """Of the first of those that wait for it: it is projected, has failed, or is wanted no more."""
         self._unprojected.popleft()
         self._projecting = None
 

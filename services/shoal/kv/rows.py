@@ -22,7 +22,7 @@ class KvRows:
     at: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
-        """Bytes."""
+        """Bytes, as of any other payload, which is one run of them."""
         row_bytes: int = self.layers[0].shape[1]
         return len(self.layers) * len(self.at) * row_bytes
 

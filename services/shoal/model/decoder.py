@@ -147,7 +147,7 @@ class Decoder:
         at ``positions`` ``[tokens]``, from the ``states`` ``[tokens, hidden]`` that left the last kept layer."""
         projection, rope = self._projection(), Rope.at(self.spec, positions, self.dtype)
         if layers is not None:
-            projection = projection.of(layers.start - self.plan.num_kept, layers.stop - self.plan.num_kept)
+            projection = projection.part(layers.start - self.plan.num_kept, layers.stop - self.plan.num_kept)
         return self._rows.project(projection, states.to(self.dtype), rope)
 
     def _projection(self) -> KvProjection:

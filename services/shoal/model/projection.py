@@ -87,7 +87,7 @@ class KvProjection:
         """A layer's outputs end where a panel does."""
         return not isinstance(self.matrix, PackedMatrix) or 2 * self._spec.kv_size % PANEL == 0
 
-    def of(self, first: int, last: int) -> KvProjection:
+    def part(self, first: int, last: int) -> KvProjection:
         """The projection of some of the skipped layers, ``[first, last)`` of them: views of the same matrices, if it
         ``can_be_cut``."""
         size, whole = 2 * self._spec.kv_size, self.matrix

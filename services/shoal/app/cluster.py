@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,7 +37,6 @@ from shoal.errors import ConfigError, Unavailable
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
-    from ray.serve.schema import ApplicationStatusOverview
 
     from shoal.directory import Entry
     from shoal.messages import Role
@@ -45,9 +44,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WATCH_PERIOD_S = 0.1
-# A look is several calls to Ray: ten a second took a fifth of a core, which replicas want that load their weights.
+# A look is several calls to Ray, which take of the cores that replicas want to load their weights.
 _LOADING_PERIOD_S = 0.25
 _GIVE_UP_S = 3.0
+_GONE = "NOT_STARTED"
+"""Serve's word for an application that it doesn't have, or has no more."""
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def running(
     ShoalError (or Unavailable with its traceback) if one can't start.
     """
     set_environment(config)
-    cluster = _Start(config, replicas or Replicas.shipped(), on_progress or (lambda _progress: None), show_logs)
+    cluster = _Start(config, replicas, on_progress or (lambda _progress: None), show_logs)
     with caught() as interrupts:
         try:
             cluster.start(interrupts)
@@ -114,7 +115,9 @@ def running(
 class _Start:
     """What has been started, and so must be ended."""
 
-    def __init__(self, config: ShoalConfig, replicas: Replicas, on_progress: OnProgress, show_logs: bool) -> None:
+    def __init__(
+        self, config: ShoalConfig, replicas: Replicas | None, on_progress: OnProgress, show_logs: bool
+    ) -> None:
         import ray
 
         if ray.is_initialized():
@@ -166,7 +169,11 @@ class _Start:
             self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
             # All that Ray starts has it in its environment, too: decode replicas find one another by it.
             os.environ[neighbours.VARIABLE] = str(self._folder / "neighbours")
-        interrupts.wait(self._home.submit(self._start_ray))
+        with ThreadPoolExecutor(1, thread_name_prefix="imports") as imports:
+            if self._replicas is None:
+                # Their modules take a second to load, and Ray's processes take that, too.
+                imports.submit(Replicas.shipped)
+            interrupts.wait(self._home.submit(self._start_ray))
         self._on_progress(Progress("ray", 1, 2))
         self._wait_for_nodes()
         interrupts.wait(self._home.submit(self._start_serve))
@@ -230,19 +237,17 @@ class _Start:
         from ray import serve
 
         self._is_deployed = True
-        target = run_target(self._config, self._replicas)
+        target = run_target(self._config, self._replicas or Replicas.shipped())
         # Serve is asked to begin, and not to wait: a call of its that waits for weights to load can't be taken back.
         [gateway] = self._call(
             serve.run_many, [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
         )
         shown: set[Progress] = set()
-        while True:
-            application = self._application()
-            self._show(application, shown)
-            if application.status == "RUNNING":
-                break
+        while not self._is_running():
+            self._show(shown)
             self.daemons.require_live()
             self._is_over.wait(_LOADING_PERIOD_S)
+        self._show(shown, is_ready=True)
         self._gateway = gateway
 
     def _call(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -251,26 +256,33 @@ class _Start:
         self._calls.append(called)
         return called.result()
 
-    def _application(self) -> ApplicationStatusOverview:
+    def _is_running(self) -> bool:
         """Serve tells nobody of its progress; it has to be asked. Raises what kept a replica from starting."""
-        from ray import serve
-
-        application = serve.status().applications.get(self._app)
-        if application is None:
+        found = self._status()
+        if found.app_status.status == _GONE:
             raise Unavailable(f"somebody deleted {self._app!r} from the cluster while it started")
-        if application.status == "DEPLOY_FAILED":
-            heard = [one.message for one in application.deployments.values() if one.status == "DEPLOY_FAILED"]
-            raise explain("\n".join(heard) or application.message)
-        return application
+        if found.app_status.status == "DEPLOY_FAILED":
+            heard = [one.message for one in found.deployment_statuses if one.status == "DEPLOY_FAILED"]
+            raise explain("\n".join(heard) or found.app_status.message)
+        is_running: bool = found.app_status.status == "RUNNING"
+        return is_running
 
-    def _show(self, application: ApplicationStatusOverview, shown: set[Progress]) -> None:
-        from ray.serve._private.common import ReplicaState
+    def _status(self) -> Any:
+        """Of our application alone, by what Serve asks itself with: ``serve.status()`` reads all configurations back,
+        which takes a tenth of a second of one core, and of another in the controller, while weights are to be loaded.
+        """
+        from ray.serve.context import _get_global_client
 
+        client: Any = _get_global_client()
+        return client.get_serve_status(self._app)
+
+    def _show(self, shown: set[Progress], *, is_ready: bool = False) -> None:
         from shoal import directory
 
         now = [Progress(f"{it.role} {it.replica_id}", it.num_done, it.num_total) for it in directory.loading(self._app)]
-        num_ready = sum(one.replica_states.get(ReplicaState.RUNNING, 0) for one in application.deployments.values())
-        now.append(Progress("replicas", num_ready, num_replicas(self._config)))
+        num_wanted = num_replicas(self._config)
+        num_ready = num_wanted if is_ready else len(directory.living(self._app))
+        now.append(Progress("replicas", num_ready, num_wanted))
         for progress in now:
             if progress not in shown:
                 shown.add(progress)
@@ -306,9 +318,10 @@ class _Start:
                 if self._gateway is None:
                     # Nobody was served yet, so nothing has to finish: Serve would wait for weights to load first.
                     _kill_replicas(self._app)
-        while (left := serve.status().applications.keys()) & {self._app} and not self._is_over.wait(_WATCH_PERIOD_S):
+        while (is_left := self._status().app_status.status != _GONE) and not self._is_over.wait(_WATCH_PERIOD_S):
             pass
-        if self._is_serve_ours and not left and not is_private(self._config):
+        is_last = not is_left and self._is_serve_ours and not is_private(self._config)
+        if is_last and not serve.status().applications:
             serve.shutdown()  # type: ignore[no-untyped-call]  # whoever comes next may want proxies
 
     def stop(self, interrupts: Interrupts) -> None:

@@ -129,7 +129,7 @@ async def open_decode(
         plan=served.plan,
         plan_hash=served.plan_hash,
         config=config.handoff,
-        decode_text=decode_with(served.files.tokenizer()),
+        decode_text=decode_with(served.files.backend_tokenizer()),
         prefill=prefill,
         metrics=metrics,
         prefill_remembers=config.prefill.reuse != "none",

@@ -21,20 +21,14 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_CHARACTER_TOKENS = 4
 
 
-class _FastTokenizer(Protocol):
-    """The part of a transformers fast tokenizer that is needed here."""
-
-    @property
-    def backend_tokenizer(self) -> _Backend: ...
-
-
 class _Backend(Protocol):
+    """The part of tokenizers' Tokenizer that is needed here."""
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
-def decode_with(tokenizer: _FastTokenizer) -> Decode:
+def decode_with(backend: _Backend) -> Decode:
     """Ids to text without special tokens, and without a clean-up that would change text already sent."""
-    backend = tokenizer.backend_tokenizer
 
     def decode(ids: Sequence[int]) -> str:
         return backend.decode(list(ids), skip_special_tokens=True)

@@ -44,7 +44,7 @@ class Tokenizer:
         # A tokenizer's file may ask for these; a prompt is never cut or filled up behind the client's back.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._decode = decode_with(tokenizer)
+        self._decode = decode_with(self._backend)
         added = self._backend.get_added_tokens_decoder().items()
         self._special_texts = {token_id: token.content for token_id, token in added if token.special}
         self._longest_token_bytes = _longest_token_bytes(self._backend)

@@ -23,6 +23,7 @@ from shoal.model.safetensors_header import read_safetensors
 from shoal.model.tensor_file import TensorFile
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -146,6 +147,15 @@ class ModelFiles:
 
             return gguf_tokenizer(self.tensor_files[0])
         return _folder_tokenizer(self.path)
+
+    def backend_tokenizer(self) -> Tokenizer:
+        """What in ``tokenizer`` turns text into ids and back, without the seconds that transformers takes to import
+        where that can be. Raises MalformedWeights."""
+        if self.kind is ModelKind.GGUF:
+            from shoal.model.gguf_tokenizer import gguf_backend
+
+            return gguf_backend(self.tensor_files[0])
+        return self.tokenizer().backend_tokenizer
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer, ascending: as generation_config says, else config, else the tokenizer."""

@@ -8,14 +8,16 @@ A byte-level vocabulary with its merges is all there; how text is split before t
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from shoal.errors import MalformedWeights, UnsupportedModel
 from shoal.model.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _log = logging.getLogger(__name__)
 
@@ -29,28 +31,56 @@ _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad
 
 def gguf_tokenizer(file: TensorFile) -> PreTrainedTokenizerFast:
     """The tokenizer with special tokens and chat template. Raises MalformedWeights if the vocabulary is damaged."""
-    model, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    from transformers import PreTrainedTokenizerFast  # a second that who wants the backend alone needn't spend
+
+    backend = _byte_level(file)
+    if backend is None:
+        return _converted(file)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **_specials(file),
+    )
+
+
+def gguf_backend(file: TensorFile) -> Tokenizer:
+    """What ``gguf_tokenizer`` turns text into ids and back with. Raises MalformedWeights."""
+    backend = _byte_level(file)
+    return _converted(file).backend_tokenizer if backend is None else backend
+
+
+def _kind(file: TensorFile) -> tuple[Any, Any]:
+    """Of the vocabulary, and of how text is split."""
+    return file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre")
+
+
+def _specials(file: TensorFile) -> dict[str, str | None]:
+    tokens = _strings(file, "tokens")
+    return {role: _special(file, key, tokens) for role, key in _SPECIAL.items()}
+
+
+def _byte_level(file: TensorFile) -> Tokenizer | None:
+    """``None`` for another kind of vocabulary, or one that is split in a way that isn't in the table."""
+    model, pre = _kind(file)
     split = _splits().get(str(pre)) if model == "gpt2" else None
     if split is None:
-        return _converted(file, model, pre)
+        return None
     tokens = _strings(file, "tokens")
     tokenizer = Tokenizer(_bpe(file, tokens, whole_words=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(_added(file, tokens, _CONTROL, special=True))
     tokenizer.add_tokens(_added(file, tokens, _USER_DEFINED, special=False))
-    special = {role: _special(file, key, tokens) for role, key in _SPECIAL.items()}
+    special = _specials(file)
+    names = [name for name in dict.fromkeys(special.values()) if name is not None]
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     bos = special["bos_token"]
     if bos is not None and file.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, tokens.index(bos))]
         )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
+    return tokenizer
 
 
 def _splits() -> dict[str, Any]:
@@ -64,11 +94,12 @@ def _splits() -> dict[str, Any]:
     }
 
 
-def _converted(file: TensorFile, model: Any, pre: Any) -> PreTrainedTokenizerFast:
+def _converted(file: TensorFile) -> PreTrainedTokenizerFast:
+    model, pre = _kind(file)
     if model == "gpt2":
         _bpe(file, _strings(file, "tokens"), whole_words=False)  # names damage that tokenizers raises as bare Exception
         _log.warning("unknown pre-tokenizer %r in a GGUF file: text may be split otherwise than in training", pre)
-    from transformers import AutoTokenizer  # a second that others needn't spend
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         folder, name = str(file.path.parent), file.path.name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from models import save_tiny_gguf, tiny_llama
 from shoal.errors import MalformedWeights
 from shoal.model.files import locate
-from shoal.model.gguf_tokenizer import gguf_tokenizer
+from shoal.model.gguf_tokenizer import gguf_backend, gguf_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,27 @@ def test_smollm2s_special_tokens_are_not_printed(smollm2: Any):
     assert smollm2.decode(ids, skip_special_tokens=True) == "ok"
 
 
+def test_smollm2s_text_is_the_same_without_transformers_around_its_tokenizer(smollm2: Any):
+    assert_same_text(locate("smollm2").backend_tokenizer(), smollm2)
+
+
+def test_text_takes_no_import_of_transformers():
+    program = (
+        "import sys; from shoal.model.files import locate; "
+        "print(locate('smollm2').backend_tokenizer().decode([6004]), 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["hi", "False"], done
+
+
+def assert_same_text(backend: Any, tokenizer: Any) -> None:
+    for skip in (True, False):
+        for token_id in range(len(tokenizer)):
+            ids = [token_id, 4]
+            theirs = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=skip)
+            assert backend.decode(ids, skip_special_tokens=skip) == theirs, token_id
+
+
 BYTES = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
@@ -74,6 +97,25 @@ def tokenizer_with(tmp_path: Path, **changes: Any) -> Any:
     metadata = {**BYTES, **{f"tokenizer.{key}": value for key, value in changes.items()}}
     save_tiny_gguf(path, tiny_llama(torch.float32, layers=1)[1], **metadata)
     return gguf_tokenizer(locate(str(path)).tensor_files[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ggml.eos_token_id": 8},  # one that the file doesn't call a special one
+        {"ggml.unknown_token_id": 3, "ggml.padding_token_id": 7},
+        {"ggml.token_type": []},
+        {"ggml.pre": "of-tomorrow"},
+    ],
+    ids=str,
+)
+def test_text_is_the_same_whatever_the_file_says_of_its_tokens(tmp_path: Path, changes: dict[str, Any]):
+    path = tmp_path / "t.gguf"
+    metadata = {**BYTES, **{f"tokenizer.{key}": value for key, value in changes.items()}}
+    save_tiny_gguf(path, tiny_llama(torch.float32, layers=1)[1], **metadata)
+    [file] = locate(str(path)).tensor_files
+    assert_same_text(gguf_backend(file), gguf_tokenizer(file))
 
 
 def test_a_byte_level_vocabulary_is_built_from_metadata(tmp_path: Path):

@@ -83,6 +83,12 @@ def entry_of_this_replica(role: Role, *, metrics_address: str, handoff_address: 
     )
 
 
+def id_of_this_replica() -> str:
+    """Of the Serve replica that calls; elsewhere Serve raises RayServeException."""
+    replica_id: str = serve.get_replica_context().replica_id.unique_id
+    return replica_id
+
+
 def num_replicas() -> int:
     """How many Serve replicas like the one that calls there are to be; elsewhere Serve raises RayServeException."""
     return serve.get_replica_context().world_size

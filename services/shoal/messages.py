@@ -328,6 +328,54 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Granted:
+    """Decode has asked for this prompt through Serve, too; whichever comes first, prefill begins.
+
+    What a Grant says, but for the address: it's the one that the session leads to.
+    """
+
+    lease_id: bytes
+    plan_hash: str
+    num_prompt_tokens: int
+    num_present: int
+    ttl_s: float
+    claim_timeout_s: float
+    request_id: str
+    timeout_s: float
+    tenant: str
+    attempt: int
+
+    @staticmethod
+    def of(grant: Grant) -> Granted:
+        context = grant.context
+        return Granted(
+            grant.lease_id,
+            grant.plan_hash,
+            grant.num_prompt_tokens,
+            grant.num_present,
+            grant.ttl_s,
+            grant.claim_timeout_s,
+            context.request_id,
+            context.timeout_s,
+            context.tenant,
+            context.attempt,
+        )
+
+    def at(self, handoff_address: str) -> Grant:
+        """The grant of the decode replica there."""
+        return Grant(
+            self.lease_id,
+            handoff_address,
+            self.plan_hash,
+            self.num_prompt_tokens,
+            self.num_present,
+            self.ttl_s,
+            self.claim_timeout_s,
+            RequestContext(self.request_id, self.timeout_s, self.tenant, self.attempt),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """Prefill holds blocks for the whole prompt and asks to compute it."""
 
@@ -459,7 +507,7 @@ class Beat:
 
 
 Frame = (
-    Hello | Claim | Accepted | Refused | Chunk | Seal | Failed | Drained | Credit | Nack | Committed | Cancel
+    Hello | Granted | Claim | Accepted | Refused | Chunk | Seal | Failed | Drained | Credit | Nack | Committed | Cancel
     | Draining | Beat
 )  # fmt: skip
 

@@ -39,6 +39,7 @@ class AffineRouter(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Serve's way to hand over what a pool's configuration says (app/graph.py)."""
         self.pack_up_to = kwargs.get("pack_up_to", 0)
+        routes.let_pick(self.pick)
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
@@ -54,8 +55,17 @@ class AffineRouter(RequestRouter):
             None,
         )
 
+    def pick(self, call: Grant | Ticket) -> str | None:
+        """The id of the replica that ``call`` will be sent to, unless that one refuses it. Any thread may ask."""
+        ranks = self.choose(list(self.curr_replicas.values()), call)
+        return ranks[0][0].replica_id.unique_id if ranks else None
+
     def choose(self, candidates: list[RunningReplica], call: Grant | Ticket | None) -> list[list[RunningReplica]]:
-        """Ranks to try, the better ones first."""
+        """Ranks to try, the better ones first: what was picked before all."""
+        with routes.choosing:
+            return self._choose(candidates, call)
+
+    def _choose(self, candidates: list[RunningReplica], call: Grant | Ticket | None) -> list[list[RunningReplica]]:
         if not candidates:
             return []
         excluded, keys = (frozenset[str](), ()) if call is None else (call.excluded, call.prefix_keys)
@@ -70,6 +80,9 @@ class AffineRouter(RequestRouter):
         if known is not None and lengths[known] <= max(shortest + MAX_LONGER, self.pack_up_to - 1):
             ranked = [known, *(one for one in ranked if one != known)]
         if call is not None:
+            picked = routes.take_picked(call)
+            if picked in by_id and picked not in silent:
+                ranked = [picked, *(one for one in ranked if one != picked)]
             routes.choose(call, ranked[0])
         return [[by_id[replica_id]] for replica_id in ranked]
 
@@ -133,7 +146,6 @@ def _let_back_off(pending: PendingRequest | None) -> None:
 def _note(call: Grant | Ticket | None, replica_id: ReplicaID) -> None:
     if call is not None:
         routes.note(call, replica_id.unique_id)
-        routes.affinity.note(call.prefix_keys, replica_id.unique_id)
 
 
 def _argument_of(pending: PendingRequest | None, kind: type[_Argument]) -> _Argument | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from weakref import WeakKeyDictionary, WeakSet
 
 from shoal.affinity import Affinity
@@ -17,7 +19,8 @@ HEARD_WITHIN_S, FIRST_WITHIN_S = 2.0, 10.0
 """A replica that nothing was heard of for so long, though a call waits there, or where one waits for its first answer
 for so long, may hang, or have no memory left: it gets no more than its part."""
 
-# A call is forgotten with the call itself. Serve's router writes in its thread, the replica reads in its own.
+# A call is forgotten with the call itself. Serve's router writes in its thread, and so does who picks in another; the
+# replica reads in its own.
 _replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 _chosen: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
 # Those that have not arrived yet, and since when.
@@ -30,8 +33,31 @@ _answered: WeakSet[Ticket] = WeakSet()
 # When something was last heard of a replica; when it last was among those that a call was to go round.
 _heard_s: dict[str, float] = {}
 _blamed_s: dict[str, float] = {}
-# Of the one pool that a process sends to; read and written by Serve's router alone.
+# Of the one pool that a process sends to.
 affinity = Affinity()
+_picked: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
+# The router's own choice, for who wants to know it before Serve is asked; Serve makes routers at the first call.
+_pickers: list[Callable[[Grant | Ticket], str | None]] = []
+# Held by whoever chooses, or notes: the router's thread, or one that picks.
+choosing = threading.Lock()
+
+
+def let_pick(pick: Callable[[Grant | Ticket], str | None]) -> None:
+    """What ``pick`` is to ask, of the one pool that this process sends to."""
+    _pickers[:] = [pick]
+
+
+def pick(call: Grant | Ticket) -> str | None:
+    """The replica that Serve will try first for ``call``; ``None`` if there is none, or nobody knows yet."""
+    picked = _pickers[0](call) if _pickers else None
+    if picked is not None:
+        _picked[call] = picked
+    return picked
+
+
+def take_picked(call: Grant | Ticket) -> str | None:
+    """What was picked for it, once: where it's refused, another one is as good."""
+    return _picked.pop(call, None)
 
 
 def choose(call: Grant | Ticket, replica_id: str) -> None:
@@ -46,8 +72,10 @@ def choose(call: Grant | Ticket, replica_id: str) -> None:
 
 def note(call: Grant | Ticket, replica_id: str) -> None:
     """It arrived there."""
-    _replica_ids[call] = _chosen[call] = replica_id
-    _underway.pop(call, None)
+    with choosing:
+        _replica_ids[call] = _chosen[call] = replica_id
+        _underway.pop(call, None)
+        affinity.note(call.prefix_keys, replica_id)
 
 
 def heard(call: Ticket) -> None:

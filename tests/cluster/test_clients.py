@@ -105,6 +105,20 @@ def test_several_prompts_take_one_transfer_each(client: openai.OpenAI, live: Tes
     assert live.num_transfers == before + 2
 
 
+def test_prefill_hears_of_prompts_by_decodes_session_before_its_call_comes(client: openai.OpenAI, live: TestCluster):
+    """But for the first one of each decode replica, whose router Serve makes then, and for the first one of each of the
+    four pairs, which may not have greeted before."""
+    before = live.look()
+    for _ in range(12):
+        chat(client, max_tokens=1)
+    after = live.look()
+    by_session, by_call = (
+        after.metric("shoal_prefill_grants_total", way=way) - before.metric("shoal_prefill_grants_total", way=way)
+        for way in ("session", "call")
+    )
+    assert by_session + by_call == 12 and by_session >= 6
+
+
 def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI):
     free = client.completions.create(model="smollm2", prompt=TEXT, max_tokens=32, temperature=0).choices[0].text
     stop = free.split()[4]

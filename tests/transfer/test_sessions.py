@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import pytest
 
 from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, lease_id, prompt
 from shoal.errors import InternalError, PeerGone
-from shoal.messages import Carrier, CarrierReason, Chunk, Envelope
+from shoal.messages import Carrier, CarrierReason, Chunk, Envelope, Grant, Granted, RequestContext
 from shoal.rpc.options import HANDOFF_CONNECT_TIMEOUT_S
 from shoal.transfer.channels.grpc import dial
+from shoal.transfer.lease import LeaseState
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
 from transfer_helpers import MAX_FRAME_BYTES, TIMES, rig
@@ -148,6 +150,65 @@ async def test_a_session_that_is_over_leaves_no_task_and_no_timer() -> None:
         await settle()
         assert not {task for task in asyncio.all_tasks() - before if "Session" in repr(task.get_coro())}
         assert not [timer for _, _, timer in clock._due if timer.callback and "Session" in repr(timer.callback)]
+
+
+@pytest.mark.parametrize("kind", ["memory", "grpc"])
+async def test_decode_grants_a_prompt_to_the_replica_that_it_names_and_to_no_other(kind: str) -> None:
+    async with rig(kind) as both:
+        heard: asyncio.Queue[Grant] = asyncio.Queue()
+        both.pool.granted = heard.put_nowait
+        await both.server.grant(grant("before there is a session"), "prefill", 60)
+        await both.pool.get(both.address)
+        await both.server.grant(grant("to somebody else"), "another", 60)
+        await both.server.grant(wanted := grant("to this one"), "prefill", 60)
+        found = await asyncio.wait_for(heard.get(), 10)
+        assert found == replace(wanted, handoff_address=both.address, excluded=frozenset(), prefix_keys=())
+        await both.hand_off(prompt())
+        assert heard.empty()
+
+
+async def test_who_is_leaving_is_granted_nothing_more_and_hears_no_more() -> None:
+    async with rig("memory") as both:
+        heard: list[Grant] = []
+        both.pool.granted = heard.append
+        session = await both.pool.get("memory")
+        leaves = asyncio.ensure_future(session.drain())
+        await both.server.grant(grant("too early to know"), "prefill", 60)
+        await leaves
+        await settle()
+        assert [one.context.request_id for one in heard] == ["too early to know"]
+        await both.server.grant(grant("too late"), "prefill", 60)
+        await settle()
+        assert len(heard) == 1
+        both.pool._is_draining = True
+        session._obey(Granted.of(grant("on its way")))
+        assert len(heard) == 1
+
+
+async def test_who_grants_waits_for_the_claim_for_the_lease_s_end_or_as_long_as_it_may() -> None:
+    async with rig("memory") as both:
+        session = await both.pool.get("memory")
+        for end in ("claim", "cancel", "time"):
+            one = grant(end)
+            async with both.open(one.lease_id, prompt()) as lease:
+                granting = asyncio.ensure_future(both.server.grant(one, "prefill", 0.01 if end == "time" else 60))
+                await settle()
+                assert not granting.done()
+                match end:
+                    case "claim":
+                        async with session.claim(one.lease_id):
+                            await asyncio.wait_for(granting, 10)
+                    case "cancel":
+                        await lease.cancel("nobody wants it")
+                        await asyncio.wait_for(granting, 10)
+                    case _:
+                        await asyncio.wait_for(granting, 10)
+                        assert lease.lease.state is LeaseState.RESERVED
+
+
+def grant(request_id: str) -> Grant:
+    context = RequestContext(request_id, 7.5, tenant="one", attempt=2)
+    return Grant(lease_id(), "elsewhere", PLAN, 9, 4, 5.0, 30.0, context, frozenset({"x"}), (b"key",))
 
 
 async def test_connect_serves_a_channel_within_the_process() -> None:

@@ -305,6 +305,61 @@ async def test_the_less_busy_one_of_two_is_first_whoever_knows_of_its_calls(rout
         assert await first_rank(router, pending(grant()), two) == ["b"]
 
 
+@pytest.fixture(params=["router", "prompts"])
+def picking(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Callable[[], Grant | Ticket]]:
+    """A router when Serve has made it, and told it of replicas; and what makes it a call."""
+    router = request.getfixturevalue(request.param)
+    monkeypatch.setattr(routes, "_pickers", [])
+    monkeypatch.setattr(type(router), "curr_replicas", dict(enumerate(REPLICAS)), raising=False)
+    router.initialize_state()
+    return router, grant if request.param == "router" else prompt
+
+
+async def test_what_is_picked_before_serve_is_asked_is_what_serve_tries_first(picking: Any):
+    router, make_call = picking
+    calls = [distinct(make_call(), number) for number in range(20)]
+    for number, call in enumerate(calls):
+        picked = routes.pick(call)
+        assert sum(routes.num_chosen().values()) == number + 1  # it counts from now on
+        assert await first_rank(router, pending(call)) == [picked]
+
+
+async def test_where_what_was_picked_refuses_a_call_another_is_as_good(picking: Any):
+    router, make_call = picking
+    call = make_call()
+    routes.pick(call)
+    await first_rank(router, pending(call))
+    assert len({(await first_rank(router, pending(call)))[0] for _ in range(200)}) == len(REPLICAS)
+
+
+async def test_what_was_picked_and_has_gone_since_is_passed_over(picking: Any):
+    router, make_call = picking
+    call = make_call()
+    gone = routes.pick(call)
+    left = [replica for replica in REPLICAS if replica.replica_id.unique_id != gone]
+    assert gone not in await first_rank(router, pending(call), left)
+
+
+async def test_what_was_picked_and_is_silent_since_is_passed_over(picking: Any, clock: SimpleNamespace):
+    router, make_call = picking
+    for number in range(20):
+        call = distinct(make_call(), number)
+        silent = routes.pick(call)
+        clock.now_s += 10 * routes.PATIENCE_S  # and nobody took it
+        assert [silent] != await first_rank(router, pending(call))
+        routes.ended(call)
+
+
+async def test_before_there_is_a_router_or_a_replica_nothing_is_picked(picking: Any, monkeypatch: pytest.MonkeyPatch):
+    router, make_call = picking
+    monkeypatch.setattr(type(router), "curr_replicas", {})
+    assert routes.pick(make_call()) is None
+    monkeypatch.setattr(routes, "_pickers", [])
+    assert routes.pick(make_call()) is None
+
+
 async def test_other_calls_go_anywhere(router: Any):
     assert await chosen(router, REPLICAS, pending()) == set("abcd")
     assert await chosen(router, REPLICAS, None) == set("abcd")

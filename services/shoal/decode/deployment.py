@@ -34,6 +34,7 @@ from shoal.watch import Watch
 
 if TYPE_CHECKING:
     from shoal.decode.worker import DecodeWorker
+    from shoal.transfer.server import HandoffServer
 
 
 class DecodeReplica:
@@ -56,11 +57,12 @@ class DecodeReplica:
         peers = host_of_handoff(settings)
         tls = peer_tls(settings, "decode", registry)
         self._tokens = TokenServer()
+        pool = ServePrefillPool(settings.ray.app_name, prefill)
         self._stage = await self._exits.enter_async_context(
             open_decode(
                 settings,
                 registry,
-                ServePrefillPool(settings.ray.app_name, prefill),
+                pool,
                 num_replicas=directory.num_replicas(),
                 on_progress=_report_loading,
             )
@@ -81,6 +83,7 @@ class DecodeReplica:
         self._entry = directory.entry_of_this_replica(
             "decode", metrics_address=join_address(host.advertised, metrics.port), handoff_address=address
         )
+        pool.server = self._stage.server
         self._watch = Watch(
             self._stage.heartbeats,
             {
@@ -146,10 +149,20 @@ async def _answer(outlet: Outlet, worker: DecodeWorker) -> None:
         await outlet.end()
 
 
+# For a claim, before Serve is called all the same: a replica that has room for the prompt claims within some
+# milliseconds, and one that hasn't lets Serve know of its load no later than that.
+_CLAIM_PATIENCE_S = 0.02
+
+
 class ServePrefillPool:
-    """The prefill pool through its Serve handle."""
+    """The prefill pool through its Serve handle; and, where prefill has opened a session to ``server``, by that first.
+
+    Serve takes milliseconds to bring a call to its replica, and of the cores of both processes as much. The call is
+    there to be counted, so it may come after the claim, when prefill computes.
+    """
 
     def __init__(self, app_name: str, handle: DeploymentHandle[Any]) -> None:
+        self.server: HandoffServer | None = None
         self._living = directory.LivingPool(app_name, "prefill")
         self._handle: Any = handle
 
@@ -164,6 +177,9 @@ class ServePrefillPool:
         return routes.replica_of(grant)
 
     async def ask(self, grant: Grant) -> HandoffOutcome:
+        replica_id = routes.pick(grant)
+        if self.server is not None and replica_id is not None:
+            await self.server.grant(grant, replica_id, _CLAIM_PATIENCE_S)
         call = self._handle.prefill.remote(grant)
         try:
             outcome: HandoffOutcome = await call

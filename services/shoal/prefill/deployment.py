@@ -44,7 +44,13 @@ class PrefillReplica:
         self._exits.callback(metrics.close)
         tls = peer_tls(settings, "prefill", registry)
         self._stage = await self._exits.enter_async_context(
-            open_prefill(settings, registry, connect=partial(self.dial, tls=tls), on_progress=_report_loading)
+            open_prefill(
+                settings,
+                registry,
+                connect=partial(self.dial, tls=tls),
+                on_progress=_report_loading,
+                name=directory.id_of_this_replica(),
+            )
         )
         self._entry = directory.entry_of_this_replica(
             "prefill", metrics_address=join_address(host.advertised, metrics.port)

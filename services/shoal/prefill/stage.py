@@ -62,8 +62,12 @@ async def open_prefill(
     *,
     connect: Connect = dial,
     on_progress: Callable[[int, int], None] | None = None,
+    name: str = "prefill",
 ) -> AsyncIterator[PrefillStage]:
-    """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish."""
+    """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish.
+
+    ``name`` is what decode replicas know it by: those grant prompts by their sessions that know its replica id.
+    """
     nixl = nixl_for(config.handoff.carrier, is_encrypted=config.has_peer_tls)
     loaded = await load_stage(config, Stage.PREFILL, on_progress)
     served, parameters, core = loaded.served, loaded.parameters, loaded.engine
@@ -83,13 +87,14 @@ async def open_prefill(
     wire_modes = (WireMode.KV, WireMode.HIDDEN) if served.plan.projects else (WireMode.KV,)
     sessions = SessionPool(
         connect,
-        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="prefill"),
+        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer=name),
         ttl_s=config.handoff.ttl_s,
         max_frame_bytes=config.handoff.max_frame_bytes,
         staging=_staging(config.handoff, nixl, loaded.copier),
         opened=partial(_session_opened, metrics, config.handoff.carrier),
     )
     worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
+    sessions.granted = worker.begin
     names = tuple(name for name, _ in parameters.tensors())
     try:
         heartbeats = (engine.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
@@ -98,6 +103,7 @@ async def open_prefill(
         )
     finally:
         await sessions.drain(config.handoff.drain_s)
+        await worker.close()
         if nixl is not None:
             await nixl.close()
         engine.close()

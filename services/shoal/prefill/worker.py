@@ -1,13 +1,16 @@
 """One prefill replica without Ray: an engine over the kept layers, and sessions to the decode replicas.
 
-A prompt's way: hold blocks for all of it, claim its lease, compute chunk by chunk while the last one is on the wire,
-seal, and keep the blocks until decode has committed.
+A prompt is asked for twice, by decode's session and, some milliseconds later, by its call through Serve, which returns
+when all is over: what comes first begins. A prompt's way: hold blocks for all of it, claim its lease, compute chunk by
+chunk while the last one is on the wire, seal, and keep the blocks until decode has committed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
+from functools import partial
 
 import structlog
 import torch
@@ -19,11 +22,18 @@ from shoal.kv.rows import KvRows
 from shoal.messages import Depth, Grant, HandoffOutcome
 from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
-from shoal.telemetry import PrefillMetrics
+from shoal.telemetry import PrefillMetrics, bind_request
+from shoal.telemetry.labels import GrantWay
 from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.session_pool import SessionPool
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Begun:
+    task: asyncio.Task[HandoffOutcome]
+    is_called_for: bool = False
 
 
 class PrefillWorker:
@@ -39,12 +49,49 @@ class PrefillWorker:
         self._depth = Depth.SHALLOW if plan.num_skipped else Depth.FULL
         self._metrics = metrics
         self._told = RateLimit(TOLD)
+        self._begun: dict[bytes, _Begun] = {}
 
     async def prefill(self, grant: Grant) -> HandoffOutcome:
-        """Compute and ship one prompt. Returns when its lease has ended, however it ended.
+        """Compute and ship one prompt, unless that has begun. Returns when its lease has ended, however it ended.
 
-        Raises Overloaded before anything is claimed, PlanMismatch for another plan.
+        Raises Overloaded before anything is claimed, PlanMismatch for another plan. To cancel it ends the work.
         """
+        begun = self._begun.get(grant.lease_id) or self._begin(grant, GrantWay.CALL)
+        begun.is_called_for = True
+        try:
+            return await begun.task
+        finally:
+            self._begun.pop(grant.lease_id, None)
+
+    def begin(self, grant: Grant) -> None:
+        """Begin with a prompt that ``prefill`` is about to be called for; if that has been, it's a no-op."""
+        if grant.lease_id not in self._begun:
+            self._begin(grant, GrantWay.SESSION)
+
+    async def close(self) -> None:
+        """End what nobody has called for yet."""
+        tasks = [begun.task for begun in self._begun.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, grant: Grant, way: GrantWay) -> _Begun:
+        self._metrics.granted(way)
+        with bind_request(grant.context.request_id):
+            begun = _Begun(asyncio.get_running_loop().create_task(self._run(grant)))
+        self._begun[grant.lease_id] = begun
+        begun.task.add_done_callback(partial(self._ended, grant, begun))
+        return begun
+
+    def _ended(self, grant: Grant, begun: _Begun, task: asyncio.Task[HandoffOutcome]) -> None:
+        """A short prompt may be over before it's called for. What failed is tried again then, and says why."""
+        if task.cancelled() or task.exception() is not None or not task.result().committed:
+            self._begun.pop(grant.lease_id, None)
+        elif not begun.is_called_for:
+            forget = self._begun.pop
+            asyncio.get_running_loop().call_later(grant.claim_timeout_s, forget, grant.lease_id, None)
+
+    async def _run(self, grant: Grant) -> HandoffOutcome:
         if grant.plan_hash != self._plan_hash:
             raise PlanMismatch(f"this prefill replica runs plan {self._plan_hash[:12]}, not {grant.plan_hash[:12]}")
         request_id = grant.lease_id.hex()

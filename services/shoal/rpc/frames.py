@@ -30,6 +30,7 @@ from shoal.messages import (
     Envelope,
     Failed,
     Frame,
+    Granted,
     Hello,
     Nack,
     Refused,
@@ -198,6 +199,27 @@ def _check_slots(body: pb.StagingSegment | pb.RemoteSegment, name: str) -> None:
         raise ProtocolViolation(f"{name}.nonce has {len(body.nonce)} bytes, not {NONCE_BYTES}")
 
 
+def _from_granted(body: pb.Granted) -> Granted:
+    if not 0 < body.num_prompt_tokens <= MAX_ID:
+        raise ProtocolViolation(f"granted.num_prompt_tokens is {body.num_prompt_tokens}")
+    if body.attempt == 0:
+        raise ProtocolViolation("granted.attempt is 0")
+    if body.num_present >= body.num_prompt_tokens:
+        raise ProtocolViolation(f"granted.num_present is {body.num_present} of {body.num_prompt_tokens} tokens")
+    return Granted(
+        lease_id=_lease_id(body.lease_id),
+        plan_hash=_text(body.plan_hash, "granted.plan_hash"),
+        num_prompt_tokens=body.num_prompt_tokens,
+        num_present=body.num_present,
+        ttl_s=_positive(body.ttl_s, "granted.ttl_s"),
+        claim_timeout_s=_positive(body.claim_timeout_s, "granted.claim_timeout_s"),
+        request_id=_text(body.request_id, "granted.request_id"),
+        timeout_s=_duration(body.timeout_s, "granted.timeout_s"),
+        tenant=_text(body.tenant, "granted.tenant"),
+        attempt=_id(body.attempt, "granted.attempt"),
+    )
+
+
 def _from_accepted(body: pb.Accepted) -> Accepted:
     if not body.token_ids:
         raise ProtocolViolation("accepted.token_ids is empty")
@@ -205,9 +227,7 @@ def _from_accepted(body: pb.Accepted) -> Accepted:
         raise ProtocolViolation(f"accepted.num_present is {body.num_present} of {len(body.token_ids)} tokens")
     if body.credit_bytes == 0:
         raise ProtocolViolation("accepted.credit_bytes is 0")
-    ttl_s = _duration(body.ttl_s, "accepted.ttl_s")
-    if ttl_s == 0:
-        raise ProtocolViolation("accepted.ttl_s is 0")
+    ttl_s = _positive(body.ttl_s, "accepted.ttl_s")
     token_ids = _ids(body.token_ids, "accepted.token_ids")
     return Accepted(_lease_id(body.lease_id), token_ids, body.num_present, body.credit_bytes, ttl_s)
 
@@ -256,6 +276,7 @@ def _from_credit(body: pb.Credit) -> Credit:
 
 _FROM_BODY: dict[str, Callable[..., Frame]] = {
     "hello": _from_hello,
+    "granted": _from_granted,
     "accepted": _from_accepted,
     "chunk": _from_chunk,
     "seal": _from_seal,
@@ -302,6 +323,12 @@ def _range(start: int, end: int, name: str) -> tuple[int, int]:
 def _duration(value: float, name: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ProtocolViolation(f"{name} is {value}: not a duration")
+    return value
+
+
+def _positive(value: float, name: str) -> float:
+    if _duration(value, name) == 0:
+        raise ProtocolViolation(f"{name} is 0")
     return value
 
 

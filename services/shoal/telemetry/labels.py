@@ -49,6 +49,13 @@ class TtftStage(enum.StrEnum):
     BOUNDARY_STEP = "boundary_step"
 
 
+class GrantWay(enum.StrEnum):
+    """How a prefill replica heard first of a prompt: by decode's session, or by its call through Serve."""
+
+    SESSION = "session"
+    CALL = "call"
+
+
 class CancelStage(enum.StrEnum):
     """What a client that went away had seen."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shoal.messages import Carrier, CarrierReason, Depth, Stage, WireMode
-from shoal.telemetry.labels import BlockState, FallbackRung, HandoffReason, TokenSource
+from shoal.telemetry.labels import BlockState, FallbackRung, GrantWay, HandoffReason, TokenSource
 from shoal.telemetry.registry import BATCH, KV_BYTES, LATENCY_S, TOKEN_S
 
 
@@ -114,6 +114,18 @@ class PrefillMetrics(StageMetrics):
             ("carrier", "reason", "wire_mode"),
             registry=registry,
         )
+
+        self._grants = Counter(
+            "shoal_prefill_grants_total",
+            "Prompts asked for, by what came first: decode's session, or its call through Ray Serve.",
+            ("way",),
+            registry=registry,
+        )
+        for way in GrantWay:
+            self._grants.labels(way)
+
+    def granted(self, way: GrantWay) -> None:
+        self._grants.labels(way).inc()
 
     def pinned(self, num_bytes: int) -> None:
         self._pinned.set(num_bytes)

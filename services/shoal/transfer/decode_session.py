@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from shoal.errors import HandoffError, LeaseLost, PeerGone, ProtocolViolation, ShoalError
 from shoal.messages import (
@@ -72,6 +73,11 @@ class DecodeSession(Session):
         if self._owner is None:
             raise PeerGone("the other end hasn't greeted yet")
         return self._owner
+
+    def takes_grants(self, peer: str) -> bool:
+        """At the other end is the process that calls itself so, and it hasn't said that it's leaving."""
+        is_open = self._owner is not None and not self.is_over and not self.peer_is_draining
+        return is_open and self.peer is not None and self.peer.peer == peer
 
     async def greet(self) -> None:
         await super().greet()
@@ -141,7 +147,8 @@ class DecodeSession(Session):
     def _claim(self, claim: Claim) -> None:
         plan_hashes = () if self.peer is None else self.peer.plan_hashes
         try:
-            self.post(self._desk.claim(claim.lease_id, self.owner, plan_hashes))
+            accepted = self._desk.claim(claim.lease_id, self.owner, plan_hashes)
+            self.post(accepted, partial(self._desk.answered, claim.lease_id))
         except LeaseLost as error:
             self.post(Refused(claim.lease_id, error.message))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -64,6 +64,8 @@ class OpenLease:
         self.blocks = blocks
         self.opened_s = opened_s
         self.claimed_s: float | None = None
+        self.is_answered = asyncio.Event()
+        """Its claim is, or it's over."""
         self.num_bytes = PartBytes()
         self.blocks_free = asyncio.Event()
         self.outcome: asyncio.Future[Arrived] = asyncio.get_running_loop().create_future()
@@ -160,6 +162,13 @@ class HandoffDesk:
                 if held.outcome.done():
                     held.outcome.exception()  # looked at: nobody may have waited for it
 
+    async def until_answered(self, lease_id: bytes, within_s: float) -> None:
+        """Wait until a claim of the lease is answered, or it ends, but no longer than ``within_s``."""
+        if (held := self._open.get(lease_id)) is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await held.is_answered.wait()
+
     def close(self) -> None:
         """Open no more leases; those that are open go on."""
         self.table.close()
@@ -191,6 +200,11 @@ class HandoffDesk:
             raise LeaseLost(f"lease {lease_id.hex()} is for plan {self.shape.plan_hash[:12]}, which you don't run")
         terms = self.table.claim(lease_id, owner).terms
         return Accepted(lease_id, terms.token_ids, terms.num_present, terms.credit_bytes, self.times.ttl_s)
+
+    def answered(self, lease_id: bytes) -> None:
+        """What ``claim`` returned is written."""
+        if (held := self._open.get(lease_id)) is not None:
+            held.is_answered.set()
 
     def receive(self, lease: Lease, chunk: Chunk, staging: Unloader | None) -> None:
         """Copy a good chunk, which came inline or by ``staging``; ask once more for a bad one. Raises a HandoffError
@@ -274,6 +288,8 @@ class HandoffDesk:
     def _moved(self, lease: Lease, left: LeaseState | None) -> None:
         if left is not None:
             held = self._open[lease.lease_id]
+            if lease.state is not LeaseState.STREAMING:
+                held.is_answered.set()
             match lease.state:
                 case LeaseState.STREAMING:
                     held.claimed_s = self.clock.time()

@@ -34,6 +34,7 @@ from shoal.messages import (
     Draining,
     Failed,
     Frame,
+    Granted,
     Hello,
     Nack,
     Refused,
@@ -50,7 +51,8 @@ from shoal.transfer.session import Identity, Session
 class PrefillSession(Session):
     """Speaks for many leases of one decode replica. Made by ``open``.
 
-    Payload goes through the memory that ``staging`` makes, if decode finds it; else inline.
+    Payload goes through the memory that ``staging`` makes, if decode finds it; else inline. ``granted`` is told of
+    prompts that decode asks for.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class PrefillSession(Session):
         max_frame_bytes: int,
         clock: Clock | None = None,
         staging: Staging | None = None,
+        granted: Callable[[Granted], None] = lambda granted: None,
     ) -> None:
         super().__init__(channel, identity, ttl_s=ttl_s, clock=clock or asyncio.get_running_loop())
         self.carrier = Carrier.INLINE
         self.carrier_reason = CarrierReason.CONFIGURED
         self.wire_mode = WireMode.KV
         self._staging = staging or Staging()
+        self._granted = granted
         self.loader: Loader = InlineLoader(max_frame_bytes, self._staging.copier)
         self._claims: dict[bytes, PromptClaim] = {}
 
@@ -81,9 +85,18 @@ class PrefillSession(Session):
         max_frame_bytes: int,
         clock: Clock | None = None,
         staging: Staging | None = None,
+        granted: Callable[[Granted], None] = lambda granted: None,
     ) -> PrefillSession:
         """Greet, and listen from then on. Raises PlanMismatch or PeerGone, with the channel closed."""
-        session = cls(channel, identity, ttl_s=ttl_s, max_frame_bytes=max_frame_bytes, clock=clock, staging=staging)
+        session = cls(
+            channel,
+            identity,
+            ttl_s=ttl_s,
+            max_frame_bytes=max_frame_bytes,
+            clock=clock,
+            staging=staging,
+            granted=granted,
+        )
         try:
             await session.greet()
         except BaseException:
@@ -167,6 +180,8 @@ class PrefillSession(Session):
         match frame:
             case Beat():
                 pass
+            case Granted():
+                self._granted(frame)
             case Draining():
                 self.peer_is_draining = True
             case Accepted() | Refused() | Credit() | Nack() | Committed() | Cancel():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import grpc.aio
 
 from shoal.errors import InternalError, ShoalError, Unavailable
-from shoal.messages import Draining
+from shoal.messages import Draining, Grant, Granted
 from shoal.rpc.options import HANDOFF_SERVER_OPTIONS
 from shoal.rpc.peers import PeerTls, RoleGate
 from shoal.rpc.ports import bind_first_free, join_address
@@ -95,6 +95,16 @@ class HandoffServer:
             await session.run()
         finally:
             self._sessions.discard(session)
+
+    async def grant(self, grant: Grant, peer: str, patience_s: float) -> None:
+        """Ask the prefill replica that calls itself so for a prompt, which it will be called for, too. Returns once its
+        claim is answered, or the lease over, or after ``patience_s``; at once if it has no session here, or is leaving.
+        """
+        for session in self._sessions:
+            if session.takes_grants(peer):
+                session.post(Granted.of(grant))
+                await self._desk.until_answered(grant.lease_id, patience_s)
+                return
 
     async def drain(self, drain_s: float) -> None:
         """Open no more leases, let the open ones finish for ``drain_s``, and close."""

@@ -19,14 +19,14 @@ from shoal.errors import InternalError, PeerGone, PlanMismatch, ProtocolViolatio
 from shoal.messages import Beat, Envelope, Frame, Hello, WireMode
 from shoal.transfer.base import Channel, Clock, Timer
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _BEATS_PER_TTL = 3
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What this process says of itself in Hello. ``peer`` is a name for logs."""
+    """What this process says of itself in Hello. ``peer`` is its replica's id, or another name for logs."""
 
     incarnation: int
     plan_hashes: tuple[str, ...]

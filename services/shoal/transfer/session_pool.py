@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 from shoal.errors import ShoalError, Unavailable
+from shoal.messages import Grant, Granted
 from shoal.transfer.base import Channel, Clock
 from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PrefillSession
@@ -36,6 +38,8 @@ class SessionPool:
         self._clock = clock
         self._staging = staging
         self._told_opened = opened
+        self.granted: Callable[[Grant], None] = lambda grant: None
+        """Told of prompts that decode replicas ask for by their sessions."""
         self._opened: dict[str, asyncio.Task[PrefillSession]] = {}
         self._is_draining = False
 
@@ -87,6 +91,10 @@ class SessionPool:
     def _living(self) -> tuple[PrefillSession, ...]:
         return tuple(task.result() for task in self._opened.values() if not _is_over(task) and task.done())
 
+    def _hear(self, address: str, granted: Granted) -> None:
+        if not self._is_draining:
+            self.granted(granted.at(address))
+
     async def _open(self, address: str) -> PrefillSession:
         channel = await self._connect(address)
         session = await PrefillSession.open(
@@ -96,6 +104,7 @@ class SessionPool:
             max_frame_bytes=self._max_frame_bytes,
             clock=self._clock,
             staging=self._staging,
+            granted=partial(self._hear, address),
         )
         self._told_opened(address, session)
         return session

@@ -9,6 +9,7 @@ many leases on it. The frames mirror shoal/messages.py, and shoal/rpc/frames.py 
   prefill                                 decode
      | Hello ------------------------------> |   version, then plan hashes: compared before all else
      | <------------------------------ Hello |
+     | <---------------------------- Granted |   decode asks for a prompt, as through Ray Serve: this is sooner
      | Claim ------------------------------> |
      | <----------------- Accepted | Refused |   the prompt's token ids, and a byte credit
      | Chunk ... --------------------------> |   never more bytes unacknowledged than the credit
@@ -130,6 +131,7 @@ class SessionResponse(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     BEAT_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     """Random 64 bits, one a process start, never zero. Frames of another incarnation are dropped."""
     @_builtins.property
@@ -150,6 +152,8 @@ class SessionResponse(_message.Message):
     def draining(self) -> Global___Draining: ...
     @_builtins.property
     def beat(self) -> Global___Beat: ...
+    @_builtins.property
+    def granted(self) -> Global___Granted: ...
     def __init__(
         self,
         *,
@@ -163,12 +167,13 @@ class SessionResponse(_message.Message):
         cancel: Global___Cancel | None = ...,
         draining: Global___Draining | None = ...,
         beat: Global___Beat | None = ...,
+        granted: Global___Granted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "beat", b"beat", "cancel", b"cancel", "committed", b"committed", "credit", b"credit", "draining", b"draining", "frame", b"frame", "hello", b"hello", "nack", b"nack", "refused", b"refused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "beat", b"beat", "cancel", b"cancel", "committed", b"committed", "credit", b"credit", "draining", b"draining", "frame", b"frame", "granted", b"granted", "hello", b"hello", "nack", b"nack", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "beat", b"beat", "cancel", b"cancel", "committed", b"committed", "credit", b"credit", "draining", b"draining", "frame", b"frame", "hello", b"hello", "incarnation", b"incarnation", "nack", b"nack", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "beat", b"beat", "cancel", b"cancel", "committed", b"committed", "credit", b"credit", "draining", b"draining", "frame", b"frame", "granted", b"granted", "hello", b"hello", "incarnation", b"incarnation", "nack", b"nack", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "accepted", "refused", "credit", "nack", "committed", "cancel", "draining", "beat"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "accepted", "refused", "credit", "nack", "committed", "cancel", "draining", "beat", "granted"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -296,6 +301,65 @@ class RemoteSegment(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RemoteSegment: _TypeAlias = RemoteSegment  # noqa: Y015
+
+@_typing.final
+class Granted(_message.Message):
+    """Decode asks for a prompt. Its call through Ray Serve, which counts it, says the same a moment later."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    PLAN_HASH_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PRESENT_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
+    CLAIM_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.bytes
+    plan_hash: _builtins.str
+    num_prompt_tokens: _builtins.int
+    num_present: _builtins.int
+    """Tokens at the front whose K/V decode already has."""
+    ttl_s: _builtins.float
+    claim_timeout_s: _builtins.float
+    request_id: _builtins.str
+    """For logs."""
+    timeout_s: _builtins.float
+    """What is left of the request's deadline."""
+    tenant: _builtins.str
+    attempt: _builtins.int
+    """Counts the replicas that were to serve the request, from 1."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.bytes = ...,
+        plan_hash: _builtins.str = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        num_present: _builtins.int | None = ...,
+        ttl_s: _builtins.float = ...,
+        claim_timeout_s: _builtins.float = ...,
+        request_id: _builtins.str = ...,
+        timeout_s: _builtins.float | None = ...,
+        tenant: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_present", b"_num_present", "_timeout_s", b"_timeout_s", "num_present", b"num_present", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_present", b"_num_present", "_timeout_s", b"_timeout_s", "attempt", b"attempt", "claim_timeout_s", b"claim_timeout_s", "lease_id", b"lease_id", "num_present", b"num_present", "num_prompt_tokens", b"num_prompt_tokens", "plan_hash", b"plan_hash", "request_id", b"request_id", "tenant", b"tenant", "timeout_s", b"timeout_s", "ttl_s", b"ttl_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_present: _TypeAlias = _typing.Literal["num_present"]  # noqa: Y015
+    _WhichOneofArgType__num_present: _TypeAlias = _typing.Literal["_num_present", b"_num_present"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_present) -> _WhichOneofReturnType__num_present | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
+
+Global___Granted: _TypeAlias = Granted  # noqa: Y015
 
 @_typing.final
 class Claim(_message.Message):

@@ -9,6 +9,7 @@ many leases on it. The frames mirror shoal/messages.py, and shoal/rpc/frames.py 
   prefill                                 decode
      | Hello ------------------------------> |   version, then plan hashes: compared before all else
      | <------------------------------ Hello |
+     | <---------------------------- Granted |   decode asks for a prompt, as through Ray Serve: this is sooner
      | Claim ------------------------------> |
      | <----------------- Accepted | Refused |   the prompt's token ids, and a byte credit
      | Chunk ... --------------------------> |   never more bytes unacknowledged than the credit

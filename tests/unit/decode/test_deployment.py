@@ -54,6 +54,45 @@ class Prefill:
         self.is_cancelled = True
 
 
+class Server:
+    """Grants by session: of whom it remembers the replica, and returns when ``is_claimed``."""
+
+    def __init__(self) -> None:
+        self.granted: list[tuple[Grant, str]] = []
+        self.is_claimed = asyncio.Event()
+
+    async def grant(self, grant: Grant, peer: str, patience_s: float) -> None:
+        assert 0 < patience_s < 0.1
+        self.granted.append((grant, peer))
+        await self.is_claimed.wait()
+
+
+async def test_a_prompt_is_granted_by_the_session_first_and_serve_s_call_follows_the_claim(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    prefill, server = Prefill(), Server()
+    asked = pool(prefill)
+    asked.server = server  # type: ignore[assignment]
+    monkeypatch.setattr(routes, "_pickers", [lambda _call: "a"])
+    call = asyncio.ensure_future(asked.ask(GRANT))
+    while not server.granted:
+        await asyncio.sleep(0)
+    assert server.granted == [(GRANT, "a")] and not prefill.asked
+    server.is_claimed.set()
+    prefill.is_done.set()
+    assert await call == OUTCOME and prefill.asked == [GRANT]
+
+
+@pytest.mark.parametrize("knows", ["no server", "no replica"])
+async def test_where_nobody_knows_whom_to_grant_it_serve_is_asked_at_once(knows: str, monkeypatch: pytest.MonkeyPatch):
+    prefill, server = Prefill(), Server()
+    asked = pool(prefill)
+    asked.server = None if knows == "no server" else server  # type: ignore[assignment]
+    monkeypatch.setattr(routes, "_pickers", [lambda _call: "a"] if knows == "no server" else [])
+    prefill.is_done.set()
+    assert await asked.ask(GRANT) == OUTCOME and not server.granted
+
+
 def pool(prefill: Prefill) -> ServePrefillPool:
     return ServePrefillPool("shoal", prefill)  # type: ignore[arg-type]
 

@@ -1,0 +1,218 @@
+"""A prompt is asked for twice, by decode's session and by its call: it's computed once, whichever comes first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import save_tiny
+from reference import pop_generate
+from shoal.config import load_config
+from shoal.engine.engine import Engine
+from shoal.errors import LeaseLost, Overloaded, PlanMismatch
+from shoal.local import LocalShoal, OneReplica, open_local
+from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, RequestContext, SamplingParams
+from shoal.transfer.prefill_side import PromptClaim
+from shoal.transfer.session_pool import SessionPool
+
+SKIPPED = 2
+PROMPT = tuple(range(3, 25))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return save_tiny(folder, dtype=torch.float32, layers=4)
+
+
+class Asked(OneReplica):
+    """Asks as a decode replica does: by the session first, and by a call as soon as ``may_call`` is set."""
+
+    def __init__(self, local: LocalShoal) -> None:
+        super().__init__(local.prefill)
+        self._local = local
+        self.may_call = asyncio.Event()
+        self.outcomes: list[HandoffOutcome] = []
+        self.grants: list[Grant] = []
+
+    async def ask(self, grant: Grant) -> HandoffOutcome:
+        self.grants.append(grant)
+        await self._local.decode.server.grant(grant, "prefill", 0.0)
+        await self.may_call.wait()
+        outcome = await super().ask(grant)
+        self.outcomes.append(outcome)
+        return outcome
+
+
+@asynccontextmanager
+async def asked(folder: Path) -> AsyncIterator[tuple[LocalShoal, Asked]]:
+    """Both stages, and the session between them, which there is as soon as they greet."""
+    stage = {"num_blocks": 64, "block_tokens": 4, "max_step_tokens": 8, "num_threads": 1}
+    model = {"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"}
+    async with open_local(load_config(model=model, prefill=stage, decode=stage)) as local:
+        await local.prefill.sessions.greet(["memory"], within_s=10)
+        local.decode.worker.prefill = pool = Asked(local)
+        yield local, pool
+        await settled(local)
+        assert not local.prefill.worker._begun
+
+
+async def settled(local: LocalShoal) -> None:
+    """All blocks are back; a lease ends a moment after its request."""
+    await asyncio.wait_for(local.decode.desk.idle.wait(), 10)
+    for stage in (local.prefill, local.decode):
+        async with asyncio.timeout(10):
+            while (counts := await stage.counts()).num_free_blocks != counts.num_blocks:
+                pass
+
+
+async def answer(local: LocalShoal) -> tuple[int, ...]:
+    sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    request = GenerateRequest(RequestContext("test", 30.0), "tiny", PROMPT, Depth.SHALLOW, sampling)
+    return tuple([token async for output in local.decode.worker.generate(request) for token in output.token_ids])
+
+
+def num_granted(local: LocalShoal, way: str) -> float | None:
+    return local.prefill.registry.get_sample_value("shoal_prefill_grants_total", {"way": way})
+
+
+async def test_a_prompt_is_answered_though_its_call_never_comes(model: Any, folder: Path):
+    async with asked(folder) as (local, pool):
+        assert await answer(local) == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert (num_granted(local, "session"), num_granted(local, "call")) == (1, 0)
+        pool.may_call.set()  # it comes when all is over, and hears how that was
+        [call] = local.decode.worker._calls
+        assert await call == HandoffOutcome(pool.grants[0].lease_id, committed=True)
+        assert num_granted(local, "call") == 0
+        assert (await local.prefill.counts()).num_waiting == 0
+
+
+async def test_a_call_that_comes_meanwhile_joins_what_has_begun(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    claimed, may_send, send = asyncio.Event(), asyncio.Event(), PromptClaim.send
+
+    async def send_late(claim: PromptClaim, *values: Any) -> None:
+        claimed.set()
+        await may_send.wait()
+        await send(claim, *values)
+
+    monkeypatch.setattr(PromptClaim, "send", send_late)
+    async with asked(folder) as (local, pool):
+        whole = asyncio.ensure_future(answer(local))
+        await asyncio.wait_for(claimed.wait(), 10)
+        pool.may_call.set()
+        [call] = await called_for(local)
+        await local.decode.server.grant(pool.grants[0], "prefill", 0.0)  # a frame may arrive twice
+        may_send.set()
+        assert await whole == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        await call
+        assert [outcome.committed for outcome in pool.outcomes] == [True]
+        assert (num_granted(local, "session"), num_granted(local, "call")) == (1, 0)
+
+
+async def called_for(local: LocalShoal) -> list[asyncio.Task[HandoffOutcome]]:
+    async with asyncio.timeout(10):
+        while not all(begun.is_called_for for begun in local.prefill.worker._begun.values()):
+            await asyncio.sleep(0)
+    return [begun.task for begun in local.prefill.worker._begun.values()]
+
+
+async def test_a_call_that_comes_first_needs_no_session(model: Any, folder: Path):
+    async with asked(folder) as (local, _pool):
+        local.decode.worker.prefill = OneReplica(local.prefill)
+        assert await answer(local) == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert (num_granted(local, "session"), num_granted(local, "call")) == (0, 1)
+
+
+async def test_who_gives_its_call_up_ends_what_the_session_has_begun(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    claimed = asyncio.Event()
+
+    async def never_send(_claim: PromptClaim, *_values: Any) -> None:
+        claimed.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(PromptClaim, "send", never_send)
+    async with asked(folder) as (local, pool):
+        pool.may_call.set()
+        whole = asyncio.ensure_future(answer(local))
+        await asyncio.wait_for(claimed.wait(), 10)
+        [task] = await called_for(local)
+        whole.cancel()
+        await asyncio.wait([whole, task])
+        assert whole.cancelled() and task.cancelled()
+
+
+async def test_what_could_not_begin_is_tried_again_by_its_call(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    refused, submit = asyncio.Event(), Engine.submit_prefill
+    loop = asyncio.get_running_loop()
+
+    def refuse_once(engine: Engine, *values: Any, **more: Any) -> None:
+        if refused.is_set():
+            submit(engine, *values, **more)
+        else:
+            loop.call_soon_threadsafe(refused.set)
+            raise Overloaded("just now")
+
+    async with asked(folder) as (local, pool):
+        monkeypatch.setattr(Engine, "submit_prefill", refuse_once)
+        whole = asyncio.ensure_future(answer(local))
+        await asyncio.wait_for(refused.wait(), 10)
+        async with asyncio.timeout(10):
+            while local.prefill.worker._begun:
+                await asyncio.sleep(0)
+        pool.may_call.set()
+        assert await whole == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert (num_granted(local, "session"), num_granted(local, "call")) == (1, 1)
+
+
+async def test_a_grant_that_decode_no_longer_knows_costs_no_more_than_its_claim(folder: Path):
+    async with asked(folder) as (local, _pool):
+        local.prefill.worker.begin(grant(local))
+        [begun] = local.prefill.worker._begun.values()
+        outcome = await asyncio.wait_for(begun.task, 10)
+        assert (outcome.committed, outcome.reason) == (False, LeaseLost.code)
+
+
+async def test_a_grant_for_another_plan_says_so_to_its_call_alone(folder: Path):
+    async with asked(folder) as (local, _pool):
+        local.prefill.worker.begin(grant(local, plan_hash="another"))
+        [begun] = local.prefill.worker._begun.values()
+        await asyncio.wait([begun.task])
+        with pytest.raises(PlanMismatch, match="not another"):
+            await local.prefill.worker.prefill(grant(local, plan_hash="another"))
+
+
+async def test_what_nobody_called_for_ends_with_its_stage(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    waits = asyncio.Event()
+
+    async def never(_pool: SessionPool, _address: str) -> None:
+        waits.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(SessionPool, "get", never)
+    async with open_local(
+        load_config(model={"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"})
+    ) as local:
+        local.prefill.worker.begin(grant(local))
+        [begun] = local.prefill.worker._begun.values()
+        await asyncio.wait_for(waits.wait(), 10)
+    assert begun.task.cancelled() and not local.prefill.worker._begun
+
+
+def grant(local: LocalShoal, plan_hash: str | None = None) -> Grant:
+    """Of a lease that there isn't."""
+    plan_hash = local.prefill.served.plan_hash if plan_hash is None else plan_hash
+    return Grant(bytes(16), "memory", plan_hash, len(PROMPT), 0, 5.0, 30.0, RequestContext("gone", 30.0))

@@ -177,14 +177,16 @@ class ServePrefillPool:
         return routes.replica_of(grant)
 
     async def ask(self, grant: Grant) -> HandoffOutcome:
-        replica_id = routes.pick(grant)
-        if self.server is not None and replica_id is not None:
-            await self.server.grant(grant, replica_id, _CLAIM_PATIENCE_S)
-        call = self._handle.prefill.remote(grant)
+        call: Any = None
         try:
+            replica_id = routes.pick(grant)
+            if self.server is not None and replica_id is not None:
+                await self.server.grant(grant, replica_id, _CLAIM_PATIENCE_S)
+            call = self._handle.prefill.remote(grant)
             outcome: HandoffOutcome = await call
         except asyncio.CancelledError:
-            call.cancel()
+            if call is not None:
+                call.cancel()
             raise
         except (RayError, RayServeException) as error:
             raise known_error(error, "prefill") from error

@@ -83,6 +83,30 @@ async def test_a_prompt_is_granted_by_the_session_first_and_serve_s_call_follows
     assert await call == OUTCOME and prefill.asked == [GRANT]
 
 
+async def test_who_gives_up_before_serve_is_called_has_called_nobody_and_counts_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    prefill, server = Prefill(), Server()
+    asked = pool(prefill)
+    asked.server = server  # type: ignore[assignment]
+    grant = replace(GRANT, lease_id=b"2" * 16)
+
+    def pick(call: Grant | Ticket) -> str:
+        routes.choose(call, "a")
+        return "a"
+
+    monkeypatch.setattr(routes, "_pickers", [pick])
+    before = routes.num_chosen()["a"]
+    call = asyncio.ensure_future(asked.ask(grant))
+    while not server.granted:
+        await asyncio.sleep(0)
+    assert routes.num_chosen()["a"] == before + 1
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not prefill.asked and routes.num_chosen()["a"] == before
+
+
 @pytest.mark.parametrize("knows", ["no server", "no replica"])
 async def test_where_nobody_knows_whom_to_grant_it_serve_is_asked_at_once(knows: str, monkeypatch: pytest.MonkeyPatch):
     prefill, server = Prefill(), Server()

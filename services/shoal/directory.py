@@ -39,7 +39,8 @@ _log = logging.getLogger(__name__)
 class Entry:
     """One replica that is ready, or was until a part of it stopped working, or Serve told it to stop.
 
-    Addresses are ``host:port``; ``handoff_address`` is decode's alone.
+    Addresses are ``host:port``; ``handoff_address`` is decode's alone, and ``key``, in hex, prefill's: decode knows a
+    session of this replica by it.
     """
 
     app: str
@@ -50,6 +51,7 @@ class Entry:
     pid: int
     metrics_address: str
     handoff_address: str | None = None
+    key: str | None = None
     is_healthy: bool = True
 
 
@@ -68,7 +70,9 @@ class Loading:
 _Record = TypeVar("_Record", Entry, Loading)
 
 
-def entry_of_this_replica(role: Role, *, metrics_address: str, handoff_address: str | None = None) -> Entry:
+def entry_of_this_replica(
+    role: Role, *, metrics_address: str, handoff_address: str | None = None, key: str | None = None
+) -> Entry:
     """The entry of the Serve replica that calls; elsewhere Serve raises RayServeException."""
     replica_id = serve.get_replica_context().replica_id
     return Entry(
@@ -80,13 +84,8 @@ def entry_of_this_replica(role: Role, *, metrics_address: str, handoff_address: 
         pid=os.getpid(),
         metrics_address=metrics_address,
         handoff_address=handoff_address,
+        key=key,
     )
-
-
-def id_of_this_replica() -> str:
-    """Of the Serve replica that calls; elsewhere Serve raises RayServeException."""
-    replica_id: str = serve.get_replica_context().replica_id.unique_id
-    return replica_id
 
 
 def num_replicas() -> int:
@@ -200,6 +199,7 @@ class LivingPool:
         self._clock = clock
         self._ids: frozenset[str] = frozenset()
         self._unfit: frozenset[str] = frozenset()
+        self._keys: dict[str, str] = {}
         self._seen_s = self._failed_s = self._asked_s = -math.inf
         self._asking: asyncio.Task[None] | None = None
 
@@ -208,6 +208,10 @@ class LivingPool:
         """Ids of those that are registered and get no work; as old as what ``ids`` said last. Serve still offers one
         that hangs."""
         return self._unfit
+
+    def key_of(self, replica_id: str | None) -> bytes:
+        """What a session of that replica is known by; nothing if it isn't known, as old as what ``ids`` said last."""
+        return bytes.fromhex(self._keys.get(replica_id or "", ""))
 
     async def ids(self, *, now: bool = False) -> frozenset[str]:
         """Ids of the replicas that are ready, at most two seconds old; of an empty pool, or if asked to, ``now``.
@@ -247,4 +251,5 @@ class LivingPool:
             return
         self._ids = frozenset(entry.replica_id for entry in entries if entry.is_healthy)
         self._unfit = frozenset(entry.replica_id for entry in entries if not entry.is_healthy)
+        self._keys = {entry.replica_id: entry.key for entry in entries if entry.is_healthy and entry.key is not None}
         self._seen_s = self._clock()

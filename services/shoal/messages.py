@@ -244,11 +244,13 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class HandoffOutcome:
-    """What prefill's call returns once its lease has ended. ``reason`` is ``None`` when it was committed."""
+    """What prefill's call returns once its lease has ended, or another replica has it. ``reason`` is ``None`` when it
+    was committed; ``had_claim`` says whether it was this replica's that wasn't."""
 
     lease_id: bytes
     committed: bool
     reason: str | None = None
+    had_claim: bool = False
 
 
 class WireMode(enum.StrEnum):
@@ -308,7 +310,7 @@ class Hello:
     ``wire_modes`` are those that prefill can, and the one of them that decode wants.
     ``segment`` is what prefill offers to decode on its host, and what decode says again if it reads from there; so is
     ``remote``, on any host. Where decode doesn't find the first and both sides have NIXL, they greet a second time,
-    with the other.
+    with the other. ``key`` says which replica of the directory prefill is: nobody else knows it.
     """
 
     protocol_version: int
@@ -318,6 +320,7 @@ class Hello:
     segment: StagingSegment | None = None
     remote: RemoteSegment | None = None
     has_nixl: bool = False
+    key: bytes = b""
 
     def naming(self, segment: StagingSegment | RemoteSegment) -> Hello:
         """This Hello with ``segment`` in it."""

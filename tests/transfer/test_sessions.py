@@ -17,7 +17,9 @@ from shoal.transfer.channels.grpc import dial
 from shoal.transfer.lease import LeaseState
 from shoal.transfer.session import Identity
 from shoal.transfer.session_pool import SessionPool
-from transfer_helpers import MAX_FRAME_BYTES, TIMES, rig
+from transfer_helpers import MAX_FRAME_BYTES, TIMES, Rig, rig
+
+KEY = bytes(range(16))
 
 
 @pytest.mark.parametrize("kind", ["memory", "grpc"])
@@ -152,32 +154,49 @@ async def test_a_session_that_is_over_leaves_no_task_and_no_timer() -> None:
         assert not [timer for _, _, timer in clock._due if timer.callback and "Session" in repr(timer.callback)]
 
 
+def knowing(both: Rig, key: bytes = KEY) -> list[Grant]:
+    """What prefill is granted from now on, which has that key."""
+    heard: list[Grant] = []
+    both.pool.granted = heard.append
+    both.pool._identity = replace(both.pool._identity, key=key)
+    return heard
+
+
 @pytest.mark.parametrize("kind", ["memory", "grpc"])
-async def test_decode_grants_a_prompt_to_the_replica_that_it_names_and_to_no_other(kind: str) -> None:
+async def test_decode_grants_a_prompt_to_the_replica_that_has_the_key_and_to_no_other(kind: str) -> None:
     async with rig(kind) as both:
         heard: asyncio.Queue[Grant] = asyncio.Queue()
+        knowing(both)
         both.pool.granted = heard.put_nowait
-        await both.server.grant(grant("before there is a session"), "prefill", 60)
+        assert not await both.server.grant(grant("before there is a session"), KEY, 60)
         await both.pool.get(both.address)
-        await both.server.grant(grant("to somebody else"), "another", 60)
-        await both.server.grant(wanted := grant("to this one"), "prefill", 60)
+        assert not await both.server.grant(grant("to somebody else"), b"another key here", 60)
+        assert await both.server.grant(wanted := grant("to this one"), KEY, 0.01)
         found = await asyncio.wait_for(heard.get(), 10)
         assert found == replace(wanted, handoff_address=both.address, excluded=frozenset(), prefix_keys=())
         await both.hand_off(prompt())
         assert heard.empty()
 
 
+async def test_who_has_no_key_is_granted_nothing() -> None:
+    async with rig("memory") as both:
+        heard = knowing(both, b"")
+        await both.pool.get("memory")
+        assert not await both.server.grant(grant("to nobody"), b"", 60)
+        await settle()
+        assert not heard
+
+
 async def test_who_is_leaving_is_granted_nothing_more_and_hears_no_more() -> None:
     async with rig("memory") as both:
-        heard: list[Grant] = []
-        both.pool.granted = heard.append
+        heard = knowing(both)
         session = await both.pool.get("memory")
         leaves = asyncio.ensure_future(session.drain())
-        await both.server.grant(grant("too early to know"), "prefill", 60)
+        assert await both.server.grant(grant("too early to know"), KEY, 0.01)
         await leaves
         await settle()
         assert [one.context.request_id for one in heard] == ["too early to know"]
-        await both.server.grant(grant("too late"), "prefill", 60)
+        assert not await both.server.grant(grant("too late"), KEY, 60)
         await settle()
         assert len(heard) == 1
         both.pool._is_draining = True
@@ -185,25 +204,22 @@ async def test_who_is_leaving_is_granted_nothing_more_and_hears_no_more() -> Non
         assert len(heard) == 1
 
 
-async def test_who_grants_waits_for_the_claim_for_the_lease_s_end_or_as_long_as_it_may() -> None:
+async def test_who_grants_waits_for_the_claim_s_answer_or_as_long_as_it_may() -> None:
     async with rig("memory") as both:
+        knowing(both)
         session = await both.pool.get("memory")
-        for end in ("claim", "cancel", "time"):
+        for end in ("claim", "time"):
             one = grant(end)
             async with both.open(one.lease_id, prompt()) as lease:
-                granting = asyncio.ensure_future(both.server.grant(one, "prefill", 0.01 if end == "time" else 60))
+                granting = asyncio.ensure_future(both.server.grant(one, KEY, 0.01 if end == "time" else 60))
                 await settle()
                 assert not granting.done()
-                match end:
-                    case "claim":
-                        async with session.claim(one.lease_id):
-                            await asyncio.wait_for(granting, 10)
-                    case "cancel":
-                        await lease.cancel("nobody wants it")
-                        await asyncio.wait_for(granting, 10)
-                    case _:
-                        await asyncio.wait_for(granting, 10)
-                        assert lease.lease.state is LeaseState.RESERVED
+                if end == "claim":
+                    async with session.claim(one.lease_id):
+                        assert await asyncio.wait_for(granting, 10)
+                else:
+                    assert await asyncio.wait_for(granting, 10)
+                    assert lease.lease.state is LeaseState.RESERVED
 
 
 def grant(request_id: str) -> Grant:

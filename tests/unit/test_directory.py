@@ -34,7 +34,17 @@ class Head:
         if self.error is not None:
             raise self.error
         return tuple(
-            Entry(app, role, name, f"actor {name}", "node", 1, "host:1", is_healthy=name in self.healthy)
+            Entry(
+                app,
+                role,
+                name,
+                f"actor {name}",
+                "node",
+                1,
+                "host:1",
+                key=None if name == "a" else name.encode().hex(),
+                is_healthy=name in self.healthy,
+            )
             for name in self.healthy + self.ill
         )
 
@@ -57,6 +67,16 @@ async def test_those_that_hang_are_there_and_get_no_work(head: Head) -> None:
     assert await head.pool.ids() == {"a", "b"} and head.pool.unfit == {"c"}
     head.healthy, head.ill = "bc", ""
     assert await head.ids_later(2.0) == {"b", "c"} and head.pool.unfit == NOBODY
+
+
+async def test_a_key_is_known_as_long_as_its_replica_is_fit(head: Head) -> None:
+    assert head.pool.key_of("b") == b""
+    head.ill = "c"
+    await head.pool.ids()
+    assert [head.pool.key_of(name) for name in ("a", "b", "c", "x", None)] == [b"", b"b", b"", b"", b""]
+    head.healthy, head.ill = "c", "b"
+    await head.ids_later(2.0)
+    assert [head.pool.key_of(name) for name in "bc"] == [b"", b"c"]
 
 
 async def test_an_answer_is_believed_for_a_second_however_many_ask(head: Head) -> None:

@@ -29,6 +29,7 @@ def make(kind: type, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(routes, "affinity", Affinity())
     monkeypatch.setattr(routes, "_blamed_s", {})
     monkeypatch.setattr(routes, "_heard_s", {})
+    monkeypatch.setattr(routes, "_pickers", [])
     cache = SimpleNamespace(get=lambda replica_id: queues.get(replica_id.unique_id))
     monkeypatch.setattr(kind, "replica_queue_len_cache", cache)
     return object.__new__(kind)
@@ -311,7 +312,6 @@ def picking(
 ) -> tuple[Any, Callable[[], Grant | Ticket]]:
     """A router when Serve has made it, and told it of replicas; and what makes it a call."""
     router = request.getfixturevalue(request.param)
-    monkeypatch.setattr(routes, "_pickers", [])
     monkeypatch.setattr(type(router), "curr_replicas", dict(enumerate(REPLICAS)), raising=False)
     router.initialize_state()
     return router, grant if request.param == "router" else prompt

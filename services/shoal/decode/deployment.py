@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -149,8 +150,8 @@ async def _answer(outlet: Outlet, worker: DecodeWorker) -> None:
         await outlet.end()
 
 
-# For a claim, before Serve is called all the same: a replica that has room for the prompt claims within some
-# milliseconds, and one that hasn't lets Serve know of its load no later than that.
+# How long Serve's call waits for the claim. A replica that has room for the prompt claims within some milliseconds; of
+# a prompt that must wait for room Serve is to know no later than that.
 _CLAIM_PATIENCE_S = 0.02
 
 
@@ -165,6 +166,7 @@ class ServePrefillPool:
         self.server: HandoffServer | None = None
         self._living = directory.LivingPool(app_name, "prefill")
         self._handle: Any = handle
+        self._granted: WeakKeyDictionary[Grant, str | None] = WeakKeyDictionary()
 
     async def living(self, *, now: bool = False) -> frozenset[str]:
         return await self._living.ids(now=now)
@@ -174,14 +176,15 @@ class ServePrefillPool:
         return self._living.unfit
 
     def asked(self, grant: Grant) -> str | None:
-        return routes.replica_of(grant)
+        return routes.replica_of(grant) or self._granted.get(grant)
 
     async def ask(self, grant: Grant) -> HandoffOutcome:
         call: Any = None
         try:
             replica_id = routes.pick(grant)
-            if self.server is not None and replica_id is not None:
-                await self.server.grant(grant, replica_id, _CLAIM_PATIENCE_S)
+            key = self._living.key_of(replica_id)
+            if self.server is not None and await self.server.grant(grant, key, _CLAIM_PATIENCE_S):
+                self._granted[grant] = replica_id
             call = self._handle.prefill.remote(grant)
             outcome: HandoffOutcome = await call
         except asyncio.CancelledError:

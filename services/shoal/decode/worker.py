@@ -44,8 +44,8 @@ from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
 from shoal.telemetry.labels import FallbackRung
-from shoal.transfer.decode_side import Arrived, HandoffDesk
-from shoal.transfer.lease import ENDED, Lease
+from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
+from shoal.transfer.lease import ENDED, RECEIVING, Lease
 
 BOUNDARY_TOKEN_BYTES = 4
 _log = structlog.get_logger(__name__)
@@ -312,8 +312,7 @@ class DecodeWorker:
             try:
                 await asyncio.wait((call, arrived), return_when=asyncio.FIRST_COMPLETED)
                 if not arrived.done():
-                    # Prefill's call ends after its lease did, so either it is committed or it never will be.
-                    _raise_if_given_up(await call)
+                    await self._outlive(call, arrived, lease)
                 return await arrived
             except BaseException:  # also a cancellation: prefill must not work on for nobody
                 call.cancel()
@@ -323,6 +322,29 @@ class DecodeWorker:
                 # On success prefill's call ends a moment later, when it hears that its K/V are committed.
                 self._calls.add(call)
                 call.add_done_callback(self._call_ended)
+
+    async def _outlive(
+        self, call: asyncio.Future[HandoffOutcome], arrived: asyncio.Future[Arrived], held: OpenLease
+    ) -> None:
+        """The call has ended, and nothing has arrived. Raises why, if nothing will.
+
+        The replica that was called ends its call after its lease, so either that is committed or it never will be. But
+        Serve may have called another one than the one that was granted the prompt by its session, and has claimed it;
+        or have none to call. Then the lease says what becomes of the prompt; of an error of Serve's, which may be all
+        that is heard of one that was lost, for no longer than the lease would live in silence.
+        """
+        is_claimed = held.lease.state in RECEIVING
+        try:
+            outcome = await call
+        except ShoalError:
+            if not is_claimed:
+                raise
+            await asyncio.wait([arrived], timeout=self._config.ttl_s)
+            if not arrived.done():
+                raise
+        else:
+            if not is_claimed or outcome.had_claim:
+                _raise_if_given_up(outcome)
 
     def told_of_blocks(self, *, wanted: bool) -> None:
         """If a running sequence wants blocks, the youngest lease that no prefill works on yet gives up its own."""

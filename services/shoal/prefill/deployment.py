@@ -44,16 +44,10 @@ class PrefillReplica:
         self._exits.callback(metrics.close)
         tls = peer_tls(settings, "prefill", registry)
         self._stage = await self._exits.enter_async_context(
-            open_prefill(
-                settings,
-                registry,
-                connect=partial(self.dial, tls=tls),
-                on_progress=_report_loading,
-                name=directory.id_of_this_replica(),
-            )
+            open_prefill(settings, registry, connect=partial(self.dial, tls=tls), on_progress=_report_loading)
         )
         self._entry = directory.entry_of_this_replica(
-            "prefill", metrics_address=join_address(host.advertised, metrics.port)
+            "prefill", metrics_address=join_address(host.advertised, metrics.port), key=self._stage.key.hex()
         )
         self._watch = Watch(
             self._stage.heartbeats,
@@ -63,6 +57,7 @@ class PrefillReplica:
             publish=partial(directory.publish_health, self._entry),
             is_stopping=is_stopping,
         )
+        self._stage.sessions.granted = self._begin
         await self._greet(settings)
         await asyncio.to_thread(directory.register, self._entry)
         self._watch.start()
@@ -72,6 +67,12 @@ class PrefillReplica:
         self._watch.require_healthy()
         with told_plainly(), bind_request(grant.context.request_id):
             return await self._stage.worker.prefill(grant)
+
+    def _begin(self, grant: Grant) -> None:
+        """A decode replica asks by its session, and will call. One that isn't healthy waits for the call, and refuses
+        that."""
+        if not self._watch.unhealthy:
+            self._stage.worker.begin(grant)
 
     async def describe(self) -> dict[str, Any]:
         """What this live replica holds: for operators, the demo and the tests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shoal.heartbeat import Heartbeat
 from shoal.kernels.copying import Copier
 from shoal.messages import Stage, WireMode
 from shoal.prefill.worker import PrefillWorker
+from shoal.rpc.frames import KEY_BYTES
 from shoal.telemetry import PrefillMetrics
 from shoal.transfer.base import Channel, new_incarnation
 from shoal.transfer.carriers.nixl.process import Nixl, nixl_for
@@ -38,11 +40,13 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PrefillStage:
-    """``parameter_bytes`` is what this process really holds, ``parameter_names`` of which tensors."""
+    """``parameter_bytes`` is what this process really holds, ``parameter_names`` of which tensors. Who knows ``key``
+    may grant prompts by the sessions."""
 
     served: Served
     worker: PrefillWorker
     sessions: SessionPool
+    key: bytes
     engine: EngineClient
     parameter_bytes: int
     full_model_bytes: int
@@ -62,12 +66,8 @@ async def open_prefill(
     *,
     connect: Connect = dial,
     on_progress: Callable[[int, int], None] | None = None,
-    name: str = "prefill",
 ) -> AsyncIterator[PrefillStage]:
-    """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish.
-
-    ``name`` is what decode replicas know it by: those grant prompts by their sessions that know its replica id.
-    """
+    """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish."""
     nixl = nixl_for(config.handoff.carrier, is_encrypted=config.has_peer_tls)
     loaded = await load_stage(config, Stage.PREFILL, on_progress)
     served, parameters, core = loaded.served, loaded.parameters, loaded.engine
@@ -78,16 +78,17 @@ async def open_prefill(
     engine = EngineClient(core, name="shoal-prefill", on_step=on_step, niceness=loaded.niceness)
     layout = core.scheduler.layout
     least_bytes = max(layout.token_layer_bytes, layout.state_bytes)
-    for key in ("max_frame_bytes", "slot_bytes"):
-        if getattr(config.handoff, key) < least_bytes:
+    for limit in ("max_frame_bytes", "slot_bytes"):
+        if getattr(config.handoff, limit) < least_bytes:
             raise ConfigError(
-                f"handoff.{key} is {getattr(config.handoff, key)}, but one token's K/V in one layer, or its state, are "
-                f"{least_bytes} bytes: raise it"
+                f"handoff.{limit} is {getattr(config.handoff, limit)}, but one token's K/V in one layer, or its state, "
+                f"are {least_bytes} bytes: raise it"
             )
+    key = secrets.token_bytes(KEY_BYTES)
     wire_modes = (WireMode.KV, WireMode.HIDDEN) if served.plan.projects else (WireMode.KV,)
     sessions = SessionPool(
         connect,
-        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer=name),
+        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="prefill", key=key),
         ttl_s=config.handoff.ttl_s,
         max_frame_bytes=config.handoff.max_frame_bytes,
         staging=_staging(config.handoff, nixl, loaded.copier),
@@ -99,7 +100,7 @@ async def open_prefill(
     try:
         heartbeats = (engine.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
         yield PrefillStage(
-            served, worker, sessions, engine, parameters.num_bytes, full_model_bytes, names, registry, heartbeats
+            served, worker, sessions, key, engine, parameters.num_bytes, full_model_bytes, names, registry, heartbeats
         )
     finally:
         await sessions.drain(config.handoff.drain_s)

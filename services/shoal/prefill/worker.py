@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -30,10 +30,21 @@ from shoal.transfer.session_pool import SessionPool
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
+# A prompt that decode asked for by its session is called for some milliseconds later. If it isn't, and hasn't claimed
+# its lease, nobody waits for it: it leaves the queue.
+CALL_WITHIN_S = 2.0
+# How long it's remembered that one was committed, for a call that comes after.
+KEPT_S = 30.0
+
+
+@dataclass(slots=True, eq=False)
 class _Begun:
-    task: asyncio.Task[HandoffOutcome]
+    """A prompt that is computed, or waits for it."""
+
+    task: asyncio.Task[HandoffOutcome] = field(init=False)
+    overdue: asyncio.TimerHandle | None = None
     is_called_for: bool = False
+    has_claimed: bool = False
 
 
 class PrefillWorker:
@@ -58,18 +69,21 @@ class PrefillWorker:
         """
         begun = self._begun.get(grant.lease_id) or self._begin(grant, GrantWay.CALL)
         begun.is_called_for = True
+        if begun.overdue is not None:
+            begun.overdue.cancel()
         try:
             return await begun.task
         finally:
-            self._begun.pop(grant.lease_id, None)
+            self._forget(grant, begun)
 
     def begin(self, grant: Grant) -> None:
-        """Begin with a prompt that ``prefill`` is about to be called for; if that has been, it's a no-op."""
+        """Begin with a prompt that ``prefill`` will be called for, unless it has begun."""
         if grant.lease_id not in self._begun:
-            self._begin(grant, GrantWay.SESSION)
+            begun = self._begin(grant, GrantWay.SESSION)
+            begun.overdue = asyncio.get_running_loop().call_later(CALL_WITHIN_S, self._give_up, begun)
 
     async def close(self) -> None:
-        """End what nobody has called for yet."""
+        """End all that goes on."""
         tasks = [begun.task for begun in self._begun.values()]
         for task in tasks:
             task.cancel()
@@ -77,21 +91,37 @@ class PrefillWorker:
 
     def _begin(self, grant: Grant, way: GrantWay) -> _Begun:
         self._metrics.granted(way)
+        begun = _Begun()
         with bind_request(grant.context.request_id):
-            begun = _Begun(asyncio.get_running_loop().create_task(self._run(grant)))
+            begun.task = asyncio.get_running_loop().create_task(self._run(grant, begun))
         self._begun[grant.lease_id] = begun
         begun.task.add_done_callback(partial(self._ended, grant, begun))
         return begun
 
-    def _ended(self, grant: Grant, begun: _Begun, task: asyncio.Task[HandoffOutcome]) -> None:
-        """A short prompt may be over before it's called for. What failed is tried again then, and says why."""
-        if task.cancelled() or task.exception() is not None or not task.result().committed:
-            self._begun.pop(grant.lease_id, None)
-        elif not begun.is_called_for:
-            forget = self._begun.pop
-            asyncio.get_running_loop().call_later(grant.claim_timeout_s, forget, grant.lease_id, None)
+    def _give_up(self, begun: _Begun) -> None:
+        if not begun.has_claimed:  # else its lease says whether it's wanted
+            begun.task.cancel()
 
-    async def _run(self, grant: Grant) -> HandoffOutcome:
+    def _ended(self, grant: Grant, begun: _Begun, task: asyncio.Task[HandoffOutcome]) -> None:
+        """A short prompt may be over before it's called for; where it couldn't even claim its lease, the call tries
+        again, and says why."""
+        if begun.overdue is not None:
+            begun.overdue.cancel()
+        error = None if task.cancelled() else task.exception()
+        if begun.is_called_for:
+            return  # which forgets it
+        if error is not None and not isinstance(error, ShoalError):
+            _log.error("a prompt that no call waits for failed", exc_info=error)
+        if begun.has_claimed:
+            asyncio.get_running_loop().call_later(KEPT_S, self._forget, grant, begun)
+        else:
+            self._forget(grant, begun)
+
+    def _forget(self, grant: Grant, begun: _Begun) -> None:
+        if self._begun.get(grant.lease_id) is begun:
+            del self._begun[grant.lease_id]
+
+    async def _run(self, grant: Grant, begun: _Begun) -> HandoffOutcome:
         if grant.plan_hash != self._plan_hash:
             raise PlanMismatch(f"this prefill replica runs plan {self._plan_hash[:12]}, not {grant.plan_hash[:12]}")
         request_id = grant.lease_id.hex()
@@ -108,20 +138,21 @@ class PrefillWorker:
                 async with deadline:  # decode ends it then, too; but decode may be gone
                     async with asyncio.timeout(grant.claim_timeout_s):
                         await inbox.reserved()
-                    await self._hand_off(grant, inbox, time.monotonic() - asked_s)
+                    await self._hand_off(grant, begun, inbox, time.monotonic() - asked_s)
             except TimeoutError:
                 reason = DeadlineExceeded.code if deadline.expired() else "prefill_queue_timeout"
                 self._tell(grant, reason)
-                return HandoffOutcome(grant.lease_id, committed=False, reason=reason)
+                return HandoffOutcome(grant.lease_id, committed=False, reason=reason, had_claim=begun.has_claimed)
             except ShoalError as error:
                 if not isinstance(error, Cancelled):  # decode wants it no more
                     self._tell(grant, error.code, error)
-                return HandoffOutcome(grant.lease_id, committed=False, reason=error.code)
+                return HandoffOutcome(grant.lease_id, committed=False, reason=error.code, had_claim=begun.has_claimed)
         return HandoffOutcome(grant.lease_id, committed=True)
 
-    async def _hand_off(self, grant: Grant, inbox: Inbox, waited_s: float) -> None:
+    async def _hand_off(self, grant: Grant, begun: _Begun, inbox: Inbox, waited_s: float) -> None:
         session = await self._sessions.get(grant.handoff_address)
         async with session.claim(grant.lease_id) as claim:
+            begun.has_claimed = True
             if len(claim.token_ids) != grant.num_prompt_tokens:
                 raise LeaseLost(f"granted {grant.num_prompt_tokens} tokens, the claim brought {len(claim.token_ids)}")
             started_s = time.monotonic()

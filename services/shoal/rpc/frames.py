@@ -53,6 +53,9 @@ MAX_TEXT_CHARS = 1024
 MAX_PLANS = 256
 MAX_SLOTS = 1 << 12
 NONCE_BYTES = 16
+KEY_BYTES = 16
+MAX_PROMPT_TOKENS = 2 << 20
+"""A message that brings so many ids is larger than any that is received (rpc/options.py)."""
 MAX_AGENT_BYTES = 1 << 16
 """Of a NIXL agent's metadata, which grows with the devices of its host."""
 MAX_ADDRESS = (1 << 63) - 1
@@ -174,7 +177,9 @@ def _from_hello(body: pb.Hello) -> Hello:
     segment = _from_segment(body.segment) if body.HasField("segment") else None
     remote = _from_remote(body.remote) if body.HasField("remote") else None
     peer = _text(body.peer, "hello.peer")
-    return Hello(body.protocol_version, hashes, modes, peer, segment, remote, body.has_nixl)
+    if len(body.key) not in (0, KEY_BYTES):
+        raise ProtocolViolation(f"hello.key has {len(body.key)} bytes, not {KEY_BYTES}")
+    return Hello(body.protocol_version, hashes, modes, peer, segment, remote, body.has_nixl, body.key)
 
 
 def _from_segment(body: pb.StagingSegment) -> StagingSegment:
@@ -200,7 +205,7 @@ def _check_slots(body: pb.StagingSegment | pb.RemoteSegment, name: str) -> None:
 
 
 def _from_granted(body: pb.Granted) -> Granted:
-    if not 0 < body.num_prompt_tokens <= MAX_ID:
+    if not 0 < body.num_prompt_tokens <= MAX_PROMPT_TOKENS:
         raise ProtocolViolation(f"granted.num_prompt_tokens is {body.num_prompt_tokens}")
     if body.attempt == 0:
         raise ProtocolViolation("granted.attempt is 0")

@@ -117,7 +117,7 @@ class PrefillMetrics(StageMetrics):
 
         self._grants = Counter(
             "shoal_prefill_grants_total",
-            "Prompts asked for, by what came first: decode's session, or its call through Ray Serve.",
+            "Prompts begun, by what asked for them first: decode's session, or its call through Ray Serve.",
             ("way",),
             registry=registry,
         )

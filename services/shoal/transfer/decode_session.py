@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,10 +75,11 @@ class DecodeSession(Session):
             raise PeerGone("the other end hasn't greeted yet")
         return self._owner
 
-    def takes_grants(self, peer: str) -> bool:
-        """At the other end is the process that calls itself so, and it hasn't said that it's leaving."""
-        is_open = self._owner is not None and not self.is_over and not self.peer_is_draining
-        return is_open and self.peer is not None and self.peer.peer == peer
+    def takes_grants(self, key: bytes) -> bool:
+        """At the other end is the process that has this key, and it hasn't said that it's leaving."""
+        if self._owner is None or self.peer is None or self.is_over or self.peer_is_draining:
+            return False
+        return bool(key) and secrets.compare_digest(self.peer.key, key)
 
     async def greet(self) -> None:
         await super().greet()

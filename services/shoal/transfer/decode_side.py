@@ -65,7 +65,7 @@ class OpenLease:
         self.opened_s = opened_s
         self.claimed_s: float | None = None
         self.is_answered = asyncio.Event()
-        """Its claim is, or it's over."""
+        """Its claim is."""
         self.num_bytes = PartBytes()
         self.blocks_free = asyncio.Event()
         self.outcome: asyncio.Future[Arrived] = asyncio.get_running_loop().create_future()
@@ -163,7 +163,7 @@ class HandoffDesk:
                     held.outcome.exception()  # looked at: nobody may have waited for it
 
     async def until_answered(self, lease_id: bytes, within_s: float) -> None:
-        """Wait until a claim of the lease is answered, or it ends, but no longer than ``within_s``."""
+        """Wait until a claim of the lease is answered, but no longer than ``within_s``."""
         if (held := self._open.get(lease_id)) is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(within_s):
@@ -288,8 +288,6 @@ class HandoffDesk:
     def _moved(self, lease: Lease, left: LeaseState | None) -> None:
         if left is not None:
             held = self._open[lease.lease_id]
-            if lease.state is not LeaseState.STREAMING:
-                held.is_answered.set()
             match lease.state:
                 case LeaseState.STREAMING:
                     held.claimed_s = self.clock.time()

@@ -96,15 +96,17 @@ class HandoffServer:
         finally:
             self._sessions.discard(session)
 
-    async def grant(self, grant: Grant, peer: str, patience_s: float) -> None:
-        """Ask the prefill replica that calls itself so for a prompt, which it will be called for, too. Returns once its
-        claim is answered, or the lease over, or after ``patience_s``; at once if it has no session here, or is leaving.
+    async def grant(self, grant: Grant, key: bytes, patience_s: float) -> bool:
+        """Ask the prefill replica that has this key for a prompt, which it will be called for, too. Returns whether it
+        could be asked: not if it has no session here, or is leaving. Waits until the claim is answered, but no longer
+        than ``patience_s``.
         """
         for session in self._sessions:
-            if session.takes_grants(peer):
+            if session.takes_grants(key):
                 session.post(Granted.of(grant))
                 await self._desk.until_answered(grant.lease_id, patience_s)
-                return
+                return True
+        return False
 
     async def drain(self, drain_s: float) -> None:
         """Open no more leases, let the open ones finish for ``drain_s``, and close."""

@@ -26,16 +26,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What this process says of itself in Hello. ``peer`` is its replica's id, or another name for logs."""
+    """What this process says of itself in Hello. ``peer`` is a name for logs, ``key`` what the directory says of it."""
 
     incarnation: int
     plan_hashes: tuple[str, ...]
     wire_modes: tuple[WireMode, ...] = (WireMode.KV,)
     peer: str = ""
+    key: bytes = b""
 
     @property
     def hello(self) -> Hello:
-        return Hello(PROTOCOL_VERSION, self.plan_hashes, self.wire_modes, self.peer)
+        return Hello(PROTOCOL_VERSION, self.plan_hashes, self.wire_modes, self.peer, key=self.key)
 
 
 class Session:

@@ -192,11 +192,16 @@ class Hello(_message.Message):
     SEGMENT_FIELD_NUMBER: _builtins.int
     REMOTE_FIELD_NUMBER: _builtins.int
     HAS_NIXL_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     peer: _builtins.str
     """A name for logs."""
     has_nixl: _builtins.bool
     """The sender can use NIXL, and may. Not set in the second greeting: there is no third."""
+    key: _builtins.bytes
+    """Prefill: what its entry in Ray's directory says, too; by it, and not by a name that anybody could say, decode knows
+    whom it grants a prompt. 16 bytes, or none: then its prompts come through Serve alone.
+    """
     @_builtins.property
     def plan_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The plans that the sender runs; the two sets must meet."""
@@ -223,10 +228,11 @@ class Hello(_message.Message):
         segment: Global___StagingSegment | None = ...,
         remote: Global___RemoteSegment | None = ...,
         has_nixl: _builtins.bool = ...,
+        key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["remote", b"remote", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_nixl", b"has_nixl", "peer", b"peer", "plan_hashes", b"plan_hashes", "protocol_version", b"protocol_version", "remote", b"remote", "segment", b"segment", "wire_modes", b"wire_modes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_nixl", b"has_nixl", "key", b"key", "peer", b"peer", "plan_hashes", b"plan_hashes", "protocol_version", b"protocol_version", "remote", b"remote", "segment", b"segment", "wire_modes", b"wire_modes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,7 +337,7 @@ class Granted(_message.Message):
     """What is left of the request's deadline."""
     tenant: _builtins.str
     attempt: _builtins.int
-    """Counts the replicas that were to serve the request, from 1."""
+    """Counts the attempts to serve the request, from 1."""
     def __init__(
         self,
         *,

@@ -22,6 +22,7 @@ from token_streams import Joined, generate_request, joined, output
 
 GRANT = Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, RequestContext("one", timeout_s=1))
 OUTCOME = HandoffOutcome(GRANT.lease_id, committed=True)
+KEY = bytes(range(16))
 
 
 class Prefill:
@@ -55,49 +56,60 @@ class Prefill:
 
 
 class Server:
-    """Grants by session: of whom it remembers the replica, and returns when ``is_claimed``."""
+    """Grants by session: remembers to whom, and returns when ``is_claimed``."""
 
-    def __init__(self) -> None:
-        self.granted: list[tuple[Grant, str]] = []
+    def __init__(self, *, has_session: bool = True) -> None:
+        self.granted: list[tuple[Grant, bytes]] = []
         self.is_claimed = asyncio.Event()
+        self._has_session = has_session
 
-    async def grant(self, grant: Grant, peer: str, patience_s: float) -> None:
+    async def grant(self, grant: Grant, key: bytes, patience_s: float) -> bool:
         assert 0 < patience_s < 0.1
-        self.granted.append((grant, peer))
-        await self.is_claimed.wait()
+        self.granted.append((grant, key))
+        if self._has_session:
+            await self.is_claimed.wait()
+        return self._has_session
 
 
-async def test_a_prompt_is_granted_by_the_session_first_and_serve_s_call_follows_the_claim(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    prefill, server = Prefill(), Server()
-    asked = pool(prefill)
-    asked.server = server  # type: ignore[assignment]
-    monkeypatch.setattr(routes, "_pickers", [lambda _call: "a"])
-    call = asyncio.ensure_future(asked.ask(GRANT))
-    while not server.granted:
-        await asyncio.sleep(0)
-    assert server.granted == [(GRANT, "a")] and not prefill.asked
-    server.is_claimed.set()
-    prefill.is_done.set()
-    assert await call == OUTCOME and prefill.asked == [GRANT]
+@pytest.fixture
+def pick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's choice is ``a``."""
 
-
-async def test_who_gives_up_before_serve_is_called_has_called_nobody_and_counts_no_more(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    prefill, server = Prefill(), Server()
-    asked = pool(prefill)
-    asked.server = server  # type: ignore[assignment]
-    grant = replace(GRANT, lease_id=b"2" * 16)
-
-    def pick(call: Grant | Ticket) -> str:
+    def pick_a(call: Grant | Ticket) -> str:
         routes.choose(call, "a")
         return "a"
 
-    monkeypatch.setattr(routes, "_pickers", [pick])
-    before = routes.num_chosen()["a"]
+    monkeypatch.setattr(routes, "_pickers", [pick_a])
+
+
+def granting(prefill: Prefill, server: Server | None) -> ServePrefillPool:
+    found = pool(prefill)
+    found.server = server  # type: ignore[assignment]
+    found._living._keys = {"a": KEY.hex(), "b": bytes(16).hex()}
+    return found
+
+
+@pytest.mark.usefixtures("pick")
+async def test_a_prompt_is_granted_by_the_session_first_and_serve_s_call_follows_the_claim():
+    prefill, server, grant = Prefill(), Server(), replace(GRANT, lease_id=b"3" * 16)
+    asked = granting(prefill, server)
     call = asyncio.ensure_future(asked.ask(grant))
+    while not server.granted:
+        await asyncio.sleep(0)
+    assert server.granted == [(grant, KEY)] and not prefill.asked
+    server.is_claimed.set()
+    while not prefill.asked:
+        await asyncio.sleep(0)
+    assert asked.asked(grant) == "a"  # also while Serve hasn't said where the call went
+    prefill.is_done.set()
+    assert await call == OUTCOME and prefill.asked == [grant]
+
+
+@pytest.mark.usefixtures("pick")
+async def test_who_gives_up_before_serve_is_called_has_called_nobody_and_counts_no_more():
+    prefill, server, grant = Prefill(), Server(), replace(GRANT, lease_id=b"2" * 16)
+    before = routes.num_chosen()["a"]
+    call = asyncio.ensure_future(granting(prefill, server).ask(grant))
     while not server.granted:
         await asyncio.sleep(0)
     assert routes.num_chosen()["a"] == before + 1
@@ -107,14 +119,22 @@ async def test_who_gives_up_before_serve_is_called_has_called_nobody_and_counts_
     assert not prefill.asked and routes.num_chosen()["a"] == before
 
 
-@pytest.mark.parametrize("knows", ["no server", "no replica"])
-async def test_where_nobody_knows_whom_to_grant_it_serve_is_asked_at_once(knows: str, monkeypatch: pytest.MonkeyPatch):
-    prefill, server = Prefill(), Server()
-    asked = pool(prefill)
-    asked.server = None if knows == "no server" else server  # type: ignore[assignment]
-    monkeypatch.setattr(routes, "_pickers", [lambda _call: "a"] if knows == "no server" else [])
+@pytest.mark.parametrize("server", [None, Server(has_session=False)], ids=["no server", "no session"])
+@pytest.mark.usefixtures("pick")
+async def test_where_there_is_no_session_to_grant_it_by_serve_is_called_at_once(server: Server | None):
+    prefill, grant = Prefill(), replace(GRANT, lease_id=b"4" * 16)
     prefill.is_done.set()
-    assert await asked.ask(GRANT) == OUTCOME and not server.granted
+    asked = granting(prefill, server)
+    assert await asked.ask(grant) == OUTCOME and prefill.asked == [grant]
+    assert asked.asked(grant) is None  # as long as Serve doesn't say
+
+
+async def test_where_nobody_is_picked_nobody_has_the_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(routes, "_pickers", [])
+    prefill, server = Prefill(), Server(has_session=False)
+    prefill.is_done.set()
+    assert await granting(prefill, server).ask(GRANT) == OUTCOME
+    assert server.granted == [(GRANT, b"")]
 
 
 def pool(prefill: Prefill) -> ServePrefillPool:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from models import save_tiny
 from reference import pop_generate
 from shoal.config import load_config
 from shoal.engine.engine import Engine
-from shoal.errors import LeaseLost, Overloaded, PlanMismatch
+from shoal.errors import Cancelled, LeaseLost, Overloaded, PlanMismatch, ShoalError, Unavailable
 from shoal.local import LocalShoal, OneReplica, open_local
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, RequestContext, SamplingParams
+from shoal.prefill import worker
+from shoal.prefill.deployment import PrefillReplica
 from shoal.transfer.prefill_side import PromptClaim
 from shoal.transfer.session_pool import SessionPool
+
+pytestmark = pytest.mark.usefixtures("model")
 
 SKIPPED = 2
 PROMPT = tuple(range(3, 25))
@@ -47,7 +54,7 @@ class Asked(OneReplica):
 
     async def ask(self, grant: Grant) -> HandoffOutcome:
         self.grants.append(grant)
-        await self._local.decode.server.grant(grant, "prefill", 0.0)
+        await self._local.decode.server.grant(grant, self._local.prefill.key, 0.0)
         await self.may_call.wait()
         outcome = await super().ask(grant)
         self.outcomes.append(outcome)
@@ -64,7 +71,9 @@ async def asked(folder: Path) -> AsyncIterator[tuple[LocalShoal, Asked]]:
         local.decode.worker.prefill = pool = Asked(local)
         yield local, pool
         await settled(local)
-        assert not local.prefill.worker._begun
+        # But for what a late call may ask for.
+        left = local.prefill.worker._begun.values()
+        assert all(begun.task.done() and begun.has_claimed and not begun.is_called_for for begun in left)
 
 
 async def settled(local: LocalShoal) -> None:
@@ -97,6 +106,16 @@ async def test_a_prompt_is_answered_though_its_call_never_comes(model: Any, fold
         assert (await local.prefill.counts()).num_waiting == 0
 
 
+async def test_what_a_call_never_asked_for_is_forgotten_some_time_later(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker, "KEPT_S", 0.01)
+    async with asked(folder) as (local, _pool):
+        await answer(local)
+        assert num_granted(local, "session") == 1
+        async with asyncio.timeout(10):
+            while local.prefill.worker._begun:
+                await asyncio.sleep(0.01)
+
+
 async def test_a_call_that_comes_meanwhile_joins_what_has_begun(
     model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -113,7 +132,7 @@ async def test_a_call_that_comes_meanwhile_joins_what_has_begun(
         await asyncio.wait_for(claimed.wait(), 10)
         pool.may_call.set()
         [call] = await called_for(local)
-        await local.decode.server.grant(pool.grants[0], "prefill", 0.0)  # a frame may arrive twice
+        await local.decode.server.grant(pool.grants[0], local.prefill.key, 0.0)  # a frame may arrive twice
         may_send.set()
         assert await whole == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
         await call
@@ -193,6 +212,143 @@ async def test_a_grant_for_another_plan_says_so_to_its_call_alone(folder: Path):
         await asyncio.wait([begun.task])
         with pytest.raises(PlanMismatch, match="not another"):
             await local.prefill.worker.prefill(grant(local, plan_hash="another"))
+
+
+@pytest.mark.parametrize("is_called", [True, False])
+async def test_what_is_not_called_for_in_time_and_has_claimed_nothing_leaves_the_queue(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_called: bool
+):
+    asks, may_get, get = asyncio.Event(), asyncio.Event(), SessionPool.get
+
+    async def get_late(pool: SessionPool, address: str) -> Any:
+        asks.set()
+        await may_get.wait()
+        return await get(pool, address)
+
+    async with asked(folder) as (local, _pool):
+        monkeypatch.setattr(SessionPool, "get", get_late)
+        monkeypatch.setattr(worker, "CALL_WITHIN_S", 0.05)
+        local.prefill.worker.begin(grant(local))
+        [begun] = local.prefill.worker._begun.values()
+        await asyncio.wait_for(asks.wait(), 10)
+        if is_called:
+            call = asyncio.ensure_future(local.prefill.worker.prefill(grant(local)))
+            await asyncio.sleep(0)
+            assert begun.overdue is not None and begun.overdue.cancelled()
+            may_get.set()
+            assert (await call).reason == LeaseLost.code
+        else:
+            await asyncio.wait([begun.task])
+            assert begun.task.cancelled()
+
+
+async def test_what_has_claimed_its_lease_is_wanted_as_long_as_that_is(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    claimed, may_send, send = asyncio.Event(), asyncio.Event(), PromptClaim.send
+
+    async def send_late(claim: PromptClaim, *values: Any) -> None:
+        claimed.set()
+        await may_send.wait()
+        await send(claim, *values)
+
+    monkeypatch.setattr(PromptClaim, "send", send_late)
+    async with asked(folder) as (local, pool):
+        whole = asyncio.ensure_future(answer(local))
+        await asyncio.wait_for(claimed.wait(), 10)
+        [begun] = local.prefill.worker._begun.values()
+        assert begun.overdue is not None
+        begun.overdue._run()  # type: ignore[attr-defined]  # as when its time has come
+        may_send.set()
+        assert await whole == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert not num_fallbacks(local)
+        pool.may_call.set()
+
+
+async def test_a_defect_that_no_call_hears_of_is_logged(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    async def break_down(_pool: SessionPool, _address: str) -> None:
+        raise RuntimeError("a defect")
+
+    async with asked(folder) as (local, _pool):
+        monkeypatch.setattr(SessionPool, "get", break_down)
+        with capture_logs() as logs:
+            local.prefill.worker.begin(grant(local))
+            [begun] = local.prefill.worker._begun.values()
+            await asyncio.wait([begun.task])
+        assert [log["event"] for log in logs if log["log_level"] == "error"] == [
+            "a prompt that no call waits for failed"
+        ]
+        with pytest.raises(RuntimeError, match="a defect"), capture_logs() as logs:
+            await local.prefill.worker.prefill(grant(local))
+        assert not any(log["log_level"] == "error" for log in logs)  # who called hears of it
+
+
+class Elsewhere(Asked):
+    """Grants a prompt by the session; its call goes to a replica that ``ends`` it, when the lease is claimed."""
+
+    def __init__(self, local: LocalShoal, end: HandoffOutcome | ShoalError) -> None:
+        super().__init__(local)
+        self._end = end
+
+    async def ask(self, grant: Grant) -> HandoffOutcome:
+        if self.grants:
+            return await OneReplica.ask(self, grant)  # the next rung
+        self.grants.append(grant)
+        assert await self._local.decode.server.grant(grant, self._local.prefill.key, 60)
+        if isinstance(self._end, ShoalError):
+            raise self._end
+        return replace(self._end, lease_id=grant.lease_id)
+
+
+REFUSED = HandoffOutcome(bytes(16), committed=False, reason=LeaseLost.code)
+NONE_THERE = Unavailable("no replica to call")
+
+
+@pytest.mark.parametrize("end", [REFUSED, NONE_THERE], ids=["another was called", "nobody was called"])
+async def test_wherever_serve_brings_the_call_who_has_claimed_the_prompt_finishes_it(
+    model: Any, folder: Path, end: HandoffOutcome | ShoalError
+):
+    async with asked(folder) as (local, _pool):
+        local.decode.worker.prefill = pool = Elsewhere(local, end)
+        assert await answer(local) == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert len(pool.grants) == 1 and not num_fallbacks(local)
+
+
+@pytest.mark.parametrize(
+    "end", [replace(REFUSED, had_claim=True), NONE_THERE], ids=["it has given up", "nothing is heard"]
+)
+async def test_who_has_claimed_a_prompt_and_gives_up_or_is_lost_is_not_waited_for(
+    model: Any, folder: Path, end: HandoffOutcome | ShoalError, monkeypatch: pytest.MonkeyPatch
+):
+    sends, send = asyncio.Event(), PromptClaim.send
+
+    async def never_send(claim: PromptClaim, *values: Any) -> None:
+        if not sends.is_set():
+            sends.set()
+            await claim.cancelled.wait()
+            raise Cancelled("decode doesn't wait")
+        await send(claim, *values)
+
+    monkeypatch.setattr(PromptClaim, "send", never_send)
+    async with asked(folder) as (local, _pool):
+        local.decode.worker._config = local.decode.worker._config.model_copy(update={"ttl_s": 0.1})
+        local.decode.worker.prefill = Elsewhere(local, end)
+        assert await answer(local) == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert num_fallbacks(local) == 1
+
+
+@pytest.mark.parametrize("unhealthy", [(), ("engine",)])
+def test_a_replica_that_is_not_healthy_begins_nothing_by_a_session(unhealthy: tuple[str, ...]):
+    begun: list[object] = []
+    stage = SimpleNamespace(worker=SimpleNamespace(begin=begun.append))
+    replica: Any = SimpleNamespace(_watch=SimpleNamespace(unhealthy=unhealthy), _stage=stage)
+    PrefillReplica._begin(replica, "a grant")  # type: ignore[arg-type]
+    assert begun == ([] if unhealthy else ["a grant"])
+
+
+def num_fallbacks(local: LocalShoal) -> float:
+    samples = [sample for metric in local.decode.registry.collect() for sample in metric.samples]
+    return sum(sample.value for sample in samples if sample.name == "shoal_kv_fallback_total")
 
 
 async def test_what_nobody_called_for_ends_with_its_stage(folder: Path, monkeypatch: pytest.MonkeyPatch):

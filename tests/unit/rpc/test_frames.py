@@ -43,6 +43,7 @@ INCARNATION = (1 << 64) - 1
 
 PREFILL_FRAMES: tuple[Frame, ...] = (
     Hello(1, ("plan-a", "plan-b"), (WireMode.KV, WireMode.HIDDEN), "prefill-0"),
+    Hello(1, ("plan-a",), (WireMode.KV,), "prefill-0", key=bytes(range(16))),
     Hello(1, ("plan-a",), (WireMode.KV,), "", StagingSegment("shoal-0", 1, 1 << 20, bytes(range(16)))),
     Hello(1, ("plan-a",), remote=RemoteSegment(b"a" * 300, frames.MAX_ADDRESS, 7, 1 << 20, bytes(16)), has_nixl=True),
     Claim(LEASE),
@@ -56,7 +57,7 @@ PREFILL_FRAMES: tuple[Frame, ...] = (
 )
 DECODE_FRAMES: tuple[Frame, ...] = (
     Hello(1, (), (), ""),
-    Granted(LEASE, "plan-a", frames.MAX_ID, 0, 5.0, 30.0, "a-request", 0.0, "default", 1),
+    Granted(LEASE, "plan-a", frames.MAX_PROMPT_TOKENS, 0, 5.0, 30.0, "a-request", 0.0, "default", 1),
     Accepted(LEASE, (0, 49151, frames.MAX_ID), 0, 16 << 20, 5.0),
     Refused(LEASE, "unknown lease"),
     Credit(LEASE, 0, 16 << 20),
@@ -306,9 +307,11 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     ("hello", {"plan_hashes": ["p"] * 257}),
     ("hello", {"plan_hashes": ["p" * 1025]}),
     ("hello", {"peer": "p" * 1025}),
+    ("hello", {"key": bytes(15)}),
+    ("hello", {"key": bytes(17)}),
     ("granted", {"plan_hash": "p" * 1025}),
     ("granted", {"num_prompt_tokens": 0}),
-    ("granted", {"num_prompt_tokens": 1 << 31}),
+    ("granted", {"num_prompt_tokens": frames.MAX_PROMPT_TOKENS + 1}),
     ("granted", {"num_present": 2}),
     ("granted", {"ttl_s": 0.0}),
     ("granted", {"ttl_s": math.inf}),

@@ -26,6 +26,7 @@ from shoal.telemetry.labels import (
     Endpoint,
     ErrorType,
     FallbackRung,
+    GrantWay,
     HandoffReason,
     LeaseState,
     Part,
@@ -96,6 +97,7 @@ ROLES = [
         STAGE_MOVES
         | {
             "shoal_kv_pinned_bytes": lambda m: m.pinned(4096),
+            "shoal_prefill_grants": lambda m: m.granted(GrantWay.SESSION),
             "shoal_kv_sessions": lambda m: m.session_opened(Carrier.SHM, CarrierReason.SAME_HOST, WireMode.KV),
         },
     ),

@@ -332,9 +332,9 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """Decode has asked for this prompt through Serve, too; whichever comes first, prefill begins.
+    """Decode asks for this prompt, and will call for it through Serve: prefill begins with what comes first.
 
-    What a Grant says, but for the address: it's the one that the session leads to.
+    It's what a Grant says, but for the address, which is the one that the session leads to.
     """
 
     lease_id: bytes

@@ -341,8 +341,8 @@ class Granted:
     plan_hash: str
     num_prompt_tokens: int
     num_present: int
-    ttl_s: float
     claim_timeout_s: float
+    ttl_s: float
     request_id: str
     timeout_s: float
     tenant: str
@@ -356,8 +356,8 @@ class Granted:
             grant.plan_hash,
             grant.num_prompt_tokens,
             grant.num_present,
-            grant.ttl_s,
             grant.claim_timeout_s,
+            grant.ttl_s,
             context.request_id,
             context.timeout_s,
             context.tenant,

@@ -318,8 +318,8 @@ class Granted(_message.Message):
     PLAN_HASH_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_PRESENT_FIELD_NUMBER: _builtins.int
-    TTL_S_FIELD_NUMBER: _builtins.int
     CLAIM_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
@@ -329,8 +329,8 @@ class Granted(_message.Message):
     num_prompt_tokens: _builtins.int
     num_present: _builtins.int
     """Tokens at the front whose K/V decode already has."""
-    ttl_s: _builtins.float
     claim_timeout_s: _builtins.float
+    ttl_s: _builtins.float
     request_id: _builtins.str
     """For logs."""
     timeout_s: _builtins.float
@@ -345,8 +345,8 @@ class Granted(_message.Message):
         plan_hash: _builtins.str = ...,
         num_prompt_tokens: _builtins.int = ...,
         num_present: _builtins.int | None = ...,
-        ttl_s: _builtins.float = ...,
         claim_timeout_s: _builtins.float = ...,
+        ttl_s: _builtins.float = ...,
         request_id: _builtins.str = ...,
         timeout_s: _builtins.float | None = ...,
         tenant: _builtins.str = ...,

@@ -57,7 +57,7 @@ PREFILL_FRAMES: tuple[Frame, ...] = (
 )
 DECODE_FRAMES: tuple[Frame, ...] = (
     Hello(1, (), (), ""),
-    Granted(LEASE, "plan-a", frames.MAX_PROMPT_TOKENS, 0, 5.0, 30.0, "a-request", 0.0, "default", 1),
+    Granted(LEASE, "plan-a", frames.MAX_PROMPT_TOKENS, 0, 30.0, 5.0, "a-request", 0.0, "default", 1),
     Accepted(LEASE, (0, 49151, frames.MAX_ID), 0, 16 << 20, 5.0),
     Refused(LEASE, "unknown lease"),
     Credit(LEASE, 0, 16 << 20),
@@ -183,8 +183,8 @@ GOOD: dict[str, dict[str, Any]] = {
         "plan_hash": "p",
         "num_prompt_tokens": 2,
         "num_present": 0,
-        "ttl_s": 5.0,
         "claim_timeout_s": 30.0,
+        "ttl_s": 5.0,
         "request_id": "r",
         "timeout_s": 0.0,
         "tenant": "t",

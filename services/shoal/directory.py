@@ -209,9 +209,9 @@ class LivingPool:
         that hangs."""
         return self._unfit
 
-    def key_of(self, replica_id: str | None) -> bytes:
+    def key_of(self, replica_id: str) -> bytes:
         """What a session of that replica is known by; nothing if it isn't known, as old as what ``ids`` said last."""
-        return bytes.fromhex(self._keys.get(replica_id or "", ""))
+        return bytes.fromhex(self._keys.get(replica_id, ""))
 
     async def ids(self, *, now: bool = False) -> frozenset[str]:
         """Ids of the replicas that are ready, at most two seconds old; of an empty pool, or if asked to, ``now``.

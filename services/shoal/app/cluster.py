@@ -182,8 +182,7 @@ class _Start:
     def _start_ray(self) -> None:
         import ray
 
-        for name in ("ray", "ray.serve"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
         try:
             ray.init(
                 log_to_driver=self._show_logs,
@@ -224,6 +223,7 @@ class _Start:
         from ray import serve
         from ray.serve.context import _get_global_client, _set_global_client
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # which it sets itself when it's imported
         # Serve remembers its controller beyond Ray's end; a cluster that this process had before had another one.
         _set_global_client(None)  # type: ignore[no-untyped-call]
         self._is_serve_ours = _get_global_client(raise_if_no_controller_running=False) is None

@@ -166,7 +166,7 @@ class ServePrefillPool:
         self.server: HandoffServer | None = None
         self._living = directory.LivingPool(app_name, "prefill")
         self._handle: Any = handle
-        self._granted: WeakKeyDictionary[Grant, str | None] = WeakKeyDictionary()
+        self._granted: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
 
     async def living(self, *, now: bool = False) -> frozenset[str]:
         return await self._living.ids(now=now)
@@ -182,9 +182,10 @@ class ServePrefillPool:
         call: Any = None
         try:
             replica_id = routes.pick(grant)
-            key = self._living.key_of(replica_id)
-            if self.server is not None and await self.server.grant(grant, key, _CLAIM_PATIENCE_S):
-                self._granted[grant] = replica_id
+            if self.server is not None and replica_id is not None:
+                self._granted[grant] = replica_id  # from now on, what goes wrong is its doing
+                if not await self.server.grant(grant, self._living.key_of(replica_id), _CLAIM_PATIENCE_S):
+                    del self._granted[grant]
             call = self._handle.prefill.remote(grant)
             outcome: HandoffOutcome = await call
         except asyncio.CancelledError:

@@ -45,7 +45,7 @@ from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
 from shoal.telemetry.labels import FallbackRung
 from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
-from shoal.transfer.lease import ENDED, RECEIVING, Lease
+from shoal.transfer.lease import ENDED, Lease, LeaseState
 
 BOUNDARY_TOKEN_BYTES = 4
 _log = structlog.get_logger(__name__)
@@ -319,9 +319,12 @@ class DecodeWorker:
                 raise
             finally:
                 arrived.cancel()
-                # On success prefill's call ends a moment later, when it hears that its K/V are committed.
+                # On success prefill's call ends a moment later, when it hears that its K/V are committed; one that
+                # another replica holds, which waits for room, doesn't.
                 self._calls.add(call)
                 call.add_done_callback(self._call_ended)
+                if not call.done():
+                    asyncio.get_running_loop().call_later(self._config.ttl_s, call.cancel)
 
     async def _outlive(
         self, call: asyncio.Future[HandoffOutcome], arrived: asyncio.Future[Arrived], held: OpenLease
@@ -330,17 +333,20 @@ class DecodeWorker:
 
         The replica that was called ends its call after its lease, so either that is committed or it never will be. But
         Serve may have called another one than the one that was granted the prompt by its session, and has claimed it;
-        or have none to call. Then the lease says what becomes of the prompt; of an error of Serve's, which may be all
-        that is heard of one that was lost, for no longer than the lease would live in silence.
+        or have none to call. Then the lease says what becomes of the prompt; where a replica has gone, which may be the
+        one that claimed it, for no longer than the lease would live in silence.
         """
-        is_claimed = held.lease.state in RECEIVING
+        is_claimed = held.lease.state is not LeaseState.RESERVED
         try:
             outcome = await call
-        except ShoalError:
+        except PeerGone:
             if not is_claimed:
                 raise
             await asyncio.wait([arrived], timeout=self._config.ttl_s)
             if not arrived.done():
+                raise
+        except ShoalError:
+            if not is_claimed:
                 raise
         else:
             if not is_claimed or outcome.had_claim:

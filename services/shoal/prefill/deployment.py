@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import structlog
 
 from shoal import directory
 from shoal.config import ShoalConfig
+from shoal.errors import PeerGone
 from shoal.messages import Grant, HandoffOutcome
 from shoal.replica import host_of_metrics, is_stopping, leave_no_dump, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
@@ -69,9 +70,9 @@ class PrefillReplica:
             return await self._stage.worker.prefill(grant)
 
     def _begin(self, grant: Grant) -> None:
-        """A decode replica asks by its session, and will call. One that isn't healthy waits for the call, and refuses
-        that."""
-        if not self._watch.unhealthy:
+        """A decode replica asks by its session, and will call: a replica that isn't healthy refuses that."""
+        with suppress(PeerGone):
+            self._watch.require_healthy()
             self._stage.worker.begin(grant)
 
     async def describe(self) -> dict[str, Any]:

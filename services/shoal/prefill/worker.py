@@ -67,7 +67,12 @@ class PrefillWorker:
 
         Raises Overloaded before anything is claimed, PlanMismatch for another plan. To cancel it ends the work.
         """
-        begun = self._begun.get(grant.lease_id) or self._begin(grant, GrantWay.CALL)
+        begun = self._begun.get(grant.lease_id)
+        if begun is not None and begun.task.cancelling():  # it was overdue, just now
+            await asyncio.wait([begun.task])
+            begun = None
+        if begun is None:
+            begun = self._begin(grant, GrantWay.CALL)
         begun.is_called_for = True
         if begun.overdue is not None:
             begun.overdue.cancel()

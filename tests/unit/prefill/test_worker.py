@@ -18,7 +18,7 @@ from models import save_tiny
 from reference import pop_generate
 from shoal.config import load_config
 from shoal.engine.engine import Engine
-from shoal.errors import Cancelled, LeaseLost, Overloaded, PlanMismatch, ShoalError, Unavailable
+from shoal.errors import Cancelled, LeaseLost, Overloaded, PeerGone, PlanMismatch, ShoalError, Unavailable
 from shoal.local import LocalShoal, OneReplica, open_local
 from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, RequestContext, SamplingParams
 from shoal.prefill import worker
@@ -104,6 +104,15 @@ async def test_a_prompt_is_answered_though_its_call_never_comes(model: Any, fold
         assert await call == HandoffOutcome(pool.grants[0].lease_id, committed=True)
         assert num_granted(local, "call") == 0
         assert (await local.prefill.counts()).num_waiting == 0
+
+
+async def test_a_call_that_waits_on_when_all_is_over_is_given_up(folder: Path):
+    async with asked(folder) as (local, _pool):
+        local.decode.worker._config = local.decode.worker._config.model_copy(update={"ttl_s": 0.05})
+        await answer(local)
+        [call] = local.decode.worker._calls
+        await asyncio.wait_for(asyncio.wait([call]), 10)
+        assert call.cancelled() and not local.decode.worker._calls
 
 
 async def test_what_a_call_never_asked_for_is_forgotten_some_time_later(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -300,11 +309,35 @@ class Elsewhere(Asked):
         return replace(self._end, lease_id=grant.lease_id)
 
 
+async def test_a_call_that_comes_as_it_is_given_up_begins_anew(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asks, get = asyncio.Event(), SessionPool.get
+
+    async def wait_once(pool: SessionPool, address: str) -> Any:
+        if not asks.is_set():
+            asks.set()
+            await asyncio.Event().wait()
+        return await get(pool, address)
+
+    async with asked(folder) as (local, _pool):
+        monkeypatch.setattr(SessionPool, "get", wait_once)
+        local.prefill.worker.begin(grant(local))
+        [begun] = local.prefill.worker._begun.values()
+        await asyncio.wait_for(asks.wait(), 10)
+        assert begun.overdue is not None
+        begun.overdue._run()  # type: ignore[attr-defined]  # as when its time has come
+        outcome = await local.prefill.worker.prefill(grant(local))
+        assert outcome.reason == LeaseLost.code and begun.task.cancelled()
+        assert (num_granted(local, "session"), num_granted(local, "call")) == (1, 1)
+
+
 REFUSED = HandoffOutcome(bytes(16), committed=False, reason=LeaseLost.code)
 NONE_THERE = Unavailable("no replica to call")
+GONE = PeerGone("the replica that was called has died")
 
 
-@pytest.mark.parametrize("end", [REFUSED, NONE_THERE], ids=["another was called", "nobody was called"])
+@pytest.mark.parametrize(
+    "end", [REFUSED, NONE_THERE, GONE], ids=["another was called", "nobody was called", "another has died"]
+)
 async def test_wherever_serve_brings_the_call_who_has_claimed_the_prompt_finishes_it(
     model: Any, folder: Path, end: HandoffOutcome | ShoalError
 ):
@@ -314,9 +347,7 @@ async def test_wherever_serve_brings_the_call_who_has_claimed_the_prompt_finishe
         assert len(pool.grants) == 1 and not num_fallbacks(local)
 
 
-@pytest.mark.parametrize(
-    "end", [replace(REFUSED, had_claim=True), NONE_THERE], ids=["it has given up", "nothing is heard"]
-)
+@pytest.mark.parametrize("end", [replace(REFUSED, had_claim=True), GONE], ids=["it has given up", "nothing is heard"])
 async def test_who_has_claimed_a_prompt_and_gives_up_or_is_lost_is_not_waited_for(
     model: Any, folder: Path, end: HandoffOutcome | ShoalError, monkeypatch: pytest.MonkeyPatch
 ):
@@ -337,13 +368,17 @@ async def test_who_has_claimed_a_prompt_and_gives_up_or_is_lost_is_not_waited_fo
         assert num_fallbacks(local) == 1
 
 
-@pytest.mark.parametrize("unhealthy", [(), ("engine",)])
-def test_a_replica_that_is_not_healthy_begins_nothing_by_a_session(unhealthy: tuple[str, ...]):
+@pytest.mark.parametrize("is_healthy", [True, False])
+def test_a_replica_that_is_not_healthy_begins_nothing_by_a_session(is_healthy: bool):
+    def require_healthy() -> None:
+        if not is_healthy:
+            raise PeerGone("it soon won't be there")
+
     begun: list[object] = []
     stage = SimpleNamespace(worker=SimpleNamespace(begin=begun.append))
-    replica: Any = SimpleNamespace(_watch=SimpleNamespace(unhealthy=unhealthy), _stage=stage)
+    replica: Any = SimpleNamespace(_watch=SimpleNamespace(require_healthy=require_healthy), _stage=stage)
     PrefillReplica._begin(replica, "a grant")  # type: ignore[arg-type]
-    assert begun == ([] if unhealthy else ["a grant"])
+    assert begun == (["a grant"] if is_healthy else [])
 
 
 def num_fallbacks(local: LocalShoal) -> float:

@@ -125,24 +125,28 @@ async def test_what_a_call_never_asked_for_is_forgotten_some_time_later(folder: 
                 await asyncio.sleep(0.01)
 
 
-async def test_a_call_that_comes_meanwhile_joins_what_has_begun(
-    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    claimed, may_send, send = asyncio.Event(), asyncio.Event(), PromptClaim.send
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What is computed leaves when ``may_send`` is set; ``claimed`` says that something is there."""
+    late, send = SimpleNamespace(claimed=asyncio.Event(), may_send=asyncio.Event()), PromptClaim.send
 
     async def send_late(claim: PromptClaim, *values: Any) -> None:
-        claimed.set()
-        await may_send.wait()
+        late.claimed.set()
+        await late.may_send.wait()
         await send(claim, *values)
 
     monkeypatch.setattr(PromptClaim, "send", send_late)
+    return late
+
+
+async def test_a_call_that_comes_meanwhile_joins_what_has_begun(model: Any, folder: Path, late: SimpleNamespace):
     async with asked(folder) as (local, pool):
         whole = asyncio.ensure_future(answer(local))
-        await asyncio.wait_for(claimed.wait(), 10)
+        await asyncio.wait_for(late.claimed.wait(), 10)
         pool.may_call.set()
         [call] = await called_for(local)
         await local.decode.server.grant(pool.grants[0], local.prefill.key, 0.0)  # a frame may arrive twice
-        may_send.set()
+        late.may_send.set()
         assert await whole == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
         await call
         assert [outcome.committed for outcome in pool.outcomes] == [True]
@@ -251,24 +255,14 @@ async def test_what_is_not_called_for_in_time_and_has_claimed_nothing_leaves_the
             assert begun.task.cancelled()
 
 
-async def test_what_has_claimed_its_lease_is_wanted_as_long_as_that_is(
-    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    claimed, may_send, send = asyncio.Event(), asyncio.Event(), PromptClaim.send
-
-    async def send_late(claim: PromptClaim, *values: Any) -> None:
-        claimed.set()
-        await may_send.wait()
-        await send(claim, *values)
-
-    monkeypatch.setattr(PromptClaim, "send", send_late)
+async def test_what_has_claimed_its_lease_is_wanted_as_long_as_that_is(model: Any, folder: Path, late: SimpleNamespace):
     async with asked(folder) as (local, pool):
         whole = asyncio.ensure_future(answer(local))
-        await asyncio.wait_for(claimed.wait(), 10)
+        await asyncio.wait_for(late.claimed.wait(), 10)
         [begun] = local.prefill.worker._begun.values()
         assert begun.overdue is not None
         begun.overdue._run()  # type: ignore[attr-defined]  # as when its time has come
-        may_send.set()
+        late.may_send.set()
         assert await whole == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
         assert not num_fallbacks(local)
         pool.may_call.set()

@@ -116,8 +116,9 @@ def test_prefill_hears_of_prompts_by_decodes_session_before_its_call_comes(clien
         after.metric("shoal_prefill_grants_total", way=way) - before.metric("shoal_prefill_grants_total", way=way)
         for way in ("session", "call")
     )
-    # One that can't begin at once counts twice.
-    assert by_session + by_call >= 12 and by_session >= 6
+    transferred = after.metric("shoal_kv_transfer_seconds_count") - before.metric("shoal_kv_transfer_seconds_count")
+    # Computed once each; one that can't begin at once has been begun twice.
+    assert transferred == 12 and by_session + by_call >= 12 and by_session >= 6
 
 
 def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI):

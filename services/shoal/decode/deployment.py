@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from shoal.decode.worker import DecodeWorker
     from shoal.transfer.server import HandoffServer
 
+# How long Serve's call waits for the claim. A replica that has room for the prompt claims within some milliseconds; of
+# a prompt that must wait for room Serve is to know no later than that.
+_CLAIM_PATIENCE_S = 0.02
+
 
 class DecodeReplica:
     """Called by the gateway through its Serve handle; calls prefill replicas through ``prefill``."""
@@ -148,11 +152,6 @@ async def _answer(outlet: Outlet, worker: DecodeWorker) -> None:
             async for output in outputs:
                 outlet.send(output)
         await outlet.end()
-
-
-# How long Serve's call waits for the claim. A replica that has room for the prompt claims within some milliseconds; of
-# a prompt that must wait for room Serve is to know no later than that.
-_CLAIM_PATIENCE_S = 0.02
 
 
 class ServePrefillPool:

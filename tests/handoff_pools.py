@@ -40,6 +40,8 @@ class Request:
 
     lease_id: bytes
     wanted: Prompt
+    is_astray: bool = False
+    """Nobody tells decode how prefill's work on it ended: Serve brought the call to another replica."""
     lease: Lease | None = None
     task: asyncio.Task[None] = field(init=False)
     may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -134,10 +136,10 @@ class DecodeProcess:
         mode = WireMode.HIDDEN if pools.is_hidden else WireMode.KV
         self.server = HandoffServer(self.desk, Identity(incarnation, (PLAN,), (mode,), peer="decode"), attach)
 
-    def ask(self, wanted: Prompt, lease_id: bytes, prefill: PrefillProcess) -> Request:
+    def ask(self, wanted: Prompt, lease_id: bytes, prefill: PrefillProcess, *, is_astray: bool = False) -> Request:
         """Begin a request. Raises OutOfBlocks, with nothing taken."""
         blocks = self.allocator.allocate(-(-len(wanted.token_ids) // BLOCK_TOKENS))
-        request = Request(lease_id, replace(wanted, blocks=tuple(blocks)))
+        request = Request(lease_id, replace(wanted, blocks=tuple(blocks)), is_astray)
         self.blocks.holders |= dict.fromkeys(blocks, lease_id)
         request.task = asyncio.get_running_loop().create_task(self._answer(request, prefill))
         self.requests.append(request)
@@ -158,7 +160,7 @@ class DecodeProcess:
                 arrived = asyncio.ensure_future(held.arrived())
                 try:
                     await asyncio.wait((call, arrived), return_when=asyncio.FIRST_COMPLETED)
-                    if not arrived.done():
+                    if not arrived.done() and not request.is_astray:
                         await call
                     await arrived
                 except BaseException:

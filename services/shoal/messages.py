@@ -506,7 +506,9 @@ class Draining:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Sent every ttl/3 by both sides; renews all leases of the session."""
+    """Sent every ttl/3 by both sides; renews the leases that prefill names as those it works on."""
+
+    lease_ids: tuple[bytes, ...] = ()
 
 
 Frame = (

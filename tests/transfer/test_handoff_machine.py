@@ -88,7 +88,7 @@ class HandoffMachine(RuleBasedStateMachine):
     @initialize(
         is_calm=st.booleans(), is_staged=st.booleans(), is_hidden=st.booleans(),
         asked=st.lists(st.tuples(SIZES, WAYS), min_size=1, max_size=4),
-        faults=st.lists(FAULTS, max_size=3), steps=st.integers(0, 8), held=HELD,
+        faults=st.lists(FAULTS, max_size=3), steps=st.integers(0, 8), held=HELD, is_astray=st.booleans(),
     )  # fmt: skip
     def start(
         self,
@@ -99,6 +99,7 @@ class HandoffMachine(RuleBasedStateMachine):
         faults: list[FaultMaker],
         steps: int,
         held: str,
+        is_astray: bool = False,
     ) -> None:
         """In the midst of things, so that short runs get far. In calm no harm is done."""
 
@@ -110,20 +111,21 @@ class HandoffMachine(RuleBasedStateMachine):
         for fault in faults:
             self.arm(fault)
         for num_tokens, which in asked:
-            self.ask(num_tokens, 0, which)
+            self.ask(num_tokens, 0, which, is_astray)
         self.go_on(steps, held)
 
     # --- what is wanted ---------------------------------------------------------------------------------
 
-    @rule(num_tokens=SIZES, num_present=st.integers(0, 2), which=WAYS)
-    def ask(self, num_tokens: int, num_present: int, which: int) -> None:
-        self.do(self._ask(num_tokens, num_present * BLOCK_TOKENS, which))
+    @rule(num_tokens=SIZES, num_present=st.integers(0, 2), which=WAYS, is_astray=st.booleans())
+    def ask(self, num_tokens: int, num_present: int, which: int, is_astray: bool = False) -> None:
+        self.do(self._ask(num_tokens, num_present * BLOCK_TOKENS, which, is_astray))
 
-    async def _ask(self, num_tokens: int, num_present: int, which: int) -> None:
+    async def _ask(self, num_tokens: int, num_present: int, which: int, is_astray: bool = False) -> None:
         number = len(self.requests) + 1
         wanted = prompt(num_tokens, num_present=min(num_present, num_tokens - 1), seed=number)
         try:
-            request = self.pools.decode.ask(wanted, number.to_bytes(16, "big"), self.pools.prefills[which])
+            lease_id, prefill = number.to_bytes(16, "big"), self.pools.prefills[which]
+            request = self.pools.decode.ask(wanted, lease_id, prefill, is_astray=is_astray)
         except OutOfBlocks:
             return
         self.requests.append(request)

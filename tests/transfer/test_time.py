@@ -10,7 +10,7 @@ from fake_clock import FakeClock, settle
 from kv_prompts import lease_id, prompt
 from raw_peer import RawPeer, chunk
 from shoal.errors import HandoffError, LeaseLost, PeerGone
-from shoal.messages import Accepted, Beat, Cancel, Chunk, Claim, Committed, Drained, Nack, Seal
+from shoal.messages import Accepted, Beat, Cancel, Chunk, Claim, Committed, Drained, Failed, Nack, Seal
 from shoal.transfer.base import prompt_hash
 from shoal.transfer.channels.faults import Drop
 from shoal.transfer.lease import LeaseState
@@ -38,6 +38,24 @@ async def test_beats_keep_an_idle_lease_alive() -> None:
             await clock.advance(100 * TIMES.ttl_s)
             assert both.desk.table.counts == {LeaseState.STREAMING: 1}
     assert both.counts.events["expired"] == 0
+
+
+async def test_a_lease_that_prefill_has_given_up_expires_also_if_failed_was_lost() -> None:
+    """Beats of the session go on: they renew what prefill works on, and nothing else."""
+    clock = FakeClock()
+    lost = Drop(lambda frame: isinstance(frame, Failed), times=1)
+    async with rig(clock=clock, prefill_sends=lost) as both:
+        given_up, worked_on = lease_id(), lease_id()
+        session = await both.pool.get("memory")
+        async with both.open(given_up, prompt()) as lease, both.open(worked_on, prompt()), session.claim(worked_on):
+            with pytest.raises(HandoffError, match="out of blocks"):
+                async with session.claim(given_up):
+                    raise HandoffError("out of blocks")
+            await clock.advance(2 * TIMES.ttl_s)
+            with pytest.raises(LeaseLost, match="nobody renewed"):
+                await lease.arrived()
+            assert both.desk.table.counts == {LeaseState.STREAMING: 1}
+    assert both.counts.events["expired"] == 1
 
 
 async def test_without_beats_a_lease_expires_and_prefill_is_told() -> None:

@@ -294,7 +294,7 @@ _FROM_BODY: dict[str, Callable[..., Frame]] = {
     "drained": lambda body: Drained(_lease_id(body.lease_id)),
     "committed": lambda body: Committed(_lease_id(body.lease_id)),
     "draining": lambda body: Draining(),
-    "beat": lambda body: Beat(),
+    "beat": lambda body: Beat(tuple(_lease_id(one) for one in body.lease_ids)),
 }
 
 

@@ -126,7 +126,7 @@ class DecodeSession(Session):
     def _obey(self, frame: Frame) -> None:
         match frame:
             case Beat():
-                self._desk.table.renew(self.owner)
+                self._desk.table.renew(self.owner, frame.lease_ids)
             case Claim():
                 self._claim(frame)
             case Chunk() if frame.staged is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from shoal.errors import InternalError, LeaseLost, Unavailable
@@ -115,12 +115,12 @@ class LeaseTable:
 
     # --- time and writers -----------------------------------------------------------------------------
 
-    def renew(self, owner: Owner) -> None:
-        """A beat came: what its session has claimed lives on for ``ttl_s``."""
+    def renew(self, owner: Owner, lease_ids: Collection[bytes] | None = None) -> None:
+        """A beat came: of what its session has claimed, ``lease_ids`` live on for ``ttl_s``, or all."""
         deadline = self._clock() + self.times.ttl_s
-        for lease in self._leases.values():
-            if lease.owner == owner and lease.state in RECEIVING:
-                self._deadlines[lease.lease_id] = deadline
+        for lease_id in self._leases if lease_ids is None else lease_ids:
+            if self.receiving(lease_id, owner) is not None:
+                self._deadlines[lease_id] = deadline
 
     def expire(self) -> tuple[Lease, ...]:
         """Cancel what nobody claimed or renewed in time, and return it; retire what was quarantined in vain."""

@@ -176,6 +176,9 @@ class PrefillSession(Session):
         for claim in self._claims.values():
             claim.end(PeerGone(f"the session to decode ended: {error.message}"))
 
+    def _worked_on(self) -> tuple[bytes, ...]:
+        return tuple(self._claims)
+
     def _obey(self, frame: Frame) -> None:
         match frame:
             case Beat():

@@ -143,6 +143,10 @@ class Session:
         """The session is over; nothing can be posted any more."""
         raise NotImplementedError
 
+    def _worked_on(self) -> tuple[bytes, ...]:
+        """The leases that a beat of this end renews."""
+        return ()
+
     # --- inside ---------------------------------------------------------------------------------------
 
     async def _receive(self) -> Frame:
@@ -166,7 +170,7 @@ class Session:
                 written()
 
     def _beat(self) -> None:
-        self.post(Beat())
+        self.post(Beat(self._worked_on()))
         self._call_at("beat", self._clock.time() + self._ttl_s / _BEATS_PER_TTL, self._beat)
 
     def _watch(self) -> None:

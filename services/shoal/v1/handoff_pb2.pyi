@@ -770,16 +770,25 @@ Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
 class Beat(_message.Message):
-    """Sent every third of the leases' life by both sides; renews all leases of the session."""
+    """Sent every third of the leases' life by both sides."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    LEASE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """From prefill: the leases that it works on, 16 bytes each. These are renewed, and no others: that prefill has given
+        one up must be seen also where Failed was lost.
+        """
+
     def __init__(
         self,
+        *,
+        lease_ids: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,10 +20,21 @@ from shoal.config import load_config
 from shoal.engine.engine import Engine
 from shoal.errors import Cancelled, LeaseLost, Overloaded, PeerGone, PlanMismatch, ShoalError, Unavailable
 from shoal.local import LocalShoal, OneReplica, open_local
-from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, RequestContext, SamplingParams
+from shoal.messages import (
+    Accepted,
+    Depth,
+    Failed,
+    Frame,
+    GenerateRequest,
+    Grant,
+    HandoffOutcome,
+    RequestContext,
+    SamplingParams,
+)
 from shoal.prefill import worker
 from shoal.prefill.deployment import PrefillReplica
 from shoal.transfer.prefill_side import PromptClaim
+from shoal.transfer.session import Session
 from shoal.transfer.session_pool import SessionPool
 
 pytestmark = pytest.mark.usefixtures("model")
@@ -62,11 +73,11 @@ class Asked(OneReplica):
 
 
 @asynccontextmanager
-async def asked(folder: Path) -> AsyncIterator[tuple[LocalShoal, Asked]]:
+async def asked(folder: Path, **handoff: object) -> AsyncIterator[tuple[LocalShoal, Asked]]:
     """Both stages, and the session between them, which there is as soon as they greet."""
     stage = {"num_blocks": 64, "block_tokens": 4, "max_step_tokens": 8, "num_threads": 1}
     model = {"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"}
-    async with open_local(load_config(model=model, prefill=stage, decode=stage)) as local:
+    async with open_local(load_config(model=model, prefill=stage, decode=stage, handoff=handoff)) as local:
         await local.prefill.sessions.greet(["memory"], within_s=10)
         local.decode.worker.prefill = pool = Asked(local)
         yield local, pool
@@ -360,6 +371,25 @@ async def test_who_has_claimed_a_prompt_and_gives_up_or_is_lost_is_not_waited_fo
         local.decode.worker.prefill = Elsewhere(local, end)
         assert await answer(local) == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
         assert num_fallbacks(local) == 1
+
+
+async def test_a_lease_whose_claim_was_answered_to_nobody_ends_and_the_prompt_goes_another_way(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Lost are the answer to the claim, and then that prefill waits for it no more: to decode it's claimed."""
+    lost, post = [Accepted, Failed], Session.post
+
+    def lose(session: Session, frame: Frame, *written: Any) -> None:
+        if type(frame) in lost:
+            lost.remove(type(frame))
+        else:
+            post(session, frame, *written)
+
+    monkeypatch.setattr(Session, "post", lose)
+    async with asked(folder, ttl_s=1.0) as (local, pool):
+        pool.may_call.set()
+        assert await answer(local) == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert num_fallbacks(local) == 1 and not lost
 
 
 @pytest.mark.parametrize("is_healthy", [True, False])

@@ -54,6 +54,7 @@ PREFILL_FRAMES: tuple[Frame, ...] = (
     Drained(LEASE),
     Draining(),
     Beat(),
+    Beat((LEASE, bytes(16))),
 )
 DECODE_FRAMES: tuple[Frame, ...] = (
     Hello(1, (), (), ""),
@@ -196,6 +197,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "nack": {"lease_id": LEASE, "seq": 0},
     "committed": {"lease_id": LEASE},
     "cancel": {"lease_id": LEASE, "reason": "r"},
+    "beat": {"lease_ids": [LEASE]},
 }
 
 
@@ -309,6 +311,7 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     ("hello", {"peer": "p" * 1025}),
     ("hello", {"key": bytes(15)}),
     ("hello", {"key": bytes(17)}),
+    ("beat", {"lease_ids": [LEASE, bytes(15)]}),
     ("granted", {"plan_hash": "p" * 1025}),
     ("granted", {"num_prompt_tokens": 0}),
     ("granted", {"num_prompt_tokens": frames.MAX_PROMPT_TOKENS + 1}),

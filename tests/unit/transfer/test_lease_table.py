@@ -80,6 +80,17 @@ def test_renewing_moves_the_deadlines_of_that_session_only(table: Table) -> None
     assert table.expire_at(13) == 1
 
 
+def test_a_beat_renews_what_it_names_if_it_is_that_sessions(table: Table) -> None:
+    ours, left, theirs = table.reserve(1), table.reserve(2), table.reserve(3)
+    for lease in (ours, left):
+        table.leases.claim(lease.lease_id, US)
+    table.leases.claim(theirs.lease_id, THEM)
+    table.now_s = 4.0
+    table.leases.renew(US, (ours.lease_id, theirs.lease_id, bytes(16)))
+    assert table.expire_at(8) == 2
+    assert [lease.state is LeaseState.STREAMING for lease in (ours, left, theirs)] == [True, False, False]
+
+
 def test_renewing_does_not_revive_or_claim_anything(table: Table) -> None:
     unclaimed = table.reserve()
     table.now_s = 29

@@ -370,6 +370,16 @@ def test_the_machine_ends_what_nothing_repairs(kind: type[Frame]) -> None:
     assert [request.was_right for request in machine.requests] == [None, True, True]
 
 
+def test_the_machine_ends_what_was_given_up_unheard() -> None:
+    """Beats go on; the claim's answer is lost, and that prefill waits no more, and no call brings it."""
+    machine = story((24, 0), faults=[(Drop, Accepted, 0, 1), (Drop, Failed, 0, 1)], is_astray=True)
+    for _ in range(12):
+        machine.wait(0.5)
+        machine.go_on(3, "nothing")
+    machine.teardown()
+    assert [request.was_right for request in machine.requests] == [None, True, True]
+
+
 def test_the_machine_sees_a_byte_that_is_wrong() -> None:
     machine = story((24, 0), is_calm=True)
     machine.go_on(10, "nothing")

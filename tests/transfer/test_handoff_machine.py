@@ -380,6 +380,13 @@ def test_the_machine_ends_what_was_given_up_unheard() -> None:
     assert [request.was_right for request in machine.requests] == [None, True, True]
 
 
+def test_the_machine_takes_slots_back_whose_cancel_was_lost() -> None:
+    machine = story((24, 0), is_staged=True, held="copies", faults=[(Drop, Cancel, 0, 1)])
+    assert sum(loader.num_lent for loader in machine.pools.remote.loaders.values())
+    machine.end(0, leaves=True)
+    machine.teardown()
+
+
 def test_the_machine_sees_a_byte_that_is_wrong() -> None:
     machine = story((24, 0), is_calm=True)
     machine.go_on(10, "nothing")

@@ -30,6 +30,7 @@ from shoal.messages import (
     Drained,
     Envelope,
     Failed,
+    Frame,
     Hello,
     Nack,
     Seal,
@@ -37,6 +38,7 @@ from shoal.messages import (
 )
 from shoal.transfer.base import prompt_hash
 from shoal.transfer.carriers.shm import ShmLoader
+from shoal.transfer.channels.faults import Drop
 from shoal.transfer.channels.memory import memory_pair
 from shoal.transfer.decode_session import Attach
 from shoal.transfer.offer import Staging
@@ -180,6 +182,27 @@ async def test_slots_of_a_claim_that_was_left_come_back_with_decodes_answer(tmp_
         await decode.send(Cancel(new_id, "prefill gave the prompt up"))
         await decode.expect(Drained)
         assert loader.num_lent == 0
+
+
+@pytest.mark.parametrize("kind", [Accepted, Seal, Committed, Credit])
+async def test_a_frame_is_not_waited_for_longer_because_others_get_slots(kind: type[Frame]) -> None:
+    """Who waits for a slot looks again when there is one. Who waits for something else doesn't."""
+    clock, lost = FakeClock(), Drop(kind)
+    sends: dict[str, Drop] = {"prefill_sends" if kind is Seal else "decode_sends": lost}
+    async with rig(KIND, num_slots=2, clock=clock, credit_bytes=MAX_FRAME_BYTES, **sends) as both:  # type: ignore[arg-type]
+        wanted, new_id = prompt(), lease_id()
+        async with both.open(new_id, wanted):
+            call = asyncio.ensure_future(both.prefill(new_id, wanted))
+            async with asyncio.timeout(10):
+                while lost.num_left:
+                    await settle()
+            for seed in range(1, 7):
+                assert not call.done()
+                await both.hand_off(prompt(seed=seed))
+                await clock.advance(TIMES.ttl_s / 6)
+            assert call.done()
+            with pytest.raises(LeaseLost, match=r"no .* from decode for 5 s"):
+                await call
 
 
 async def test_a_staged_chunk_is_sent_again_from_its_slot(tmp_path: Path) -> None:

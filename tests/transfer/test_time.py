@@ -10,9 +10,10 @@ from fake_clock import FakeClock, settle
 from kv_prompts import lease_id, prompt
 from raw_peer import RawPeer, chunk
 from shoal.errors import HandoffError, LeaseLost, PeerGone
-from shoal.messages import Accepted, Beat, Cancel, Chunk, Claim, Committed, Drained, Failed, Nack, Seal
+from shoal.messages import Accepted, Beat, Cancel, Chunk, Claim, Committed, Drained, Envelope, Failed, Nack, Seal
 from shoal.transfer.base import prompt_hash
 from shoal.transfer.channels.faults import Drop
+from shoal.transfer.channels.memory import memory_pair
 from shoal.transfer.lease import LeaseState
 from shoal.transfer.staging import StagingSlots
 from transfer_helpers import TIMES, rig
@@ -106,6 +107,30 @@ async def test_a_decode_that_never_greets_is_gone_after_ttl() -> None:
         await clock.advance(TIMES.ttl_s)
         with pytest.raises(PeerGone, match="nothing was heard"):
             await opening
+
+
+async def test_a_greeting_that_is_written_too_late_leaves_nothing() -> None:
+    """As of a process that was stopped in its midst."""
+    clock, is_written = FakeClock(), asyncio.Event()
+    async with rig(clock=clock) as both:
+        channel, other = memory_pair()
+        send = other.send
+
+        async def send_late(envelope: Envelope) -> None:
+            await send(envelope)
+            await is_written.wait()
+
+        other.send = send_late  # type: ignore[method-assign]
+        serving = asyncio.ensure_future(both.server.serve(other))
+        peer = RawPeer(channel)
+        await peer.greet()
+        await clock.advance(TIMES.ttl_s)
+        is_written.set()
+        with pytest.raises(PeerGone, match="nothing was heard"):
+            await serving
+        assert not both.desk._posters
+        await clock.advance(TIMES.ttl_s)
+        assert not [timer for _, _, timer in clock._due if timer.callback is not None]
 
 
 async def test_a_committed_lease_never_expires() -> None:

@@ -84,7 +84,7 @@ class PrefillWorker:
         """Begin with a prompt that ``prefill`` will be called for, unless it has begun."""
         if grant.lease_id not in self._begun:
             begun = self._begin(grant, GrantWay.SESSION)
-            begun.overdue = asyncio.get_running_loop().call_later(CALL_WITHIN_S, self._give_up, begun)
+            begun.overdue = asyncio.get_running_loop().call_later(CALL_WITHIN_S, begun.task.cancel)
 
     async def close(self) -> None:
         """End all that goes on."""
@@ -101,10 +101,6 @@ class PrefillWorker:
         self._begun[grant.lease_id] = begun
         begun.task.add_done_callback(partial(self._ended, grant, begun))
         return begun
-
-    def _give_up(self, begun: _Begun) -> None:
-        if not begun.has_claimed:  # else its lease says whether it's wanted
-            begun.task.cancel()
 
     def _ended(self, grant: Grant, begun: _Begun, task: asyncio.Task[HandoffOutcome]) -> None:
         """A short prompt may be over before it's called for; where it couldn't even claim its lease, the call tries
@@ -155,6 +151,8 @@ class PrefillWorker:
 
     async def _hand_off(self, grant: Grant, begun: _Begun, inbox: Inbox, waited_s: float) -> None:
         session = await self._sessions.get(grant.handoff_address)
+        if begun.overdue is not None:
+            begun.overdue.cancel()  # from now on its lease says whether it's wanted
         async with session.claim(grant.lease_id) as claim:
             begun.has_claimed = True
             if len(claim.token_ids) != grant.num_prompt_tokens:

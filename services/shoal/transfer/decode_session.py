@@ -195,7 +195,8 @@ class DecodeSession(Session):
             lease.cancel(error)
 
     def _late(self, frame: LeaseFrame) -> None:
-        """Drop it. Whoever still works for a lease that has ended didn't hear Cancel, so say it again."""
+        """Drop it. Whoever still works for a lease that has ended didn't hear Cancel, so say it again; also to who has
+        given up, if its memory is lent until then."""
         self.num_dropped += 1
-        if not isinstance(frame, Failed):
+        if not isinstance(frame, Failed) or self._staging is not None:
             self.post(Cancel(frame.lease_id, "the lease has ended"))

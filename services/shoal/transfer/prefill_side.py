@@ -248,6 +248,8 @@ class PromptClaim:
         self._num_written = 0
         self._unacknowledged: dict[int, Chunk] = {}
         self._resent: set[int] = set()
+        self._wanted_bytes: int | None = None
+        """What the next chunk needs, while it waits to go."""
         self._changed = asyncio.Event()
 
     async def ask(self) -> None:
@@ -277,7 +279,9 @@ class PromptClaim:
             # Leases take turns: each has at most one chunk in the session's queue. And what was loaded before leaves
             # first, since the next one takes the event loop.
             await self._written()
-            await self._answered(partial(self._may_go, piece.num_bytes), "credit")
+            self._wanted_bytes = piece.num_bytes
+            await self._answered(self._may_go, "credit")
+            self._wanted_bytes = None
             self._credit_bytes -= piece.num_bytes
             loaded = loader.load(piece)
             self._unacknowledged[piece.seq] = loaded
@@ -331,11 +335,16 @@ class PromptClaim:
     # --- waiting --------------------------------------------------------------------------------------
 
     def look_again(self) -> None:
-        """Something was given back that other claims may wait for, too."""
-        self._changed.set()
+        """There is room again, which other claims may wait for, too. Who waits for anything else goes on waiting: to
+        look would begin its time anew."""
+        if self._has_credit():
+            self._changed.set()
 
-    def _may_go(self, num_bytes: int) -> bool:
-        return num_bytes <= self._credit_bytes and self._session.loader.has_room
+    def _has_credit(self) -> bool:
+        return self._wanted_bytes is not None and self._wanted_bytes <= self._credit_bytes
+
+    def _may_go(self) -> bool:
+        return self._has_credit() and self._session.loader.has_room
 
     async def _written(self) -> None:
         """Wait until no chunk of this lease is in the session's queue, but for one that was asked for again."""

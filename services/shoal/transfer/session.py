@@ -88,6 +88,8 @@ class Session:
         self._watch()
         try:
             self.peer = await self._exchange(self._identity.hello)
+            if self.error is not None:  # nothing was heard for too long, while ours was written
+                raise self.error
         except ShoalError as error:
             self._end(error)
             raise self.error or error from error

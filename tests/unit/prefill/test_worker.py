@@ -266,13 +266,26 @@ async def test_what_is_not_called_for_in_time_and_has_claimed_nothing_leaves_the
             assert begun.task.cancelled()
 
 
-async def test_what_has_claimed_its_lease_is_wanted_as_long_as_that_is(model: Any, folder: Path, late: SimpleNamespace):
+async def test_what_claims_its_lease_is_wanted_as_long_as_that_is(
+    model: Any, folder: Path, late: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    """Also before the answer to the claim has come: to decode it's claimed by then."""
+    post = Session.post
+
+    def post_late(session: Session, frame: Frame, *written: Any) -> None:
+        if isinstance(frame, Accepted):
+            [begun] = local.prefill.worker._begun.values()
+            assert begun.overdue is not None and not begun.has_claimed
+            if not begun.overdue.cancelled():
+                begun.overdue._run()  # type: ignore[attr-defined]  # as when its time has come
+        post(session, frame, *written)
+
     async with asked(folder) as (local, pool):
+        monkeypatch.setattr(Session, "post", post_late)
         whole = asyncio.ensure_future(answer(local))
         await asyncio.wait_for(late.claimed.wait(), 10)
         [begun] = local.prefill.worker._begun.values()
-        assert begun.overdue is not None
-        begun.overdue._run()  # type: ignore[attr-defined]  # as when its time has come
+        assert begun.overdue is not None and begun.overdue.cancelled()
         late.may_send.set()
         assert await whole == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
         assert not num_fallbacks(local)

@@ -233,6 +233,16 @@ class LeaseMachine(RuleBasedStateMachine):
     def beat(self, who: int) -> None:
         self.table.renew(self.sessions[who])
 
+    @rule(data=st.data(), who=st.integers(0, 1))
+    def beat_of_some(self, data: st.DataObject, who: int) -> None:
+        """I5: it renews what it names of its own, and nothing else."""
+        named = data.draw(st.lists(st.sampled_from([bytes(16), *self.leases]), unique=True))
+        before = dict(self.table._deadlines)
+        self.table.renew(self.sessions[who], named)
+        for lease_id, deadline_s in self.table._deadlines.items():
+            is_meant = lease_id in named and self.table.receiving(lease_id, self.sessions[who]) is not None
+            assert deadline_s == (self.now_s + TIMES.ttl_s if is_meant else before[lease_id])
+
     @rule(who=st.integers(0, 1))
     def session_ends(self, who: int) -> None:
         """The stream broke; the process and its writes may live on. It comes back with a new session."""

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 # test_failures.py does the same.
 LEFT_OUT = {
     "kill-prefill", "kill-prefill-pool", "kill-decode", "kill-gateway", "restart", "disk-full", "roll-plan",
-    "kill-prefill-shm", "kill-decode-shm", "bit-flip-shm",
+    "kill-prefill-shm", "kill-decode-shm", "bit-flip-shm", "drop-shm",
     "pause-prefill", "pause-decode", "half-open", "partition-to-decode", "partition-to-prefill", "delay",
     "slow-reader", "truncate", "duplicate",
 }  # fmt: skip
@@ -36,6 +36,7 @@ NAMES = [scenario.name for scenario in choose("all" if os.environ.get("SHOAL_TES
 FELT = {
     "kill-prefill-pool", "kill-decode", "restart", "partition", "partition-to-decode", "partition-to-prefill", "reset",
     "half-open", "truncate", "bit-flip", "drop", "disk-full", "kill-decode-shm", "bit-flip-shm",
+    "drop-shm",
 }  # fmt: skip
 NUM_REQUESTS, NUM_IN_FLIGHT = 40, 32
 

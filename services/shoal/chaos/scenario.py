@@ -105,6 +105,7 @@ _OF_SHARED_MEMORY = (
         "bit-flip-shm", "bit-flip, with payload in shared memory", _frames(FrameFault.CORRUPT), holds=True,
         carrier="shm",
     ),
+    Scenario("drop-shm", "drop, with payload in shared memory", _frames(FrameFault.DROP), holds=True, carrier="shm"),
 )  # fmt: skip
 SCENARIOS = (*_OF_PROCESSES, *_OF_THE_NETWORK, *_OF_FRAMES, *_OF_THE_HOST, *_OF_SHARED_MEMORY)
 

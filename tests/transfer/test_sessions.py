@@ -168,10 +168,10 @@ async def test_decode_grants_a_prompt_to_the_replica_that_has_the_key_and_to_no_
         heard: asyncio.Queue[Grant] = asyncio.Queue()
         knowing(both)
         both.pool.granted = heard.put_nowait
-        assert not await both.server.grant(grant("before there is a session"), KEY, 60)
+        assert await both.server.grant(grant("before there is a session"), KEY, 60) is None
         await both.pool.get(both.address)
-        assert not await both.server.grant(grant("to somebody else"), b"another key here", 60)
-        assert await both.server.grant(wanted := grant("to this one"), KEY, 0.01)
+        assert await both.server.grant(grant("to somebody else"), b"another key here", 60) is None
+        assert await both.server.grant(wanted := grant("to this one"), KEY, 0.01) is False
         found = await asyncio.wait_for(heard.get(), 10)
         assert found == replace(wanted, handoff_address=both.address, excluded=frozenset(), prefix_keys=())
         await both.hand_off(prompt())
@@ -182,7 +182,7 @@ async def test_who_has_no_key_is_granted_nothing() -> None:
     async with rig("memory") as both:
         heard = knowing(both, b"")
         await both.pool.get("memory")
-        assert not await both.server.grant(grant("to nobody"), b"", 60)
+        assert await both.server.grant(grant("to nobody"), b"", 60) is None
         await settle()
         assert not heard
 
@@ -192,11 +192,11 @@ async def test_who_is_leaving_is_granted_nothing_more_and_hears_no_more() -> Non
         heard = knowing(both)
         session = await both.pool.get("memory")
         leaves = asyncio.ensure_future(session.drain())
-        assert await both.server.grant(grant("too early to know"), KEY, 0.01)
+        assert await both.server.grant(grant("too early to know"), KEY, 0.01) is False
         await leaves
         await settle()
         assert [one.context.request_id for one in heard] == ["too early to know"]
-        assert not await both.server.grant(grant("too late"), KEY, 60)
+        assert await both.server.grant(grant("too late"), KEY, 60) is None
         await settle()
         assert len(heard) == 1
         both.pool._is_draining = True
@@ -216,9 +216,9 @@ async def test_who_grants_waits_for_the_claim_s_answer_or_as_long_as_it_may() ->
                 assert not granting.done()
                 if end == "claim":
                     async with session.claim(one.lease_id):
-                        assert await asyncio.wait_for(granting, 10)
+                        assert await asyncio.wait_for(granting, 10) is True
                 else:
-                    assert await asyncio.wait_for(granting, 10)
+                    assert await asyncio.wait_for(granting, 10) is False
                     assert lease.lease.state is LeaseState.RESERVED
 
 

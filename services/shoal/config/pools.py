@@ -159,7 +159,7 @@ class HandoffConfig(Frozen):
         "begins so long after the one before at the earliest, and leaves the cores to prefill until then: more answers "
         "at once for each step. Not for answers whose time ends within a minute. Where both pools compute on the same "
         "cores of a machine of their own (ray.address is unset), prompts on their way to any decode replica count, and "
-        "the default is 0.05, where calls are spread times the number of decode replicas, but at most 0.2; elsewhere a "
+        "the default is 0.08, where calls are spread times the number of decode replicas, but at most 0.2; elsewhere a "
         "replica's own prompts count, and it is 0.",
     )
     max_reserved_ratio: Annotated[float, Field(gt=0, le=1)] = Field(

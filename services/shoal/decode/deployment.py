@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -166,6 +166,7 @@ class ServePrefillPool:
         self._living = directory.LivingPool(app_name, "prefill")
         self._handle: Any = handle
         self._granted: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
+        self._claimed: WeakSet[Grant] = WeakSet()
 
     async def living(self, *, now: bool = False) -> frozenset[str]:
         return await self._living.ids(now=now)
@@ -175,7 +176,9 @@ class ServePrefillPool:
         return self._living.unfit
 
     def asked(self, grant: Grant) -> str | None:
-        return routes.replica_of(grant) or self._granted.get(grant)
+        granted = self._granted.get(grant)
+        # Wherever Serve has brought the call: who has claimed the prompt answers for it.
+        return granted if grant in self._claimed else routes.replica_of(grant) or granted
 
     async def ask(self, grant: Grant) -> HandoffOutcome:
         call: Any = None
@@ -183,8 +186,11 @@ class ServePrefillPool:
             replica_id = routes.pick(grant)
             if self.server is not None and replica_id is not None:
                 self._granted[grant] = replica_id  # from now on, what goes wrong is its doing
-                if not await self.server.grant(grant, self._living.key_of(replica_id), _CLAIM_PATIENCE_S):
+                is_claimed = await self.server.grant(grant, self._living.key_of(replica_id), _CLAIM_PATIENCE_S)
+                if is_claimed is None:
                     del self._granted[grant]
+                elif is_claimed:
+                    self._claimed.add(grant)
             call = self._handle.prefill.remote(grant)
             outcome: HandoffOutcome = await call
         except asyncio.CancelledError:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
@@ -48,6 +49,8 @@ from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
 from shoal.transfer.lease import ENDED, Lease, LeaseState
 
 BOUNDARY_TOKEN_BYTES = 4
+LOOK_S = 2.0
+"""How often who waits for a prompt to be claimed looks whether anybody is there to."""
 _log = structlog.get_logger(__name__)
 
 
@@ -310,7 +313,11 @@ class DecodeWorker:
             call = asyncio.ensure_future(pool.ask(grant))
             arrived = asyncio.ensure_future(lease.arrived())
             try:
-                await asyncio.wait((call, arrived), return_when=asyncio.FIRST_COMPLETED)
+                ended: set[asyncio.Future[Any]] = set()
+                while not ended:
+                    ended, _ = await asyncio.wait((call, arrived), timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                    if not ended and lease.lease.state is LeaseState.RESERVED and not await pool.living():
+                        raise _GivenUp("no_prefill")  # Serve would wait for one
                 if not arrived.done():
                     await self._outlive(call, arrived, lease)
                 return await arrived
@@ -385,7 +392,7 @@ class DecodeWorker:
 
 
 class _GivenUp(HandoffError):
-    """Prefill's own word for why it gave a lease up is ``reason``."""
+    """Why prefill gave a lease up, in its own word, or that nobody is there, is ``reason``."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"prefill gave up: {reason}")

@@ -7,10 +7,10 @@ finds more of them (engine/yielding.py).
 
 from __future__ import annotations
 
-YIELD_S, MAX_YIELD_S = 0.05, 0.2
+YIELD_S, MAX_YIELD_S = 0.08, 0.2
 """Of one replica, and of as many as there may be: five tokens a second are as many as are read."""
 
 
 def yield_s_of(num_replicas: int) -> float:
-    """From the beginning of a step to that of the next one, of each: up to four make as many together as one would."""
+    """From the beginning of a step to that of the next one, of each: two make as many together as one would."""
     return min(MAX_YIELD_S, YIELD_S * num_replicas)

@@ -162,12 +162,15 @@ class HandoffDesk:
                 if held.outcome.done():
                     held.outcome.exception()  # looked at: nobody may have waited for it
 
-    async def until_answered(self, lease_id: bytes, within_s: float) -> None:
-        """Wait until a claim of the lease is answered, but no longer than ``within_s``."""
-        if (held := self._open.get(lease_id)) is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(within_s):
-                    await held.is_answered.wait()
+    async def until_answered(self, lease_id: bytes, within_s: float) -> bool:
+        """Wait until a claim of the lease is answered, but no longer than ``within_s``; whether it is."""
+        held = self._open.get(lease_id)
+        if held is None:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await held.is_answered.wait()
+        return held.is_answered.is_set()
 
     def close(self) -> None:
         """Open no more leases; those that are open go on."""

@@ -96,17 +96,16 @@ class HandoffServer:
         finally:
             self._sessions.discard(session)
 
-    async def grant(self, grant: Grant, key: bytes, patience_s: float) -> bool:
-        """Ask the prefill replica that has this key for a prompt, which it will be called for, too. Returns whether it
-        could be asked: not if it has no session here, or is leaving. Waits until the claim is answered, but no longer
-        than ``patience_s``.
+    async def grant(self, grant: Grant, key: bytes, patience_s: float) -> bool | None:
+        """Ask the prefill replica that has this key for a prompt, which it will be called for, too. Waits until its
+        claim is answered, but no longer than ``patience_s``, and returns whether it is; ``None`` if it couldn't be
+        asked: it has no session here, or is leaving.
         """
         for session in self._sessions:
             if session.takes_grants(key):
                 session.post(Granted.of(grant))
-                await self._desk.until_answered(grant.lease_id, patience_s)
-                return True
-        return False
+                return await self._desk.until_answered(grant.lease_id, patience_s)
+        return None
 
     async def drain(self, drain_s: float) -> None:
         """Open no more leases, let the open ones finish for ``drain_s``, and close."""

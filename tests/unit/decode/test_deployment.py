@@ -56,19 +56,22 @@ class Prefill:
 
 
 class Server:
-    """Grants by session: remembers to whom, and returns when ``is_claimed``."""
+    """Grants by session: remembers to whom, and returns when ``is_claimed``, or at once unless it ``is_patient``."""
 
-    def __init__(self, *, has_session: bool = True) -> None:
+    def __init__(self, *, has_session: bool = True, is_patient: bool = True) -> None:
+        self._is_patient = is_patient
         self.granted: list[tuple[Grant, bytes]] = []
         self.is_claimed = asyncio.Event()
         self._has_session = has_session
 
-    async def grant(self, grant: Grant, key: bytes, patience_s: float) -> bool:
+    async def grant(self, grant: Grant, key: bytes, patience_s: float) -> bool | None:
         assert 0 < patience_s < 0.1
         self.granted.append((grant, key))
-        if self._has_session:
+        if not self._has_session:
+            return None
+        if self._is_patient:
             await self.is_claimed.wait()
-        return self._has_session
+        return self._is_patient
 
 
 @pytest.fixture
@@ -104,6 +107,21 @@ async def test_a_prompt_is_granted_by_the_session_first_and_serve_s_call_follows
     assert asked.asked(grant) == "a"  # also while Serve hasn't said where the call went
     prefill.is_done.set()
     assert await call == OUTCOME and prefill.asked == [grant]
+
+
+@pytest.mark.parametrize(("is_claimed", "blamed"), [(True, "a"), (False, "b")])
+@pytest.mark.usefixtures("pick")
+async def test_who_has_claimed_a_prompt_is_blamed_for_it_wherever_its_call_went(is_claimed: bool, blamed: str):
+    prefill, server, grant = Prefill(), Server(is_patient=is_claimed), replace(GRANT, lease_id=b"5" * 16)
+    asked = granting(prefill, server)
+    server.is_claimed.set()
+    call = asyncio.ensure_future(asked.ask(grant))
+    while not prefill.asked:
+        await asyncio.sleep(0)
+    routes.note(grant, "b")
+    assert asked.asked(grant) == blamed
+    prefill.is_done.set()
+    assert await call == OUTCOME
 
 
 @pytest.mark.usefixtures("pick")

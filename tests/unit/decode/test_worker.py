@@ -18,6 +18,7 @@ import torch
 from models import save_tiny
 from reference import full_generate, pop_generate, speed_generate
 from shoal.config import load_config
+from shoal.decode import worker
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.engine.engine import Engine
 from shoal.engine.runner import Runner
@@ -263,6 +264,51 @@ class NobodyAnswers(OneReplica):
         self.has_asked.set()
         await asyncio.Event().wait()
         raise AssertionError
+
+
+class Emptied(NobodyAnswers):
+    """Its last replica is gone as soon as a prompt waits there."""
+
+    async def living(self, *, now: bool = False) -> frozenset[str]:
+        return frozenset() if self.has_asked.is_set() else frozenset("a")
+
+
+async def test_where_the_last_prefill_replica_has_gone_nobody_waits_for_the_next(
+    opened: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Serve would hold the call until there is one again."""
+    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    async with opened() as local:
+        local.decode.worker.prefill = Emptied()
+        outputs = await asyncio.wait_for(collect(local, request(PROMPT)), 20)
+        assert fallbacks(local) == {("local", "no_prefill"): 1}
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+
+
+async def test_who_waits_for_a_prompt_that_is_claimed_looks_at_nobody(opened: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    looked, sends, may_send, send = list[bool](), asyncio.Event(), asyncio.Event(), PromptClaim.send
+
+    async def send_late(claim: PromptClaim, *values: Any) -> None:
+        sends.set()
+        await may_send.wait()
+        await send(claim, *values)
+
+    monkeypatch.setattr(PromptClaim, "send", send_late)
+    async with opened() as local:
+        pool = local.decode.worker.prefill
+        living = pool.living
+        whole = asyncio.ensure_future(collect(local, request(PROMPT)))
+        await asyncio.wait_for(sends.wait(), 10)
+
+        async def look(*, now: bool = False) -> frozenset[str]:
+            looked.append(now)
+            return await living(now=now)
+
+        monkeypatch.setattr(pool, "living", look)
+        await asyncio.sleep(0.1)
+        may_send.set()
+        assert ids(await whole) and not looked and not fallbacks(local)
 
 
 FAILURES = [LeaseLost("gone"), Overloaded("full"), PeerGone("died"), PlanMismatch("other"), "prefill_queue_timeout"]

@@ -387,6 +387,15 @@ def test_the_machine_takes_slots_back_whose_cancel_was_lost() -> None:
     machine.teardown()
 
 
+def test_the_machine_takes_slots_back_however_often_cancel_is_lost() -> None:
+    """Copies take so long that no credit comes, and both sides give up."""
+    machine = story((24, 0), is_staged=True, held="copies", faults=[(Drop, Cancel, 0, 3)])
+    for _ in range(12):
+        machine.wait(0.5)
+        machine.go_on(3, "copies")
+    machine.teardown()
+
+
 def test_the_machine_sees_a_byte_that_is_wrong() -> None:
     machine = story((24, 0), is_calm=True)
     machine.go_on(10, "nothing")

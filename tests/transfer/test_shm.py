@@ -121,9 +121,9 @@ async def test_leases_wait_for_one_anothers_slots() -> None:
 
 async def test_a_prefill_that_finds_no_slot_for_too_long_gives_up() -> None:
     clock = FakeClock()
-    async with rig(KIND, num_slots=1, clock=clock) as both:
+    async with rig(KIND, num_slots=1, clock=clock, decode_sends=Drop(Cancel, times=99)) as both:
         session = await both.pool.get("memory")
-        session.loader.load(piece_of(chunk(lease_id(), 0, (0, 1))))  # nobody will ever give it back
+        session.loader.load(piece_of(chunk(lease_id(), 0, (0, 1))))  # of which decode says in vain that it has ended
         task = asyncio.ensure_future(both.hand_off(prompt()))
         await clock.advance(TIMES.ttl_s)
         with pytest.raises(LeaseLost, match="no credit"):
@@ -189,7 +189,8 @@ async def test_a_frame_is_not_waited_for_longer_because_others_get_slots(kind: t
     """Who waits for a slot looks again when there is one. Who waits for something else doesn't."""
     clock, lost = FakeClock(), Drop(kind)
     sends: dict[str, Drop] = {"prefill_sends" if kind is Seal else "decode_sends": lost}
-    async with rig(KIND, num_slots=2, clock=clock, credit_bytes=MAX_FRAME_BYTES, **sends) as both:  # type: ignore[arg-type]
+    num_slots = 2 if kind is Credit else 1  # of which it keeps one
+    async with rig(KIND, num_slots=num_slots, clock=clock, credit_bytes=MAX_FRAME_BYTES, **sends) as both:  # type: ignore[arg-type]
         wanted, new_id = prompt(), lease_id()
         async with both.open(new_id, wanted):
             call = asyncio.ensure_future(both.prefill(new_id, wanted))

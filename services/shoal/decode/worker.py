@@ -316,7 +316,8 @@ class DecodeWorker:
                 ended: set[asyncio.Future[Any]] = set()
                 while not ended:
                     ended, _ = await asyncio.wait((call, arrived), timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-                    if not ended and lease.lease.state is LeaseState.RESERVED and not await pool.living():
+                    is_waiting = not ended and lease.lease.state is LeaseState.RESERVED
+                    if is_waiting and not await pool.living() and lease.lease.state is LeaseState.RESERVED:
                         raise _GivenUp("no_prefill")  # Serve would wait for one
                 if not arrived.done():
                     await self._outlive(call, arrived, lease)

@@ -29,8 +29,8 @@ from shoal.transfer.session_pool import SessionPool
 
 _log = structlog.get_logger(__name__)
 
-# A prompt that decode asked for by its session is called for some milliseconds later. If it isn't, and hasn't claimed
-# its lease, nobody waits for it: it leaves the queue.
+# A prompt that decode asked for by its session is called for some milliseconds later. If it isn't, and doesn't claim
+# its lease yet, nobody waits for it: it leaves the queue.
 CALL_WITHIN_S = 2.0
 # How long it's remembered how one ended that had claimed its lease, for a call that comes after.
 KEPT_S = 30.0

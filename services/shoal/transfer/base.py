@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import google_crc32c
@@ -44,6 +44,11 @@ class Loader(Protocol):
     @property
     def has_room(self) -> bool:
         """There may be none until decode has copied what is there."""
+        ...
+
+    @property
+    def lent_to(self) -> Collection[bytes]:
+        """Leases of which decode may still read something here."""
         ...
 
     @property

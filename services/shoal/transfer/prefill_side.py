@@ -179,6 +179,12 @@ class PrefillSession(Session):
     def _worked_on(self) -> tuple[bytes, ...]:
         return tuple(self._claims)
 
+    def _beat(self) -> None:
+        for lease_id in self.loader.lent_to:
+            if lease_id not in self._claims:  # that it has ended was lost, or is on its way
+                self.post(Failed(lease_id, "prefill has left it, and waits for its slots"))
+        super()._beat()
+
     def _obey(self, frame: Frame) -> None:
         match frame:
             case Beat():

@@ -17,6 +17,7 @@ used any more, whatever a reader that is still busy finds there.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -63,6 +64,10 @@ class SlotLoader:
     @property
     def num_lent(self) -> int:
         return self._slots.num_lent
+
+    @property
+    def lent_to(self) -> Collection[bytes]:
+        return self._lent.keys()
 
     @property
     def max_bytes(self) -> int:

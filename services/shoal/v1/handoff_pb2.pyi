@@ -729,7 +729,9 @@ Global___Committed: _TypeAlias = Committed  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
-    """Decode no longer wants the prompt: prefill stops within a chunk and answers Drained."""
+    """Decode no longer wants the prompt: prefill stops within a chunk and answers Drained. Said again to whoever speaks of a
+    lease that has ended, whose slots are free then.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

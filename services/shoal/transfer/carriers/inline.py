@@ -15,6 +15,7 @@ class InlineLoader:
     """Prefill's end. Decode's has nothing to do: what a channel delivers is nobody else's memory."""
 
     has_room = True
+    lent_to: tuple[bytes, ...] = ()
     gathers = True
 
     def __init__(self, max_bytes: int, copier: Copier | None = None) -> None:

@@ -46,7 +46,7 @@ from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
 from shoal.telemetry.labels import FallbackRung
 from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
-from shoal.transfer.lease import ENDED, Lease, LeaseState
+from shoal.transfer.lease import ENDED, Lease
 
 BOUNDARY_TOKEN_BYTES = 4
 LOOK_S = 2.0
@@ -313,12 +313,9 @@ class DecodeWorker:
             call = asyncio.ensure_future(pool.ask(grant))
             arrived = asyncio.ensure_future(lease.arrived())
             try:
-                ended: set[asyncio.Future[Any]] = set()
-                while not ended:
-                    ended, _ = await asyncio.wait((call, arrived), timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-                    is_waiting = not ended and lease.lease.state is LeaseState.RESERVED
-                    if is_waiting and not await pool.living() and lease.lease.state is LeaseState.RESERVED:
-                        raise _GivenUp("no_prefill")  # Serve would wait for one
+                while not await _ends((call, arrived), within_s=LOOK_S):
+                    if lease.lease.is_unclaimed and not await pool.living() and lease.lease.is_unclaimed:
+                        raise _GivenUp("no_prefill")  # Serve would hold the call until there is one
                 if not arrived.done():
                     await self._outlive(call, arrived, lease)
                 return await arrived
@@ -344,7 +341,7 @@ class DecodeWorker:
         or have none to call. Then the lease says what becomes of the prompt; where a replica has gone, which may be the
         one that claimed it, for no longer than the lease would live in silence.
         """
-        is_claimed = held.lease.state is not LeaseState.RESERVED
+        is_claimed = not held.lease.is_unclaimed
         try:
             outcome = await call
         except PeerGone:
@@ -398,6 +395,11 @@ class _GivenUp(HandoffError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"prefill gave up: {reason}")
         self.reason = reason
+
+
+async def _ends(either: Sequence[asyncio.Future[Any]], within_s: float) -> bool:
+    ended, _ = await asyncio.wait(either, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+    return bool(ended)
 
 
 def _raise_if_given_up(outcome: HandoffOutcome) -> None:

@@ -117,6 +117,11 @@ class Lease:
         self.owner = owner
         self._move(LeaseState.STREAMING)
 
+    @property
+    def is_unclaimed(self) -> bool:
+        """Nobody has claimed it yet, and somebody still may."""
+        return self.state is LeaseState.RESERVED
+
     def has(self, seq: int) -> bool:
         """This chunk was taken before."""
         return seq in self._seen

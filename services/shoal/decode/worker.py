@@ -393,11 +393,12 @@ class _GivenUp(HandoffError):
     """Why prefill gave a lease up, in its own word, or that nobody is there, is ``reason``."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"prefill gave up: {reason}")
+        super().__init__(f"the pool doesn't prefill the prompt: {reason}")
         self.reason = reason
 
 
 async def _ends(either: Sequence[asyncio.Future[Any]], within_s: float) -> bool:
+    """Wait until one of them has ended, no longer than ``within_s``; whether one has."""
     ended, _ = await asyncio.wait(either, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
     return bool(ended)
 

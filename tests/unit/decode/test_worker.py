@@ -288,6 +288,12 @@ async def test_where_the_last_prefill_replica_has_gone_nobody_waits_for_the_next
 async def test_who_waits_for_a_prompt_that_is_claimed_looks_at_nobody(opened: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(worker, "LOOK_S", 0.01)
     looked, sends, may_send, send = list[bool](), asyncio.Event(), asyncio.Event(), PromptClaim.send
+    chances: asyncio.Queue[None] = asyncio.Queue()
+    ends = worker._ends
+
+    async def tell(either: Any, within_s: float) -> bool:
+        chances.put_nowait(None)
+        return await ends(either, within_s)
 
     async def send_late(claim: PromptClaim, *values: Any) -> None:
         sends.set()
@@ -306,7 +312,9 @@ async def test_who_waits_for_a_prompt_that_is_claimed_looks_at_nobody(opened: An
             return await living(now=now)
 
         monkeypatch.setattr(pool, "living", look)
-        await asyncio.sleep(0.1)
+        monkeypatch.setattr(worker, "_ends", tell)
+        for _ in range(3):
+            await asyncio.wait_for(chances.get(), 10)
         may_send.set()
         assert ids(await whole) and not looked and not fallbacks(local)
 

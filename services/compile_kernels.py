@@ -29,17 +29,19 @@ class CompiledKernels(BuildHookInterface[BuilderConfig]):
             return
         sys.path.insert(0, str(Path(self.root, "services")))
         from shoal.errors import ConfigError
-        from shoal.kernels.build import SHIPPED, compiled
+        from shoal.kernels.build import SHIPPED, TARGETS, compiled
 
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-kernels-")
         try:
-            library = compiled(Path(self._folder.name), within_s=_TIMEOUT_S)
+            folder = Path(self._folder.name)
+            libraries = [compiled(folder, target, within_s=_TIMEOUT_S) for target in TARGETS]
         except (ConfigError, OSError) as error:
             if os.environ.get("SHOAL_REQUIRE_KERNELS"):
                 raise
             self.app.display_warning(f"a wheel without compiled kernels, for any machine: {error}")
             return
-        build_data["force_include"][str(library)] = f"shoal/kernels/{SHIPPED}/{library.name}"
+        for library in libraries:
+            build_data["force_include"][str(library)] = f"shoal/kernels/{SHIPPED}/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_this_platform()}"
 

@@ -26,11 +26,12 @@ from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import Graph, StepGraphs
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
-from shoal.kernels.build import compiled
+from shoal.kernels.build import TARGETS, compiled, target_of
 from shoal.kernels.copying import Copier
 from shoal.kernels.native import NativeKernels, load
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
+from shoal.machine import cpu_flags
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
 from shoal.model.families import describe
 from shoal.model.parameters import ParameterLoader, Parameters
@@ -193,8 +194,16 @@ def native_kernels() -> NativeKernels:
 def emulated_kernels(folder: Path) -> NativeKernels:
     """By a matrix unit that plain code stands in for. Whoever comes first to ``folder`` compiles them."""
     native_kernels()
-    path = compiled(folder, "-DSHOAL_EMULATE_TILES", "-O1")  # in half of the time
+    path = compiled(folder, target_of(cpu_flags()), "-DSHOAL_EMULATE_TILES", "-O1")  # in half of the time
     return NativeKernels(ctypes.CDLL(str(path)))
+
+
+def widening_kernels(folder: Path) -> NativeKernels:
+    """Of processors that don't multiply bfloat16. Skips the test where those of this machine are the same."""
+    native_kernels()
+    if target_of(cpu_flags()) is TARGETS[-1]:
+        pytest.skip("as they are, they widen it")
+    return NativeKernels(ctypes.CDLL(str(compiled(folder, TARGETS[-1], "-O1"))))
 
 
 @contextmanager

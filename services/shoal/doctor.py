@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.errors import ConfigError, ModelError
-from shoal.machine import available_memory_bytes, cpu_flags, usable_cores
+from shoal.machine import available_memory_bytes, cpu_flags, multiplies_bfloat16, usable_cores
 
 GIB = 1 << 30
 _SHM = "/dev/shm"  # noqa: S108  looked at, not written to
@@ -52,13 +52,14 @@ class Finding:
 
 def examine(ports: Iterable[int] = (8000, 9000)) -> list[Finding]:
     """Look at everything that ``shoal serve`` depends on. Takes a few seconds, most of it loading torch and Ray."""
+    lacks_kernels = _why_no_kernels()
     return [
         judge_python(sys.version_info[:3]),
         judge_cores(usable_cores()),
         judge_memory(available_memory_bytes()),
         judge_shared_memory(_free_bytes(Path(_SHM))),
-        *_examine_torch(),
-        _examine_kernels(),
+        *_examine_torch(lacks_kernels is None),
+        _examine_kernels(lacks_kernels),
         judge_ray(_version_of("ray")),
         judge_nixl(_version_of("nixl")),
         _examine_model("smollm2"),
@@ -119,9 +120,12 @@ def judge_shared_memory(free_bytes: int | None) -> Finding:
     return Finding(_SHM, Level.OK, what)
 
 
-def judge_bf16(*, native: bool, bf16_flops: float, float32_flops: float) -> Finding:
-    """``native``: the CPU has bf16 dot products. Rates are floating-point operations per second of one GEMM."""
+def judge_bf16(*, native: bool, bf16_flops: float, float32_flops: float, has_kernels: bool = False) -> Finding:
+    """``native``: the CPU has bf16 dot products; ``has_kernels``: Shoal's own can do without. Rates are floating-point
+    operations per second of one GEMM of torch's."""
     what = f"GEMM {bf16_flops / 1e9:.0f} GFLOP/s, float32 {float32_flops / 1e9:.0f}"
+    if not native and has_kernels:
+        return Finding("bfloat16", Level.OK, f"not native: Shoal's kernels multiply it as float32; torch's {what}")
     if not native:
         return Finding("bfloat16", Level.WARN, f"not native; {what}", "nothing: dtype auto uses float32 here")
     if bf16_flops < float32_flops:
@@ -190,7 +194,7 @@ def gemm_flops(torch: ModuleType, dtype: object, size: int = 512, num_tries: int
     return 2 * size**3 / min(_seconds(lambda: left @ right) for _ in range(num_tries))
 
 
-def _examine_torch() -> list[Finding]:
+def _examine_torch(has_kernels: bool) -> list[Finding]:
     torch = _load("torch")
     if torch is None:
         return [Finding("torch", Level.FAIL, "can't be imported", _INSTALL)]
@@ -199,9 +203,10 @@ def _examine_torch() -> list[Finding]:
     return [
         Finding("torch", Level.OK, str(torch.__version__)),
         judge_bf16(
-            native=bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}),  # the last on Arm
+            native=multiplies_bfloat16(),
             bf16_flops=gemm_flops(torch, torch.bfloat16),
             float32_flops=gemm_flops(torch, torch.float32),
+            has_kernels=has_kernels,
         ),
         judge_gpus([(gpu.name, gpu.total_memory) for gpu in gpus], _what_triton_lacks()),
     ]
@@ -217,15 +222,22 @@ def _what_triton_lacks() -> str | None:
     return None if header.exists() else f"Python's headers ({header} is missing), which Triton compiles with"
 
 
-def _examine_kernels() -> Finding:
+def _why_no_kernels() -> str | None:
+    """Of Shoal's own; ``None``: they can be loaded."""
     native = _load("shoal.kernels.native")
     if native is None:
-        return judge_kernels("torch can't be imported", fits_cpu=True)
-    build = importlib.import_module("shoal.kernels.build")
+        return "torch can't be imported"
     try:
-        has_tiles = native.load().use_tiles()
+        native.load()
     except ConfigError as error:
-        return judge_kernels(error.message, fits_cpu=cpu_flags() >= build.CPU_FLAGS)
+        return error.message
+    return None
+
+
+def _examine_kernels(problem: str | None) -> Finding:
+    if problem is not None:
+        return judge_kernels(problem, fits_cpu=importlib.import_module("shoal.kernels.build").fits(cpu_flags()))
+    has_tiles = importlib.import_module("shoal.kernels.native").load().use_tiles()
     return judge_kernels(None, fits_cpu=True, has_tiles=has_tiles)
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 # In a container, this is its own cgroup. Version 1 has a folder for each controller.
@@ -48,6 +49,12 @@ def cpu_flags() -> frozenset[str]:
     lines = _text(Path("/proc/cpuinfo")).splitlines()
     told = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(told.partition(":")[2].split())
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16; elsewhere torch emulates them, slower than those of float32."""
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})  # the last on Arm
 
 
 def available_memory_bytes() -> int:

@@ -6,12 +6,15 @@ import enum
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from exported import Model
+
+from shoal.engine.build import choose_dtype
 
 _HERE = Path(__file__).parent
 MODEL_NAME = "smollm2"
@@ -53,7 +56,7 @@ class Arm:
     """``command`` makes the command line for a mode and a port; ``missing`` says why it can't run here, if so.
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
-    (``None``: it has none). ``weights`` is how it holds them: bfloat16, int8, or as they are in the GGUF.
+    (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF.
     ``batch_field``: it must be told how many requests belong together. ``about`` is the command
     that says which release of a peer it is.
     """
@@ -80,10 +83,13 @@ def arms(
     """All of them, peers first. ``scratch`` is a folder for what a server wants to write. Who can send several steps'
     tokens in one message sends ``stream_interval``."""
     vllm_command = partial(_vllm_command, model, vllm, stream_interval)
+    vllm_float32 = partial(_vllm_command, model, vllm, stream_interval, "float32")
     shoal = partial(_shoal, model=model, stream_interval=stream_interval)
     return (
         _transformers(model),
+        _if_emulated(_transformers(model, "float32")),
         _vllm(vllm_command, scratch, vllm),
+        _if_emulated(_vllm(vllm_float32, scratch, vllm, "float32")),
         _vllm_pair(vllm_command, scratch, vllm),
         _llamacpp(model, llamacpp, llama_server),
         shoal("shoal-full", "decode does all", num_skipped=0, is_handed_off=False),
@@ -97,20 +103,39 @@ def arms(
             num_skipped=num_skipped,
             is_handed_off=True,
             kernels="torch",
+            dtype="auto",
         ),
         shoal("shoal-int8", "handed off, decode's weights in int8", num_skipped=0, is_handed_off=True, weights="int8"),
     )
 
 
-def _transformers(model: Model) -> Arm:
+def _if_emulated(arm: Arm) -> Arm:
+    """In float32, which is a peer's best where its bfloat16 is emulated."""
+    other = replace(arm, name=f"{arm.name}-float32", weights="float32")
+    if choose_dtype("auto", torch.device("cpu")) is torch.float32:
+        return other
+    return replace(other, missing="this processor multiplies bfloat16, which is quicker")
+
+
+def _transformers(model: Model, dtype: str = "bfloat16") -> Arm:
     def command(mode: Mode, port: int) -> list[str]:
         script = str(_HERE / "transformers_server.py")
-        return [sys.executable, script, str(model.folder), "--port", str(port), "--threads", str(mode.threads)]
+        return [
+            sys.executable,
+            script,
+            str(model.folder),
+            "--port",
+            str(port),
+            "--threads",
+            str(mode.threads),
+            "--dtype",
+            dtype,
+        ]
 
-    return Arm("transformers", "SDPA, bfloat16, static batches", command, batch_field="batch")
+    return Arm("transformers", f"SDPA, {dtype}, static batches", command, batch_field="batch")
 
 
-def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None) -> Arm:
+def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None, dtype: str = "bfloat16") -> Arm:
     def command(mode: Mode, port: int) -> list[str]:
         return [*base(), "--port", str(port)]
 
@@ -119,7 +144,7 @@ def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None) -> 
         return {**_vllm_environment(scratch), "VLLM_CPU_OMP_THREADS_BIND": _bound(cores)}
 
     return Arm(
-        "vllm", "vLLM on the CPU, bfloat16, torch.compile", command, environment=environment,
+        "vllm", f"vLLM on the CPU, {dtype}, torch.compile", command, environment=environment,
         about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'))"), missing=_missing(python, "--vllm-python"),
     )  # fmt: skip
 
@@ -143,11 +168,11 @@ def _vllm_pair(base: Callable[[], list[str]], scratch: Path, python: Path | None
     )  # fmt: skip
 
 
-def _vllm_command(model: Model, python: Path | None, stream_interval: int) -> list[str]:
+def _vllm_command(model: Model, python: Path | None, stream_interval: int, dtype: str = "bfloat16") -> list[str]:
     # Not the console script: that of the CPU build looks for a GPU.
     return [
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder),
-        "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "bfloat16",
+        "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", dtype,
         "--max-model-len", str(model.max_context_tokens), "--no-enable-prefix-caching",
         *(() if stream_interval == 1 else ("--stream-interval", str(stream_interval))),
     ]  # fmt: skip
@@ -194,11 +219,11 @@ def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
 
 def _shoal(
     name: str, what: str, *, model: Model, stream_interval: int, num_skipped: int, is_handed_off: bool,
-    weights: str = "bfloat16", kernels: str = "auto",
+    weights: str = "bfloat16", kernels: str = "auto", dtype: str = "bfloat16",
 ) -> Arm:  # fmt: skip
     def command(mode: Mode, port: int) -> list[str]:
         return [
-            sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
+            sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", dtype,
             "--skip-layers", str(num_skipped), "--port", str(port), "--grpc-port", "0",
             *(() if weights == "bfloat16" else ("--decode-weights", weights)),
         ]  # fmt: skip

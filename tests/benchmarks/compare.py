@@ -14,7 +14,7 @@ A peer may use the cores in three ways: one thread (OMP_NUM_THREADS=1), all core
 (OMP_WAIT_POLICY=passive), or all cores as its libraries like it. A pre-run tries each, and the quickest, by the
 geometric mean of what it measured, is taken for the rounds; it is printed and stored. Shoal runs as it comes.
 
-The machine's limits (bfloat16 GEMM, memory read, loopback, shared memory) are measured at the beginning of each round.
+The machine's limits (GEMM, memory read, loopback, shared memory) are measured at the beginning of each round.
 A peer that isn't named is skipped, and one that fails is a row that says why. docs/benchmarks.md says how to
 install the peers. Leave the machine alone meanwhile: the report warns if it was busy.
 """

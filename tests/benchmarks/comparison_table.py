@@ -30,7 +30,7 @@ class Shape:
         """What a step reads of them: of int8 without the scales, which are less than a hundredth."""
         if weights == "gguf":
             return self.gguf_bytes
-        return work.weight_bytes(self.spec, element_bytes=1 if weights == "int8" else 2)
+        return work.weight_bytes(self.spec, element_bytes={"int8": 1, "bfloat16": 2, "float32": 4}[weights])
 
 
 def show(comparison: Comparison, shape: Shape, console: Console) -> None:
@@ -123,7 +123,7 @@ def _share(comparison: Comparison, measured: Measured, metric: Metric, shape: Sh
 
 def _limits(comparison: Comparison) -> str:
     rates = {
-        "bfloat16 GEMM": (comparison.limit("gemm_flops"), "GFLOP/s"),
+        "GEMM": (comparison.limit("gemm_flops"), "GFLOP/s"),
         "memory read": (comparison.limit("read_bytes"), "GB/s"),
         "loopback TCP": (comparison.limit("loopback_bytes"), "GB/s"),
         "shared-memory copy": (comparison.limit("shared_memory_bytes"), "GB/s"),

@@ -119,10 +119,13 @@ def main() -> None:
     parser.add_argument("model", metavar="FOLDER")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     # Loaded models are in evaluation mode.
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
+    )
     uvicorn.run(application(model), host="127.0.0.1", port=options.port, log_level="warning")
 
 

@@ -29,7 +29,7 @@ from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
 from shoal.kernels.native import load as load_kernels
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
-from shoal.machine import available_memory_bytes, step_back, usable_threads
+from shoal.machine import available_memory_bytes, multiplies_bfloat16, step_back, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.families import ModelSpec
 from shoal.model.files import ModelFiles, locate
@@ -73,7 +73,8 @@ class Served:
         if config.model.plan == "pop":
             require_model(config.model.projector, files)
         plan = plan_of(config, spec)
-        dtype = choose_dtype(config.model.dtype, device or torch.device("cpu"))
+        device = device or torch.device("cpu")
+        dtype = choose_dtype(config.model.dtype, device, widens=partial(_have_own_kernels, config, spec, device))
         kv_dtype = dtype if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
         most = config.model.max_context_tokens or spec.max_context_tokens
         if most > spec.max_context_tokens:
@@ -113,12 +114,25 @@ def choose_device(stage: StageConfig) -> torch.device:
     return torch.device("cuda" if stage.num_gpus > 0 and torch.cuda.is_available() else "cpu")
 
 
-def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
-    """bfloat16 where the machine computes it natively; elsewhere it would be emulated, slower than float32."""
+def choose_dtype(wanted: Dtype, device: torch.device, *, widens: Callable[[], bool] = lambda: False) -> torch.dtype:
+    """bfloat16 where the machine computes it natively, or by what ``widens`` it on the way to the multipliers; else
+    float32, since torch would emulate it, which takes several times as long."""
     if wanted != "auto":
         return _DTYPES[wanted]
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-    return torch.bfloat16 if native else torch.float32
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else multiplies_bfloat16()
+    return torch.bfloat16 if native or widens() else torch.float32
+
+
+def _have_own_kernels(config: ShoalConfig, spec: ModelSpec, device: torch.device) -> bool:
+    """Whether both pools compute bfloat16 by Shoal's own kernels, if all their machines are as this one."""
+    if "torch" in (config.prefill.kernels, config.decode.kernels):
+        return False
+    try:
+        find_kernels(spec, torch.bfloat16, torch.bfloat16, device)
+    except ConfigError as error:
+        _log.info("float32, as torch computes", reason=error.message)
+        return False
+    return True
 
 
 def load_parameters(
@@ -387,8 +401,3 @@ def set_num_threads(limits: StageConfig) -> int:
     num_threads = limits.num_threads or usable_threads()
     torch.set_num_threads(num_threads)
     return num_threads
-
-
-def _cpu_has_bf16() -> bool:
-    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("bf16"))

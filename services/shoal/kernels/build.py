@@ -1,4 +1,4 @@
-"""Compile src/ into one shared library, under the digest of all that it depends on.
+"""Compile src/ into one shared library for a kind of processor, under the digest of all that it depends on.
 
 A wheel brings it along (services/compile_kernels.py). Elsewhere it's compiled once, by several cores, at the first
 start, and kept in the user's cache. Of replicas that start together one compiles it, and the others wait.
@@ -15,8 +15,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
@@ -24,15 +26,23 @@ from pathlib import Path
 from shoal.errors import ConfigError
 from shoal.machine import cpu_flags, usable_threads
 
-# What x86-64-v4 and the other options let the compiler use, as /proc/cpuinfo names it.
-CPU_FLAGS = frozenset({
-    "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "vpclmulqdq",
-    "fma", "bmi2",
-})  # fmt: skip
-_OPTIONS = (
-    "-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mvpclmulqdq",
-    "-pthread", "-fPIC",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Target:
+    """Processors that a library is compiled for: what they must have, as /proc/cpuinfo names it, and the options that
+    let the compiler use it."""
+
+    flags: frozenset[str]
+    options: tuple[str, ...]
+
+
+_V4_FLAGS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "bmi2"})
+_V4_OPTIONS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512vnni", "-pthread", "-fPIC")
+# The best first. Those of the second widen bfloat16 to multiply it (src/pairs.hpp).
+TARGETS = (
+    Target(_V4_FLAGS | {"avx512_bf16", "vpclmulqdq"}, (*_V4_OPTIONS, "-mavx512bf16", "-mvpclmulqdq")),
+    Target(_V4_FLAGS | {"pclmulqdq"}, (*_V4_OPTIONS, "-mpclmul")),
+)
 _TIMEOUT_S = 120
 # At once: each takes up to 0.3 GB.
 _MAX_COMPILERS = 4
@@ -44,18 +54,30 @@ SHIPPED = "compiled"
 
 def library() -> Path:
     """The compiled library, compiling it if need be. Raises ConfigError that says why there can't be one."""
-    if missing := sorted(CPU_FLAGS - cpu_flags()):
-        raise ConfigError(f"this CPU lacks {', '.join(missing)}")
-    shipped = Path(__file__).parent / SHIPPED / _file_name(_sources(), _OPTIONS)
-    return shipped if shipped.exists() else _kept()
+    target = target_of(cpu_flags())
+    shipped = Path(__file__).parent / SHIPPED / _file_name(_sources(), target.options)
+    return shipped if shipped.exists() else _kept(target)
 
 
-def _kept() -> Path:
+def target_of(flags: AbstractSet[str]) -> Target:
+    """The best for a CPU that has ``flags``. Raises ConfigError if it lacks what all of them need."""
+    for target in TARGETS:
+        if target.flags <= flags:
+            return target
+    raise ConfigError(f"this CPU lacks {', '.join(sorted(TARGETS[-1].flags - flags))}")
+
+
+def fits(flags: AbstractSet[str]) -> bool:
+    """Whether there is one for a CPU that has ``flags``."""
+    return any(target.flags <= flags for target in TARGETS)
+
+
+def _kept(target: Target) -> Path:
     from platformdirs import user_cache_path  # isn't there where a wheel is built
 
     folder = Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels")
     try:
-        path = compiled(folder)
+        path = compiled(folder, target)
         if not _is_ours(path):
             raise ConfigError(f"{path} can be written to by others, so it isn't loaded: remove it")
     except OSError as error:
@@ -63,9 +85,9 @@ def _kept() -> Path:
     return path
 
 
-def compiled(folder: Path, *options: str, within_s: float = _TIMEOUT_S) -> Path:
+def compiled(folder: Path, target: Target, *options: str, within_s: float = _TIMEOUT_S) -> Path:
     """The library in ``folder``, for whatever CPU has the instructions. Raises ConfigError or OSError."""
-    sources, options = _sources(), (*_OPTIONS, *options)
+    sources, options = _sources(), (*target.options, *options)
     path = folder / _file_name(sources, options)
     if path.exists():
         return path

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from shoal.errors import MalformedWeights
+from shoal.machine import multiplies_bfloat16
 
 LARGEST = 127
-# What exists at once in another dtype, of a matrix that is made or multiplied: 8 MiB of bfloat16.
-_MAX_WIDE_NUMBERS = 1 << 22
+# What exists at once in another dtype, of a matrix that is made or multiplied.
+_MAX_WIDE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +69,25 @@ class Int8Matrix:
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``inputs`` ``[rows, inputs]`` times the matrix transposed, plus ``bias``, by torch: for many rows. At no time
-        is more than 8 MiB of the matrix in bfloat16."""
-        pieces = list(_pieces(self.values))
+        is more than 8 MiB of the matrix in the dtype in which it's multiplied."""
+        wide = inputs.to(_multiplied_as(inputs))
+        pieces = list(_pieces(self.values, wide.element_size()))
         if len(pieces) == 1:
-            out = F.linear(inputs, self.values.to(inputs.dtype))
+            out = F.linear(wide, self.values.to(wide.dtype))
         else:
-            out = inputs.new_empty(inputs.shape[0], self.shape[0])
+            out = wide.new_empty(wide.shape[0], self.shape[0])
             for piece in pieces:
-                out[:, piece] = F.linear(inputs, self.values[piece].to(inputs.dtype))
+                out[:, piece] = F.linear(wide, self.values[piece].to(wide.dtype))
         out.mul_(self.scales)
-        return out if bias is None else out.add_(bias)
+        return (out if bias is None else out.add_(bias)).to(inputs.dtype)
 
 
-def _pieces(matrix: torch.Tensor) -> Iterator[slice]:
-    """Whole rows, few enough to be had in another dtype as well."""
-    num_rows = max(1, _MAX_WIDE_NUMBERS // matrix.shape[1])
+def _multiplied_as(inputs: torch.Tensor) -> torch.dtype:
+    is_emulated = inputs.dtype is torch.bfloat16 and inputs.device.type == "cpu" and not multiplies_bfloat16()
+    return torch.float32 if is_emulated else inputs.dtype
+
+
+def _pieces(matrix: torch.Tensor, wide_bytes: int = 4) -> Iterator[slice]:
+    """Whole rows, few enough to be had in another dtype, of so many bytes a number, as well."""
+    num_rows = max(1, _MAX_WIDE_BYTES // (wide_bytes * matrix.shape[1]))
     return (slice(start, start + num_rows) for start in range(0, matrix.shape[0], num_rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,9 @@ from engines import (
     run,
     run_handed_off,
 )
-from models import tiny_model
-from shoal.config import ModelConfig, ShoalConfig, StageConfig
-from shoal.engine import native
+from models import save_tiny, tiny_model
+from shoal.config import ModelConfig, ShoalConfig, StageConfig, load_config
+from shoal.engine import build, native
 from shoal.engine.build import Served, choose_kernels
 from shoal.engine.native import check_native
 from shoal.errors import ConfigError
@@ -117,3 +118,32 @@ def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> 
 def test_python_and_kernels_agree_on_how_many_rows_are_few():
     source = resources.files("shoal.kernels") / "src" / "int8_linear.cpp"
     assert f"FEW_ROWS = {native.MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")
+
+
+class TestWithoutNativeBfloat16:
+    """What `auto` is on a CPU whose bfloat16 torch would emulate."""
+
+    @pytest.fixture(autouse=True)
+    def emulated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build, "multiplies_bfloat16", lambda: False)
+
+    def test_it_is_bfloat16_where_kernels_widen_it(self, kernels: NativeKernels) -> None:
+        assert Served.of(load_config()).dtype is torch.bfloat16
+
+    @pytest.mark.parametrize("stage", ["prefill", "decode"])
+    def test_it_is_float32_where_torch_is_to_compute_in_a_pool(self, kernels: NativeKernels, stage: str) -> None:
+        assert Served.of(load_config(**{stage: {"kernels": "torch"}})).dtype is torch.float32
+
+    def test_it_is_float32_where_there_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none(*_: object) -> None:
+            raise ConfigError("no C++ compiler is at hand")
+
+        monkeypatch.setattr(build, "find_kernels", none)
+        assert Served.of(load_config()).dtype is torch.float32
+
+    def test_it_is_float32_for_a_model_that_they_cannot_run(self, kernels: NativeKernels, tmp_path: Path) -> None:
+        save_tiny(tmp_path)  # whose heads are smaller than any that they take
+        assert Served.of(load_config(model={"name": str(tmp_path)})).dtype is torch.float32
+
+    def test_what_is_asked_for_is_what_it_is(self) -> None:
+        assert Served.of(load_config(model={"dtype": "bfloat16"})).dtype is torch.bfloat16

@@ -18,6 +18,7 @@ from engines import (
     native_kernels,
     run,
     torch_threads,
+    widening_kernels,
 )
 from models import tiny_model
 from shoal.engine.engine import Engine
@@ -27,11 +28,12 @@ from shoal.messages import Depth, SamplingParams
 PROMPT = [3 + index * 7 % 90 for index in range(150)]
 
 
-@pytest.fixture(scope="module", params=["as they are", "emulated tiles"])
+@pytest.fixture(scope="module", params=["as they are", "emulated tiles", "widening"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    if request.param == "emulated tiles":
-        return emulated_kernels(tmp_path_factory.getbasetemp().parent / "kernels")
-    return native_kernels()
+    if request.param == "as they are":
+        return native_kernels()
+    compile_one = emulated_kernels if request.param == "emulated tiles" else widening_kernels
+    return compile_one(tmp_path_factory.getbasetemp().parent / "kernels")
 
 
 def test_norms_in_float32_are_one_by_one(kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch) -> None:

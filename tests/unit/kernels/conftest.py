@@ -6,16 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from engines import emulated_kernels, native_kernels
+from engines import emulated_kernels, native_kernels, widening_kernels
 from shoal.kernels.native import NativeKernels
 
 
-@pytest.fixture(scope="module", params=["as it is", "without tiles", "emulated tiles"])
+@pytest.fixture(scope="module", params=["as it is", "without tiles", "emulated tiles", "widening"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeKernels]:
-    """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for."""
+    """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for; by
+    those of a processor that doesn't multiply bfloat16."""
     kernels = native_kernels()
-    if request.param == "emulated tiles":
-        yield emulated_kernels(tmp_path_factory.getbasetemp().parent / "kernels")  # as other processes of this run
+    compile_one = {"emulated tiles": emulated_kernels, "widening": widening_kernels}.get(request.param)
+    if compile_one is not None:
+        yield compile_one(tmp_path_factory.getbasetemp().parent / "kernels")  # as other processes of this run
         return
     has_tiles = kernels.use_tiles()
     if request.param == "without tiles":

@@ -17,6 +17,7 @@ import pytest
 from shoal.errors import ConfigError
 from shoal.kernels import build, native
 
+BEST, WIDENING = build.TARGETS
 # Two units, of which one needs the other, and what both include.
 SOURCES = [
     ("add.cpp", '#include "add.hpp"\nint add(int a, int b) { return a + b; }\n'),
@@ -28,7 +29,7 @@ SOURCES = [
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(build.FOLDER_VARIABLE, str(tmp_path / "kernels"))
-    monkeypatch.setattr(build, "cpu_flags", lambda: build.CPU_FLAGS)
+    monkeypatch.setattr(build, "cpu_flags", lambda: BEST.flags)
     return tmp_path / "kernels"
 
 
@@ -68,7 +69,7 @@ def test_who_comes_while_another_compiles_waits_for_it(folder: Path, monkeypatch
     monkeypatch.setattr(build, "_try_lock", tell)
     monkeypatch.setattr(build, "_compile", compile_slowly)
     with ThreadPoolExecutor(1 + num_others) as threads:
-        compiling = [threads.submit(build.compiled, folder) for _ in range(1 + num_others)]
+        compiling = [threads.submit(build.compiled, folder, BEST) for _ in range(1 + num_others)]
         try:
             assert all(others_wait.acquire(timeout=20) for _ in range(num_others))
         finally:
@@ -83,7 +84,7 @@ def test_who_compiles_for_too_long_is_waited_for_no_more(folder: Path, monkeypat
     monkeypatch.setattr(build, "_compile", lambda command, sources, path, within_s: path.write_bytes(b"library"))
     folder.mkdir()
     with build._alone_in(folder, 20):
-        assert build.compiled(folder, within_s=0.1).read_bytes() == b"library"
+        assert build.compiled(folder, BEST, within_s=0.1).read_bytes() == b"library"
 
 
 def test_where_no_thread_can_be_had(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def test_where_no_thread_can_be_had(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CXX", "true")
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(ConfigError, match="can't be run: can't start new thread"):
-        build.compiled(folder)
+        build.compiled(folder, BEST)
 
 
 def test_where_nothing_can_be_locked_each_compiles_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_where_nothing_can_be_locked_each_compiles_its_own(folder: Path, monkeyp
     monkeypatch.setenv("CXX", "true")
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(build, "_compile", lambda command, sources, path, within_s: path.write_bytes(b"library"))
-    assert build.compiled(folder).read_bytes() == b"library"
+    assert build.compiled(folder, BEST).read_bytes() == b"library"
 
 
 def test_a_compiler_that_takes_too_long(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,7 @@ def test_a_compiler_that_takes_too_long(tmp_path: Path, folder: Path, monkeypatc
     tool.chmod(0o755)
     monkeypatch.setenv("CXX", str(tool))
     with pytest.raises(ConfigError, match=r"slow took longer than 0\.2 s"):
-        build.compiled(folder, within_s=0.2)
+        build.compiled(folder, BEST, within_s=0.2)
     assert not list(folder.iterdir())
 
 
@@ -126,7 +127,7 @@ def test_a_wheels_own_comes_first(tmp_path: Path, folder: Path, monkeypatch: pyt
     (shipped / "of-other-sources.so").write_bytes(b"")
     kept = build.library()
     assert kept.parent == folder
-    made = build.compiled(shipped)
+    made = build.compiled(shipped, BEST)
     assert build.library() == made == shipped / kept.name
     with pytest.raises(ConfigError, match="install another"):
         native.load.__wrapped__()
@@ -139,7 +140,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_library_that_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "compiled", lambda into: into / "damaged.so")
+    monkeypatch.setattr(build, "compiled", lambda into, target: into / "damaged.so")
     folder.mkdir()
     (folder / "damaged.so").write_bytes(b"no library")
     with pytest.raises(ConfigError, match=r"damaged\.so can't be loaded"):
@@ -171,7 +172,22 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
         build.library()
 
 
+@pytest.mark.parametrize(("lacking", "target"), [((), BEST), (("avx512_bf16",), WIDENING), (("vpclmulqdq",), WIDENING)])
+def test_each_cpu_gets_the_best_that_it_can_run(lacking: tuple[str, ...], target: build.Target) -> None:
+    """Whatever else it has."""
+    assert build.target_of((BEST.flags | WIDENING.flags | {"amx_bf16"}) - set(lacking)) is target
+
+
+def test_what_is_compiled_for_one_is_not_for_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(build, "_compile", lambda command, sources, path, within_s: path.write_bytes(b"library"))
+    best = build.library()
+    monkeypatch.setattr(build, "cpu_flags", lambda: WIDENING.flags)
+    assert build.library().name != best.name
+    assert len(list(folder.iterdir())) == len(build.TARGETS)
+
+
 def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "cpu_flags", lambda: build.CPU_FLAGS - {"avx512_bf16"})
-    with pytest.raises(ConfigError, match="this CPU lacks avx512_bf16"):
+    monkeypatch.setattr(build, "cpu_flags", lambda: BEST.flags - {"avx512_vnni"})
+    with pytest.raises(ConfigError, match="this CPU lacks avx512_vnni, pclmulqdq"):
         build.library()

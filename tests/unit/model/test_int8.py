@@ -64,16 +64,48 @@ def test_what_is_not_finite_is_refused_by_name(broken: float) -> None:
         Int8Matrix.of(weight, "layers.3.qkv")
 
 
-@pytest.mark.parametrize("most", [1, 33, 40, 100, 1 << 22])
+@pytest.mark.parametrize("most", [1, 33 * 8, 40 * 8, 100 * 8, 8 << 20])
 def test_piece_by_piece_is_the_same(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     weight, inputs, bias = random(17, 33), random(9, 33), random(17)
     whole = Int8Matrix.of(weight, "w")
     expected = F.linear(inputs, whole.values.double() * whole.scales.double()[:, None], bias)
-    monkeypatch.setattr(int8, "_MAX_WIDE_NUMBERS", most)
+    monkeypatch.setattr(int8, "_MAX_WIDE_BYTES", most)
     made = Int8Matrix.of(weight, "w")
     assert torch.equal(made.values, whole.values) and torch.equal(made.scales, whole.scales)
     torch.testing.assert_close(made.linear(inputs, bias), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(made.linear(inputs, None), expected - bias, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("most", [132, 8 << 20])
+def test_bfloat16_is_multiplied_as_float32_where_it_would_be_emulated(
+    monkeypatch: pytest.MonkeyPatch, is_native: bool, most: int
+) -> None:
+    """And rounded once, at the end."""
+    monkeypatch.setattr(int8, "multiplies_bfloat16", lambda: is_native)
+    monkeypatch.setattr(int8, "_MAX_WIDE_BYTES", most)
+    made = Int8Matrix.of(random(17, 33).bfloat16(), "w")
+    inputs, bias = random(9, 33).bfloat16(), random(17).bfloat16()
+    exact = F.linear(inputs.double(), made.values.double() * made.scales.double()[:, None], bias.double())
+    multiplied = watch_products(monkeypatch)
+    found = made.linear(inputs, bias)
+    assert set(multiplied) == {torch.bfloat16 if is_native else torch.float32}
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.05)
+    if not is_native:
+        torch.testing.assert_close(found, exact.bfloat16(), rtol=0.004, atol=1e-3)  # the last bit of it
+
+
+def watch_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """What is multiplied in, product by product."""
+    dtypes: list[torch.dtype] = []
+
+    def watched(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        dtypes.append(weight.dtype)
+        return inputs @ weight.T
+
+    monkeypatch.setattr(int8.F, "linear", watched)
+    return dtypes
 
 
 def test_an_embedding_is_looked_up() -> None:

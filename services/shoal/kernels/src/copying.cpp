@@ -25,9 +25,7 @@ constexpr uint64_t FIRST = x_to(8 * LINE_BYTES + 64 - 32) << 1, SECOND = x_to(8 
 class Folded {
    public:
     void add(__m512i line) {
-        const __m512i by = _mm512_set4_epi64(SECOND, FIRST, SECOND, FIRST);
-        const __m512i first = _mm512_clmulepi64_epi128(line_, by, 0x00);
-        const __m512i second = _mm512_clmulepi64_epi128(line_, by, 0x11);
+        const __m512i first = multiplied<0x00>(line_), second = multiplied<0x11>(line_);
         line_ = _mm512_ternarylogic_epi64(first, second, _mm512_xor_si512(line, start_), 0x96);
         start_ = _mm512_setzero_si512();
     }
@@ -41,6 +39,23 @@ class Folded {
     }
 
    private:
+    // Of each 16 bytes one half: all four of them at once, or one after the other on processors without VPCLMULQDQ.
+    template <int HALVES>
+    static __m512i multiplied(__m512i line) {
+#ifdef __VPCLMULQDQ__
+        return _mm512_clmulepi64_epi128(line, _mm512_set4_epi64(SECOND, FIRST, SECOND, FIRST), HALVES);
+#else
+        const __m128i by = _mm_set_epi64x(SECOND, FIRST);
+        const auto quarter = [&]<int AT>() {
+            return _mm_clmulepi64_si128(_mm512_extracti32x4_epi32(line, AT), by, HALVES);
+        };
+        const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(quarter.template operator()<0>()),
+                                               quarter.template operator()<1>(), 1);
+        return _mm512_inserti32x4(_mm512_inserti32x4(low, quarter.template operator()<2>(), 2),
+                                  quarter.template operator()<3>(), 3);
+#endif
+    }
+
     __m512i line_ = _mm512_setzero_si512();
     __m512i start_ = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-1));  // what the first four bytes are turned over by
 };

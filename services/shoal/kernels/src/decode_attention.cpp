@@ -8,7 +8,7 @@
 
 #include "crew.hpp"
 #include "kernels.hpp"
-#include "simd.hpp"
+#include "pairs.hpp"
 
 namespace shoal {
 namespace {
@@ -70,15 +70,19 @@ constexpr int64_t steps_of(int64_t padded, int64_t num_heads, int64_t head_dim) 
 
 template <int D>
 void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, float* scores, Ahead& ahead) {
-    __m512bh own[D / 32];
-    for (int j = 0; j < D / 32; j++) own[j] = (__m512bh)_mm512_loadu_si512(query + 32 * j);
+    __m512i own[D / 32];
+    for (int j = 0; j < D / 32; j++) own[j] = _mm512_loadu_si512(query + 32 * j);
     for (int i = 0; i < chunk.padded; i += 16) {
         __m512 products[16];
         for (int key = 0; key < 16; key++) {
             const bf16* const numbers = chunk.tokens[i + key] + key_at;
             products[key] = _mm512_setzero_ps();
-            for (int j = 0; j < D / 32; j++)
-                products[key] = _mm512_dpbf16_ps(products[key], (__m512bh)_mm512_loadu_si512(numbers + 32 * j), own[j]);
+            for (int j = 0; j < D / 32; j++) {
+                const __m512i pairs = _mm512_loadu_si512(numbers + 32 * j);
+                each_half([&]<int HALF>() __attribute__((always_inline)) {
+                    products[key] = add_products(products[key], factor_of<HALF>(pairs), factor_of<HALF>(own[j]));
+                });
+            }
         }
         ahead.step(SCORE_STEPS);
         _mm512_store_ps(scores + i, _mm512_mul_ps(sums(products), _mm512_set1_ps(factor)));
@@ -89,7 +93,7 @@ void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, 
 // Scores become probabilities; the part's total and top are brought up to date, and by what its sums are to shrink is
 // returned.
 template <int D>
-float weigh(const float* scores, int padded, Part<D>& part, bf16* probabilities) {
+float weigh(const float* scores, int padded, Part<D>& part, Number* probabilities) {
     __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
     for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
     const float top = std::ceil(_mm512_reduce_max_ps(most)), shrink = std::exp2(part.top - top);
@@ -105,10 +109,10 @@ float weigh(const float* scores, int padded, Part<D>& part, bf16* probabilities)
 
 // 32 channels of two tokens, each with the other's: pairs[0] has the channels 0-3, 8-11, 16-19 and 24-27, pairs[1] the
 // others.
-inline void pair(const bf16* one, const bf16* two, __m512bh* pairs) {
+inline void pair(const bf16* one, const bf16* two, __m512i* pairs) {
     const __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(two);
-    pairs[0] = (__m512bh)_mm512_unpacklo_epi16(a, b);
-    pairs[1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+    pairs[0] = _mm512_unpacklo_epi16(a, b);
+    pairs[1] = _mm512_unpackhi_epi16(a, b);
 }
 
 // 32 sums of such pairs, their channels in order.
@@ -124,7 +128,7 @@ template <int D, int H>
 void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor, Part<D>* parts,
                Ahead& ahead) {
     alignas(64) float scores[CHUNK];
-    alignas(64) bf16 probabilities[H][CHUNK];
+    alignas(64) Number probabilities[H][CHUNK];
     float shrink[H];
     for (int h = 0; h < H; h++) {
         score<D>(queries + h * D, chunk, key_at, factor, scores, ahead);
@@ -139,13 +143,15 @@ void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t 
             ahead.step(1);
             const bf16* const one = chunk.tokens[i] + value_at + channel;
             const bf16* const two = chunk.tokens[i + 1] + value_at + channel;
-            __m512bh pairs[4];
+            __m512i pairs[4];
             pair(one, two, pairs);
             pair(one + 32, two + 32, pairs + 2);
-            for (int h = 0; h < H; h++) {
-                const __m512bh both = (__m512bh)spread<16>(probabilities[h] + i);
-                for (int j = 0; j < 4; j++) mixed[h][j] = _mm512_dpbf16_ps(mixed[h][j], both, pairs[j]);
-            }
+            each_half([&]<int HALF>() __attribute__((always_inline)) {
+                for (int h = 0; h < H; h++) {
+                    const Factor both = spread_pair<HALF>(probabilities[h] + i);
+                    for (int j = 0; j < 4; j++) mixed[h][j] = add_products(mixed[h][j], both, factor_of<HALF>(pairs[j]));
+                }
+            });
         }
         for (int h = 0; h < H; h++)
             for (int j = 0; j < 4; j++) _mm512_storeu_ps(parts[h].sums + channel + 16 * j, mixed[h][j]);

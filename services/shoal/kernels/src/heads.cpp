@@ -29,8 +29,8 @@ void put_heads(const Operands& of, int64_t panel, int64_t row, int64_t num_rows,
             a[i] = rotated;
         }
         bf16* const to = heads.place(head, row + n) + at;
-        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]));
-        _mm512_storeu_si512(to + half, (__m512i)_mm512_cvtne2ps_pbh(b[1], b[0]));
+        shoal::store(to, a[0], a[1]);
+        shoal::store(to + half, b[0], b[1]);
     }
 }
 

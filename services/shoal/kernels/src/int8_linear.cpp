@@ -117,8 +117,7 @@ inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_
     for (int m = 0; m < M; m++) {
         const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scale(row + m)));
         const __m512 result = _mm512_fmadd_ps(joined((__m512i)sums(high[m]), (__m512i)sums(low[m])), scale, bias);
-        _mm256_mask_storeu_epi16(of.out.numbers + (row + m) * of.out.row + output, mask,
-                                 (__m256i)_mm512_cvtneps_pbh(result));
+        _mm256_mask_storeu_epi16(of.out.numbers + (row + m) * of.out.row + output, mask, narrowed(result));
     }
 }
 

@@ -12,6 +12,8 @@
 // with its panel of the others, and only what comes of both is written.
 #include "linear.hpp"
 
+#include "pairs.hpp"
+#include "room.hpp"
 #include "tiles.hpp"
 
 namespace shoal {
@@ -22,6 +24,8 @@ constexpr int ROWS = 12;
 constexpr int PAIRS = 16;     // a row's cache line holds so many
 constexpr int64_t FAR = 128;  // lines between what is fetched and what is read, where one group is all
 static_assert(FAR % (PAIRS * VECTORS) == 0 && PAIRS * VECTORS == LINE);
+constexpr int64_t NEAR_BYTES = 512 * 1024;      // of a block of many rows, widened
+constexpr int64_t FEWEST = 2, MOST = 8;         // groups of such a block
 
 // What is fetched meanwhile: `number` lines, those from `begin` to `end`, and then those at `then`.
 struct Fetched {
@@ -34,11 +38,23 @@ struct Fetched {
     }
 };
 
+// The rows [first, first + number) of the inputs, in groups as equal as can be.
+struct Rows {
+    Numbers inputs;
+    int64_t first, number;
+
+    int64_t num_groups() const { return (number + ROWS - 1) / ROWS; }
+    Rows group(int64_t index) const {
+        const int64_t begin = number * index / num_groups(), end = number * (index + 1) / num_groups();
+        return {{inputs[begin], inputs.row}, first + begin, end - begin};
+    }
+};
+
 // A panel's outputs of N rows, or to `kept` their sums. LINES are fetched with each pair of inputs, until all are.
 template <int N, bool IS_KEPT, int LINES>
-void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fetched, float* kept) {
+void multiply(const Operands& of, int64_t panel, const Rows& rows, const Fetched& fetched, float* kept) {
     const bf16* const weights = of.panel(panel);
-    const bf16* const inputs = of.inputs + row * of.size;
+    const Numbers inputs = rows.inputs;
     const int64_t size = of.size;
     const bool is_once = LINES == VECTORS && fetches_once();
     __m512 sums[N][VECTORS];
@@ -54,13 +70,15 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fet
                     if (is_once) fetch_once(from);
                     else fetch(from);
                 }
-            __m512bh shared[VECTORS];
-            for (int v = 0; v < VECTORS; v++)
-                shared[v] = (__m512bh)_mm512_loadu_si512(weights + (pair * VECTORS + v) * LINE);
-            for (int n = 0; n < N; n++) {
-                const __m512bh own = (__m512bh)spread<16>(inputs + n * size + 2 * pair);
-                for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_dpbf16_ps(sums[n][v], own, shared[v]);
-            }
+            each_half([&]<int HALF>() __attribute__((always_inline)) {
+                Factor shared[VECTORS];
+                for (int v = 0; v < VECTORS; v++)
+                    shared[v] = factor_of<HALF>(_mm512_loadu_si512(weights + (pair * VECTORS + v) * LINE));
+                for (int n = 0; n < N; n++) {
+                    const Factor own = spread_pair<HALF>(inputs[n] + 2 * pair);
+                    for (int v = 0; v < VECTORS; v++) sums[n][v] = add_products(sums[n][v], own, shared[v]);
+                }
+            });
         }
     };
     const int64_t fetching = std::min(size / 2, fetched.number / LINES);
@@ -72,7 +90,7 @@ void multiply(const Operands& of, int64_t panel, int64_t row, const Fetched& fet
         const __m512 bias = IS_KEPT ? _mm512_setzero_ps() : of.bias_of(output);
         for (int n = 0; n < N; n++) {
             if constexpr (IS_KEPT) _mm512_store_ps(kept + n * PANEL + 16 * v, sums[n][v]);
-            else of.put(row + n, output, _mm512_add_ps(sums[n][v], bias));
+            else of.put(rows.first + n, output, _mm512_add_ps(sums[n][v], bias));
         }
     }
 }
@@ -85,51 +103,79 @@ constexpr decltype(&multiply<1, IS_KEPT, LINES>) MULTIPLY[ROWS] = {
     multiply<10, IS_KEPT, LINES>, multiply<11, IS_KEPT, LINES>, multiply<12, IS_KEPT, LINES>,
 };
 
-// One of so many groups of rows, as equal as can be, goes through a panel. What is fetched is, where one group is all,
-// what this thread reads soon: the panel itself, FAR lines on, and then `next`, a line for each that is read. Else it's
-// the group's share of `next`, at half that pace: the multipliers have more to do.
+// One of the groups of rows goes through a panel. What is fetched is, where one group is all, what this thread reads soon:
+// the panel itself, FAR lines on, and then `next`, a line for each that is read. Else it's the group's share of `next`, at
+// half that pace: the multipliers have more to do.
 template <bool IS_KEPT>
-void pass(const Operands& of, int64_t panel, const bf16* next, int64_t group, int64_t num_groups, float* kept) {
-    const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
+void pass(const Operands& of, int64_t panel, const bf16* next, const Rows& rows, int64_t group, float* kept) {
+    const int64_t num_groups = rows.num_groups();
     if (num_groups == 1) {
         const int64_t ahead = std::min(FAR, of.size);
         const bf16* const own = of.panel(panel);
         const Fetched fetched = {next ? of.size : of.size - ahead, own + ahead * LINE, own + of.size * LINE, next};
-        return MULTIPLY<IS_KEPT, VECTORS>[end - 1](of, panel, 0, fetched, kept);
+        return MULTIPLY<IS_KEPT, VECTORS>[rows.number - 1](of, panel, rows, fetched, kept);
     }
     Fetched fetched = {};
     if (next) {
         const auto share = [&](int64_t number) { return of.size / PAIRS * number / num_groups * PAIRS; };
         fetched = {share(group + 1) - share(group), next + share(group) * LINE, next + of.size * LINE, nullptr};
     }
-    MULTIPLY<IS_KEPT, 1>[end - begin - 1](of, panel, begin, fetched, kept);
+    const Rows own = rows.group(group);
+    MULTIPLY<IS_KEPT, 1>[own.number - 1](of, panel, own, fetched, kept);
 }
 
-// All rows; `next` is the panel that this thread takes then, if there's such a one.
-void multiply_panel(const Operands& of, int64_t panel, int64_t next) {
-    const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, gated = of.second_panel(panel);
+// All of `rows`; `next` is the panel that this thread takes then, if there's such a one.
+void multiply_panel(const Operands& of, const Rows& rows, int64_t panel, int64_t next) {
+    const int64_t num_groups = rows.num_groups(), gated = of.second_panel(panel);
     const bf16* const own_next = next < of.num_turns() ? of.panel(next) : nullptr;
     alignas(64) float own[ROWS * PANEL], gated_sums[ROWS * PANEL];
     for (int64_t group = 0; group < num_groups; group++) {
         if (!of.is_gated()) {
-            pass<false>(of, panel, own_next, group, num_groups, nullptr);
+            pass<false>(of, panel, own_next, rows, group, nullptr);
             continue;
         }
         const bf16* const gated_next = own_next ? of.panel(of.second_panel(next)) : nullptr;
-        pass<true>(of, panel, num_groups == 1 ? of.panel(gated) : own_next, group, num_groups, own);
-        pass<true>(of, gated, num_groups == 1 ? own_next : gated_next, group, num_groups, gated_sums);
-        const int64_t begin = of.num_rows * group / num_groups, end = of.num_rows * (group + 1) / num_groups;
-        put_gated(of, panel, begin, end - begin, own, gated_sums);
+        pass<true>(of, panel, num_groups == 1 ? of.panel(gated) : own_next, rows, group, own);
+        pass<true>(of, gated, num_groups == 1 ? own_next : gated_next, rows, group, gated_sums);
+        const Rows made = rows.group(group);
+        put_gated(of, panel, made.first, made.number, own, gated_sums);
     }
 }
 
-void multiply_by_rows(const Operands& of, int num_threads) {
+// Those of the inputs, as this thread spreads them.
+Rows rows_of(const Operands& of, int64_t first, int64_t number) {
+    static thread_local Room<Number> widened;
+    Number* const room = widened.of(number * of.size * ROOM_OF_A_NUMBER);
+    return {spreadable(of.inputs + first * of.size, of.size, number, of.size, room), first, number};
+}
+
+// Each thread takes some panels, and all rows.
+void multiply_panels(const Operands& of, int num_threads) {
     const int64_t at_once = panels_at_once(of, num_threads);
+    const Rows rows = rows_of(of, 0, is_left_behind() ? 0 : of.num_rows);
     share_panels(of, num_threads, at_once, [&](const Operands& to, int64_t begin, int64_t end) {
         // The piece after this one is another thread's, most likely.
         for (int64_t panel = begin; panel < end; panel++)
-            multiply_panel(to, panel, panel + 1 < end ? panel + 1 : begin + at_once * num_threads);
+            multiply_panel(to, rows, panel, panel + 1 < end ? panel + 1 : begin + at_once * num_threads);
     });
+}
+
+// Each thread takes some of many rows, widened in the second cache, and all panels. Groups are full but for the last.
+void multiply_blocks(const Operands& of, int num_threads) {
+    const int64_t most = std::clamp<int64_t>(NEAR_BYTES / (ROWS * of.size * (int64_t)sizeof(Number)), FEWEST, MOST);
+    const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, needed = (num_groups + most - 1) / most;
+    const int64_t num_blocks = std::min((needed + num_threads - 1) / num_threads * num_threads, num_groups);
+    share(num_blocks, num_threads, [&](int64_t block) {
+        const auto row = [&](int64_t index) { return std::min(num_groups * index / num_blocks * ROWS, of.num_rows); };
+        const Rows rows = rows_of(of, row(block), row(block + 1) - row(block));
+        for (int64_t panel = 0; panel < of.num_turns(); panel++) multiply_panel(of, rows, panel, panel + 1);
+    });
+}
+
+void multiply_by_rows(const Operands& of, int num_threads) {
+    // As they lie, many rows are read from anywhere as quickly.
+    if (HALVES == 2 && of.num_rows > MANY_ROWS) multiply_blocks(of, num_threads);
+    else multiply_panels(of, num_threads);
 }
 
 int linear(const Operands& of, int num_threads) {

@@ -46,10 +46,10 @@ struct Operands {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
     void put_line(int64_t row, int64_t output, __m512 low, __m512 high) const {
-        _mm512_storeu_si512(out.at(row, output), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        store(out.at(row, output), low, high);
     }
     void put(int64_t row, int64_t output, __m512 sums) const {
-        _mm256_mask_storeu_epi16(out.at(row, output), mask(output), (__m256i)_mm512_cvtneps_pbh(sums));
+        _mm256_mask_storeu_epi16(out.at(row, output), mask(output), narrowed(sums));
     }
 };
 
@@ -72,7 +72,7 @@ inline void put(const Operands& of, int64_t panel, int64_t row, int64_t num_rows
 }
 
 inline __m512 rounded(__m512 numbers) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)), 16));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(numbers)), 16));
 }
 
 // The same where a panel's outputs gate those of another one, whose sums are `gated`. They are rounded before, too: a row's

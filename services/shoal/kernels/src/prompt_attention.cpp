@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "crew.hpp"
+#include "pairs.hpp"
 #include "prompt_attention.hpp"
 #include "room.hpp"
 #include "tiled_attention.hpp"
@@ -26,29 +27,24 @@ constexpr int PANEL = KEYS;
 constexpr int BLOCK = 512;
 constexpr int VECTORS = PANEL / 16;
 
-inline __m512bh both(const bf16* pair) {
-    int32_t bits;
-    std::memcpy(&bits, pair, sizeof bits);
-    return (__m512bh)_mm512_set1_epi32(bits);
-}
-
 // sums[row][0..64) += sum over pairs of left[row][pair] * right[pair][0..64): both products of attention.
 template <int N>
-inline void multiply(const bf16* left, int64_t left_row, const bf16* right, int64_t right_pair, int num_pairs,
-                     float* sums, int64_t sums_row, bool adds) {
+inline void multiply(Numbers left, const bf16* right, int64_t right_pair, int num_pairs, float* sums, int64_t sums_row,
+                     bool adds) {
     __m512 acc[N][VECTORS];
     for (int row = 0; row < N; row++)
         for (int j = 0; j < VECTORS; j++)
             acc[row][j] = adds ? _mm512_load_ps(sums + row * sums_row + 16 * j) : _mm512_setzero_ps();
-    for (int pair = 0; pair < num_pairs; pair++) {
-        __m512bh shared[VECTORS];
-        for (int j = 0; j < VECTORS; j++)
-            shared[j] = (__m512bh)_mm512_load_si512(right + pair * right_pair + 32 * j);
-        for (int row = 0; row < N; row++) {
-            const __m512bh own = both(left + row * left_row + 2 * pair);
-            for (int j = 0; j < VECTORS; j++) acc[row][j] = _mm512_dpbf16_ps(acc[row][j], shared[j], own);
-        }
-    }
+    for (int pair = 0; pair < num_pairs; pair++)
+        each_half([&]<int HALF>() __attribute__((always_inline)) {
+            Factor shared[VECTORS];
+            for (int j = 0; j < VECTORS; j++)
+                shared[j] = factor_of<HALF>(_mm512_load_si512(right + pair * right_pair + 32 * j));
+            for (int row = 0; row < N; row++) {
+                const Factor own = spread_pair<HALF>(left[row] + 2 * pair);
+                for (int j = 0; j < VECTORS; j++) acc[row][j] = add_products(acc[row][j], shared[j], own);
+            }
+        });
     for (int row = 0; row < N; row++)
         for (int j = 0; j < VECTORS; j++) _mm512_store_ps(sums + row * sums_row + 16 * j, acc[row][j]);
 }
@@ -60,7 +56,7 @@ struct Softmax {
 
     // Turns the scores of a block, [0, width), into probabilities; those outside `seen` count nothing.
     template <int D>
-    void add(const float* scores, int width, Range seen, float factor, float* sum, bf16* probabilities) {
+    void add(const float* scores, int width, Range seen, float factor, float* sum, Number* probabilities) {
         if (seen.begin <= 0 && seen.end >= width)
             add<D>(scores, width, factor, sum, probabilities, [](int) { return (__mmask16)0xffff; });
         else
@@ -84,7 +80,7 @@ struct Softmax {
    private:
     // Two registers at a time: neither waits for the other.
     template <int D, class Seen>
-    void add(const float* scores, int width, float factor, float* sum, bf16* probabilities, const Seen& sees) {
+    void add(const float* scores, int width, float factor, float* sum, Number* probabilities, const Seen& sees) {
         const auto score = [&](int j) {
             return _mm512_mask_mov_ps(_mm512_set1_ps(LOWEST), sees(j), _mm512_load_ps(scores + j));
         };
@@ -105,7 +101,7 @@ struct Softmax {
             const __m512 two = _mm512_maskz_mov_ps(sees(j + 16), at(j + 16));
             added = _mm512_add_ps(added, one);
             added2 = _mm512_add_ps(added2, two);
-            _mm512_store_si512(probabilities + j, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+            store(probabilities + j, one, two);
         }
         total += _mm512_reduce_add_ps(_mm512_add_ps(added, added2));
     }
@@ -122,18 +118,19 @@ template <int D, int N>
 void attend(const bf16* queries, int64_t query_row, Packed kv, const Range* seen, float factor, bf16* out,
             int64_t out_row) {
     alignas(64) float scores[N * BLOCK], sums[N * D] = {};
-    alignas(64) bf16 probabilities[N * BLOCK];
+    alignas(64) Number probabilities[N * BLOCK], widened[N * D * ROOM_OF_A_NUMBER + 1];
+    const Numbers asked = spreadable(queries, query_row, N, D, widened);
     Softmax softmax[N];
     const int64_t end = seen[N - 1].end;
     for (int64_t block = seen[0].begin / PANEL * PANEL; block < end; block += BLOCK) {
         const int width = (int)(std::min<int64_t>(BLOCK, end - block) + PANEL - 1) / PANEL * PANEL;
         for (int key = 0; key < width; key += PANEL)
-            multiply<N>(queries, query_row, kv.keys + (block + key) * D, 2 * PANEL, D / 2, scores + key, BLOCK, false);
+            multiply<N>(asked, kv.keys + (block + key) * D, 2 * PANEL, D / 2, scores + key, BLOCK, false);
         for (int row = 0; row < N; row++)
             softmax[row].template add<D>(scores + row * BLOCK, width, {seen[row].begin - block, seen[row].end - block},
                                          factor, sums + row * D, probabilities + row * BLOCK);
         for (int channel = 0; channel < D; channel += PANEL)
-            multiply<N>(probabilities, BLOCK, kv.values + block * D + 2 * channel, 2 * D, width / 2, sums + channel, D,
+            multiply<N>({probabilities, BLOCK}, kv.values + block * D + 2 * channel, 2 * D, width / 2, sums + channel, D,
                         true);
     }
     for (int row = 0; row < N; row++) finish<D>(sums + row * D, softmax[row], out + row * out_row);

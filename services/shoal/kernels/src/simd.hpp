@@ -55,8 +55,32 @@ inline __m512 load(const bf16* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+#ifdef __AVX512BF16__
+inline __m256i narrowed(__m512 numbers) { return (__m256i)_mm512_cvtneps_pbh(numbers); }
+inline __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+#else
+// The nearest bfloat16 in each lane's upper half; of a tie the even one, and of a NaN a quiet one.
+inline __m512i nearest(__m512 numbers) {
+    const __m512i bits = _mm512_castps_si512(numbers);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(near, is_nan, bits, _mm512_set1_epi32(1 << 22));
+}
+inline __m256i narrowed(__m512 numbers) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest(numbers), 16)); }
+inline __m512i narrowed(__m512 low, __m512 high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(low)), narrowed(high), 1);
+}
+#endif
+
 inline void store(bf16* to, __m512 numbers) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(numbers));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(numbers));
+}
+inline void store(bf16* to, __m512 low, __m512 high) { _mm512_storeu_si512(to, narrowed(low, high)); }
+inline void store(float* to, __m512 numbers) { _mm512_storeu_ps(to, numbers); }
+inline void store(float* to, __m512 low, __m512 high) {
+    store(to, low);
+    store(to + 16, high);
 }
 
 // 2^x for x <= 127; what is below 2^-126 becomes that. The relative error is below 1e-6, bfloat16's is 4e-3.

@@ -203,7 +203,9 @@ def widening_kernels(folder: Path) -> NativeKernels:
     native_kernels()
     if target_of(cpu_flags()) is TARGETS[-1]:
         pytest.skip("as they are, they widen it")
-    return NativeKernels(ctypes.CDLL(str(compiled(folder, TARGETS[-1], "-O1"))))
+    kernels = NativeKernels(ctypes.CDLL(str(compiled(folder, TARGETS[-1], "-O1"))))
+    kernels.use_tiles(False)
+    return kernels
 
 
 @contextmanager

@@ -52,11 +52,12 @@ class Finding:
 
 def examine(ports: Iterable[int] = (8000, 9000)) -> list[Finding]:
     """Look at everything that ``shoal serve`` depends on. Takes a few seconds, most of it loading torch and Ray."""
+    memory = judge_memory(available_memory_bytes())  # before torch takes some
     lacks_kernels = _why_no_kernels()
     return [
         judge_python(sys.version_info[:3]),
         judge_cores(usable_cores()),
-        judge_memory(available_memory_bytes()),
+        memory,
         judge_shared_memory(_free_bytes(Path(_SHM))),
         *_examine_torch(lacks_kernels is None),
         _examine_kernels(lacks_kernels),

@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from exported import Model
 
-from shoal.engine.build import choose_dtype
+from shoal.machine import multiplies_bfloat16
 
 _HERE = Path(__file__).parent
 MODEL_NAME = "smollm2"
@@ -85,6 +84,7 @@ def arms(
     vllm_command = partial(_vllm_command, model, vllm, stream_interval)
     vllm_float32 = partial(_vllm_command, model, vllm, stream_interval, "float32")
     shoal = partial(_shoal, model=model, stream_interval=stream_interval)
+    is_emulated = not multiplies_bfloat16()
     return (
         _transformers(model),
         _if_emulated(_transformers(model, "float32")),
@@ -103,7 +103,7 @@ def arms(
             num_skipped=num_skipped,
             is_handed_off=True,
             kernels="torch",
-            dtype="auto",
+            weights="float32" if is_emulated else "bfloat16",
         ),
         shoal("shoal-int8", "handed off, decode's weights in int8", num_skipped=0, is_handed_off=True, weights="int8"),
     )
@@ -111,10 +111,8 @@ def arms(
 
 def _if_emulated(arm: Arm) -> Arm:
     """In float32, which is a peer's best where its bfloat16 is emulated."""
-    other = replace(arm, name=f"{arm.name}-float32", weights="float32")
-    if choose_dtype("auto", torch.device("cpu")) is torch.float32:
-        return other
-    return replace(other, missing="this processor multiplies bfloat16, which is quicker")
+    missing = "this processor multiplies bfloat16, which is quicker" if multiplies_bfloat16() else arm.missing
+    return replace(arm, name=f"{arm.name}-float32", weights="float32", missing=missing)
 
 
 def _transformers(model: Model, dtype: str = "bfloat16") -> Arm:
@@ -219,13 +217,15 @@ def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
 
 def _shoal(
     name: str, what: str, *, model: Model, stream_interval: int, num_skipped: int, is_handed_off: bool,
-    weights: str = "bfloat16", kernels: str = "auto", dtype: str = "bfloat16",
+    weights: str = "bfloat16", kernels: str = "auto",
 ) -> Arm:  # fmt: skip
+    dtype = "float32" if weights == "float32" else "bfloat16"
+
     def command(mode: Mode, port: int) -> list[str]:
         return [
             sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", dtype,
             "--skip-layers", str(num_skipped), "--port", str(port), "--grpc-port", "0",
-            *(() if weights == "bfloat16" else ("--decode-weights", weights)),
+            *(("--decode-weights", weights) if weights == "int8" else ()),
         ]  # fmt: skip
 
     environment = {

@@ -73,4 +73,4 @@ DecodeWeights = Annotated[
     WeightsOption | None,
     typer.Option(help="int8 halves what decode reads for a token, for about the same answers. Default: as --dtype."),
 ]
-Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where the machine computes it natively.")]
+Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where it's quicker than float32.")]

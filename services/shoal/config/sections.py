@@ -73,7 +73,7 @@ class ModelConfig(Frozen):
 
     name: str = Field("smollm2", description="A known name, a folder with safetensors, or a .gguf file.")
     served_name: str | None = Field(None, description="The name clients use; by default the model's own.")
-    dtype: Dtype = Field("auto", description="Weights and activations; auto is bfloat16 where the machine has it.")
+    dtype: Dtype = Field("auto", description="Weights and activations; auto is bfloat16 where it's quicker.")
     kv_dtype: Dtype = Field("auto", description="The KV cache's dtype; auto is the same as dtype.")
     skip_layers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="How many of the last layers a shallow prompt skips; by default a third."

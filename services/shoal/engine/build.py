@@ -24,12 +24,13 @@ from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import StepGraphs
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
+from shoal.kernels.build import fits
 from shoal.kernels.copying import Copier
 from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
 from shoal.kernels.native import load as load_kernels
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
-from shoal.machine import available_memory_bytes, multiplies_bfloat16, step_back, usable_threads
+from shoal.machine import available_memory_bytes, cpu_flags, multiplies_bfloat16, step_back, usable_threads
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.families import ModelSpec
 from shoal.model.files import ModelFiles, locate
@@ -124,13 +125,19 @@ def choose_dtype(wanted: Dtype, device: torch.device, *, widens: Callable[[], bo
 
 
 def _have_own_kernels(config: ShoalConfig, spec: ModelSpec, device: torch.device) -> bool:
-    """Whether both pools compute bfloat16 by Shoal's own kernels, if all their machines are as this one."""
-    if "torch" in (config.prefill.kernels, config.decode.kernels):
+    """Whether the pools that run on CPUs compute bfloat16 by Shoal's own kernels, if their machines are as this one."""
+    pools = [pool for pool in (config.prefill, config.decode) if pool.num_gpus == 0 and pool.device in {"auto", "cpu"}]
+    if any(pool.kernels == "torch" for pool in pools):
         return False
+    kv_dtype = torch.bfloat16 if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
     try:
-        find_kernels(spec, torch.bfloat16, torch.bfloat16, device)
+        find_kernels(spec, torch.bfloat16, kv_dtype, device)
     except ConfigError as error:
-        _log.info("float32, as torch computes", reason=error.message)
+        if any(pool.kernels == "native" or pool.weights == "int8" for pool in pools):
+            return True  # whoever can't do without them says why there are none
+        # Beside others that have them, its K/V would be of another dtype than theirs.
+        tell = _log.warning if fits(cpu_flags()) else _log.info
+        tell("float32, as torch computes; model.dtype says otherwise", reason=error.message)
         return False
     return True
 

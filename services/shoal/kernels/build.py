@@ -36,9 +36,13 @@ class Target:
     options: tuple[str, ...]
 
 
-_V4_FLAGS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "fma", "bmi2"})
+_V4_FLAGS = frozenset({
+    "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "popcnt",
+    "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni",
+})  # fmt: skip
 _V4_OPTIONS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512vnni", "-pthread", "-fPIC")
-# The best first. Those of the second widen bfloat16 to multiply it (src/pairs.hpp).
+# The best first: from AMD's Zen 4 and Intel's Sapphire Rapids on; then, which widens bfloat16 to multiply it (src/
+# pairs.hpp), from Intel's Cascade Lake on.
 TARGETS = (
     Target(_V4_FLAGS | {"avx512_bf16", "vpclmulqdq"}, (*_V4_OPTIONS, "-mavx512bf16", "-mvpclmulqdq")),
     Target(_V4_FLAGS | {"pclmulqdq"}, (*_V4_OPTIONS, "-mpclmul")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from engines import (
 from models import save_tiny, tiny_model
 from shoal.config import ModelConfig, ShoalConfig, StageConfig, load_config
 from shoal.engine import build, native
-from shoal.engine.build import Served, choose_kernels
+from shoal.engine.build import Served, choose_kernels, require_int8
 from shoal.engine.native import check_native
 from shoal.errors import ConfigError
 from shoal.kernels.native import NativeKernels
@@ -120,6 +120,10 @@ def test_python_and_kernels_agree_on_how_many_rows_are_few():
     assert f"FEW_ROWS = {native.MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")
 
 
+def no_kernels(*_: object) -> NoReturn:
+    raise ConfigError("no C++ compiler is at hand")
+
+
 class TestWithoutNativeBfloat16:
     """What `auto` is on a CPU whose bfloat16 torch would emulate."""
 
@@ -134,12 +138,26 @@ class TestWithoutNativeBfloat16:
     def test_it_is_float32_where_torch_is_to_compute_in_a_pool(self, kernels: NativeKernels, stage: str) -> None:
         assert Served.of(load_config(**{stage: {"kernels": "torch"}})).dtype is torch.float32
 
-    def test_it_is_float32_where_there_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def none(*_: object) -> None:
-            raise ConfigError("no C++ compiler is at hand")
+    def test_a_pool_on_gpus_may_leave_all_to_torch(self, kernels: NativeKernels) -> None:
+        assert Served.of(load_config(prefill={"kernels": "torch", "num_gpus": 1})).dtype is torch.bfloat16
 
-        monkeypatch.setattr(build, "find_kernels", none)
+    def test_it_is_float32_where_there_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build, "find_kernels", no_kernels)
         assert Served.of(load_config()).dtype is torch.float32
+
+    @pytest.mark.parametrize("demanded", [{"kernels": "native"}, {"weights": "int8"}])
+    def test_who_cannot_do_without_them_is_told_why_there_are_none(
+        self, monkeypatch: pytest.MonkeyPatch, demanded: dict[str, Any]
+    ) -> None:
+        monkeypatch.setattr(build, "find_kernels", no_kernels)
+        config = load_config(decode=demanded)
+        choose = require_int8 if "weights" in demanded else choose_kernels
+        with pytest.raises(ConfigError, match="no C\\+\\+ compiler is at hand"):
+            choose(config.decode, Served.of(config), CPU)
+
+    def test_it_is_float32_where_kv_is(self, kernels: NativeKernels) -> None:
+        """They take no other K/V than theirs."""
+        assert Served.of(load_config(model={"kv_dtype": "float32"})).dtype is torch.float32
 
     def test_it_is_float32_for_a_model_that_they_cannot_run(self, kernels: NativeKernels, tmp_path: Path) -> None:
         save_tiny(tmp_path)  # whose heads are smaller than any that they take

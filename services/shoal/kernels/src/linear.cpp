@@ -152,7 +152,8 @@ Rows rows_of(const Operands& of, int64_t first, int64_t number) {
 // Each thread takes some panels, and all rows.
 void multiply_panels(const Operands& of, int num_threads) {
     const int64_t at_once = panels_at_once(of, num_threads);
-    const Rows rows = rows_of(of, 0, is_left_behind() ? 0 : of.num_rows);
+    const bool is_done = HALVES == 2 && is_left_behind();  // there is nothing to widen then
+    const Rows rows = rows_of(of, 0, is_done ? 0 : of.num_rows);
     share_panels(of, num_threads, at_once, [&](const Operands& to, int64_t begin, int64_t end) {
         // The piece after this one is another thread's, most likely.
         for (int64_t panel = begin; panel < end; panel++)
@@ -160,7 +161,8 @@ void multiply_panels(const Operands& of, int num_threads) {
     });
 }
 
-// Each thread takes some of many rows, widened in the second cache, and all panels. Groups are full but for the last.
+// Each thread takes some of many rows, widened in the second cache, and all panels. All but the last are so many that
+// groups are full.
 void multiply_blocks(const Operands& of, int num_threads) {
     const int64_t most = std::clamp<int64_t>(NEAR_BYTES / (ROWS * of.size * (int64_t)sizeof(Number)), FEWEST, MOST);
     const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, needed = (num_groups + most - 1) / most;

@@ -7,8 +7,8 @@
 //     values  [pair of keys][channel][2]
 //
 // Six rows of queries share each load of them: 24 registers hold sums, four what was loaded. Rows go through the keys block
-// by block, with an online softmax between. Scores and sums are float32; probabilities are rounded to bfloat16. Where the
-// processor has tiles, they do all this in their own way (tiled_attention.hpp).
+// by block, with an online softmax between. Scores and sums are float32; probabilities are rounded to bfloat16, where pairs
+// of it are multiplied (pairs.hpp). Where the processor has tiles, they do all this in their own way (tiled_attention.hpp).
 
 #include <algorithm>
 #include <cmath>

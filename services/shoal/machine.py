@@ -52,6 +52,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 @cache
+def is_intels() -> bool:
+    """Whether Intel made the processor, whose libraries know its own best."""
+    return any(line.split() == ["vendor_id", ":", "GenuineIntel"] for line in _text(Path("/proc/cpuinfo")).splitlines())
+
+
+@cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has products of bfloat16; elsewhere torch emulates them, slower than those of float32."""
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})  # the last on Arm

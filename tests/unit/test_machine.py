@@ -147,3 +147,20 @@ def test_where_the_system_forbids_it_nothing_happens(monkeypatch: pytest.MonkeyP
 )
 def test_prefill_steps_back_where_it_shares_cores(given: int | None, stage: Stage, device: str, expected: int) -> None:
     assert build.choose_niceness(StageConfig(niceness=given), stage, torch.device(device)) == expected
+
+
+ZEN_4 = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fma avx512f avx512_bf16\n"
+ICE_LAKE = "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fma avx512f avx512_vnni\n"
+GRAVITON_3 = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "intels", "multiplies"),
+    [(ZEN_4, False, True), (ICE_LAKE, True, False), (GRAVITON_3, False, True), ("", False, False)],
+    ids=["Zen 4", "Ice Lake", "Graviton 3", "nothing"],
+)
+def test_what_the_processor_is(monkeypatch: pytest.MonkeyPatch, said: str, intels: bool, multiplies: bool) -> None:
+    monkeypatch.setattr(machine, "_text", lambda path: said)
+    # Past what they keep, which is this machine's.
+    assert machine.is_intels.__wrapped__() == intels
+    assert machine.multiplies_bfloat16.__wrapped__() == multiplies

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from shoal.machine import is_intels
 from shoal.model.int8 import Int8Matrix
 from shoal.model.packed import PackedMatrix
 
@@ -29,9 +30,14 @@ def linear(inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> t
         return weight.linear(inputs, bias)
     if weight.dtype is torch.float32 and weight.device.type == "cpu" and not _is_trained(inputs, weight, bias):
         by_onednn = onednn_linear()
-        if by_onednn is not None:
+        if by_onednn is not None and not _is_mkl_quicker(inputs.shape[0]):
             return by_onednn(inputs, weight, bias)
     return F.linear(inputs, weight, bias)
+
+
+def _is_mkl_quicker(num_rows: int) -> bool:
+    """On Intel's processors it is with one row or two, and with many; in between it takes up to twice as long."""
+    return is_intels() and not 2 < num_rows <= 64
 
 
 def _is_trained(*tensors: torch.Tensor | None) -> bool:

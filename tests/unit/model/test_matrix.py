@@ -76,6 +76,16 @@ def test_onednn_is_asked_for_float32_alone(by_onednn: Mock, dtype: torch.dtype):
     assert by_onednn.called == (dtype is torch.float32)
 
 
+@pytest.mark.parametrize("intels", [False, True])
+@pytest.mark.parametrize(("rows", "is_mkls"), [(1, True), (2, True), (3, False), (64, False), (65, True), (300, True)])
+def test_mkl_is_asked_where_it_is_quicker(
+    by_onednn: Mock, monkeypatch: pytest.MonkeyPatch, rows: int, is_mkls: bool, intels: bool
+):
+    monkeypatch.setattr("shoal.model.matrix.is_intels", lambda: intels)
+    linear(numbers(rows, INPUTS), numbers(OUTPUTS, INPUTS), None)
+    assert by_onednn.called == (not (intels and is_mkls))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_onednn_is_asked_where_nothing_is_trained(by_onednn: Mock, mode: type[torch.no_grad | torch.inference_mode]):
     with mode():

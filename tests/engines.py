@@ -199,10 +199,10 @@ def emulated_kernels(folder: Path) -> NativeKernels:
 
 
 def widening_kernels(folder: Path) -> NativeKernels:
-    """Of processors that don't multiply bfloat16. Skips the test where those of this machine are the same."""
+    """Of processors that multiply neither bfloat16 nor bytes. Skips the test where this machine is one."""
     native_kernels()
     if target_of(cpu_flags()) is TARGETS[-1]:
-        pytest.skip("as they are, they widen it")
+        pytest.skip("as they are, they widen all")
     kernels = NativeKernels(ctypes.CDLL(str(compiled(folder, TARGETS[-1], "-O1"))))
     kernels.use_tiles(False)
     return kernels

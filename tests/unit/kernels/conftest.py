@@ -13,7 +13,7 @@ from shoal.kernels.native import NativeKernels
 @pytest.fixture(scope="module", params=["as it is", "without tiles", "emulated tiles", "widening"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeKernels]:
     """By this machine's instructions; without its matrix unit, if it has one; by one that plain code stands in for; by
-    those of a processor that doesn't multiply bfloat16."""
+    those of a processor that multiplies neither bfloat16 nor bytes."""
     kernels = native_kernels()
     compile_one = {"emulated tiles": emulated_kernels, "widening": widening_kernels}.get(request.param)
     if compile_one is not None:

@@ -40,12 +40,6 @@ struct Operands {
     bool fit_lanes() const { return size % BLOCK == 0 && num_outputs % 16 == 0; }
 };
 
-// Adds to `sum` the products of bytes, four to a lane. In assembler: with the intrinsic, GCC 12 keeps a copy of each sum
-// in memory, which takes twice as long.
-inline void add_products(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
-}
-
 inline __m512 joined(__m512i high, __m512i low) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
 }
@@ -63,8 +57,8 @@ struct Sums {
         for (int m = 0; m < M; m++) {
             const __m512i above = blocks[m * row_size], below = blocks[m * row_size + 1];
             for (int n = 0; n < N; n++) {
-                add_products(high[m][n], flipped[n], above);
-                add_products(low[m][n], flipped[n], below);
+                add_bytes(high[m][n], flipped[n], above);
+                add_bytes(low[m][n], flipped[n], below);
             }
         }
     }
@@ -186,7 +180,7 @@ inline void sixteen_by_lanes(const Operands& of, const Whole& inputs, const __m5
                 for (int n = 0; n < N; n++) {
                     const __m512i shared =
                         _mm512_xor_si512(spread<ROWS>(weights + n * of.size + at), _mm512_set1_epi8(-128));
-                    for (int i = 0; i < 2 * R; i++) add_products(acc[n][i / 2][i % 2], shared, own[i]);
+                    for (int i = 0; i < 2 * R; i++) add_bytes(acc[n][i / 2][i % 2], shared, own[i]);
                 }
         }
         for (int n = 0; n < N; n++)

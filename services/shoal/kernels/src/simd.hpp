@@ -59,13 +59,12 @@ inline __m512 load(const bf16* from) {
 inline __m256i narrowed(__m512 numbers) { return (__m256i)_mm512_cvtneps_pbh(numbers); }
 inline __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 #else
-// The nearest bfloat16 in each lane's upper half; of a tie the even one, and of a NaN a quiet one.
+// The nearest bfloat16 in each lane's upper half, of a tie the even one. A NaN stays one: what makes them sets none of the
+// bits that are rounded, neither bfloat16's nor the processor's own.
 inline __m512i nearest(__m512 numbers) {
     const __m512i bits = _mm512_castps_si512(numbers);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(near, is_nan, bits, _mm512_set1_epi32(1 << 22));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
 inline __m256i narrowed(__m512 numbers) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest(numbers), 16)); }
 inline __m512i narrowed(__m512 low, __m512 high) {

@@ -47,6 +47,20 @@ inline float largest_of(const bf16* from, int64_t size) {
     return std::bit_cast<float>(_mm512_reduce_max_epu32(most));
 }
 
+// Adds to `sum` the products of bytes, four to a lane.
+inline void add_bytes(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+#ifdef __AVX512VNNI__
+    // In assembler: with the intrinsic, GCC 12 keeps a copy of each sum in memory, which takes twice as long.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+#else
+    // Two at a time, as numbers of 16 bits: of bytes the instruction would bound its sums.
+    const auto add = [&](__m512i one, __m512i other) { sum = _mm512_add_epi32(sum, _mm512_madd_epi16(one, other)); };
+    add(_mm512_and_si512(unsigned_bytes, _mm512_set1_epi16(0xff)),
+        _mm512_srai_epi16(_mm512_slli_epi16(signed_bytes, 8), 8));
+    add(_mm512_srli_epi16(unsigned_bytes, 8), _mm512_srai_epi16(signed_bytes, 8));
+#endif
+}
+
 // One row of inputs. Where a number isn't finite, the scale is NaN, and so is all that comes of the row.
 inline void make_whole(const bf16* from, int64_t size, const Whole& to, int64_t row) {
     const float largest = largest_of(from, size);
@@ -68,8 +82,8 @@ inline void make_whole(const bf16* from, int64_t size, const Whole& to, int64_t 
         }
         blocks[2 * block] = _mm512_load_si512(high);
         blocks[2 * block + 1] = _mm512_load_si512(low);
-        high_sum = _mm512_dpbusd_epi32(high_sum, flipped, blocks[2 * block]);
-        low_sum = _mm512_dpbusd_epi32(low_sum, flipped, blocks[2 * block + 1]);
+        add_bytes(high_sum, flipped, blocks[2 * block]);
+        add_bytes(low_sum, flipped, blocks[2 * block + 1]);
     }
     blocks[2 * to.num_blocks] = _mm512_sub_epi32(_mm512_setzero_si512(), high_sum);
     blocks[2 * to.num_blocks + 1] = _mm512_sub_epi32(_mm512_setzero_si512(), low_sum);

@@ -110,7 +110,7 @@ def arms(
 
 
 def _if_emulated(arm: Arm) -> Arm:
-    """In float32, which is a peer's best where its bfloat16 is emulated."""
+    """In float32, which is a peer's best, of prompts above all, where its bfloat16 is emulated."""
     missing = "this processor multiplies bfloat16, which is quicker" if multiplies_bfloat16() else arm.missing
     return replace(arm, name=f"{arm.name}-float32", weights="float32", missing=missing)
 

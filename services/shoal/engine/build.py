@@ -18,7 +18,7 @@ from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.engine.gpu import GpuKernels, find_gpu_kernels
-from shoal.engine.native import find_kernels, hold_for, make_chooser, make_decode_path, make_decoder
+from shoal.engine.native import check_native, find_kernels, hold_for, make_chooser, make_decode_path, make_decoder
 from shoal.engine.runner import DecodePath, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import StepGraphs
@@ -126,17 +126,20 @@ def choose_dtype(wanted: Dtype, device: torch.device, *, widens: Callable[[], bo
 
 def _have_own_kernels(config: ShoalConfig, spec: ModelSpec, device: torch.device) -> bool:
     """Whether the pools that run on CPUs compute bfloat16 by Shoal's own kernels, if their machines are as this one."""
-    pools = [pool for pool in (config.prefill, config.decode) if pool.num_gpus == 0 and pool.device in {"auto", "cpu"}]
+    both = (config.prefill, config.decode)
+    pools = [pool for pool in both if pool.device == "cpu" or (pool.device == "auto" and not pool.num_gpus)]
     if any(pool.kernels == "torch" for pool in pools):
         return False
     kv_dtype = torch.bfloat16 if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
+    tell = _log.info
     try:
-        find_kernels(spec, torch.bfloat16, kv_dtype, device)
+        check_native(spec, torch.bfloat16, kv_dtype, device)
+        if fits(cpu_flags()):
+            tell = _log.warning  # beside others that have them, its K/V would be of another dtype than theirs
+        load_kernels()
     except ConfigError as error:
         if any(pool.kernels == "native" or pool.weights == "int8" for pool in pools):
             return True  # whoever can't do without them says why there are none
-        # Beside others that have them, its K/V would be of another dtype than theirs.
-        tell = _log.warning if fits(cpu_flags()) else _log.info
         tell("float32, as torch computes; model.dtype says otherwise", reason=error.message)
         return False
     return True

@@ -138,18 +138,23 @@ class TestWithoutNativeBfloat16:
     def test_it_is_float32_where_torch_is_to_compute_in_a_pool(self, kernels: NativeKernels, stage: str) -> None:
         assert Served.of(load_config(**{stage: {"kernels": "torch"}})).dtype is torch.float32
 
-    def test_a_pool_on_gpus_may_leave_all_to_torch(self, kernels: NativeKernels) -> None:
-        assert Served.of(load_config(prefill={"kernels": "torch", "num_gpus": 1})).dtype is torch.bfloat16
+    @pytest.mark.parametrize(("device", "dtype"), [("auto", torch.bfloat16), ("cpu", torch.float32)])
+    def test_a_pool_on_gpus_may_leave_all_to_torch(
+        self, kernels: NativeKernels, device: str, dtype: torch.dtype
+    ) -> None:
+        prefill = {"kernels": "torch", "num_gpus": 1, "device": device}
+        assert Served.of(load_config(prefill=prefill)).dtype is dtype
 
     def test_it_is_float32_where_there_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(build, "find_kernels", no_kernels)
+        monkeypatch.setattr(build, "load_kernels", no_kernels)
         assert Served.of(load_config()).dtype is torch.float32
 
     @pytest.mark.parametrize("demanded", [{"kernels": "native"}, {"weights": "int8"}])
     def test_who_cannot_do_without_them_is_told_why_there_are_none(
         self, monkeypatch: pytest.MonkeyPatch, demanded: dict[str, Any]
     ) -> None:
-        monkeypatch.setattr(build, "find_kernels", no_kernels)
+        monkeypatch.setattr(build, "load_kernels", no_kernels)
+        monkeypatch.setattr(native, "load", no_kernels)
         config = load_config(decode=demanded)
         choose = require_int8 if "weights" in demanded else choose_kernels
         with pytest.raises(ConfigError, match="no C\\+\\+ compiler is at hand"):

@@ -84,12 +84,11 @@ def arms(
     vllm_command = partial(_vllm_command, model, vllm, stream_interval)
     vllm_float32 = partial(_vllm_command, model, vllm, stream_interval, "float32")
     shoal = partial(_shoal, model=model, stream_interval=stream_interval)
-    is_emulated = not multiplies_bfloat16()
     return (
         _transformers(model),
-        _if_emulated(_transformers(model, "float32")),
+        _in_float32(_transformers(model, "float32")),
         _vllm(vllm_command, scratch, vllm),
-        _if_emulated(_vllm(vllm_float32, scratch, vllm, "float32")),
+        _in_float32(_vllm(vllm_float32, scratch, vllm, "float32")),
         _vllm_pair(vllm_command, scratch, vllm),
         _llamacpp(model, llamacpp, llama_server),
         shoal("shoal-full", "decode does all", num_skipped=0, is_handed_off=False),
@@ -103,14 +102,14 @@ def arms(
             num_skipped=num_skipped,
             is_handed_off=True,
             kernels="torch",
-            weights="float32" if is_emulated else "bfloat16",
+            weights="bfloat16" if multiplies_bfloat16() else "float32",  # as dtype auto is without Shoal's kernels
         ),
         shoal("shoal-int8", "handed off, decode's weights in int8", num_skipped=0, is_handed_off=True, weights="int8"),
     )
 
 
-def _if_emulated(arm: Arm) -> Arm:
-    """In float32, which is a peer's best, of prompts above all, where its bfloat16 is emulated."""
+def _in_float32(arm: Arm) -> Arm:
+    """An arm of its own where bfloat16 is emulated: of prompts and many streams it's that peer's best there."""
     missing = "this processor multiplies bfloat16, which is quicker" if multiplies_bfloat16() else arm.missing
     return replace(arm, name=f"{arm.name}-float32", weights="float32", missing=missing)
 
@@ -119,16 +118,9 @@ def _transformers(model: Model, dtype: str = "bfloat16") -> Arm:
     def command(mode: Mode, port: int) -> list[str]:
         script = str(_HERE / "transformers_server.py")
         return [
-            sys.executable,
-            script,
-            str(model.folder),
-            "--port",
-            str(port),
-            "--threads",
-            str(mode.threads),
-            "--dtype",
-            dtype,
-        ]
+            sys.executable, script, str(model.folder), "--port", str(port), "--threads", str(mode.threads),
+            "--dtype", dtype,
+        ]  # fmt: skip
 
     return Arm("transformers", f"SDPA, {dtype}, static batches", command, batch_field="batch")
 

@@ -36,7 +36,8 @@ def linear(inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> t
 
 
 def _is_mkl_quicker(num_rows: int) -> bool:
-    """On Intel's processors it is with one row or two, and with many; in between it takes up to twice as long."""
+    """On Intel's processors (Ice Lake; others weren't measured) it is with one row or two, and with many; in between
+    it takes up to three times as long."""
     return is_intels() and not 2 < num_rows <= 64
 
 

@@ -161,8 +161,8 @@ void multiply_panels(const Operands& of, int num_threads) {
     });
 }
 
-// Each thread takes some of many rows, widened in the second cache, and all panels. All but the last are so many that
-// groups are full.
+// Each thread takes some of many rows, widened in the second cache, and all panels. Rows are shared in whole groups: of
+// one that isn't full, weights would be widened for fewer rows.
 void multiply_blocks(const Operands& of, int num_threads) {
     const int64_t most = std::clamp<int64_t>(NEAR_BYTES / (ROWS * of.size * (int64_t)sizeof(Number)), FEWEST, MOST);
     const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, needed = (num_groups + most - 1) / most;

@@ -130,7 +130,7 @@ class EngineClient:
             del self._inboxes[request_id]
             self._first_step_s.pop(request_id, None)
             with suppress(PeerGone):  # an engine that has stopped holds nothing any more
-                self._thread.post(lambda engine: engine.finish(request_id))
+                self._thread.finish(request_id)
 
     async def call(self, command: Callable[[Engine], T]) -> T:
         """Run a command between two steps; returns or raises what it does."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from shoal.engine.desertion import Deserted, Desertion
 from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.logprobs import NOT_FINITE
 from shoal.engine.runner import PrefillChunk, Runner, RunOutput
@@ -49,6 +50,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._chooser = chooser
         self._clock = clock
+        self.desertion = Desertion()
         self._sequences: dict[str, dict[int, Sequence]] = {}
         self._finished_kv_bytes: list[int] = []
         self._unprojected: deque[ScheduledRows] = deque()
@@ -58,7 +60,12 @@ class Engine:
 
     def told_of_progress(self, progressed: Callable[[], None]) -> None:
         """Call it within a step, again and again: with every layer."""
-        self.runner.progressed = self.runner.decoder.progressed = progressed
+
+        def told() -> None:
+            progressed()
+            self.desertion.check()
+
+        self.runner.progressed = self.runner.decoder.progressed = told
 
     # --- commands -------------------------------------------------------------------------------------
 
@@ -149,6 +156,8 @@ class Engine:
 
     def finish(self, request_id: str, choice: int | None = None) -> None:
         """Stop a request (or one choice) and give back all it holds. Unknown ones are a no-op."""
+        if choice is None:
+            self.desertion.ended(request_id)
         for sequence in list(self._sequences.get(request_id, {}).values()):
             if choice is None or sequence.choice == choice:
                 self._finish(sequence)
@@ -189,13 +198,12 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
-        for sequence in plan.sequences:
-            if sequence.first_step_s is None:
-                sequence.first_step_s = started_s
         try:
-            output = self.runner.run(plan)
+            output = self._run(plan, started_s)
             prompts, unscored = self._advance(plan, output)
             tokens, unsampled = self._sample(plan, output.logits)
+        except Deserted:
+            return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
         except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along
             _log.exception("a step failed")
             failed = [self._fail(sequence, error) for sequence in plan.sequences]
@@ -223,6 +231,14 @@ class Engine:
             all_failed=bool(failures) and not tokens and _are_all_of(failures, plan),
             wants_blocks=plan.wants_blocks,
         )
+
+    def _run(self, plan: StepPlan, started_s: float) -> RunOutput:
+        sequences = plan.sequences
+        for sequence in sequences:
+            if sequence.first_step_s is None:
+                sequence.first_step_s = started_s
+        with self.desertion.running([sequence.request_id for sequence in sequences]):
+            return self.runner.run(plan)
 
     def _project(self, started_s: float) -> StepOutput:
         """Some layers of a prompt, before another forward: until then the rows' states are where they left them."""

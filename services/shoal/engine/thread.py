@@ -98,6 +98,11 @@ class EngineThread:
 
         self._put(run)
 
+    def finish(self, request_id: str) -> None:
+        """Give back all that a request holds, whether it's done or not; a step of its alone ends at its next layer."""
+        self._engine.desertion.leave(request_id)
+        self.post(lambda engine: engine.finish(request_id))
+
     def close(self) -> None:
         """Stop after the current step. Twice is a no-op."""
         if not self._closed:

@@ -34,10 +34,12 @@ class CudaGraph:
             current = torch.cuda.current_stream()
             try:
                 stream.wait_stream(current)
-                with torch.cuda.stream(stream):
-                    run()
-                    run()
-                current.wait_stream(stream)
+                try:
+                    with torch.cuda.stream(stream):
+                        run()
+                        run()
+                finally:
+                    current.wait_stream(stream)  # it may still read what is given back when ``run`` has failed
                 # Of this thread alone: others may allocate and wait meanwhile, as K/V arrive and are copied.
                 with torch.cuda.graph(
                     self._graph, pool=self._graphs.pool, stream=stream, capture_error_mode="thread_local"

@@ -1,7 +1,7 @@
-"""Requests that nobody waits for any more: a step of theirs alone ends at its next layer, not with its last.
+"""Requests that nobody waits for any more: a step of their prompts alone ends at its next layer, not with its last.
 
-A step on a slow machine takes seconds. What it computes for a client that has left would be thrown away, its blocks
-would be held meanwhile, and whoever comes next would wait for it.
+Such a step takes a second, and more on a slow machine. What it computes for a client that has left would be thrown
+away, its blocks would be held meanwhile, and whoever comes next would wait for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Desertion:
         self._left.add(request_id)
 
     def ended(self, request_id: str) -> None:
-        """It has: another one of this name is wanted."""
+        """It has: one that comes later under its name is wanted."""
         self._left.discard(request_id)
 
     @contextmanager
     def running(self, request_ids: Sequence[str]) -> Iterator[None]:
-        """The block is a step of these requests."""
+        """The block is a step of these requests; of none, if it's to be run in any case."""
         self._running = request_ids
         try:
             yield

@@ -59,7 +59,8 @@ class Engine:
         self._has_projected = False
 
     def told_of_progress(self, progressed: Callable[[], None]) -> None:
-        """Call it within a step, again and again: with every layer."""
+        """Call it within a step, again and again: with every layer. There, from now on, a step of prompts that nobody
+        waits for ends."""
 
         def told() -> None:
             progressed()
@@ -237,7 +238,9 @@ class Engine:
         for sequence in sequences:
             if sequence.first_step_s is None:
                 sequence.first_step_s = started_s
-        with self.desertion.running([sequence.request_id for sequence in sequences]):
+        # To go on by a token is soon done; and a graph that is captured for it is for whoever comes later, too.
+        is_short = all(item.goes_on for item in plan.rows)
+        with self.desertion.running([] if is_short else [sequence.request_id for sequence in sequences]):
             return self.runner.run(plan)
 
     def _project(self, started_s: float) -> StepOutput:

@@ -101,7 +101,8 @@ class StepOutput:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing could run: there is nothing to do until the next command."""
+        """Nothing could run, or nobody waits for what did: there is nothing to do until the next command, which in the
+        second case is on its way."""
         return not (self.num_rows or self.reserved or self.chunks or self.failures)
 
     @property

@@ -99,7 +99,7 @@ class EngineThread:
         self._put(run)
 
     def finish(self, request_id: str) -> None:
-        """Give back all that a request holds, whether it's done or not; a step of its alone ends at its next layer."""
+        """Give back all that a request holds; a step of its prompt alone ends at its next layer."""
         self._engine.desertion.leave(request_id)
         self.post(lambda engine: engine.finish(request_id))
 
@@ -125,11 +125,11 @@ class EngineThread:
                     self._tell_all()  # a step with prompts in it takes longer than anybody should wait
                 began_s = time.monotonic()
                 output = self._engine.step()
-                if output.num_rows:  # else nothing was computed, and nobody need wait for that
+                if output.num_rows:  # else nothing was computed to its end, and nobody need wait for that
                     self._began_s = began_s
                 self._tell_due()
                 may_run = not output.is_idle
-                if may_run or output.wants_blocks or output.counts != counts:
+                if may_run or output.wants_blocks or output.finished_kv_bytes or output.counts != counts:
                     counts = output.counts
                     self._outbox.put(output)
                 if not output.tokens:

@@ -13,6 +13,7 @@ from engines import kernel_model, make_engine, native_kernels
 from models import tiny_llama
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
+from shoal.engine.events import StepOutput
 from shoal.engine.tables import Reuse
 from shoal.messages import Depth, SamplingParams, Stage
 
@@ -85,7 +86,7 @@ def test_who_shares_a_step_with_one_that_has_left_gets_its_tokens(model: Any) ->
     assert (tokens | run(engine))["stays"] == alone(model, OTHER)
 
 
-@pytest.mark.parametrize("at_layer", [1, 2, 5, 6])
+@pytest.mark.parametrize("at_layer", [1, 2, 4, 5, 6])
 def test_what_prefill_computes_for_nobody_ends_too(model: Any, at_layer: int) -> None:
     """Also where it's left as what it computed is taken for the wire, which is its fourth part, or projected."""
     engine = make_engine(model, 1, stage=Stage.PREFILL)
@@ -109,9 +110,19 @@ def test_what_prefill_computes_for_nobody_ends_too(model: Any, at_layer: int) ->
 
 def test_layers_of_shoals_own_kernels_end_as_well() -> None:
     engine = make_engine(kernel_model("llama", torch.bfloat16), 0, kernels=native_kernels())
-    begun = leaving(engine, "left", at_layer=1)
+    begun = leaving(engine, "left")
     submit(engine, "left", PROMPT)
-    assert run(engine) == {} and len(begun) == 1
+    assert run(engine) == {} and len(begun) == 2
+
+
+def test_a_step_that_only_goes_on_is_run_to_its_end(model: Any) -> None:
+    """A graph may be captured by it, which others' steps are to run."""
+    engine = make_engine(model, 0)
+    submit(engine, "left", PROMPT)
+    while not engine.step().tokens:
+        pass
+    begun = leaving(engine, "left", at_layer=1)
+    assert engine.step().tokens and len(begun) >= NUM_LAYERS
 
 
 async def test_whoever_leaves_an_engine_lets_go_of_its_step(model: Any) -> None:
@@ -134,5 +145,26 @@ async def test_whoever_leaves_an_engine_lets_go_of_its_step(model: Any) -> None:
         may_go_on.set()
         counts = await client.call(Engine.counts)
         assert counts.num_free_blocks == counts.num_blocks and count == [1]
+    finally:
+        client.close()
+
+
+async def test_what_a_request_held_is_told_though_the_next_one_is_left_at_once(model: Any) -> None:
+    engine = make_engine(model, 0)
+    outputs: list[StepOutput] = []
+    client = EngineClient(engine, name="test", on_step=outputs.append)
+
+    def change(engine: Engine) -> None:
+        engine.finish("first")
+        submit(engine, "second", PROMPT)
+        engine.desertion.leave("second")
+
+    try:
+        with client.open("first") as first:
+            await client.call(lambda engine: submit(engine, "first", PROMPT))
+            await asyncio.wait_for(first.next(), 10)
+            await client.call(change)
+            await client.call(Engine.counts)  # after the step
+        assert [output.finished_kv_bytes for output in outputs if output.finished_kv_bytes]
     finally:
         client.close()

@@ -150,21 +150,37 @@ async def test_whoever_leaves_an_engine_lets_go_of_its_step(model: Any) -> None:
 
 
 async def test_what_a_request_held_is_told_though_the_next_one_is_left_at_once(model: Any) -> None:
+    """Then nothing runs, and as many blocks are taken as before."""
     engine = make_engine(model, 0)
-    outputs: list[StepOutput] = []
-    client = EngineClient(engine, name="test", on_step=outputs.append)
+    told, computes, may_go_on = asyncio.Event(), threading.Event(), threading.Event()
+    attention = engine.runner.decoder._attention
+
+    def slowed(*arguments: Any) -> Any:
+        if any(choice.output for choice in engine._sequences.get("first", {}).values()):
+            computes.set()
+            assert may_go_on.wait(10)
+        return attention(*arguments)
 
     def change(engine: Engine) -> None:
         engine.finish("first")
         submit(engine, "second", PROMPT)
         engine.desertion.leave("second")
 
+    def on_step(output: StepOutput) -> None:
+        if output.finished_kv_bytes:
+            told.set()
+
+    engine.runner.decoder._attention = slowed  # type: ignore[method-assign]
+    client = EngineClient(engine, name="test", on_step=on_step)
     try:
-        with client.open("first") as first:
+        with client.open("first"):
             await client.call(lambda engine: submit(engine, "first", PROMPT))
-            await asyncio.wait_for(first.next(), 10)
-            await client.call(change)
-            await client.call(Engine.counts)  # after the step
-        assert [output.finished_kv_bytes for output in outputs if output.finished_kv_bytes]
+            assert await asyncio.to_thread(computes.wait, 10)
+            changing = asyncio.create_task(client.call(change))
+            await asyncio.sleep(0)  # the call is queued now
+            may_go_on.set()
+            await changing
+            await asyncio.wait_for(told.wait(), 10)
     finally:
+        may_go_on.set()
         client.close()

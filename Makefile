@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where there is no GPU, Triton's interpreter carries its kernels out, from a process's beginning to its end.
 TRITON := PYTHONPATH=$(CURDIR)/.tools/triton $(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)
 
+# Hundreds of processes start here, and each would compile all of Shoal anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install wheel demo serve test lint format types imports generated generate tools unit optimized audit sbom bench compare clean
 .DELETE_ON_ERROR:

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.parametrize(
         "memory+hidden",
         "grpc+hidden",
         "memory+far+hidden",
+        "grpc+shm+hidden",
+        pytest.param("grpc+nixl+hidden", marks=needs_nixl),
     ],
 )
 

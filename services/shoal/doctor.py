@@ -29,7 +29,7 @@ from shoal.machine import available_memory_bytes, cpu_flags, multiplies_bfloat16
 
 GIB = 1 << 30
 _SHM = "/dev/shm"  # noqa: S108  looked at, not written to
-_INSTALL = "pip install 'shoal[serve]'"
+_INSTALL = "pip install '.[serve]'"
 
 
 class Level(enum.StrEnum):

@@ -29,6 +29,7 @@ _ENUMS: dict[str, tuple[type[StrEnum], ...]] = {
     "stage": (labels.TtftStage, labels.CancelStage, Stage),
     "state": (labels.LeaseState, labels.BlockState),
     "transport": (labels.Transport,),
+    "way": (labels.PromptWay, labels.GrantWay),
 }
 # The values of each label, of all metrics that have it.
 VALUES: dict[str, set[str]] = {

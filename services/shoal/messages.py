@@ -178,7 +178,7 @@ class HandoffReport:
     """What one prompt's hand-off did, for usage, the demo and the tests.
 
     ``depth`` is the depth that was run, ``transferred`` whether prefill's KV was used, ``fallback`` the reason
-    why not when a hand-off was tried. ``num_cached_tokens`` of the prompt were there from requests before.
+    why not when a hand-off failed. ``num_cached_tokens`` of the prompt were there from requests before.
     ``plan_hash`` is decode's: only a replica of the same plan can go on with the answer.
     """
 

@@ -153,6 +153,12 @@ class HandoffConfig(Frozen):
     local_tokens: Annotated[int, Field(ge=0)] = Field(
         512, description="Where decode has half of a prompt's K/V already, it computes up to so many tokens itself."
     )
+    busy_after_s: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="A prompt of which prefill has sent nothing for so long is computed by decode itself, at the depth "
+        "that was asked for, if that decode replica has nothing else to do; by default never. Where decode has cores "
+        "or GPUs of its own, some times what a prompt takes alone is sensible: 5.",
+    )
     yield_s: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None,
         description="While prompts are on their way from prefill, a step of decode that only goes on with answers "

@@ -26,6 +26,7 @@ from shoal.decode.admission import Admission
 from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams, joined
+from shoal.decode.ways import Ways, Work
 from shoal.engine.client import EngineClient, Inbox, Progress
 from shoal.engine.events import Reservation
 from shoal.errors import (
@@ -40,11 +41,11 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )  # fmt: skip
-from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
+from shoal.messages import GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
-from shoal.telemetry.labels import FallbackRung
+from shoal.telemetry.labels import FallbackRung, PromptWay
 from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
 from shoal.transfer.lease import ENDED, Lease
 
@@ -58,6 +59,7 @@ _log = structlog.get_logger(__name__)
 class _Begun:
     """How a request got to the point where its next step may sample. Times are monotonic seconds."""
 
+    way: PromptWay
     report: HandoffReport
     submitted_s: float
     reserved_s: float
@@ -69,7 +71,8 @@ class _Begun:
 class _Local:
     """Decode is to compute the prompt itself; first of all, or, if it ``stands_back``, when there is room again."""
 
-    reason: str | None
+    way: PromptWay
+    reason: str | None = None
     stands_back: bool = False
 
 
@@ -94,6 +97,7 @@ class DecodeWorker:
         self._engine = engine
         self._desk = desk
         self._plan = plan
+        self._ways = Ways(plan, config)
         self._plan_hash = plan_hash
         self._config = config
         self._decode_text = decode_text
@@ -120,9 +124,9 @@ class DecodeWorker:
         # Not the client's id: a retry of the same request must not meet its predecessor.
         key = f"{request.context.request_id}-{secrets.token_hex(4)}"
         deadline_s = time.monotonic() + request.context.timeout_s
-        with self.admission.admitted(request) as admitted, self._engine.open(key) as inbox:
+        with self.admission.admitted(request) as admitted, self._engine.open(key) as inbox, self._ways.work() as work:
             async with _until(deadline_s):
-                begun = await self._begin(key, request, inbox, deadline_s)
+                begun = await self._begin(key, request, inbox, work, deadline_s)
             streams = ChoiceStreams(request, self._decode_text)
             has_begun = False
             with _due(inbox, deadline_s):
@@ -152,6 +156,7 @@ class DecodeWorker:
         self._count_prompt(request, begun.report, stages, num_cached)
         if request.resumption is not None:  # the replica before has told how its first token came
             return output
+        self._metrics.went(begun.way)
         report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
         return replace(output, stages=stages, handoff=report)
 
@@ -173,9 +178,10 @@ class DecodeWorker:
 
     # --- until the first step -------------------------------------------------------------------------
 
-    async def _begin(self, key: str, request: GenerateRequest, inbox: Inbox, deadline_s: float) -> _Begun:
+    async def _begin(self, key: str, request: GenerateRequest, inbox: Inbox, work: Work, deadline_s: float) -> _Begun:
         submitted_s = time.monotonic()
-        pool = self._pool_for(request)
+        way = PromptWay.NO_POOL if self.prefill is None else self._ways.of(request)
+        pool = self.prefill if way is PromptWay.HANDED_OFF else None
         fallback = None
         if pool is not None and not await pool.living():
             # A call to nobody would just wait.
@@ -183,23 +189,27 @@ class DecodeWorker:
         elif pool is not None and self._ladder.is_at_its_end(request.context.attempt):
             # Other decode replicas have died under it: there would be nothing below a hand-off that fails.
             pool, fallback = None, self._count_fallback(FallbackRung.LOCAL, "last_attempt")
+        if pool is None:
+            work.begin()
         await self._submit(key, request, deadline_s - submitted_s, hold=pool is not None)
         if pool is None:
-            report = HandoffReport(self._depth_run(request), transferred=False, fallback=fallback)
-            return _Begun(report, submitted_s, submitted_s, submitted_s)
+            report = HandoffReport(self._ways.depth_run(request), transferred=False, fallback=fallback)
+            way = way if fallback is None else PromptWay.FALLBACK
+            return _Begun(way, report, submitted_s, submitted_s, submitted_s)
         reservation = await inbox.reserved()
         reserved_s = time.monotonic()
-        if self._is_soon_done(request, reservation):
-            arrived: Arrived | _Local = _Local(None)
+        if self._ways.is_soon_done(request, reservation.num_present):
+            arrived: Arrived | _Local = _Local(PromptWay.CACHED)
         else:
-            arrived = await self._descend(pool, request, reservation, deadline_s)
+            arrived = await self._descend(pool, request, reservation, work, deadline_s)
+        work.begin()
         if isinstance(arrived, _Local):
             return await self._prefill_locally(key, request, arrived, submitted_s, reserved_s)
         ready_s = time.monotonic()  # before the engine is told: it may be done with the step before we hear of it
         num_arrived = len(request.prompt_token_ids) - 1
         await self._engine.call(lambda engine: engine.start(key, num_arrived=num_arrived))
         report = HandoffReport(
-            self._depth_run(request),
+            self._ways.depth_run(request),
             transferred=True,
             num_prefill_layers=self._plan.num_kept,
             shallow_bytes=arrived.num_bytes.shallow,
@@ -207,7 +217,7 @@ class DecodeWorker:
             hidden_bytes=arrived.num_bytes.hidden,
             boundary_bytes=BOUNDARY_TOKEN_BYTES,
         )
-        return _Begun(report, submitted_s, reserved_s, ready_s, arrived)
+        return _Begun(way, report, submitted_s, reserved_s, ready_s, arrived)
 
     async def _submit(self, key: str, request: GenerateRequest, timeout_s: float, *, hold: bool) -> None:
         """Raises Overloaded if the queue is full, InvalidRequest if it could never fit."""
@@ -229,7 +239,7 @@ class DecodeWorker:
             raise Overloaded(error.message, retry_after_s=self.admission.drain_s) from error
 
     async def _descend(
-        self, pool: PrefillPool, request: GenerateRequest, reservation: Reservation, deadline_s: float
+        self, pool: PrefillPool, request: GenerateRequest, reservation: Reservation, work: Work, deadline_s: float
     ) -> Arrived | _Local:
         """Hand the prompt off, down the ladder as far as it takes. Raises Unavailable below the last rung, PeerGone if
         this replica is shutting down."""
@@ -238,11 +248,15 @@ class DecodeWorker:
         while True:
             grant = self._grant(request, reservation.num_present, deadline_s, attempt, excluded | pool.unfit)
             try:
-                return await self._hand_off(pool, grant, request.prompt_token_ids, reservation.blocks)
+                return await self._hand_off(pool, grant, request.prompt_token_ids, reservation.blocks, work)
             except (Cancelled, DeadlineExceeded):
                 raise
+            except _TooBusy:
+                _log.info("prefill is busy: computed here", replica_id=pool.asked(grant))
+                return _Local(PromptWay.BUSY)
             except OutOfBlocks as error:  # nobody failed: an older sequence wants the blocks, so it stands back
-                return _Local(self._count_fallback(FallbackRung.LOCAL, error.code), stands_back=True)
+                reason = self._count_fallback(FallbackRung.LOCAL, error.code)
+                return _Local(PromptWay.FALLBACK, reason, stands_back=True)
             except ShoalError as error:
                 if self._desk.is_closed:  # every rung would end with this process: another one goes on
                     raise PeerGone("this decode replica is shutting down", retry_after_s=1.0) from error
@@ -254,36 +268,13 @@ class DecodeWorker:
                 reason = error.reason if isinstance(error, _GivenUp) else error.code
                 self._count_fallback(rung, reason, replica_id=failed, exc_info=error if is_told else None)
                 if rung is FallbackRung.LOCAL:
-                    return _Local(reason)
+                    return _Local(PromptWay.FALLBACK, reason)
                 if rung is FallbackRung.UNAVAILABLE:
                     raise Unavailable(
                         "the prompt could not be handed from prefill to decode: try again in a moment",
                         retry_after_s=self._ladder.retry_after_s,
                     ) from error
                 attempt += 1
-
-    def _depth_run(self, request: GenerateRequest) -> Depth:
-        """Shallow only if some token is: not for a one-token prompt, nor in a plan that skips nothing."""
-        return Depth.SHALLOW if self._shallow_tokens(request) else Depth.FULL
-
-    def _shallow_tokens(self, request: GenerateRequest) -> range:
-        return self._plan.shallow_tokens(len(request.prompt_token_ids), request.depth, request.outline)
-
-    def _pool_for(self, request: GenerateRequest) -> PrefillPool | None:
-        """The prefill pool if its plan is the one asked for. With nothing skipped, both depths are one.
-
-        Only decode has an lm_head, so a prompt with log-probabilities of its own stays here.
-        """
-        if request.sampling.num_prompt_logprobs is not None:
-            return None
-        # Anchors and boundary tokens decode runs itself: the others are what is won.
-        num_won = len(self._shallow_tokens(request)) if self._plan.num_skipped else len(request.prompt_token_ids) - 1
-        return self.prefill if num_won and num_won + 1 >= self._config.min_tokens else None
-
-    def _is_soon_done(self, request: GenerateRequest, reservation: Reservation) -> bool:
-        """Prefill would compute all of the prompt again; what is left of it may be less work here."""
-        num_left = len(request.prompt_token_ids) - 1 - reservation.num_present
-        return num_left <= min(reservation.num_present, self._config.local_tokens)
 
     def _grant(
         self, request: GenerateRequest, num_present: int, deadline_s: float, attempt: int, excluded: frozenset[str]
@@ -304,18 +295,21 @@ class DecodeWorker:
         )
 
     async def _hand_off(
-        self, pool: PrefillPool, grant: Grant, token_ids: tuple[int, ...], blocks: tuple[int, ...]
+        self, pool: PrefillPool, grant: Grant, token_ids: tuple[int, ...], blocks: tuple[int, ...], work: Work
     ) -> Arrived:
         """Open the lease, ask prefill, and wait until the K/V are verified. On return or error the lease is over and
-        nobody writes into ``blocks`` any more."""
+        nobody writes into ``blocks`` any more. Raises _TooBusy, with ``work`` begun, where it's sooner done here."""
         async with self._desk.open(grant.lease_id, token_ids, blocks, num_present=grant.num_present) as lease:
             self.told_of_blocks(wanted=self._wants_blocks)  # maybe said before there was a lease to give up
             call = asyncio.ensure_future(pool.ask(grant))
             arrived = asyncio.ensure_future(lease.arrived())
             try:
-                while not await _ends((call, arrived), within_s=LOOK_S):
+                while not await _ends((call, arrived), min(LOOK_S, self._ways.look_s(lease.waited_s))):
                     if lease.lease.is_unclaimed and not await pool.living() and lease.lease.is_unclaimed:
                         raise _GivenUp("no_prefill")  # Serve would hold the call until there is one
+                    if not lease.lease.has_begun and self._ways.is_better_here(lease.waited_s):
+                        work.begin()  # at once: the others that wait are to see it
+                        raise _TooBusy
                 if not arrived.done():
                     await self._outlive(call, arrived, lease)
                 return await arrived
@@ -385,8 +379,12 @@ class DecodeWorker:
             await self._engine.call(lambda engine: engine.requeue(key))
         else:
             await self._engine.call(lambda engine: engine.start(key))
-        report = HandoffReport(self._depth_run(request), transferred=False, fallback=local.reason)
-        return _Begun(report, submitted_s, reserved_s, time.monotonic())
+        report = HandoffReport(self._ways.depth_run(request), transferred=False, fallback=local.reason)
+        return _Begun(local.way, report, submitted_s, reserved_s, time.monotonic())
+
+
+class _TooBusy(Exception):
+    """Nothing of the prompt has come for some time, and here nothing else is to do."""
 
 
 class _GivenUp(HandoffError):

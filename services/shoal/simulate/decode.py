@@ -1,6 +1,7 @@
 """A decode replica: reserves, has prompts handed to it, and gives every sequence a token a step.
 
-Its ways, down the ladder too, are those of decode/worker.py.
+Its ways, down the ladder too, are those of decode/worker.py, but for ``handoff.busy_after_s``, which counts here as
+unset.
 """
 
 from __future__ import annotations

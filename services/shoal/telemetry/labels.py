@@ -85,6 +85,19 @@ class FullDepthReason(enum.StrEnum):
     PROMPT_LOGPROBS = "prompt_logprobs"
 
 
+class PromptWay(enum.StrEnum):
+    """How a prompt came to its first token: over the prefill pool, or by decode alone, and why."""
+
+    HANDED_OFF = "handed_off"
+    SHORT = "short"
+    FULL_DEPTH = "full_depth"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    CACHED = "cached"
+    BUSY = "busy"
+    NO_POOL = "no_pool"
+    FALLBACK = "fallback"
+
+
 class HandoffReason(_OpenEnum):
     """Why a hand-off failed, or was not tried."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shoal.messages import Carrier, CarrierReason, Depth, Stage, WireMode
-from shoal.telemetry.labels import BlockState, FallbackRung, GrantWay, HandoffReason, TokenSource
+from shoal.telemetry.labels import BlockState, FallbackRung, GrantWay, HandoffReason, PromptWay, TokenSource
 from shoal.telemetry.registry import BATCH, KV_BYTES, LATENCY_S, TOKEN_S
 
 
@@ -143,6 +143,15 @@ class DecodeMetrics(StageMetrics):
             "shoal_kv_fallback_total", "Prompts that took another way than planned.", ("rung", "reason"),
             registry=registry,
         )  # fmt: skip
+        self._prompts = Counter(
+            "shoal_prompts_total",
+            "Prompts by their way to the first token: handed off, or computed by decode itself, and why. Of a "
+            "fallback, shoal_kv_fallback_total says more; an answer that is resumed isn't counted again.",
+            ("way",),
+            registry=registry,
+        )
+        for way in PromptWay:
+            self._prompts.labels(way)
         self._step_s = Histogram(
             "shoal_decode_step_seconds", "Seconds of one step of the engine.", buckets=TOKEN_S, registry=registry
         )
@@ -168,6 +177,10 @@ class DecodeMetrics(StageMetrics):
     def held(self, num_bytes: int) -> None:
         """A choice has ended that held so much K/V."""
         self._request_kv.observe(num_bytes)
+
+    def went(self, way: PromptWay) -> None:
+        """A prompt came to its first token."""
+        self._prompts.labels(way).inc()
 
     def fell_back(self, rung: str, reason: str) -> None:
         """A hand-off did not come about. ``rung`` is a ``labels.FallbackRung``, ``reason`` an error's code.

@@ -59,10 +59,11 @@ class Poster(Protocol):
 class OpenLease:
     """What the replica holds while a prompt is on its way."""
 
-    def __init__(self, lease: Lease, blocks: tuple[int, ...], opened_s: float) -> None:
+    def __init__(self, lease: Lease, blocks: tuple[int, ...], clock: Clock) -> None:
         self.lease = lease
         self.blocks = blocks
-        self.opened_s = opened_s
+        self._clock = clock
+        self.opened_s = clock.time()
         self.claimed_s: float | None = None
         self.is_answered = asyncio.Event()
         """Its claim is."""
@@ -73,6 +74,11 @@ class OpenLease:
     @property
     def lease_id(self) -> bytes:
         return self.lease.lease_id
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds since it was opened."""
+        return self._clock.time() - self.opened_s
 
     async def arrived(self) -> Arrived:
         """Wait until the K/V are committed. Raises the HandoffError, PeerGone or Cancelled that ended the lease."""
@@ -150,7 +156,7 @@ class HandoffDesk:
         """
         terms = LeaseTerms(tuple(token_ids), num_present, self.shape, self._credit_bytes)
         lease = self.table.reserve(lease_id, terms, one_sided=one_sided)
-        held = OpenLease(lease, tuple(blocks), self.clock.time())
+        held = OpenLease(lease, tuple(blocks), self.clock)
         self._open[lease_id] = held
         try:
             yield held
@@ -305,7 +311,7 @@ class HandoffDesk:
                 held.blocks_free.set()
             if lease.state in ENDED:
                 del self._open[lease.lease_id]
-                self._observer.lease_ended(self.clock.time() - held.opened_s)
+                self._observer.lease_ended(held.waited_s)
         self._observer.leases(self.table.counts)
         self.idle.clear() if self.table.num_open else self.idle.set()
         self._arm_reaper()

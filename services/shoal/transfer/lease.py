@@ -122,6 +122,11 @@ class Lease:
         """Nobody has claimed it yet, and somebody still may."""
         return self.state is LeaseState.RESERVED
 
+    @property
+    def has_begun(self) -> bool:
+        """Some of it has come, or nothing is to come."""
+        return bool(self._seen) or self.sealed is not None
+
     def has(self, seq: int) -> bool:
         """This chunk was taken before."""
         return seq in self._seen

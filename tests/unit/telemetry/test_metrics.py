@@ -30,6 +30,7 @@ from shoal.telemetry.labels import (
     HandoffReason,
     LeaseState,
     Part,
+    PromptWay,
     RejectReason,
     VerifyCheck,
 )
@@ -111,6 +112,7 @@ ROLES = [
             "shoal_decode_tokens": lambda m: m.decoded(5),
             "shoal_kv_choice_bytes": lambda m: m.held(9 << 20),
             "shoal_kv_fallback": lambda m: m.fell_back("local", "peer_gone"),
+            "shoal_prompts": lambda m: m.went(PromptWay.CACHED),
         },
     ),
     Role(

@@ -1,0 +1,188 @@
+"""A prompt that prefill is too busy for is an idle decode replica's; and each prompt's way is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import save_tiny
+from reference import pop_generate
+from shoal.config import load_config
+from shoal.engine.scheduler import StepPlan
+from shoal.local import LocalShoal, open_local
+from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput
+from shoal.transfer.prefill_side import PromptClaim
+
+SKIPPED = 3
+PROMPT = [5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52, 33, 71, 28, 90, 14, 66, 8, 41, 25]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return save_tiny(folder, dtype=torch.float32, layers=6)
+
+
+@asynccontextmanager
+async def opened(folder: Path, *, decode: dict[str, Any] | None = None, **handoff: Any) -> AsyncIterator[LocalShoal]:
+    stage = {"num_blocks": 64, "block_tokens": 4, "num_threads": 1}
+    config = load_config(
+        model={"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"},
+        prefill=stage, decode=stage | (decode or {}), handoff=handoff,
+    )  # fmt: skip
+    async with open_local(config) as local:
+        yield local
+        await asyncio.wait_for(local.decode.desk.idle.wait(), 5)
+        for one in (local.prefill, local.decode):
+            while (counts := await one.counts()).num_running:
+                await asyncio.sleep(0)
+            assert counts.num_free_blocks == counts.num_blocks and not counts.num_waiting
+
+
+def request(prompt: list[int], depth: Depth = Depth.SHALLOW, **sampling: Any) -> GenerateRequest:
+    params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, "ignore_eos": True} | sampling)
+    return GenerateRequest(RequestContext("test", 30.0), "tiny", tuple(prompt), depth, params)
+
+
+async def collect(local: LocalShoal, asked: GenerateRequest) -> list[TokenOutput]:
+    return [output async for output in local.decode.worker.generate(asked)]
+
+
+def ids(outputs: list[TokenOutput]) -> tuple[int, ...]:
+    return tuple(token for output in outputs for token in output.token_ids)
+
+
+def ways(local: LocalShoal) -> dict[str, float]:
+    """How many prompts went each way that any has gone."""
+    samples = [sample for family in local.decode.registry.collect() for sample in family.samples]
+    counted = {one.labels["way"]: one.value for one in samples if one.name == "shoal_prompts_total"}
+    return {way: number for way, number in counted.items() if number}
+
+
+def hold_up(local: LocalShoal, what: str, until: threading.Event) -> None:
+    """Prefill takes no more commands, and so claims nothing; or it claims prompts and computes none."""
+    if what == "commands":
+        local.prefill.engine.post(lambda _: until.wait(30) and None)
+        return
+    scheduler = local.prefill.engine._thread._engine.scheduler
+    schedule = scheduler.schedule
+
+    def late() -> StepPlan:
+        assert until.wait(30)
+        return schedule()
+
+    scheduler.schedule = late  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("what", ["commands", "steps"])
+async def test_what_a_busy_prefill_has_not_begun_an_idle_decode_computes(model: Any, folder: Path, what: str) -> None:
+    """One after the other: who computes one isn't idle. No fault is counted, and none of the ladder's attempts."""
+    async with opened(folder, busy_after_s=0.02) as local:
+        may_go_on, log = threading.Event(), list[str]()
+        hold_up(local, what, may_go_on)
+        decides = local.decode.worker._ways
+        is_better_here = decides.is_better_here
+
+        def decide(waited_s: float) -> bool:
+            if better := is_better_here(waited_s):
+                log.append("begins")
+            return better
+
+        async def ask(prompt: list[int]) -> list[TokenOutput]:
+            outputs = await collect(local, request(prompt))
+            log.append("is done")
+            return outputs
+
+        decides.is_better_here = decide  # type: ignore[method-assign]
+        prompts = (PROMPT, PROMPT[::-1])
+        try:
+            answers = await asyncio.wait_for(asyncio.gather(*map(ask, prompts)), 20)
+        finally:
+            may_go_on.set()
+        assert ways(local) == {"busy": 2} and log == ["begins", "is done"] * 2
+        for prompt, outputs in zip(prompts, answers, strict=True):
+            assert ids(outputs) == pop_generate(model, prompt, 4, SKIPPED).token_ids
+            report = outputs[0].handoff
+            assert report is not None and not report.transferred and report.fallback is None
+            assert report.depth is Depth.SHALLOW
+        [told] = [family for family in local.decode.registry.collect() if family.name == "shoal_kv_fallback"]
+        assert not any(sample.value for sample in told.samples)
+
+
+async def test_while_decode_has_an_answer_to_go_on_with_a_prompt_waits_for_prefill(model: Any, folder: Path) -> None:
+    async with opened(folder) as local:
+        answer = local.decode.worker.generate(request(PROMPT, max_tokens=100))
+        await anext(answer)
+        decides = local.decode.worker._ways
+        decides._config = decides._config.model_copy(update={"busy_after_s": 0.01})
+        may_go_on, looked, is_better_here = threading.Event(), asyncio.Event(), decides.is_better_here
+
+        def look(waited_s: float) -> bool:
+            better = is_better_here(waited_s)
+            looked.set()
+            return better
+
+        decides.is_better_here = look  # type: ignore[method-assign]
+        hold_up(local, "commands", may_go_on)
+        asked = asyncio.create_task(collect(local, request(PROMPT[::-1])))
+        try:
+            await asyncio.wait_for(looked.wait(), 10)
+            assert not asked.done()
+        finally:
+            may_go_on.set()
+        assert ids(await asked) == pop_generate(model, PROMPT[::-1], 4, SKIPPED).token_ids
+        await answer.aclose()
+        assert ways(local) == {"handed_off": 2}
+
+
+async def test_a_prompt_of_which_something_has_come_is_prefills(model: Any, folder: Path) -> None:
+    """However slowly the rest comes."""
+    async with opened(folder) as local:
+        looked, sends, may_send = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        decides, send = local.decode.worker._ways, PromptClaim.send
+
+        def look(_waited_s: float) -> float:
+            if sends.is_set():
+                looked.set()
+            return 0.01
+
+        async def send_late(claim: PromptClaim, *values: Any) -> None:
+            await send(claim, *values)
+            while not any(held.lease.has_begun for held in local.decode.desk._open.values()):
+                await asyncio.sleep(0)
+            decides._config = decides._config.model_copy(update={"busy_after_s": 0.01})
+            sends.set()
+            await may_send.wait()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PromptClaim, "send", send_late)
+            decides.look_s = look  # type: ignore[method-assign]
+            asked = asyncio.create_task(collect(local, request(PROMPT)))
+            await asyncio.wait_for(looked.wait(), 10)
+            may_send.set()
+            assert ids(await asked) == pop_generate(model, PROMPT, 4, SKIPPED).token_ids
+        assert ways(local) == {"handed_off": 1}
+
+
+async def test_each_prompt_is_counted_by_its_way(folder: Path) -> None:
+    async with opened(folder, decode={"reuse": "exact"}, min_tokens=8, local_tokens=16) as local:
+        await collect(local, request(PROMPT))
+        await collect(local, request(PROMPT[:5]))
+        await collect(local, request(PROMPT, Depth.FULL))
+        await collect(local, request(PROMPT, Depth.FULL, num_prompt_logprobs=0))
+        await collect(local, request(PROMPT))
+        assert ways(local) == {"handed_off": 1, "short": 1, "full_depth": 1, "prompt_logprobs": 1, "cached": 1}
+        local.decode.worker.prefill = None
+        await collect(local, request(PROMPT[::-1]))
+        assert ways(local)["no_pool"] == 1

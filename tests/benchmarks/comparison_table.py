@@ -134,19 +134,21 @@ def _limits(comparison: Comparison) -> str:
 
 
 def _hand_off(comparison: Comparison, shape: Shape) -> Iterator[str]:
-    """What handing off adds to the time to the first token, beside what its bytes cost on the wire at the least."""
+    """What handing off adds to the time to the first token, beside what its bytes cost at the least on either way."""
     by_way = {
         measured.arm.is_handed_off: measured.median(Metric("TTFT"))
         for measured in comparison.measured.values()
         if measured.arm.is_handed_off is not None and not measured.arm.num_skipped
         if measured.arm.weights == "bfloat16"
     }
-    handed, aggregated, rate = by_way.get(True), by_way.get(False), comparison.limit("loopback_bytes")
-    if handed and aggregated and rate:
+    handed, aggregated = by_way.get(True), by_way.get(False)
+    loopback, memory = comparison.limit("loopback_bytes"), comparison.limit("shared_memory_bytes")
+    if handed and aggregated and loopback and memory:
         num_bytes = shape.load.prompt_tokens * work.kv_bytes(shape.spec)
         yield (
-            f"handing off at full depth adds {1e3 * (handed - aggregated):.1f} ms to TTFT; its "
-            f"{num_bytes / 1e6:.1f} MB of K/V take {1e3 * num_bytes / rate:.1f} ms over loopback at the limit"
+            f"handing off at full depth adds {1e3 * (handed - aggregated):.1f} ms to TTFT; at the limit its "
+            f"{num_bytes / 1e6:.1f} MB of K/V take {1e3 * num_bytes / memory:.1f} ms through shared memory, "
+            f"{1e3 * num_bytes / loopback:.1f} over loopback"
         )
 
 

@@ -18,7 +18,7 @@ BEATS_PER_TTL = 3  # transfer/session.py, from each side of a session
 ASKED_EVERY_S = 1.0  # directory.py: how often a process that routes asks who lives
 HEALTH_CHECK_PERIOD_S = 1.0  # app/graph.py
 _NUM_GATEWAYS = 1  # app/graph.py
-_FRAMES_PER_LEASE = 4  # Claim, Accepted, Seal, Committed
+_FRAMES_PER_LEASE = 5  # Granted, Claim, Accepted, Seal, Committed
 _CALLS_PER_REQUEST = 2  # gateway -> decode, decode -> prefill
 READS_PER_LISTING = 3  # directory.py: the keys, all their entries, and the names of all actors
 

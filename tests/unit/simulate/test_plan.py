@@ -151,7 +151,7 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     found = traffic(work, COSTS, CONFIG)
     assert found.wire_bytes == 10 * 100 * 20_000
     assert (found.wire_bytes_out, found.wire_bytes_into) == (found.wire_bytes / 2, found.wire_bytes / 3)
-    assert found.frames == 10 * (4 + 2 * 2)  # 2 MB are two frames of 1 MiB, each with its credit
+    assert found.frames == 10 * (5 + 2 * 2)  # 2 MB are two frames of 1 MiB, each with its credit
     assert found.num_sessions == 6 and found.beats == pytest.approx(6 * 2 * 3 / 5)
     assert found.beats_into_decode == pytest.approx(2 * 3 / 5)
     assert found.handle_calls == 20 and found.token_messages == 50

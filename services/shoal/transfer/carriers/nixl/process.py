@@ -85,5 +85,5 @@ def nixl_for(
             nixl.warm_up()
         return nixl
     if carrier == "nixl":
-        raise ConfigError("handoff.carrier is nixl, but NIXL isn't installed: install Shoal's extra nixl, or say auto")
+        raise ConfigError("handoff.carrier is nixl, but NIXL isn't installed: pip install 'shoal[nixl]', or say auto")
     return None

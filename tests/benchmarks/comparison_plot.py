@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.report.plots import Bars, bar_plot
+from shoal.report.plots import MAX_BARS, Bars, bar_plot
 
 
 def main() -> None:
@@ -23,7 +23,10 @@ def main() -> None:
     figures = json.loads(options.figures.read_text(encoding="utf-8"))
     if unknown := set(options.arms or ()) - set(figures["arms"]):
         parser.error(f"no arm called {', '.join(sorted(unknown))} was measured: there are {', '.join(figures['arms'])}")
-    options.svg.write_text(plot(figures, options.arms or list(figures["arms"])[:4]) + "\n", encoding="utf-8")
+    arms = options.arms or list(figures["arms"])[:MAX_BARS]
+    if len(arms) > MAX_BARS:
+        parser.error(f"{len(arms)} arms, of which {MAX_BARS} at most can be told apart")
+    options.svg.write_text(plot(figures, arms) + "\n", encoding="utf-8")
 
 
 def plot(figures: dict[str, Any], arms: Sequence[str]) -> str:

@@ -131,15 +131,16 @@ def _have_own_kernels(config: ShoalConfig, spec: ModelSpec, device: torch.device
     if any(pool.kernels == "torch" for pool in pools):
         return False
     kv_dtype = torch.bfloat16 if config.kv_dtype == "auto" else _DTYPES[config.kv_dtype]
-    tell = _log.info
+    are_usual = False
     try:
         check_native(spec, torch.bfloat16, kv_dtype, device)
-        if fits(cpu_flags()):
-            tell = _log.warning  # beside others that have them, its K/V would be of another dtype than theirs
+        are_usual = fits(cpu_flags())
         load_kernels()
     except ConfigError as error:
         if any(pool.kernels == "native" or pool.weights == "int8" for pool in pools):
             return True  # whoever can't do without them says why there are none
+        # Beside others like this machine, which have them, its K/V would be of another dtype than theirs.
+        tell = _log.warning if are_usual else _log.info
         tell("float32, as torch computes; model.dtype says otherwise", reason=error.message)
         return False
     return True

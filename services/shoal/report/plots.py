@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 _INK = "#0a0b0c"
 _STYLE = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d8dee4}}</style>"
 _COLORS = ("#d9711c", "#3a86c8", "#3f9b5f", "#a863b5")  # told apart with any colour vision, on white and on black
+MAX_BARS = len(_COLORS)
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.0, "text.color": _INK,
     "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
@@ -56,11 +57,11 @@ def line_plot(lines: Sequence[Line], *, x_label: str, y_label: str, logarithmic:
 
 
 def bar_plot(groups: Sequence[str], bars: Sequence[Bars], *, y_label: str) -> str:
-    """An SVG element: up to four ``bars`` side by side in each of ``groups``, each with its height written above it."""
+    """An SVG element: ``bars`` side by side in each of ``groups``, ``MAX_BARS`` at most, with their heights."""
 
     def draw(axes: Axes) -> None:
         width = 0.8 / len(bars)
-        for index, (one, color) in enumerate(zip(bars, _COLORS, strict=False)):
+        for index, (one, color) in enumerate(zip(bars, _COLORS[: len(bars)], strict=True)):
             there = [(at, height) for at, height in enumerate(one.heights) if height is not None]
             places = [at + (index - (len(bars) - 1) / 2) * width for at, _ in there]
             drawn = axes.bar(places, [height for _, height in there], 0.9 * width, color=color, label=one.label)

@@ -63,7 +63,7 @@ class OpenLease:
         self.lease = lease
         self.blocks = blocks
         self._clock = clock
-        self.opened_s = clock.time()
+        self._opened_s = clock.time()
         self.claimed_s: float | None = None
         self.is_answered = asyncio.Event()
         """Its claim is."""
@@ -78,7 +78,7 @@ class OpenLease:
     @property
     def waited_s(self) -> float:
         """Seconds since it was opened."""
-        return self._clock.time() - self.opened_s
+        return self._clock.time() - self._opened_s
 
     async def arrived(self) -> Arrived:
         """Wait until the K/V are committed. Raises the HandoffError, PeerGone or Cancelled that ended the lease."""

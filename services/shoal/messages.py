@@ -178,7 +178,7 @@ class HandoffReport:
     """What one prompt's hand-off did, for usage, the demo and the tests.
 
     ``depth`` is the depth that was run, ``transferred`` whether prefill's KV was used, ``fallback`` the reason
-    why not when a hand-off failed. ``num_cached_tokens`` of the prompt were there from requests before.
+    why not when a hand-off failed. ``num_cached_tokens`` of the prompt one of the stages had from requests before.
     ``plan_hash`` is decode's: only a replica of the same plan can go on with the answer.
     """
 
@@ -442,7 +442,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """The prompt is complete: what decode compares with its own before it publishes."""
+    """The prompt is complete: what decode compares with its own before it publishes.
+
+    ``num_cached_tokens`` at its front prefill needn't compute.
+    """
 
     lease_id: bytes
     num_chunks: int
@@ -450,6 +453,7 @@ class Seal:
     boundary_token_id: int
     queue_s: float
     prefill_s: float
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,19 @@ async def test_a_seal_that_does_not_match_publishes_nothing(
     assert both.counts.events["committed"] == 0
 
 
+async def test_no_more_of_a_prompt_was_cached_than_it_has(both: Rig, peer: RawPeer) -> None:
+    new_id = lease_id()
+    async with both.open(new_id, WANTED) as lease:
+        await claimed(peer, new_id)
+        await peer.send(chunk(new_id, 0, (0, 20)))
+        await peer.expect(Credit)
+        await peer.send(replace(seal(new_id, 1), num_cached_tokens=len(WANTED.token_ids)))
+        await peer.expect(Cancel)
+        with pytest.raises(ProtocolViolation, match="21 cached tokens of a prompt of 21"):
+            await lease.arrived()
+    assert both.counts.events["committed"] == 0
+
+
 @pytest.mark.parametrize("gap", [[(0, 19)], [(1, 20)], [(0, 9), (10, 20)]])
 async def test_chunks_that_leave_a_gap_publish_nothing(both: Rig, peer: RawPeer, gap: list[tuple[int, int]]) -> None:
     new_id = lease_id()

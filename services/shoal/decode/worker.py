@@ -157,6 +157,8 @@ class DecodeWorker:
         if request.resumption is not None:  # the replica before has told how its first token came
             return output
         self._metrics.went(begun.way)
+        if begun.arrived is not None:
+            num_cached = max(num_cached, begun.arrived.num_cached_tokens)
         report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
         return replace(output, stages=stages, handoff=report)
 

@@ -27,7 +27,7 @@ class _Shape(BaseModel):
 
 
 class PromptTokensDetails(_Shape):
-    cached_tokens: Count = Field(description="Tokens of the prompt whose K/V decode had already.")
+    cached_tokens: Count = Field(description="Tokens of the prompt whose K/V prefill or decode had already.")
 
 
 class Usage(_Shape):

@@ -109,7 +109,7 @@ class Generation:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Of the prompts, those whose K/V decode had already."""
+        """Of the prompts, those whose K/V prefill or decode had already."""
         return sum(timing.handoff.num_cached_tokens for timing in self.timings.values() if timing.handoff is not None)
 
     @property

@@ -168,7 +168,12 @@ class PrefillWorker:
             queue_s = waited_s + last[-1].first_step_s - started_s
             prefill_s = last[-1].ended_s - last[-1].first_step_s
             self._count(queue_s, prefill_s, len(claim.token_ids) - 1, num_cached)
-            await claim.seal(boundary_token_id=claim.token_ids[-1], queue_s=queue_s, prefill_s=prefill_s)
+            await claim.seal(
+                boundary_token_id=claim.token_ids[-1],
+                queue_s=queue_s,
+                prefill_s=prefill_s,
+                num_cached_tokens=num_cached,
+            )
 
     async def _ship(self, claim: PromptClaim, inbox: Inbox) -> list[ChunkComputed]:
         """Send each chunk as it comes, until every token but the boundary token is on its way; returns what came of the

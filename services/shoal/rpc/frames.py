@@ -270,6 +270,7 @@ def _from_seal(body: pb.Seal) -> Seal:
         boundary_token_id=_id(body.boundary_token_id, "seal.boundary_token_id"),
         queue_s=_duration(body.queue_s, "seal.queue_s"),
         prefill_s=_duration(body.prefill_s, "seal.prefill_s"),
+        num_cached_tokens=_id(body.num_cached_tokens, "seal.num_cached_tokens"),
     )
 
 

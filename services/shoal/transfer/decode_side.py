@@ -42,10 +42,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """What a committed lease brought. ``queue_s`` and ``prefill_s`` are durations that prefill measured."""
+    """What a committed lease brought. ``queue_s`` and ``prefill_s`` are durations that prefill measured;
+    ``num_cached_tokens`` of the prompt it needn't compute."""
 
     queue_s: float
     prefill_s: float
+    num_cached_tokens: int
     num_chunks: int
     num_bytes: PartBytes
 
@@ -321,7 +323,8 @@ class HandoffDesk:
         if seal is None or held.claimed_s is None:
             raise InternalError(f"{held.lease} was committed without a claim or a seal")
         self._post(held.lease, Committed(held.lease_id))
-        held.outcome.set_result(Arrived(seal.queue_s, seal.prefill_s, seal.num_chunks, held.num_bytes))
+        told = (seal.queue_s, seal.prefill_s, seal.num_cached_tokens, seal.num_chunks)
+        held.outcome.set_result(Arrived(*told, held.num_bytes))
         self._observer.transfer_committed(self.clock.time() - held.claimed_s)
 
     def _cancelled(self, held: OpenLease) -> None:

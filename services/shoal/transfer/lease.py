@@ -305,6 +305,9 @@ class Lease:
             raise ProtocolViolation(
                 f"prefill's boundary token is {seal.boundary_token_id}, decode's {self.terms.token_ids[-1]}"
             )
+        num_tokens = len(self.terms.token_ids)
+        if seal.num_cached_tokens >= num_tokens:
+            raise ProtocolViolation(f"sealed with {seal.num_cached_tokens} cached tokens of a prompt of {num_tokens}")
         # What was lost was never credited, so that more than the credit can't be missing.
         max_missing = self.terms.credit_bytes // self.terms.shape.least_chunk_bytes
         max_chunks = min(self._coverage.num_cells, len(self._seen) + max_missing)

@@ -294,10 +294,13 @@ class PromptClaim:
             self._num_chunks += 1
             self._session.post(loaded, self._was_written)
 
-    async def seal(self, *, boundary_token_id: int, queue_s: float, prefill_s: float) -> None:
+    async def seal(
+        self, *, boundary_token_id: int, queue_s: float, prefill_s: float, num_cached_tokens: int = 0
+    ) -> None:
         """Say that this was all, and wait until decode has verified and committed it. Raises as ``send`` does."""
         digest = prompt_hash(self.token_ids)
-        self._session.post(Seal(self.lease_id, self._num_chunks, digest, boundary_token_id, queue_s, prefill_s))
+        told = (boundary_token_id, queue_s, prefill_s, num_cached_tokens)
+        self._session.post(Seal(self.lease_id, self._num_chunks, digest, *told))
         await self._answered(lambda: self._committed, "commit")
 
     # --- what comes in --------------------------------------------------------------------------------

@@ -566,6 +566,7 @@ class Seal(_message.Message):
     BOUNDARY_TOKEN_ID_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.bytes
     num_chunks: _builtins.int
     prompt_hash: _builtins.bytes
@@ -573,6 +574,8 @@ class Seal(_message.Message):
     boundary_token_id: _builtins.int
     queue_s: _builtins.float
     prefill_s: _builtins.float
+    num_cached_tokens: _builtins.int
+    """Tokens at the front whose K/V prefill had from prompts before. For usage: 0 also where a peer doesn't count them."""
     def __init__(
         self,
         *,
@@ -582,10 +585,11 @@ class Seal(_message.Message):
         boundary_token_id: _builtins.int | None = ...,
         queue_s: _builtins.float | None = ...,
         prefill_s: _builtins.float | None = ...,
+        num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_boundary_token_id", b"_boundary_token_id", "_num_chunks", b"_num_chunks", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "boundary_token_id", b"boundary_token_id", "num_chunks", b"num_chunks", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_boundary_token_id", b"_boundary_token_id", "_num_chunks", b"_num_chunks", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "boundary_token_id", b"boundary_token_id", "lease_id", b"lease_id", "num_chunks", b"num_chunks", "prefill_s", b"prefill_s", "prompt_hash", b"prompt_hash", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_boundary_token_id", b"_boundary_token_id", "_num_chunks", b"_num_chunks", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "boundary_token_id", b"boundary_token_id", "lease_id", b"lease_id", "num_cached_tokens", b"num_cached_tokens", "num_chunks", b"num_chunks", "prefill_s", b"prefill_s", "prompt_hash", b"prompt_hash", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__boundary_token_id: _TypeAlias = _typing.Literal["boundary_token_id"]  # noqa: Y015
     _WhichOneofArgType__boundary_token_id: _TypeAlias = _typing.Literal["_boundary_token_id", b"_boundary_token_id"]  # noqa: Y015

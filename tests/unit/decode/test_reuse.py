@@ -30,13 +30,15 @@ def model(folder: Path) -> Any:
     return save_tiny(folder, dtype=torch.float32, layers=6)
 
 
-@pytest.fixture
-async def local(model: Any, folder: Path) -> AsyncIterator[LocalShoal]:
+@pytest.fixture(params=[("none", "exact")], ids=str)
+async def local(model: Any, folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[LocalShoal]:
+    """``params``: what prefill and decode reuse."""
     stage = {"num_blocks": 64, "block_tokens": BLOCK, "max_step_tokens": 16, "num_threads": 1}
+    prefill, decode = ({"reuse": reuse} for reuse in request.param)
     config = load_config(
         model={"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"},
-        prefill=stage,
-        decode=stage | {"reuse": "exact"},
+        prefill=stage | prefill,
+        decode=stage | decode,
         handoff={"local_tokens": 12},
     )
     async with open_local(config) as opened:
@@ -77,3 +79,12 @@ async def test_another_tenant_has_its_own_shipped(local: LocalShoal):
     await ask(local, PROMPT)
     _, report = await ask(local, PROMPT, tenant="b")
     assert report.transferred and report.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("local", [("exact", "none")], indirect=True)
+async def test_what_prefill_had_counts_as_cached(local: LocalShoal, model: Any):
+    await ask(local, PROMPT)
+    other = (*PROMPT[:58], *range(70, 90))
+    tokens, report = await ask(local, other)
+    assert tokens == pop_generate(model, other, 5, SKIPPED).token_ids
+    assert report.transferred and report.num_cached_tokens == 56

@@ -50,6 +50,7 @@ PREFILL_FRAMES: tuple[Frame, ...] = (
     Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"\x00\xff" * 700),
     Chunk(LEASE, 0, 0, 512, 0, 3, 0, b"", StagedPayload(0, (1 << 64) - 1, 16 << 20)),
     Seal(LEASE, 0, bytes(32), 0, 0.0, 0.25),
+    Seal(LEASE, 1, bytes(32), 7, 0.5, 0.25, 48),
     Failed(LEASE, "out of blocks"),
     Drained(LEASE),
     Draining(),

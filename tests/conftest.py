@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Dozens of clusters start and end here, and replicas are replaced: Serve's controller looks five times a second, not two.
+# Dozens of clusters start and end here: Serve's controller looks after its replicas five times a second, not two.
 os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.2")
 
 # Most tests' prompts are short, and are to be handed over all the same.

@@ -28,7 +28,7 @@ from shoal.app.failures import explain, missing_resources
 from shoal.app.graph import NODE_PREFIX, Replicas, demand, grace_s, is_private, num_replicas, with_gateway
 from shoal.app.interrupts import Interrupts, caught
 from shoal.app.ports import free_port, require_free, url_of
-from shoal.app.progress import OnProgress, Progress
+from shoal.app.progress import OnProgress, Progress, waits_for_compiler
 from shoal.app.ray_settings import asks_for_token, init_options, run_target, serve_logging, set_environment
 from shoal.app.ray_thread import RayThread
 from shoal.config import ShoalConfig
@@ -126,6 +126,7 @@ class _Start:
         self._replicas = replicas
         self._on_progress = on_progress
         self._show_logs = show_logs
+        self._compiles = waits_for_compiler(config)
         self._app = config.ray.app_name
         self._folder: Path | None = None
         self._is_deployed = False
@@ -282,6 +283,8 @@ class _Start:
         now = [Progress(f"{it.role} {it.replica_id}", it.num_done, it.num_total) for it in directory.loading(self._app)]
         num_wanted = num_replicas(self._config)
         num_ready = num_wanted if is_ready else len(directory.living(self._app))
+        if self._compiles:
+            now.append(Progress("kernels", 0 if waits_for_compiler(self._config) else 1, 1))
         now.append(Progress("replicas", num_ready, num_wanted))
         for progress in now:
             if progress not in shown:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shoal.app.graph import is_private
+from shoal.config import ShoalConfig
+from shoal.kernels.build import has_to_compile
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One thing that advances: ``ray``, ``replicas``, or the weights of one replica (``decode abc123``).
+    """One thing that advances: ``ray``, ``kernels``, ``replicas``, or the weights of one replica (``decode abc123``).
 
     A name comes again with a larger ``num_done`` until it reaches ``num_total``.
     """
@@ -19,3 +23,14 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def waits_for_compiler(config: ShoalConfig) -> bool:
+    """Whether replicas of this machine compile Shoal's kernels before they load: once, some 10 to 20 seconds."""
+    pools = (config.prefill, config.decode)
+    return (
+        is_private(config)
+        and config.model.dtype != "float32"  # torch computes that
+        and any(pool.kernels != "torch" and pool.device != "cuda" and not pool.num_gpus for pool in pools)
+        and has_to_compile()
+    )

@@ -63,8 +63,18 @@ SHIPPED = "compiled"
 def library() -> Path:
     """The compiled library, compiling it if need be. Raises ConfigError that says why there can't be one."""
     target = target_of(cpu_flags())
-    shipped = Path(__file__).parent / SHIPPED / _file_name(_sources(), target.options)
+    shipped = _shipped(target)
     return shipped if shipped.exists() else _kept(target)
+
+
+def has_to_compile() -> bool:
+    """Whether ``library`` would take the seconds that a compiler takes."""
+    try:
+        target = target_of(cpu_flags())
+    except ConfigError:
+        return False
+    kept = _folder() / _file_name(_sources(), target.options)
+    return not (_shipped(target).exists() or kept.exists()) and compiler() is not None
 
 
 def target_of(flags: AbstractSet[str]) -> Target:
@@ -80,10 +90,18 @@ def fits(flags: AbstractSet[str]) -> bool:
     return any(target.flags <= flags for target in TARGETS)
 
 
-def _kept(target: Target) -> Path:
+def _shipped(target: Target) -> Path:
+    return Path(__file__).parent / SHIPPED / _file_name(_sources(), target.options)
+
+
+def _folder() -> Path:
     from platformdirs import user_cache_path  # isn't there where a wheel is built
 
-    folder = Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels")
+    return Path(os.environ.get(FOLDER_VARIABLE) or user_cache_path("shoal") / "kernels")
+
+
+def _kept(target: Target) -> Path:
+    folder = _folder()
     try:
         path = compiled(folder, target)
         if not _is_ours(path):

@@ -36,7 +36,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 def test_it_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_sources", lambda: SOURCES)
+    assert build.has_to_compile()
     made = build.library()
+    assert not build.has_to_compile()
     assert ctypes.CDLL(str(made)).twice(21) == 42
     assert made.parent == folder
     assert [entry.name for entry in folder.iterdir()] == [made.name]
@@ -129,6 +131,8 @@ def test_a_wheels_own_comes_first(tmp_path: Path, folder: Path, monkeypatch: pyt
     assert kept.parent == folder
     made = build.compiled(shipped, BEST)
     assert build.library() == made == shipped / kept.name
+    kept.unlink()
+    assert not build.has_to_compile()
     with pytest.raises(ConfigError, match="install another"):
         native.load.__wrapped__()
 
@@ -137,6 +141,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere")
     with pytest.raises(ConfigError, match=r"install g\+\+"):
         build.library()
+    assert not build.has_to_compile()
 
 
 def test_a_library_that_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

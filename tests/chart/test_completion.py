@@ -18,11 +18,13 @@ SCRIPT = charts.CHART / "files" / "completion.py"
 
 @contextmanager
 def gateway(*, counts: bool, key: str = "") -> Iterator[str]:
-    """A server that is gateway and replica at once; with ``counts``, a completion of a long prompt is one hand-off.
+    """A server that is gateway and replica at once; with ``counts``, a completion of a long prompt that it hasn't had
+    before is one hand-off.
 
     The gateway wants ``key``, and the replica's metrics must not be shown it.
     """
     num_transfers = 3
+    had: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -41,7 +43,8 @@ def gateway(*, counts: bool, key: str = "") -> Iterator[str]:
                 return
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if (self.path, asked["model"]) == ("/v1/completions", "fish"):
-                num_transfers += counts and len(asked["prompt"].split()) > 300
+                num_transfers += counts and len(asked["prompt"].split()) > 300 and asked["prompt"] not in had
+                had.add(asked["prompt"])
                 self._answer(json.dumps({"choices": [{"text": " it is safe."}]}))
 
         def _is_admitted(self) -> bool:
@@ -80,6 +83,11 @@ def test_an_answer_by_way_of_prefill_passes() -> None:
     with gateway(counts=True) as url:
         done = run(url)
     assert (done.returncode, done.stdout) == (0, " it is safe.\n1 counted\n")
+
+
+def test_it_passes_again_where_decode_keeps_what_it_had() -> None:
+    with gateway(counts=True) as url:
+        assert [run(url).returncode for _ in range(2)] == [0, 0]
 
 
 def test_where_the_gateway_wants_a_key_it_gets_one_and_nobody_else_does() -> None:

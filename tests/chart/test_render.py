@@ -334,6 +334,38 @@ def test_only_pools_with_a_replica_to_spare_get_a_disruption_budget() -> None:
     assert budgets({"decode": {"replicas": 2}, "podDisruptionBudget": {"enabled": False}}) == []
 
 
+def test_a_disruption_budget_needs_no_scale_of_the_pods_owner() -> None:
+    """A RayCluster has none, and then maxUnavailable lets no pod go at all."""
+    budget = charts.only(charts.rendered({"decode": {"replicas": 3}}), "PodDisruptionBudget")["spec"]
+    assert budget["minAvailable"] == 2 and "maxUnavailable" not in budget
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decode": {"replicas": 2}},
+        {"config": {"log": {"level": "debug"}}},
+        {"prefill": {"tolerations": [{"key": "gpu", "operator": "Exists"}]}},
+    ],
+    ids=str,
+)
+def test_what_kuberay_does_not_see_by_itself_changes_a_pod(change: Mapping[str, Any]) -> None:
+    def pods(values: Mapping[str, Any]) -> list[Any]:
+        return [
+            group["template"]["metadata"]["annotations"]["checksum/config"]
+            for group in groups(ray_service(values)).values()
+        ]
+
+    assert pods({}) == pods({"podDisruptionBudget": {"enabled": False}})
+    assert pods(change) != pods({})
+
+
+def test_an_old_cluster_lives_until_its_last_answer() -> None:
+    assert ray_service()["spec"]["rayClusterDeletionDelaySeconds"] == ShoalConfig().gateway.deadline_s
+    service = ray_service({"config": {"gateway": {"deadline_s": 90.5}}})
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] == 91
+
+
 @pytest.mark.parametrize(
     ("enabled", "apis", "is_there"),
     [("auto", (), False), ("auto", MONITORING, True), (True, (), True), (False, MONITORING, False)],
@@ -367,6 +399,23 @@ def test_alerts_look_for_the_job_that_is_scraped() -> None:
     assert jobs == set()
     assert relabelled in charts.only(objects, "ScrapeConfig")["spec"]["relabelings"]
     assert f"job_name: {relabelled['replacement']}\n" in charts.notes()
+
+
+@pytest.mark.parametrize(("values", "job"), [({}, charts.RELEASE), ({"monitoring": {"job": "reef/fish"}}, "reef/fish")])
+def test_a_release_has_a_job_of_its_own_wherever_prometheus_is_asked(values: Mapping[str, Any], job: str) -> None:
+    """Two releases under one Prometheus would hide one another's alerts."""
+    monitoring = {**values.get("monitoring", {}), "dashboard": {"enabled": True}}
+    objects = charts.rendered({"monitoring": monitoring}, apis=MONITORING)
+    rules = [rule for group in charts.only(objects, "PrometheusRule")["spec"]["groups"] for rule in group["rules"]]
+    assert {rule["labels"]["job"] for rule in rules} == {job}
+    dashboard = charts.only(objects, "ConfigMap")["data"]["shoal.json"]
+    asked = [target["expr"] for panel in json.loads(dashboard)["panels"] for target in panel.get("targets", [])]
+    for expression in [*asked, *(rule["expr"] for rule in rules)]:
+        selectors = re.findall(r"\b(?:shoal|process)_\w+|\bup\b", expression)
+        assert expression.count(f'job="{job}"') == len(selectors) > 0, expression
+    assert json.loads(dashboard)["uid"] == job
+    relabelled = {"targetLabel": "job", "replacement": job}
+    assert relabelled in charts.only(objects, "ScrapeConfig")["spec"]["relabelings"]
 
 
 def test_notes_name_the_services() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import urllib.request
 
 COUNTED = "shoal_kv_transfer_seconds_count"
 TIMEOUT_S = 120
-# Long enough to be worth a hand-off, whatever config.handoff.min_tokens is in practice.
-PROMPT = " ".join(["Fish swim in schools because it is safe, and they eat what the current brings."] * 25)
+SENTENCE = "Fish swim in schools because it is safe, and they eat what the current brings."
+# Long enough to be worth a hand-off, whatever config.handoff.min_tokens is in practice; and another each time: of what
+# decode has in its cache, nothing would be sent.
+PROMPT = " ".join([secrets.token_hex(8), *[SENTENCE] * 25])
 
 
 def fetch(url: str, body: object = None, key: str = "") -> str:

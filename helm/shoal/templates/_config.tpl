@@ -25,7 +25,7 @@ ray.join_timeout_s: ""
 {{/* Ports and times that more than Shoal must know: its own defaults, under what config says. */}}
 {{- define "shoal.shared" -}}
 {{- $defaults := dict
-  "gateway" (dict "port" 8000 "grpc_port" 9000)
+  "gateway" (dict "port" 8000 "grpc_port" 9000 "deadline_s" 600.0)
   "metrics" (dict "port_range" (dict "first" 22000 "last" 22999))
   "handoff" (dict "drain_s" 2.0)
   "ray" (dict "stop_timeout_s" 60.0)

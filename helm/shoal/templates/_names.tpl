@@ -7,6 +7,11 @@
 {{- default .Release.Name .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* What Prometheus, alerts and the dashboard call this release. */}}
+{{- define "shoal.job" -}}
+{{- default (include "shoal.fullname" .) .Values.monitoring.job -}}
+{{- end -}}
+
 {{- define "shoal.selector" -}}
 app.kubernetes.io/name: {{ include "shoal.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}

@@ -28,10 +28,13 @@ template:
 metadata:
   labels:
     {{- mergeOverwrite (deepCopy $values.labels) (include "shoal.labels" $root | fromYaml) $own | toYaml | nindent 4 }}
-  {{- with $values.annotations }}
   annotations:
+    {{- /* KubeRay compares pods alone, and not all of them: without this, it would leave new numbers of replicas and new
+    tolerations aside, and have Serve restart all replicas where they are for anything else that changes. */}}
+    checksum/config: {{ list (include "shoal.config" $root) $values.tolerations | toJson | sha256sum }}
+    {{- with $values.annotations }}
     {{- toYaml . | nindent 4 }}
-  {{- end }}
+    {{- end }}
 spec:
   serviceAccountName: {{ include "shoal.serviceAccount" $root }}
   automountServiceAccountToken: false

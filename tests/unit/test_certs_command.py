@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 from pathlib import Path
@@ -200,6 +201,18 @@ def test_a_model_or_a_certificate_for_clients_that_is_not_there_is_told_before_a
     missing = CliRunner().invoke(app, ["serve", str(file)])
     assert isinstance(missing.exception, ConfigError) and "gateway.tls.cert_file" in missing.exception.message
     assert not served
+
+
+def test_the_example_names_the_model_as_clients_must(tmp_path: Path):
+    def named(**model: str) -> str:
+        shown = _example(ShoalConfig(model=model), "http://127.0.0.1:8000")  # type: ignore[arg-type]
+        return str(json.loads(shown.partition("-d '")[2].rstrip("'"))["model"])
+
+    (tmp_path / "fish.gguf").write_bytes(b"")
+    assert named(name=str(tmp_path / "fish.gguf")) == "fish"
+    assert named(name=str(tmp_path / "fish.gguf"), served_name="cod") == "cod"
+    assert named(name="smollm2") == "smollm2"
+    assert named(name="/on/another/machine") == "/on/another/machine"
 
 
 def test_the_example_has_what_a_client_must_show():

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -297,7 +297,7 @@ class _Start:
 
         if not (self._is_deployed and ray.is_initialized()):
             return
-        drained = RayThread("ray-drain").submit(self._take_back)
+        drained = RayThread("ray-drain").submit(self._take_back, tuple(self._calls))
         self._calls.append(drained)
         # A Ray that was killed doesn't answer, so the answer can't be waited for alone.
         for _ in range(int(2 * grace_s(self._config) / _WATCH_PERIOD_S)):
@@ -306,17 +306,20 @@ class _Start:
         if not drained.done() or drained.exception() is not None:
             log.warning("Ray ended before it had drained: requests that were open, if any, were cut off")
 
-    def _take_back(self) -> None:
-        """Ends soon after ``_is_over``: Ray ends the process in which a call outlives it."""
+    def _take_back(self, begun: Sequence[Future[Any]]) -> None:
+        """Ends soon after ``_is_over``: Ray ends the process in which a call outlives it. ``begun`` are calls that a
+        signal may have left alone: what one of them deploys can be taken back once it's there."""
         from ray import serve
 
+        futures.wait(begun, timeout=_GIVE_UP_S)
         try:
             if self._gateway is not None:
                 drained: Any = self._gateway.drain.remote()
                 while not (_has_result(drained, _WATCH_PERIOD_S) or self._is_over.is_set()):
                     pass
         finally:
-            if not self._is_over.is_set():
+            # Of whom nobody waits for any more, a private Ray ends all; one that was joined keeps what isn't deleted.
+            if not (self._is_over.is_set() and is_private(self._config)):
                 serve.delete(self._app, _blocking=False)
                 if self._gateway is None:
                     # Nobody was served yet, so nothing has to finish: Serve would wait for weights to load first.

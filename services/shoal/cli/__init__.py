@@ -31,7 +31,7 @@ from shoal.cli.options import (
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
 from shoal.cli.simulate import simulate
-from shoal.errors import ShoalError
+from shoal.errors import ModelError, ShoalError
 
 app = typer.Typer(
     help="""Serve language models with a shallow prefill pool and a deep decode pool.
@@ -177,8 +177,17 @@ def _example(settings: Any, url: str) -> str:
         *(() if tls is None or tls.client_ca_file is None else ("--cert CLIENT.crt --key CLIENT.key",)),
         *(() if settings.gateway.keys_file is None else ("-H 'authorization: Bearer KEY'",)),
     ]
-    body = json.dumps({"model": settings.model.served_name or settings.model.name, "prompt": "Whales are"})
+    body = json.dumps({"model": _public_name(settings.model), "prompt": "Whales are"})
     return " ".join(["curl", *options, f"{url}/v1/completions", "-H 'content-type: application/json'", f"-d '{body}'"])
+
+
+def _public_name(model: Any) -> str:
+    from shoal.model.files import locate
+
+    try:
+        return model.served_name or locate(model.name).model_id
+    except ModelError:  # it's on the replicas' machines
+        return str(model.name)
 
 
 @app.command()

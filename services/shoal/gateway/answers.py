@@ -211,10 +211,13 @@ def stream_end() -> bytes:
 
 # json.dumps makes one for each document that isn't written as it is by default.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# Ends of lines to Unicode, and to clients that read events line by line as httpx does; none to JSON.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 def _event(document: Json) -> bytes:
-    return b"data: " + _ENCODER.encode(document).encode() + b"\n\n"
+    text = _ENCODER.encode(document)
+    return b"data: " + (text if text.isascii() else text.translate(_LINE_ENDS)).encode() + b"\n\n"
 
 
 def _is_worth_an_event(one: ChoiceOutput) -> bool:

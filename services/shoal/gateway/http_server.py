@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Generator
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -87,7 +88,8 @@ class HttpServer:
 
 class _Protocol(HttpToolsProtocol):
     """uvicorn itself waits for headers for as long as a client likes, and keeps as much of them, and of what may follow
-    a body, as comes. It closes the connection of an answer that was broken off, but not before all of it is read."""
+    a body, as comes. It closes the connection of an answer that was broken off, but not before all of it is read. And
+    it loses the body of a request that would rather go on in another protocol, as Java's clients say of HTTP/2."""
 
     _late: asyncio.TimerHandle | None = None
     _num_kept = 0  # bytes since the last that belonged to a body, or began or ended headers
@@ -102,9 +104,34 @@ class _Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._num_kept += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(memoryview(data))
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self._num_kept > _MAX_HEADER_BYTES:
             self.transport.abort()
+
+    def _feed(self, data: memoryview) -> None:
+        """The parser ends at the headers of a request that asks for another protocol. A server may go on as if it
+        hadn't been asked: what was parsed is parsed once more, without that header."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+            if self.scope["method"] == "CONNECT":
+                raise httptools.HttpParserError("there is nothing to connect to here")
+            request = f"{self.scope['method']} {self.url.decode('ascii')} HTTP/{self.scope['http_version']}\r\n"
+            lines = [name + b": " + value + b"\r\n" for name, value in self.headers if name != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+            self.parser.feed_data(b"".join((request.encode("ascii"), *lines, b"\r\n")))
+
+    def _should_upgrade(self) -> bool:
+        """No request begins at headers that ask for it: it begins once they are parsed without."""
+        return True
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -239,7 +239,8 @@ def read_keys(path: Path) -> KeysFile:
 
 
 def write_keys(path: Path, file: KeysFile) -> None:
-    """All at once; a new file is for its owner's eyes only, another keeps its mode. Raises ConfigError."""
+    """All at once; a new file is for its owner's eyes only, another keeps its owner, group and mode, so that who could
+    read it still can. Raises ConfigError."""
     tree = file.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     path = path.resolve()  # what a link leads to, as whoever reads by it does
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -248,7 +249,10 @@ def write_keys(path: Path, file: KeysFile) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             yaml.safe_dump(tree, stream, sort_keys=True)
             if path.exists():
-                os.fchmod(stream.fileno(), stat.S_IMODE(path.stat().st_mode))
+                was, made = path.stat(), os.fstat(descriptor)
+                if (made.st_uid, made.st_gid) != (was.st_uid, was.st_gid):
+                    os.fchown(descriptor, was.st_uid, was.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(was.st_mode))
         draft.replace(path)
     except OSError as error:
         with suppress(OSError):

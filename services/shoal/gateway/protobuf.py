@@ -68,7 +68,8 @@ def _check_counts(request: pb.GenerateRequest, model: ServedModel, config: Gatew
     check_num_stops(len(request.stop), config)
     check_num_messages(len(request.chat.messages), model)
     if len(request.token_ids.ids) >= model.max_context_tokens:
-        check_num_tokens(len(request.token_ids.ids), max(request.max_tokens, 1), model, "prompt")
+        num_new = max(request.max_tokens, 0) if request.HasField("max_tokens") else 1
+        check_num_tokens(len(request.token_ids.ids), num_new, model, "prompt")
 
 
 def _check_known(request: pb.GenerateRequest) -> None:

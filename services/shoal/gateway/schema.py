@@ -31,6 +31,7 @@ Prompt = str | tuple[int, ...]
 T = TypeVar("T")
 
 _MAX_NAME_CHARS = 64
+_MAX_FAULTS = 1000
 _MAX_INT64 = 2**63 - 1
 
 
@@ -140,6 +141,7 @@ class Message(_Strict):
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | _Some[list[TextPart]])]
     name: str | None = None
+    type: Literal["text"] | None = None  # lm-eval's
     # What an assistant's message that a client sends back carries.
     annotations: Annotated[Any, _only(None, [])] = None
     audio: Annotated[Any, _only(None)] = None
@@ -288,6 +290,8 @@ def parse(kind: type[B], raw: bytes) -> B:
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
+        if error.error_count() > _MAX_FAULTS:  # to describe each would take the event loop for long
+            raise InvalidRequest(f"the body has more than {_MAX_FAULTS} wrong fields") from None
         raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
 
 

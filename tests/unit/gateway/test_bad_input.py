@@ -296,6 +296,13 @@ def test_a_field_that_changes_nothing_is_ignored(gateway: Any, name: str) -> Non
     assert gateway.post(*completion(**{name: {"any": ["thing"]}})).status_code == 200
 
 
+def test_of_very_many_wrong_fields_none_is_described(gateway: Any) -> None:
+    """A body has room for hundreds of thousands, and no other request would be served meanwhile."""
+    response = gateway.post(*completion(**{str(index): 1 for index in range(1001)}))
+    assert_refused(gateway, response, 400, None, "invalid_value")
+    assert "more than 1000 wrong fields" in response.json()["error"]["message"]
+
+
 NEUTRAL = [
     completion(best_of=1, echo=False, suffix=None, min_p=0.0, logit_bias={}, repetition_penalty=1.0, cache_salt=None),
     completion(presence_penalty=0.0, frequency_penalty=0, top_k=-1, stop=None, n=None, seed=None, temperature=None),
@@ -306,6 +313,7 @@ NEUTRAL = [
     chat(tools=None, functions=None, tool_choice=None, top_logprobs=None, max_completion_tokens=None),
     chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]),
     chat(messages=[{"role": "assistant", "content": "", "refusal": None, "tool_calls": [], "name": "me"}, USER]),
+    chat(messages=[{**USER, "type": "text"}]),  # as lm-eval sends it
     completion(seed=-(2**63)),
     completion(echo=None, prompt_logprobs=None),
     completion(prompt=[1] * 400, echo=True, max_tokens=0, min_tokens=0),

@@ -93,6 +93,44 @@ async def test_signals_stay_as_they_were() -> None:
     await server.stop()
 
 
+# What Java's HttpClient says on a connection that isn't encrypted, and others of a protocol that isn't spoken here.
+UPGRADES = [
+    "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB",
+    "connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nsec-websocket-version: 13",
+]
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+@pytest.mark.parametrize("apart", [0, 1, 7], ids="{} bytes apart".format)
+async def test_who_would_rather_speak_another_protocol_is_answered_in_this_one(upgrade: str, apart: int) -> None:
+    server = HttpServer(application())
+    port = await server.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /body HTTP/1.1\r\nhost: here\r\n{upgrade}\r\n"
+    asked = f"{head}content-length: 5\r\n\r\nfirst"
+    chunked = f"{head}transfer-encoding: chunked\r\n\r\n6\r\nsecond\r\n0\r\n\r\n"
+    last = "GET / HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n"
+    sent = (asked + chunked + last).encode()
+    for start in range(0, len(sent), apart or len(sent)):
+        writer.write(sent[start : start + (apart or len(sent))])
+        await writer.drain()
+    got = await asyncio.wait_for(reader.read(), 20)
+    answers = got.split(b"HTTP/1.1 200 OK")[1:]
+    assert [answer.rpartition(b"\r\n")[2] for answer in answers] == [b"first", b"second", b"hello"], got
+    writer.close()
+    await server.stop()
+
+
+async def test_nothing_is_connected_to() -> None:
+    server = HttpServer(application())
+    port = await server.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"CONNECT other:443 HTTP/1.1\r\nhost: other\r\n\r\n")
+    assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 400 ")
+    writer.close()
+    await server.stop()
+
+
 ENDLESS = [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nhost: here\r\nx-", b"GET /", b"\r\n"]
 
 

@@ -141,6 +141,11 @@ async def test_a_stream_adds_up_to_the_whole_answer(inference: Inference, fields
     assert len({message.request_id for message in messages}) == 1
 
 
+async def test_a_prompt_that_fills_the_context_can_be_scored(inference: Inference) -> None:
+    await inference.generate(token_ids=pb.TokenIds(ids=[1] * 400), prompt_logprobs=0, max_tokens=0)
+    assert len(inference.backend.requests[0].prompt_token_ids) == 400
+
+
 @pytest.mark.parametrize("fields", [{"echo": True}, {"prompt_logprobs": 0}])
 async def test_a_shallow_prompt_has_nothing_to_tell(inference: Inference, fields: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import os
 import stat
 import subprocess
 from pathlib import Path
@@ -272,6 +273,25 @@ def test_a_link_leads_to_what_is_written_and_a_mode_stays(operator: Operator, tm
     write_keys(link, KeysFile())
     assert link.is_symlink() and read_keys(operator.path).tenants == {}
     assert stat.S_IMODE(operator.path.stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_file_stays_its_owners(operator: Operator, monkeypatch: pytest.MonkeyPatch):
+    """Else the gateway couldn't read what root changed, and a key that was revoked would stay known."""
+    operator.give("alice")
+    os.chown(operator.path, 1234, 2345)
+    write_keys(operator.path, KeysFile())
+    found = operator.path.stat()
+    assert (found.st_uid, found.st_gid) == (1234, 2345)
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", forbidden)
+    with pytest.raises(ConfigError, match="not permitted"):
+        operator.give("bob")
+    assert read_keys(operator.path).tenants == {}
+    assert [entry.name for entry in operator.path.parent.iterdir()] == [operator.path.name]
 
 
 def test_changes_wait_for_one_another(operator: Operator):

@@ -94,6 +94,17 @@ def test_tokens_are_sent_as_they_come(gateway: Any) -> None:
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
+def test_an_event_is_one_line_to_every_client(gateway: Any) -> None:
+    """httpx ends lines also where Unicode does, which JSON doesn't mind."""
+    prompt = "a\x85b\u2028c\u2029d\u00e4"
+    body = {**PROMPT, "prompt": prompt, "echo": True, "stream": True}
+    with gateway.http.stream("POST", COMPLETIONS, json=body) as response:
+        *chunks, done = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert done == "[DONE]"
+    assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks).startswith(prompt)
+    assert "\u00e4" in "".join(chunks), "what ends no line goes as it is"
+
+
 def test_outputs_without_text_make_no_event(gateway: Any) -> None:
     stopped = gateway.post(COMPLETIONS, {**PROMPT, "stream": True, "stop": "s hand the prompt over!"})
     chunks = documents(stopped)

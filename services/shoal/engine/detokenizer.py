@@ -94,6 +94,8 @@ class TextStream:
             return self._send(whole, moves=not is_open)
         if self._num_open > _MAX_CHARACTER_TOKENS:
             return self._give_up(text)
+        if not is_open and len(self._window) > 1 and not self._is_visible(token_id):
+            self._window.pop()  # of one that says nothing else, ever more would be decoded
         return ""
 
     def flush(self) -> str:

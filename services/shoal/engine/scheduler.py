@@ -11,7 +11,7 @@ blocks, the last one running waits for those instead.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 from shoal.engine.pace import Pace
@@ -191,7 +191,9 @@ class Scheduler:
         if sequence.phase is not Phase.RESERVED:
             raise InternalError(f"{sequence.request_id} is {sequence.phase.name}, not RESERVED")
         self.reserved.remove(sequence)
-        self._back_to_waiting(sequence)
+        # Behind those that gave way before: its blocks may have been theirs.
+        num_before = next((at for at, one in enumerate(self.waiting) if not one.came_back), len(self.waiting))
+        self._back_to_waiting(sequence, at=num_before)
 
     def finish(self, sequence: Sequence) -> None:
         """Give back everything; a second time is a no-op."""
@@ -233,9 +235,12 @@ class Scheduler:
     # --- the step -------------------------------------------------------------------------------------
 
     def admit(self) -> list[Sequence]:
-        """Move waiting sequences on while the head of the queue fits; return those that are now reserved."""
+        """Move waiting sequences on while the head of the queue fits; return those that are now reserved.
+
+        None while a running one wants blocks: what has been given back meanwhile is for that one.
+        """
         reserved = []
-        while self._may_admit():
+        while not self._wants_blocks and self._may_admit():
             head = self.waiting.popleft()
             for table in self.tables:
                 table.allocate(head, self._tokens_at_first(head))
@@ -253,7 +258,7 @@ class Scheduler:
             return False
         head = self.waiting[0]
         tokens = self._tokens_at_first(head)
-        fits = all(table.fits(head, tokens) for table in self.tables)
+        fits = all(table.fits(head, tokens, table.allocator.num_free) for table in self.tables)
         return fits and (not head.hold or self._may_reserve(head, tokens))
 
     def _tokens_at_first(self, sequence: Sequence) -> int:
@@ -302,7 +307,9 @@ class Scheduler:
 
     @property
     def num_reserved_blocks(self) -> int:
-        return sum(len(sequence.blocks) for sequence in self.reserved)
+        """That reserved sequences alone hold, each once."""
+        holds = Counter(block for sequence in self.reserved for block in sequence.blocks)
+        return sum(num == self.allocator.count(block) for block, num in holds.items())
 
     # --- helpers --------------------------------------------------------------------------------------
 
@@ -340,8 +347,12 @@ class Scheduler:
     def _may_reserve(self, head: Sequence, num_tokens: int) -> bool:
         # A prompt larger than the share may still go alone, or it would wait for ever.
         return not self.reserved or all(
-            sum(len(table.held(one)) for one in self.reserved) + table.num_blocks_for(head, num_tokens)
-            <= max(1, int(table.allocator.num_blocks * self._max_reserved_ratio))
+            table.fits(
+                head,
+                num_tokens,
+                max(1, int(table.allocator.num_blocks * self._max_reserved_ratio))
+                - len({block for one in self.reserved for block in table.held(one)}),
+            )
             for table in self.tables
         )
 
@@ -373,14 +384,14 @@ class Scheduler:
         self._back_to_waiting(victim)
         return victim is not asking
 
-    def _back_to_waiting(self, sequence: Sequence) -> None:
+    def _back_to_waiting(self, sequence: Sequence, *, at: int = 0) -> None:
         self._give_up_blocks(sequence)
         sequence.phase = Phase.WAITING
         sequence.num_present = sequence.num_computed = 0
         sequence.arrived = range(0)
         sequence.hold = False
         sequence.came_back = True
-        self.waiting.appendleft(sequence)
+        self.waiting.insert(at, sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
         for table in self.tables:

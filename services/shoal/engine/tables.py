@@ -49,8 +49,13 @@ class BlockTable:
     def num_blocks_for(self, sequence: Sequence, position: int) -> int:
         return -(-self.num_held_tokens(sequence, position) // self._block_tokens)
 
-    def fits(self, sequence: Sequence, position: int) -> bool:
-        return self.num_blocks_for(sequence, position) <= self.allocator.num_free
+    def fits(self, sequence: Sequence, position: int, num_blocks: int) -> bool:
+        """Whether a sequence that has no blocks takes at most ``num_blocks`` for its tokens before ``position``, beside
+        those that others hold already and it would share."""
+        num_wanted = self.num_blocks_for(sequence, position)
+        if num_wanted <= num_blocks:
+            return True
+        return num_wanted - sum(self.allocator.count(block) > 0 for block in self._known(sequence)) <= num_blocks
 
     def allocate(self, sequence: Sequence, position: int) -> None:
         """Blocks for a sequence that has none, for its tokens before ``position``: remembered ones first, whose tokens

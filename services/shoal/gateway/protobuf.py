@@ -68,7 +68,8 @@ def _check_counts(request: pb.GenerateRequest, model: ServedModel, config: Gatew
     check_num_stops(len(request.stop), config)
     check_num_messages(len(request.chat.messages), model)
     if len(request.token_ids.ids) >= model.max_context_tokens:
-        num_new = max(request.max_tokens, 0) if request.HasField("max_tokens") else 1
+        is_said = request.HasField("max_tokens") and request.max_tokens >= 0
+        num_new = request.max_tokens if is_said else 1
         check_num_tokens(len(request.token_ids.ids), num_new, model, "prompt")
 
 

@@ -237,3 +237,19 @@ def test_special_tokens_are_no_part_of_an_open_character() -> None:
     special = BYTE_LEVEL.index(b"")
     ids = [0xE4, *[special] * 8, 0xBD, special, 0xA0, 0x80, 0x80, *[special] * 6]
     assert "".join(pieces(byte_level, ids)) == byte_level(ids) == "你\ufffd\ufffd"
+
+
+def test_tokens_that_show_as_nothing_are_not_decoded_again_and_again() -> None:
+    """As of a model that goes on after its end and says it once more each time."""
+    longest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return byte_level(ids)
+
+    nothing, hello, world = len(BYTE_LEVEL) - 1, BYTE_LEVEL.index(b"hello"), BYTE_LEVEL.index(b" world")
+    ids = [nothing] * 50 + [hello] + [nothing] * 500 + [world] + [nothing] * 50
+    detokenizer = Detokenizer(decode)
+    assert "".join(map(detokenizer.add, ids)) + detokenizer.flush() == "hello world"
+    assert longest < 6

@@ -1,0 +1,122 @@
+"""Who gets the blocks that are given back, and for whom those count that several hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.engine.scheduler import Scheduler, StepPlan
+from shoal.engine.sequence import Phase, Sequence
+from shoal.engine.tables import Reuse
+from shoal.kv.layout import stage_layout
+from shoal.messages import SamplingParams
+
+BLOCK = 4
+
+
+def make_scheduler(num_blocks: int, *, reuse: Reuse = Reuse.NONE, max_reserved_ratio: float = 1.0) -> Scheduler:
+    layout = stage_layout(
+        num_layers=2, num_kept=1, num_held=2, num_kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=BLOCK
+    )
+    return Scheduler(
+        layout, num_blocks, max_step_tokens=128, max_sequences=16, max_queued=16, reuse=reuse,
+        max_reserved_ratio=max_reserved_ratio,
+    )  # fmt: skip
+
+
+def sequence(name: str, num_prompt: int, *, max_tokens: int = 4, hold: bool = False) -> Sequence:
+    """Prompts begin alike."""
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return Sequence(name, tuple(range(num_prompt)), range(num_prompt - 1), sampling, hold=hold)
+
+
+def step(scheduler: Scheduler) -> StepPlan:
+    """What the engine does, with token 0 as every answer."""
+    scheduler.admit()
+    plan = scheduler.schedule()
+    for item in plan.rows:
+        item.sequence.advance(item.end)
+        if item.sequence.sampled and item.completes:
+            item.sequence.output.append(0)
+        scheduler.remember(item.sequence)
+        if len(item.sequence.output) >= item.sequence.sampling.max_tokens:
+            scheduler.finish(item.sequence)
+    return plan
+
+
+def names(sequences: object) -> list[str]:
+    return [one.request_id for one in sequences]  # type: ignore[attr-defined]
+
+
+def test_a_reserved_one_that_gives_way_comes_back_after_the_answer_that_gave_way_before_it() -> None:
+    scheduler = make_scheduler(16)
+    a, b = sequence("a", 8, max_tokens=40), sequence("b", 8, max_tokens=30)
+    for one in (a, b):
+        scheduler.submit(one)
+    while len(b.output) < 13:
+        step(scheduler)
+    x = sequence("x", 15, max_tokens=20, hold=True)
+    scheduler.submit(x)
+    scheduler.admit()
+    assert x.phase is Phase.RESERVED
+    while not step(scheduler).wants_blocks:
+        pass
+    assert names(scheduler.running) == ["a"] and names(scheduler.waiting) == ["b"]
+    scheduler.requeue(x)
+    assert names(scheduler.waiting) == ["b", "x"]
+    newcomer = sequence("new", 4)
+    scheduler.submit(newcomer)
+    assert names(scheduler.waiting) == ["b", "x", "new"], "who has waited before goes first"
+    while b.phase is not Phase.FINISHED:
+        step(scheduler)
+        assert x.phase is not Phase.FINISHED and not (b.phase is Phase.WAITING and x.phase is Phase.RUNNING)
+    while scheduler.sequences:
+        assert step(scheduler).rows
+    assert scheduler.allocator.num_used == 0
+
+
+def test_what_is_given_back_is_for_the_running_one_that_wants_it() -> None:
+    scheduler = make_scheduler(12)
+    a, z, w = sequence("a", 7, max_tokens=20), sequence("z", 14, hold=True), sequence("w", 14, hold=True)
+    for one in (a, z, w):
+        scheduler.submit(one)
+        scheduler.admit()
+    assert names(scheduler.reserved) == ["z", "w"]
+    while not step(scheduler).wants_blocks:
+        pass
+    scheduler.requeue(w)
+    plan = step(scheduler)
+    assert names(plan.sequences) == ["a"] and not plan.wants_blocks
+    assert scheduler.num_preemptions == 0 and names(scheduler.reserved) == ["z"]
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_prompt_fits_if_what_is_new_of_it_does(hold: bool) -> None:
+    scheduler = make_scheduler(30, reuse=Reuse.EXACT)
+    first = sequence("first", 81)
+    scheduler.submit(first)
+    step(scheduler)
+    assert scheduler.allocator.num_free == 9
+    second, third = sequence("second", 85, hold=hold), sequence("third", 200, max_tokens=1)
+    scheduler.submit(second)
+    scheduler.admit()
+    assert second.phase is (Phase.RESERVED if hold else Phase.RUNNING) and second.num_present == 80
+    scheduler.finish(second)
+    with pytest.raises(Exception, match="need 200 tokens of KV"):
+        scheduler.submit(third)
+
+
+def test_what_reserved_ones_share_counts_once_and_not_if_others_hold_it() -> None:
+    scheduler = make_scheduler(30, reuse=Reuse.EXACT, max_reserved_ratio=0.9)
+    first = sequence("first", 81)
+    scheduler.submit(first)
+    step(scheduler)
+    for name in "xyz":
+        scheduler.submit(sequence(name, 85, hold=True))
+    scheduler.admit()
+    assert names(scheduler.reserved) == ["x", "y", "z"]
+    assert scheduler.num_reserved_blocks == 3 * 2 and scheduler.allocator.num_used == 21 + 3 * 2
+    scheduler.finish(first)
+    assert scheduler.num_reserved_blocks == 20 + 3 * 2 == scheduler.allocator.num_used
+    scheduler.submit(sequence("one more", 101, hold=True))
+    scheduler.admit()
+    assert len(scheduler.reserved) == 3, "with 6 more they would have more than their share"

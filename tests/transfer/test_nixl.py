@@ -27,6 +27,7 @@ from shoal.messages import (
     RemoteSegment,
     Seal,
 )
+from shoal.transfer import decode_session
 from shoal.transfer.base import prompt_hash
 from shoal.transfer.carriers.nixl.agent import Agent
 from shoal.transfer.carriers.nixl.loader import NixlLoader
@@ -317,6 +318,32 @@ async def test_reads_beyond_the_credit_fail_the_lease() -> None:
             await peer.send(*chunks)
             assert "beyond the credit of 2048" in (await peer.expect(Cancel)).reason
             with pytest.raises(ProtocolViolation, match="beyond the credit"):
+                await lease.arrived()
+
+
+async def test_what_comes_behind_a_read_counts_against_the_credit_too() -> None:
+    new_id = lease_id()
+    async with (
+        rig(KIND, credit_bytes=2048) as both,
+        both.open(new_id, prompt(41)) as lease,
+        reading(both, new_id) as (peer, loader),
+    ):
+        with held_up(both.nixl[1]):
+            await peer.send(staged(loader, new_id), *(chunk(new_id, seq, (8 * seq, 8 * seq + 8)) for seq in (1, 2)))
+            assert "wait for what is fetched" in (await peer.expect(Cancel)).reason
+            with pytest.raises(ProtocolViolation, match="wait for what is fetched"):
+                await lease.arrived()
+
+
+async def test_frames_without_payload_do_not_pile_up_behind_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_session, "MAX_UNSENT_FRAMES", 5)
+    new_id, wanted = lease_id(), prompt(9)
+    seal = Seal(new_id, 1, prompt_hash(wanted.token_ids), wanted.token_ids[-1], 0.0, 0.0)
+    async with rig(KIND) as both, both.open(new_id, wanted) as lease, reading(both, new_id) as (peer, loader):
+        with held_up(both.nixl[1]):
+            await peer.send(staged(loader, new_id), *[seal] * 8)
+            await peer.expect(Cancel)
+            with pytest.raises(ProtocolViolation, match="5 frames"):
                 await lease.arrived()
 
 

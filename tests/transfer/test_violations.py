@@ -21,6 +21,7 @@ from shoal.messages import (
     Committed,
     Credit,
     Drained,
+    Envelope,
     Failed,
     Frame,
     Hello,
@@ -28,8 +29,12 @@ from shoal.messages import (
     Refused,
     Seal,
 )
+from shoal.transfer import session
 from shoal.transfer.base import prompt_hash
+from shoal.transfer.channels.memory import memory_pair
+from shoal.transfer.decode_session import DecodeSession
 from shoal.transfer.lease import LeaseState
+from shoal.transfer.session import Identity
 from transfer_helpers import Rig, rig
 
 WANTED = prompt(21)
@@ -332,3 +337,27 @@ async def test_a_prefill_session_ends_on_a_frame_that_only_prefill_sends(both: R
     next(iter(both.server._sessions)).post(Claim(bytes(16)))
     await settle()
     assert isinstance(session.error, ProtocolViolation)
+
+
+async def test_who_asks_and_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each claim of a lease that isn't there is answered; what isn't read of that must not fill decode's memory."""
+    monkeypatch.setattr(session, "MAX_UNSENT_FRAMES", 50)
+    theirs, ours = memory_pair()
+    send, is_stuck = ours.send, asyncio.Event()
+
+    async def send_hello_alone(envelope: Envelope) -> None:
+        if isinstance(envelope.frame, Hello):
+            await send(envelope)
+        else:
+            await is_stuck.wait()
+
+    ours.send = send_hello_alone  # type: ignore[method-assign]
+    async with rig() as both:
+        decode = DecodeSession(ours, both.desk, Identity(1, (PLAN,)))
+        serving = asyncio.ensure_future(decode.run())
+        peer = RawPeer(theirs)
+        await peer.greet()
+        await peer.send(*(Claim(lease_id()) for _ in range(60)))
+        with pytest.raises(ProtocolViolation, match="50 answers wait"):
+            await asyncio.wait_for(serving, 20)
+        assert decode.is_over and decode._outbox.qsize() <= 50

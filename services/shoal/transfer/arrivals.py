@@ -41,8 +41,12 @@ class Arrivals:
         """This very chunk is on its way."""
         return any(chunk.seq == seq for chunk in self._chunks(lease_id))
 
+    def num_waiting(self, lease_id: bytes) -> int:
+        """Frames of the lease behind a payload that is on its way, and that one's."""
+        return len(self._waiting.get(lease_id, ()))
+
     def num_bytes(self, lease_id: bytes) -> int:
-        """Payload of the lease that is on its way."""
+        """Payload of the lease that is on its way, or here and behind one that is."""
         return sum(chunk.num_bytes for chunk in self._chunks(lease_id))
 
     def _chunks(self, lease_id: bytes) -> tuple[Chunk, ...]:

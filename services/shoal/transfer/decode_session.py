@@ -31,7 +31,7 @@ from shoal.transfer.arrivals import Arrivals, LeaseFrame
 from shoal.transfer.base import Channel, Unloader
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.lease import Lease
-from shoal.transfer.session import Identity, Session
+from shoal.transfer.session import MAX_UNSENT_FRAMES, Identity, Session
 from shoal.transfer.slots import check_place
 from shoal.transfer.terms import Owner
 
@@ -132,7 +132,7 @@ class DecodeSession(Session):
             case Chunk() if frame.staged is not None:
                 self._fetch(frame, frame.staged)
             case Chunk() | Seal() | Failed():
-                self._arrivals.add(frame)
+                self._take(frame)
             case Drained():
                 self._desk.table.writer_stopped(frame.lease_id, self.owner.incarnation)
             case Draining():
@@ -153,6 +153,18 @@ class DecodeSession(Session):
             self.post(accepted, partial(self._desk.answered, claim.lease_id))
         except LeaseLost as error:
             self.post(Refused(claim.lease_id, error.message))
+
+    def _take(self, frame: LeaseFrame) -> None:
+        """Behind what is being fetched for its lease; of that there is no more than a lease may bring."""
+        num_waiting = self._arrivals.num_waiting(frame.lease_id)
+        if num_waiting and (lease := self._desk.table.receiving(frame.lease_id, self.owner)) is not None:
+            num_bytes = self._arrivals.num_bytes(lease.lease_id) + (frame.num_bytes if isinstance(frame, Chunk) else 0)
+            if num_bytes > lease.terms.credit_bytes or num_waiting >= MAX_UNSENT_FRAMES:
+                lease.cancel(ProtocolViolation(f"{num_waiting} frames of {num_bytes} bytes wait for what is fetched"))
+        if num_waiting >= MAX_UNSENT_FRAMES:
+            self.num_dropped += 1
+        else:
+            self._arrivals.add(frame)
 
     def _fetch(self, chunk: Chunk, staged: StagedPayload) -> None:
         """Have its payload read, unless nobody wants it: what came before may be in no slot any more."""

@@ -21,6 +21,8 @@ from shoal.transfer.base import Channel, Clock, Timer
 
 PROTOCOL_VERSION = 3
 _BEATS_PER_TTL = 3
+MAX_UNSENT_FRAMES = 1 << 16
+"""More than an honest peer brings about and leaves unread: a seal asks again for what may be under way, no more."""
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +73,10 @@ class Session:
         return self._peer_incarnation
 
     def post(self, frame: Frame, written: Callable[[], None] | None = None) -> None:
-        """Send ``frame`` after all that was posted before, and call ``written`` then. A no-op once all is over."""
+        """Send ``frame`` after all that was posted before, and call ``written`` then. A no-op once all is over, as when
+        the other end asks and never reads."""
+        if self._outbox.qsize() >= MAX_UNSENT_FRAMES:
+            self._end(ProtocolViolation(f"{MAX_UNSENT_FRAMES} answers wait for the other end to read them"))
         if not self.is_over:
             self._outbox.put_nowait((frame, written))
 

@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,13 +49,9 @@ class ShmLoader(SlotLoader):
         num_slots, slot_bytes = choose_slots(min(max_bytes, room.f_bavail * room.f_frsize // 2), slot_bytes)
         if num_slots < 1:
             raise OSError(errno.ENOSPC, "no room for a staging slot", str(folder))
-        name = f"shoal-{secrets.token_hex(16)}"
-        segment = StagingSegment(name, num_slots, slot_bytes, secrets.token_bytes(NONCE_BYTES))
-        path = folder / name
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, 0o600)
+        path, file = _new_file(folder)
+        segment = StagingSegment(path.name, num_slots, slot_bytes, secrets.token_bytes(NONCE_BYTES))
         try:
-            # Held by the mapping, which keeps the file open: while it lives, nobody reaps the segment.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Now, where it's an error that we can answer: a page that is missing later kills the process.
             os.posix_fallocate(file, 0, segment_bytes(segment))
             memory = mmap.mmap(file, segment_bytes(segment), mmap.MAP_SHARED | mmap.MAP_POPULATE)
@@ -113,6 +110,20 @@ class ShmUnloader:
     def close(self) -> None:
         """Unmapped when the last copy from it has ended."""
         self._memory = None
+
+
+def _new_file(folder: Path) -> tuple[Path, int]:
+    """A file that is locked, and its descriptor. The mapping keeps it open: while that lives, nobody reaps the file."""
+    while True:
+        path = folder / f"shoal-{secrets.token_hex(16)}"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN, 0o600)
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink:
+                return path, file
+        # Another process started just now, and reaps what isn't locked yet.
+        os.close(file)
+        path.unlink(missing_ok=True)
 
 
 def reap(folder: Path = FOLDER) -> int:

@@ -70,7 +70,10 @@ class _ClientEnd:
         self._writing = asyncio.ensure_future(self._call.write(serialize(envelope)))
         try:
             await self._writing
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError) as error:
+        except asyncio.InvalidStateError:  # the call had ended before; how, it tells to who reads
+            while True:
+                await self.receive()
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
             raise self._reason(error) from error
 
     async def receive(self) -> Envelope:
@@ -88,16 +91,14 @@ class _ClientEnd:
             self._writing.cancel()
         await self._channel.close(grace=None)
 
-    def _reason(self, error: BaseException) -> BaseException:
+    def _reason(self, error: grpc.aio.AioRpcError | asyncio.CancelledError) -> BaseException:
         """gRPC raises CancelledError also for a call that was cancelled, not only for a task."""
         if isinstance(error, asyncio.CancelledError):
             return error if _is_being_cancelled() else PeerGone(f"the stream to decode at {self._address} was closed")
-        if isinstance(error, grpc.aio.AioRpcError):
-            if (untrusted := refusal(error, self._address)) is not None:
-                return untrusted
-            known = from_rpc_error(error)
-            return known if isinstance(known, HandoffError) else PeerGone(f"decode at {self._address}: {known.message}")
-        return PeerGone(f"decode at {self._address} has ended the stream")
+        if (untrusted := refusal(error, self._address)) is not None:
+            return untrusted
+        known = from_rpc_error(error)
+        return known if isinstance(known, HandoffError) else PeerGone(f"decode at {self._address}: {known.message}")
 
 
 class _ServerEnd:

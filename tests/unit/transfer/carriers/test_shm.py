@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import shutil
@@ -315,3 +316,26 @@ sys.stdin.read()
 
 def test_without_shared_memory_there_is_nothing_to_reap(folder: Path) -> None:
     assert reap(folder / "missing") == 0
+
+
+@pytest.mark.parametrize("holds", [True, False], ids=["while it is looked at", "after it was taken"])
+def test_a_segment_that_somebody_reaps_before_it_is_locked_is_made_once_more(
+    folder: Path, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = fcntl.flock, list[str]()
+
+    def lock_after_another(file: int, how: int) -> None:
+        if not taken:
+            taken.extend(path.name for path in folder.iterdir())
+            monkeypatch.setattr(fcntl, "flock", lock)
+            assert reap(folder) == 1
+            if holds:
+                raise BlockingIOError
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_after_another)
+    loader, unloader = joined(folder)
+    assert taken and loader.segment.name not in taken
+    unloader.close()
+    loader.close()
+    assert not list(folder.iterdir())

@@ -112,7 +112,7 @@ async def open_prefill(
 
 def _staging(config: HandoffConfig, nixl: Nixl | None, copier: Copier) -> Staging:
     sizes = (config.slot_bytes, config.staging_bytes)
-    remote = None if nixl is None else partial(nixl.open_loader, *sizes, copier=copier)
+    remote = None if nixl is None else partial(nixl.open_loader, *sizes, copier=copier, linger_s=2 * config.ttl_s)
     if config.carrier not in {"auto", "shm"}:
         return Staging(remote=remote, copier=copier)
     if num_segments := reap():

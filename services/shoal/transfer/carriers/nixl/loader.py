@@ -18,8 +18,9 @@ from shoal.transfer.slots import SlotLoader, choose_slots, segment_bytes
 
 _MIN_POLL_S = 200e-6
 """Far less than a slot takes over TCP, and little work for the processor where decode needs no help."""
-_LINGER_S = 5.0
-"""How long decode may take to end what it was reading: after its deadline, it ends the session."""
+LINGER_S = 10.0
+"""How long decode may take to end what it was reading of a lease that it gave up. Longer than its deadline for a READ,
+which counts from where that begins, and it may have to wait for a buffer: then decode ends the session."""
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +30,13 @@ class NixlLoader(SlotLoader):
     carrier = Carrier.NIXL
 
     def __init__(
-        self, thread: NixlThread, agent: Agent, registered: Registered, segment: RemoteSegment, copier: Copier
+        self,
+        thread: NixlThread,
+        agent: Agent,
+        registered: Registered,
+        segment: RemoteSegment,
+        copier: Copier,
+        linger_s: float = LINGER_S,
     ) -> None:
         super().__init__(registered.memory, segment, copier)
         self.segment = segment
@@ -38,16 +45,24 @@ class NixlLoader(SlotLoader):
         self._registered = registered
         self._is_greeting = True
         self._touched_s = time.monotonic()
+        self._linger_s = linger_s
         self._lingers_until_s = 0.0
         self.freed: Future[None] | None = None
         thread.add(self)
 
     @classmethod
     async def open(
-        cls, thread: NixlThread, slot_bytes: int, max_bytes: int, copier: Copier | None = None
+        cls,
+        thread: NixlThread,
+        slot_bytes: int,
+        max_bytes: int,
+        copier: Copier | None = None,
+        linger_s: float = LINGER_S,
     ) -> NixlLoader:
         """Slots that take at most ``max_bytes``. Raises Unavailable if there is no agent, OSError without memory."""
-        return await thread.call(lambda: _make(thread, slot_bytes, max_bytes, copier or Copier()), undo=cls.close)
+        return await thread.call(
+            lambda: _make(thread, slot_bytes, max_bytes, copier or Copier(), linger_s), undo=cls.close
+        )
 
     def load(self, piece: Piece) -> Chunk:
         loaded = super().load(piece)
@@ -59,7 +74,7 @@ class NixlLoader(SlotLoader):
         num_lent = self.num_lent
         super().ended(lease_id)
         if self.num_lent < num_lent:  # decode gave the lease up, maybe in the midst of reading: that has to end, too
-            self._lingers_until_s = time.monotonic() + _LINGER_S
+            self._lingers_until_s = time.monotonic() + self._linger_s
             self._thread.wake()
 
     def hide(self) -> None:
@@ -95,7 +110,7 @@ class NixlLoader(SlotLoader):
         self._memory.close()
 
 
-def _make(thread: NixlThread, slot_bytes: int, max_bytes: int, copier: Copier) -> NixlLoader:
+def _make(thread: NixlThread, slot_bytes: int, max_bytes: int, copier: Copier, linger_s: float) -> NixlLoader:
     num_slots, slot_bytes = choose_slots(max_bytes, slot_bytes)
     if num_slots < 1:
         raise Unavailable(f"no staging slot of {slot_bytes} bytes fits {max_bytes} bytes")
@@ -105,4 +120,4 @@ def _make(thread: NixlThread, slot_bytes: int, max_bytes: int, copier: Copier) -
     memory[:NONCE_BYTES] = shape.nonce
     registered = agent.register(memory)
     segment = RemoteSegment(agent.metadata, registered.address, num_slots, slot_bytes, shape.nonce)
-    return NixlLoader(thread, agent, registered, segment, copier)
+    return NixlLoader(thread, agent, registered, segment, copier, linger_s)

@@ -11,7 +11,7 @@ from shoal.heartbeat import Heartbeat
 from shoal.kernels.copying import Copier
 from shoal.messages import RemoteSegment
 from shoal.transfer.carriers.nixl.agent import Agent, is_installed
-from shoal.transfer.carriers.nixl.loader import NixlLoader
+from shoal.transfer.carriers.nixl.loader import LINGER_S, NixlLoader
 from shoal.transfer.carriers.nixl.retired import Retired
 from shoal.transfer.carriers.nixl.thread import NixlThread
 from shoal.transfer.carriers.nixl.unloader import NixlUnloader
@@ -31,9 +31,12 @@ class Nixl:
         """Have NIXL's libraries loaded meanwhile, which takes the first agent of a process half a second."""
         self._thread.submit(Agent)
 
-    async def open_loader(self, slot_bytes: int, max_bytes: int, copier: Copier | None = None) -> NixlLoader:
-        """Prefill's end of a session. Raises Unavailable if there is no agent, OSError without memory."""
-        return await NixlLoader.open(self._thread, slot_bytes, max_bytes, copier)
+    async def open_loader(
+        self, slot_bytes: int, max_bytes: int, copier: Copier | None = None, linger_s: float = LINGER_S
+    ) -> NixlLoader:
+        """Prefill's end of a session, where decode may go on reading for ``linger_s`` after it gave a lease up. Raises
+        Unavailable if there is no agent, OSError without memory."""
+        return await NixlLoader.open(self._thread, slot_bytes, max_bytes, copier, linger_s)
 
     async def attach(
         self, segment: RemoteSegment, failed: Callable[[ShoalError], None], *, deadline_s: float

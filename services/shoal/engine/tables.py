@@ -33,6 +33,7 @@ class BlockTable:
         self.block_bytes = block_bytes
         self._block_tokens = block_tokens
         self.copies: list[tuple[int, int]] = []
+        self._refused: tuple[Sequence, int] | None = None  # who didn't fit into how many blocks
 
     def held(self, sequence: Sequence) -> list[int]:
         """The sequence's own list, to be changed here alone."""
@@ -55,7 +56,13 @@ class BlockTable:
         num_wanted = self.num_blocks_for(sequence, position)
         if num_wanted <= num_blocks:
             return True
-        return num_wanted - sum(self.allocator.count(block) > 0 for block in self._known(sequence)) <= num_blocks
+        # Asked in every step, and to look for what it would share takes as long as some layers: only once until blocks
+        # are taken or given back, which the next few tokens of anybody's answer see to.
+        if self._refused is not None and self._refused[0] is sequence and self._refused[1] == num_blocks:
+            return False
+        num_shared = sum(self.allocator.count(block) > 0 for block in self._known(sequence))
+        self._refused = None if num_wanted - num_shared <= num_blocks else (sequence, num_blocks)
+        return self._refused is None
 
     def allocate(self, sequence: Sequence, position: int) -> None:
         """Blocks for a sequence that has none, for its tokens before ``position``: remembered ones first, whose tokens

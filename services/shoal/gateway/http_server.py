@@ -123,11 +123,12 @@ class _Protocol(HttpToolsProtocol):
                 data = data[upgrade.args[0] :]
             if self.scope["method"] == "CONNECT":
                 raise httptools.HttpParserError("there is nothing to connect to here")
-            request = f"{self.scope['method']} {self.url.decode('ascii')} HTTP/{self.scope['http_version']}\r\n"
+            method, version = self.scope["method"].encode("ascii"), self.scope["http_version"].encode("ascii")
+            request = method + b" " + self.url + b" HTTP/" + version + b"\r\n"
             lines = [name + b": " + value + b"\r\n" for name, value in self.headers if name != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
-            self.parser.feed_data(b"".join((request.encode("ascii"), *lines, b"\r\n")))
+            self.parser.feed_data(b"".join((request, *lines, b"\r\n")))
 
     def _should_upgrade(self) -> bool:
         """No request begins at headers that ask for it: it begins once they are parsed without."""

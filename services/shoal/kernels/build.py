@@ -71,10 +71,10 @@ def has_to_compile() -> bool:
     """Whether ``library`` would take the seconds that a compiler takes."""
     try:
         target = target_of(cpu_flags())
-    except ConfigError:
+        kept = _folder() / _file_name(_sources(), target.options)
+        return not (_shipped(target).exists() or kept.exists()) and compiler() is not None
+    except (ConfigError, OSError):  # who needs it says why
         return False
-    kept = _folder() / _file_name(_sources(), target.options)
-    return not (_shipped(target).exists() or kept.exists()) and compiler() is not None
 
 
 def target_of(flags: AbstractSet[str]) -> Target:

@@ -120,3 +120,23 @@ def test_what_reserved_ones_share_counts_once_and_not_if_others_hold_it() -> Non
     scheduler.submit(sequence("one more", 101, hold=True))
     scheduler.admit()
     assert len(scheduler.reserved) == 3, "with 6 more they would have more than their share"
+
+
+def test_who_does_not_fit_is_looked_up_once_until_blocks_come_or_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(30, reuse=Reuse.EXACT)
+    first, other = sequence("first", 41, max_tokens=8), sequence("other", 41)
+    other.tenant = "another"
+    for one in (first, other):
+        scheduler.submit(one)
+    step(scheduler)
+    table, looked = scheduler.tables[0], list[str]()
+    known = table._known
+    monkeypatch.setattr(table, "_known", lambda one: looked.append(one.request_id) or known(one))  # type: ignore[func-returns-value]
+    second = sequence("second", 100)
+    scheduler.submit(second)
+    for _ in range(3):
+        scheduler.admit()
+    assert looked == ["second"] and second.phase is Phase.WAITING
+    scheduler.finish(other)
+    scheduler.admit()
+    assert second.phase is Phase.RUNNING and second.num_present == 40

@@ -401,7 +401,9 @@ def test_alerts_look_for_the_job_that_is_scraped() -> None:
     assert f"job_name: {relabelled['replacement']}\n" in charts.notes()
 
 
-@pytest.mark.parametrize(("values", "job"), [({}, charts.RELEASE), ({"monitoring": {"job": "reef/fish"}}, "reef/fish")])
+@pytest.mark.parametrize(
+    ("values", "job"), [({}, charts.RELEASE), *(({"monitoring": {"job": job}}, job) for job in ("reef/fish", "123"))]
+)
 def test_a_release_has_a_job_of_its_own_wherever_prometheus_is_asked(values: Mapping[str, Any], job: str) -> None:
     """Two releases under one Prometheus would hide one another's alerts."""
     monitoring = {**values.get("monitoring", {}), "dashboard": {"enabled": True}}
@@ -413,7 +415,7 @@ def test_a_release_has_a_job_of_its_own_wherever_prometheus_is_asked(values: Map
     for expression in [*asked, *(rule["expr"] for rule in rules)]:
         selectors = re.findall(r"\b(?:shoal|process)_\w+|\bup\b", expression)
         assert expression.count(f'job="{job}"') == len(selectors) > 0, expression
-    assert json.loads(dashboard)["uid"] == job
+    assert json.loads(dashboard)["uid"] == job.replace("/", "-"), "Grafana takes no other characters"
     relabelled = {"targetLabel": "job", "replacement": job}
     assert relabelled in charts.only(objects, "ScrapeConfig")["spec"]["relabelings"]
 

@@ -335,8 +335,26 @@ async def test_what_comes_behind_a_read_counts_against_the_credit_too() -> None:
                 await lease.arrived()
 
 
+async def test_after_that_lease_has_failed_nothing_piles_up_for_it() -> None:
+    new_id = lease_id()
+    async with (
+        rig(KIND, credit_bytes=2048) as both,
+        both.open(new_id, prompt(41)) as lease,
+        reading(both, new_id) as (peer, loader),
+    ):
+        with held_up(both.nixl[1]):
+            chunks = [chunk(new_id, seq, (8, 16)) for seq in range(1, 40)]
+            await peer.send(staged(loader, new_id), *chunks)
+            await peer.expect(Cancel)
+            with pytest.raises(ProtocolViolation, match="wait for what is fetched"):
+                await lease.arrived()
+            while (session := next(iter(both.server._sessions))).num_dropped < 37:
+                await asyncio.sleep(0)
+            assert session._arrivals.num_waiting(new_id) == 2
+
+
 async def test_frames_without_payload_do_not_pile_up_behind_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_session, "MAX_UNSENT_FRAMES", 5)
+    monkeypatch.setattr(decode_session, "MAX_WAITING_FRAMES", 5)
     new_id, wanted = lease_id(), prompt(9)
     seal = Seal(new_id, 1, prompt_hash(wanted.token_ids), wanted.token_ids[-1], 0.0, 0.0)
     async with rig(KIND) as both, both.open(new_id, wanted) as lease, reading(both, new_id) as (peer, loader):

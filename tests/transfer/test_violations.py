@@ -361,3 +361,6 @@ async def test_who_asks_and_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ProtocolViolation, match="50 answers wait"):
             await asyncio.wait_for(serving, 20)
         assert decode.is_over and decode._outbox.qsize() <= 50
+        beat = decode._timers["beat"]
+        decode._beat()  # as the one that finds no more room
+        assert decode._timers["beat"] is beat, "nobody would ever end another one"

@@ -94,7 +94,8 @@ class TextStream:
             return self._send(whole, moves=not is_open)
         if self._num_open > _MAX_CHARACTER_TOKENS:
             return self._give_up(text)
-        if not is_open and len(self._window) > 1 and not self._is_visible(token_id):
+        says_nothing = not is_open and (self._num_sent > 0 or self._window[-2:-1] == [token_id])
+        if says_nothing and not self._is_visible(token_id):
             self._window.pop()  # of one that says nothing else, ever more would be decoded
         return ""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from shoal.engine.pace import Pace
 from shoal.engine.sequence import Phase, Sequence
@@ -114,6 +115,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._wants_blocks = False
+        self._short: Sequence | None = None  # a running one that got no block in the last step
         self.max_step_tokens = max_step_tokens
         self.pace = Pace(target_step_s, max_step_tokens)
         self._max_sequences = max_sequences
@@ -191,9 +193,11 @@ class Scheduler:
         if sequence.phase is not Phase.RESERVED:
             raise InternalError(f"{sequence.request_id} is {sequence.phase.name}, not RESERVED")
         self.reserved.remove(sequence)
-        # Behind those that gave way before: its blocks may have been theirs.
-        num_before = next((at for at, one in enumerate(self.waiting) if not one.came_back), len(self.waiting))
-        self._back_to_waiting(sequence, at=num_before)
+        # Behind running ones that gave way, whose blocks these may have been; before those that stood back as it does,
+        # since the youngest are asked first.
+        gave_way = takewhile(lambda one: one.came_back and not one.stood_back, self.waiting)
+        self._back_to_waiting(sequence, at=sum(1 for _ in gave_way))
+        sequence.stood_back = True
 
     def finish(self, sequence: Sequence) -> None:
         """Give back everything; a second time is a no-op."""
@@ -237,10 +241,12 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Move waiting sequences on while the head of the queue fits; return those that are now reserved.
 
-        None while a running one wants blocks: what has been given back meanwhile is for that one.
+        None while a running one lacks blocks: what has been given back meanwhile is for that one.
         """
-        reserved = []
-        while not self._wants_blocks and self._may_admit():
+        reserved: list[Sequence] = []
+        if self._short is not None and self._short.phase is Phase.RUNNING:
+            return reserved
+        while self._may_admit():
             head = self.waiting.popleft()
             for table in self.tables:
                 table.allocate(head, self._tokens_at_first(head))
@@ -268,7 +274,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Choose the next step's rows; empty if nothing can run now."""
         budget, prompt_budget = self.max_step_tokens, self.pace.num_tokens
-        self._wants_blocks = False
+        self._wants_blocks, self._short = False, None
         rows: list[ScheduledRows] = []
         recalls: list[ScheduledRows] = []
         for sequence in self._in_order():
@@ -308,6 +314,8 @@ class Scheduler:
     @property
     def num_reserved_blocks(self) -> int:
         """That reserved sequences alone hold, each once."""
+        if self.allocator.prefixes is None:  # nothing is shared, and it's asked in every step
+            return sum(len(sequence.blocks) for sequence in self.reserved)
         holds = Counter(block for sequence in self.reserved for block in sequence.blocks)
         return sum(num == self.allocator.count(block) for block, num in holds.items())
 
@@ -350,8 +358,7 @@ class Scheduler:
             table.fits(
                 head,
                 num_tokens,
-                max(1, int(table.allocator.num_blocks * self._max_reserved_ratio))
-                - len({block for one in self.reserved for block in table.held(one)}),
+                max(1, int(table.allocator.num_blocks * self._max_reserved_ratio)) - table.num_held(self.reserved),
             )
             for table in self.tables
         )
@@ -377,6 +384,7 @@ class Scheduler:
         if self.reserved:
             self._wants_blocks = True
             if victim is asking:
+                self._short = asking
                 return False  # reserved ones are younger: it keeps what it has until one of them gives way
         self.num_preemptions += 1
         rows[:] = [item for item in rows if item.sequence is not victim]
@@ -390,7 +398,7 @@ class Scheduler:
         sequence.num_present = sequence.num_computed = 0
         sequence.arrived = range(0)
         sequence.hold = False
-        sequence.came_back = True
+        sequence.came_back, sequence.stood_back = True, False
         self.waiting.insert(at, sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:

@@ -40,7 +40,8 @@ class Sequence:
     Of a prompt that is shipped in ``wire_mode``, tokens before ``num_shipped`` need not be (any more); ``num_unsent``
     counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
     ``due_s`` says who comes first (the engine's clock), ``hurries_from_s`` from when on it has too little time left to
-    wait for others' prompts, and ``came_back`` that it gave its blocks up once;
+    wait for others' prompts, and ``came_back`` that it gave its blocks up once, and
+    ``stood_back`` that it had only reserved them;
     ``is_resumed`` that some of its answer was sent by another engine, ``has_spoken`` that this one has said some.
     ``first_step_s`` is when its first step began (monotonic seconds of this process).
     """
@@ -68,6 +69,7 @@ class Sequence:
     due_s: float = math.inf
     hurries_from_s: float = math.inf
     came_back: bool = False
+    stood_back: bool = False
     is_resumed: bool = False
     has_spoken: bool = False
     first_step_s: float | None = None

@@ -7,6 +7,7 @@ layers that hold no shallow tokens, it is how many tokens before it they do hold
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 
 from shoal.engine.sequence import Sequence
 from shoal.errors import OutOfBlocks
@@ -33,7 +34,8 @@ class BlockTable:
         self.block_bytes = block_bytes
         self._block_tokens = block_tokens
         self.copies: list[tuple[int, int]] = []
-        self._refused: tuple[Sequence, int] | None = None  # who didn't fit into how many blocks
+        # For whom, when how many blocks were free, and what it would have shared.
+        self._looked_up: tuple[tuple[str, int], int] = (("", 0), 0)
 
     def held(self, sequence: Sequence) -> list[int]:
         """The sequence's own list, to be changed here alone."""
@@ -56,13 +58,20 @@ class BlockTable:
         num_wanted = self.num_blocks_for(sequence, position)
         if num_wanted <= num_blocks:
             return True
-        # Asked in every step, and to look for what it would share takes as long as some layers: only once until blocks
-        # are taken or given back, which the next few tokens of anybody's answer see to.
-        if self._refused is not None and self._refused[0] is sequence and self._refused[1] == num_blocks:
+        # Asked of the head of the queue in every step, and to look up what it would share takes as long as some layers.
+        # A no may be old, until blocks are taken or given back, to which anybody's next few tokens see; a yes may not.
+        asked = (sequence.request_id, self.allocator.num_free)
+        if self._looked_up[0] == asked and num_wanted - self._looked_up[1] > num_blocks:
             return False
         num_shared = sum(self.allocator.count(block) > 0 for block in self._known(sequence))
-        self._refused = None if num_wanted - num_shared <= num_blocks else (sequence, num_blocks)
-        return self._refused is None
+        self._looked_up = (asked, num_shared)
+        return num_wanted - num_shared <= num_blocks
+
+    def num_held(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks that they hold together, each once."""
+        if self.allocator.prefixes is None:
+            return sum(len(self.held(one)) for one in sequences)
+        return len({block for one in sequences for block in self.held(one)})
 
     def allocate(self, sequence: Sequence, position: int) -> None:
         """Blocks for a sequence that has none, for its tokens before ``position``: remembered ones first, whose tokens

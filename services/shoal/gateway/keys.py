@@ -251,13 +251,25 @@ def write_keys(path: Path, file: KeysFile) -> None:
             if path.exists():
                 was, made = path.stat(), os.fstat(descriptor)
                 if (made.st_uid, made.st_gid) != (was.st_uid, was.st_gid):
-                    os.fchown(descriptor, was.st_uid, was.st_gid)
+                    _give(descriptor, path, was)
                 os.fchmod(descriptor, stat.S_IMODE(was.st_mode))
         draft.replace(path)
-    except OSError as error:
+    except (ConfigError, OSError) as error:
         with suppress(OSError):
             draft.unlink()
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"can't write the keys to {path}: {error.strerror}") from error
+
+
+def _give(descriptor: int, path: Path, was: os.stat_result) -> None:
+    try:
+        os.fchown(descriptor, was.st_uid, was.st_gid)
+    except PermissionError as error:
+        raise ConfigError(
+            f"{path} would no longer belong to user {was.st_uid} and group {was.st_gid}, and the gateway might not read "
+            "it then: change it as that user, or as root"
+        ) from error
 
 
 @contextmanager

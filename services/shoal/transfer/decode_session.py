@@ -31,9 +31,12 @@ from shoal.transfer.arrivals import Arrivals, LeaseFrame
 from shoal.transfer.base import Channel, Unloader
 from shoal.transfer.decode_side import HandoffDesk
 from shoal.transfer.lease import Lease
-from shoal.transfer.session import MAX_UNSENT_FRAMES, Identity, Session
+from shoal.transfer.session import Identity, Session
 from shoal.transfer.slots import check_place
 from shoal.transfer.terms import Owner
+
+MAX_WAITING_FRAMES = 1024
+"""Of a lease, behind one whose payload is being fetched: far more than there are slots."""
 
 AttachLocal = Callable[[StagingSegment], Unloader | None]
 AttachRemote = Callable[[RemoteSegment, Callable[[ShoalError], None]], Awaitable[Unloader | None]]
@@ -157,14 +160,17 @@ class DecodeSession(Session):
     def _take(self, frame: LeaseFrame) -> None:
         """Behind what is being fetched for its lease; of that there is no more than a lease may bring."""
         num_waiting = self._arrivals.num_waiting(frame.lease_id)
-        if num_waiting and (lease := self._desk.table.receiving(frame.lease_id, self.owner)) is not None:
+        if num_waiting:
+            lease = self._desk.table.receiving(frame.lease_id, self.owner)
+            if lease is None:
+                self._late(frame)
+                return
             num_bytes = self._arrivals.num_bytes(lease.lease_id) + (frame.num_bytes if isinstance(frame, Chunk) else 0)
-            if num_bytes > lease.terms.credit_bytes or num_waiting >= MAX_UNSENT_FRAMES:
+            if num_bytes > lease.terms.credit_bytes or num_waiting >= MAX_WAITING_FRAMES:
+                self.num_dropped += 1
                 lease.cancel(ProtocolViolation(f"{num_waiting} frames of {num_bytes} bytes wait for what is fetched"))
-        if num_waiting >= MAX_UNSENT_FRAMES:
-            self.num_dropped += 1
-        else:
-            self._arrivals.add(frame)
+                return
+        self._arrivals.add(frame)
 
     def _fetch(self, chunk: Chunk, staged: StagedPayload) -> None:
         """Have its payload read, unless nobody wants it: what came before may be in no slot any more."""

@@ -189,7 +189,8 @@ class Session:
             self._call_at("watch", silent_at, self._watch)
 
     def _call_at(self, name: str, when: float, callback: Callable[[], None]) -> None:
-        self._timers[name] = self._clock.call_at(when, callback)
+        if not self.is_over:  # by what was just posted
+            self._timers[name] = self._clock.call_at(when, callback)
 
     def _end(self, error: ShoalError) -> None:
         if self.error is not None:

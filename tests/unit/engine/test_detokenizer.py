@@ -253,3 +253,16 @@ def test_tokens_that_show_as_nothing_are_not_decoded_again_and_again() -> None:
     detokenizer = Detokenizer(decode)
     assert "".join(map(detokenizer.add, ids)) + detokenizer.flush() == "hello world"
     assert longest < 6
+
+
+@pytest.mark.parametrize("before", [[], ["nothing"], ["nothing"] * 3])
+def test_a_space_that_shows_as_nothing_by_itself_is_kept(before: list[str]) -> None:
+    """SentencePiece drops the first one of a text, and no other."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return byte_fallback([token_id for token_id in ids if token_id >= 0])
+
+    space, hello = PIECES.index("▁"), PIECES.index("▁hello")
+    ids = [-1] * len(before) + [space, hello, -1, -1, space, hello]
+    detokenizer = Detokenizer(decode)
+    assert "".join(map(detokenizer.add, ids)) + detokenizer.flush() == decode(ids) == " hello  hello"

@@ -140,3 +140,52 @@ def test_who_does_not_fit_is_looked_up_once_until_blocks_come_or_go(monkeypatch:
     scheduler.finish(other)
     scheduler.admit()
     assert second.phase is Phase.RUNNING and second.num_present == 40
+
+
+def test_who_lacked_blocks_and_is_gone_keeps_nobody_out() -> None:
+    """Or the engine would sleep beside a free pool, until somebody new came."""
+    scheduler = make_scheduler(12)
+    a, z, w = sequence("a", 7, max_tokens=20), sequence("z", 14, hold=True), sequence("w", 14, hold=True)
+    for one in (a, z, w):
+        scheduler.submit(one)
+        scheduler.admit()
+    while not step(scheduler).wants_blocks:
+        pass
+    scheduler.requeue(w)
+    scheduler.requeue(z)
+    scheduler.finish(a)
+    assert names(scheduler.waiting) == ["z", "w"], "of those that stand back, the youngest was asked first"
+    scheduler.admit()
+    assert names(scheduler.running) == ["z", "w"]
+
+
+def test_who_was_pushed_aside_by_one_that_ends_then_is_let_in_again() -> None:
+    scheduler = make_scheduler(8)
+    a, b, r = sequence("a", 8, max_tokens=7), sequence("b", 4, max_tokens=20), sequence("r", 4, max_tokens=1, hold=True)
+    for one in (a, b, r):
+        scheduler.submit(one)
+    preempted = 0
+    while a.phase is not Phase.FINISHED:
+        step(scheduler)
+    preempted = scheduler.num_preemptions
+    scheduler.admit()
+    assert b.phase is Phase.RUNNING and r.phase is Phase.RESERVED, preempted
+
+
+def test_what_was_shared_a_while_ago_lets_nobody_in() -> None:
+    """As many blocks are free as when it was looked up, but they are others."""
+    scheduler = make_scheduler(40, reuse=Reuse.EXACT)
+    first, filler = sequence("first", 81), sequence("filler", 41)
+    filler.tenant = "another"
+    for one in (first, filler):
+        scheduler.submit(one)
+    step(scheduler)
+    table, head = scheduler.tables[0], sequence("head", 101)
+    free = scheduler.allocator.num_free
+    assert table.fits(head, 101, free)
+    scheduler.finish(first)
+    newcomer = sequence("newcomer", 81)
+    newcomer.tenant = "a third"
+    table.allocate(newcomer, 82)
+    assert scheduler.allocator.num_free == free
+    assert not table.fits(head, 101, free)

@@ -288,7 +288,7 @@ def test_a_file_stays_its_owners(operator: Operator, monkeypatch: pytest.MonkeyP
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "fchown", forbidden)
-    with pytest.raises(ConfigError, match="not permitted"):
+    with pytest.raises(ConfigError, match="belong to user 1234 and group 2345"):
         operator.give("bob")
     assert read_keys(operator.path).tenants == {}
     assert [entry.name for entry in operator.path.parent.iterdir()] == [operator.path.name]

@@ -267,8 +267,8 @@ def _give(descriptor: int, path: Path, was: os.stat_result) -> None:
         os.fchown(descriptor, was.st_uid, was.st_gid)
     except PermissionError as error:
         raise ConfigError(
-            f"{path} would no longer belong to user {was.st_uid} and group {was.st_gid}, and the gateway might not read "
-            "it then: change it as that user, or as root"
+            f"{path} would no longer belong to user {was.st_uid} and group {was.st_gid}, and the gateway might not "
+            "read it then: change it as that user, or as root"
         ) from error
 
 

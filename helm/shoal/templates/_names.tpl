@@ -7,7 +7,7 @@
 {{- default .Release.Name .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* What Prometheus, alerts and the dashboard call this release. */}}
+{{/* What Prometheus and the alerts call this release. */}}
 {{- define "shoal.job" -}}
 {{- default (include "shoal.fullname" .) .Values.monitoring.job -}}
 {{- end -}}

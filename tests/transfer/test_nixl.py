@@ -24,6 +24,7 @@ from shoal.messages import (
     Credit,
     Hello,
     Nack,
+    Refused,
     RemoteSegment,
     Seal,
 )
@@ -322,35 +323,24 @@ async def test_reads_beyond_the_credit_fail_the_lease() -> None:
 
 
 async def test_what_comes_behind_a_read_counts_against_the_credit_too() -> None:
-    new_id = lease_id()
+    """And once its lease has failed, nothing is kept for it."""
+    new_id, other = lease_id(), lease_id()
     async with (
         rig(KIND, credit_bytes=2048) as both,
         both.open(new_id, prompt(41)) as lease,
         reading(both, new_id) as (peer, loader),
     ):
         with held_up(both.nixl[1]):
-            await peer.send(staged(loader, new_id), *(chunk(new_id, seq, (8 * seq, 8 * seq + 8)) for seq in (1, 2)))
+            await peer.send(
+                staged(loader, new_id), *(chunk(new_id, seq, (8, 16)) for seq in range(1, 40)), Claim(other)
+            )
             assert "wait for what is fetched" in (await peer.expect(Cancel)).reason
+            while not isinstance(await peer.receive(), Refused):
+                pass  # each of the others is told that the lease has ended
+            [session] = both.server._sessions
+            assert session.num_dropped == 38 and session._arrivals.num_waiting(new_id) == 2
             with pytest.raises(ProtocolViolation, match="wait for what is fetched"):
                 await lease.arrived()
-
-
-async def test_after_that_lease_has_failed_nothing_piles_up_for_it() -> None:
-    new_id = lease_id()
-    async with (
-        rig(KIND, credit_bytes=2048) as both,
-        both.open(new_id, prompt(41)) as lease,
-        reading(both, new_id) as (peer, loader),
-    ):
-        with held_up(both.nixl[1]):
-            chunks = [chunk(new_id, seq, (8, 16)) for seq in range(1, 40)]
-            await peer.send(staged(loader, new_id), *chunks)
-            await peer.expect(Cancel)
-            with pytest.raises(ProtocolViolation, match="wait for what is fetched"):
-                await lease.arrived()
-            while (session := next(iter(both.server._sessions))).num_dropped < 37:
-                await asyncio.sleep(0)
-            assert session._arrivals.num_waiting(new_id) == 2
 
 
 async def test_frames_without_payload_do_not_pile_up_behind_a_read(monkeypatch: pytest.MonkeyPatch) -> None:

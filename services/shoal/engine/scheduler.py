@@ -243,9 +243,9 @@ class Scheduler:
 
         None while a running one lacks blocks: what has been given back meanwhile is for that one.
         """
-        reserved: list[Sequence] = []
         if self._short is not None and self._short.phase is Phase.RUNNING:
-            return reserved
+            return []
+        reserved = []
         while self._may_admit():
             head = self.waiting.popleft()
             for table in self.tables:

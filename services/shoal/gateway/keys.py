@@ -254,12 +254,11 @@ def write_keys(path: Path, file: KeysFile) -> None:
                     _give(descriptor, path, was)
                 os.fchmod(descriptor, stat.S_IMODE(was.st_mode))
         draft.replace(path)
-    except (ConfigError, OSError) as error:
-        with suppress(OSError):
-            draft.unlink()
-        if isinstance(error, ConfigError):
-            raise
+    except OSError as error:
         raise ConfigError(f"can't write the keys to {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):  # there is none any more, if all went well
+            draft.unlink()
 
 
 def _give(descriptor: int, path: Path, was: os.stat_result) -> None:

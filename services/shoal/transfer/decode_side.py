@@ -323,8 +323,8 @@ class HandoffDesk:
         if seal is None or held.claimed_s is None:
             raise InternalError(f"{held.lease} was committed without a claim or a seal")
         self._post(held.lease, Committed(held.lease_id))
-        told = (seal.queue_s, seal.prefill_s, seal.num_cached_tokens, seal.num_chunks)
-        held.outcome.set_result(Arrived(*told, held.num_bytes))
+        arrived = Arrived(seal.queue_s, seal.prefill_s, seal.num_cached_tokens, seal.num_chunks, held.num_bytes)
+        held.outcome.set_result(arrived)
         self._observer.transfer_committed(self.clock.time() - held.claimed_s)
 
     def _cancelled(self, held: OpenLease) -> None:

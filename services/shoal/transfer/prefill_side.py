@@ -299,8 +299,17 @@ class PromptClaim:
     ) -> None:
         """Say that this was all, and wait until decode has verified and committed it. Raises as ``send`` does."""
         digest = prompt_hash(self.token_ids)
-        told = (boundary_token_id, queue_s, prefill_s, num_cached_tokens)
-        self._session.post(Seal(self.lease_id, self._num_chunks, digest, *told))
+        self._session.post(
+            Seal(
+                self.lease_id,
+                self._num_chunks,
+                digest,
+                boundary_token_id,
+                queue_s,
+                prefill_s,
+                num_cached_tokens,
+            )
+        )
         await self._answered(lambda: self._committed, "commit")
 
     # --- what comes in --------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -40,14 +42,15 @@ def test_a_second_signal_leaves_no_application_on_a_cluster_that_stays(
     assert found == deleted
 
 
-def test_what_is_being_deployed_is_taken_back_once_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[str] = []
-    start = started("auto", monkeypatch, found)
+def test_what_is_being_deployed_is_waited_for_before_it_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    start = started("auto", monkeypatch, order)
     deploying = Future[None]()
-    taking = threading.Thread(target=start._take_back, args=([deploying],))
-    taking.start()
-    taking.join(0.05)
-    assert found == []
-    deploying.set_result(None)
-    taking.join(20)
-    assert found == ["shoal"]
+
+    def wait(begun: Sequence[Future[None]], timeout: float) -> None:
+        assert [*begun] == [deploying] and timeout > 0
+        order.append("waited")
+
+    monkeypatch.setattr(futures, "wait", wait)
+    start._take_back([deploying])
+    assert order == ["waited", "shoal"]

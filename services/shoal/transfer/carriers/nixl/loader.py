@@ -36,7 +36,7 @@ class NixlLoader(SlotLoader):
         registered: Registered,
         segment: RemoteSegment,
         copier: Copier,
-        linger_s: float = LINGER_S,
+        linger_s: float,
     ) -> None:
         super().__init__(registered.memory, segment, copier)
         self.segment = segment
@@ -56,8 +56,8 @@ class NixlLoader(SlotLoader):
         thread: NixlThread,
         slot_bytes: int,
         max_bytes: int,
-        copier: Copier | None = None,
-        linger_s: float = LINGER_S,
+        copier: Copier | None,
+        linger_s: float,
     ) -> NixlLoader:
         """Slots that take at most ``max_bytes``. Raises Unavailable if there is no agent, OSError without memory."""
         return await thread.call(

@@ -1,7 +1,7 @@
 """``shoal chaos`` shortened, on a cluster of a tiny model and over mutual TLS: what comes back within seconds.
 
 Processes are killed one by one in test_failures.py, and of faults that are alike one is enough in each run of the
-tests. With SHOAL_TEST_ALL=1, all scenarios are played here, which takes six minutes more.
+tests. With SHOAL_TEST_ALL=1, all scenarios are played here, which takes seven minutes more.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shoal.chaos.scenario import SCENARIOS, choose
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # Processes that are killed take as long as others take to start; of the last ones another has what can be felt, or
-# test_failures.py does the same.
+# test_failures.py does the same, or tests/transfer/test_faults.py without a cluster.
 LEFT_OUT = {
     "kill-prefill", "kill-prefill-pool", "kill-decode", "kill-gateway", "restart", "disk-full", "roll-plan",
     "kill-prefill-shm", "kill-decode-shm", "bit-flip-shm", "drop-shm",
     "pause-prefill", "pause-decode", "half-open", "partition-to-decode", "partition-to-prefill", "delay",
-    "slow-reader", "truncate", "duplicate",
+    "slow-reader", "truncate", "duplicate", "reset", "drop", "reorder", "clock-jump",
 }  # fmt: skip
 QUICK = ",".join(scenario.name for scenario in SCENARIOS if scenario.name not in LEFT_OUT)
 NAMES = [scenario.name for scenario in choose("all" if os.environ.get("SHOAL_TEST_ALL") == "1" else QUICK)]

@@ -235,6 +235,7 @@ def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestClust
     assert len(left) == 1
 
 
+@pytest.mark.long
 def test_a_decode_process_that_stands_still_is_replaced_and_the_other_finishes_its_answers(
     live: TestCluster, right: dict[str, list[int]]
 ):

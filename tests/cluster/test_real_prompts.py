@@ -31,6 +31,7 @@ def test_all_at_once_shallow_prompts_through_both_pools_are_the_papers(
     shallow.assert_nothing_held()
 
 
+@pytest.mark.long
 def test_all_at_once_full_depth_on_a_shallow_deployment_is_transformers_own(
     shallow: TestCluster, known: Mapping[str, RealPrompt]
 ):
@@ -41,7 +42,7 @@ def test_all_at_once_full_depth_on_a_shallow_deployment_is_transformers_own(
     shallow.assert_nothing_held()
 
 
-@pytest.mark.parametrize("depth", ["shallow", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.parametrize("depth", ["shallow", "full"])
 def test_one_by_one_is_the_same(shallow: TestCluster, known: Mapping[str, RealPrompt], depth: str):
     some = {name: known[name] for name in sorted(known)[6::10]}
     tokens: dict[str, list[int]] = {}

@@ -85,7 +85,7 @@ def test_a_process_is_seen_to_hold_what_it_holds(footprint: Any, tmp_path: Path)
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_a_short_run_holds_nothing_between_its_rounds(tmp_path: Path) -> None:
     """The whole script. In half a minute memory is still warming up: its trend is told, and judged where it's long."""

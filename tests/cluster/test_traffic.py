@@ -92,6 +92,7 @@ def ports(flows: Mapping[Flow, bytes]) -> set[str]:
     return {names.get(flow.target) or names.get(flow.source) or str(flow) for flow in flows}
 
 
+@pytest.mark.long
 def test_in_plain_text_a_prompt_is_seen_where_it_belongs_and_not_on_ray_s_plane(tmp_path: Path):
     traffic = served(tmp_path, None)
     seen = traffic.where(needles())

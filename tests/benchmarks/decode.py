@@ -1,5 +1,5 @@
-"""How long a decode step takes, by the number of streams, with Shoal's kernels (weights in int8, too) and with torch's,
-in one run.
+"""How long a decode step takes, by the number of streams, with Shoal's kernels (weights in int8, too; and of greedy
+answers without a shortlist of where the largest logit can be) and with torch's, in one run.
 
     python tests/benchmarks/decode.py [--context 1800] [--streams 1 8 32] [--json FILE]
 
@@ -33,12 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
+from shoal.engine.native_steps import NativeSteps
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.int8 import Int8Matrix
 
 CPU = torch.device("cpu")
 # A stream's for the 4,096 tokens that it may generate, in blocks of 16.
 _BLOCKS_TO_SPARE = 257
+_WHOLE_HEAD = "Shoal's, whole head"
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ def _variants(config: ShoalConfig, served: Served, options: Any) -> dict[str, Va
     held = {"Shoal's": plain}
     if options.dtype == "bfloat16":
         held["Shoal's, int8"] = load_parameters(served, Stage.DECODE, CPU, hold=Int8Matrix.of)
+        held[_WHOLE_HEAD] = plain
     held["torch's"] = plain
     variants = {}
     for name, parameters in held.items():
         decode = {"kernels": "torch" if name == "torch's" else "auto", **limits}
         own = config.model_copy(update={"decode": config.decode.model_copy(update=decode)})
         engine = build_engine(own, Stage.DECODE, served, parameters, device=CPU)
+        if name == _WHOLE_HEAD and isinstance(engine.runner.decode_path, NativeSteps):
+            engine.runner.decode_path.shortlist = None
         variants[name] = Variant(engine, parameters.num_bytes)
     return variants
 

@@ -17,6 +17,7 @@ from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan
 from shoal.model.decoder import Decoder
 from shoal.model.families import Activation, ModelSpec
+from shoal.model.huge_pages import use_huge_pages
 from shoal.model.int8 import Int8Matrix
 from shoal.model.matrix import Hold, Weight
 from shoal.model.packed import PackedMatrix, packed
@@ -25,6 +26,7 @@ from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
 from shoal.model.rows import TorchRows
+from shoal.model.shortlist import Shortlist
 
 
 def check_native(spec: ModelSpec, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> None:
@@ -62,12 +64,25 @@ def make_decoder(
     return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels), layers)
 
 
-def make_decode_path(decoder: Decoder, pool: KvPool, kernels: NativeKernels | None) -> NativeSteps | None:
+def make_decode_path(
+    decoder: Decoder, pool: KvPool, kernels: NativeKernels | None, shortlist: Shortlist | None = None
+) -> NativeSteps | None:
     """A quicker way for steps of a decode stage that only decode, where the kernels take all of them."""
     if kernels is None:
         return None
-    steps = NativeSteps(decoder, pool, kernels)
+    steps = NativeSteps(decoder, pool, kernels, shortlist)
     return steps if steps.can_run else None
+
+
+def make_shortlist(spec: ModelSpec, parameters: Parameters, kernels: NativeKernels | None) -> Shortlist | None:
+    """For greedy answers; where logits are capped, two that differ may become equals."""
+    head = parameters.lm_head
+    if kernels is None or spec.logit_softcap is not None or not isinstance(head, PackedMatrix):
+        return None
+    shortlist = Shortlist.of(head)
+    if shortlist is not None:
+        use_huge_pages([shortlist.matrix.values])
+    return shortlist
 
 
 def make_chooser(kernels: NativeKernels | None) -> Chooser:

@@ -60,12 +60,13 @@ class LayerTable:
             self._layers = (native.Layer * len(layers))(*layers)
         return self._layers
 
-    def head(self, logits: torch.Tensor) -> native.Head:
-        """What makes ``logits`` ``[rows, vocab]``."""
+    def head(self, logits: torch.Tensor, by: Weight | None = None) -> native.Head:
+        """What makes ``logits`` ``[rows, vocab]``, by the lm_head or by another one."""
         norm, head = self._parameters.final_norm, self._parameters.lm_head
         if norm is None or head is None:
             raise InternalError("logits where there is no lm_head")
-        return native.Head(pointer(norm), _matrix(head, None), logits.shape[1], logits.data_ptr())
+        matrix = _matrix(head if by is None else by, None)
+        return native.Head(pointer(norm), matrix, logits.shape[1], logits.data_ptr())
 
     def _layer(self, index: int, layer: LayerParameters, pool: KvPool) -> native.Layer:
         looks = self._spec.layers[index]

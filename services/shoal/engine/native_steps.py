@@ -19,15 +19,23 @@ from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
 from shoal.kv.pool import KvPool
 from shoal.model.decoder import Decoder
 from shoal.model.rope import all_angles
+from shoal.model.shortlist import Shortlist
+
+MAX_SHORTLIST_ROWS = 8
+"""With more, multiplying takes longer than reading, and the largest may be in more places."""
 
 
 class NativeSteps:
-    """Carries out ``DecodePath`` (engine/runner.py) for a decode stage, with the same numbers as any other step."""
+    """Carries out ``DecodePath`` (engine/runner.py) for a decode stage, with the same numbers as any other step. Where
+    only the largest logits are wanted, with a ``shortlist`` they alone are the same."""
 
-    def __init__(self, decoder: Decoder, pool: KvPool, kernels: NativeKernels) -> None:
+    def __init__(
+        self, decoder: Decoder, pool: KvPool, kernels: NativeKernels, shortlist: Shortlist | None = None
+    ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._kernels = kernels
+        self.shortlist = shortlist
         self._table = LayerTable(decoder.spec, decoder.parameters)
         windows = [window or 0 for window in self._table.windows]
         self._windows = (ctypes.c_int64 * len(windows))(*windows)
@@ -54,6 +62,7 @@ class NativeSteps:
             sequences.extend(blocks)
         hidden = decoder.embed(torch.tensor([item.sequence.last_token_id for item in rows]))
         logits = hidden.new_empty(len(rows), decoder.spec.vocab_size)
+        shortlist = self._shortlist_for(rows)
         decoding = native.Decoding(
             len(rows),
             hidden.data_ptr(),
@@ -63,9 +72,17 @@ class NativeSteps:
             len(ropes),
             self._windows,
             len(self._windows),
-            ctypes.pointer(table.head(logits)),
+            ctypes.pointer(table.head(logits, None if shortlist is None else shortlist.matrix)),
         )
         layers = table.of(self._pool)
         decoder.progressed()
         self._kernels.decode(table.shape, layers[0], len(layers), decoding)
+        if shortlist is not None:
+            _, normed = self._kernels.add_norm(hidden, None, decoder.parameters.final_norm, decoder.spec.norm_eps)
+            self._kernels.settle(normed, shortlist.head.values, shortlist.bounds, logits)
         return decoder.capped(logits)
+
+    def _shortlist_for(self, rows: Sequence[ScheduledRows]) -> Shortlist | None:
+        """For few greedy answers alone: of these nobody asks for more than the largest logit."""
+        is_enough = len(rows) <= MAX_SHORTLIST_ROWS and all(item.sequence.wants_likeliest for item in rows)
+        return self.shortlist if is_enough else None

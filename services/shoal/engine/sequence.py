@@ -88,6 +88,12 @@ class Sequence:
         return self.output[-1] if self.output else self.prompt[-1]
 
     @property
+    def wants_likeliest(self) -> bool:
+        """Of its next logits only which one is the largest."""
+        params = self.sampling
+        return not params.temperature and params.num_logprobs is None and len(self.output) >= params.min_tokens
+
+    @property
     def num_places(self) -> int:
         """How many sequences this is, or will be once its choices fork."""
         return max(1, len(self.forks))

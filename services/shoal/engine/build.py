@@ -18,15 +18,7 @@ from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.engine.gpu import GpuKernels, find_gpu_kernels
-from shoal.engine.native import (
-    check_native,
-    find_kernels,
-    hold_for,
-    make_chooser,
-    make_decode_path,
-    make_decoder,
-    make_shortlist,
-)
+from shoal.engine.native import check_native, find_kernels, hold_for, make_chooser, make_decode_path, make_decoder
 from shoal.engine.runner import DecodePath, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import StepGraphs
@@ -231,7 +223,7 @@ def build_engine(
     if has_graphs:
         path = StepGraphs(decoder, pool, CudaGraphs(device), limits.max_sequences, reads_padding=gpu is None)
     elif stage is Stage.DECODE:
-        path = make_decode_path(decoder, pool, kernels, make_shortlist(served.spec, parameters, kernels))
+        path = make_decode_path(decoder, pool, kernels)
     runner = Runner(decoder, pool, path)
     engine = Engine(
         scheduler,

@@ -329,7 +329,7 @@ class Engine:
     def _sample_row(self, sequence: Sequence, row_index: int) -> SampleRow:
         params = sequence.sampling
         banned: tuple[int, ...] = ()
-        if len(sequence.output) < params.min_tokens:
+        if sequence.must_go_on:
             banned = (*self._eos_token_ids, *params.stop_token_ids)
         return SampleRow(params, sequence.choice, len(sequence.output), row_index, banned)
 

@@ -64,20 +64,21 @@ def make_decoder(
     return Decoder(spec, plan, stage, parameters, NativeAttention(kernels), NativeRows(spec, kernels), layers)
 
 
-def make_decode_path(
-    decoder: Decoder, pool: KvPool, kernels: NativeKernels | None, shortlist: Shortlist | None = None
-) -> NativeSteps | None:
+def make_decode_path(decoder: Decoder, pool: KvPool, kernels: NativeKernels | None) -> NativeSteps | None:
     """A quicker way for steps of a decode stage that only decode, where the kernels take all of them."""
     if kernels is None:
         return None
-    steps = NativeSteps(decoder, pool, kernels, shortlist)
-    return steps if steps.can_run else None
+    steps = NativeSteps(decoder, pool, kernels)
+    if not steps.can_run:
+        return None
+    steps.shortlist = _shortlist_of(decoder)
+    return steps
 
 
-def make_shortlist(spec: ModelSpec, parameters: Parameters, kernels: NativeKernels | None) -> Shortlist | None:
-    """For greedy answers; where logits are capped, two that differ may become equals."""
-    head = parameters.lm_head
-    if kernels is None or spec.logit_softcap is not None or not isinstance(head, PackedMatrix):
+def _shortlist_of(decoder: Decoder) -> Shortlist | None:
+    """None in int8, of which it would be another copy, nor where logits are capped, which makes equals of others."""
+    head = decoder.parameters.lm_head
+    if decoder.spec.logit_softcap is not None or not isinstance(head, PackedMatrix):
         return None
     shortlist = Shortlist.of(head)
     if shortlist is not None:

@@ -18,24 +18,28 @@ from shoal.kernels import layers as native
 from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
 from shoal.kv.pool import KvPool
 from shoal.model.decoder import Decoder
+from shoal.model.packed import PANEL
 from shoal.model.rope import all_angles
 from shoal.model.shortlist import Shortlist
 
 MAX_SHORTLIST_ROWS = 8
 """With more, multiplying takes longer than reading, and the largest may be in more places."""
+MOST_SETTLED = 0.25
+"""Of a head: where the largest may be in more of it, most of it is read as well,"""
+STEPS_WITHOUT_IT = 100
+"""and so many steps read nothing else. Of a text like this, the next tokens are no surer."""
 
 
 class NativeSteps:
     """Carries out ``DecodePath`` (engine/runner.py) for a decode stage, with the same numbers as any other step. Where
     only the largest logits are wanted, with a ``shortlist`` they alone are the same."""
 
-    def __init__(
-        self, decoder: Decoder, pool: KvPool, kernels: NativeKernels, shortlist: Shortlist | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, pool: KvPool, kernels: NativeKernels) -> None:
+        self.shortlist: Shortlist | None = None
+        self._num_without_it = 0
         self._decoder = decoder
         self._pool = pool
         self._kernels = kernels
-        self.shortlist = shortlist
         self._table = LayerTable(decoder.spec, decoder.parameters)
         windows = [window or 0 for window in self._table.windows]
         self._windows = (ctypes.c_int64 * len(windows))(*windows)
@@ -79,10 +83,16 @@ class NativeSteps:
         self._kernels.decode(table.shape, layers[0], len(layers), decoding)
         if shortlist is not None:
             _, normed = self._kernels.add_norm(hidden, None, decoder.parameters.final_norm, decoder.spec.norm_eps)
-            self._kernels.settle(normed, shortlist.head.values, shortlist.bounds, logits)
+            num_made = self._kernels.settle(normed, shortlist.head.values, shortlist.bounds, logits)
+            if num_made * PANEL > MOST_SETTLED * logits.shape[1]:
+                self._num_without_it = STEPS_WITHOUT_IT
         return decoder.capped(logits)
 
     def _shortlist_for(self, rows: Sequence[ScheduledRows]) -> Shortlist | None:
         """For few greedy answers alone: of these nobody asks for more than the largest logit."""
-        is_enough = len(rows) <= MAX_SHORTLIST_ROWS and all(item.sequence.wants_likeliest for item in rows)
-        return self.shortlist if is_enough else None
+        if len(rows) > MAX_SHORTLIST_ROWS or not all(item.sequence.wants_likeliest for item in rows):
+            return None
+        if self._num_without_it:
+            self._num_without_it -= 1
+            return None
+        return self.shortlist

@@ -52,8 +52,9 @@ class PrefillChunk:
 class RunOutput:
     """What a step brought, all in the order of its rows.
 
-    ``logits`` is ``[sequences that sample, vocab]`` (``None`` if none does); ``chunks`` are to be shipped, and what
-    ``unprojected`` rows are projected to; ``scores`` has one item for each sequence with prompt tokens to score.
+    ``logits`` is ``[sequences that sample, vocab]`` (``None`` if none does), of a step by ``DecodePath`` as it says;
+    ``chunks`` are to be shipped, and what ``unprojected`` rows are projected to; ``scores`` has one item for each
+    sequence with prompt tokens to score.
     """
 
     logits: torch.Tensor | None
@@ -66,8 +67,9 @@ class DecodePath(Protocol):
     """A quicker way for steps of sequences that only go on (engine/native_steps.py, engine/step_graph.py)."""
 
     def run(self, rows: tuple[ScheduledRows, ...]) -> torch.Tensor | None:
-        """Logits ``[len(rows), vocab]``, which hold until the next call; K/V are in the pool then. ``None``: it's no
-        step for it, and nothing was done."""
+        """Logits ``[len(rows), vocab]``, which hold until the next call; K/V are in the pool then. If all of the
+        sequences want the likeliest token (``Sequence.wants_likeliest``), the largest alone need be exact. ``None``:
+        it's no step for it, and nothing was done."""
 
 
 class Runner:

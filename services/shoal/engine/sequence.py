@@ -88,10 +88,14 @@ class Sequence:
         return self.output[-1] if self.output else self.prompt[-1]
 
     @property
+    def must_go_on(self) -> bool:
+        """No token may end it yet, however likely."""
+        return len(self.output) < self.sampling.min_tokens
+
+    @property
     def wants_likeliest(self) -> bool:
         """Of its next logits only which one is the largest."""
-        params = self.sampling
-        return not params.temperature and params.num_logprobs is None and len(self.output) >= params.min_tokens
+        return not self.sampling.temperature and self.sampling.num_logprobs is None and not self.must_go_on
 
     @property
     def num_places(self) -> int:

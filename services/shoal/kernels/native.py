@@ -39,7 +39,7 @@ _SIGNATURES = {
     "shoal_gated_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _INT, _PTR, _INT],
     "shoal_packed_rows": [_PTR, _INT64, _PTR, _INT64, _INT64, _PTR],
     "shoal_argmax": [_PTR, _INT64, _INT64, _PTR, ctypes.POINTER(_INT64), _INT],
-    "shoal_settle": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
+    "shoal_settle": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, ctypes.POINTER(_INT64), _INT],
     "shoal_draw": [_PTR, _INT64, _INT64, _PTR, _PTR, _PTR, _PTR, _PTR, _INT],
     "shoal_copy_rows": [_PTR, _INT64, _INT64, _INT64, _PTR, _PTR, ctypes.POINTER(ctypes.c_uint32)],
     "shoal_gather_rows": [_PTR, _INT64, _PTR, _INT64, _INT64, _PTR, ctypes.POINTER(ctypes.c_uint32)],
@@ -202,14 +202,17 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def settle(self, inputs: torch.Tensor, panels: torch.Tensor, bounds: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Each row's largest of ``outputs`` ``[rows, outputs]``, which are of int8, becomes what ``linear`` with
-        ``panels`` makes of ``inputs`` ``[rows, size]``. ``bounds`` (model/shortlist.py) say where it can be."""
+    def settle(self, inputs: torch.Tensor, panels: torch.Tensor, bounds: torch.Tensor, outputs: torch.Tensor) -> int:
+        """Of ``outputs`` ``[rows, outputs]``, which are of int8, those that are in a panel with what may be a row's
+        largest become what ``linear`` with ``panels`` makes of ``inputs`` ``[rows, size]``. ``bounds``
+        (model/shortlist.py) say where it can be. Returns in how many panels."""
         (rows, num_outputs), size = outputs.shape, inputs.shape[1]
+        num_made = _INT64()
         self._call(
             "shoal_settle", inputs.data_ptr(), panels.data_ptr(), bounds.data_ptr(), rows, num_outputs, size,
-            outputs.data_ptr(), torch.get_num_threads(),
+            outputs.data_ptr(), num_made, torch.get_num_threads(),
         )  # fmt: skip
+        return num_made.value
 
     def gate(self, both: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
         """``activation(gate) * up`` of ``gate|up`` ``[rows, 2 * size]``."""

@@ -47,9 +47,9 @@ class PackedMatrix:
         return self.values[index // PANEL, :, index % PANEL].flatten(1)
 
     def part(self, outputs: slice) -> PackedMatrix:
-        """Those ``outputs`` alone, which are whole panels: a view."""
+        """Those ``outputs`` alone, which are whole panels, or all from one on: a view."""
         first, last = outputs.start, outputs.stop
-        return PackedMatrix(self.values[first // PANEL : last // PANEL], last - first)
+        return PackedMatrix(self.values[first // PANEL : -(-last // PANEL)], last - first)
 
     def unpacked(self) -> torch.Tensor:
         """``[outputs, inputs]`` once more, copied."""

@@ -25,9 +25,12 @@ from shoal.model.packed import PackedMatrix
 # A number of 16 bits is off by half a step, 1/32639 of a row's largest, which is at most its length; by a bit more, as
 # the step is itself rounded.
 _INPUT_STEP = 0.51 / 32639
-# A sum of n products in float32, in whatever order, is off by n 2**-24 of their sizes; here it's two sums.
-_SUM_STEP = 2.0**-21
-# The bounds themselves are rounded, and so is what they are multiplied by and added to.
+# A sum of n products in float32, in whatever order, is off by n 2**-24 of their sizes. In int8 it's exact, and rounded
+# a few times.
+_SUM_STEP = 2.0**-22
+# Numbers below this may be taken for nothing: by processors, and by lengths, since their squares are.
+_NOTHING = 2.0**-60
+# Lengths and bounds are themselves rounded, and what bfloat16 rounds off an output is of the bound, too.
 _SPARE = 1.01
 _ROWS_AT_ONCE = 2048
 
@@ -44,17 +47,20 @@ class Shortlist:
     @classmethod
     def of(cls, head: PackedMatrix) -> Shortlist | None:
         """``None`` where the head holds numbers that aren't finite: whoever meets them is to see them."""
-        weight = head.unpacked()
-        try:
-            matrix = Int8Matrix.of(weight, "lm_head")
-        except MalformedWeights:
-            return None
-        size = weight.shape[1]
-        rounding = math.sqrt(size) * _INPUT_STEP + size * _SUM_STEP
-        bounds = torch.empty_like(matrix.scales)
-        for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
-            piece = slice(start, start + _ROWS_AT_ONCE)
-            wide = weight[piece].float()
-            rest = wide - matrix.values[piece] * matrix.scales[piece, None]
-            bounds[piece] = (rest.norm(dim=1) + rounding * wide.norm(dim=1)) * _SPARE
-        return cls(head, matrix, bounds)
+        outputs, size = head.shape
+        values = torch.empty(outputs, size, dtype=torch.int8)
+        scales, bounds = torch.empty(outputs), torch.empty(outputs)
+        rounding, least = math.sqrt(size) * _INPUT_STEP + size * _SUM_STEP, math.sqrt(size) * _NOTHING
+        for start in range(0, outputs, _ROWS_AT_ONCE):
+            piece = slice(start, min(start + _ROWS_AT_ONCE, outputs))
+            weight = head.part(piece).unpacked()
+            try:
+                made = Int8Matrix.of(weight, "lm_head")
+            except MalformedWeights:
+                return None
+            values[piece], scales[piece] = made.values, made.scales
+            # In float32: of numbers whose products could be infinite a length is, and then nothing is ruled out.
+            whole = weight.float()
+            lost = (whole - made.values * made.scales[:, None]).norm(dim=1)
+            bounds[piece] = (lost + rounding * (whole.norm(dim=1) + lost) + least) * _SPARE
+        return cls(head, Int8Matrix(values, scales, head.dtype), bounds)

@@ -81,7 +81,8 @@ def compare(
 
     path, decoder = engine.runner.decode_path, engine.runner.decoder
     layers, asked = decoder._run_layers, list[torch.Tensor | None]()
-    assert path is not None and layers is not None
+    assert isinstance(path, NativeSteps) and layers is not None
+    path.shortlist = None  # all logits are to be the same
 
     def run_layers(*arguments: Any) -> torch.Tensor | None:
         asked.append(layers(*arguments))

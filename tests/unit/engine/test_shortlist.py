@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ import torch
 from engines import Ask, kernel_model, make_engine, native_kernels, parameters_of, run_choices, torch_threads
 from models import save_tiny, tiny_model
 from shoal.config import load_config
+from shoal.engine import native_steps
 from shoal.engine.build import load_stage
 from shoal.engine.engine import Engine
-from shoal.engine.native import hold_for, make_shortlist
+from shoal.engine.native import make_decode_path
 from shoal.engine.native_steps import MAX_SHORTLIST_ROWS, NativeSteps
+from shoal.errors import InternalError
 from shoal.kernels.native import NativeKernels
 from shoal.messages import Depth, SamplingParams, Stage
-from shoal.model.families import describe
 from shoal.model.int8 import Int8Matrix
+from shoal.model.plan import Anchors
 from shoal.model.shortlist import Shortlist
 
 PROMPT = tuple(3 + index * 7 % 90 for index in range(150))
@@ -38,9 +42,9 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     noted: list[int] = []
     settle = NativeKernels.settle
 
-    def watched(self: NativeKernels, inputs: torch.Tensor, *others: torch.Tensor) -> None:
+    def watched(self: NativeKernels, inputs: torch.Tensor, *others: torch.Tensor) -> int:
         noted.append(len(inputs))
-        settle(self, inputs, *others)
+        return settle(self, inputs, *others)
 
     monkeypatch.setattr(NativeKernels, "settle", watched)
     return noted
@@ -52,13 +56,13 @@ def some_threads(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def engine_of(model: Any, kernels: NativeKernels) -> Engine:
-    """With a shortlist."""
-    engine = make_engine(model, 2, kernels=kernels, num_blocks=2048)
-    path, decoder = engine.runner.decode_path, engine.runner.decoder
-    assert isinstance(path, NativeSteps)
-    path.shortlist = make_shortlist(decoder.spec, decoder.parameters, kernels)
-    assert path.shortlist is not None
+def engine_of(model: Any, kernels: NativeKernels, *, is_whole: bool = False, num_blocks: int = 2048) -> Engine:
+    """With a shortlist, or without."""
+    engine = make_engine(model, 2, kernels=kernels, num_blocks=num_blocks)
+    path = engine.runner.decode_path
+    assert isinstance(path, NativeSteps) and path.shortlist is not None
+    if is_whole:
+        path.shortlist = None
     return engine
 
 
@@ -70,7 +74,7 @@ def test_the_tokens_are_the_whole_heads(kernels: NativeKernels, settled: list[in
     asks = [
         Ask([*PROMPT[: 3 + 9 * index]], 30, (Depth.SHALLOW, Depth.FULL)[index % 2], GREEDY) for index in range(streams)
     ]
-    expected = run_choices(make_engine(model, 2, kernels=kernels, num_blocks=2048), asks)
+    expected = run_choices(engine_of(model, kernels, is_whole=True), asks)
     assert not settled
     assert run_choices(engine_of(model, kernels), asks) == expected
     assert (streams in settled) == (streams <= MAX_SHORTLIST_ROWS)
@@ -89,7 +93,7 @@ def test_who_asks_for_more_gets_the_whole_head_and_so_do_those_beside(
     model = kernel_model("llama", torch.bfloat16, vocab=VOCAB)
     sampling = SamplingParams(**{"max_tokens": 20, "temperature": 0.0, **options})
     asks = [Ask([*PROMPT[:40]], sampling=sampling), Ask([*PROMPT[:9]], 20)]
-    expected = run_choices(make_engine(model, 2, kernels=kernels), asks)
+    expected = run_choices(engine_of(model, kernels, is_whole=True), asks)
     assert run_choices(engine_of(model, kernels), asks) == expected
     assert not settled
 
@@ -107,29 +111,73 @@ def test_after_as_many_tokens_as_there_must_be_it_goes_by_the_shortlist(
 def test_a_token_that_is_banned_is_never_the_likeliest(kernels: NativeKernels) -> None:
     """The end token would be, at each step: by the largest logit alone nobody could tell what comes next."""
     model = kernel_model("llama", torch.bfloat16, vocab=VOCAB)
-    [[likeliest]] = run_choices(make_engine(model, 2, kernels=kernels), [Ask([*PROMPT[:40]], 12)])
+    [[likeliest]] = run_choices(engine_of(model, kernels, is_whole=True), [Ask([*PROMPT[:40]], 12)])
     sampling = SamplingParams(max_tokens=12, temperature=0.0, min_tokens=12, stop_token_ids=tuple({*likeliest}))
     asks = [Ask([*PROMPT[:40]], sampling=sampling)]
     ours = run_choices(engine_of(model, kernels), asks)
-    assert ours == run_choices(make_engine(model, 2, kernels=kernels), asks)
+    assert ours == run_choices(engine_of(model, kernels, is_whole=True), asks)
     assert not {*ours[0][0]} & {*likeliest}
 
 
-def test_there_is_one_where_it_pays(kernels: NativeKernels) -> None:
-    """Not in int8, where it would say nothing new, nor by torch, nor where logits are capped: equals come of others."""
+def test_choices_that_fork_and_answers_that_give_way(kernels: NativeKernels, settled: list[int]) -> None:
+    model = kernel_model("llama", torch.bfloat16, vocab=VOCAB)
+    forks = SamplingParams(max_tokens=20, temperature=0.0, num_choices=3)
+    asks = [Ask([*PROMPT[:30]], sampling=forks), *(Ask([*PROMPT[: 20 + index]], 20) for index in range(4))]
+    expected = run_choices(engine_of(model, kernels, is_whole=True), asks)
+    tight = engine_of(model, kernels, num_blocks=50)
+    assert run_choices(tight, asks) == expected
+    assert tight.scheduler.num_preemptions > 0 and len(settled) > 10
+
+
+def test_a_token_that_is_none_is_an_error_as_ever(kernels: NativeKernels, settled: list[int]) -> None:
+    model = kernel_model("llama", torch.bfloat16, vocab=VOCAB)
+    engine = engine_of(model, kernels)
+    engine.submit_generate("one", PROMPT[:9], Depth.FULL, GREEDY)
+    while not engine.step().tokens:
+        pass
+    for layer in engine.runner.pool.layers:
+        layer.fill_(math.nan)
+    [failure] = engine.step().failures
+    assert isinstance(failure.error, InternalError) and settled
+
+
+def test_where_the_largest_may_be_anywhere_the_whole_head_is_read_for_a_while(
+    kernels: NativeKernels, settled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_steps, "STEPS_WITHOUT_IT", 7)
+    model = kernel_model("llama", torch.bfloat16, vocab=VOCAB)
+    with torch.no_grad():
+        model.lm_head.weight[:] = model.lm_head.weight[:1]  # all equally likely
+    assert run_choices(engine_of(model, kernels), [Ask([*PROMPT[:9]], 18)]) == [[[0] * 18]]
+    assert settled == [1, 1, 1], "one in eight of 17 steps"
+
+
+def test_there_is_none_where_it_does_not_pay(kernels: NativeKernels) -> None:
+    """In int8 it would say nothing new; of logits that are capped, some that differ become equals."""
     model = kernel_model("llama", torch.bfloat16)
-    spec, parameters = describe(model.config), parameters_of(model, 2)
-    hold = hold_for(kernels)
-    assert hold is not None
-    assert isinstance(make_shortlist(spec, parameters.held(hold), kernels), Shortlist)
-    assert make_shortlist(spec, parameters.held(Int8Matrix.of), kernels) is None
-    assert make_shortlist(spec, parameters, None) is None
-    capped = kernel_model("gemma2", torch.bfloat16)
-    capped_spec = describe(capped.config)
-    assert capped_spec.logit_softcap is not None
-    assert make_shortlist(capped_spec, parameters_of(capped, 2).held(hold), kernels) is None
-    prefill = parameters_of(model, 2, Stage.PREFILL).held(hold)
-    assert make_shortlist(spec, prefill, kernels) is None
+    held = parameters_of(model, 2).held(Int8Matrix.of)
+    capped = kernel_model("llama", torch.bfloat16)
+    engine = make_engine(capped, 2, kernels=kernels)
+    decoder = engine.runner.decoder
+    decoder.spec = replace(decoder.spec, logit_softcap=30.0)
+    paths = [
+        make_engine(model, 2, kernels=kernels, parameters=held).runner.decode_path,
+        make_decode_path(decoder, engine.runner.pool, kernels),
+    ]
+    for path in paths:
+        assert isinstance(path, NativeSteps) and path.shortlist is None
+
+
+@pytest.mark.parametrize("case", ["norms in float32", "deep blocks apart"])
+def test_none_is_made_where_nothing_would_use_it(
+    kernels: NativeKernels, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shortlist, "of", lambda *_: pytest.fail("it was made"))
+    if case == "norms in float32":
+        engine = make_engine(kernel_model("gemma3_text", torch.bfloat16), 2, kernels=kernels)
+    else:
+        engine = make_engine(kernel_model("llama", torch.bfloat16), 2, anchors=Anchors(1), kernels=kernels)
+    assert engine.runner.decode_path is None
 
 
 @pytest.mark.parametrize("weights", ["as_is", "int8"])

@@ -30,7 +30,9 @@ def outputs_of(
     assert shortlist is not None
     by_int8 = kernels.int8_linear(inputs, shortlist.matrix.values, shortlist.matrix.scales, None)
     settled = by_int8.clone()
-    kernels.settle(inputs, head.values, shortlist.bounds, settled)
+    num_made = kernels.settle(inputs, head.values, shortlist.bounds, settled)
+    assert 1 <= num_made <= len(head.values)
+    assert len({*((by_int8 != settled).nonzero()[:, 1] // PANEL).tolist()}) <= num_made
     return by_int8, settled, kernels.linear(inputs, head.values, head.num_outputs, None)
 
 
@@ -79,19 +81,23 @@ def test_the_bounds_hold(kernels: NativeKernels, num_outputs: int, size: int, sc
         assert bool((off <= bound + ROUNDED * (made.abs() + bound)).all())
 
 
-def test_where_int8_is_wrong_the_weights_decide(kernels: NativeKernels) -> None:
-    """Outputs that differ by what int8 rounds away, each in a panel of its own."""
-    size, step = 576, 1.0
-    inputs = torch.ones(1, size).bfloat16()
+@pytest.mark.parametrize("of_inputs", [0, 40, -50, -74, -76, -80, -95])
+@pytest.mark.parametrize("of_weights", [0, 40, -50, -70, -74, -76, -80])
+def test_where_int8_is_wrong_the_weights_decide(kernels: NativeKernels, of_weights: int, of_inputs: int) -> None:
+    """Outputs that differ by what int8 rounds away, each in a panel of its own; of whatever size, also such that their
+    squares are nothing."""
+    size = 576
+    inputs = torch.full((1, size), 2.0**of_inputs).bfloat16()
     weight = torch.zeros(20 * PANEL, size)
-    weight[:, :2] = torch.tensor([LARGEST * step, -LARGEST * step])  # all have the same scale, and these cancel out
+    weight[:, :2] = torch.tensor([LARGEST, -LARGEST])  # all have the same scale, and these cancel out
     for number in range(20):
         # By int8 the first is the largest; in truth the last, since others lose what it gains.
         weight[number * PANEL, 2] = 30 - number
         weight[number * PANEL, 3:] = (number - 10) * 0.04
-    by_int8, settled, exact = outputs_of(kernels, weight.bfloat16(), inputs)
-    assert by_int8.argmax().item() == 0
-    assert exact.argmax().item() == 19 * PANEL
+    by_int8, settled, exact = outputs_of(kernels, (weight * 2.0**of_weights).bfloat16(), inputs)
+    if of_weights + of_inputs > -100:
+        assert by_int8.argmax().item() == 0
+        assert exact.argmax().item() == 19 * PANEL
     assert_the_largest_is_exact(kernels, settled, exact)
 
 
@@ -145,6 +151,17 @@ def test_what_is_not_finite_is_seen_and_is_nobody_else_s(kernels: NativeKernels,
     assert not kernels.argmax(settled)[1]
     assert kernels.argmax(settled)[0].tolist()[::2] == kernels.argmax(exact)[0].tolist()[::2]
     torch.testing.assert_close(settled[1], exact[1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_sums_that_overflow_on_their_way_are_seen(kernels: NativeKernels) -> None:
+    """By int8, which sums whole numbers, they'd be nothing."""
+    weight, inputs = random(1000, 64), torch.ones(1, 64).bfloat16()
+    weight[700, ::2], weight[700, 1::2] = 3e38, -3e38
+    inputs *= 8
+    by_int8, settled, exact = outputs_of(kernels, weight, inputs)
+    assert bool(by_int8.isfinite().all()) and not bool(exact.isfinite().all())
+    assert not kernels.argmax(settled)[1]
+    torch.testing.assert_close(settled[0, 700], exact[0, 700], rtol=0, atol=0, equal_nan=True)
 
 
 def test_of_nothing_the_first(kernels: NativeKernels) -> None:

@@ -19,7 +19,9 @@ namespace {
 
 // Both products become bfloat16: so much of an output, by 1/256 each time.
 constexpr float ROUNDED = 0x1.08p-7f;
-constexpr float LEAST = 1e-30f;  // of numbers so small, it's more
+// What is below is taken for nothing somewhere: outputs by bfloat16, by multipliers that know no denormal numbers, and where
+// inputs become whole (whole.hpp); of inputs, squares.
+constexpr float LEAST = 1e-30f, LEAST_SQUARE = 0x1p-120f;
 
 // One row: what was made of int8, and how far that can be off.
 struct Row {
@@ -28,7 +30,7 @@ struct Row {
     float length;
     int64_t size;
 
-    // Of sixteen outputs from `at` on, those that there are; what they are at least, or at most.
+    // Of sixteen outputs from `at` on: which there are, what they are, and how far those of the weights can be from them.
     __mmask16 mask(int64_t at) const { return (__mmask16)((1u << std::min<int64_t>(size - at, 16)) - 1); }
     __m512 outputs_at(int64_t at) const {
         const __m256i halves = _mm256_maskz_loadu_epi16(mask(at), outputs + at);
@@ -65,7 +67,7 @@ float length_of(const bf16* inputs, int64_t size) {
         const __m512 own = load(inputs + j);
         sums = _mm512_fmadd_ps(own, own, sums);
     }
-    return std::sqrt(_mm512_reduce_add_ps(sums));
+    return std::sqrt(_mm512_reduce_add_ps(sums) + (float)size * LEAST_SQUARE);
 }
 
 // Whether each panel may hold the largest of some row.
@@ -87,10 +89,11 @@ std::vector<uint8_t> notes_of(const bf16* inputs, const float* bounds, const bf1
 }  // namespace shoal
 
 // outputs [num_rows, num_outputs] are of inputs [num_rows, size] and weights of int8. Those of `weights`, which lie in
-// panels, differ from them by an input's length times bounds [num_outputs] at most. Where the largest of a row may be, they
-// take their place, and are larger than all others there. Returns 0, or 1 if size isn't a multiple of 32.
+// panels, differ from them by an input's length times bounds [num_outputs] at most, before they are rounded. Where the
+// largest of a row may be, they take their place, in num_made panels, and what is left of int8 is smaller. Returns 0, or 1
+// if size isn't a multiple of 32.
 extern "C" int shoal_settle(const void* inputs, const void* weights, const float* bounds, int64_t num_rows,
-                            int64_t num_outputs, int64_t size, void* outputs, int num_threads) {
+                            int64_t num_outputs, int64_t size, void* outputs, int64_t* num_made, int num_threads) {
     using namespace shoal;
     if (size % PANEL) return 1;
     const bf16 *const own = static_cast<const bf16*>(inputs), *const panels = static_cast<const bf16*>(weights);
@@ -99,7 +102,8 @@ extern "C" int shoal_settle(const void* inputs, const void* weights, const float
     std::vector<int64_t> firsts;
     for (size_t panel = 0; panel < notes.size(); panel++)
         if (notes[panel]) firsts.push_back((int64_t)panel * PANEL);
-    share((int64_t)firsts.size(), num_threads, [&](int64_t index) {
+    *num_made = (int64_t)firsts.size();
+    share(*num_made, num_threads, [&](int64_t index) {
         const int64_t first = firsts[index], number = std::min(PANEL, num_outputs - first);
         static thread_local std::vector<bf16> made;
         made.resize(num_rows * number);

@@ -25,9 +25,9 @@ from shoal.model.shortlist import Shortlist
 MAX_SHORTLIST_ROWS = 8
 """With more, multiplying takes longer than reading, and the largest may be in more places."""
 MOST_SETTLED = 0.25
-"""Of a head: where the largest may be in more of it, most of it is read as well,"""
+"""Of a head: where the largest logit may be in more of it, a shortlist saves little or nothing."""
 STEPS_WITHOUT_IT = 100
-"""and so many steps read nothing else. Of a text like this, the next tokens are no surer."""
+"""So many steps go without it then: of such a text the next tokens will hardly be surer."""
 
 
 class NativeSteps:

@@ -1,12 +1,12 @@
-"""How long a decode step takes, by the number of streams, with Shoal's kernels (weights in int8, too; and of greedy
-answers without a shortlist of where the largest logit can be) and with torch's, in one run.
+"""How long a decode step takes, by the number of streams, with Shoal's kernels (weights in int8, too, and with the
+whole head where greedy answers read half of it) and with torch's, in one run.
 
     python tests/benchmarks/decode.py [--context 1800] [--streams 1 8 32] [--json FILE]
 
-Every stream holds ``--context`` tokens and goes on, greedily or with ``--temperature`` and ``--top-p``; a step gives
-each of them one token. The engines take
-turns, some steps each, so that a drift of the machine meets them alike. Beside each time stands what share of the
-memory's read rate it is to read all weights, and the K/V of all streams, once. Int8 is measured in bfloat16 alone.
+Every stream holds ``--context`` tokens of text and goes on, greedily or with ``--temperature`` and ``--top-p``; a step
+gives each of them one token. The engines take turns, some steps each, so that a drift of the machine meets them alike.
+Beside each time stands what share of the memory's read rate it is to read all weights that a step reads, and the K/V of
+all streams, once. Int8 is measured in bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
-from shoal.engine.native_steps import NativeSteps
+from shoal.engine.native_steps import MAX_SHORTLIST_ROWS, NativeSteps
 from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.files import locate
 from shoal.model.int8 import Int8Matrix
+from texts import prompts
 
 CPU = torch.device("cpu")
 # A stream's for the 4,096 tokens that it may generate, in blocks of 16.
@@ -45,10 +48,26 @@ _WHOLE_HEAD = "Shoal's, whole head"
 
 @dataclass(frozen=True)
 class Variant:
-    """``weight_bytes`` is all that a replica of it holds."""
+    """``weight_bytes`` are what a step reads that doesn't go by a shortlist."""
 
     engine: Engine
     weight_bytes: int
+
+    @property
+    def steps(self) -> NativeSteps | None:
+        path = self.engine.runner.decode_path
+        return path if isinstance(path, NativeSteps) else None
+
+    @property
+    def goes_by_shortlist(self) -> bool:
+        """Its next step may, if it's greedy and of few rows."""
+        return self.steps is not None and self.steps.shortlist is not None and not self.steps.num_without_it
+
+    def read_bytes(self, *, by_shortlist: bool) -> int:
+        if not by_shortlist or self.steps is None or self.steps.shortlist is None:
+            return self.weight_bytes
+        shortlist = self.steps.shortlist
+        return self.weight_bytes - shortlist.head.values.nbytes + shortlist.num_bytes
 
 
 def main() -> None:
@@ -59,15 +78,16 @@ def main() -> None:
     variants = _variants(config, served, options)
     rows, bandwidth = [], memory_read_bytes_per_s()
     for streams in options.streams:
-        seconds = _steps({name: variant.engine for name, variant in variants.items()}, streams, options)
+        seconds, shares = _steps(variants, streams, options)
         for name, times in seconds.items():
             variant, median = variants[name], statistics.median(times)
             kv_bytes = streams * options.context * variant.engine.scheduler.layout.token_bytes
             rows.append(
                 {
                     "streams": streams, "kernels": name, "median_s": median, "seconds": times,
-                    "tokens_per_s": streams / median,
-                    "share_of_bandwidth": (variant.weight_bytes + kv_bytes) / median / bandwidth,
+                    "tokens_per_s": streams / median, "share_by_shortlist": shares[name],
+                    "share_of_bandwidth":
+                        (variant.read_bytes(by_shortlist=shares[name] > 0.5) + kv_bytes) / median / bandwidth,
                 }
             )  # fmt: skip
     result = {
@@ -96,37 +116,41 @@ def _variants(config: ShoalConfig, served: Served, options: Any) -> dict[str, Va
         decode = {"kernels": "torch" if name == "torch's" else "auto", **limits}
         own = config.model_copy(update={"decode": config.decode.model_copy(update=decode)})
         engine = build_engine(own, Stage.DECODE, served, parameters, device=CPU)
-        if name == _WHOLE_HEAD and isinstance(engine.runner.decode_path, NativeSteps):
-            engine.runner.decode_path.shortlist = None
         variants[name] = Variant(engine, parameters.num_bytes)
+        if name == _WHOLE_HEAD and (steps := variants[name].steps) is not None:
+            steps.shortlist = None
     return variants
 
 
-def _steps(engines: dict[str, Engine], streams: int, options: Any) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+def _steps(variants: dict[str, Variant], streams: int, options: Any) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each step, and which share of them went by a shortlist."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    num_by_shortlist = dict.fromkeys(variants, 0)
+    may_go_by_it = streams <= MAX_SHORTLIST_ROWS and not options.temperature
     with ExitStack() as stack:
-        for engine in engines.values():
-            stack.enter_context(_filled(engine, streams, options))
+        for variant in variants.values():
+            stack.enter_context(_filled(variant.engine, streams, options))
         for _ in track(range(options.rounds), description=f"{streams} streams"):
-            for name, engine in engines.items():
-                engine.step()  # the others' data left the caches
+            for name, variant in variants.items():
+                variant.engine.step()  # the others' data left the caches
                 for _ in range(options.steps):
+                    num_by_shortlist[name] += may_go_by_it and variant.goes_by_shortlist
                     started = time.perf_counter()
-                    output = engine.step()
+                    output = variant.engine.step()
                     seconds[name].append(time.perf_counter() - started)
                     if len(output.tokens) != streams:
                         raise SystemExit(f"{len(output.tokens)} tokens of {streams} streams: raise the pool")
-    return seconds
+    return seconds, {name: number / len(seconds[name]) for name, number in num_by_shortlist.items()}
 
 
 @contextmanager
 def _filled(engine: Engine, streams: int, options: Any) -> Iterator[None]:
     """The streams' prompts are computed, each but its last token."""
-    generator = torch.Generator().manual_seed(0)
+    text = locate("smollm2").tokenizer().encode("\n\n".join(prompts().values()))
     sampling = SamplingParams(max_tokens=4096, temperature=options.temperature, top_p=options.top_p, ignore_eos=True)
     for index in range(streams):
-        prompt = torch.randint(20, 40_000, (options.context,), generator=generator).tolist()
-        engine.submit_generate(str(index), tuple(prompt), Depth.SHALLOW, sampling)
+        prompt = tuple(islice(cycle(text), index * 311, index * 311 + options.context))
+        engine.submit_generate(str(index), prompt, Depth.SHALLOW, sampling)
     while len(engine.step().tokens) < streams:
         pass
     yield

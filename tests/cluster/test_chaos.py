@@ -1,7 +1,7 @@
 """``shoal chaos`` shortened, on a cluster of a tiny model and over mutual TLS: what comes back within seconds.
 
 Processes are killed one by one in test_failures.py, and of faults that are alike one is enough in each run of the
-tests. With SHOAL_TEST_ALL=1, all scenarios are played here, which takes seven minutes more.
+tests. With SHOAL_TEST_ALL=1, all scenarios are played here, which takes several minutes more.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from shoal.chaos.scenario import SCENARIOS, choose
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # Processes that are killed take as long as others take to start; of the last ones another has what can be felt, or
-# test_failures.py does the same, or tests/transfer/test_faults.py without a cluster.
+# test_failures.py does the same, or without a cluster tests/transfer/test_faults.py and tests/unit/rpc/test_probe.py.
 LEFT_OUT = {
     "kill-prefill", "kill-prefill-pool", "kill-decode", "kill-gateway", "restart", "disk-full", "roll-plan",
     "kill-prefill-shm", "kill-decode-shm", "bit-flip-shm", "drop-shm",
-    "pause-prefill", "pause-decode", "half-open", "partition-to-decode", "partition-to-prefill", "delay",
+    "pause-prefill", "half-open", "partition-to-decode", "partition-to-prefill", "delay",
     "slow-reader", "truncate", "duplicate", "reset", "drop", "reorder", "clock-jump",
 }  # fmt: skip
 QUICK = ",".join(scenario.name for scenario in SCENARIOS if scenario.name not in LEFT_OUT)

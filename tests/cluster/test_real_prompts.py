@@ -45,8 +45,11 @@ def test_all_at_once_full_depth_on_a_shallow_deployment_is_transformers_own(
 @pytest.mark.parametrize("depth", ["shallow", "full"])
 def test_one_by_one_is_the_same(shallow: TestCluster, known: Mapping[str, RealPrompt], depth: str):
     some = {name: known[name] for name in sorted(known)[6::10]}
+    before = shallow.num_transfers
     tokens: dict[str, list[int]] = {}
     for name, prompt in some.items():
         tokens |= shallow.complete({name: prompt.token_ids}, depth=depth, max_tokens=NUM_TOKENS)
     assert_same_tokens(tokens, references(some, depth))
+    assert shallow.num_transfers - before == (len(some) if depth == "shallow" else 0)
     assert shallow.num_fallbacks == 0
+    shallow.assert_nothing_held()

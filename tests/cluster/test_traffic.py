@@ -103,6 +103,7 @@ def test_in_plain_text_a_prompt_is_seen_where_it_belongs_and_not_on_ray_s_plane(
 
 
 def test_under_tls_nothing_of_a_prompt_is_seen_anywhere(tmp_path: Path):
+    """That it would be found, test_capture.py shows, and with SHOAL_TEST_ALL=1 the test above."""
     traffic = served(tmp_path, tmp_path / "certificates")
     assert traffic.where(needles()) == {}
     assert {"client", "decode"} <= ports({flow: data for flow, data in traffic.by_flow.items() if data})

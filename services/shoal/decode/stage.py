@@ -84,9 +84,7 @@ async def open_decode(
     if served.plan.anchors is not None:
         _log.warning("the speed plan is for checkpoints tuned for it: any other one loses much more than with pop")
     metrics = DecodeMetrics(registry)
-    metrics.parameters(
-        held_bytes=parameters.num_bytes, full_model_bytes=served.spec.num_parameters * served.dtype.itemsize
-    )
+    metrics.parameters(held_bytes=loaded.num_bytes, full_model_bytes=served.spec.num_parameters * served.dtype.itemsize)
     meter = StepMeter(metrics)
 
     def on_step(output: StepOutput) -> None:
@@ -137,7 +135,7 @@ async def open_decode(
     )
     try:
         heartbeats = (engine.heartbeat, sink.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
-        yield DecodeStage(served, worker, engine, desk, server, parameters.num_bytes, registry, heartbeats)
+        yield DecodeStage(served, worker, engine, desk, server, loaded.num_bytes, registry, heartbeats)
     finally:
         await server.drain(config.handoff.drain_s)
         if nixl is not None:

@@ -18,7 +18,15 @@ from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.engine.gpu import GpuKernels, find_gpu_kernels
-from shoal.engine.native import check_native, find_kernels, hold_for, make_chooser, make_decode_path, make_decoder
+from shoal.engine.native import (
+    check_native,
+    find_kernels,
+    hold_for,
+    make_chooser,
+    make_decode_path,
+    make_decoder,
+    num_bytes_beside,
+)
 from shoal.engine.runner import DecodePath, Runner
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.step_graph import StepGraphs
@@ -358,11 +366,12 @@ def free_memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A stage's model in memory, an engine that is warm, what copies K/V on their way, and how far the engine's thread
-    is to step back for others."""
+    """A stage's model in memory, ``num_bytes`` of weights in whatever form, an engine that is warm, what copies K/V on
+    their way, and how far the engine's thread is to step back for others."""
 
     served: Served
     parameters: Parameters
+    num_bytes: int
     engine: Engine
     copier: Copier
     niceness: int
@@ -394,7 +403,9 @@ async def load_stage(
         step_back(niceness)  # as it warms up, this thread starts those that help the engine's
         engine = build_engine(config, stage, served, parameters, device=device)
         # As it holds them: what was read beside isn't kept.
-        return Loaded(served, engine.runner.decoder.parameters, engine, choose_copier(limits), niceness)
+        held = engine.runner.decoder.parameters
+        num_bytes = held.num_bytes + num_bytes_beside(engine.runner.decode_path)
+        return Loaded(served, held, num_bytes, engine, choose_copier(limits), niceness)
 
     with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:
         return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, load)

@@ -75,6 +75,12 @@ def make_decode_path(decoder: Decoder, pool: KvPool, kernels: NativeKernels | No
     return steps
 
 
+def num_bytes_beside(path: object) -> int:
+    """What a decode path keeps of the weights in another form."""
+    shortlist = path.shortlist if isinstance(path, NativeSteps) else None
+    return 0 if shortlist is None else shortlist.num_bytes
+
+
 def _shortlist_of(decoder: Decoder) -> Shortlist | None:
     """None in int8, of which it would be another copy, nor where logits are capped, which makes equals of others."""
     head = decoder.parameters.lm_head

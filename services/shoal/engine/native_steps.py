@@ -22,12 +22,12 @@ from shoal.model.packed import PANEL
 from shoal.model.rope import all_angles
 from shoal.model.shortlist import Shortlist
 
-MAX_SHORTLIST_ROWS = 8
-"""With more, multiplying takes longer than reading, and the largest may be in more places."""
+MAX_SHORTLIST_ROWS = 3
+"""These wait for memory alone (kernels/src/int8_linear.cpp). Of more rows, the largest may be in more places."""
 MOST_SETTLED = 0.25
 """Of a head: where the largest logit may be in more of it, a shortlist saves little or nothing."""
 STEPS_WITHOUT_IT = 100
-"""So many steps go without it then: of such a text the next tokens will hardly be surer."""
+"""So many of the steps that it's for go without it then: the next tokens will hardly be surer."""
 
 
 class NativeSteps:
@@ -36,7 +36,7 @@ class NativeSteps:
 
     def __init__(self, decoder: Decoder, pool: KvPool, kernels: NativeKernels) -> None:
         self.shortlist: Shortlist | None = None
-        self._num_without_it = 0
+        self.num_without_it = 0
         self._decoder = decoder
         self._pool = pool
         self._kernels = kernels
@@ -85,14 +85,14 @@ class NativeSteps:
             _, normed = self._kernels.add_norm(hidden, None, decoder.parameters.final_norm, decoder.spec.norm_eps)
             num_made = self._kernels.settle(normed, shortlist.head.values, shortlist.bounds, logits)
             if num_made * PANEL > MOST_SETTLED * logits.shape[1]:
-                self._num_without_it = STEPS_WITHOUT_IT
+                self.num_without_it = STEPS_WITHOUT_IT
         return decoder.capped(logits)
 
     def _shortlist_for(self, rows: Sequence[ScheduledRows]) -> Shortlist | None:
         """For few greedy answers alone: of these nobody asks for more than the largest logit."""
         if len(rows) > MAX_SHORTLIST_ROWS or not all(item.sequence.wants_likeliest for item in rows):
             return None
-        if self._num_without_it:
-            self._num_without_it -= 1
+        if self.num_without_it:
+            self.num_without_it -= 1
             return None
         return self.shortlist

@@ -205,7 +205,7 @@ class NativeKernels:
     def settle(self, inputs: torch.Tensor, panels: torch.Tensor, bounds: torch.Tensor, outputs: torch.Tensor) -> int:
         """Of ``outputs`` ``[rows, outputs]``, which are of int8, those that are in a panel with what may be a row's
         largest become what ``linear`` with ``panels`` makes of ``inputs`` ``[rows, size]``. ``bounds``
-        (model/shortlist.py) say where it can be. Returns in how many panels."""
+        (model/shortlist.py) say where it can be. Returns the number of panels that were made anew."""
         (rows, num_outputs), size = outputs.shape, inputs.shape[1]
         num_made = _INT64()
         self._call(

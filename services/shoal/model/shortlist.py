@@ -20,19 +20,20 @@ import torch
 
 from shoal.errors import MalformedWeights
 from shoal.model.int8 import Int8Matrix
-from shoal.model.packed import PackedMatrix
+from shoal.model.packed import PANEL, PackedMatrix
 
-# A number of 16 bits is off by half a step, 1/32639 of a row's largest, which is at most its length; by a bit more, as
-# the step is itself rounded.
+# Inputs become whole numbers of steps, a step being 1/32639 of the row's largest, which is at most its length: each is
+# off by half a step, and a bit more, since the step is itself rounded.
 _INPUT_STEP = 0.51 / 32639
-# A sum of n products in float32, in whatever order, is off by n 2**-24 of their sizes. In int8 it's exact, and rounded
-# a few times.
+# A sum of n products in float32, in whatever order, is off by n 2**-24 of their sizes; of int8 it's exact, and rounded
+# a few times. Four times that.
 _SUM_STEP = 2.0**-22
 # Numbers below this may be taken for nothing: by processors, and by lengths, since their squares are.
 _NOTHING = 2.0**-60
 # Lengths and bounds are themselves rounded, and what bfloat16 rounds off an output is of the bound, too.
 _SPARE = 1.01
-_ROWS_AT_ONCE = 2048
+# Of a matrix that is made: what exists at once in float32.
+_MAX_WIDE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,11 @@ class Shortlist:
         """``None`` where the head holds numbers that aren't finite: whoever meets them is to see them."""
         outputs, size = head.shape
         values = torch.empty(outputs, size, dtype=torch.int8)
-        scales, bounds = torch.empty(outputs), torch.empty(outputs)
-        rounding, least = math.sqrt(size) * _INPUT_STEP + size * _SUM_STEP, math.sqrt(size) * _NOTHING
-        for start in range(0, outputs, _ROWS_AT_ONCE):
-            piece = slice(start, min(start + _ROWS_AT_ONCE, outputs))
+        scales, bounds = torch.empty(2, outputs, dtype=torch.float32)
+        rounding, negligible = math.sqrt(size) * _INPUT_STEP + size * _SUM_STEP, math.sqrt(size) * _NOTHING
+        rows = max(1, _MAX_WIDE_BYTES // (4 * size * PANEL)) * PANEL
+        for start in range(0, outputs, rows):
+            piece = slice(start, min(start + rows, outputs))
             weight = head.part(piece).unpacked()
             try:
                 made = Int8Matrix.of(weight, "lm_head")
@@ -62,5 +64,10 @@ class Shortlist:
             # In float32: of numbers whose products could be infinite a length is, and then nothing is ruled out.
             whole = weight.float()
             lost = (whole - made.values * made.scales[:, None]).norm(dim=1)
-            bounds[piece] = (lost + rounding * (whole.norm(dim=1) + lost) + least) * _SPARE
+            bounds[piece] = (lost + rounding * (whole.norm(dim=1) + lost) + negligible) * _SPARE
         return cls(head, Int8Matrix(values, scales, head.dtype), bounds)
+
+    @property
+    def num_bytes(self) -> int:
+        """Beside the head's own."""
+        return self.matrix.nbytes + self.bounds.nbytes

@@ -132,17 +132,19 @@ def test_a_vocabulary_that_fills_no_panel(
     assert all(all(map(torch.equal, ours, other)) for other in others)
 
 
-@pytest.mark.parametrize("streams", [1, 12, 40])
+@pytest.mark.parametrize(("streams", "is_whole"), [(1, True), (1, False), (12, True), (40, True)])
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.usefixtures("many_threads")
-def test_whoever_does_a_piece(kernels: NativeKernels, streams: int, is_int8: bool) -> None:
+def test_whoever_does_a_piece(kernels: NativeKernels, streams: int, is_whole: bool, is_int8: bool) -> None:
     """With more threads than cores, some are left behind in most steps, with a piece that others do, too."""
     model = tiny_model("llama", torch.bfloat16, head_dim=64, vocab=1004, intermediate=1024)  # several panels a piece
     held = parameters_of(model, 2).held(Int8Matrix.of) if is_int8 else None
     engine = make_engine(model, 2, kernels=kernels, parameters=held, num_blocks=2048)
     rows = decoding(engine, [1 + 7 * index % 140 for index in range(streams)])
     path = engine.runner.decode_path
-    assert path is not None
+    assert isinstance(path, NativeSteps)
+    if is_whole:
+        path.shortlist = None
     logits = [path.run(rows) for _ in range(20)]
     assert all(one is not None and logits[0] is not None and torch.equal(one, logits[0]) for one in logits)
 

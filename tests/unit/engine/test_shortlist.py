@@ -67,7 +67,7 @@ def engine_of(model: Any, kernels: NativeKernels, *, is_whole: bool = False, num
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("streams", [1, 5, 8, 9])
+@pytest.mark.parametrize("streams", [1, 2, 3, 4])
 @pytest.mark.usefixtures("some_threads")
 def test_the_tokens_are_the_whole_heads(kernels: NativeKernels, settled: list[int], family: str, streams: int) -> None:
     model = kernel_model(family, torch.bfloat16, vocab=VOCAB)
@@ -77,7 +77,7 @@ def test_the_tokens_are_the_whole_heads(kernels: NativeKernels, settled: list[in
     expected = run_choices(engine_of(model, kernels, is_whole=True), asks)
     assert not settled
     assert run_choices(engine_of(model, kernels), asks) == expected
-    assert (streams in settled) == (streams <= MAX_SHORTLIST_ROWS)
+    assert (settled.count(streams) > 20) == (streams <= MAX_SHORTLIST_ROWS)
     assert max(settled, default=0) <= MAX_SHORTLIST_ROWS
     assert len({token for choices in expected for tokens in choices for token in tokens}) > 10
 
@@ -108,13 +108,15 @@ def test_after_as_many_tokens_as_there_must_be_it_goes_by_the_shortlist(
     assert settled == [1] * 8
 
 
-def test_a_token_that_is_banned_is_never_the_likeliest(kernels: NativeKernels) -> None:
-    """The end token would be, at each step: by the largest logit alone nobody could tell what comes next."""
+def test_a_token_that_is_banned_is_never_the_likeliest(kernels: NativeKernels, settled: list[int]) -> None:
+    """Each step's likeliest is, which would end the answer: the largest logit alone doesn't say which comes next."""
     model = kernel_model("llama", torch.bfloat16, vocab=VOCAB)
     [[likeliest]] = run_choices(engine_of(model, kernels, is_whole=True), [Ask([*PROMPT[:40]], 12)])
     sampling = SamplingParams(max_tokens=12, temperature=0.0, min_tokens=12, stop_token_ids=tuple({*likeliest}))
     asks = [Ask([*PROMPT[:40]], sampling=sampling)]
+    settled.clear()
     ours = run_choices(engine_of(model, kernels), asks)
+    assert not settled
     assert ours == run_choices(engine_of(model, kernels, is_whole=True), asks)
     assert not {*ours[0][0]} & {*likeliest}
 
@@ -126,7 +128,7 @@ def test_choices_that_fork_and_answers_that_give_way(kernels: NativeKernels, set
     expected = run_choices(engine_of(model, kernels, is_whole=True), asks)
     tight = engine_of(model, kernels, num_blocks=50)
     assert run_choices(tight, asks) == expected
-    assert tight.scheduler.num_preemptions > 0 and len(settled) > 10
+    assert tight.scheduler.num_preemptions > 0 and settled
 
 
 def test_a_token_that_is_none_is_an_error_as_ever(kernels: NativeKernels, settled: list[int]) -> None:
@@ -187,6 +189,19 @@ async def test_a_decode_stage_has_one(tmp_path: Path, weights: str) -> None:
     settings: dict[str, Any] = {"model": {"name": str(tmp_path), "dtype": "bfloat16"}}
     if weights == "int8":
         settings["decode"] = {"weights": weights}
-    path = (await load_stage(load_config(**settings), Stage.DECODE)).engine.runner.decode_path
+    loaded = await load_stage(load_config(**settings), Stage.DECODE)
+    path, num_bytes = loaded.engine.runner.decode_path, loaded.parameters.num_bytes
     assert isinstance(path, NativeSteps)
-    assert (path.shortlist is not None) == (weights != "int8")
+    if weights == "int8":
+        assert path.shortlist is None and loaded.num_bytes == num_bytes
+    else:
+        assert path.shortlist is not None and loaded.num_bytes == num_bytes + path.shortlist.num_bytes
+
+
+async def test_a_prefill_stage_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native_kernels()
+    monkeypatch.setattr(Shortlist, "of", lambda *_: pytest.fail("it was made"))
+    save_tiny(tmp_path, tiny_model("llama", torch.bfloat16, head_dim=64, hidden=128, intermediate=256))
+    settings = {"model": {"name": str(tmp_path), "dtype": "bfloat16"}}
+    loaded = await load_stage(load_config(**settings), Stage.PREFILL)
+    assert loaded.num_bytes == loaded.parameters.num_bytes

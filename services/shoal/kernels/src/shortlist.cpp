@@ -1,9 +1,9 @@
 // The largest of each row's outputs, and not much else, at half the bytes: products with weights of int8 say where it can
 // be, and there they are made anew, of the weights themselves.
 //
-// Of each output it's known how far its two products are apart at most, for inputs of length 1 (model/shortlist.py). With
-// inputs of length l, one that is 24.0 and one that is 21.5 with bounds of 1.2 can't change places. Few can: of 49,152
-// tokens, half of the time those of three panels in 1,536.
+// Of each output it's known how far its two products can be apart, for inputs of length 1 (model/shortlist.py). If two are
+// 24.0 and 21.0, and each can be off by 1.2, the second can't be the largest. Few are left: of 49,152 tokens in 1,536 panels,
+// half of the time those of three panels or fewer.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,11 +17,12 @@
 namespace shoal {
 namespace {
 
-// Both products become bfloat16: so much of an output, by 1/256 each time.
+// Both products are rounded to bfloat16, by 1/256 of themselves at most. It's counted from one that is rounded already, so
+// there is some to spare.
 constexpr float ROUNDED = 0x1.08p-7f;
 // What is below is taken for nothing somewhere: outputs by bfloat16, by multipliers that know no denormal numbers, and where
 // inputs become whole (whole.hpp); of inputs, squares.
-constexpr float LEAST = 1e-30f, LEAST_SQUARE = 0x1p-120f;
+constexpr float NEGLIGIBLE = 1e-30f, NEGLIGIBLE_SQUARE = 0x1p-120f;
 
 // One row: what was made of int8, and how far that can be off.
 struct Row {
@@ -53,7 +54,7 @@ struct Row {
 
     // Notes the panels of all that may be as large: of equals the first one counts. And of what is no number.
     void note(float least, uint8_t* wanted) const {
-        const __m512 limit = _mm512_set1_ps(least - LEAST);
+        const __m512 limit = _mm512_set1_ps(least - NEGLIGIBLE);
         for (int64_t at = 0; at < size; at += 16) {
             const __m512 numbers = outputs_at(at), most = _mm512_add_ps(numbers, apart_at(at, numbers));
             if (_mm512_mask_cmp_ps_mask(mask(at), most, limit, _CMP_NLT_UQ)) wanted[at / PANEL] = 1;
@@ -67,7 +68,7 @@ float length_of(const bf16* inputs, int64_t size) {
         const __m512 own = load(inputs + j);
         sums = _mm512_fmadd_ps(own, own, sums);
     }
-    return std::sqrt(_mm512_reduce_add_ps(sums) + (float)size * LEAST_SQUARE);
+    return std::sqrt(_mm512_reduce_add_ps(sums) + (float)size * NEGLIGIBLE_SQUARE);
 }
 
 // Whether each panel may hold the largest of some row.
@@ -95,7 +96,7 @@ std::vector<uint8_t> notes_of(const bf16* inputs, const float* bounds, const bf1
 extern "C" int shoal_settle(const void* inputs, const void* weights, const float* bounds, int64_t num_rows,
                             int64_t num_outputs, int64_t size, void* outputs, int64_t* num_made, int num_threads) {
     using namespace shoal;
-    if (size % PANEL) return 1;
+    if (size % LINE) return 1;
     const bf16 *const own = static_cast<const bf16*>(inputs), *const panels = static_cast<const bf16*>(weights);
     bf16* const to = static_cast<bf16*>(outputs);
     const std::vector<uint8_t> notes = notes_of(own, bounds, to, num_rows, num_outputs, size, num_threads);

@@ -38,36 +38,37 @@ from shoal.engine.native_steps import MAX_SHORTLIST_ROWS, NativeSteps
 from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.files import locate
 from shoal.model.int8 import Int8Matrix
+from shoal.model.shortlist import Shortlist
 from texts import prompts
 
 CPU = torch.device("cpu")
 # A stream's for the 4,096 tokens that it may generate, in blocks of 16.
 _BLOCKS_TO_SPARE = 257
-_WHOLE_HEAD = "Shoal's, whole head"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """``weight_bytes`` are what a step reads that doesn't go by a shortlist."""
+    """``weight_bytes`` are what a step reads that doesn't go by the ``shortlist``."""
 
     engine: Engine
     weight_bytes: int
-
-    @property
-    def steps(self) -> NativeSteps | None:
-        path = self.engine.runner.decode_path
-        return path if isinstance(path, NativeSteps) else None
+    shortlist: Shortlist | None = None
 
     @property
     def goes_by_shortlist(self) -> bool:
         """Its next step may, if it's greedy and of few rows."""
-        return self.steps is not None and self.steps.shortlist is not None and not self.steps.num_without_it
+        path = self.engine.runner.decode_path
+        return self.shortlist is not None and isinstance(path, NativeSteps) and not path.num_without_it
 
     def read_bytes(self, *, by_shortlist: bool) -> int:
-        if not by_shortlist or self.steps is None or self.steps.shortlist is None:
+        if self.shortlist is None or not by_shortlist:
             return self.weight_bytes
-        shortlist = self.steps.shortlist
-        return self.weight_bytes - shortlist.head.values.nbytes + shortlist.num_bytes
+        return self.weight_bytes - self.shortlist.head.values.nbytes + self.shortlist.num_bytes
+
+    def take_turn(self) -> None:
+        if isinstance(path := self.engine.runner.decode_path, NativeSteps):
+            path.shortlist = self.shortlist
+        self.engine.step()  # the others' data left the caches
 
 
 def main() -> None:
@@ -109,16 +110,17 @@ def _variants(config: ShoalConfig, served: Served, options: Any) -> dict[str, Va
     held = {"Shoal's": plain}
     if options.dtype == "bfloat16":
         held["Shoal's, int8"] = load_parameters(served, Stage.DECODE, CPU, hold=Int8Matrix.of)
-        held[_WHOLE_HEAD] = plain
     held["torch's"] = plain
     variants = {}
     for name, parameters in held.items():
         decode = {"kernels": "torch" if name == "torch's" else "auto", **limits}
         own = config.model_copy(update={"decode": config.decode.model_copy(update=decode)})
         engine = build_engine(own, Stage.DECODE, served, parameters, device=CPU)
-        variants[name] = Variant(engine, parameters.num_bytes)
-        if name == _WHOLE_HEAD and (steps := variants[name].steps) is not None:
-            steps.shortlist = None
+        path = engine.runner.decode_path
+        shortlist = path.shortlist if isinstance(path, NativeSteps) else None
+        variants[name] = Variant(engine, parameters.num_bytes, shortlist)
+        if shortlist is not None:  # the same engine, so that nothing else differs
+            variants["Shoal's, whole head"] = Variant(engine, parameters.num_bytes)
     return variants
 
 
@@ -128,11 +130,11 @@ def _steps(variants: dict[str, Variant], streams: int, options: Any) -> tuple[di
     num_by_shortlist = dict.fromkeys(variants, 0)
     may_go_by_it = streams <= MAX_SHORTLIST_ROWS and not options.temperature
     with ExitStack() as stack:
-        for variant in variants.values():
-            stack.enter_context(_filled(variant.engine, streams, options))
+        for engine in dict.fromkeys(variant.engine for variant in variants.values()):
+            stack.enter_context(_filled(engine, streams, options))
         for _ in track(range(options.rounds), description=f"{streams} streams"):
             for name, variant in variants.items():
-                variant.engine.step()  # the others' data left the caches
+                variant.take_turn()
                 for _ in range(options.steps):
                     num_by_shortlist[name] += may_go_by_it and variant.goes_by_shortlist
                     started = time.perf_counter()

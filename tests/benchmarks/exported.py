@@ -24,7 +24,7 @@ def export(served: Served, folder: Path) -> Model:
 
     from models import smollm2_reference
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     smollm2_reference(torch.bfloat16, "sdpa").save_pretrained(folder)
     served.files.tokenizer().save_pretrained(folder)
     return Model(folder, served.files.path, served.max_context_tokens)

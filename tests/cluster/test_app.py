@@ -307,6 +307,7 @@ def test_sigterm_while_ray_starts_is_obeyed_and_leaves_nothing_behind(tmp_path: 
         assert one.left_behind() == []
 
 
+@pytest.mark.long
 def test_ctrl_c_while_replicas_load_leaves_nothing_behind(tmp_path: Path):
     (tmp_path / STAY).touch()
     with program(tmp_path) as one:

@@ -255,6 +255,7 @@ def test_a_decode_process_that_stands_still_is_replaced_and_the_other_finishes_i
     assert rise(before, after, "shoal_requests_total", status="200") == len(SOME)
 
 
+@pytest.mark.long
 def test_a_decode_process_that_is_told_to_end_does_and_all_is_answered(live: TestCluster, right: dict[str, list[int]]):
     """SIGTERM to the process itself: Ray begins no more in it, and lets it finish; if that takes longer than Serve
     waits for its health, the other one does the rest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import kuberay
 from charts import Object, certificates, container, head, only, rendered, serve_config, worker_groups
 from netns import network
 from nodes import ENVIRONMENT, HOSTS, Client, Question, assert_each_role_has_its_node, assert_hands_off
+from shoal.errors import ConfigError
+from shoal.kernels.build import FOLDER_VARIABLE, library
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -63,7 +66,11 @@ def client(objects: list[Object], groups: dict[str, Group], mounts: dict[str, di
 
 def environment(group: Group) -> dict[str, str]:
     # A pod's /tmp is a volume of its own; a host's is below /run.
-    return {entry["name"]: entry["value"].replace("/tmp", "/run") for entry in container(group)["env"]}
+    found = {entry["name"]: entry["value"].replace("/tmp", "/run") for entry in container(group)["env"]}
+    with suppress(ConfigError):  # without a compiler there are none
+        # An image brings its kernels along; here each pod would compile them.
+        found[FOLDER_VARIABLE] = str(library().parent)
+    return found
 
 
 def test_a_completion_crosses_from_the_prefill_pod_to_the_decode_pod(client: Client):

@@ -46,7 +46,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._decode = decode_with(self._backend)
         added = self._backend.get_added_tokens_decoder().items()
-        self._special_texts = {token_id: token.content for token_id, token in added if token.special}
+        self._special_texts: dict[int, str] = {token_id: token.content for token_id, token in added if token.special}
         self._longest_token_bytes = _longest_token_bytes(self._backend)
         self._max_inline_chars = max_inline_chars
         self._thread = SingleThread("tokenizer")

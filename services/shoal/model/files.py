@@ -155,7 +155,8 @@ class ModelFiles:
             from shoal.model.gguf_tokenizer import gguf_backend
 
             return gguf_backend(self.tensor_files[0])
-        return self.tokenizer().backend_tokenizer
+        backend: Tokenizer = self.tokenizer().backend_tokenizer
+        return backend
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer, ascending: as generation_config says, else config, else the tokenizer."""

@@ -36,7 +36,7 @@ def gguf_tokenizer(file: TensorFile) -> PreTrainedTokenizerFast:
     backend = _byte_level(file)
     if backend is None:
         return _converted(file)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=file.metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,

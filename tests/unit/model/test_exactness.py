@@ -74,7 +74,7 @@ def test_skipping_one_layer_is_lossless_and_skipping_two_is_not(model: Any, prom
         assert not close(logits_after(lossy, prompt, Depth.SHALLOW), plain, 1e-3)
 
 
-@pytest.mark.parametrize("num_skipped", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("num_skipped", [0, 1, pytest.param(2, marks=pytest.mark.long), 3, 5])
 def test_shallow_depth_is_the_papers_reference(model: Any, prompts: list[list[int]], num_skipped: int):
     engine = make_engine(model, num_skipped)
     for prompt in prompts:
@@ -89,7 +89,7 @@ def test_a_one_token_prompt_is_full_depth(model: Any, prompts: list[list[int]]):
     assert close(logits_after(make_engine(model, 4), prompts[0], Depth.SHALLOW), plain_logits(model, prompts[0]))
 
 
-@pytest.mark.parametrize("num_boundary", [2, 5, 40])
+@pytest.mark.parametrize("num_boundary", [pytest.param(2, marks=pytest.mark.long), 5, 40])
 def test_more_boundary_tokens_are_the_reference_however_the_prompt_comes(
     model: Any, prompts: list[list[int]], num_boundary: int
 ):
@@ -129,7 +129,7 @@ def pool_contents(model: Any, num_skipped: int, prompt: list[int]) -> torch.Tens
     return engine.runner.pool.read_layers(0, LAYERS, torch.arange(len(prompt) - 1))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, 7, 16, 32])
+@pytest.mark.parametrize("chunk", [1, *(pytest.param(size, marks=pytest.mark.long) for size in (2, 4, 32)), 7, 16])
 def test_chunked_is_unchunked(model: Any, prompts: list[list[int]], chunk: int):
     whole, chunked = make_engine(model, 3), make_engine(model, 3, max_step_tokens=chunk)
     for prompt in prompts:
@@ -172,7 +172,7 @@ def test_batched_is_one_by_one(model: Any, prompts: list[list[int]]):
         assert run(engine, asks) == one_by_one(engine, asks)
 
 
-@pytest.mark.parametrize("num_blocks", [24, 30, 45])
+@pytest.mark.parametrize("num_blocks", [24, pytest.param(30, marks=pytest.mark.long), 45])
 def test_preempted_is_unpreempted(model: Any, prompts: list[list[int]], num_blocks: int):
     """A recompute runs prompt tokens shallow and generated tokens at full depth again."""
     asks = [Ask(prompt, 24, depth) for prompt in prompts for depth in (Depth.SHALLOW, Depth.FULL)]

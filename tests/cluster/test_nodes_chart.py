@@ -25,7 +25,7 @@ OTHER = "prefill-2"
 
 @pytest.fixture(scope="module")
 def objects() -> list[Object]:
-    return rendered()  # once: its certificates are others each time
+    return rendered()
 
 
 @pytest.fixture(scope="module")

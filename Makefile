@@ -14,7 +14,7 @@ TRITON := PYTHONPATH=$(CURDIR)/.tools/triton $(shell command -v nvidia-smi >/dev
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install wheel demo serve test lint format types imports generated generate tools unit optimized audit sbom bench compare clean
+.PHONY: help install wheel demo serve test lint format types imports generated generate tools unit triton optimized audit sbom bench compare clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -59,9 +59,8 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 
 # worksteal: neighbours run in one process where they can, so what a module's tests share is made once.
 test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long)
-	$(MAKE) --jobs 2 lint types imports generated tools
+	$(MAKE) --jobs 2 lint types imports generated triton
 	$(BIN)/pytest -m 'not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none
-	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto $(addprefix tests/unit/,engine kernels) $(ARGS) || [ $$? = 5 ]
 	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit transfer chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP) ## Style and formatting (ruff)
@@ -97,10 +96,14 @@ tools: .tools/.complete ## Real helm, kubectl, promtool, prometheus and Triton f
 unit: $(STAMP) tools ## The quick tests only, on all cores at once
 	$(BIN)/pytest -m 'not slow and not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ]
 
+triton: $(STAMP) tools ## The tests of Triton's kernels: on a GPU, or by Triton's interpreter
+	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto $(addprefix tests/unit/,engine kernels) $(ARGS) || [ $$? = 5 ]
+
 optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no check may be an assert
-	PYTHONOPTIMIZE=1 $(BIN)/pytest --numprocesses auto -p no:cacheprovider -W ignore::pytest.PytestConfigWarning $(addprefix tests/,\
-		unit/rpc unit/kv unit/transfer unit/test_damaged_files.py unit/model/test_damaged_headers.py transfer/test_violations.py \
-		unit/gateway/test_access.py unit/gateway/test_bad_input.py unit/gateway/test_both_doors.py unit/gateway/test_keys.py) $(ARGS)
+	PYTHONOPTIMIZE=1 $(BIN)/pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning $(addprefix tests/,\
+		unit/kv unit/transfer unit/test_damaged_files.py unit/model/test_damaged_headers.py transfer/test_violations.py \
+		$(addprefix unit/rpc/test_,frames.py requests.py statuses.py token_stream_faults.py wire.py) \
+		$(addprefix unit/gateway/test_,access.py bad_input.py both_doors.py keys.py)) $(ARGS)
 
 audit: $(STAMP) ## What is known against installed packages (pip-audit); says so where nobody can be asked
 	@$(BIN)/python tests/audit.py audit

@@ -13,6 +13,7 @@ from collections import ChainMap
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 
 from answers import Answer, ask, ask_grpc, ask_whole, connected
 from clusters import END_WITHIN_S, MOMENT_S, Look, TestCluster, cluster
-from real_prompts import RealPrompt
+from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, references
 from shoal.app.ports import free_port
 from shoal.client import AsyncClient
 
@@ -176,10 +177,6 @@ def test_decode_dies_in_the_midst_of_an_answer(
 UNREADY_WITHIN_S = 5.0
 # Serve asks for a replica's health once a second, waits for five, and gives up after three times.
 GONE_WITHIN_S = 30.0
-# Long enough to be handed over, and to be under way for a while.
-SOME = {str(start): list(range(start, start + 200)) for start in range(1000, 7000, 1000)}
-# Under way for longer than it takes to notice two hangs.
-NUM_TOKENS = 96
 
 
 def forgotten(live: TestCluster, role: Any, num_left: int, within_s: float = UNREADY_WITHIN_S) -> None:
@@ -191,21 +188,22 @@ def forgotten(live: TestCluster, role: Any, num_left: int, within_s: float = UNR
 
 
 @pytest.fixture(scope="module")
-def right(live: TestCluster) -> dict[str, list[int]]:
-    """What nobody disturbs."""
-    return live.complete(SOME, max_tokens=NUM_TOKENS, depth="shallow")
+def some(known: Mapping[str, RealPrompt]) -> dict[str, RealPrompt]:
+    """Together under way for longer than it takes to notice two hangs."""
+    names = sorted(known, key=lambda name: len(known[name].token_ids))[5:13]
+    return {name: known[name] for name in names}
 
 
 @contextmanager
 def both_at_work(
-    live: TestCluster, right: dict[str, list[int]], num_tokens: int = NUM_TOKENS
+    live: TestCluster, some: Mapping[str, RealPrompt], num_tokens: int = NUM_TOKENS
 ) -> Iterator[list[Future[dict[str, list[int]]]]]:
-    """Within the block, both decode replicas answer; whatever happens there, the answers are the ``right`` ones."""
+    """Within the block, both decode replicas answer; whatever happens there, every token is the reference's."""
     asked = partial(live.complete, max_tokens=num_tokens, depth="shallow")
-    with ThreadPoolExecutor(len(SOME)) as threads:
+    with ThreadPoolExecutor(len(some)) as threads:
         answers: list[Future[dict[str, list[int]]]] = []
-        for name, ids in SOME.items():
-            answers.append(threads.submit(asked, {name: ids}))
+        for name, prompt in some.items():
+            answers.append(threads.submit(asked, {name: list(prompt.token_ids)}))
             # Serve would send a burst to whichever replica it last heard of; between looks it hears of both.
             live.look()
         while len(holders(live.look(), "shoal_kv_blocks", role="decode", state="used")) < 2:
@@ -213,15 +211,16 @@ def both_at_work(
             threading.Event().wait(MOMENT_S)
         yield answers
         told = dict(ChainMap(*(answer.result() for answer in answers)))
-        assert told == {name: ids[:num_tokens] for name, ids in right.items()}
+        expected = references(some, "shallow").items()
+        assert_same_tokens(told, {name: replace(one, token_ids=one.token_ids[:num_tokens]) for name, one in expected})
 
 
-def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestCluster, right: dict[str, list[int]]):
+def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestCluster, some: dict[str, RealPrompt]):
     """A decode replica's engine and a prefill replica's event loop: others finish what they had."""
     from ray import serve  # not before the cluster has set Ray's environment
 
     prefill = {entry.replica_id for entry in live.live.replica_entries("prefill")}
-    with both_at_work(live, right) as answers:
+    with both_at_work(live, some) as answers:
         hangs = serve.get_deployment_handle("decode", live.live.app).wedge_engine.remote().result(timeout_s=20)
         forgotten(live, "decode", num_left=1)
         # Its metrics can still be found, and say which part it is.
@@ -237,11 +236,11 @@ def test_replicas_that_live_and_hang_are_replaced_within_seconds(live: TestClust
 
 @pytest.mark.long
 def test_a_decode_process_that_stands_still_is_replaced_and_the_other_finishes_its_answers(
-    live: TestCluster, right: dict[str, list[int]]
+    live: TestCluster, some: dict[str, RealPrompt]
 ):
     """The whole of it: no thread of its own can tell."""
     before = live.look()
-    with both_at_work(live, right, num_tokens=64):
+    with both_at_work(live, some):
         [one, _] = live.live.replica_entries("decode")
         os.kill(one.pid, signal.SIGSTOP)
         try:
@@ -252,60 +251,20 @@ def test_a_decode_process_that_stands_still_is_replaced_and_the_other_finishes_i
     live.replaced(one.replica_id)
     after = live.look()
     assert rise(before, after, "shoal_retries_total", reason="peer_gone") >= 1
-    assert rise(before, after, "shoal_requests_total", status="200") == len(SOME)
+    assert rise(before, after, "shoal_requests_total", status="200") == len(some)
 
 
 @pytest.mark.long
-def test_a_decode_process_that_is_told_to_end_does_and_all_is_answered(live: TestCluster, right: dict[str, list[int]]):
+def test_a_decode_process_that_is_told_to_end_does_and_all_is_answered(live: TestCluster, some: dict[str, RealPrompt]):
     """SIGTERM to the process itself: Ray begins no more in it, and lets it finish; if that takes longer than Serve
     waits for its health, the other one does the rest."""
     before = live.look()
-    with both_at_work(live, right, num_tokens=48):
+    with both_at_work(live, some, num_tokens=48):
         [one, _] = live.live.replica_entries("decode")
         os.kill(one.pid, signal.SIGTERM)
         forgotten(live, "decode", num_left=1, within_s=GONE_WITHIN_S)
     live.replaced(one.replica_id)
-    assert rise(before, live.look(), "shoal_requests_total", status="200") == len(SOME)
-
-
-@pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.long), "decode"])
-def test_a_replica_that_is_shut_down_finishes_what_it_has(
-    live: TestCluster, known: Mapping[str, RealPrompt], role: str
-):
-    """It gets no more work at once. Clients see nothing of it, however long their answers are, and none is asked for
-    again."""
-    from shoal import directory  # not before the cluster has set Ray's environment
-
-    some = sorted(known.values(), key=lambda prompt: len(prompt.token_ids))[8:16]
-
-    def both_work(look: Look) -> bool:
-        return len(holders(look, "shoal_kv_blocks", role=role, state="used")) == 2
-
-    async def run() -> None:
-        async with connected(live) as client:
-            asked: list[asyncio.Task[Answer]] = []
-            for prompt in some:
-                asked.append(asyncio.create_task(ask(client, Answer(prompt, num_tokens=64))))
-                # Serve would send a burst to whichever replica it last heard of; between looks it hears of both.
-                await asyncio.to_thread(live.look)
-            await until(live, asked[-1], both_work)
-            # Whatever is asked meanwhile is answered, too.
-            scaling = asyncio.create_task(asyncio.to_thread(live.scale, role, 1))
-            await asyncio.to_thread(forgotten, live, role, 1)
-            assert len(directory.registered(live.live.app, role)) == 2, "it had nothing to finish"
-            while not scaling.done():
-                asked.append(asyncio.create_task(ask(client, Answer(some[0], num_tokens=2))))
-                await asyncio.wait((scaling, asked[-1]), return_when=asyncio.FIRST_COMPLETED)
-            await scaling
-            for answer in await asyncio.gather(*asked):
-                answer.assert_right()
-
-    before = live.look()
-    asyncio.run(run())
-    after = live.look()
-    for name in ("shoal_retries_total", "shoal_kv_fallback_total"):
-        assert rise(before, after, name) == 0
-    live.scale(role, 2)
+    assert rise(before, live.look(), "shoal_requests_total", status="200") == len(some)
 
 
 @pytest.mark.long
@@ -386,3 +345,43 @@ def assert_answers_at_both_doors(live: TestCluster, known: Mapping[str, RealProm
             (await ask_grpc(grpc, Answer(prompt, num_tokens=4))).assert_right()
 
     asyncio.run(run())
+
+
+# The last, since each leaves its pool with one replica.
+@pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.long), "decode"])
+def test_a_replica_that_is_shut_down_finishes_what_it_has(
+    live: TestCluster, known: Mapping[str, RealPrompt], role: str
+):
+    """It gets no more work at once. Clients see nothing of it, however long their answers are, and none is asked for
+    again."""
+    from shoal import directory  # not before the cluster has set Ray's environment
+
+    some = sorted(known.values(), key=lambda prompt: len(prompt.token_ids))[8:16]
+
+    def both_work(look: Look) -> bool:
+        return len(holders(look, "shoal_kv_blocks", role=role, state="used")) == 2
+
+    async def run() -> None:
+        async with connected(live) as client:
+            asked: list[asyncio.Task[Answer]] = []
+            for prompt in some:
+                asked.append(asyncio.create_task(ask(client, Answer(prompt, num_tokens=64))))
+                # Serve would send a burst to whichever replica it last heard of; between looks it hears of both.
+                await asyncio.to_thread(live.look)
+            await until(live, asked[-1], both_work)
+            # Whatever is asked meanwhile is answered, too.
+            scaling = asyncio.create_task(asyncio.to_thread(live.scale, role, 1))
+            await asyncio.to_thread(forgotten, live, role, 1)
+            assert len(directory.registered(live.live.app, role)) == 2, "it had nothing to finish"
+            while not scaling.done():
+                asked.append(asyncio.create_task(ask(client, Answer(some[0], num_tokens=2))))
+                await asyncio.wait((scaling, asked[-1]), return_when=asyncio.FIRST_COMPLETED)
+            await scaling
+            for answer in await asyncio.gather(*asked):
+                answer.assert_right()
+
+    before = live.look()
+    asyncio.run(run())
+    after = live.look()
+    for name in ("shoal_retries_total", "shoal_kv_fallback_total"):
+        assert rise(before, after, name) == 0

@@ -289,9 +289,10 @@ def assert_alive(live: TestCluster) -> None:
     assert httpx.get(f"{live.url}/readyz").json() == {"status": "ready", "num_decode": 2, "num_prefill": 2}
 
 
-@pytest.mark.parametrize(
-    "after", ["at once", "queued for a reservation", "while prefill computes", "first token", "several tokens"]
-)
+WITH_OUTPUT = ("first token", "several tokens")
+
+
+@pytest.mark.parametrize("after", ["at once", "queued for a reservation", "while prefill computes", *WITH_OUTPUT])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_everything(live: TestCluster, after: str, stream: bool):
     before = live.look()
@@ -301,7 +302,7 @@ def test_a_client_that_leaves_frees_everything(live: TestCluster, after: str, st
     assert look.metric("shoal_kv_blocks", state="free") == look.metric("shoal_kv_blocks")
     assert look.metric("shoal_kv_fallback_total") == 0
     assert rise(before, look, "shoal_cancelled_total") == num_left
-    had_output = after in ("first token", "several tokens")
+    had_output = after in WITH_OUTPUT
     if not after.startswith("queued"):
         assert rise(before, look, "shoal_cancelled_total", stage="streaming" if had_output else "waiting") == 1
         assert bool(rise(before, look, "shoal_decode_tokens_total")) == had_output
@@ -309,9 +310,8 @@ def test_a_client_that_leaves_frees_everything(live: TestCluster, after: str, st
 
 async def leave(live: TestCluster, before: Look, after: str, stream: bool) -> int:
     """Ask, and hang up at the stage ``after``. Returns how many requests were given up in all."""
-    reads = after in ("first token", "several tokens")
     # What comes before the first token must take long enough to leave meanwhile.
-    long = prompts()["20-handbook"] * (1 if reads else 3)
+    long = prompts()["20-handbook"] * (1 if after in WITH_OUTPUT else 3)
     body = {"model": "smollm2", "prompt": long, "max_tokens": 400, "ignore_eos": True, "stream": stream}
     async with httpx.AsyncClient(base_url=live.url, timeout=120) as client:
         match after:

@@ -1,0 +1,173 @@
+"""A GPU that isn't there. Its tensors say that they are on one, their numbers are the CPU's.
+
+What a GPU refuses is an error here, too: an operation of its tensors with the host's, numpy's view of them. And a copy
+to the host that nobody waits for isn't made before somebody does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from shoal.engine import attention
+
+GPU = torch.device("cuda:0")
+_MOVING = {"_to_copy", "copy_"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
+_CPU, _CUDA = 0, 1
+
+
+class OnGpu(torch.Tensor):
+    """``held`` has its numbers."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Self:
+        made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=GPU
+        )
+        made.held = held
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"OnGpu({self.held})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} of a GPU's tensor that is none any more")
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("a GPU's tensor for numpy: copy it to the host before")
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+
+class _Operations(TorchDispatchMode):
+    """Carries out each operation on the CPU, and says where its results are."""
+
+    def __init__(self, late: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self._late = late
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = func.overloadpacket.__name__, dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, torch.Tensor)]
+        _check(name, args, tensors)
+        device = options.get("device")
+        if device is not None:
+            options["device"] = torch.device("cpu")
+            lands = torch.device(device).type == "cuda"
+        else:
+            lands = isinstance(args[0] if name == "copy_" else next(filter(_is_there, tensors), None), OnGpu)
+        options.pop("pin_memory", None)
+        if not lands and any(map(_is_there, tensors)):
+            if name == "copy_" and func._schema.is_mutable and (args[2:] or (False,))[0]:
+                return self._copy_later(args[0], args[1].held.clone())
+            self.wait()
+        found = func(*tree_map(_held, args), **tree_map(_held, options))
+        if func._schema.is_mutable:  # the very tensors come back that it was given
+            given = {id(_held(tensor)): tensor for tensor in tensors}
+            return tree_map(lambda one: given.get(id(one), one), found)
+        return tree_map(lambda one: OnGpu(one) if lands and isinstance(one, torch.Tensor) else one, found)
+
+    def _copy_later(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        self._late.append(lambda: target.copy_(source))
+        return target.zero_()
+
+    def wait(self) -> None:
+        """For all copies that were begun."""
+        while self._late:
+            self._late.pop(0)()
+
+
+class _Functions(TorchFunctionMode):
+    """What torch would ask a GPU for before it came to an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, options = tree_map(_with_index, (args, kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and options.get("device") == GPU and not _is_there(args[0]):
+            return OnGpu(func(*args, **{**options, "device": "cpu"}).clone())
+        return func(*args, **options)
+
+
+class _Stream:
+    def __init__(self, operations: _Operations) -> None:
+        self.synchronize = operations.wait
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[torch.device]:
+    """Within it, in this thread, there is one. Skips the test with a torch that is built otherwise."""
+    operations = _Operations([])
+    with pytest.MonkeyPatch.context() as patch, _guarded():
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        patch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 26, 1 << 26))
+        patch.setattr(torch.cuda, "current_stream", lambda _=None: _Stream(operations))
+        # A tensor that was made outside of it has no views within it that are a subclass's.
+        patch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad() if mode else nullcontext())
+        patch.setattr(attention, "_last_rows", _last_rows)
+        before = torch._C._only_lift_cpu_tensors()  # a list that indexes becomes the host's tensor
+        torch._C._set_only_lift_cpu_tensors(True)
+        try:
+            with _Functions(), operations:
+                yield torch.device("cuda")
+        finally:
+            torch._C._set_only_lift_cpu_tensors(before)
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """torch makes a device the current one before it computes; the CPU's way to do so does nothing."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        registry = (ctypes.c_void_p * (_CUDA + 1)).in_dll(library, _REGISTRY)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"this torch is built otherwise: {error}")
+    before, registry[_CUDA] = registry[_CUDA], registry[_CPU]
+    try:
+        yield
+    finally:
+        registry[_CUDA] = before
+
+
+def _check(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+    """Raises RuntimeError where a GPU would. A single number may be the host's, and so may indices."""
+    ours = [tensor for tensor in tensors if _is_there(tensor)]
+    others = [tensor for tensor in tensors if not _is_there(tensor) and tensor.dim()]
+    if name in _INDEXING and ours:
+        named = [args[0], *([args[2]] if len(args) > 2 and isinstance(args[2], torch.Tensor) else [])]
+        others = [tensor for tensor in named if not _is_there(tensor) and (tensor.dim() or tensor is args[0])]
+    if ours and others and name not in _MOVING:
+        shapes = [[tuple(tensor.shape) for tensor in each] for each in (ours, others)]
+        raise RuntimeError(f"{name} of {shapes[0]} on a GPU with the host's {shapes[1]}")
+
+
+def _last_rows(num_rows: int, num_context: int) -> torch.Tensor:
+    """torch's is a tensor of a kind of its own, which can't be both."""
+    return OnGpu(torch.ones(num_rows, num_context, dtype=torch.bool, device="cpu").tril(num_context - num_rows))
+
+
+def _is_there(value: Any) -> bool:
+    return isinstance(value, OnGpu)
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, OnGpu) else value
+
+
+def _with_index(value: Any) -> Any:
+    return GPU if isinstance(value, torch.device) and value.type == "cuda" else value

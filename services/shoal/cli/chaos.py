@@ -33,7 +33,7 @@ def chaos(
     Two prefill and two decode replicas are started on this host, with a proxy between the pools. In each scenario
     something happens to them while requests are under way (kill -9, a partition, flipped bits, a full pool, …), and
     each answer is compared with what this process computes by itself before. Ends with a table; exits 1 if an answer
-    was wrong, a request hung, or memory stayed held. Nothing else on this machine is touched.
+    was wrong, a request hung, memory stayed held, or not all came back. Nothing else on this machine is touched.
 
     Try: shoal chaos --scenario kill-decode,partition. All of them take about twenty minutes on two cores.
     """

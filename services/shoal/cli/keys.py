@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from shoal.cli.progress import err
@@ -87,7 +88,7 @@ def list_keys(file: File = Path("keys.yaml")) -> None:
             str(one.max_kv_tokens or ""),
             "" if one.requests is None else f"{one.requests.per_s:g}, at once {one.requests.burst}",
         )  # fmt: skip
-    err.print(table)
+    Console().print(table)
 
 
 @keys.command()

@@ -1,7 +1,8 @@
 """A GPU that isn't there. Its tensors say that they are on one, their numbers are the CPU's.
 
-What a GPU refuses is an error here, too: an operation of its tensors with the host's, numpy's view of them. And a copy
-to the host that nobody waits for isn't made before somebody does.
+What a GPU refuses is an error here, too: an operation of its tensors with the host's, numpy's view of them. A copy from
+or to the host that needn't be waited for isn't made before somebody waits for its stream. And what was made on another
+stream isn't used before the current one is told so.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,16 +30,17 @@ _CPU, _CUDA = 0, 1
 
 
 class OnGpu(torch.Tensor):
-    """``held`` has its numbers."""
+    """``held`` has its numbers, ``streams`` may use it."""
 
     held: torch.Tensor
+    streams: set[Stream]
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor) -> Self:
+    def __new__(cls, held: torch.Tensor, stream: Stream) -> Self:
         made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=GPU
         )
-        made.held = held
+        made.held, made.streams = held, {stream}
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -53,18 +56,40 @@ class OnGpu(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def record_stream(self, stream: Any) -> None:
+        self.streams.add(stream)
+
+
+class Stream:
+    def __init__(self, _device: torch.device | None = None) -> None:
+        self._late: list[Callable[[], object]] = []
+
+    def copy_later(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.zero_()
+        self._late.append(lambda: target.copy_(source))
+
+    def synchronize(self) -> None:
+        while self._late:
+            self._late.pop(0)()
+
+
+_DEFAULT = Stream()
+
 
 class _Operations(TorchDispatchMode):
     """Carries out each operation on the CPU, and says where its results are."""
 
-    def __init__(self, late: list[Callable[[], object]]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._late = late
+        self.stream = _DEFAULT
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, options = func.overloadpacket.__name__, dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, torch.Tensor)]
         _check(name, args, tensors)
+        for tensor in filter(_is_there, tensors):
+            if self.stream not in tensor.streams:
+                raise RuntimeError(f"{name} of another stream's tensor")
         device = options.get("device")
         if device is not None:
             options["device"] = torch.device("cpu")
@@ -72,58 +97,63 @@ class _Operations(TorchDispatchMode):
         else:
             lands = isinstance(args[0] if name == "copy_" else next(filter(_is_there, tensors), None), OnGpu)
         options.pop("pin_memory", None)
+        is_late = bool(options.get("non_blocking") if name == "_to_copy" else name == "copy_" and args[2:] and args[2])
         if not lands and any(map(_is_there, tensors)):
-            if name == "copy_" and func._schema.is_mutable and (args[2:] or (False,))[0]:
-                return self._copy_later(args[0], args[1].held.clone())
-            self.wait()
+            if name == "copy_" and is_late:
+                self.stream.copy_later(args[0], args[1].held.clone())
+                return args[0]
+            self.stream.synchronize()
         found = func(*tree_map(_held, args), **tree_map(_held, options))
         if func._schema.is_mutable:  # the very tensors come back that it was given
             given = {id(_held(tensor)): tensor for tensor in tensors}
             return tree_map(lambda one: given.get(id(one), one), found)
-        return tree_map(lambda one: OnGpu(one) if lands and isinstance(one, torch.Tensor) else one, found)
+        if name == "_to_copy" and is_late and lands:
+            self.stream.copy_later(found, found.clone())
+        return tree_map(lambda one: OnGpu(one, self.stream) if lands and isinstance(one, torch.Tensor) else one, found)
 
-    def _copy_later(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        self._late.append(lambda: target.copy_(source))
-        return target.zero_()
-
-    def wait(self) -> None:
-        """For all copies that were begun."""
-        while self._late:
-            self._late.pop(0)()
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
 
 
 class _Functions(TorchFunctionMode):
     """What torch would ask a GPU for before it came to an operation."""
 
+    def __init__(self, operations: _Operations) -> None:
+        super().__init__()
+        self._operations = operations
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, options = tree_map(_with_index, (args, kwargs or {}))
         if func in (torch.tensor, torch.as_tensor) and options.get("device") == GPU and not _is_there(args[0]):
-            return OnGpu(func(*args, **{**options, "device": "cpu"}).clone())
+            return OnGpu(func(*args, **{**options, "device": "cpu"}).clone(), self._operations.stream)
         return func(*args, **options)
-
-
-class _Stream:
-    def __init__(self, operations: _Operations) -> None:
-        self.synchronize = operations.wait
 
 
 @contextmanager
 def pretended_gpu() -> Iterator[torch.device]:
     """Within it, in this thread, there is one. Skips the test with a torch that is built otherwise."""
-    operations = _Operations([])
+    operations = _Operations()
     with pytest.MonkeyPatch.context() as patch, _guarded():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
         patch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 26, 1 << 26))
-        patch.setattr(torch.cuda, "current_stream", lambda _=None: _Stream(operations))
+        patch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda _=None: operations.stream)
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "stream", operations.on)
         # A tensor that was made outside of it has no views within it that are a subclass's.
         patch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad() if mode else nullcontext())
-        patch.setattr(attention, "_last_rows", _last_rows)
+        patch.setattr(attention, "_last_rows", partial(_last_rows, operations))
         before = torch._C._only_lift_cpu_tensors()  # a list that indexes becomes the host's tensor
         torch._C._set_only_lift_cpu_tensors(True)
         try:
-            with _Functions(), operations:
+            with _Functions(operations), operations:
                 yield torch.device("cuda")
         finally:
             torch._C._set_only_lift_cpu_tensors(before)
@@ -156,9 +186,10 @@ def _check(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
         raise RuntimeError(f"{name} of {shapes[0]} on a GPU with the host's {shapes[1]}")
 
 
-def _last_rows(num_rows: int, num_context: int) -> torch.Tensor:
+def _last_rows(operations: _Operations, num_rows: int, num_context: int) -> torch.Tensor:
     """torch's is a tensor of a kind of its own, which can't be both."""
-    return OnGpu(torch.ones(num_rows, num_context, dtype=torch.bool, device="cpu").tril(num_context - num_rows))
+    mask = torch.ones(num_rows, num_context, dtype=torch.bool, device="cpu").tril(num_context - num_rows)
+    return OnGpu(mask, operations.stream)
 
 
 def _is_there(value: Any) -> bool:

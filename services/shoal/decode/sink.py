@@ -17,7 +17,7 @@ import torch
 from shoal.errors import InternalError
 from shoal.heartbeat import Heartbeat, SingleThread
 from shoal.kernels.copying import Copier
-from shoal.kv.pool import KvPool
+from shoal.kv.pool import KvPool, on_device
 from shoal.messages import Chunk, WireMode
 
 _AT_ONCE_BYTES = 8 << 20
@@ -81,9 +81,8 @@ class PoolSink:
         crc32c = self._copier.copy(chunk.payload, private)
         if crc32c == chunk.crc32c:
             device = self._pool.layers[0].device
-            arrived = torch.from_numpy(private).view(self._pool.dtype).to(device)
-            kv = self._kv_of(chunk, arrived)
-            self._pool.write_layers(chunk.layer_start, torch.as_tensor(slots).to(device), kv)
+            arrived, at = on_device(device, torch.from_numpy(private).view(self._pool.dtype), torch.from_numpy(slots))
+            self._pool.write_layers(chunk.layer_start, at, self._kv_of(chunk, arrived))
         return crc32c
 
     def _private_bytes(self, num_bytes: int) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,7 @@ Each call gathers only the blocks that its sequences hold, or takes a view where
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,20 @@ from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
 
 # Rows of a prompt that are attended to at a time: a small model's scores of them are some megabytes.
 BLOCK_ROWS = 128
+
+
+_BIASES = "torch.nn.attention.bias"
+
+
+def prepare(device: torch.device) -> None:
+    """What torch's attention is to load and to choose on ``device`` before anybody waits for it.
+
+    cuDNN's, which torch prefers on some GPUs, makes a plan for each length that is new, while a prompt waits, and keeps
+    it.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        importlib.import_module(_BIASES)
 
 
 def attend(
@@ -73,10 +87,11 @@ def _may_be_flash(queries: torch.Tensor) -> bool:
     return queries.is_cuda
 
 
+@lru_cache(maxsize=1)  # it takes memory, though nothing is written there; the layers of a step want the same
 def _last_rows(num_rows: int, num_context: int) -> torch.Tensor:
     """What says to torch that rows are the last of their context. Its module loads torch's compiler, a second's work
     that a CPU is spared."""
-    bias = importlib.import_module("torch.nn.attention.bias")
+    bias = importlib.import_module(_BIASES)
     last: torch.Tensor = bias.causal_lower_right(num_rows, num_context)
     return last
 

@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from shoal.config import PREFILL_NICENESS, Dtype, ShoalConfig, StageConfig
+from shoal.engine.attention import prepare
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
@@ -128,7 +129,11 @@ def choose_dtype(wanted: Dtype, device: torch.device, *, widens: Callable[[], bo
     float32, since torch would emulate it, which takes several times as long."""
     if wanted != "auto":
         return _DTYPES[wanted]
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else multiplies_bfloat16()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = multiplies_bfloat16()
     return torch.bfloat16 if native or widens() else torch.float32
 
 
@@ -195,6 +200,7 @@ def build_engine(
                 f"{num_deep_blocks * layout.block_tokens}: raise model.deep_blocks_ratio or decode.kv_pool_bytes"
             )
     has_graphs = stage is Stage.DECODE and device.type == "cuda"
+    prepare(device)
     try:
         pool = KvPool(
             layout,
@@ -204,7 +210,7 @@ def build_engine(
             num_deep_blocks=num_deep_blocks,
             has_spare_slot=has_graphs,
         )
-    except MemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(f"{error}: lower {stage}.num_blocks, or {stage}.kv_pool_bytes where that is set") from error
     scheduler = Scheduler(
         layout,

@@ -203,6 +203,8 @@ class Engine:
             output = self._run(plan, started_s)
             prompts, unscored = self._advance(plan, output)
             tokens, unsampled = self._sample(plan, output.logits)
+            if not tokens:
+                self.runner.wait()  # else the next step would be taken for as slow as both
         except Deserted:
             return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
         except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along

@@ -98,6 +98,11 @@ class Runner:
         scores = () if tensors.scored is None else self._scores(rows, tensors.scored)
         return self._output(tensors.logits, computed, scores)
 
+    def wait(self) -> None:
+        """For what the device still computes, as a GPU does when Python has gone on."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
     @torch.inference_mode()
     def project(self, item: ScheduledRows) -> Iterator[PrefillChunk]:
         """K/V of ``unprojected`` rows in the skipped layers, some layers at a time; the first is to be asked for while

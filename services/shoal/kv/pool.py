@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +121,26 @@ def on_host(rows: torch.Tensor) -> torch.Tensor:
     copy.copy_(rows, non_blocking=True)
     torch.cuda.current_stream(rows.device).synchronize()
     return copy
+
+
+def on_device(device: torch.device, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of the host's ``rows`` copies on a GPU, complete: made beside what that computes, behind which they would wait
+    otherwise. On the host, ``rows`` themselves."""
+    if device.type != "cuda":
+        return rows
+    own = _beside(device)
+    with torch.cuda.stream(own):
+        copies = tuple(one.to(device, non_blocking=True) for one in rows)
+    own.synchronize()
+    for copy in copies:  # their memory is the other stream's: not before this one is done with it
+        copy.record_stream(torch.cuda.current_stream(device))
+    return copies
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """One for good: torch has some dozens, and gives them again, also that on which a graph is captured just now."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
 
 # A token is one piece of memory. torch goes element by element in bfloat16, and with threads of its own, which a copy

@@ -3,11 +3,13 @@ each operation gets tensors of one device alone, and what goes to the host is wa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 from engines import CPU, Ask, make_engine, payload_of, run_choices
 from models import TINY_FAMILIES, save_tiny, tiny_model
-from pretended_gpu import OnGpu, pretended_gpu
+from pretended_gpu import OnGpu, Stream, pretended_gpu
 from shoal.config import load_config
 from shoal.decode.sink import PoolSink
 from shoal.engine import build
@@ -23,6 +25,7 @@ from shoal.engine.build import Served, build_engine, choose_device, load_paramet
 from shoal.engine.engine import Engine
 from shoal.engine.step_graph import StepGraphs
 from shoal.engine.tables import Reuse
+from shoal.errors import ConfigError
 from shoal.kv.pool import on_host
 from shoal.messages import Chunk, Depth, SamplingParams, Stage, WireMode
 from shoal.model.plan import Anchors
@@ -92,6 +95,18 @@ def test_deep_layers_apart() -> None:
 
     found, expected = on_both(answers)
     assert found == expected
+
+
+def test_a_step_is_over_when_the_gpu_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of which nothing is read: how long it took says how many rows the next may have."""
+    waited: list[Stream] = []
+    wait = Stream.synchronize
+    monkeypatch.setattr(Stream, "synchronize", lambda stream: waited.append(stream) or wait(stream))
+    with pretended_gpu() as device:
+        engine = make_engine(tiny_model("llama", torch.float32, layers=4), SKIPPED, max_step_tokens=ROWS, device=device)
+        engine.submit_generate("0", tuple(PROMPT), Depth.FULL, GREEDY)
+        steps = [(engine.step().num_rows, len(waited)) for _ in range(2)]  # of three that the prompt takes
+    assert steps == [(ROWS, 1), (ROWS, 2)]
 
 
 def test_prompt_logprobs() -> None:
@@ -167,6 +182,7 @@ async def shipped(prefill: Engine, wire_mode: WireMode) -> Any:
 def test_a_replica_with_a_gpu_is_built(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its files, warm, where its configuration says that it has one; decode with graphs."""
     monkeypatch.setattr(build, "CudaGraphs", lambda _: Again)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnns := Mock())
     save_tiny(tmp_path, tiny_model(family, torch.float32, layers=4))
     stages: dict[str, Any] = {"num_gpus": 1, "max_step_tokens": ROWS}
     config = load_config(model={"name": str(tmp_path), "skip_layers": SKIPPED}, prefill=stages, decode=stages)
@@ -178,6 +194,31 @@ def test_a_replica_with_a_gpu_is_built(family: str, tmp_path: Path, monkeypatch:
             engine = build_engine(config, stage, served, load_parameters(served, stage, device), device=device)
             assert all(isinstance(layer, OnGpu) for layer in engine.runner.pool.layers)
         assert isinstance(engine.runner.decode_path, StepGraphs)
+    cudnns.assert_called_with(False)
+    assert "torch.nn.attention.bias" in sys.modules  # which takes a second to load
+
+
+def test_a_pool_that_no_gpu_holds_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path)
+    config = load_config(model={"name": str(tmp_path)})
+    served = Served.of(config)
+    monkeypatch.setattr(build, "KvPool", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    for stage in Stage:
+        with pytest.raises(ConfigError, match=f"CUDA out of memory: lower {stage}.num_blocks"):
+            build_engine(config, stage, served, load_parameters(served, stage, CPU), device=CPU)
+
+
+def test_another_streams_tensors_are_not_used_before_that_is_said() -> None:
+    with pretended_gpu() as device:
+        own = Stream()
+        with torch.cuda.stream(own):  # type: ignore[arg-type]
+            theirs = torch.ones(3).to(device, non_blocking=True)
+        with pytest.raises(RuntimeError, match="of another stream's tensor"):
+            theirs + 1
+        theirs.record_stream(torch.cuda.current_stream())
+        assert (theirs + 1).tolist() == [1, 1, 1]
+        own.synchronize()
+        assert (theirs + 1).tolist() == [2, 2, 2]
 
 
 def test_what_a_gpu_refuses() -> None:

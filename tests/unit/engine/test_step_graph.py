@@ -24,7 +24,16 @@ from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Phase, Sequence
-from shoal.engine.step_graph import MAX_GRAPHS, Graph, StepGraphs, StepSize, is_wasteful, round_context, round_rows
+from shoal.engine.step_graph import (
+    MAX_GRAPHS,
+    Graph,
+    StepGraphs,
+    StepSize,
+    double_context,
+    is_wasteful,
+    round_context,
+    round_rows,
+)
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
@@ -48,6 +57,10 @@ def llama() -> Any:
 def graphs_of(engine: Engine) -> StepGraphs:
     assert isinstance(engine.runner.decode_path, StepGraphs)
     return engine.runner.decode_path
+
+
+def graphs_of_padding(runner: Any) -> StepGraphs:
+    return StepGraphs(runner.decoder, runner.pool, RecordedGraph, 4)
 
 
 def num_replays(engine: Engine) -> int:
@@ -299,6 +312,28 @@ def test_what_cannot_be_captured_is_run_one_by_one_and_said_once(llama: Any, cap
     [record] = caplog.records
     assert "one by one: no memory for this" in record.getMessage()
     assert graphs_of(engine).sizes == []
+
+
+def test_a_size_without_room_is_run_one_by_one_and_others_are_captured(llama: Any, caplog: pytest.LogCaptureFixture):
+    class TooLarge(BrokenGraph):
+        def capture(self, run: Callable[[], None]) -> None:
+            raise torch.OutOfMemoryError("no memory for this")
+
+    graphs: list[Graph] = [RecordedGraph(), TooLarge()]
+    engine, plain = make_engine(llama, SKIPPED, new_graph=graphs.pop), make_engine(llama, SKIPPED)
+    asks = [Ask(PROMPT[:5], 8), Ask(PROMPT[:7], 12), Ask(PROMPT[:9], 8)]
+    for some in (asks, asks, asks[:1]):
+        assert run(engine, some) == run(plain, some)
+    assert graphs == [] and graphs_of(engine).sizes == [StepSize(1, 256)]
+    assert len([record for record in caplog.records if "no graph of StepSize(rows=4" in record.message]) == 1
+
+
+def test_where_padding_is_not_read_sizes_are_few(llama: Any):
+    assert [double_context(count) for count in (1, 256, 257, 2048, 2049, 4097)] == [256, 256, 512, 2048, 4096, 8192]
+    parts = make_engine(llama, SKIPPED, new_graph=RecordedGraph).runner
+    graphs = StepGraphs(parts.decoder, parts.pool, RecordedGraph, 4, reads_padding=False)
+    row = ScheduledRows(Sequence("0", (1,) * 2049, range(0), GREEDY), 2048, 2049)
+    assert graphs.size_of([row]) == StepSize(1, 4096) != graphs_of_padding(parts).size_of([row])
 
 
 def test_what_was_captured_before_goes_on(llama: Any):

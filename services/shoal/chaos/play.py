@@ -32,11 +32,13 @@ _REPAIRS = (
 @dataclass(frozen=True, slots=True)
 class Limits:
     """``num_requests`` is the least of a scenario, ``num_in_flight`` how many of them are under way at any time,
-    ``deadline_s`` what each has."""
+    ``deadline_s`` what each has. A scenario may take ``inject_within_s``, replicas that it replaces included, and what
+    it has done ``recover_within_s`` to be over."""
 
     num_requests: int = 64
     num_in_flight: int = 40
     deadline_s: float = 240.0
+    inject_within_s: float = 360.0
     recover_within_s: float = 180.0
 
 
@@ -82,8 +84,7 @@ class Play:
             before, num_in_flight = await victim.look(), load.num_open
             scene = Scene(victim, load, self._script.burst, self._script.skip_layers)
             with suppress(TimeoutError):
-                async with asyncio.timeout(limits.recover_within_s):
-                    recovered_s = await _recover(scene, scenario)
+                recovered_s = await _recover(scene, scenario, limits)
             await load.until(lambda: self._are_enough(scenario, load))
         left = await _left(victim)
         return Result.of(
@@ -103,16 +104,17 @@ class Play:
         return num_done >= num_wanted
 
 
-async def _recover(scene: Scene, scenario: Scenario) -> float:
-    """Do what the scenario says; how long after the fault every sign of recovery was seen."""
+async def _recover(scene: Scene, scenario: Scenario, limits: Limits) -> float:
+    """Do what the scenario says; how long after the fault every sign of recovery was seen. Raises TimeoutError."""
     clock = asyncio.get_running_loop()
-    async with scenario.inject(scene) as lost:
+    async with asyncio.timeout(limits.inject_within_s), scenario.inject(scene) as lost:
         if scenario.holds:
             await asyncio.sleep(scene.victim.hold_s)
     over_s = clock.time()
-    transfers = await scene.victim.num_transfers()
-    for sign in scenario.signs:
-        await until(lambda sign=sign: _is_seen(sign, scene, lost, over_s, transfers))  # type: ignore[misc]
+    async with asyncio.timeout(limits.recover_within_s):
+        transfers = await scene.victim.num_transfers()
+        for sign in scenario.signs:
+            await until(lambda sign=sign: _is_seen(sign, scene, lost, over_s, transfers))  # type: ignore[misc]
     return clock.time() - over_s
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shoal.chaos.look import Look, Scraped
-from shoal.chaos.play import _left, _repairs
+from shoal.chaos.play import Limits, _left, _recover, _repairs
+from shoal.chaos.scenario import Scenario, Sign
 
 METRICS = """\
 # HELP shoal_kv_fallback_total Steps down.
@@ -61,3 +65,41 @@ class Silent:
 async def test_silence_is_not_taken_for_nothing(said: list[dict[str, float]], found: dict[str, float]) -> None:
     victim: Any = Silent(*said)
     assert await _left(victim) == found
+
+
+class Healing:
+    """Whole ``after_s`` from now on."""
+
+    hold_s = 0.0
+
+    def __init__(self, after_s: float) -> None:
+        self._whole_at = asyncio.get_running_loop().time() + after_s
+
+    async def num_transfers(self) -> dict[str, float]:
+        return {}
+
+    async def is_whole(self) -> bool:
+        return asyncio.get_running_loop().time() >= self._whole_at
+
+
+@pytest.mark.parametrize(
+    ("inject_s", "heals_after_s", "recovers"), [(0.3, 0.3, True), (0.0, 9.0, False), (9.0, 0.0, False)]
+)
+async def test_what_is_done_and_what_comes_of_it_have_each_their_time(
+    inject_s: float, heals_after_s: float, recovers: bool
+) -> None:
+    """Replicas that are replaced by others take minutes, before there is anything to recover from."""
+
+    @asynccontextmanager
+    async def inject(_: Any) -> AsyncIterator[tuple[()]]:
+        await asyncio.sleep(inject_s)
+        yield ()
+
+    scene: Any = SimpleNamespace(victim=Healing(heals_after_s))
+    scenario = Scenario("slow", "takes long", inject, holds=False, signs=frozenset({Sign.WHOLE}))
+    limits = Limits(inject_within_s=1.0, recover_within_s=0.2)
+    if recovers:
+        assert 0 <= await _recover(scene, scenario, limits) < 0.2
+    else:
+        with pytest.raises(TimeoutError):
+            await _recover(scene, scenario, limits)

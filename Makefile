@@ -58,7 +58,7 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 	$(BIN)/shoal serve $(ARGS)
 
 # worksteal: neighbours run in one process where they can, so what a module's tests share is made once.
-test: $(STAMP) ## Everything that CI runs: the checks, then the tests (SHOAL_TEST_ALL=1: also those that take long)
+test: $(STAMP) ## The checks, then the tests, as CI runs them (SHOAL_TEST_ALL=1: also those that take long)
 	$(MAKE) --jobs 2 lint types imports generated triton
 	$(BIN)/pytest -m 'not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none
 	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit transfer chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]

@@ -2,7 +2,7 @@
 
 What a GPU refuses is an error here, too: an operation of its tensors with the host's, numpy's view of them. A copy from
 or to the host that needn't be waited for isn't made before somebody waits for its stream. And what was made on another
-stream isn't used before the current one is told so.
+stream isn't used before its memory is kept for the current one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from shoal.engine import attention
+from shoal.kv import pool
+from shoal.model import rope
 
 GPU = torch.device("cuda:0")
 _MOVING = {"_to_copy", "copy_"}
@@ -71,6 +73,19 @@ class Stream:
     def synchronize(self) -> None:
         while self._late:
             self._late.pop(0)()
+
+
+class Event:
+    """``waited`` for in their order, as many as there were."""
+
+    waited: ClassVar[list[Event]] = []
+
+    def record(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def synchronize(self) -> None:
+        self.waited.append(self)
+        self._stream.synchronize()
 
 
 _DEFAULT = Stream()
@@ -138,14 +153,17 @@ class _Functions(TorchFunctionMode):
 def pretended_gpu() -> Iterator[torch.device]:
     """Within it, in this thread, there is one. Skips the test with a torch that is built otherwise."""
     operations = _Operations()
+    _forget()
     with pytest.MonkeyPatch.context() as patch, _guarded():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
         patch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 26, 1 << 26))
         patch.setattr(torch.cuda, "device", lambda _: nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda _=None: operations.stream)
         patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", operations.on)
         # A tensor that was made outside of it has no views within it that are a subclass's.
         patch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad() if mode else nullcontext())
@@ -157,6 +175,13 @@ def pretended_gpu() -> Iterator[torch.device]:
                 yield torch.device("cuda")
         finally:
             torch._C._set_only_lift_cpu_tensors(before)
+            _forget()
+
+
+def _forget() -> None:
+    """What is kept for a device, which is another one outside."""
+    rope._inv_freq.cache_clear()
+    pool._copy_stream.cache_clear()
 
 
 @contextmanager

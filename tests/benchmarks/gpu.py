@@ -34,7 +34,7 @@ from rich.table import Table
 from step_times import begin
 from work import prefill_flops, weight_bytes
 
-from shoal.engine.attention import prepare
+from shoal.engine.attention import prepare_attention
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.gpu import find_gpu_kernels
@@ -68,7 +68,7 @@ def main() -> None:
     shape, device, dtype = SHAPES[options.shape], torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     with torch.inference_mode():
-        prepare(device)
+        prepare_attention(device)
         engine = make_engine(shape, dtype, device, options.chunk)
         decoders = make_decoders(engine)
         result = {

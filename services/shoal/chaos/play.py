@@ -32,8 +32,8 @@ _REPAIRS = (
 @dataclass(frozen=True, slots=True)
 class Limits:
     """``num_requests`` is the least of a scenario, ``num_in_flight`` how many of them are under way at any time,
-    ``deadline_s`` what each has. A scenario may take ``inject_within_s``, replicas that it replaces included, and what
-    it has done ``recover_within_s`` to be over."""
+    ``deadline_s`` what each has. What a scenario does, say replacing all replicas, ends within ``inject_within_s``, and
+    all is well again ``recover_within_s`` after that."""
 
     num_requests: int = 64
     num_in_flight: int = 40

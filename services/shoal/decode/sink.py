@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ from shoal.messages import Chunk, WireMode
 
 _AT_ONCE_BYTES = 8 << 20
 """A millisecond of the kernel's, into memory that was used before; ``handoff.slot_bytes`` is as much by default."""
+_UNWRITTEN_BYTES = 64 << 20
+"""That may be on a GPU beside the pool: some milliseconds of what a link to it brings."""
 Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """States ``[tokens, hidden]`` and positions ``[tokens]`` -> K/V of the skipped layers ``[S, tokens, 2, kv_heads,
 head_dim]``."""
@@ -39,6 +42,7 @@ class PoolSink:
         self._copier = copier or Copier()
         self._held = pool.host_rows()
         self._private = np.empty(0, np.uint8)
+        self._unwritten: deque[tuple[torch.cuda.Event, int]] = deque()
         self._copy_thread = SingleThread("copy", _compute_alone)
         self._turn = asyncio.Lock()
 
@@ -83,7 +87,18 @@ class PoolSink:
             device = self._pool.layers[0].device
             arrived, at = on_device(device, torch.from_numpy(private).view(self._pool.dtype), torch.from_numpy(slots))
             self._pool.write_layers(chunk.layer_start, at, self._kv_of(chunk, arrived))
+            self._note_unwritten(device, chunk.num_bytes)
         return crc32c
+
+    def _note_unwritten(self, device: torch.device, num_bytes: int) -> None:
+        """A GPU puts them into their blocks after the steps that it has to compute; until then they are there twice."""
+        if device.type != "cuda":
+            return
+        written = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+        written.record(torch.cuda.current_stream(device))
+        self._unwritten.append((written, num_bytes))
+        while sum(held for _, held in self._unwritten) > _UNWRITTEN_BYTES:
+            self._unwritten.popleft()[0].synchronize()
 
     def _private_bytes(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """Of the copy thread alone, until its next copy."""

@@ -23,7 +23,7 @@ BLOCK_ROWS = 128
 _BIASES = "torch.nn.attention.bias"
 
 
-def prepare(device: torch.device) -> None:
+def prepare_attention(device: torch.device) -> None:
     """What torch's attention is to load and to choose on ``device`` before anybody waits for it.
 
     cuDNN's, which torch prefers on some GPUs, makes a plan for each length that is new, while a prompt waits, and keeps
@@ -87,7 +87,7 @@ def _may_be_flash(queries: torch.Tensor) -> bool:
     return queries.is_cuda
 
 
-@lru_cache(maxsize=1)  # it takes memory, though nothing is written there; the layers of a step want the same
+@lru_cache(maxsize=1)  # each takes memory, though nothing is written there; layers want the same, one after the other
 def _last_rows(num_rows: int, num_context: int) -> torch.Tensor:
     """What says to torch that rows are the last of their context. Its module loads torch's compiler, a second's work
     that a CPU is spared."""

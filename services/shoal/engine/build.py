@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from shoal.config import PREFILL_NICENESS, Dtype, ShoalConfig, StageConfig
-from shoal.engine.attention import prepare
+from shoal.engine.attention import prepare_attention
 from shoal.engine.cuda_graph import CudaGraphs
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
@@ -119,9 +119,22 @@ def plan_of(config: ShoalConfig, spec: ModelSpec) -> LayerPlan:
 
 
 def choose_device(stage: StageConfig) -> torch.device:
-    if stage.device != "auto":
-        return torch.device(stage.device)
-    return torch.device("cuda" if stage.num_gpus > 0 and torch.cuda.is_available() else "cpu")
+    """Raises ConfigError for one that isn't here."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if stage.device == "auto":
+        return torch.device("cuda" if stage.num_gpus > 0 and num_gpus else "cpu")
+    try:
+        device = torch.device(stage.device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device is {stage.device}, which torch doesn't know: say auto, cpu, cuda or cuda:1"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ConfigError(
+            f"device is {stage.device}, but of GPUs torch finds {num_gpus} here (shoal doctor says more): set it to "
+            "auto, and num_gpus to 1 where there is one"
+        )
+    return device
 
 
 def choose_dtype(wanted: Dtype, device: torch.device, *, widens: Callable[[], bool] = lambda: False) -> torch.dtype:
@@ -200,7 +213,7 @@ def build_engine(
                 f"{num_deep_blocks * layout.block_tokens}: raise model.deep_blocks_ratio or decode.kv_pool_bytes"
             )
     has_graphs = stage is Stage.DECODE and device.type == "cuda"
-    prepare(device)
+    prepare_attention(device)
     try:
         pool = KvPool(
             layout,

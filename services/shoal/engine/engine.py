@@ -206,6 +206,7 @@ class Engine:
             if not tokens:
                 self.runner.wait()  # else the next step would be taken for as slow as both
         except Deserted:
+            self.runner.wait()
             return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
         except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along
             _log.exception("a step failed")

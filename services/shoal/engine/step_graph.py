@@ -74,11 +74,6 @@ def round_context(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def double_context(num_tokens: int) -> int:
-    """Powers of two: where what is filled up isn't read, graphs may as well be few."""
-    return max(_LEAST_CONTEXT, 1 << (num_tokens - 1).bit_length())
-
-
 def is_wasteful(size: StepSize, num_seen: int) -> bool:
     """Whether more than twice the ``num_seen`` tokens that rows see would be read, and more than a few: a graph fills
     all rows up to the longest, whose like the eager step reads together, and it keeps the memory for that."""
@@ -108,7 +103,6 @@ class StepGraphs:
         self._new_graph = new_graph
         self._max_rows = max_rows
         self._reads_padding = reads_padding
-        self._round_context = round_context if reads_padding else double_context
         self._too_large: set[StepSize] = set()
         self._steps: OrderedDict[StepSize, RecordedStep] = OrderedDict()
         self._may_capture = True
@@ -147,11 +141,10 @@ class StepGraphs:
     def size_of(self, rows: Sequence[ScheduledRows]) -> StepSize:
         """What ``rows`` are filled up to."""
         num_rows = min(round_rows(len(rows)), self._max_rows)
-        context = self._round_context(max(item.end for item in rows))
+        context = round_context(max(item.end for item in rows))
         if self._pool.layout.apart is None:
             return StepSize(num_rows, context)
-        deep_context = self._round_context(max(item.sequence.num_full_before(item.end) for item in rows))
-        return StepSize(num_rows, context, deep_context)
+        return StepSize(num_rows, context, round_context(max(item.sequence.num_full_before(item.end) for item in rows)))
 
     def _capture(self, size: StepSize) -> RecordedStep | None:
         """``None`` if it can't be. That size isn't tried again if there is no room for it; for another reason, only

@@ -124,11 +124,11 @@ def on_host(rows: torch.Tensor) -> torch.Tensor:
 
 
 def on_device(device: torch.device, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of the host's ``rows`` copies on a GPU, complete: made beside what that computes, behind which they would wait
-    otherwise. On the host, ``rows`` themselves."""
+    """Of the host's ``rows`` copies on a GPU, complete, so that ``rows`` may be overwritten: made beside what that
+    computes, behind which they would wait otherwise. On the host, ``rows`` themselves."""
     if device.type != "cuda":
         return rows
-    own = _beside(device)
+    own = _copy_stream(device)
     with torch.cuda.stream(own):
         copies = tuple(one.to(device, non_blocking=True) for one in rows)
     own.synchronize()
@@ -138,7 +138,7 @@ def on_device(device: torch.device, *rows: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 @cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One for good: torch has some dozens, and gives them again, also that on which a graph is captured just now."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 

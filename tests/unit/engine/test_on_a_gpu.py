@@ -3,13 +3,13 @@ each operation gets tensors of one device alone, and what goes to the host is wa
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -17,8 +17,9 @@ import torch
 
 from engines import CPU, Ask, make_engine, payload_of, run_choices
 from models import TINY_FAMILIES, save_tiny, tiny_model
-from pretended_gpu import OnGpu, Stream, pretended_gpu
+from pretended_gpu import Event, OnGpu, Stream, pretended_gpu
 from shoal.config import load_config
+from shoal.decode import sink as sinks
 from shoal.decode.sink import PoolSink
 from shoal.engine import build
 from shoal.engine.build import Served, build_engine, choose_device, load_parameters
@@ -155,6 +156,26 @@ async def test_a_hand_off_between_gpus(family: str, wire_mode: WireMode, monkeyp
     assert found == await answer(CPU)
 
 
+@pytest.mark.parametrize(("most_bytes", "are_waited_for"), [(1 << 20, False), (0, True)])
+async def test_what_is_not_in_its_blocks_yet_is_bounded(
+    most_bytes: int, are_waited_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks, "_UNWRITTEN_BYTES", most_bytes)
+    monkeypatch.setattr(Event, "waited", [])
+    model = tiny_model("llama", torch.float32, layers=4)
+    with pretended_gpu() as device:
+        decode = make_engine(model, SKIPPED, device=device)
+        decode.submit_generate("0", tuple(PROMPT), Depth.SHALLOW, GREEDY, hold=True)
+        [reserved] = decode.step().reserved
+        sink = PoolSink(decode.runner.pool, decode.runner.decoder.project)
+        monkeypatch.setattr(sink, "_copy_thread", AtOnce())
+        prefill = make_engine(model, SKIPPED, stage=Stage.PREFILL, max_step_tokens=ROWS, device=device)
+        chunks = [chunk async for chunk in shipped(prefill, WireMode.KV)]
+        for chunk in chunks:
+            await sink.write(reserved.blocks, chunk, lambda: True)
+    assert len(Event.waited) == len(chunks) * are_waited_for
+
+
 async def shipped(prefill: Engine, wire_mode: WireMode) -> Any:
     prefill.submit_prefill("0", len(PROMPT))
     prefill.step()
@@ -183,6 +204,7 @@ def test_a_replica_with_a_gpu_is_built(family: str, tmp_path: Path, monkeypatch:
     """From its files, warm, where its configuration says that it has one; decode with graphs."""
     monkeypatch.setattr(build, "CudaGraphs", lambda _: Again)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnns := Mock())
+    monkeypatch.setattr(importlib, "import_module", loaded := Mock(wraps=importlib.import_module))
     save_tiny(tmp_path, tiny_model(family, torch.float32, layers=4))
     stages: dict[str, Any] = {"num_gpus": 1, "max_step_tokens": ROWS}
     config = load_config(model={"name": str(tmp_path), "skip_layers": SKIPPED}, prefill=stages, decode=stages)
@@ -195,7 +217,24 @@ def test_a_replica_with_a_gpu_is_built(family: str, tmp_path: Path, monkeypatch:
             assert all(isinstance(layer, OnGpu) for layer in engine.runner.pool.layers)
         assert isinstance(engine.runner.decode_path, StepGraphs)
     cudnns.assert_called_with(False)
-    assert "torch.nn.attention.bias" in sys.modules  # which takes a second to load
+    assert call("torch.nn.attention.bias") in loaded.call_args_list  # which takes a second, the first time
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("cuda", "device is cuda, but of GPUs torch finds 0 here"),
+        ("cuda:1", "cuda:1, but of GPUs torch finds 1 here"),
+        ("cudda", "cudda"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(wanted: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_gpus = 1 if wanted == "cuda:1" else 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(num_gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    config = load_config(decode={"device": wanted})
+    with pytest.raises(ConfigError, match=said):
+        choose_device(config.decode)
 
 
 def test_a_pool_that_no_gpu_holds_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,16 +24,7 @@ from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
 from shoal.engine.scheduler import ScheduledRows
 from shoal.engine.sequence import Phase, Sequence
-from shoal.engine.step_graph import (
-    MAX_GRAPHS,
-    Graph,
-    StepGraphs,
-    StepSize,
-    double_context,
-    is_wasteful,
-    round_context,
-    round_rows,
-)
+from shoal.engine.step_graph import MAX_GRAPHS, Graph, StepGraphs, StepSize, is_wasteful, round_context, round_rows
 from shoal.errors import InternalError
 from shoal.kv.pool import KvPool
 from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
@@ -57,10 +48,6 @@ def llama() -> Any:
 def graphs_of(engine: Engine) -> StepGraphs:
     assert isinstance(engine.runner.decode_path, StepGraphs)
     return engine.runner.decode_path
-
-
-def graphs_of_padding(runner: Any) -> StepGraphs:
-    return StepGraphs(runner.decoder, runner.pool, RecordedGraph, 4)
 
 
 def num_replays(engine: Engine) -> int:
@@ -328,14 +315,6 @@ def test_a_size_without_room_is_run_one_by_one_and_others_are_captured(llama: An
     assert len([record for record in caplog.records if "no graph of StepSize(rows=4" in record.message]) == 1
 
 
-def test_where_padding_is_not_read_sizes_are_few(llama: Any):
-    assert [double_context(count) for count in (1, 256, 257, 2048, 2049, 4097)] == [256, 256, 512, 2048, 4096, 8192]
-    parts = make_engine(llama, SKIPPED, new_graph=RecordedGraph).runner
-    graphs = StepGraphs(parts.decoder, parts.pool, RecordedGraph, 4, reads_padding=False)
-    row = ScheduledRows(Sequence("0", (1,) * 2049, range(0), GREEDY), 2048, 2049)
-    assert graphs.size_of([row]) == StepSize(1, 4096) != graphs_of_padding(parts).size_of([row])
-
-
 def test_what_was_captured_before_goes_on(llama: Any):
     graphs: list[Graph] = [BrokenGraph(), RecordedGraph()]
     engine = make_engine(llama, SKIPPED, new_graph=graphs.pop)
@@ -372,6 +351,7 @@ def test_decode_on_cuda_has_them_and_its_warm_up_captures_the_first(
     served = Served.of(config)
     parameters = load_parameters(served, stage, CPU)
     monkeypatch.setattr(build, "CudaGraphs", lambda device: RecordedGraph)
+    monkeypatch.setattr(build, "prepare_attention", lambda device: None)
     monkeypatch.setattr(build, "KvPool", lambda *given, device, **options: KvPool(*given, device=CPU, **options))
     plain, graphed = (
         build_engine(config, stage, served, parameters, device=torch.device(kind)) for kind in ("cpu", "cuda")

@@ -87,10 +87,10 @@ class PoolSink:
             device = self._pool.layers[0].device
             arrived, at = on_device(device, torch.from_numpy(private).view(self._pool.dtype), torch.from_numpy(slots))
             self._pool.write_layers(chunk.layer_start, at, self._kv_of(chunk, arrived))
-            self._note_unwritten(device, chunk.num_bytes)
+            self._bound_unwritten(device, chunk.num_bytes)
         return crc32c
 
-    def _note_unwritten(self, device: torch.device, num_bytes: int) -> None:
+    def _bound_unwritten(self, device: torch.device, num_bytes: int) -> None:
         """A GPU puts them into their blocks after the steps that it has to compute; until then they are there twice."""
         if device.type != "cuda":
             return

@@ -19,7 +19,6 @@ from shoal.model.batch import AttentionPlan, DecodeGroup, PromptSegment
 # Rows of a prompt that are attended to at a time: a small model's scores of them are some megabytes.
 BLOCK_ROWS = 128
 
-
 _BIASES = "torch.nn.attention.bias"
 
 

@@ -204,9 +204,8 @@ class Engine:
             prompts, unscored = self._advance(plan, output)
             tokens, unsampled = self._sample(plan, output.logits)
             if not tokens:
-                self.runner.wait()  # else the next step would be taken for as slow as both
+                self.runner.wait()
         except Deserted:
-            self.runner.wait()
             return StepOutput(started_s, self._clock(), self.counts(), wants_blocks=plan.wants_blocks)
         except Exception as error:  # noqa: BLE001 - the engine's edge: a defect must not take other requests along
             _log.exception("a step failed")
@@ -244,7 +243,11 @@ class Engine:
         # To go on by a token is soon done; and a graph that is captured for it is for whoever comes later, too.
         is_short = all(item.goes_on for item in plan.rows)
         with self.desertion.running([] if is_short else [sequence.request_id for sequence in sequences]):
-            return self.runner.run(plan)
+            try:
+                return self.runner.run(plan)
+            except Deserted:
+                self.runner.wait()
+                raise
 
     def _project(self, started_s: float) -> StepOutput:
         """Some layers of a prompt, before another forward: until then the rows' states are where they left them."""

@@ -99,7 +99,8 @@ class Runner:
         return self._output(tensors.logits, computed, scores)
 
     def wait(self) -> None:
-        """For what the device still computes, as a GPU does when Python has gone on."""
+        """For what the device still computes, as a GPU does when Python has gone on: the next step would be taken for
+        as slow as both."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 

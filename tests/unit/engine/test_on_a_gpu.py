@@ -110,6 +110,17 @@ def test_a_step_is_over_when_the_gpu_is_done(monkeypatch: pytest.MonkeyPatch) ->
     assert steps == [(ROWS, 1), (ROWS, 2)]
 
 
+def test_so_is_one_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Stream] = []
+    monkeypatch.setattr(Stream, "synchronize", lambda stream: waited.append(stream))  # noqa: PLW0108 - a method
+    with pretended_gpu() as device:
+        engine = make_engine(tiny_model("llama", torch.float32, layers=4), SKIPPED, max_step_tokens=ROWS, device=device)
+        engine.told_of_progress(lambda: engine.desertion.leave("0"))
+        engine.submit_generate("0", tuple(PROMPT), Depth.FULL, GREEDY)
+        output = engine.step()
+    assert output.num_rows == 0 and not output.failures and len(waited) == 1
+
+
 def test_prompt_logprobs() -> None:
     model = tiny_model("llama", torch.float32, layers=4)
 
@@ -137,12 +148,9 @@ async def test_a_hand_off_between_gpus(family: str, wire_mode: WireMode, monkeyp
     async def answer(device: torch.device) -> list[int]:
         prefill = make_engine(model, SKIPPED, stage=Stage.PREFILL, max_step_tokens=ROWS, device=device)
         decode = make_engine(model, SKIPPED, device=device, new_graph=Again)
-        decode.submit_generate("0", tuple(PROMPT), Depth.SHALLOW, GREEDY, hold=True)
-        [reserved] = decode.step().reserved
-        sink = PoolSink(decode.runner.pool, decode.runner.decoder.project)
-        monkeypatch.setattr(sink, "_copy_thread", AtOnce())
+        sink, blocks = reserved(decode, monkeypatch)
         async for chunk in shipped(prefill, wire_mode):
-            assert await sink.write(reserved.blocks, chunk, lambda: True) == chunk.crc32c
+            assert await sink.write(blocks, chunk, lambda: True) == chunk.crc32c
         decode.start("0", num_arrived=len(PROMPT) - 1)
         said: list[int] = []
         while len(said) < GREEDY.max_tokens:
@@ -165,15 +173,21 @@ async def test_what_is_not_in_its_blocks_yet_is_bounded(
     model = tiny_model("llama", torch.float32, layers=4)
     with pretended_gpu() as device:
         decode = make_engine(model, SKIPPED, device=device)
-        decode.submit_generate("0", tuple(PROMPT), Depth.SHALLOW, GREEDY, hold=True)
-        [reserved] = decode.step().reserved
-        sink = PoolSink(decode.runner.pool, decode.runner.decoder.project)
-        monkeypatch.setattr(sink, "_copy_thread", AtOnce())
+        sink, blocks = reserved(decode, monkeypatch)
         prefill = make_engine(model, SKIPPED, stage=Stage.PREFILL, max_step_tokens=ROWS, device=device)
         chunks = [chunk async for chunk in shipped(prefill, WireMode.KV)]
         for chunk in chunks:
-            await sink.write(reserved.blocks, chunk, lambda: True)
+            await sink.write(blocks, chunk, lambda: True)
     assert len(Event.waited) == len(chunks) * are_waited_for
+
+
+def reserved(decode: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[PoolSink, tuple[int, ...]]:
+    """What writes into the blocks that a prompt holds, and these."""
+    decode.submit_generate("0", tuple(PROMPT), Depth.SHALLOW, GREEDY, hold=True)
+    [reservation] = decode.step().reserved
+    sink = PoolSink(decode.runner.pool, decode.runner.decoder.project)
+    monkeypatch.setattr(sink, "_copy_thread", AtOnce())
+    return sink, reservation.blocks
 
 
 async def shipped(prefill: Engine, wire_mode: WireMode) -> Any:

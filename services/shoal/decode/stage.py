@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -74,76 +74,80 @@ async def open_decode(
     """Load the whole model and be ready for requests; on leaving, open leases get ``handoff.drain_s`` to finish.
 
     ``num_replicas`` of decode are there, this one included."""
-    transfer_metrics = TransferMetrics(registry, transport)
-    handoff = config.handoff
-    nixl = nixl_for(
-        handoff.carrier, handoff.max_retired_bytes, transfer_metrics.retired, is_encrypted=config.has_peer_tls
-    )
-    loaded = await load_stage(config, Stage.DECODE, on_progress)
-    served, parameters, core = loaded.served, loaded.parameters, loaded.engine
-    if served.plan.anchors is not None:
-        _log.warning("the speed plan is for checkpoints tuned for it: any other one loses much more than with pop")
-    metrics = DecodeMetrics(registry)
-    metrics.parameters(held_bytes=loaded.num_bytes, full_model_bytes=served.spec.num_parameters * served.dtype.itemsize)
-    meter = StepMeter(metrics)
+    async with AsyncExitStack() as exits:
+        transfer_metrics = TransferMetrics(registry, transport)
+        handoff = config.handoff
+        nixl = nixl_for(
+            handoff.carrier, handoff.max_retired_bytes, transfer_metrics.retired, is_encrypted=config.has_peer_tls
+        )
+        if nixl is not None:
+            exits.push_async_callback(nixl.close)
+        loaded = await load_stage(config, Stage.DECODE, on_progress)
+        served, parameters, core = loaded.served, loaded.parameters, loaded.engine
+        if served.plan.anchors is not None:
+            _log.warning("the speed plan is for checkpoints tuned for it: any other one loses much more than with pop")
+        metrics = DecodeMetrics(registry)
+        metrics.parameters(
+            held_bytes=loaded.num_bytes, full_model_bytes=served.spec.num_parameters * served.dtype.itemsize
+        )
+        meter = StepMeter(metrics)
 
-    def on_step(output: StepOutput) -> None:
-        meter(output)
-        if output.num_rows:
-            metrics.step(output.ended_s - output.started_s, output.num_sequences)
-        for num_bytes in output.finished_kv_bytes:
-            metrics.held(num_bytes)
-        worker.told_of_blocks(wanted=output.wants_blocks)
+        worker: DecodeWorker | None = None
 
-    device = core.runner.pool.layers[0].device
-    pause_s = choose_yield_s(config, num_replicas, device)
-    neighbours = Neighbours.of_this_process() if pause_s and shares_cores(config, device) else None
-    engine = EngineClient(
-        core,
-        name="shoal-decode",
-        on_step=on_step,
-        niceness=loaded.niceness,
-        yielding=Yielding(pause_s, bool if neighbours is None else neighbours.are_on_their_way),
-        stream_interval=config.decode.stream_interval,
-    )
-    wire_modes = _wire_modes(config, served)
-    project = _projection(served, parameters) if WireMode.HIDDEN in wire_modes else None
-    sink = PoolSink(core.runner.pool, project, loaded.copier)
-    desk = HandoffDesk(
-        sink,
-        _kv_shape(served),
-        times=LeaseTimes(config.handoff.claim_timeout_s, config.handoff.ttl_s, config.handoff.drain_s),
-        credit_bytes=config.handoff.credit_bytes,
-        observer=transfer_metrics,
-    )
-    server = HandoffServer(
-        desk,
-        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="decode"),
-        attach=_attach(config.handoff, nixl),
-    )
-    worker = DecodeWorker(
-        engine,
-        desk,
-        plan=served.plan,
-        plan_hash=served.plan_hash,
-        config=config.handoff,
-        decode_text=decode_with(served.files.backend_tokenizer()),
-        prefill=prefill,
-        metrics=metrics,
-        prefill_remembers=config.prefill.reuse != "none",
-        stream_interval=config.decode.stream_interval,
-    )
-    try:
+        def on_step(output: StepOutput) -> None:
+            meter(output)
+            if output.num_rows:
+                metrics.step(output.ended_s - output.started_s, output.num_sequences)
+            for num_bytes in output.finished_kv_bytes:
+                metrics.held(num_bytes)
+            if worker is not None:  # the first output may come before it, or all that follows have failed
+                worker.told_of_blocks(wanted=output.wants_blocks)
+
+        device = core.runner.pool.layers[0].device
+        pause_s = choose_yield_s(config, num_replicas, device)
+        neighbours = Neighbours.of_this_process() if pause_s and shares_cores(config, device) else None
+        if neighbours is not None:
+            exits.callback(neighbours.close)
+        engine = EngineClient(
+            core,
+            name="shoal-decode",
+            on_step=on_step,
+            niceness=loaded.niceness,
+            yielding=Yielding(pause_s, bool if neighbours is None else neighbours.are_on_their_way),
+            stream_interval=config.decode.stream_interval,
+        )
+        exits.callback(engine.close)
+        wire_modes = _wire_modes(config, served)
+        project = _projection(served, parameters) if WireMode.HIDDEN in wire_modes else None
+        sink = PoolSink(core.runner.pool, project, loaded.copier)
+        exits.callback(sink.close)
+        desk = HandoffDesk(
+            sink,
+            _kv_shape(served),
+            times=LeaseTimes(config.handoff.claim_timeout_s, config.handoff.ttl_s, config.handoff.drain_s),
+            credit_bytes=config.handoff.credit_bytes,
+            observer=transfer_metrics,
+        )
+        server = HandoffServer(
+            desk,
+            Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="decode"),
+            attach=_attach(config.handoff, nixl),
+        )
+        exits.push_async_callback(server.drain, handoff.drain_s)
+        worker = DecodeWorker(
+            engine,
+            desk,
+            plan=served.plan,
+            plan_hash=served.plan_hash,
+            config=config.handoff,
+            decode_text=decode_with(served.files.backend_tokenizer()),
+            prefill=prefill,
+            metrics=metrics,
+            prefill_remembers=config.prefill.reuse != "none",
+            stream_interval=config.decode.stream_interval,
+        )
         heartbeats = (engine.heartbeat, sink.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
         yield DecodeStage(served, worker, engine, desk, server, loaded.num_bytes, registry, heartbeats)
-    finally:
-        await server.drain(config.handoff.drain_s)
-        if nixl is not None:
-            await nixl.close()
-        engine.close()
-        if neighbours is not None:
-            neighbours.close()
-        sink.close()
 
 
 def _attach(config: HandoffConfig, nixl: Nixl | None) -> Attach:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
 from shoal.heartbeat import Heartbeat
 from shoal.kernels.copying import Copier
+from shoal.kv.layout import KvLayout
 from shoal.messages import Stage, WireMode
 from shoal.prefill.worker import PrefillWorker
 from shoal.rpc.frames import KEY_BYTES
@@ -68,46 +69,50 @@ async def open_prefill(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AsyncIterator[PrefillStage]:
     """Load the kept layers and be ready for grants; on leaving, open leases get ``handoff.drain_s`` to finish."""
-    nixl = nixl_for(config.handoff.carrier, is_encrypted=config.has_peer_tls)
-    loaded = await load_stage(config, Stage.PREFILL, on_progress)
-    served, parameters, core = loaded.served, loaded.parameters, loaded.engine
-    metrics = PrefillMetrics(registry)
-    full_model_bytes = served.spec.num_parameters * served.dtype.itemsize
-    metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
-    on_step = _on_step(metrics, core.scheduler.layout.block_bytes)
-    engine = EngineClient(core, name="shoal-prefill", on_step=on_step, niceness=loaded.niceness)
-    layout = core.scheduler.layout
-    least_bytes = max(layout.token_layer_bytes, layout.state_bytes)
-    for limit in ("max_frame_bytes", "slot_bytes"):
-        if getattr(config.handoff, limit) < least_bytes:
-            raise ConfigError(
-                f"handoff.{limit} is {getattr(config.handoff, limit)}, but one token's K/V in one layer, or its state, "
-                f"are {least_bytes} bytes: raise it"
-            )
-    key = secrets.token_bytes(KEY_BYTES)
-    wire_modes = (WireMode.KV, WireMode.HIDDEN) if served.plan.projects else (WireMode.KV,)
-    sessions = SessionPool(
-        connect,
-        Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="prefill", key=key),
-        ttl_s=config.handoff.ttl_s,
-        max_frame_bytes=config.handoff.max_frame_bytes,
-        staging=_staging(config.handoff, nixl, loaded.copier),
-        opened=partial(_session_opened, metrics, config.handoff.carrier),
-    )
-    worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
-    sessions.granted = worker.begin
-    names = tuple(name for name, _ in parameters.tensors())
-    try:
+    async with AsyncExitStack() as exits:
+        nixl = nixl_for(config.handoff.carrier, is_encrypted=config.has_peer_tls)
+        if nixl is not None:
+            exits.push_async_callback(nixl.close)
+        loaded = await load_stage(config, Stage.PREFILL, on_progress)
+        served, parameters, core = loaded.served, loaded.parameters, loaded.engine
+        layout = core.scheduler.layout
+        _require_room(config.handoff, layout)
+        metrics = PrefillMetrics(registry)
+        full_model_bytes = served.spec.num_parameters * served.dtype.itemsize
+        metrics.parameters(held_bytes=parameters.num_bytes, full_model_bytes=full_model_bytes)
+        on_step = _on_step(metrics, layout.block_bytes)
+        engine = EngineClient(core, name="shoal-prefill", on_step=on_step, niceness=loaded.niceness)
+        exits.callback(engine.close)
+        key = secrets.token_bytes(KEY_BYTES)
+        wire_modes = (WireMode.KV, WireMode.HIDDEN) if served.plan.projects else (WireMode.KV,)
+        sessions = SessionPool(
+            connect,
+            Identity(new_incarnation(), (served.plan_hash,), wire_modes, peer="prefill", key=key),
+            ttl_s=config.handoff.ttl_s,
+            max_frame_bytes=config.handoff.max_frame_bytes,
+            staging=_staging(config.handoff, nixl, loaded.copier),
+            opened=partial(_session_opened, metrics, config.handoff.carrier),
+        )
+        worker = PrefillWorker(engine, sessions, plan=served.plan, plan_hash=served.plan_hash, metrics=metrics)
+        sessions.granted = worker.begin
+        names = tuple(name for name, _ in parameters.tensors())
+        exits.push_async_callback(worker.close)
+        exits.push_async_callback(sessions.drain, config.handoff.drain_s)
         heartbeats = (engine.heartbeat, *(() if nixl is None else (nixl.heartbeat,)))
         yield PrefillStage(
             served, worker, sessions, key, engine, parameters.num_bytes, full_model_bytes, names, registry, heartbeats
         )
-    finally:
-        await sessions.drain(config.handoff.drain_s)
-        await worker.close()
-        if nixl is not None:
-            await nixl.close()
-        engine.close()
+
+
+def _require_room(config: HandoffConfig, layout: KvLayout) -> None:
+    """Raises ConfigError where a frame, or a slot, doesn't hold what can't be cut."""
+    least_bytes = max(layout.token_layer_bytes, layout.state_bytes)
+    for limit in ("max_frame_bytes", "slot_bytes"):
+        if getattr(config, limit) < least_bytes:
+            raise ConfigError(
+                f"handoff.{limit} is {getattr(config, limit)}, but one token's K/V in one layer, or its state, are "
+                f"{least_bytes} bytes: raise it"
+            )
 
 
 def _staging(config: HandoffConfig, nixl: Nixl | None, copier: Copier) -> Staging:

@@ -100,12 +100,14 @@ async def test_what_prefill_found_serves_both_modes(opened: Opened, model: Any):
             assert value("shoal_prefix_cache_queries_total") == len(PROMPT) - 1 + len(longer) - 1
 
 
-def test_a_state_must_fit_a_frame(opened: Opened):
+def test_a_state_must_fit_a_frame(opened: Opened, tmp_path: Path):
+    save_tiny(tmp_path, dtype=torch.float32, layers=LAYERS, hidden=320)  # of a token 1,280 bytes; its K/V are 256
+
     async def start() -> None:
-        async with opened("hidden", max_frame_bytes=1024, model={"name": "smollm2", "skip_layers": 10}):
+        async with opened("hidden", max_frame_bytes=1024, model={"name": str(tmp_path)}):
             pass
 
-    with pytest.raises(ConfigError, match=r"or its state, are .* bytes: raise it"):
+    with pytest.raises(ConfigError, match=r"max_frame_bytes is 1024.*or its state, are 1280 bytes: raise it"):
         asyncio.run(start())
 
 

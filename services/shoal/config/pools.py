@@ -30,7 +30,9 @@ class StageConfig(Frozen):
         "nothing.",
     )
     kv_pool_bytes: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Memory for K/V; by default 25 % of what is free."
+        None,
+        description="Memory for K/V; by default 25 % of what is free, and where Ray sets a GPU aside for the replica "
+        "70 % (of a part of one, such as num_gpus: 0.5, as large a part of that).",
     )
     num_blocks: Annotated[int, Field(ge=1)] | None = Field(None, description="The pool in blocks, instead of bytes.")
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens in a block of the KV pool.")

@@ -57,7 +57,9 @@ _Kernels = TypeVar("_Kernels")
 _WARM_UP = "warm-up"
 # More than few: with more rows other kernels compute, and what they leave to torch does.
 _CPU_WARM_UP_TOKENS = MAX_FEW_ROWS + 32
-POOL_SHARE_OF_FREE_MEMORY = 0.25
+# Of free memory. A GPU that Ray set aside is nobody else's, and should have enough left for a step's activations, which
+# wasn't tried on one; a host has others, and a checkpoint's pages to keep.
+_POOL_SHARE, _POOL_SHARE_OF_OWN_GPU = 0.25, 0.7
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -366,10 +368,12 @@ def layout_of(served: Served, stage: Stage, block_tokens: int) -> KvLayout:
 def num_blocks_for(
     limits: StageConfig, layout: KvLayout, served: Served, device: torch.device, deep_ratio: float
 ) -> int:
-    """As configured, else a quarter of the free memory, but no more than all sequences at full length can use."""
+    """As configured, else a share of the free memory, but no more than all sequences at full length can use."""
     if limits.num_blocks is not None:
         return limits.num_blocks
-    budget = limits.kv_pool_bytes or int(free_memory_bytes(device) * POOL_SHARE_OF_FREE_MEMORY)
+    own_gpu = min(1.0, limits.num_gpus) if device.type == "cuda" else 0.0
+    share = _POOL_SHARE_OF_OWN_GPU * own_gpu or _POOL_SHARE
+    budget = limits.kv_pool_bytes or int(free_memory_bytes(device) * share)
     block_bytes = layout.block_bytes + int(layout.deep_block_bytes * deep_ratio)
     num_blocks = min(budget // block_bytes, limits.max_sequences * layout.num_blocks_for(served.max_context_tokens))
     if num_blocks < 1:

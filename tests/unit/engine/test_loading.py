@@ -12,9 +12,9 @@ import torch
 
 from engines import native_kernels
 from models import save_tiny, tiny_model
-from shoal.config import load_config
+from shoal.config import StageConfig, load_config
 from shoal.engine import build
-from shoal.engine.build import load_stage
+from shoal.engine.build import Served, layout_of, load_stage, num_blocks_for
 from shoal.errors import ConfigError, ModelError
 from shoal.messages import Stage
 from shoal.model.packed import PackedMatrix
@@ -76,3 +76,20 @@ async def test_a_pool_that_memory_does_not_hold_says_which_setting_to_lower(tmp_
     config = load_config(model={"name": str(tmp_path)}, **{stage: {"num_blocks": 1 << 40}})
     with pytest.raises(ConfigError, match=f"no memory for .* bytes.*lower {stage}.num_blocks"):
         await load_stage(config, stage)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "share"),
+    [("cpu", 0, 0.25), ("cpu", 1, 0.25), ("cuda", 0, 0.25), ("cuda", 1, 0.7), ("cuda", 2, 0.7), ("cuda", 0.5, 0.35)],
+)
+def test_a_pool_takes_its_share_of_free_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, num_gpus: float, share: float
+):
+    """Of a GPU most, where nobody else is on it."""
+    save_tiny(tmp_path)
+    served = Served.of(load_config(model={"name": str(tmp_path)}))
+    layout = layout_of(served, Stage.DECODE, 16)
+    monkeypatch.setattr(build, "free_memory_bytes", lambda _: 1000 * layout.block_bytes)
+    limits = StageConfig(num_gpus=num_gpus)
+    num_blocks = num_blocks_for(limits, layout, served, torch.device(device), 1.0)
+    assert num_blocks == pytest.approx(1000 * share, abs=1)

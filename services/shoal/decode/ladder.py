@@ -40,7 +40,8 @@ class Ladder:
         return FallbackRung.UNAVAILABLE
 
     def is_at_its_end(self, attempt: int) -> bool:
-        """Whether a request that comes with attempt number ``attempt``, after others elsewhere, has no rung left."""
+        """Whether a request that comes with attempt number ``attempt``, after others elsewhere, has no rung left but
+        decode's own, which it then takes. Not where that one's rate limit is reached, either."""
         return 1 < attempt >= self._max_attempts and self._local.take()
 
     @property

@@ -47,7 +47,7 @@ from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
 from shoal.telemetry.labels import FallbackRung, PromptWay
 from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
-from shoal.transfer.lease import ENDED, Lease
+from shoal.transfer.lease import Lease
 
 BOUNDARY_TOKEN_BYTES = 4
 LOOK_S = 2.0
@@ -250,7 +250,8 @@ class DecodeWorker:
         while True:
             grant = self._grant(request, reservation.num_present, deadline_s, attempt, excluded | pool.unfit)
             try:
-                return await self._hand_off(pool, grant, request.prompt_token_ids, reservation.blocks, work)
+                with self._standing_back(grant.lease_id):
+                    return await self._hand_off(pool, grant, request.prompt_token_ids, reservation.blocks, work)
             except (Cancelled, DeadlineExceeded):
                 raise
             except _TooBusy:
@@ -354,15 +355,27 @@ class DecodeWorker:
                 _raise_if_given_up(outcome)
 
     def told_of_blocks(self, *, wanted: bool) -> None:
-        """If a running sequence wants blocks, the youngest lease that no prefill works on yet gives up its own."""
+        """If a running sequence wants blocks, the youngest lease that no prefill works on yet gives up its own: one at
+        a time, since steps that were planned before they came back want them still. (Where a request ends instead of
+        standing back, its blocks come a moment later than the next may give up.)"""
         self._wants_blocks = wanted
-        if not wanted:
+        if not wanted or self._given_up is not None:
             return
-        if self._given_up is not None and self._given_up.state not in ENDED:
-            return  # one at a time
         self._given_up = self._desk.table.youngest_unclaimed
         if self._given_up is not None:
             self._given_up.cancel(OutOfBlocks("an older sequence needs the blocks"))
+
+    @contextmanager
+    def _standing_back(self, lease_id: bytes) -> Iterator[None]:
+        """Within the block, the lease may be the one that gives up its blocks; unless it ends by that, the next may."""
+        try:
+            yield
+        except OutOfBlocks:
+            raise  # they are on their way: _prefill_locally sees them back
+        except BaseException:
+            if self._given_up is not None and self._given_up.lease_id == lease_id:
+                self._given_up = None
+            raise
 
     def _count_fallback(self, rung: FallbackRung, reason: str, **about: object) -> str:
         self._metrics.fell_back(rung, reason)
@@ -378,7 +391,10 @@ class DecodeWorker:
         self, key: str, request: GenerateRequest, local: _Local, submitted_s: float, reserved_s: float
     ) -> _Begun:
         if local.stands_back:
-            await self._engine.call(lambda engine: engine.requeue(key))
+            try:
+                await self._engine.call(lambda engine: engine.requeue(key))
+            finally:  # its blocks are back, or soon will be: nothing else becomes of a request that ends here
+                self._given_up = None
         else:
             await self._engine.call(lambda engine: engine.start(key))
         report = HandoffReport(self._ways.depth_run(request), transferred=False, fallback=local.reason)

@@ -516,6 +516,57 @@ async def test_a_lease_that_nobody_claims_gives_its_blocks_to_an_older_sequence(
     assert ids(young) == pop_generate(model, PROMPT, 4, SKIPPED).token_ids
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_leases_give_up_their_blocks_one_at_a_time(opened: Any, model: Any, leaves: bool):
+    """Until those of the first one are back, steps that were planned before ask in vain."""
+    async with opened() as local:
+        worker, table = local.decode.worker, local.decode.desk.table
+        worker.prefill = NobodyAnswers()
+        asked = [asyncio.create_task(collect(local, request(PROMPT, max_tokens=4))) for _ in range(3)]
+        while table.counts.get("reserved", 0) < 3:
+            await asyncio.sleep(0)
+        goes_on = threading.Event()
+        local.decode.engine.post(lambda _: goes_on.wait(30) and None)
+        worker.told_of_blocks(wanted=True)
+        assert table.counts["reserved"] == 2
+        if leaves:
+            asked[2].cancel()
+        else:
+            for _ in range(20):  # nothing but the engine keeps it from giving them back
+                await asyncio.sleep(0)
+        worker.told_of_blocks(wanted=True)
+        assert table.counts["reserved"] == 2
+        goes_on.set()
+        await asyncio.wait(asked[2:])
+        worker.told_of_blocks(wanted=True)
+        assert table.counts["reserved"] == 1
+        await asyncio.wait(asked[1:])
+        worker.told_of_blocks(wanted=True)
+        answers = await asyncio.gather(*asked[: 3 - leaves])
+        assert {ids(answer) for answer in answers} == {pop_generate(model, PROMPT, 4, SKIPPED).token_ids}
+        assert asked[2].cancelled() is leaves
+        assert fallbacks(local) == {("local", "out_of_blocks"): 3 - leaves}
+
+
+@pytest.mark.parametrize("num_turns", range(8))
+async def test_whoever_leaves_while_its_lease_gives_up_its_blocks_keeps_no_other_from_it(opened: Any, num_turns: int):
+    """At whichever moment it leaves."""
+    async with opened() as local:
+        worker, table = local.decode.worker, local.decode.desk.table
+        worker.prefill = NobodyAnswers()
+        asked = [asyncio.create_task(collect(local, request(PROMPT, max_tokens=4))) for _ in range(2)]
+        while table.counts.get("reserved", 0) < 2:
+            await asyncio.sleep(0)
+        worker.told_of_blocks(wanted=True)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        asked[1].cancel()
+        await asyncio.wait(asked[1:])
+        worker.told_of_blocks(wanted=True)
+        report = (await asked[0])[0].handoff
+        assert report is not None and report.fallback == "out_of_blocks"
+
+
 async def test_the_deadline_ends_a_request_that_waits_for_prefill(opened: Any):
     async with opened() as local:
         local.decode.worker.prefill = pool = NobodyAnswers()

@@ -155,6 +155,14 @@ async def test_what_might_have_to_be_retired_is_bounded_and_beyond_it_all_goes_i
         assert (await both.pool.get("memory")).carrier is Carrier.NIXL
 
 
+async def test_a_thread_that_ends_while_it_is_asked_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would say that the first READ is overdue."""
+    async with rig(KIND) as both, offered(both) as loader:
+        monkeypatch.setattr(both.nixl[1]._thread, "add", lambda _poller: None)  # nobody polls any more
+        async with asyncio.timeout(20):
+            assert await both.nixl[1].attach(loader.segment, lambda _error: None, deadline_s=0.2) is None
+
+
 def test_no_two_agents_have_one_name_and_none_can_be_guessed() -> None:
     names = {Agent()._agent.name for _ in range(2)}
     assert len(names) == 2
@@ -340,6 +348,28 @@ async def test_what_comes_behind_a_read_counts_against_the_credit_too() -> None:
             [session] = both.server._sessions
             assert session.num_dropped == 38 and session._arrivals.num_waiting(new_id) == 2
             with pytest.raises(ProtocolViolation, match="wait for what is fetched"):
+                await lease.arrived()
+
+
+async def test_once_a_lease_has_failed_no_more_of_it_waits_behind_a_read() -> None:
+    """Whoever ships on hears each time that it's over."""
+    new_id, other = lease_id(), lease_id()
+    async with (
+        rig(KIND, credit_bytes=2048) as both,
+        both.open(new_id, prompt(81)) as lease,
+        reading(both, new_id) as (peer, loader),
+    ):
+        chunks = [staged(loader, new_id, seq, (8 * seq, 8 * seq + 8)) for seq in range(3)]
+        with held_up(both.nixl[1]):
+            await peer.send(*chunks)
+            assert "beyond the credit of 2048" in (await peer.expect(Cancel)).reason
+            [session] = both.server._sessions
+            before = session._arrivals.num_waiting(new_id)
+            await peer.send(*(replace(chunks[2], seq=seq) for seq in range(3, 8)), Claim(other))
+            told = [await peer.receive() for _ in range(6)]
+            assert [type(frame) for frame in told] == [Cancel] * 5 + [Refused]
+            assert session._arrivals.num_waiting(new_id) == before and session.num_dropped == 5
+            with pytest.raises(ProtocolViolation, match="beyond the credit"):
                 await lease.arrived()
 
 

@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 
 import pytest
+import structlog
 
 from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, lease_id, prompt
@@ -88,6 +89,21 @@ async def test_whom_it_greets_before_the_first_prompt_it_needs_no_more_greeting(
         assert len(both.channels) == 2
         await both.hand_off(prompt())
         assert len(both.channels) == 2
+
+
+async def test_a_defect_while_it_greets_is_told_by_the_log() -> None:
+    """It's no refusal, and nobody asks for the session's end before a prompt does."""
+
+    async def connect(_address: str) -> object:
+        raise TypeError("a defect of ours")
+
+    pool = SessionPool(connect, Identity(1, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024)  # type: ignore[arg-type]
+    with structlog.testing.capture_logs() as told:
+        assert await pool.greet(["127.0.0.1:1"], within_s=10.0) == {}
+    [line] = [line for line in told if "defect" in line["event"]]
+    assert line["log_level"] == "error" and line["address"] == "127.0.0.1:1"
+    assert isinstance(line["exc_info"], TypeError)
+    await pool.close()
 
 
 async def test_who_does_not_greet_back_is_waited_for_no_longer_than_may_be() -> None:

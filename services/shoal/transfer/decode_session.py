@@ -176,7 +176,7 @@ class DecodeSession(Session):
         """Have its payload read, unless nobody wants it: what came before may be in no slot any more."""
         lease = self._desk.table.receiving(chunk.lease_id, self.owner)
         if lease is None:
-            self._arrivals.add(chunk)
+            self._late(chunk)
         elif lease.has(chunk.seq):
             self.num_dropped += 1
         elif not self._arrivals.expects(chunk.lease_id, chunk.seq):

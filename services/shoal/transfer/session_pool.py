@@ -6,12 +6,16 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
+import structlog
+
 from shoal.errors import ShoalError, Unavailable
 from shoal.messages import Grant, Granted
 from shoal.transfer.base import Channel, Clock
 from shoal.transfer.offer import Staging
 from shoal.transfer.prefill_side import PrefillSession
 from shoal.transfer.session import Identity
+
+_log = structlog.get_logger(__name__)
 
 
 class SessionPool:
@@ -66,8 +70,13 @@ class SessionPool:
             await asyncio.wait(opening.values(), timeout=within_s)
         for one in opening.values():
             one.cancel()  # who isn't there yet may still come
-        ended = await asyncio.gather(*opening.values(), return_exceptions=True)
-        return {address: end for address, end in zip(opening, ended, strict=True) if isinstance(end, ShoalError)}
+        refused: dict[str, ShoalError] = {}
+        for address, end in zip(opening, await asyncio.gather(*opening.values(), return_exceptions=True), strict=True):
+            if isinstance(end, ShoalError):
+                refused[address] = end
+            elif isinstance(end, Exception):  # a defect; who was only waited for long enough is cancelled
+                _log.error("a session wasn't opened, by a defect", address=address, exc_info=end)
+        return refused
 
     async def drain(self, drain_s: float) -> None:
         """Allow no new claims, let the open ones finish for ``drain_s``, then stop them, and close."""

@@ -1,1 +1,1 @@
-"""How payload travels beside the frames: inline (in them), shm (one host)."""
+"""How payload travels beside the frames: inline (in them), shm (one host), nixl (decode reads it)."""

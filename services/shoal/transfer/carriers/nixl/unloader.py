@@ -56,7 +56,11 @@ class NixlUnloader:
             return None
         unloader = cls(thread, reader, retired, segment)
         try:
-            nonce = await unloader._read_nonce()
+            # Where the thread has ended meanwhile, nobody says that the READ is overdue.
+            async with asyncio.timeout(deadline_s):
+                nonce = await unloader._read_nonce()
+        except TimeoutError:
+            nonce = None
         except BaseException:
             unloader.close()
             raise

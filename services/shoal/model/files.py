@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
 from shoal.model.families import ModelSpec, check_family, describe
 from shoal.model.gguf_header import read_gguf
-from shoal.model.gguf_model import gguf_config, gguf_outline, gguf_size
+from shoal.model.gguf_model import gguf_config, gguf_end_token_ids, gguf_outline, gguf_size
 from shoal.model.safetensors_header import read_safetensors
 from shoal.model.tensor_file import TensorFile
 
@@ -159,8 +159,11 @@ class ModelFiles:
         return backend
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer, ascending: as generation_config says, else config, else the tokenizer."""
-        found = None
+        """The tokens that end an answer, ascending: as generation_config says, else config, else the tokenizer; of a
+        GGUF also those that end a turn."""
+        found: Any = None
+        if self.kind is ModelKind.GGUF:
+            found = gguf_end_token_ids(self.tensor_files[0]) or None
         if self.kind is ModelKind.SAFETENSORS and (self.path / "generation_config.json").is_file():
             found = _read_json(self.path / "generation_config.json").get("eos_token_id")
         if found is None:

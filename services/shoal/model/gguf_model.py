@@ -88,6 +88,12 @@ def gguf_outline(file: TensorFile) -> Any:
     return gguf_architecture(file).outline(_plain_values(file))
 
 
+def gguf_end_token_ids(file: TensorFile) -> list[int]:
+    """The tokens that end an answer, in no order; none where the file names none. Raises as ``gguf_config`` does."""
+    gguf_architecture(file)
+    return _plain_values(file).end_token_ids()
+
+
 def _plain_values(file: TensorFile) -> GgufValues:
     values = GgufValues(file)
     values.refuse_variants()

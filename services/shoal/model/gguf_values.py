@@ -8,6 +8,10 @@ from typing import Any
 from shoal.errors import MalformedWeights, UnsupportedModel
 from shoal.model.tensor_file import TensorFile
 
+_CONTROL = 3  # of gguf's TokenType
+# Llama 3's, those of ChatML (SmolLM2) and Gemma's.
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
+
 
 class GgufValues:
     """Looks up the metadata of a file's own architecture (``llama.*``), checked. Raises ModelError."""
@@ -48,8 +52,12 @@ class GgufValues:
         return embedding.shape[0]
 
     def rope(self) -> dict[str, Any]:
-        """Linear scaling or none: ``rope_freqs`` (Llama 3.1) doesn't tell which parameters it was made from."""
-        scaling = self._metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        """Linear scaling or none: ``rope_freqs`` (Llama 3.1) doesn't tell which parameters it was made from. Where the
+        kind isn't named, as in older files, a factor is a linear one's, as llama.cpp has it."""
+        factors = ("rope.scaling.factor", "rope.scale_linear")
+        key = next((key for key in factors if f"{self.architecture}.{key}" in self._metadata), factors[0])
+        scales = self._metadata.get(f"{self.architecture}.{key}", 0) not in (0, 1)
+        scaling = self._metadata.get(f"{self.architecture}.rope.scaling.type", "linear" if scales else "none")
         if "rope_freqs.weight" in self.file.tensors or scaling not in ("none", "linear"):
             raise UnsupportedModel(
                 f"{self.file.path}: its RoPE scaling is not read from GGUF; use a safetensors folder"
@@ -57,7 +65,7 @@ class GgufValues:
         theta = self.number("rope.freq_base", 10_000.0)
         if scaling == "none":
             return {"rope_type": "default", "rope_theta": theta}
-        return {"rope_type": "linear", "rope_theta": theta, "factor": self.number("rope.scaling.factor")}
+        return {"rope_type": "linear", "rope_theta": theta, "factor": self.number(key)}
 
     def head_dim(self, hidden: int, heads: int, kv_heads: int) -> int:
         """The width of a head, which Q, K, V and RoPE must agree on."""
@@ -95,6 +103,19 @@ class GgufValues:
             "pad_token_id": self.token_id("padding"),
             "dtype": "float32",
         }
+
+    def end_token_ids(self) -> list[int]:
+        """What ends an answer: the end of a text, of a turn, of a message to a tool. Where the file names no end of a
+        turn, a control token may be called like one, beside an eos that is the end of a text."""
+        vocab_size = self.vocab_size()
+        eot, eom = (self._metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("eot", "eom"))
+        found = [self.token_id("eos"), eot, eom]
+        tokens, kinds = (self._metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+        if eot is None and isinstance(tokens, list) and isinstance(kinds, list) and len(tokens) == len(kinds):
+            called = [tokens.index(end) for end in _TURN_ENDS if end in tokens]
+            found += [token_id for token_id in called if kinds[token_id] == _CONTROL]  # any other is text
+        # Some files name one that there isn't, for none.
+        return [token_id for token_id in found if type(token_id) is int and 0 <= token_id < vocab_size]
 
     def token_id(self, which: str) -> int | None:
         value = self._metadata.get(f"tokenizer.ggml.{which}_token_id")

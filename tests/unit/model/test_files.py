@@ -247,6 +247,48 @@ def test_generation_config_wins_over_config_and_config_over_the_tokenizer(
     assert locate(str(folder)).eos_token_ids() == expected
 
 
+def tokens(*named: str, kind: int = 3) -> dict[str, Any]:
+    """A GGUF's vocabulary of 97, whose last ones are ``named``, of a kind (3: control tokens)."""
+    return {
+        "tokenizer.ggml.tokens": [f"t{index}" for index in range(97 - len(named))] + list(named),
+        "tokenizer.ggml.token_type": [1] * (97 - len(named)) + [kind] * len(named),
+    }
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({}, (EOS,)),
+        ({"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 5}, (EOS, 5, 7)),
+        ({"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.eot_token_id": 7}, (7,)),
+        (tokens("<|eot_id|>"), (EOS, 96)),
+        (tokens("<end_of_turn>", "<|im_end|>"), (EOS, 95, 96)),
+        (tokens("<|eot_id|>", kind=1), (EOS,)),
+        ({"tokenizer.ggml.eot_token_id": 97, "tokenizer.ggml.eom_token_id": 0xFFFFFFFF}, (EOS,)),
+        (tokens("<|eot_id|>") | {"tokenizer.ggml.eot_token_id": EOS}, (EOS,)),
+    ],
+)
+def test_a_turns_end_in_a_gguf_ends_an_answer_too(tmp_path: Path, extra: dict[str, Any], expected: tuple[int, ...]):
+    save_tiny_gguf(tmp_path / "t.gguf", tiny_llama(torch.float32, layers=1)[1], **extra)
+    assert locate(str(tmp_path / "t.gguf")).eos_token_ids() == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "factor"),
+    [
+        ({}, None),
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 2.0}, 2.0),
+        ({"llama.rope.scaling.factor": 1.0}, None),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_a_factor_of_a_gguf_without_a_kind_is_linear(tmp_path: Path, extra: dict[str, Any], factor: float | None):
+    save_tiny_gguf(tmp_path / "t.gguf", tiny_llama(torch.float32, layers=1)[1], **extra)
+    rope = locate(str(tmp_path / "t.gguf")).config().rope_parameters
+    assert (rope["rope_type"], rope.get("factor")) == ("default" if factor is None else "linear", factor)
+
+
 @pytest.mark.parametrize("value", ["</s>", [1, "x"], -1, 1.5, {"a": 1}, True])
 def test_an_end_that_is_no_token_id_is_malformed(folder: Path, value: Any):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))

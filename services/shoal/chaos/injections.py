@@ -27,12 +27,14 @@ _HOUR_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a fault may touch. ``burst`` are long requests beyond the load; ``skip_layers`` is the other plan's."""
+    """What a fault may touch. ``burst`` are long requests beyond the load; ``skip_layers`` is the other plan's;
+    ``undo_within_s`` what the way back from there may take."""
 
     victim: Victim
     load: Load
     burst: tuple[Case, ...]
     skip_layers: int
+    undo_within_s: float
 
 
 Lost = tuple["Entry", ...]
@@ -122,4 +124,6 @@ async def rolled(scene: Scene) -> AsyncIterator[Lost]:
         await scene.victim.roll(skip_layers=scene.skip_layers)
         yield ()
     finally:
-        await scene.victim.roll(skip_layers=None)
+        # Where the time for both is up already, the way back has as much once more.
+        async with asyncio.timeout(scene.undo_within_s):
+            await scene.victim.roll(skip_layers=None)

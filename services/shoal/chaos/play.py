@@ -79,13 +79,18 @@ class Play:
             num_in_flight=limits.num_in_flight,
             deadline_s=limits.deadline_s,
         ) as load:
-            # Some have ended before anything happens: what is under way then is in all stages of its life.
-            await load.until(lambda: bool(load.outcomes) and load.num_open >= limits.num_in_flight)
-            before, num_in_flight = await victim.look(), load.num_open
-            scene = Scene(victim, load, self._script.burst, self._script.skip_layers)
+            before, num_in_flight, has_begun = await victim.look(), 0, False
             with suppress(TimeoutError):
+                # Some have ended before anything happens: what is under way then is in all stages of its life.
+                await _until(load, lambda: bool(load.outcomes) and load.num_open >= limits.num_in_flight, limits)
+                before, num_in_flight, has_begun = await victim.look(), load.num_open, True
+                scene = Scene(victim, load, self._script.burst, self._script.skip_layers, limits.inject_within_s)
                 recovered_s = await _recover(scene, scenario, limits)
-            await load.until(lambda: self._are_enough(scenario, load))
+            try:
+                if has_begun:
+                    await _until(load, lambda: self._are_enough(scenario, load), limits)
+            except TimeoutError:
+                recovered_s = None  # whatever was seen: nobody is answered any more
         left = await _left(victim)
         return Result.of(
             scenario.name,
@@ -102,6 +107,15 @@ class Play:
         num_done, num_wanted = len(load.outcomes), self._limits.num_requests
         self._on_progress(scenario.name, min(num_done, num_wanted), num_wanted)
         return num_done >= num_wanted
+
+
+async def _until(load: Load, holds: Callable[[], bool], limits: Limits) -> None:
+    """As ``Load.until``. Raises TimeoutError if no request begins or ends for longer than any may take: those that were
+    refused wait for a gateway that doesn't come back."""
+    while not holds():
+        known = len(load.outcomes), load.num_open
+        async with asyncio.timeout(limits.deadline_s + limits.recover_within_s):
+            await load.until(lambda known=known: holds() or (len(load.outcomes), load.num_open) != known)  # type: ignore[misc]
 
 
 async def _recover(scene: Scene, scenario: Scenario, limits: Limits) -> float:

@@ -69,7 +69,8 @@ class Report:
 
     @property
     def is_clean(self) -> bool:
-        return all(result.is_clean for result in self.results)
+        """And something was shown."""
+        return bool(self.results) and all(result.is_clean for result in self.results)
 
     @property
     def num_requests(self) -> int:

@@ -105,18 +105,19 @@ def _play(
 def chaos_config(options: ChaosOptions, carrier: str, tls: Tls = "off") -> ShoalConfig:
     """Two replicas of each pool, both of which get work though they share cores, and such limits that short prompts are
     handed over and a burst of long ones is too much."""
+    ports = _free_ports()
     return load_config(
         model={"name": options.model, "dtype": "float32", "projector": "paper"},
         prefill={"replicas": _NUM_REPLICAS, "pack_up_to": 0, "num_blocks": 256},
         decode={"replicas": _NUM_REPLICAS, "pack_up_to": 0, "num_blocks": 192, "max_queued": 40},
         handoff={
             "host": DECODE_HOST,
-            "port_range": _free_ports(),
+            "port_range": {"first": ports[0], "last": ports[-1]},
             "min_tokens": 16,
             "carrier": carrier,
             "ttl_s": options.ttl_s,
         },
-        gateway={"port": free_port(DECODE_HOST), "grpc_port": free_port(DECODE_HOST)},
+        gateway=_gateway_ports(ports),
         tls=tls,
     )
 
@@ -136,12 +137,20 @@ def _carrier(scenario: Scenario) -> str:
     return scenario.carrier
 
 
-def _free_ports() -> dict[str, int]:
+def _gateway_ports(taken: range) -> dict[str, int]:
+    """Two that are free, none of ``taken``."""
+    found: set[int] = set()
+    while len(found) < 2:
+        found |= {free_port(DECODE_HOST)} - set(taken)
+    return dict(zip(("port", "grpc_port"), found, strict=True))
+
+
+def _free_ports() -> range:
     """Where decode may listen, and the proxy in front of it. Raises ConfigError if there are none."""
     for first in random.sample(_PORTS, len(_PORTS)):
         ports = range(first, first + _NUM_PORTS)
         with suppress(ConfigError):
             for host, port in product((DECODE_HOST, PROXY_HOST), ports):
                 require_free(host, port)
-            return {"first": ports[0], "last": ports[-1]}
+            return ports
     raise ConfigError(f"chaos needs {_NUM_PORTS} ports that are free on both {DECODE_HOST} and {PROXY_HOST}")

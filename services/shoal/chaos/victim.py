@@ -62,7 +62,7 @@ class Victim:
     async def busiest(self, role: Role) -> tuple[Entry, ...]:
         """The same of one pool, those first that hold most: a fault that hits nobody's request shows nothing.
 
-        If none holds anything, that's waited for, though not for long.
+        If none holds anything, that's waited for, though not for long. Raises TimeoutError if there is no replica.
         """
         held: dict[str, float] = {}
 
@@ -73,7 +73,10 @@ class Victim:
         with suppress(TimeoutError, KeyError):
             async with asyncio.timeout(self.settle_s):
                 await until(is_busy)
-        return tuple(sorted(await self.entries(role), key=lambda entry: -held.get(entry.replica_id, 0.0)))
+        entries = await self.entries(role)
+        if not entries:
+            raise TimeoutError(f"no {role} replica is there to be hit")
+        return tuple(sorted(entries, key=lambda entry: -held.get(entry.replica_id, 0.0)))
 
     async def is_whole(self) -> bool:
         """Whether every pool has all its replicas."""

@@ -61,6 +61,10 @@ def test_whatever_is_wrong_hung_left_or_lost_is_not_clean_and_is_named(bad: Resu
     assert "not well: kill-decode" in summary(report)
 
 
+def test_a_run_that_has_shown_nothing_is_not_clean():
+    assert json.loads(Report("tiny", ()).to_json())["is_clean"] is False
+
+
 def test_what_is_left_is_named():
     assert "2 reserved blocks" in text_of(Report("tiny", (replace(GOOD, left={"reserved blocks": 2.0}),)), width=140)
 

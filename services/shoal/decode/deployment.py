@@ -147,7 +147,7 @@ class DecodeReplica:
 
 async def _answer(outlet: Outlet, worker: DecodeWorker) -> None:
     request = await outlet.request()
-    with bind_request(request.context.request_id):
+    with bind_request(request.context.request_id, request.context.traceparent):
         async with outlet.unless_gone(), aclosing(worker.generate(request)) as outputs:
             async for output in outputs:
                 outlet.send(output)

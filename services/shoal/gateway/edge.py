@@ -48,7 +48,8 @@ class RequestEdge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get(REQUEST_ID, "")
+        headers = Headers(scope=scope)
+        asked = headers.get(REQUEST_ID, "")
         request_id = sane_request_id(asked)
         scope["shoal.request_id"] = request_id
         has_started = False
@@ -63,7 +64,7 @@ class RequestEdge:
                     MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
-        with bind_request(request_id):
+        with bind_request(request_id, traceparent_of(headers)):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception as error:  # noqa: BLE001 - the process' edge: no defect may end the server

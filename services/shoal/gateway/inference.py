@@ -82,15 +82,15 @@ class InferenceService:
     async def _answering(self, endpoint: str, context: Context) -> AsyncIterator[InferenceAnswer]:
         """The answer to what comes, while it's being made. Whatever goes wrong ends the call with its status."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        request_id = sane_request_id(metadata.get(REQUEST_ID, ""))
+        request_id, traceparent = sane_request_id(metadata.get(REQUEST_ID, "")), traceparent_of(metadata)
         timeout_s = context.time_remaining()
-        with bind_request(request_id):
+        with bind_request(request_id, traceparent):
             try:
                 with Exchange(endpoint, self._services.observer, self._services.clock) as exchange:
                     enter(self._services, exchange)
                     async with done_within(self._services.config.deadline_s):  # the client's own, gRPC keeps
                         try:
-                            generation = await self._begin(context, exchange, request_id, traceparent_of(metadata))
+                            generation = await self._begin(context, exchange, request_id, traceparent)
                             yield InferenceAnswer(generation, exchange.model, request_id)
                         except (asyncio.CancelledError, Cancelled):
                             if _is_late(context, timeout_s):

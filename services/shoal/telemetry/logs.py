@@ -151,7 +151,8 @@ def _outlined(error: BaseException, seen: set[int]) -> Iterator[str]:
 
 
 @contextmanager
-def bind_request(request_id: str) -> Iterator[None]:
-    """Within the block, every log line of this task carries ``request_id``."""
-    with structlog.contextvars.bound_contextvars(request_id=request_id):
+def bind_request(request_id: str, traceparent: str | None = None) -> Iterator[None]:
+    """Within the block, every log line of this task carries ``request_id``, and the trace that a client named."""
+    trace = {} if traceparent is None else {"traceparent": traceparent}
+    with structlog.contextvars.bound_contextvars(request_id=request_id, **trace):
         yield

@@ -52,6 +52,16 @@ def test_both_loggers_write_json_with_the_request_id() -> None:
     assert "request_id" not in third
 
 
+def test_a_trace_is_named_with_its_request() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    for trace in ("00-trace-01", None):
+        with bind_request("req-1", trace):
+            structlog.get_logger().info("served")
+    assert [line.get("traceparent") for line in written(stream)] == ["00-trace-01", None]
+    assert all(line["request_id"] == "req-1" for line in written(stream))
+
+
 async def test_concurrent_requests_keep_their_own_id() -> None:
     stream = io.StringIO()
     configure_logging("info", "json", stream)

@@ -10,6 +10,7 @@ import enum
 import importlib
 import importlib.metadata
 import os
+import re
 import shutil
 import socket
 import sys
@@ -156,7 +157,8 @@ def judge_kernels(problem: str | None, *, fits_cpu: bool, has_tiles: bool = Fals
 def judge_ray(version: str | None) -> Finding:
     if version is None:
         return Finding("Ray", Level.FAIL, "can't be imported", _INSTALL)
-    if tuple(map(int, version.split(".")[:2])) < (2, 60):
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) < (2, 60):
         return Finding("Ray", Level.FAIL, version, f"{_INSTALL} --upgrade: 2.60 or newer is needed")
     return Finding("Ray", Level.OK, version)
 
@@ -265,7 +267,7 @@ def _version_of(package: str) -> str | None:
 def _load(module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError):  # OSError: a shared library of it is missing
+    except Exception:  # noqa: BLE001 - a missing shared library, one that doesn't fit another: of many kinds
         return None
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.text import Text
 from typer.testing import CliRunner
 
 from models import save_tiny
-from shoal.cli import app
+from shoal.app.ports import url_of
+from shoal.cli import app, where
 from shoal.command import main
+from shoal.config import GatewayConfig
 from shoal.quality.evaluation_options import Task
 from shoal.quality.limits import MIN_PASSAGES, MIN_SAMPLES
 from shoal.quality.texts import Kind
@@ -153,3 +156,16 @@ def test_eval_leaves_a_result_and_a_page_and_says_the_main_figures(tmp_path: Pat
     assert said.returncode == 0, said.stderr
     assert "shallow, 2 skipped: perplexity" in said.stdout and str(output / "report.html") in said.stdout
     assert {path.name for path in output.iterdir()} == {"evaluation.json", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("host", "grpc_port", "told"),
+    [
+        ("fd00::5", 9000, "serving on http://[fd00::5]:8000, gRPC on [fd00::5]:9000"),
+        ("127.0.0.1", 0, "serving on http://127.0.0.1:8000"),
+        ("::", 9000, "serving on http://[::1]:8000 (and on every interface), gRPC on [::]:9000"),
+    ],
+)
+def test_every_address_is_told_as_it_is(host: str, grpc_port: int, told: str):
+    gateway = GatewayConfig(host=host, port=8000, grpc_port=grpc_port)
+    assert Text.from_markup(where(gateway, url_of(host, 8000))).plain == told

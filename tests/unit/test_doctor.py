@@ -108,6 +108,20 @@ def test_a_library_that_cannot_load_is_a_finding(monkeypatch: pytest.MonkeyPatch
     assert {"torch", "Ray", "model smollm2"} <= failed
 
 
+def test_however_a_library_fails_to_load_it_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_for_another_protobuf.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor._load("made_for_another_protobuf") is None and doctor._load("json") is not None
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [("2.60.0", Level.OK), ("3.0", Level.OK), ("2.60rc1", Level.OK), ("2.9.3", Level.FAIL), ("nightly", Level.FAIL)],
+)
+def test_whatever_ray_calls_itself_is_judged(version: str, level: Level) -> None:
+    assert doctor.judge_ray(version).level is level
+
+
 def test_the_table_shows_every_word_of_a_finding() -> None:
     out = io.StringIO()
     finding = Finding("port 8000", Level.WARN, "taken [by whom?]", "choose --port")

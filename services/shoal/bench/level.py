@@ -70,7 +70,9 @@ def _warnings(level: Level) -> Iterator[str]:
             "The endpoint sent no usage: output tokens are counted as chunks, so TPOT is too high where a chunk holds "
             "several."
         )
-    short = sum(record.output_tokens < record.max_tokens for record in answered)
+    # Where chunks are counted, each may hold several.
+    counted = (record for record in answered if record.tokens_from is TokenSource.USAGE)
+    short = sum(record.output_tokens < record.max_tokens for record in counted)
     if short:
         yield f"{short} of {len(answered)} answers were shorter than asked for: the endpoint had less work than others."
     strange = sum(

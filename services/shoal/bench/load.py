@@ -36,16 +36,14 @@ class Load:
         return (1, round(self.rate * 1e6)) if self.rate is not None else (2, self.concurrency or 0)
 
 
-def parse_rates(text: str) -> tuple[Load, ...]:
-    """``2,4,8``. Raises ConfigError."""
+def parse_rates(text: str, others: str = "2,4,8, or sweep, or sweep:0.25 to begin there") -> tuple[Load, ...]:
+    """``2,4,8``. Raises ConfigError; ``others`` are what it says may be written."""
     try:
         rates = [float(part) for part in text.split(",")]
     except ValueError:
         rates = []
     if not rates or not all(1e-3 <= rate <= 1e6 for rate in rates):
-        raise ConfigError(
-            f"--rate is {text!r}: write requests a second, like 0.5 or 2,4,8, or sweep, or sweep:0.25 to begin there"
-        )
+        raise ConfigError(f"--rate is {text!r}: write requests a second, like 0.5 or {others}")
     return tuple(Load(rate=rate) for rate in sorted(set(rates)))
 
 

@@ -133,10 +133,7 @@ def _serve(settings: Any) -> None:
             ) as cluster,
         ):
             on_progress("", 0, 0)
-            gateway = settings.gateway
-            grpc = f", gRPC on [bold]{gateway.host}:{gateway.grpc_port}[/bold]" if gateway.grpc_port else ""
-            everywhere = " (and on every interface)" if gateway.host in {"", "0.0.0.0", "::"} else ""  # noqa: S104
-            err.print(f"serving on [bold]{cluster.url}[/bold]{everywhere}{grpc}; stop with Ctrl-C. Try:")
+            err.print(f"{where(settings.gateway, cluster.url)}; stop with Ctrl-C. Try:")
             err.print(f"  {_example(settings, cluster.url)}", markup=False, soft_wrap=True)
             try:
                 cluster.wait()
@@ -145,6 +142,18 @@ def _serve(settings: Any) -> None:
                 raise
     except KeyboardInterrupt:
         err.print("stopped")
+
+
+def where(gateway: Any, url: str) -> str:
+    """At which doors it serves, as markup: an IPv6 address in brackets would be taken for some."""
+    from shoal.machine import EVERY_INTERFACE
+    from shoal.rpc.ports import join_address
+
+    everywhere = " (and on every interface)" if gateway.host in EVERY_INTERFACE else ""
+    told = f"serving on [bold]{escape(url)}[/bold]{everywhere}"
+    if gateway.grpc_port:
+        told += f", gRPC on [bold]{escape(join_address(gateway.host, gateway.grpc_port))}[/bold]"
+    return told
 
 
 def _check_files(settings: Any) -> None:

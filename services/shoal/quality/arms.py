@@ -101,12 +101,13 @@ def find_projectors(wanted: str, files: ModelFiles, counts: Sequence[int], num_l
     ``paper`` wants none at all. Raises ModelError, or ConfigError if the one wanted is of a number not asked for.
     """
     require_model(wanted, files)
-    plans = [LayerPlan(num_layers, count) for count in counts]
-    found = {plan.num_skipped: find_projector(PAPER if wanted == PAPER else "auto", files, plan) for plan in plans}
+    plans = {count: LayerPlan(num_layers, count) for count in counts}
+    found: dict[int, Projector | None] = {}
     if wanted not in {PAPER, "auto"}:
         path = Path(wanted).expanduser()
         count = read_header(path).num_skipped
-        if count not in found:
+        if count not in plans:
             raise ConfigError(f"{path} skips {count} layers, which isn't evaluated: say --skip-layers {count}")
-        found[count] = load_projector(path, files, LayerPlan(num_layers, count))
-    return {count: projector for count, projector in found.items() if projector is not None}
+        found[count] = load_projector(path, files, plans.pop(count))
+    found |= {n: find_projector(PAPER if wanted == PAPER else "auto", files, plan) for n, plan in plans.items()}
+    return {count: projector for count in counts if (projector := found[count]) is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 _INK = "#0a0b0c"
 _STYLE = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d8dee4}}</style>"
 _COLORS = ("#d9711c", "#3a86c8", "#3f9b5f", "#a863b5")  # told apart with any colour vision, on white and on black
+_STYLES = ("-", "--", ":")  # where there are more lines than colors
 MAX_BARS = len(_COLORS)
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.0, "text.color": _INK,
@@ -49,8 +51,8 @@ def line_plot(lines: Sequence[Line], *, x_label: str, y_label: str, logarithmic:
     def draw(axes: Axes) -> None:
         if logarithmic:
             axes.set_yscale("log")
-        for line, color in zip(lines, _COLORS, strict=False):
-            _draw(axes, line, color, logarithmic=logarithmic)
+        for line, (style, color) in zip(lines, itertools.cycle(itertools.product(_STYLES, _COLORS)), strict=False):
+            _draw(axes, line, color, style, logarithmic=logarithmic)
         axes.set_xlabel(x_label)
 
     return _plot(draw, y_label, x_label + y_label + "".join(line.label for line in lines))
@@ -88,13 +90,13 @@ def _plot(draw: Callable[[Axes], None], y_label: str, names: str) -> str:
     return _embeddable(text.getvalue())
 
 
-def _draw(axes: Axes, line: Line, color: str, *, logarithmic: bool) -> None:
+def _draw(axes: Axes, line: Line, color: str, style: str, *, logarithmic: bool) -> None:
     errors = line.error or [0.0] * len(line.y)
     points = [(x, y, e) for x, y, e in zip(line.x, line.y, errors, strict=True) if y > 0 or not logarithmic]
     if not points:
         return
     x, y, error = zip(*points, strict=True)
-    axes.plot(x, y, color=color, label=line.label, marker="o", markersize=3, linewidth=1.6)
+    axes.plot(x, y, color=color, label=line.label, linestyle=style, marker="o", markersize=3, linewidth=1.6)
     if line.error is not None:
         # A band that reached 0 would have no lower edge on a logarithmic axis: it ends at a tenth of the value.
         low = [max(v - e, v / 10) if logarithmic else v - e for v, e in zip(y, error, strict=True)]

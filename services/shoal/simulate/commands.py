@@ -69,7 +69,7 @@ def run_simulate(
 
 def parse_load(text: str) -> tuple[Load, ...]:
     """None of them for ``sweep``. Raises ConfigError."""
-    return () if text == SWEEP else parse_rates(text)
+    return () if text == SWEEP else parse_rates(text, "2,4,8, or sweep")
 
 
 def parse_fleets(

@@ -164,9 +164,12 @@ def _check(fleet: Fleet, options: PlanOptions) -> None:
     options.costs.of_skip(fleet.skip_layers)
     setting = Setting(Agenda(), options.costs, options.config, fleet.skip_layers)
     pools = {"prefill": setting.prefill_scheduler(), "decode": setting.decode_scheduler()}
-    most = max(one.prompt_tokens[1] + one.output_tokens[1] for one in options.mix)
+    longest = {
+        "prefill": max(one.prompt_tokens[1] for one in options.mix),
+        "decode": max(one.prompt_tokens[1] + one.output_tokens[1] for one in options.mix),
+    }
     for name, scheduler in pools.items():
-        if scheduler.num_tokens_held < most:
+        if scheduler.num_tokens_held < (most := longest[name]):
             raise ConfigError(
                 f"a request of {most} tokens doesn't fit {name}'s pool of {scheduler.num_tokens_held}: see --mix, and "
                 f"{name}.num_blocks or the costs' {name}_pool_tokens"

@@ -47,9 +47,13 @@ class Work:
         )  # fmt: skip
 
     def times(self, factor: float) -> Work:
-        """The same ratio and the same work for each replica, in an application that is ``factor`` times as large."""
+        """The same ratio, as near as whole replicas come to it, and the same work for each, in an application that is
+        ``factor`` times as large."""
+        num_prefill, num_decode = (
+            max(1, round(num * factor)) if num else 0 for num in (self.num_prefill, self.num_decode)
+        )
         return Work(
-            round(self.num_prefill * factor), round(self.num_decode * factor), self.requests_per_s * factor,
+            num_prefill, num_decode, self.requests_per_s * factor,
             self.prompt_tokens, self.output_tokens, self.decode_steps_per_s * factor,
         )  # fmt: skip
 

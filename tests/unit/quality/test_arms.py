@@ -94,6 +94,14 @@ def test_a_file_goes_before_the_one_beside_the_model_and_leaves_the_others(files
     assert find_projectors("paper", files, (2, 3), LAYERS) == {}
 
 
+def test_a_file_goes_before_one_beside_the_model_that_can_not_be_used(files: ModelFiles, tmp_path: Path):
+    write(projector_beside(files, LayerPlan(LAYERS, 2)), files, 2, digest="0" * 64)
+    other = write(tmp_path / "other.safetensors", files, 2)
+    assert sorted(find_projectors(str(other), files, (2, 3), LAYERS)) == [2]
+    with pytest.raises(ProjectorMismatch):
+        find_projectors("auto", files, (2, 3), LAYERS)
+
+
 def test_a_projector_of_another_model_is_refused(files: ModelFiles, tmp_path: Path):
     path = write(tmp_path / "other.safetensors", files, 2, digest="0" * 64)
     with pytest.raises(ProjectorMismatch, match="another model"):

@@ -40,6 +40,14 @@ def test_a_plot_is_well_formed_and_the_same_for_the_same_numbers():
     assert "layer" in words and "nats & more" in words and "<two>" in words
 
 
+def test_no_line_is_left_out_however_many_there_are():
+    many = line_plot([Line(f"line {n}", [0, 1], [n, n + 1.0]) for n in range(9)], x_label="x", y_label="y")
+    words = "".join(ET.fromstring(many).itertext())
+    assert all(f"line {n}" in words for n in range(9))
+    drawn = re.findall(r'style="(fill: none; [^"]*stroke: #[^"]*)"', many)
+    assert len(set(drawn)) >= 9  # those of one color are told apart by their dashes
+
+
 def test_a_logarithmic_axis_leaves_zeros_out():
     assert svg() != svg(logarithmic=True)
     nothing = line_plot([Line("none", [0, 1], [0.0, 0.0])], x_label="x", y_label="y", logarithmic=True)

@@ -117,6 +117,13 @@ def test_what_can_not_be_simulated_is_said_first(fields: dict[str, object], says
         make_plan(options(**fields), lambda *_: None)
 
 
+def test_prefill_s_pool_need_not_hold_the_answer():
+    tight = ShoalConfig(handoff=SHIP_ALL, prefill=StageConfig(num_blocks=7))  # 112 tokens
+    mix = parse_mix("101:30", Slo(300, 100))
+    found = make_plan(options(config=tight, mix=mix, fleets=FLEETS[:1], loads=(Load(rate=1.0),)), lambda *_: None)
+    assert found.best.goodput == 1.0
+
+
 def test_the_page_and_the_lines_have_every_fleet_and_size(plan: Plan):
     sized = sizes(plan, COSTS, CONFIG, [30])
     page, lines = render_plan(plan, COSTS, sized), summarize_plan(plan, sized)
@@ -158,6 +165,9 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     assert found.serving_cores == pytest.approx(10 * 0.005 + 50 * 0.001 + 110 * 0.0001)
     assert found.num_ray_entries == 6 and found.ray_reads == (3 + 1) * 3 and found.health_checks == 6
     assert found.ray_entries_read == 3 * 2 + 1 * 3
+    assert (small := Work(3, 1, 10, 101, 11, 50).times(0.4)).num_decode == 1 and small.num_prefill == 1
+    assert traffic(small, COSTS, CONFIG).wire_bytes_into > 0
+    assert Work(0, 3, 10, 101, 11, 50).times(0.1).num_prefill == 0
     alone = traffic(Work(0, 3, 10, 101, 11, 50), COSTS, CONFIG)
     assert alone.wire_bytes == alone.frames == alone.num_sessions == alone.beats == 0 and alone.handle_calls == 10
 

@@ -10,6 +10,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+# What binds all interfaces, and where this machine reaches it.
+EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 # In a container, this is its own cgroup. Version 1 has a folder for each controller.
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -18,15 +18,13 @@ from ray.serve.exceptions import RayServeException
 
 from shoal.config import AUTO, GatewayConfig, PeerTlsConfig, ShoalConfig
 from shoal.errors import ConfigError, InternalError, PeerGone, ShoalError
-from shoal.machine import is_loopback
+from shoal.machine import EVERY_INTERFACE, is_loopback
 from shoal.messages import Role
 from shoal.rpc.peers import PeerTls
 from shoal.telemetry import CertificateMetrics
 
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 _log = structlog.get_logger(__name__)
-
-_EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class Host:
     @property
     def own(self) -> str:
         """What the process that binds it reaches it by."""
-        return _EVERY_INTERFACE.get(self.bound, self.bound)
+        return EVERY_INTERFACE.get(self.bound, self.bound)
 
 
 def host_of_this_node(configured: str, advertised: str | None = None) -> Host:
@@ -47,7 +45,7 @@ def host_of_this_node(configured: str, advertised: str | None = None) -> Host:
     if configured == AUTO:
         configured = _node_address()
     if advertised is None:
-        advertised = _node_address() if configured in _EVERY_INTERFACE else configured
+        advertised = _node_address() if configured in EVERY_INTERFACE else configured
     return Host(configured, advertised)
 
 

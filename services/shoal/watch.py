@@ -6,7 +6,7 @@
         a thread that has neither come further nor computed for limit_s, or not come further for ten times as long,
         or has ended; or a server that has ─> unhealthy
             ├─> metrics say which one it is, and the log where every thread stands
-            ├─> the directory forgets the replica: it gets no more work, and the gateway isn't ready if it was the last
+            ├─> it's listed as unhealthy: it gets no more work, and the gateway isn't ready if it was the last
             └─> check_health raises, and Ray Serve replaces the replica; unless all is well again before
         Ray Serve stops the replica ─> the directory forgets it; it finishes what it has
 

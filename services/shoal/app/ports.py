@@ -9,13 +9,13 @@ from contextlib import suppress
 from typing import Literal
 
 from shoal.errors import ConfigError
+from shoal.machine import EVERY_INTERFACE
 
 Setting = Literal["port", "grpc_port"]
 
 # Below what Linux gives away by itself, above the ranges of our other servers.
 _OURS = range(24000, 32000)
 _MAX_TRIES = 20
-_EVERY_INTERFACE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 
 
 def require_free(host: str, port: int, setting: Setting = "port") -> None:
@@ -33,7 +33,7 @@ def free_port(host: str) -> int:
 
 def url_of(host: str, port: int, *, is_tls: bool = False) -> str:
     """Where a client of this machine finds a server that binds ``host``."""
-    reached, scheme = _EVERY_INTERFACE.get(host, host), "https" if is_tls else "http"
+    reached, scheme = EVERY_INTERFACE.get(host, host), "https" if is_tls else "http"
     return f"{scheme}://[{reached}]:{port}" if ":" in reached else f"{scheme}://{reached}:{port}"
 
 

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shoal.config import RateConfig
 from shoal.errors import ConfigError, InvalidRequest, PermissionDenied, RateLimited, Unauthenticated
 from shoal.gateway.places import Places
+from shoal.gateway.stamp import stamp_of
 from shoal.rate import RateLimit
 from shoal.yaml_file import read_yaml
 
@@ -169,7 +170,7 @@ class Keyring:
         self._clock = clock
         self._tenants: dict[str, Tenant] = {}
         self._keys: dict[str, tuple[str, Tenant]] = {}
-        self._stamp = _stamp(path)
+        self._stamp = stamp_of(path)
         self._looked_s = clock()
         self._take(read_keys(path))
 
@@ -191,7 +192,7 @@ class Keyring:
         if self._clock() - self._looked_s < _LOOK_EVERY_S:
             return
         self._looked_s = self._clock()
-        stamp = _stamp(self._path)
+        stamp = stamp_of(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -288,12 +289,3 @@ def changing(path: Path) -> Iterator[None]:
 def _withheld(text: str) -> str:
     """Without a key that stands where only its id should."""
     return re.sub(r"sk-shoal-[\w-]+", "sk-shoal-…", text)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What tells one state of a file from the next, also behind a link that is turned, as Kubernetes does."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size

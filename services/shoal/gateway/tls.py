@@ -15,6 +15,7 @@ import grpc
 
 from shoal.config import TlsConfig
 from shoal.errors import ConfigError
+from shoal.gateway.stamp import Stamp, stamp_of
 
 T = TypeVar("T")
 
@@ -71,17 +72,9 @@ class _Changes:
             _log.error("the certificate stays as it was: %s", error.message)
             return None
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
+    def _look(self) -> list[Stamp]:
         files = (self._tls.cert_file, self._tls.key_file, self._tls.client_ca_file)
-        return [_stamp(file) for file in files if file is not None]
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+        return [stamp_of(file) for file in files if file is not None]
 
 
 def _configuration(tls: TlsConfig) -> grpc.ServerCertificateConfiguration:

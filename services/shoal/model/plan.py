@@ -19,7 +19,6 @@ generated tokens full again. Plain Python: no device needed to decide.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import json
 from dataclasses import dataclass
@@ -28,14 +27,6 @@ from shoal.errors import ConfigError
 from shoal.messages import Depth, PromptOutline, Stage
 
 ANCHOR_BOS = 1
-
-
-class KvSource(enum.StrEnum):
-    """Where a pool's K/V of one token in one layer comes from."""
-
-    OWN = "own"
-    PROJECTED = "projected"
-    ABSENT = "absent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +104,6 @@ class LayerPlan:
             first, num_last = self.anchors.count(outline), max(num_last, outline.num_header_tokens)
         last = num_prompt_tokens - num_last
         return range(first, last) if first < last else range(0)
-
-    def kv_source(self, stage: Stage, layer: int, depth: Depth) -> KvSource:
-        """Where ``stage``'s pool has a token's K/V in ``layer`` from.
-
-        Prefill's pool has no deep layers: their K/V are projected into the send buffer and never stored.
-        """
-        if layer < self.num_kept:
-            return KvSource.OWN
-        if stage is Stage.PREFILL:
-            return KvSource.ABSENT
-        if depth is not Depth.SHALLOW:
-            return KvSource.OWN
-        return KvSource.PROJECTED if self.projects else KvSource.ABSENT
 
     @property
     def num_shipped_layers(self) -> int:

@@ -103,7 +103,7 @@ class OutputReader:
 def _from_output(message: worker_pb2.Output, prompt_logprobs: tuple[TokenLogprob, ...]) -> TokenOutput:
     which = message.WhichOneof("stop_reason")
     return TokenOutput(
-        choice=_set(message, "choice"),
+        choice=value_of(message, "choice"),
         token_ids=tuple(message.token_ids),
         text=message.text,
         logprobs=_from_logprobs(message.logprobs),
@@ -147,7 +147,7 @@ def _from_report(message: worker_pb2.HandoffReport) -> HandoffReport:
         depth,
         message.transferred,
         message.fallback if message.HasField("fallback") else None,
-        **{name: _set(message, name) for name in counts},
+        **{name: value_of(message, name) for name in counts},
         # A decode replica of an earlier release doesn't know these.
         hidden_bytes=message.hidden_bytes,
         plan_hash=message.plan_hash,
@@ -157,14 +157,15 @@ def _from_report(message: worker_pb2.HandoffReport) -> HandoffReport:
 # --- one value ------------------------------------------------------------------------------------------
 
 
-def _set(message: Message, name: str) -> Any:
+def value_of(message: Message, name: str) -> Any:
+    """A field that must be set. Raises ProtocolViolation."""
     if not message.HasField(name):
         raise ProtocolViolation(f"{message.DESCRIPTOR.name}.{name} is not set")
     return getattr(message, name)
 
 
 def _seconds(message: Message, name: str) -> float:
-    value: float = _set(message, name)
+    value: float = value_of(message, name)
     # Differences of two clocks' readings may be a little below 0; what isn't a number is a defect.
     if not math.isfinite(value):
         raise ProtocolViolation(f"{message.DESCRIPTOR.name}.{name} is {value}: not a duration")
@@ -172,7 +173,7 @@ def _seconds(message: Message, name: str) -> float:
 
 
 def _logprob(message: inference_pb2.TokenLogprob | inference_pb2.TopToken) -> float:
-    value: float = _set(message, "logprob")
+    value: float = value_of(message, "logprob")
     if math.isnan(value) or value > 0:
         raise ProtocolViolation(f"{message.DESCRIPTOR.name}.logprob is {value}: not the logarithm of a probability")
     return value

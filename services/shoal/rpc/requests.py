@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
 
 from google.protobuf.message import Message
 
@@ -27,7 +26,7 @@ from shoal.messages import (
 )
 from shoal.rpc.frames import MAX_ID, MAX_TEXT_CHARS
 from shoal.rpc.options import HANDOFF_MAX_MESSAGE_BYTES
-from shoal.rpc.outputs import DEPTHS, DEPTHS_BACK
+from shoal.rpc.outputs import DEPTHS, DEPTHS_BACK, value_of
 from shoal.v1 import worker_pb2 as pb
 
 MAX_CHOICES = 1024
@@ -140,20 +139,14 @@ def _text(value: str, name: str) -> str:
 
 
 def _count(message: Message, name: str, *, at_least: int = 0, at_most: int = MAX_ID) -> int:
-    value: int = _set(message, name)
+    value: int = value_of(message, name)
     if not at_least <= value <= at_most:
         raise ProtocolViolation(f"request.{name} is {value}: not {at_least} to {at_most}")
     return value
 
 
 def _number(message: Message, name: str, at_least: float, at_most: float) -> float:
-    value: float = _set(message, name)
+    value: float = value_of(message, name)
     if not (math.isfinite(value) and at_least <= value <= at_most):
         raise ProtocolViolation(f"request.{name} is {value}: not {at_least:g} to {at_most:g}")
     return value
-
-
-def _set(message: Message, name: str) -> Any:
-    if not message.HasField(name):
-        raise ProtocolViolation(f"{message.DESCRIPTOR.name}.{name} is not set")
-    return getattr(message, name)

@@ -32,6 +32,8 @@ class Mode(enum.StrEnum):
     ONE_THREAD = "one thread"
     PASSIVE = "passive wait"
     SPINNING = "all cores"
+    INTEL_OPENMP = "Intel's OpenMP"
+    """All cores, by the library that vLLM asks for, and sets up to wait as it likes."""
     OWN = "its own"
     """Shoal decides for itself."""
 
@@ -55,7 +57,8 @@ class Arm:
     """``command`` makes the command line for a mode and a port; ``missing`` says why it can't run here, if so.
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
-    (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF.
+    (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF; of
+    which a greedy step of one stream may read the head in int8.
     ``batch_field``: it must be told how many requests belong together. ``about`` is the command
     that says which release of a peer it is.
     """
@@ -64,12 +67,13 @@ class Arm:
     what: str
     command: Callable[[Mode, int], list[str]]
     modes: tuple[Mode, ...] = PEER_MODES
-    environment: Callable[[Mode], Mapping[str, str]] = lambda mode: {}
+    environment: Callable[[Mode], Mapping[str, str]] = lambda mode: mode.environment
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     health: str = "/health"
     num_skipped: int = 0
     is_handed_off: bool | None = None
     weights: str = "bfloat16"
+    reads_head_in_int8: bool = False
     batch_field: str | None = None
     about: tuple[str, ...] = ()
     missing: str | None = None
@@ -131,10 +135,11 @@ def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None, dty
 
     def environment(mode: Mode) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))[-mode.threads :]
-        return {**_vllm_environment(scratch), "VLLM_CPU_OMP_THREADS_BIND": _bound(cores)}
+        return {**_vllm_environment(scratch, python, mode), "VLLM_CPU_OMP_THREADS_BIND": _bound(cores)}
 
+    modes = PEER_MODES if _intel_openmp(python) is None else (*PEER_MODES, Mode.INTEL_OPENMP)
     return Arm(
-        "vllm", f"vLLM on the CPU, {dtype}, torch.compile", command, environment=environment,
+        "vllm", f"vLLM on the CPU, {dtype}, torch.compile", command, modes=modes, environment=environment,
         about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'))"), missing=_missing(python, "--vllm-python"),
     )  # fmt: skip
 
@@ -152,7 +157,7 @@ def _vllm_pair(base: Callable[[], list[str]], scratch: Path, python: Path | None
 
     return Arm(
         "vllm-pair", "its own prefill and decode apart, by NixlConnector", command,
-        modes=(Mode.ONE_THREAD, Mode.PASSIVE), environment=lambda mode: _vllm_environment(scratch),
+        modes=(Mode.ONE_THREAD, Mode.PASSIVE), environment=lambda mode: _vllm_environment(scratch, python, mode),
         about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'), 'nixl', version('nixl'))"),
         missing=_missing(python, "--vllm-python"),
     )  # fmt: skip
@@ -172,8 +177,21 @@ def _bound(cores: Sequence[int]) -> str:
     return ",".join(map(str, cores))
 
 
-def _vllm_environment(scratch: Path) -> dict[str, str]:
+def _intel_openmp(python: Path | None) -> Path | None:
+    """What vllm-cpu's package installs along, and recommends to load first."""
+    found = None if python is None else python.parent.parent / "lib" / "libiomp5.so"
+    return found if found is not None and found.is_file() else None
+
+
+def _vllm_environment(scratch: Path, python: Path | None, mode: Mode) -> dict[str, str]:
+    """Without a number of OpenMP's threads: vLLM gives each of its processes what it needs, unless it's told."""
+    temporary = scratch / "tmp"  # its sockets and files, which it leaves behind
+    temporary.mkdir(exist_ok=True)
+    openmp = _intel_openmp(python) if mode is Mode.INTEL_OPENMP else None
     return {
+        **({} if openmp is None else {"LD_PRELOAD": str(openmp)}),
+        **({"OMP_WAIT_POLICY": "passive"} if mode is Mode.PASSIVE else {}),
+        "TMPDIR": str(temporary),
         "HF_HUB_OFFLINE": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -230,6 +248,7 @@ def _shoal(
     return Arm(
         name, what, command, modes=(Mode.OWN,), environment=lambda mode: environment, health="/readyz",
         num_skipped=num_skipped, is_handed_off=is_handed_off, weights=weights,
+        reads_head_in_int8=weights == "bfloat16" and kernels == "auto",
     )  # fmt: skip
 
 

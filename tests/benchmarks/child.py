@@ -18,7 +18,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _END_WITHIN_S = 30.0
 _POLL_S = 0.2
 # These would make a server another one than its arm says.
-_NOT_INHERITED = ("GOMP_", "KMP_", "MKL_", "OMP_", "SHOAL_", "VLLM_")
+_NOT_INHERITED = ("GOMP_", "KMP_", "LD_PRELOAD", "MKL_", "OMP_", "SHOAL_", "VLLM_")
 
 
 class ChildFailed(Exception):

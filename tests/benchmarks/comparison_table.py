@@ -118,6 +118,8 @@ def _share(comparison: Comparison, measured: Measured, metric: Metric, shape: Sh
     if metric.name == "TTFT":
         return work.prefill_flops(spec, plan, load.prompt_tokens) / median / gemm
     weights = shape.weight_bytes(measured.arm.weights)
+    if measured.arm.reads_head_in_int8:
+        weights -= spec.vocab_size * spec.hidden_size
     kv_bytes = 4 if measured.arm.weights == "float32" else 2
     return work.step_bytes(spec, load.prompt_tokens + load.output_tokens // 2, weights, kv_bytes) / median / read
 

@@ -118,9 +118,11 @@ def _variants(config: ShoalConfig, served: Served, options: Any) -> dict[str, Va
         engine = build_engine(own, Stage.DECODE, served, parameters, device=CPU)
         path = engine.runner.decode_path
         shortlist = path.shortlist if isinstance(path, NativeSteps) else None
-        variants[name] = Variant(engine, parameters.num_bytes, shortlist)
+        # No decode step projects.
+        read = sum(tensor.nbytes for part, tensor in parameters.tensors() if not part.startswith("projection."))
+        variants[name] = Variant(engine, read, shortlist)
         if shortlist is not None:  # the same engine, so that nothing else differs
-            variants["Shoal's, whole head"] = Variant(engine, parameters.num_bytes)
+            variants["Shoal's, whole head"] = Variant(engine, read)
     return variants
 
 

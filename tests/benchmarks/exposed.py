@@ -31,6 +31,8 @@ def main() -> None:
     adopt_orphans()
     with server(options.skip_layers, 1) as url:
         samples = asyncio.run(ask_alone(url, options.prompt_tokens, options.samples))
+    if not all(one[_STAGE] for one in samples):
+        raise SystemExit("error: not every prompt was handed over: ask for longer ones")
     shares = [one[_STAGE] / one["ttft_s"] for one in samples]
     share = statistics.median(shares)
     if options.json:

@@ -150,10 +150,11 @@ class Run:
 
     @contextmanager
     def _server(self, arm: Arm) -> Iterator[str]:
-        mode = Mode[self._options.mode] if len(arm.modes) > 1 else arm.modes[0]
+        wanted = Mode[self._options.mode]
+        mode = wanted if wanted in arm.modes else arm.modes[0]
         port = free_port()
         url = f"http://127.0.0.1:{port}"
-        environment = {**mode.environment, **arm.environment(mode)}
+        environment = arm.environment(mode)
         log = self._scratch / "server.log"
         self._status.update(f"starting {arm.name}")
         with serving(arm.command(mode, port), environment, log, url, arm.health, _START_WITHIN_S):
@@ -178,7 +179,10 @@ def main() -> None:
         }  # fmt: skip
         chosen = [_arm(known, name) for name in options.arms]
         run = Run(scratch, options, status)
-        mix = run.slos(_arm(known, options.reference))
+        try:
+            mix = run.slos(_arm(known, options.reference))
+        except ChildFailed as error:
+            sys.exit(f"error: {options.reference} unloaded: {error}")
         for one in mix:
             console.print(f"{one.name}: TTFT {one.slo.ttft_ms:g} ms, TPOT {one.slo.tpot_ms:g} ms", markup=False)
         found: list[Found] = []
@@ -247,7 +251,7 @@ def _options() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--reference", default="vllm", metavar="ARM", help="whose times make the objectives")
     parser.add_argument(
-        "--mode", default="PASSIVE", choices=[mode.name for mode in Mode if mode is not Mode.OWN],
+        "--mode", default="SPINNING", choices=[mode.name for mode in Mode if mode is not Mode.OWN],
         help="how peers use the cores: what compare.py found quickest; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--mix", default="1500-2000:64:0.3,100:64:0.7", help="as for shoal bench; default: %(default)s")

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from random_model import SHAPES, Shape, make_engine
+from ratios import median_ratio
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -82,12 +83,18 @@ def main() -> None:
             "read_bytes_per_s": (bandwidth := memory_bytes_per_s(shape.read_bytes, device)),
             "product_flops_per_s": (peak := product_flops_per_s(shape.product_size, dtype, device)),
             "prefill": (prefill := prefill_rows(engine, decoders, shape, options.rounds, peak)),
-            "decode": decode_rows(engine, make_ways(engine, decoders, shape), shape, options, bandwidth),
             "goal": goal_of(prefill, shape),
+            "decode": [],
         }
+        tell(result, options.json)  # whatever becomes of the rest
+        result["decode"] = decode_rows(engine, make_ways(engine, decoders, shape), shape, options, bandwidth)
+    tell(result, options.json)
+
+
+def tell(result: dict[str, Any], file: str | None) -> None:
     show(result)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    if file:
+        Path(file).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def make_decoders(engine: Engine) -> dict[str, Decoder]:
@@ -180,7 +187,7 @@ def prefill_rows(
                 rows.append(
                     {
                         "batch": batch, "tokens": num_tokens, "kernels": name, "median_s": median, "seconds": taken,
-                        "full_over_shallow": median[Depth.FULL] / median[Depth.SHALLOW],
+                        "full_over_shallow": median_ratio(taken[Depth.FULL], taken[Depth.SHALLOW]),
                         "ideal": _ideal(engine, num_tokens),
                         "share_of_products": batch * prefill_flops(spec, full, num_tokens) / median[Depth.FULL] / peak,
                     }
@@ -248,17 +255,14 @@ def measure_steps(engine: Engine, ways: dict[str, Way], streams: int, context: i
             for name, found in steps.seconds.items():
                 ways[name].take(engine)
                 _step(engine, streams)  # captures, where it's the first
+                if (graphs := ways[name].graphs) is not None and not any(size.rows >= streams for size in graphs.sizes):
+                    raise SystemExit(f"{name}: no graph was captured, the log says why; prefill's figures are written")
                 found += [_seconds(device, lambda: _step(engine, streams)) for _ in range(options.steps)]
             exact = ways[EAGER].logits(engine).log_softmax(-1)
             for name, found in steps.divergences.items():
                 ours = ways[name].logits(engine).log_softmax(-1)
                 found.append(float((exact.exp() * (exact - ours)).sum(-1).mean()))
     ways[EAGER].take(engine)
-    if any(
-        way.graphs is not None and (not way.graphs.sizes or way.graphs.sizes[-1].rows < streams)
-        for way in ways.values()
-    ):
-        raise SystemExit("no graph was captured: the log says why")
     return steps
 
 

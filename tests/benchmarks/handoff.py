@@ -182,19 +182,21 @@ def bare_stream(port: int, num_bytes: int, *, are_messages: bool = True) -> Way:
                 HandoffServiceStub(channel).Session if are_messages else channel.stream_stream(BARE_BYTES, None, None)
             )
             call: Any = session()  # type: ignore[call-arg]
-            await call.write(request)  # connected, and warm
-            await call.read()
-            started_s = time.perf_counter()
-            num_messages = num_bytes // FRAME_BYTES
-            writing = asyncio.ensure_future(_write(call, request, num_messages))
-            for _ in range(num_messages):
-                await call.read()
-            await writing
-            ended_s = time.perf_counter()
+            num_messages = -(-num_bytes // FRAME_BYTES)
+            took_s = [await _exchange(call, request, num_messages) for _ in range(2)]
             call.cancel()
-        return ended_s - started_s
+        return took_s[1]  # the first one connected, and widened the windows, as a session's first prompts do
 
     return once
+
+
+async def _exchange(call: Any, request: pb.SessionRequest | bytes, num_messages: int) -> float:
+    started_s = time.perf_counter()
+    writing = asyncio.ensure_future(_write(call, request, num_messages))
+    for _ in range(num_messages):
+        await call.read()
+    await writing
+    return time.perf_counter() - started_s
 
 
 async def _write(call: Any, request: pb.SessionRequest | bytes, num_messages: int) -> None:

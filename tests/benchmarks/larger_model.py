@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from gpu import prefill_s, product_flops_per_s
 from random_model import SHAPES, make_engine
+from ratios import median_ratio
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -78,7 +79,7 @@ def row_of(decoder: Any, num_tokens: int, whose: str, seconds: dict[tuple[str, D
         "kernels": whose,
         "seconds": taken,
         "median_s": median,
-        "full_over_shallow": median["full"] / median["shallow"],
+        "full_over_shallow": median_ratio(taken["full"], taken["shallow"]),
         "ideal": full / prefill_flops(decoder.spec, decoder.plan, num_tokens),
         "full_flops": full,
     }

@@ -48,6 +48,7 @@ async def measure(
         await _ask(endpoint, [loads.alone("warm-up", 4)])
         if streams:
             await _ask_together(arm, url, loads.together("warm-up", max(streams), 4))
+        before = 0.0 if arm.is_handed_off is None else _num_transfers(url)
         alone: list[Record] = []
         for sample in range(samples):
             on_step(f"alone {sample + 1}/{samples}")
@@ -58,7 +59,8 @@ async def measure(
         rates[num_streams] = _rate(await _ask_together(arm, url, loads.together(key, num_streams)))
     if arm.is_handed_off is not None:
         is_worth_it = loads.options.stream_prompt_tokens >= HandoffConfig().min_tokens
-        _check_hand_off(arm, url, num_requests=samples + (sum(streams) if is_worth_it else 0))
+        num_requests = samples + (sum(streams) if is_worth_it else 0)
+        _check_hand_off(arm, _num_transfers(url) - before, num_requests)
     return Figures(
         start_s,
         ttft_s=tuple(record.ttft_s for record in alone if record.ttft_s is not None),
@@ -96,11 +98,15 @@ def _rate(records: Sequence[Record]) -> float:
     return sum(record.output_tokens for record in records) / span_s(records)
 
 
-def _check_hand_off(arm: Arm, url: str, num_requests: int) -> None:
-    """By the metrics of all processes: a fallback would answer as well, and be another arm."""
+def _num_transfers(url: str) -> float:
+    """By the metrics of all processes."""
     with httpx.Client(trust_env=False, timeout=10) as client:
         targets = [target for group in client.get(f"{url}/metrics/targets").json() for target in group["targets"]]
-        num_transfers = sum(_transfers(client.get(f"http://{target}/metrics").text) for target in targets)
+        return sum(_transfers(client.get(f"http://{target}/metrics").text) for target in targets)
+
+
+def _check_hand_off(arm: Arm, num_transfers: float, num_requests: int) -> None:
+    """A fallback would answer as well, and be another arm."""
     if arm.is_handed_off and num_transfers < num_requests:
         raise WrongAnswer(f"only {num_transfers:.0f} prompts were handed off, of {num_requests}")
     if not arm.is_handed_off and num_transfers:

@@ -4,10 +4,10 @@ Interleaved in one run, which also measures what share of the machine's matrix p
 
     python tests/benchmarks/prefill.py [--tokens 1800] [--rounds 8] [--skip-layers 10] [--json FILE]
 
-Every time is that from a prompt's ids to its first token's logits, on all cores, nothing cached. Ratios are
-medians over rounds; each round runs every variant once, every other round from the last to the first, so that a drift
-of the machine, and who comes after whom, meets all alike. The quality row says what the shallow depth costs on the same
-run's model: perplexity of the continuation of natural passages.
+Every time is that from a prompt's ids to its first token's logits, on all cores, nothing cached. Each round runs every
+variant once, every other round from the last to the first, so that a drift of the machine, and who comes after whom,
+meets all alike; ratios are medians of those within a round. The quality row says what the shallow depth costs on the
+same run's model: perplexity of the continuation of natural passages.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from ratios import median_ratio
 from work import prefill_flops
 
 from models import smollm2_reference
@@ -70,7 +71,7 @@ def main() -> None:
     variants["matrix product"] = lambda: product_flops.append(max(gemm_flops(torch, each, 2048, 3) for each in dtypes))
     seconds = _measure(variants, options.rounds)
     del seconds["matrix product"]
-    gemm = statistics.median(product_flops)
+    gemm = statistics.median(product_flops[1:])  # the first one warmed up
     median = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
         "machine": {
@@ -85,8 +86,8 @@ def main() -> None:
         "layers": served.plan.num_layers,
         "seconds": seconds,
         "median_s": median,
-        "full_over_shallow": median["full"] / median["shallow"],
-        "transformers_over_full": median["transformers"] / median["full"],
+        "full_over_shallow": median_ratio(seconds["full"], seconds["shallow"]),
+        "transformers_over_full": median_ratio(seconds["transformers"], seconds["full"]),
         "gemm_flops": gemm,
         "full_share_of_gemm": full_flops(served, options.tokens) / median["full"] / gemm,
         "ideal_full_over_shallow": ideal_ratio(served, options.tokens),
@@ -112,8 +113,9 @@ def _with_kernels(config: ShoalConfig, kernels: str) -> ShoalConfig:
 
 def _first_token(engine: Engine, prompt: tuple[int, ...], depth: Depth) -> None:
     engine.submit_generate("bench", prompt, depth, SamplingParams(max_tokens=1, temperature=0.0))
-    while not engine.step().tokens:
-        pass
+    while not (output := engine.step()).tokens:
+        for failure in output.failures:
+            raise failure.error
 
 
 def _transformers(model: Any, prompt: tuple[int, ...]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 from arms import Arm, Mode
 from child import ChildFailed, clean_environment, free_port, last_words, serving
 from comparison import Comparison, Measured, best_mode
@@ -38,7 +39,8 @@ class Rounds:
     def choose_modes(self, only: Mode | None) -> None:
         """Fill in each arm's mode; an arm that fails in all of them has failed."""
         for measured in self._alive():
-            modes = measured.arm.modes if only is None or len(measured.arm.modes) == 1 else (only,)
+            own = measured.arm.modes
+            modes = (only,) if only in own else own  # who hasn't that one is tried in its own
             self._grow(len(modes) if len(modes) > 1 else 0)
             if len(modes) == 1:
                 measured.mode = modes[0]
@@ -85,7 +87,7 @@ class Rounds:
         """The figures, or why there are none. Ctrl-C ends the server, too, and goes on."""
         port = free_port()
         url, log = f"http://127.0.0.1:{port}", self._scratch / "server.log"
-        environment = {**mode.environment, **arm.environment(mode)}
+        environment = arm.environment(mode)
 
         def on_step(step: str) -> None:
             self._progress.update(self._bar, description=f"{key}: {arm.name} ({mode}), {step}")
@@ -98,8 +100,8 @@ class Rounds:
                         arm, url, self._loads, key, start_s=start_s, samples=samples, streams=streams, on_step=on_step
                     )
                 )
-        except (ChildFailed, OSError) as error:
-            return str(error)
+        except (ChildFailed, OSError, httpx.HTTPError) as error:
+            return str(error) or type(error).__name__
         except (WrongAnswer, ShoalError) as error:
             return f"{error}; its last words: {last_words(log)}"
         finally:

@@ -48,7 +48,6 @@ class Server:
         self._environment = {
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": cores,
-            "OMP_NUM_THREADS": str(len(cores.split(","))),
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             "UCX_NET_DEVICES": "lo",
         }

@@ -321,7 +321,8 @@ def show(result: dict[str, Any]) -> None:
                 f"{row['streams'] / took_s:.0f}", f"{row['share_of_bandwidth'][name]:.2f}",
                 "" if name == EAGER else f"{row['kl_from_one_by_one'][name]:.1e}",
             )  # fmt: skip
-    console.print(decode)
+    if result["decode"]:
+        console.print(decode)
     goal = result["goal"]
     console.print(
         f"memory is read at {result['read_bytes_per_s'] / 1e9:.0f} GB/s, "

@@ -32,24 +32,25 @@ async def open_local(config: ShoalConfig, on_progress: Progress | None = None) -
     wire_mode = WireMode.KV.value if config.handoff.wire_mode == "auto" else config.handoff.wire_mode
     handoff = config.handoff.model_copy(update={"carrier": Carrier.INLINE.value, "wire_mode": wire_mode})
     # A GPU is both stages': each takes its share of half of it.
-    prefill, decode = (
-        stage.model_copy(update={"num_gpus": min(1.0, stage.num_gpus) / 2}) for stage in (config.prefill, config.decode)
-    )
-    config = config.model_copy(update={"handoff": handoff, "prefill": prefill, "decode": decode})
+    pools = {
+        name: pool.model_copy(update={"num_gpus": min(1.0, pool.num_gpus) / 2})
+        for name, pool in (("prefill", config.prefill), ("decode", config.decode))
+    }
+    config = config.model_copy(update={"handoff": handoff, **pools})
 
     async def connect(_address: str) -> Channel:
-        return await opened.server.connect()
+        return await decode.server.connect()
 
     def told(stage: str) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, total: on_progress(stage, done, total)
 
     async with open_decode(
         config, new_registry(), None, transport=Transport.MEMORY, num_replicas=1, on_progress=told("decode")
-    ) as opened:
-        opened.desk.address = "memory"
-        async with open_prefill(config, new_registry(), connect=connect, on_progress=told("prefill")) as other:
-            opened.worker.prefill = OneReplica(other)
-            yield LocalShoal(other, opened)
+    ) as decode:
+        decode.desk.address = "memory"
+        async with open_prefill(config, new_registry(), connect=connect, on_progress=told("prefill")) as prefill:
+            decode.worker.prefill = OneReplica(prefill)
+            yield LocalShoal(prefill, decode)
 
 
 class OneReplica:

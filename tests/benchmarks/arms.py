@@ -57,10 +57,9 @@ class Arm:
     """``command`` makes the command line for a mode and a port; ``missing`` says why it can't run here, if so.
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
-    (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF; of
-    which a greedy step of one stream may read the head in int8.
-    ``batch_field``: it must be told how many requests belong together. ``about`` is the command
-    that says which release of a peer it is.
+    (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF; with
+    ``reads_head_in_int8``, a greedy step of one stream reads the head so. ``batch_field``: it must be told how many
+    requests belong together. ``about`` is the command that says which release of a peer it is.
     """
 
     name: str

@@ -256,7 +256,7 @@ def measure_steps(engine: Engine, ways: dict[str, Way], streams: int, context: i
                 ways[name].take(engine)
                 _step(engine, streams)  # captures, where it's the first
                 if (graphs := ways[name].graphs) is not None and not any(size.rows >= streams for size in graphs.sizes):
-                    raise SystemExit(f"{name}: no graph was captured, the log says why; prefill's figures are written")
+                    raise SystemExit(f"{name}: no graph was captured, the log says why; prefill's figures stand above")
                 found += [_seconds(device, lambda: _step(engine, streams)) for _ in range(options.steps)]
             exact = ways[EAGER].logits(engine).log_softmax(-1)
             for name, found in steps.divergences.items():

@@ -79,15 +79,15 @@ class Play:
             num_in_flight=limits.num_in_flight,
             deadline_s=limits.deadline_s,
         ) as load:
-            before, num_in_flight, has_begun = await victim.look(), 0, False
+            before, num_in_flight = await victim.look(), 0
             with suppress(TimeoutError):
                 # Some have ended before anything happens: what is under way then is in all stages of its life.
                 await _until(load, lambda: bool(load.outcomes) and load.num_open >= limits.num_in_flight, limits)
-                before, num_in_flight, has_begun = await victim.look(), load.num_open, True
+                before, num_in_flight = await victim.look(), load.num_open
                 scene = Scene(victim, load, self._script.burst, self._script.skip_layers, limits.inject_within_s)
                 recovered_s = await _recover(scene, scenario, limits)
             try:
-                if has_begun:
+                if num_in_flight:  # or the fault never came, and nobody is answered
                     await _until(load, lambda: self._are_enough(scenario, load), limits)
             except TimeoutError:
                 recovered_s = None  # whatever was seen: nobody is answered any more

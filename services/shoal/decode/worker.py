@@ -368,14 +368,15 @@ class DecodeWorker:
     @contextmanager
     def _standing_back(self, lease_id: bytes) -> Iterator[None]:
         """Within the block, the lease may be the one that gives up its blocks; unless it ends by that, the next may."""
+        stands_back = False
         try:
             yield
         except OutOfBlocks:
-            raise  # they are on their way: _prefill_locally sees them back
-        except BaseException:
-            if self._given_up is not None and self._given_up.lease_id == lease_id:
-                self._given_up = None
+            stands_back = True  # _prefill_locally sees its blocks back
             raise
+        finally:
+            if not stands_back and self._given_up is not None and self._given_up.lease_id == lease_id:
+                self._given_up = None
 
     def _count_fallback(self, rung: FallbackRung, reason: str, **about: object) -> str:
         self._metrics.fell_back(rung, reason)

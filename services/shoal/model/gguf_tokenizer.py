@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, p
 from tokenizers.models import BPE
 
 from shoal.errors import MalformedWeights, UnsupportedModel
+from shoal.model.gguf_values import CONTROL
 from shoal.model.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CONTROL, _USER_DEFINED = 3, 4
+_USER_DEFINED = 4  # as CONTROL
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -70,7 +71,7 @@ def _byte_level(file: TensorFile) -> Tokenizer | None:
     tokenizer = Tokenizer(_bpe(file, tokens, whole_words=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_added(file, tokens, _CONTROL, special=True))
+    tokenizer.add_special_tokens(_added(file, tokens, CONTROL, special=True))
     tokenizer.add_tokens(_added(file, tokens, _USER_DEFINED, special=False))
     special = _specials(file)
     names = [name for name in dict.fromkeys(special.values()) if name is not None]

@@ -8,7 +8,7 @@ from typing import Any
 from shoal.errors import MalformedWeights, UnsupportedModel
 from shoal.model.tensor_file import TensorFile
 
-_CONTROL = 3  # of gguf's TokenType
+CONTROL = 3  # of gguf's TokenType
 # Llama 3's, those of ChatML (SmolLM2) and Gemma's.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
@@ -113,7 +113,7 @@ class GgufValues:
         tokens, kinds = (self._metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
         if eot is None and isinstance(tokens, list) and isinstance(kinds, list) and len(tokens) == len(kinds):
             called = [tokens.index(end) for end in _TURN_ENDS if end in tokens]
-            found += [token_id for token_id in called if kinds[token_id] == _CONTROL]  # any other is text
+            found += [token_id for token_id in called if kinds[token_id] == CONTROL]  # any other is text
         # Some files name one that there isn't, for none.
         return [token_id for token_id in found if type(token_id) is int and 0 <= token_id < vocab_size]
 

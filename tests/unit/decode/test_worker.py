@@ -516,15 +516,21 @@ async def test_a_lease_that_nobody_claims_gives_its_blocks_to_an_older_sequence(
     assert ids(young) == pop_generate(model, PROMPT, 4, SKIPPED).token_ids
 
 
+async def unclaimed(local: LocalShoal, number: int) -> list[asyncio.Task[list[TokenOutput]]]:
+    """So many requests, each of which has a lease that no prefill claims."""
+    local.decode.worker.prefill = NobodyAnswers()
+    asked = [asyncio.create_task(collect(local, request(PROMPT, max_tokens=4))) for _ in range(number)]
+    while local.decode.desk.table.counts.get("reserved", 0) < number:
+        await asyncio.sleep(0)
+    return asked
+
+
 @pytest.mark.parametrize("leaves", [False, True])
 async def test_leases_give_up_their_blocks_one_at_a_time(opened: Any, model: Any, leaves: bool):
     """Until those of the first one are back, steps that were planned before ask in vain."""
     async with opened() as local:
         worker, table = local.decode.worker, local.decode.desk.table
-        worker.prefill = NobodyAnswers()
-        asked = [asyncio.create_task(collect(local, request(PROMPT, max_tokens=4))) for _ in range(3)]
-        while table.counts.get("reserved", 0) < 3:
-            await asyncio.sleep(0)
+        asked = await unclaimed(local, 3)
         goes_on = threading.Event()
         local.decode.engine.post(lambda _: goes_on.wait(30) and None)
         worker.told_of_blocks(wanted=True)
@@ -552,11 +558,8 @@ async def test_leases_give_up_their_blocks_one_at_a_time(opened: Any, model: Any
 async def test_whoever_leaves_while_its_lease_gives_up_its_blocks_keeps_no_other_from_it(opened: Any, num_turns: int):
     """At whichever moment it leaves."""
     async with opened() as local:
-        worker, table = local.decode.worker, local.decode.desk.table
-        worker.prefill = NobodyAnswers()
-        asked = [asyncio.create_task(collect(local, request(PROMPT, max_tokens=4))) for _ in range(2)]
-        while table.counts.get("reserved", 0) < 2:
-            await asyncio.sleep(0)
+        worker = local.decode.worker
+        asked = await unclaimed(local, 2)
         worker.told_of_blocks(wanted=True)
         for _ in range(num_turns):
             await asyncio.sleep(0)

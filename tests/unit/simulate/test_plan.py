@@ -165,9 +165,6 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     assert found.serving_cores == pytest.approx(10 * 0.005 + 50 * 0.001 + 110 * 0.0001)
     assert found.num_ray_entries == 6 and found.ray_reads == (3 + 1) * 3 and found.health_checks == 6
     assert found.ray_entries_read == 3 * 2 + 1 * 3
-    assert (small := Work(3, 1, 10, 101, 11, 50).times(0.4)).num_decode == 1 and small.num_prefill == 1
-    assert traffic(small, COSTS, CONFIG).wire_bytes_into > 0
-    assert Work(0, 3, 10, 101, 11, 50).times(0.1).num_prefill == 0
     alone = traffic(Work(0, 3, 10, 101, 11, 50), COSTS, CONFIG)
     assert alone.wire_bytes == alone.frames == alone.num_sessions == alone.beats == 0 and alone.handle_calls == 10
 
@@ -304,3 +301,10 @@ def test_the_bound_gives_short_prompts_to_decode():
     assert more_s == pytest.approx(100 * COSTS.of_skip(0).token_s), "in steps that it takes anyway"
     lasting = make_plan(options(config=local, amount=Amount(20, num_requests=800), fleets=FLEETS[:1]), lambda *_: None)
     assert lasting.outcomes[0].goodput <= 1.05 * own.overall
+
+
+def test_however_small_an_application_is_each_pool_that_it_has_keeps_a_replica():
+    small = Work(3, 1, 10, 101, 11, 50).times(0.1)
+    assert (small.num_prefill, small.num_decode) == (1, 1)
+    assert traffic(small, COSTS, CONFIG).wire_bytes_into > 0
+    assert Work(0, 3, 10, 101, 11, 50).times(0.1).num_prefill == 0

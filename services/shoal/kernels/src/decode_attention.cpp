@@ -90,21 +90,31 @@ void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, 
     std::fill(scores + chunk.num_tokens, scores + chunk.padded, LOWEST);
 }
 
-// Scores become probabilities; the part's total and top are brought up to date, and by what its sums are to shrink is
-// returned.
-template <int D>
-float weigh(const float* scores, int padded, Part<D>& part, Number* probabilities) {
-    __m512 most = _mm512_set1_ps(part.top), total = _mm512_setzero_ps();
-    for (int i = 0; i < padded; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
-    const float top = std::ceil(_mm512_reduce_max_ps(most)), shrink = std::exp2(part.top - top);
-    for (int i = 0; i < padded; i += 16) {
-        const __m512 probability = exp2(_mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(top)));
-        store(probabilities + i, probability);
-        total = _mm512_add_ps(total, probability);
+// Scores of H heads become probabilities; their parts' totals and tops are brought up to date, and `shrink` is by what
+// their sums are to shrink. Each step is done for all of them, so that none waits for its own step before.
+template <int D, int H>
+void weigh(const float (&scores)[H][CHUNK], int padded, Part<D>* parts, Number (&probabilities)[H][CHUNK],
+           __m512 (&shrink)[H]) {
+    __m512 most[H], total[H];
+    float top[H];
+    for (int h = 0; h < H; h++) {
+        most[h] = _mm512_set1_ps(parts[h].top);
+        total[h] = _mm512_setzero_ps();
     }
-    part.total = part.total * shrink + _mm512_reduce_add_ps(total);
-    part.top = top;
-    return shrink;
+    for (int i = 0; i < padded; i += 16)
+        for (int h = 0; h < H; h++) most[h] = _mm512_max_ps(most[h], _mm512_load_ps(scores[h] + i));
+    for (int h = 0; h < H; h++) top[h] = std::ceil(_mm512_reduce_max_ps(most[h]));
+    for (int i = 0; i < padded; i += 16)
+        for (int h = 0; h < H; h++) {
+            const __m512 probability = exp2(_mm512_sub_ps(_mm512_load_ps(scores[h] + i), _mm512_set1_ps(top[h])));
+            store(probabilities[h] + i, probability);
+            total[h] = _mm512_add_ps(total[h], probability);
+        }
+    for (int h = 0; h < H; h++) {
+        shrink[h] = _mm512_scalef_ps(_mm512_set1_ps(1), _mm512_set1_ps(parts[h].top - top[h]));  // of whole numbers
+        parts[h].total = parts[h].total * _mm512_cvtss_f32(shrink[h]) + _mm512_reduce_add_ps(total[h]);
+        parts[h].top = top[h];
+    }
 }
 
 // 32 channels of two tokens, each with the other's: pairs[0] has the channels 0-3, 8-11, 16-19 and 24-27, pairs[1] the
@@ -127,18 +137,16 @@ inline void store_paired(bf16* to, __m512 low, __m512 high) {
 template <int D, int H>
 void add_chunk(const bf16* queries, const Chunk& chunk, int64_t key_at, int64_t value_at, float factor, Part<D>* parts,
                Ahead& ahead) {
-    alignas(64) float scores[CHUNK];
+    alignas(64) float scores[H][CHUNK];
     alignas(64) Number probabilities[H][CHUNK];
-    float shrink[H];
-    for (int h = 0; h < H; h++) {
-        score<D>(queries + h * D, chunk, key_at, factor, scores, ahead);
-        shrink[h] = weigh(scores, chunk.padded, parts[h], probabilities[h]);
-    }
+    __m512 shrink[H];
+    for (int h = 0; h < H; h++) score<D>(queries + h * D, chunk, key_at, factor, scores[h], ahead);
+    weigh<D, H>(scores, chunk.padded, parts, probabilities, shrink);
     for (int channel = 0; channel < D; channel += 64) {
         __m512 mixed[H][4];
         for (int h = 0; h < H; h++)
             for (int j = 0; j < 4; j++)
-                mixed[h][j] = _mm512_mul_ps(_mm512_loadu_ps(parts[h].sums + channel + 16 * j), _mm512_set1_ps(shrink[h]));
+                mixed[h][j] = _mm512_mul_ps(_mm512_loadu_ps(parts[h].sums + channel + 16 * j), shrink[h]);
         for (int i = 0; i < chunk.num_tokens; i += 2) {  // after an odd one comes the last again, of next to no weight
             ahead.step(1);
             const bf16* const one = chunk.tokens[i] + value_at + channel;

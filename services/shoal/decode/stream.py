@@ -22,7 +22,7 @@ class ChoiceStreams:
     def __init__(self, request: GenerateRequest, decode: Callable[[Sequence[int]], str]) -> None:
         self._request = request
         self._decode = decode
-        self._token_text = cache(lambda token_id: decode([token_id]))
+        self._token_text = cache(self._text_of)
         self._open = {
             index: self._detokenizer(sent) for index, sent in enumerate(_sent(request)) if not sent.is_complete
         }
@@ -86,6 +86,10 @@ class ChoiceStreams:
         for token_id in sent.token_ids:
             detokenizer.add(token_id)
         return detokenizer
+
+    def _text_of(self, token_id: int) -> str:
+        """As it reads after another token: before a text's first one, a tokenizer may drop a space."""
+        return self._decode([token_id, token_id]).removeprefix(self._decode([token_id]))
 
     def _logprob(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
         texts = tuple((other, self._token_text(other), its_logprob) for other, its_logprob in top)

@@ -115,6 +115,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._wants_blocks = False
+        self._num_turns = 0  # that running ones have had of steps with no room for all of them
         self._short: Sequence | None = None  # a running one that got no block in the last step
         self.max_step_tokens = max_step_tokens
         self.pace = Pace(target_step_s, max_step_tokens)
@@ -333,7 +334,8 @@ class Scheduler:
         return not waiting.came_back and new.due_s < waiting.due_s
 
     def _in_order(self) -> list[Sequence]:
-        """Those that only need one token, oldest first, before those with a prompt to chew on."""
+        """Those that only need one token, oldest first, or in turns where a step hasn't room for all, before those with
+        a prompt to chew on."""
         going_on, prompts = [], []
         for sequence in self.running:
             num_pending = sequence.num_pending
@@ -341,6 +343,10 @@ class Scheduler:
                 going_on.append(sequence)
             elif num_pending > 1:
                 prompts.append(sequence)
+        if len(going_on) > self.max_step_tokens:
+            first = self._num_turns % len(going_on)
+            going_on = going_on[first:] + going_on[:first]
+            self._num_turns += self.max_step_tokens
         return [*going_on, *sorted(prompts, key=lambda sequence: sequence.due_s)]
 
     def _run(self, sequence: Sequence) -> None:

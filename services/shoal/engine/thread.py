@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.engine.outbox import Outbox
@@ -119,6 +121,7 @@ class EngineThread:
         may_run, counts = True, None  # the first look tells what an idle engine has
         try:
             step_back(self._niceness)
+            torch.get_num_threads()  # from now on it's this thread's own, whatever others set theirs to
             while self._obey(wait=not may_run):
                 self.heartbeat.beat()
                 if self._outbox.holds_back and not self._engine.scheduler.only_goes_on(-math.inf):

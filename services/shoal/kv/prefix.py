@@ -139,8 +139,7 @@ def pieces_of(token_ids: Sequence[int], shallow: range, block_tokens: int, num_b
     whole = (1 << block_tokens) - 1
     found = []
     for start in range(0, num_blocks * block_tokens, block_tokens):
-        own = whole
-        for position in range(max(start, shallow.start), min(start + block_tokens, shallow.stop)):
-            own &= ~(1 << (position - start))
-        found.append(Piece(tuple(token_ids[start : start + block_tokens]), own))
+        first, last = max(start, shallow.start) - start, min(start + block_tokens, shallow.stop) - start
+        projected = (1 << last) - (1 << first) if first < last else 0
+        found.append(Piece(tuple(token_ids[start : start + block_tokens]), whole & ~projected))
     return found

@@ -349,3 +349,15 @@ def test_whatever_comes_everything_ends_and_no_slot_has_two_writers(
             break
     assert scheduler.sequences == []
     assert all(table.allocator.num_used == 0 for table in scheduler.tables)
+
+
+def test_where_a_step_has_no_room_for_all_answers_they_take_turns():
+    scheduler = make_scheduler()
+    for name in range(8):
+        scheduler.submit(sequence(str(name), 2, max_tokens=20))
+    step(scheduler)
+    assert [len(one.output) for one in scheduler.running] == [1] * 8
+    scheduler.max_step_tokens = 3
+    for _ in range(8):
+        assert len(step(scheduler).rows) == 3
+    assert [len(one.output) for one in scheduler.running] == [4] * 8

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import make_engine
+from engines import make_engine, torch_threads
 from models import tiny_llama
 from shoal.engine.client import EngineClient, Progress
 from shoal.engine.engine import Engine
@@ -366,3 +366,15 @@ async def test_closing_waits_for_no_prompt(model: Any) -> None:
         await client.call(lambda engine: engine.submit_generate("answer", (1, 2), Depth.FULL, SAMPLING))
         await asyncio.wait_for(answer.next(), 10)
         await asyncio.wait_for(asyncio.to_thread(client.close), 10)
+
+
+async def test_what_others_say_of_their_threads_doesn_t_count_for_the_engine_s(model: Any):
+    """A number that is said for one thread holds for all that ask torch for the first time from then on."""
+    with torch_threads(3):
+        client = EngineClient(make_engine(model, 0), name="test")
+        try:
+            await client.call(lambda _engine: None)  # it runs
+            await asyncio.to_thread(torch.set_num_threads, 1)
+            assert await client.call(lambda _engine: torch.get_num_threads()) == 3
+        finally:
+            client.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from shoal.app.ports import url_of
 from shoal.cli import app, where
 from shoal.command import main
 from shoal.config import GatewayConfig
+from shoal.decode.worker import DecodeWorker
+from shoal.messages import Depth, GenerateRequest, TokenOutput
 from shoal.quality.evaluation_options import Task
 from shoal.quality.limits import MIN_PASSAGES, MIN_SAMPLES
 from shoal.quality.texts import Kind
@@ -129,6 +133,31 @@ def test_generate_answers_in_one_process(tmp_path: Path):
     assert len(said.stdout.rstrip("\n")) > 0
     again = shoal("generate", "hello", "--model", str(tmp_path), "--max-tokens", "5", "--dtype", "float32")
     assert again.stdout == said.stdout
+
+
+def test_generate_draws_anew_unless_a_seed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And goes by the configured depth, as a server does."""
+    save_tiny(tmp_path, dtype=torch.float32, layers=3)
+    asked: list[GenerateRequest] = []
+
+    async def noted(_worker: DecodeWorker, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+        asked.append(request)
+        yield TokenOutput(0, (1,), "a")
+
+    monkeypatch.setattr(DecodeWorker, "generate", noted)
+    monkeypatch.setattr("shoal.telemetry.configure_logging", lambda *_, **__: None)  # the tests' own stays
+    options = ["generate", "hello", "--model", str(tmp_path), "--dtype", "float32", "--temperature", "0.8"]
+    for more, depth in ((["--seed", "7"], "full"), ([], "full"), ([], "shallow"), (["--depth", "full"], "shallow")):
+        monkeypatch.setenv("SHOAL_MODEL__DEPTH", depth)
+        assert CliRunner().invoke(app, [*options, *more]).exit_code == 0
+    seeds, depths = [one.sampling.seed for one in asked], [one.depth for one in asked]
+    assert seeds[0] == 7 and len(set(seeds)) == 4
+    assert depths == [Depth.FULL, Depth.FULL, Depth.SHALLOW, Depth.FULL]
+
+
+def test_it_says_which_version_it_is():
+    said = CliRunner().invoke(app, ["--version"])
+    assert said.exit_code == 0 and said.stdout == f"shoal {version('shoal')}\n"
 
 
 def test_analyze_leaves_a_result_a_page_and_a_plot(tmp_path: Path):

@@ -167,7 +167,10 @@ async def _first_model(http: httpx.AsyncClient, timeout_s: float) -> str:
     except TimeoutError:
         raise Unavailable(f"{url} doesn't answer within {timeout_s:g} s: is this the right address?") from None
     except httpx.HTTPError as error:
-        raise Unavailable(f"can't reach {url} ({error}): start the server first, or correct the URL") from None
+        next_step = "start the server first, or correct the URL"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            next_step = "name the file of the CA that signed its certificate in SSL_CERT_FILE"
+        raise Unavailable(f"can't reach {url} ({error}): {next_step}") from None
     try:
         return str(response.raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):

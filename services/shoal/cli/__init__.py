@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import shoal
 from shoal.cli.bench import bench
 from shoal.cli.certs import certs
 from shoal.cli.chaos import chaos
@@ -47,6 +49,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+_MAX_SEED = 2**63 - 1
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"shoal {shoal.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -203,7 +223,7 @@ def _public_name(model: Any) -> str:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer. '-' reads standard input.")],
     model: Model = None,
-    depth: Annotated[DepthOption, typer.Option(help="How deep the prompt is encoded.")] = DepthOption.AUTO,
+    depth: Annotated[DepthOption | None, typer.Option(help="How deep the prompt is encoded.")] = None,
     skip_layers: SkipLayers = None,
     projector: Projector = None,
     plan: Plan = None,
@@ -211,6 +231,9 @@ def generate(
     boundary_tokens: BoundaryTokens = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_SEED, help="Makes a temperature's answer repeatable. Default: any.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     dtype: Dtype = None,
     decode_weights: DecodeWeights = None,
@@ -222,6 +245,7 @@ def generate(
     settings = load_config(
         model={
             "name": model,
+            "depth": depth,
             "skip_layers": skip_layers,
             "projector": projector,
             "dtype": dtype,
@@ -233,10 +257,11 @@ def generate(
     )
     configure_logging("warning", "console", error_text=True)  # of prompts of one's own
     text = sys.stdin.read() if prompt == "-" else prompt
-    asyncio.run(_generate(settings, text, str(depth), max_tokens, temperature, raw=raw))
+    seed = secrets.randbelow(_MAX_SEED + 1) if seed is None else seed
+    asyncio.run(_generate(settings, text, max_tokens, temperature, seed, raw=raw))
 
 
-async def _generate(settings: Any, text: str, depth: str, max_tokens: int, temperature: float, *, raw: bool) -> None:
+async def _generate(settings: Any, text: str, max_tokens: int, temperature: float, seed: int, *, raw: bool) -> None:
     from shoal.errors import ContextLengthExceeded, InvalidRequest
     from shoal.gateway.schema import Message
     from shoal.gateway.tokenizer import Tokenizer
@@ -268,8 +293,8 @@ async def _generate(settings: Any, text: str, depth: str, max_tokens: int, tempe
                 RequestContext("generate", timeout_s=settings.gateway.deadline_s),
                 served.name,
                 ids,
-                Depth.FULL if depth == "full" else Depth.SHALLOW,
-                SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature),
+                Depth.FULL if settings.model.depth == "full" else Depth.SHALLOW,
+                SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature, seed=seed),
                 outline=outline,
             )
             async for output in local.decode.worker.generate(request):

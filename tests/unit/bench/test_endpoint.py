@@ -7,6 +7,7 @@ import json
 import socket
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -342,6 +343,16 @@ async def test_an_endpoint_that_lists_no_model_wants_one_named():
         with pytest.raises(ConfigError, match="--model"):
             async with open_endpoint(EndpointOptions(server.url), RealClock()):
                 pass
+
+
+async def test_where_a_certificate_isn_t_trusted_what_names_its_ca_is_told(monkeypatch: pytest.MonkeyPatch):
+    async def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+
+    monkeypatch.setattr(httpx.AsyncClient, "get", refuse)
+    with pytest.raises(Unavailable, match="in SSL_CERT_FILE"):
+        async with open_endpoint(EndpointOptions("https://127.0.0.1:1"), RealClock()):
+            pass
 
 
 async def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent():

@@ -83,6 +83,8 @@ def _add_models(app: FastAPI, models: tuple[ServedModel, ...]) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
+        if not name:  # the list's address, and a slash
+            return await list_models()
         return JSONResponse(_model_document(find_model(models, name)))
 
 
@@ -131,7 +133,15 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:
-            return error_response(RouteNotFound(f"there is no {request.url.path[:200]} here"), headers)
+            return error_response(RouteNotFound(_nowhere(request)), headers)
         case 405:
             return error_response(MethodNotAllowed(f"{request.method} isn't allowed here"), headers)
     return error_response(RequestError(str(error.detail)), headers)
+
+
+def _nowhere(request: Request) -> str:
+    """What is said of a path that isn't there; most often a client's base URL lacks its end."""
+    path = request.url.path.removeprefix(request.scope.get("root_path", "").rstrip("/"))
+    is_there = any(isinstance(route, Route) and route.path == f"/v1{path}" for route in request.app.routes)
+    hint = ": the API is under /v1, which the client's base URL must end with" if is_there else ""
+    return f"there is no {request.url.path[:200]} here{hint}"

@@ -125,7 +125,7 @@ def _admitted(services: Services, exchange: Exchange, num: int = 1) -> AbstractC
 async def _encode(body: CompletionBody | ChatBody, tokenizer: Tokenizer, max_tokens: int) -> Sequence[Sequence[int]]:
     """Each prompt's token ids. What can't fit the model's ``max_tokens`` may be refused without encoding it."""
     if isinstance(body, ChatBody):
-        return [await tokenizer.encode_chat(body.messages, max_tokens=max_tokens)]
+        return [await tokenizer.encode_chat(body.messages, max_tokens=max_tokens, may_think=body.may_think)]
     return [
         await tokenizer.encode(prompt, max_tokens=max_tokens) if isinstance(prompt, str) else prompt
         for prompt in body.prompt

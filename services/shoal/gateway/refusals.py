@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from shoal.errors import InternalError, InvalidRequest, RequestError, ShoalError, Unauthenticated
+from shoal.errors import DeadlineExceeded, InternalError, InvalidRequest, RequestError, ShoalError, Unauthenticated
 from shoal.rpc.statuses import retry_delay_s
 
 
@@ -55,6 +55,8 @@ def error_response(error: ShoalError, headers: dict[str, str] | None = None) -> 
     delay_s = retry_delay_s(error)
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, DeadlineExceeded):
+        headers["x-should-retry"] = "false"  # OpenAI's clients would ask twice more, and nobody waits any longer
     if delay_s is not None:
         headers["retry-after"] = str(math.ceil(max(delay_s, 1.0)))
     return JSONResponse(error_document(error), status_code=error.http_status, headers=headers)

@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from shoal.errors import InvalidRequest
@@ -30,6 +39,9 @@ Prompt = str | tuple[int, ...]
 
 T = TypeVar("T")
 
+_JSON_TYPES = {
+    type(None): "null", bool: "boolean", int: "number", str: "string", list: "array", dict: "object",
+}  # fmt: skip
 _MAX_NAME_CHARS = 64
 _MAX_FAULTS = 1000
 _MAX_INT64 = 2**63 - 1
@@ -41,12 +53,15 @@ _MAX_INT64 = 2**63 - 1
 def _only(*neutral: object) -> PlainValidator:
     """Accepts a field only at the values that ask for nothing."""
 
-    def check(value: object) -> None:
+    def check(value: object) -> object:
         # bool is an int to Python: false must not pass for a penalty of 0.
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
             raise PydanticCustomError("unsupported_value", "this server doesn't support it: leave the field out")
+        return value
 
-    return PlainValidator(check, json_schema_input_type=Annotated[Any, WithJsonSchema({"enum": [*neutral]})])
+    # Without their types, 0 and false would be the same to whoever keeps schemas by what they hold.
+    schema = {"type": sorted({_JSON_TYPES[type(one)] for one in neutral}), "enum": [*neutral]}
+    return PlainValidator(check, json_schema_input_type=Annotated[Any, WithJsonSchema(schema)])
 
 
 def _wrong(message: Literal["stop", "prompt", "content"]) -> PydanticCustomError:
@@ -90,6 +105,10 @@ def _one_prompt(value: str | list[int]) -> tuple[Prompt, ...]:
     return (value if isinstance(value, str) else tuple(value),)
 
 
+def _role(value: object) -> object:
+    return "system" if value == "developer" else value  # OpenAI's newer word for it
+
+
 def _content(value: object) -> str:
     if isinstance(value, str):
         return value
@@ -98,7 +117,10 @@ def _content(value: object) -> str:
     for part in value:
         if part.get("type") != "text":
             raise PydanticCustomError("unsupported_value", "this model reads text only: send parts of type text")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        if unknown := part.keys() - TextPart.model_fields.keys():
+            name = min(unknown)[:_MAX_NAME_CHARS]
+            raise PydanticCustomError("wrong_type", "a part has no field {name}: leave it out", {"name": name})
+        if not isinstance(part.get("text"), str):
             raise _wrong("content")
     return "\n".join(part["text"] for part in value)
 
@@ -125,6 +147,9 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: str
+    # What clients add for other servers.
+    annotations: Ignored = None
+    cache_control: Ignored = None
 
 
 class StreamOptions(_Strict):
@@ -134,11 +159,19 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool | None = None
     include_obfuscation: Ignored = None
 
+    @property
+    def asks(self) -> bool:
+        """For anything."""
+        return bool(self.include_usage or self.continuous_usage_stats)
+
 
 class Message(_Strict):
     """One turn of a conversation. ``content`` is its text; several text parts become lines."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[
+        Literal["system", "user", "assistant"],
+        BeforeValidator(_role, json_schema_input_type=Literal["system", "developer", "user", "assistant"]),
+    ]
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | _Some[list[TextPart]])]
     name: str | None = None
     type: Literal["text"] | None = None  # lm-eval's
@@ -146,6 +179,10 @@ class Message(_Strict):
     annotations: Annotated[Any, _only(None, [])] = None
     audio: Annotated[Any, _only(None)] = None
     function_call: Annotated[Any, _only(None)] = None
+    provider_specific_fields: Ignored = None
+    reasoning: Ignored = None
+    reasoning_content: Ignored = None
+    reasoning_details: Ignored = None
     refusal: Annotated[Any, _only(None)] = None
     tool_calls: Annotated[Any, _only(None, [])] = None
 
@@ -172,10 +209,17 @@ class Body(_Strict):
 
     cache_salt: Annotated[Any, _only(None)] = None
     frequency_penalty: Annotated[Any, _only(None, 0)] = None
+    include_stop_str_in_output: Annotated[Any, _only(None, False)] = None
+    length_penalty: Annotated[Any, _only(None, 1)] = None
     logit_bias: Annotated[Any, _only(None, {})] = None
     min_p: Annotated[Any, _only(None, 0)] = None
     presence_penalty: Annotated[Any, _only(None, 0)] = None
     repetition_penalty: Annotated[Any, _only(None, 1)] = None
+    skip_special_tokens: Annotated[Any, _only(None, True)] = None
+    spaces_between_special_tokens: Annotated[Any, _only(None, True)] = None
+    stop_token_ids: Annotated[Any, _only(None, [])] = None
+    typical_p: Annotated[Any, _only(None, 1)] = None
+    use_beam_search: Annotated[Any, _only(None, False)] = None
 
     metadata: Ignored = None
     parallel_tool_calls: Ignored = None
@@ -259,6 +303,7 @@ class ChatBody(Body):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    add_generation_prompt: Annotated[Any, _only(None, True)] = None
     audio: Annotated[Any, _only(None)] = None
     function_call: Annotated[Any, _only(None, "none")] = None
     functions: Annotated[Any, _only(None, [])] = None
@@ -278,6 +323,11 @@ class ChatBody(Body):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def may_think(self) -> bool:
+        """Whether a model that can think before it answers may."""
+        return self.reasoning_effort is None
 
 
 # --- parsing --------------------------------------------------------------------------------------------

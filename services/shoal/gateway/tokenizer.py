@@ -33,6 +33,7 @@ MAX_INLINE_CHARS = 4096
 # What the template does for a message takes as long as encoding so many characters.
 _MESSAGE_CHARS = 64
 _MAX_MERGED_TOKENS = 2
+_NO_THINKING = {"enable_thinking": False}  # Qwen3's, and others' since
 
 
 class Tokenizer:
@@ -74,14 +75,17 @@ class Tokenizer:
 
         return await self._run(len(text), work)
 
-    async def encode_chat(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> tuple[int, ...]:
-        """Ids of a conversation up to where the assistant speaks. ``max_tokens`` is as for ``encode``.
+    async def encode_chat(
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, may_think: bool = True
+    ) -> tuple[int, ...]:
+        """Ids of a conversation up to where the assistant speaks. ``max_tokens`` is as for ``encode``; a template that
+        has a way not to think before an answer takes it unless the assistant ``may_think``.
 
         Raises InvalidRequest if the template refuses it.
         """
 
         def work() -> tuple[int, ...]:
-            text = self.render(messages)
+            text = self.render(messages, **({} if may_think else _NO_THINKING))
             self._check_fits(text, max_tokens, "messages")
             return self._encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
@@ -104,13 +108,16 @@ class Tokenizer:
 
         return await self._run(2 * _num_chars(messages), work)
 
-    def render(self, messages: Sequence[Message], *, opens_answer: bool = True) -> str:
-        """A conversation as the text that the model was trained on, to where the assistant speaks if it's to."""
+    def render(self, messages: Sequence[Message], *, opens_answer: bool = True, **options: bool) -> str:
+        """A conversation as the text that the model was trained on, to where the assistant speaks if it's to. Of
+        ``options``, a template looks at those that it knows."""
         if not self._tokenizer.chat_template:
             raise InvalidRequest("this model has no chat template: send a prompt instead of messages", param="messages")
         turns = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens_answer)
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=opens_answer, **options
+            )
         except (TemplateError, ValueError, TypeError) as error:
             if type(error) is TemplateError:  # raise_exception of the template; what else goes wrong is of a kind of it
                 why = f"the model's chat template refuses them: {error}"

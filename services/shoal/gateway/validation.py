@@ -44,7 +44,7 @@ def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
     _at_most(body.n, config.max_choices, "n")
     check_num_stops(len(body.stop), config)
     _at_most(max(map(len, body.stop), default=0), config.max_stop_chars, "stop", "characters in one")
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.asks and not body.stream:
         raise InvalidRequest("stream_options: only allowed with stream: true", param="stream_options")
     _check_told_of_prompt(body, config)
     if isinstance(body, CompletionBody):
@@ -53,7 +53,7 @@ def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
     if isinstance(body, ChatBody):
         check_num_messages(len(body.messages), model)
         _at_most(body.top_logprobs, config.max_logprobs, "top_logprobs")
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs: only allowed with logprobs: true", param="top_logprobs")
 
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from shoal.gateway.schema import IGNORED_FIELDS, Body, Ignored
+from shoal.gateway.schema import IGNORED_FIELDS, Body, ChatBody, Ignored, Message, parse
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
@@ -155,6 +155,10 @@ BODIES = [
     (chat(response_format={"type": "json_object"}), "response_format", "unsupported_value"),
     (chat(modalities=["text", "audio"]), "modalities", "unsupported_value"),
     (chat(reasoning_effort="high"), "reasoning_effort", "unsupported_value"),
+    (chat(add_generation_prompt=False), "add_generation_prompt", "unsupported_value"),
+    (completion(stop_token_ids=[3]), "stop_token_ids", "unsupported_value"),
+    (completion(skip_special_tokens=False), "skip_special_tokens", "unsupported_value"),
+    (completion(use_beam_search=True), "use_beam_search", "unsupported_value"),
     # --- names
     (completion(temprature=1), "temprature", "unknown_field"),
     (completion(messages=[USER]), "messages", "unknown_field"),
@@ -314,6 +318,22 @@ NEUTRAL = [
     chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]),
     chat(messages=[{"role": "assistant", "content": "", "refusal": None, "tool_calls": [], "name": "me"}, USER]),
     chat(messages=[{**USER, "type": "text"}]),  # as lm-eval sends it
+    chat(messages=[{"role": "developer", "content": "Be brief."}, USER]),
+    # What other servers' answers carry, as clients send it back, and parts that were marked for one.
+    chat(messages=[USER, {"role": "assistant", "content": "Hi", "reasoning_content": "…", "reasoning": None}, USER]),
+    chat(messages=[{"role": "assistant", "content": "Hi", "reasoning_details": [], "provider_specific_fields": {}}]),
+    chat(
+        messages=[
+            {
+                **USER,
+                "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}, "annotations": []}],
+            }
+        ]
+    ),
+    chat(top_logprobs=0, reasoning_effort="none", add_generation_prompt=True),
+    chat(stream=False, stream_options={"include_usage": False}, stop_token_ids=[], use_beam_search=False),
+    completion(stream_options={}, skip_special_tokens=True, spaces_between_special_tokens=True, typical_p=1.0),
+    completion(include_stop_str_in_output=False, length_penalty=1.0),
     completion(seed=-(2**63)),
     completion(echo=None, prompt_logprobs=None),
     completion(prompt=[1] * 400, echo=True, max_tokens=0, min_tokens=0),
@@ -325,6 +345,18 @@ NEUTRAL = [
 def test_fields_at_their_neutral_values_and_limits_are_accepted(gateway: Any, post: Post) -> None:
     response = gateway.post(*post)
     assert response.status_code == 200, response.text
+
+
+def test_a_part_s_field_that_isn_t_known_is_named(gateway: Any) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "mood": "good"}]
+    response = gateway.post(*chat(messages=[{**USER, "content": parts}]))
+    assert_refused(gateway, response, 400, "messages[0].content", "invalid_value")
+    assert "no field mood: leave it out" in response.json()["error"]["message"]
+
+
+def test_a_developer_speaks_as_the_system_does() -> None:
+    [told] = parse(ChatBody, b'{"model": "m", "messages": [{"role": "developer", "content": "Be brief."}]}').messages
+    assert told == Message(role="system", content="Be brief.")
 
 
 def test_the_ignored_fields_are_the_ones_listed() -> None:

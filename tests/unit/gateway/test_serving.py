@@ -147,6 +147,7 @@ def test_an_error_before_the_first_token_is_an_http_status(
     assert response.status_code == status
     assert (response.json()["error"]["type"], response.json()["error"]["code"]) == (kind, code)
     assert response.headers.get("retry-after") == retry_after
+    assert response.headers.get("x-should-retry") == ("false" if status == 504 else None)  # openai's clients look
     assert "secret" not in response.text
 
 
@@ -373,6 +374,34 @@ async def test_neither_says_yes_where_a_thread_of_the_gateway_hangs(services: Se
         response = await client.get(path)
     assert response.status_code == 503 and "tokenizer" in response.json()["error"]["message"]
     assert response.headers["retry-after"] == "1"
+
+
+def test_a_base_url_without_its_end_is_named(gateway: Any) -> None:
+    said = gateway.http.post("/chat/completions", json={})
+    assert said.status_code == 404 and said.json()["error"]["code"] == "not_found"
+    assert "the API is under /v1, which the client's base URL must end with" in said.json()["error"]["message"]
+    assert gateway.http.post("/v1/responses", json={}).json()["error"]["message"] == "there is no /v1/responses here"
+
+
+def test_the_list_of_models_is_there_with_a_slash_too(gateway: Any) -> None:
+    assert gateway.http.get("/v1/models/").json() == gateway.http.get("/v1/models").json()
+
+
+async def test_who_thinks_is_up_to_the_request(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    encode = services.tokenizer.encode_chat
+
+    async def noted(*arguments: Any, may_think: bool, **options: Any) -> Any:
+        asked.append(may_think)
+        return await encode(*arguments, **options)
+
+    monkeypatch.setattr(services.tokenizer, "encode_chat", noted)
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    transport = httpx.ASGITransport(create_app(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        for effort in ({}, {"reasoning_effort": None}, {"reasoning_effort": "none"}):
+            assert (await client.post("/v1/chat/completions", json=body | effort)).status_code == 200
+    assert asked == [True, True, False]
 
 
 def test_version_metrics_and_targets_are_served(gateway: Any) -> None:

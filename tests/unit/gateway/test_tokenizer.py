@@ -184,6 +184,19 @@ async def test_a_model_without_a_template_refuses_conversations(smollm2: Any, mo
         await Tokenizer(smollm2).encode_chat(TURNS)
 
 
+async def test_who_isn_t_to_think_is_told_as_the_template_does(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen3's does; a template without a choice never looks."""
+    tokenizer, plain = Tokenizer(smollm2), await Tokenizer(smollm2).encode_chat(TURNS)
+    assert await tokenizer.encode_chat(TURNS, may_think=False) == plain
+    closed = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    monkeypatch.setattr(smollm2, "chat_template", smollm2.chat_template + closed)
+    assert await tokenizer.encode_chat(TURNS) == plain
+    ids = await tokenizer.encode_chat(TURNS, may_think=False)
+    assert tokenizer.decode(ids).endswith("assistant\n<think></think>")
+    _, end = parts(tokenizer, ids, await tokenizer.outline_chat(TURNS, ids))
+    assert end == "<|im_start|>assistant\n<think></think>"
+
+
 async def test_a_template_that_refuses_is_the_clients_fault(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequest, match="chat template refuses them: roles must alternate") as refused:

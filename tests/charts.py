@@ -152,6 +152,9 @@ PRODUCTION: Mapping[str, Any] = {
     "gcsFaultTolerance": {"redisAddress": "redis://redis:6379", "existingSecret": "redis"},
     "rdma": {"enabled": True},
     "serviceAccount": {"annotations": {"role": "d"}},
-    "networkPolicy": {"egress": [{"to": [{"podSelector": {"matchLabels": {"app": "redis"}}}]}]},
+    "networkPolicy": {
+        "clients": [{"ipBlock": {"cidr": "203.0.113.0/24"}}],
+        "egress": [{"to": [{"podSelector": {"matchLabels": {"app": "redis"}}}]}],
+    },
     "monitoring": {"scrapeConfig": {"labels": {"prometheus": "main"}}, "prometheusRule": {"labels": {"e": "f"}}},
 }

@@ -92,6 +92,14 @@ CONTRADICTIONS: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"gcsFaultTolerance": {"redisAddress": "redis://redis:6379"}},
         "gcsFaultTolerance.redisAddress: the network policy would keep the head from it",
     ),
+    "clients from outside that nothing lets in": (
+        {"gateway": {"service": {"type": "LoadBalancer"}}},
+        "gateway.service.type: the network policy would keep out whom a LoadBalancer brings in: name them with",
+    ),
+    "clients from outside, by a node": (
+        {"gateway": {"service": {"type": "NodePort"}}, "networkPolicy": {"clients": [{"podSelector": {}}]}},
+        "the network policy would keep out whom a NodePort brings in",
+    ),
     "any free port": ({"config": {"gateway": {"port": 0}}}, "config.gateway.port: must not be 0"),
     "HTTP and gRPC on one port": (
         {"config": {"gateway": {"grpc_port": 8000}}},
@@ -180,6 +188,14 @@ FINE: Mapping[str, Mapping[str, Any]] = {
     },
     "a Redis and no policy": {
         "gcsFaultTolerance": {"redisAddress": "redis://redis:6379"},
+        "networkPolicy": {"enabled": False},
+    },
+    "clients from outside who are named": {
+        "gateway": {"service": {"type": "LoadBalancer"}},
+        "networkPolicy": {"clients": [{"ipBlock": {"cidr": "203.0.113.0/24"}}]},
+    },
+    "clients from outside and no policy": {
+        "gateway": {"service": {"type": "NodePort"}},
         "networkPolicy": {"enabled": False},
     },
     "one plan, said twice": {"config": {"prefill": {"skip_layers": 0}, "decode": {"skip_layers": 0}}},

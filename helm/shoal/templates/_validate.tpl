@@ -61,6 +61,12 @@
     {{- fail "gcsFaultTolerance.redisAddress: the network policy would keep the head from it: allow it with networkPolicy.egress" -}}
   {{- end -}}
 {{- end -}}
+{{- with .Values.networkPolicy -}}
+  {{- $type := $.Values.gateway.service.type -}}
+  {{- if and .enabled (ne $type "ClusterIP") (eq (toJson .clients) (list (dict "podSelector" dict) | toJson)) -}}
+    {{- fail (printf "gateway.service.type: the network policy would keep out whom a %s brings in: name them with networkPolicy.clients, such as [{ipBlock: {cidr: 203.0.113.0/24}}]" $type) -}}
+  {{- end -}}
+{{- end -}}
 {{- $grace := include "shoal.grace" . | int -}}
 {{- if lt (int .Values.drain.deadline_s) $grace -}}
   {{- fail (printf "drain.deadline_s: must be at least %d, the time in which a replica finishes and closes (config.ray.stop_timeout_s, config.handoff.drain_s, and 2 s)" $grace) -}}

@@ -117,6 +117,26 @@ CONTRADICTIONS: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"config": {"gateway": {"grpc_port": 52365}}},
         "config.gateway.grpc_port: Ray's agent listens on 52365 already",
     ),
+    "HTTP on the port of Ray's metrics": (
+        {"config": {"gateway": {"port": 8080}}},
+        "config.gateway.port: Ray, for its own metrics, listens on 8080 already",
+    ),
+    "gRPC on the port of Ray's metrics": (
+        {"config": {"gateway": {"grpc_port": 8080}}},
+        "config.gateway.grpc_port: Ray, for its own metrics, listens on 8080 already",
+    ),
+    "HTTP on the port of Ray's client": (
+        {"config": {"gateway": {"port": 10001}}},
+        "config.gateway.port: Ray's server for its client listens on 10001 already",
+    ),
+    "gRPC on the port of the autoscaler's metrics": (
+        {"config": {"gateway": {"grpc_port": 44217}}},
+        "config.gateway.grpc_port: Ray's autoscaler, for its metrics, listens on 44217 already",
+    ),
+    "HTTP on the port of the dashboard's metrics": (
+        {"config": {"gateway": {"port": 44227}}},
+        "config.gateway.port: Ray's dashboard, for its metrics, listens on 44227 already",
+    ),
     "an empty range of metrics": (
         {"config": {"metrics": {"port_range": {"first": 23000, "last": 22000}}}},
         "config.metrics.port_range: last (22000) is below first (23000)",

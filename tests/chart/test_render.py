@@ -270,7 +270,7 @@ def test_a_worker_is_ready_without_a_proxy_of_serve() -> None:
             assert (asked["path"], ports(group)[asked["port"]]) == ("/api/healthz", 52365)
 
 
-@pytest.mark.parametrize(("port", "grpc_port"), [(8000, 9000), (8080, 9090)])
+@pytest.mark.parametrize(("port", "grpc_port"), [(8000, 9000), (8081, 9090)])
 def test_ports_are_the_configuration_s_everywhere(port: int, grpc_port: int) -> None:
     is_default = (port, grpc_port) == (8000, 9000)
     objects = charts.rendered({} if is_default else {"config": {"gateway": {"port": port, "grpc_port": grpc_port}}})

@@ -112,7 +112,15 @@
 {{- if not (int $shared.gateway.port) -}}
   {{- fail "config.gateway.port: must not be 0: a Service has to know it" -}}
 {{- end -}}
-{{- $taken := dict "6379" "Ray's GCS" "8265" "Ray's dashboard" "52365" "Ray's agent" -}}
+{{- $taken := dict
+  "6379" "Ray's GCS"
+  "8080" "Ray, for its own metrics,"
+  "8265" "Ray's dashboard"
+  "10001" "Ray's server for its client"
+  "44217" "Ray's autoscaler, for its metrics,"
+  "44227" "Ray's dashboard, for its metrics,"
+  "52365" "Ray's agent"
+-}}
 {{- range $key := list "port" "grpc_port" -}}
   {{- $port := get $shared.gateway $key | int | toString -}}
   {{- with get $taken $port -}}

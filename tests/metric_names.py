@@ -33,7 +33,7 @@ def exposed() -> Mapping[str, frozenset[str]]:
     TransferMetrics(decode, Transport.GRPC)
     labels: dict[str, frozenset[str]] = {"up": TARGET_LABELS}
     for registry in (gateway, prefill, decode):
-        CertificateMetrics(registry, lambda: 1.0)
+        CertificateMetrics(registry)
         HealthMetrics(registry)
         _touch_everything(registry)
         for family in text_string_to_metric_families(generate_latest(registry).decode()):

@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 import structlog
-from prometheus_client import CollectorRegistry
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
@@ -21,7 +20,7 @@ from shoal.errors import ConfigError, InternalError, PeerGone, ShoalError
 from shoal.machine import EVERY_INTERFACE, is_loopback
 from shoal.messages import Role
 from shoal.rpc.peers import PeerTls
-from shoal.telemetry import CertificateMetrics
+from shoal.telemetry import CertificateMetrics, ShownTo
 
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 _log = structlog.get_logger(__name__)
@@ -116,12 +115,12 @@ def host_of_gateway(config: GatewayConfig, *, serves_http: bool) -> str:
     return host
 
 
-def peer_tls(config: ShoalConfig, role: Role, registry: CollectorRegistry) -> PeerTls | None:
+def peer_tls(config: ShoalConfig, role: Role, metrics: CertificateMetrics) -> PeerTls | None:
     """This replica's certificate, if there is to be one, and its expiry among the metrics. Raises ConfigError."""
     if not isinstance(config.tls, PeerTlsConfig):
         return None
     tls = PeerTls(config.tls.folder, role)
-    CertificateMetrics(registry, lambda: tls.current().expires_s)
+    metrics.expires(ShownTo.REPLICAS, lambda: tls.current().expires_s)
     return tls
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
+from prometheus_client.parser import text_string_to_metric_families
 
 import capture
 import shoal
@@ -18,6 +20,7 @@ from netns import network
 from nodes import ENVIRONMENT
 from shoal.certs import make_certificates
 from shoal.model.files import locate
+from shoal.telemetry import ShownTo
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -47,6 +50,8 @@ headers = {"content-type": "application/json", "x-shoal-timing": "1"}
 request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), headers)
 with urllib.request.urlopen(request, timeout=60, context=trust) as answer:
     print(answer.read().decode())
+with urllib.request.urlopen(url + "/metrics", timeout=60, context=trust) as answer:
+    print(answer.read().decode())
 """
 
 
@@ -74,9 +79,23 @@ def served(tmp_path: Path, tls: Path | None) -> Traffic:
         assert asked.returncode == 0, f"{asked.stderr}\n{hosts.logs()}"
         hosts.execute("host", ["kill", "1"])  # the capture, which hands it on
         assert process.ended(60) == 0, hosts.logs()
-    [prompt] = json.loads(asked.stdout)["shoal"]["prompts"]
+    told, _, metrics = asked.stdout.partition("\n")
+    [prompt] = json.loads(told)["shoal"]["prompts"]
     assert prompt["handoff"]["transferred"], prompt
+    assert expiries(metrics) == ({} if tls is None else dict.fromkeys(ShownTo, expires_s(tls / "gateway")))
     return capture.read(tmp_path)
+
+
+def expiries(metrics: str) -> dict[str, float]:
+    """Of the gateway's certificates, by whom they are shown to."""
+    name = "shoal_certificate_expiry_timestamp_seconds"
+    families = {family.name: family.samples for family in text_string_to_metric_families(metrics)}
+    return {sample.labels["shown_to"]: sample.value for sample in families[name]}
+
+
+def expires_s(folder: Path) -> float:
+    certificate = x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
+    return certificate.not_valid_after_utc.timestamp()
 
 
 def needles() -> list[bytes]:

@@ -134,7 +134,7 @@ def test_metrics_that_are_named_exist() -> None:
     PrefillMetrics(registries[1])
     DecodeMetrics(registries[2])
     TransferMetrics(registries[3], Transport.GRPC)
-    CertificateMetrics(registries[4], lambda: 0.0)
+    CertificateMetrics(registries[4])
     HealthMetrics(registries[5])
     known = {
         name

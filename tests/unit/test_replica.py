@@ -29,7 +29,7 @@ from shoal.replica import (
     peer_tls,
     told_plainly,
 )
-from shoal.telemetry import new_registry
+from shoal.telemetry import CertificateMetrics, new_registry
 
 PROMPT = "what a client wrote"
 SOON = dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(days=2)
@@ -144,23 +144,26 @@ def test_a_private_cluster_s_node_is_loopback_and_needs_nothing(monkeypatch: pyt
     assert host_of_handoff(ShoalConfig(handoff={"host": "auto"})) == Host("127.0.0.1", "127.0.0.1")
 
 
+EXPIRY = ("shoal_certificate_expiry_timestamp_seconds", {"shown_to": "replicas"})
+
+
 def test_a_replica_s_certificate_is_its_role_s_and_its_end_is_measured(tmp_path: Path):
     roles = Roles(tmp_path)
     config, registry = ShoalConfig(tls={"folder": tmp_path}), new_registry()
-    tls = peer_tls(config, "prefill", registry)
+    tls = peer_tls(config, "prefill", CertificateMetrics(registry))
     assert tls is not None
     assert tls.current().chain == (tmp_path / "prefill" / "tls.crt").read_bytes()
-    before = registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds")
+    before = registry.get_sample_value(*EXPIRY)
     assert before == tls.current().expires_s
     roles.write("prefill", not_after=SOON)
-    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") == SOON.timestamp()
+    assert registry.get_sample_value(*EXPIRY) == SOON.timestamp()
 
 
 @pytest.mark.parametrize("tls", [None, "off"])
 def test_without_tls_there_is_no_certificate_and_no_metric(tls: str | None):
     registry = new_registry()
-    assert peer_tls(ShoalConfig(tls=tls), "decode", registry) is None
-    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") is None
+    assert peer_tls(ShoalConfig(tls=tls), "decode", CertificateMetrics(registry)) is None
+    assert registry.get_sample_value(*EXPIRY) is None
 
 
 def pickled(error: Exception) -> bytes:

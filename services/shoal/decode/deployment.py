@@ -30,7 +30,15 @@ from shoal.replica import (
 from shoal.rpc.ports import join_address
 from shoal.rpc.probe import ProbedServer
 from shoal.rpc.token_server import Outlet, Place, TokenServer
-from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
+from shoal.telemetry import (
+    CertificateMetrics,
+    Component,
+    HealthMetrics,
+    bind_request,
+    configure_logging,
+    new_registry,
+    serve_metrics,
+)
 from shoal.watch import Watch
 
 if TYPE_CHECKING:
@@ -60,7 +68,7 @@ class DecodeReplica:
         metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)
         peers = host_of_handoff(settings)
-        tls = peer_tls(settings, "decode", registry)
+        tls = peer_tls(settings, "decode", CertificateMetrics(registry))
         self._tokens = TokenServer()
         pool = ServePrefillPool(settings.ray.app_name, prefill)
         self._stage = await self._exits.enter_async_context(

@@ -30,20 +30,23 @@ from shoal.gateway.intake import Services
 from shoal.gateway.keys import Keyring
 from shoal.gateway.poll import SharedPoll
 from shoal.gateway.retrying import RetryingBackend
-from shoal.gateway.tls import server_context
+from shoal.gateway.tls import expiry, server_context
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
 from shoal.messages import Depth, GenerateRequest, TokenOutput
 from shoal.model.files import locate
 from shoal.rate import RateLimit
 from shoal.replica import host_of_gateway, host_of_metrics, known_error, leave_no_dump, peer_tls
+from shoal.rpc.peers import PeerTls
 from shoal.rpc.ports import join_address
 from shoal.rpc.token_client import TokenClient, TokenStream
 from shoal.telemetry import (
+    CertificateMetrics,
     Component,
     GatewayMetrics,
     HealthMetrics,
     MetricsServer,
+    ShownTo,
     Target,
     configure_logging,
     new_registry,
@@ -179,8 +182,7 @@ class GatewayReplica:
         self._exits.callback(server.close)
         tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(tokenizer.close)
-        peers = peer_tls(settings, "gateway", self._registry)
-        tokens = TokenClient(_GRACE_S, routes.heard, peers)
+        tokens = TokenClient(_GRACE_S, routes.heard, self._certificates(listens=listens))
         self._exits.push_async_callback(tokens.close)
         living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(
@@ -223,6 +225,14 @@ class GatewayReplica:
         self._watch = self._watch_over(metrics_server=server)
         await asyncio.to_thread(directory.register, self._entry)
         self._watch.start()
+
+    def _certificates(self, *, listens: bool) -> PeerTls | None:
+        """What other processes are shown; when that expires, and what clients are shown, is among the metrics."""
+        metrics = CertificateMetrics(self._registry)
+        gateway = self._settings.gateway
+        if gateway.tls is not None and (listens or gateway.grpc_port):
+            metrics.expires(ShownTo.CLIENTS, expiry(gateway.tls))
+        return peer_tls(self._settings, "gateway", metrics)
 
     def _watch_over(self, metrics_server: MetricsServer) -> Watch:
         servers: dict[Component, Server | None] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+from cryptography import x509
 
 from shoal.config import TlsConfig
 from shoal.errors import ConfigError
@@ -51,6 +52,18 @@ def server_context(tls: TlsConfig) -> ssl.SSLContext:
 
     context.sni_callback = before_handshake  # called for each connection, whether it names a server or not
     return context
+
+
+def expiry(tls: TlsConfig) -> Callable[[], float]:
+    """Tells when the certificate expires that the servers show by now, in Unix time. Raises ConfigError as they do."""
+    newest, changed = _expires_s(tls), _Changes(tls)
+
+    def current() -> float:
+        nonlocal newest
+        newest = changed.since_last(_expires_s) or newest
+        return newest
+
+    return current
 
 
 class _Changes:
@@ -102,6 +115,15 @@ def _context(tls: TlsConfig) -> ssl.SSLContext:
         context.num_tickets = 0
         context.minimum_version = ssl.TLSVersion.TLSv1_3  # the one before remembers sessions without tickets, too
     return context
+
+
+def _expires_s(tls: TlsConfig) -> float:
+    _context(tls)  # files that the servers don't take say nothing
+    try:
+        leaf = x509.load_pem_x509_certificates(_read(tls.cert_file, "cert_file"))[0]
+    except ValueError as error:
+        raise ConfigError(f"gateway.tls.cert_file {tls.cert_file} holds no PEM certificate: {error}") from error
+    return leaf.not_valid_after_utc.timestamp()
 
 
 def _certificates(path: Path, name: str) -> bytes:

@@ -17,7 +17,15 @@ from shoal.errors import PeerGone
 from shoal.messages import Grant, HandoffOutcome
 from shoal.replica import host_of_metrics, is_stopping, leave_no_dump, peer_tls, told_plainly
 from shoal.rpc.ports import join_address
-from shoal.telemetry import Component, HealthMetrics, bind_request, configure_logging, new_registry, serve_metrics
+from shoal.telemetry import (
+    CertificateMetrics,
+    Component,
+    HealthMetrics,
+    bind_request,
+    configure_logging,
+    new_registry,
+    serve_metrics,
+)
 from shoal.transfer.base import Channel
 from shoal.transfer.channels.grpc import dial
 from shoal.watch import Watch
@@ -43,7 +51,7 @@ class PrefillReplica:
         ports = settings.metrics.port_range
         metrics = serve_metrics(registry, host.bound, ports.first, ports.last)
         self._exits.callback(metrics.close)
-        tls = peer_tls(settings, "prefill", registry)
+        tls = peer_tls(settings, "prefill", CertificateMetrics(registry))
         self._stage = await self._exits.enter_async_context(
             open_prefill(settings, registry, connect=partial(self.dial, tls=tls), on_progress=_report_loading)
         )

@@ -12,6 +12,7 @@ from shoal.telemetry.labels import (
     HandoffReason,
     LeaseState,
     Part,
+    ShownTo,
     Transport,
     VerifyCheck,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MetricsServer",
     "Part",
     "PrefillMetrics",
+    "ShownTo",
     "StageMetrics",
     "Target",
     "TransferMetrics",

@@ -187,6 +187,13 @@ class Component(enum.StrEnum):
     METRICS_SERVER = "metrics_server"
 
 
+class ShownTo(enum.StrEnum):
+    """Who sees a certificate: Shoal's other processes that of ``tls``, clients that of ``gateway.tls``."""
+
+    REPLICAS = "replicas"
+    CLIENTS = "clients"
+
+
 def status_label(status: int) -> str:
     """The HTTP statuses that Shoal answers, and ``other``."""
     return str(status) if status in _STATUSES else "other"

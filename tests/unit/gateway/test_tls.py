@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import logging
 import socket
 import ssl
@@ -13,11 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 import trustme
+from cryptography import x509
 from starlette.responses import PlainTextResponse
 
 from shoal.config import TlsConfig
 from shoal.gateway.http_server import HttpServer
-from shoal.gateway.tls import server_context
+from shoal.gateway.tls import expiry, server_context
 
 
 class Files:
@@ -29,9 +31,9 @@ class Files:
         )
         self.issue()
 
-    def issue(self) -> None:
+    def issue(self, not_after: dt.datetime | None = None) -> None:
         self.authority = trustme.CA()
-        issued = self.authority.issue_cert("127.0.0.1")
+        issued = self.authority.issue_cert("127.0.0.1", not_after=not_after)
         for path, content in (
             (self.tls.cert_file, issued.cert_chain_pems[0].bytes()),
             (self.tls.key_file, issued.private_key_pem.bytes()),
@@ -132,6 +134,24 @@ async def test_who_shows_a_certificate_speaks_tls_1_3(tmp_path: Path) -> None:
         client.maximum_version = ssl.TLSVersion.TLSv1_2
         with pytest.raises(REFUSED):
             await asyncio.to_thread(spoken, place, client)
+
+
+SOON = dt.datetime(2100, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+
+
+def test_its_end_is_that_of_the_files_that_serve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = Files(tmp_path, asks_clients=False)
+    tell = expiry(files.tls)
+    first = x509.load_pem_x509_certificate(files.tls.cert_file.read_bytes())
+    assert tell() == first.not_valid_after_utc.timestamp() != SOON.timestamp()
+    files.issue(not_after=SOON)
+    assert tell() == SOON.timestamp()
+    key = files.tls.key_file.read_bytes()
+    with caplog.at_level(logging.ERROR):
+        files.issue()
+        files.tls.key_file.write_bytes(key)  # of the one before: no server takes the two
+        assert tell() == tell() == SOON.timestamp()
+    assert len([line for line in caplog.messages if "the certificate stays as it was" in line]) == 1
 
 
 async def test_files_that_are_wrong_later_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,6 +32,7 @@ from shoal.telemetry.labels import (
     Part,
     PromptWay,
     RejectReason,
+    ShownTo,
     VerifyCheck,
 )
 
@@ -138,6 +139,11 @@ ROLES = [
             "shoal_event_loop_lag_seconds": lambda m: m.loop_lag(0.2),
         },
     ),
+    Role(
+        "certificate",
+        CertificateMetrics,
+        {"shoal_certificate_expiry_timestamp_seconds": lambda m: m.expires(ShownTo.CLIENTS, lambda: 1e9)},
+    ),
 ]
 
 
@@ -197,12 +203,18 @@ def test_transfers_in_flight_return_to_zero_however_they_end() -> None:
         assert registry.get_sample_value("shoal_kv_transfers_in_flight") == 0
 
 
-def test_a_certificate_that_is_replaced_expires_later() -> None:
-    registry, expires = CollectorRegistry(), [1000.0]
-    CertificateMetrics(registry, lambda: expires[0])
-    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") == 1000
-    expires[0] = 2000.0
-    assert registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds") == 2000
+def test_a_certificate_that_is_replaced_expires_later_and_the_other_one_does_not() -> None:
+    def measured(shown_to: ShownTo) -> float | None:
+        return registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds", {"shown_to": shown_to})
+
+    registry, expires = CollectorRegistry(), {ShownTo.REPLICAS: 1000.0, ShownTo.CLIENTS: 500.0}
+    metrics = CertificateMetrics(registry)
+    metrics.expires(ShownTo.REPLICAS, lambda: expires[ShownTo.REPLICAS])
+    assert (measured(ShownTo.REPLICAS), measured(ShownTo.CLIENTS)) == (1000, None)
+    metrics.expires(ShownTo.CLIENTS, lambda: expires[ShownTo.CLIENTS])
+    assert (measured(ShownTo.REPLICAS), measured(ShownTo.CLIENTS)) == (1000, 500)
+    expires[ShownTo.CLIENTS] = 2000.0
+    assert (measured(ShownTo.REPLICAS), measured(ShownTo.CLIENTS)) == (1000, 2000)
 
 
 def test_a_state_without_leases_goes_back_to_zero() -> None:

@@ -346,6 +346,7 @@ def test_a_disruption_budget_needs_no_scale_of_the_pods_owner() -> None:
         {"decode": {"replicas": 2}},
         {"config": {"log": {"level": "debug"}}},
         {"prefill": {"tolerations": [{"key": "gpu", "operator": "Exists"}]}},
+        {"gateway": {"service": {"type": "NodePort"}}, "networkPolicy": {"enabled": False}},
     ],
     ids=str,
 )

@@ -30,8 +30,10 @@ metadata:
     {{- mergeOverwrite (deepCopy $values.labels) (include "shoal.labels" $root | fromYaml) $own | toYaml | nindent 4 }}
   annotations:
     {{- /* KubeRay compares pods alone, and not all of them: without this, it would leave new numbers of replicas and new
-    tolerations aside, and have Serve restart all replicas where they are for anything else that changes. */}}
-    checksum/config: {{ list (include "shoal.config" $root) $values.tolerations | toJson | sha256sum }}
+    tolerations aside, and have Serve restart all replicas where they are for anything else that changes. It writes the
+    Service's spec only where it turns it to another cluster, and its annotations never again. */}}
+    {{- $type := $root.Values.gateway.service.type }}
+    checksum/config: {{ list (include "shoal.config" $root) $values.tolerations $type | toJson | sha256sum }}
     {{- with $values.annotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}

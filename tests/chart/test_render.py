@@ -421,6 +421,17 @@ def test_a_release_has_a_job_of_its_own_wherever_prometheus_is_asked(values: Map
     assert relabelled in charts.only(objects, "ScrapeConfig")["spec"]["relabelings"]
 
 
+def test_whoever_has_no_operator_reads_as_often() -> None:
+    """A component stands still for some seconds before its replica is replaced."""
+    interval = charts.only(charts.rendered(apis=MONITORING), "ScrapeConfig")["spec"]["scrapeInterval"]
+    prometheus = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
+    assert prometheus["global"]["scrape_interval"] == interval
+    for text in (charts.notes(), (ROOT / "docs" / "install.md").read_text(encoding="utf-8")):
+        [snippet] = re.findall(r"^ *scrape_configs:\n(?: +.*\n)+", text, re.MULTILINE)
+        [job] = yaml.safe_load(snippet)["scrape_configs"]
+        assert job["scrape_interval"] == interval
+
+
 def test_notes_name_the_services() -> None:
     assert f"gRPC: {RELEASE}.{charts.NAMESPACE}.svc:9000 (plain text)" in charts.notes()
     assert f"{RELEASE}.{charts.NAMESPACE}.svc:9000 (TLS)" in charts.notes(PRODUCTION)

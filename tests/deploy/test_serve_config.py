@@ -43,6 +43,13 @@ def test_the_arguments_are_a_configuration_that_agrees_with_the_rest_of_the_file
     assert config.gateway.host == tree["http_options"]["host"]
 
 
+@pytest.mark.parametrize("name", ["serve.yaml", "shoal.yaml"])
+def test_who_reaches_the_machine_is_not_told_the_schema(name: str) -> None:
+    loaded = yaml.safe_load((DEPLOY / name).read_text())
+    config = load_config(**(loaded["applications"][0]["args"] if "applications" in loaded else loaded))
+    assert config.gateway.host == "0.0.0.0" and not config.gateway.reflection
+
+
 def test_it_describes_the_system_of_the_compose_file(tree: dict[str, Any]) -> None:
     [application] = tree["applications"]
     ours, composed = load_config(**application["args"]), load_config(DEPLOY / "shoal.yaml")

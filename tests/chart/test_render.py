@@ -305,6 +305,16 @@ def test_the_service_that_kuberay_turns_at_an_upgrade_carries_grpc_too(values: M
     assert ("appProtocol" in grpc) is (load_config(**charts.shoal_config(service)).gateway.tls is None)
 
 
+@with_values
+def test_no_worker_is_behind_the_service_that_kuberay_makes(values: Mapping[str, Any]) -> None:
+    """Its selector takes in workers, too, so it finds its ports by names that they don't have."""
+    service = ray_service(values)
+    targets = {each["targetPort"] for each in service["spec"]["serveService"]["spec"]["ports"]}
+    assert targets <= ports(charts.head(service)).keys()
+    for group in charts.worker_groups(service).values():
+        assert targets.isdisjoint(ports(group))
+
+
 def test_without_grpc_nothing_of_it_is_there() -> None:
     objects = charts.rendered({"config": {"gateway": {"grpc_port": 0}}})
     assert len(charts.only(objects, "RayService")["spec"]["serveService"]["spec"]["ports"]) == 1

@@ -329,9 +329,37 @@ def test_the_network_policy_holds_for_all_pods_and_lets_prometheus_read() -> Non
     assert all(pods_match(selector, group) for group in groups(charts.only(objects, "RayService")).values())
     assert selector.items() <= charts.only(objects, "Pod")["metadata"]["labels"].items()
     among_themselves, _, prometheus, _ = policy["ingress"]
-    assert among_themselves == {"from": [{"podSelector": {"matchLabels": selector}}]}
+    others = {"key": "app.kubernetes.io/component", "operator": "NotIn", "values": ["test"]}
+    assert among_themselves == {"from": [{"podSelector": {"matchLabels": selector, "matchExpressions": [others]}}]}
     metrics = ShoalConfig().metrics.port_range
     assert {"protocol": "TCP", "port": metrics.first, "endPort": metrics.last} in prometheus["ports"]
+
+
+@pytest.mark.parametrize("others", [{"clients": [], "prometheus": []}, {"clients": []}], ids=["nobody", "prometheus"])
+def test_the_pod_that_tests_reaches_what_it_asks_and_none_of_ray_s_ports(others: Mapping[str, Any]) -> None:
+    objects = charts.rendered({"networkPolicy": others})
+    rules = charts.only(objects, "NetworkPolicy")["spec"]["ingress"]
+
+    def reached(labels: Mapping[str, str]) -> list[object]:
+        return [
+            rule.get("ports")  # none says all of them
+            for rule in rules
+            for peer in rule["from"]
+            if "namespaceSelector" not in peer and selects(peer["podSelector"], labels)
+        ]
+
+    metrics = {"protocol": "TCP", "port": 22000, "endPort": 22999}
+    asked = [{"protocol": "TCP", "port": 8000}, metrics]
+    assert reached(charts.only(objects, "Pod")["metadata"]["labels"]) == [asked]
+    for group in groups(charts.only(objects, "RayService")).values():
+        assert reached(group["template"]["metadata"]["labels"]) == [None]
+
+
+def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    expressions = selector.get("matchExpressions", ())
+    assert {each["operator"] for each in expressions} <= {"NotIn"}
+    is_left_out = any(labels.get(each["key"]) in each["values"] for each in expressions)
+    return selector["matchLabels"].items() <= labels.items() and not is_left_out
 
 
 def test_only_pools_with_a_replica_to_spare_get_a_disruption_budget() -> None:

@@ -78,6 +78,7 @@ class StandInDecode:
         directory.register(self._entry)
 
     async def generate(self, mode: str) -> AsyncIterator[int]:
+        self._diary.write("started")
         try:
             if mode == "refuse":
                 raise InvalidRequest("no such mode", param="mode")

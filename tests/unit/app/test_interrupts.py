@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from processes import eventually
 from shoal.app.interrupts import Interrupts, caught
 
 
@@ -91,14 +92,13 @@ def test_waiting_notes_signals_though_others_take_them_meanwhile():
     future: Future[int] = Future()
 
     def elsewhere() -> None:
-        threading.Event().wait(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(0.1)
+        if eventually(lambda: signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL):
+            os.kill(os.getpid(), signal.SIGTERM)
         future.set_result(1)
 
     with caught() as interrupts:
-        threading.Thread(target=elsewhere).start()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=elsewhere).start()
         with pytest.raises(KeyboardInterrupt):
             interrupts.wait(future)
     assert future.result() == 1

@@ -214,7 +214,7 @@ async def test_prefill_keeps_the_deadline_itself(folder: Path):
             await asyncio.Event().wait()
 
         local.prefill.worker._sessions.get = never  # type: ignore[method-assign]
-        context = RequestContext("late", timeout_s=0.2)
+        context = RequestContext("late", timeout_s=2.0)
         grant = Grant(b"l" * 16, "memory", local.decode.served.plan_hash, 20, 0, 60.0, 60.0, context)
         with structlog.testing.capture_logs() as logs:
             outcome = await local.prefill.worker.prefill(grant)

@@ -273,6 +273,7 @@ async def test_a_call_past_its_deadline_frees_the_pool_and_is_told_as_late(
 ) -> None:
     monkeypatch.setattr(inference_server, "TIMEOUT_S", timeout_s)
     inference.backend.hold_after = 1
+    await inference.channel.channel_ready()  # to connect takes time of the call
     with pytest.raises(grpc.aio.AioRpcError) as late:
         await getattr(inference, method)()
     assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED

@@ -10,8 +10,8 @@ from typing import Any, cast
 import grpc.aio
 import httpx
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from structlog.testing import capture_logs
 
 from fake_backend import FakeBackend
@@ -237,47 +237,54 @@ async def test_more_tokens_than_a_tenant_may_have_are_refused(http: httpx.AsyncC
     assert mine.num_kv_tokens == 0
 
 
-@pytest.mark.parametrize("method", ["Generate", "GenerateStream", "ListModels"])
+METHODS = pb.DESCRIPTOR.services_by_name["InferenceService"].methods
+GENERATING = {f"/{SERVICE_NAME}/{one.name}" for one in METHODS if one.input_type.name == "GenerateRequest"}
+REFLECTION = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+# Every method that wants a key, with a message for it.
+KEYED = {
+    **{f"/{SERVICE_NAME}/{one.name}": b"" for one in METHODS},
+    **dict.fromkeys(GENERATING, request().SerializeToString()),
+    f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": REFLECTION,
+}
+
+
+@pytest.mark.parametrize("method", [one.name for one in METHODS])
 async def test_by_grpc_who_has_no_key_is_refused_before_a_message_is_read(guarded: Services, method: str):
     async with client_of(guarded) as client:
         call = client.channel.stream_stream(f"/{SERVICE_NAME}/{method}")(timeout=TIMEOUT_S)  # it sends none
         assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_by_grpc_a_key_is_wanted_for_all_but_health(guarded: Services):
+async def told_first(channel: grpc.aio.Channel, method: str, message: bytes, name: str | None = None) -> Any:
+    """A call's first answer."""
+    metadata = () if name is None else tuple(bearer(name).items())
+    return await channel.stream_stream(method)(iter([message]), timeout=TIMEOUT_S, metadata=metadata).read()
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_by_grpc_health_wants_no_key(guarded: Services, method: str):
     async with client_of(guarded) as client:
-        health = health_pb2_grpc.HealthStub(client.channel)
-        reflection = reflection_pb2_grpc.ServerReflectionStub(client.channel)
-        names = reflection_pb2.ServerReflectionRequest(list_services="")
-        assert await health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
-        calls = {
-            "Generate": lambda metadata: client.stub.Generate(request(), timeout=TIMEOUT_S, metadata=metadata),
-            "GenerateStream": lambda metadata: _first(
-                client.stub.GenerateStream(request(), timeout=TIMEOUT_S, metadata=metadata)
-            ),
-            "ListModels": lambda metadata: client.stub.ListModels(
-                pb.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata
-            ),
-            "ServerReflectionInfo": lambda metadata: _first(
-                reflection.ServerReflectionInfo(iter([names]), timeout=TIMEOUT_S, metadata=metadata)
-            ),
-        }
-        for name, call in calls.items():
-            assert await call(tuple(bearer("asker").items())), name
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await call(())
-            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, name
-            assert told(refused.value)[:2] == (401, "invalid_api_key")
+        assert await told_first(client.channel, f"/{health.SERVICE_NAME}/{method}", b"")
+
+
+@pytest.mark.parametrize("method", KEYED)
+async def test_by_grpc_a_key_is_wanted(guarded: Services, method: str):
+    async with client_of(guarded) as client:
+        assert await told_first(client.channel, method, KEYED[method], "asker")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await calls["Generate"](tuple(bearer("watcher").items()))
+            await told_first(client.channel, method, KEYED[method])
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert told(refused.value)[:2] == (401, "invalid_api_key")
+        assert [one.context.tenant for one in client.backend.requests] == ["asker"] * (method in GENERATING)
+
+
+@pytest.mark.parametrize("method", [method for method in KEYED if SERVICE_NAME in method])
+async def test_by_grpc_a_key_opens_what_its_roles_say(guarded: Services, method: str):
+    async with client_of(guarded) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await told_first(client.channel, method, KEYED[method], "watcher")
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
-        assert [one.context.tenant for one in client.backend.requests] == ["asker", "asker"]
-
-
-async def _first(answers: Any) -> Any:
-    async for answer in answers:
-        return answer
-    return None
+        assert not client.backend.requests
 
 
 async def test_where_no_keys_are_wanted_anybody_may_ask(services: Services):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from inference_server import client_of
 from inference_server import request as grpc_request
 from shoal.config import ShoalConfig
 from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
@@ -24,9 +26,11 @@ from shoal.gateway.backend import Route
 from shoal.gateway.deployment import PoolBackend
 from shoal.gateway.inference import SERVICE_NAME, InferenceService
 from shoal.gateway.intake import Services
+from shoal.gateway.tokenizer import MAX_INLINE_CHARS, Tokenizer
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, Ticket, TokenOutput
 from shoal.rpc.outputs import to_outputs
 from shoal.rpc.token_client import TokenClient
+from shoal.v1 import inference_pb2 as pb
 from shoal.v1 import worker_pb2
 
 OUTPUT = TokenOutput(0, (1,), "a")
@@ -191,9 +195,12 @@ def hurried(services: Services, monkeypatch: pytest.MonkeyPatch) -> Services:
     return replace(services, config=services.config.model_copy(update={"deadline_s": 0.2}))
 
 
-async def asked(services: Services, *, reads: bool, sends: bool, headers: dict[str, str] | None = None) -> list[Any]:
+async def asked(
+    services: Services, *, reads: bool = True, sends: bool = True, headers: dict[str, str] | None = None, **fields: Any
+) -> list[Any]:
     """What a client is sent that leaves out the end of its request, or stops reading its answer as it begins."""
-    body = json.dumps({"model": "smollm2", "prompt": "Hello", "max_tokens": 50, "stream": True}).encode()
+    asks = fields or {"prompt": "Hello"}
+    body = json.dumps({"model": "smollm2", "max_tokens": 50, "stream": True, **asks}).encode()
     coming = [{"type": "http.request", "body": body, "more_body": not sends}]
     said: list[Any] = []
 
@@ -208,7 +215,7 @@ async def asked(services: Services, *, reads: bool, sends: bool, headers: dict[s
             await asyncio.Event().wait()
 
     raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    path = "/v1/completions"
+    path = "/v1/completions" if "prompt" in asks else "/v1/chat/completions"
     scope = {"type": "http", "method": "POST", "path": path, "headers": raw, "query_string": b"", "root_path": ""}
     await asyncio.wait_for(create_app(services)(scope, receive, send), 10)
     return said
@@ -276,6 +283,41 @@ async def test_a_client_of_grpc_that_stops_reading_holds_no_place_beyond_the_dea
     with hurried.access.admitted(f"/{SERVICE_NAME}/GenerateStream", ()), pytest.raises(grpc.aio.AbortError):
         await asyncio.wait_for(method(None, call), 10)  # type: ignore[arg-type]
     assert call.code is grpc.StatusCode.DEADLINE_EXCEEDED and was_late(hurried)
+
+
+LONG = "word " * MAX_INLINE_CHARS
+"""More than is encoded on the event loop."""
+
+
+@pytest.fixture
+def stuck(hurried: Services, smollm2: Any) -> Iterator[Services]:
+    """Services whose tokenizer is at something else, and comes to no end of it."""
+    tokenizer, ends = Tokenizer(smollm2), threading.Event()
+    tokenizer._thread.submit(ends.wait)
+    yield replace(hurried, tokenizer=tokenizer)
+    ends.set()
+    tokenizer.close()
+
+
+@pytest.mark.parametrize("asks", [{"prompt": LONG}, {"messages": [{"role": "user", "content": LONG}]}], ids=list)
+async def test_a_prompt_that_is_not_encoded_in_time_holds_no_place_beyond_its_deadline(
+    stuck: Services, asks: dict[str, Any]
+) -> None:
+    said = await asked(stuck, **asks)
+    assert said[0]["status"] == 504 and was_late(stuck)
+    assert not stuck.backend.requests  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+@pytest.mark.parametrize(
+    "asks", [{"text": LONG}, {"chat": pb.Chat(messages=[{"role": "user", "content": LONG}])}], ids=list
+)
+async def test_by_grpc_neither_does_it(stuck: Services, method: str, asks: dict[str, Any]) -> None:
+    async with client_of(stuck) as client:
+        call = client.channel.unary_stream(f"/{SERVICE_NAME}/{method}")(grpc_request(**asks).SerializeToString())
+        assert await asyncio.wait_for(call.code(), 10) is grpc.StatusCode.DEADLINE_EXCEEDED
+        await asyncio.to_thread(client.observer.wait_finished)
+        assert was_late(stuck) and not client.backend.requests
 
 
 async def test_who_is_in_time_is_not_cut_off(services: Services) -> None:

@@ -33,7 +33,6 @@ ODD_TEXTS = [
     "a: 2001-99-99",
     "a: " + "9" * 5000,
     "? [1, 2]\n: 3",
-    "!!python/object/apply:os.system ['true']",
     "a: &a [1, 1, 1]\nb: &b [*a, *a, *a]\nc: &c [*b, *b, *b]\ngateway: [*c, *c]",
     "\x00",
     "\ufeff",
@@ -111,6 +110,15 @@ def test_any_value_in_a_keys_file_is_taken_or_refused(tmp_path: Path, path: tupl
 def test_odd_texts_are_taken_or_refused(tmp_path: Path, text: str) -> None:
     for accepts in (accepts_config, accepts_keys):
         accepts(tmp_path, text.encode())
+
+
+@pytest.mark.parametrize("accepts", [accepts_config, accepts_keys])
+def test_a_text_that_asks_for_code_to_be_run_is_refused_and_runs_none(
+    tmp_path: Path, accepts: Callable[[Path, bytes], bool]
+) -> None:
+    made = tmp_path / "made"
+    assert not accepts(tmp_path, f"!!python/object/apply:os.mkdir ['{made}']".encode())
+    assert not made.exists()
 
 
 @examples(100, suppress_health_check=list(HealthCheck))

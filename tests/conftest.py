@@ -40,6 +40,14 @@ def known() -> Mapping[str, object]:
     return {prompt.name: prompt for prompt in real_prompts()}
 
 
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback that nothing listens on, and that the system gives to nobody meanwhile."""
+    from shoal.app import ports
+
+    return ports.free_port("127.0.0.1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("SHOAL_TEST_ALL") != "1":
         for item in items:

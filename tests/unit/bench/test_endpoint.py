@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from typing import Any
 
 import httpx
@@ -281,10 +280,8 @@ async def test_a_connection_that_is_closed_without_an_answer_is_told_apart():
     assert (await failure_of(script)).failure is Failure.DISCONNECTED
 
 
-async def test_a_port_where_nobody_listens_is_unreachable():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    record = await send(f"http://127.0.0.1:{port}")
+async def test_a_port_where_nobody_listens_is_unreachable(free_port: int):
+    record = await send(f"http://127.0.0.1:{free_port}")
     assert record.failure is Failure.UNREACHABLE and record.status is None and record.detail
 
 
@@ -355,9 +352,7 @@ async def test_where_a_certificate_isn_t_trusted_what_names_its_ca_is_told(monke
             pass
 
 
-async def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with pytest.raises(Unavailable, match=f"can't reach http://127.0.0.1:{port}/v1/models"):
-        async with open_endpoint(EndpointOptions(f"http://127.0.0.1:{port}"), RealClock()):
+async def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent(free_port: int):
+    with pytest.raises(Unavailable, match=f"can't reach http://127.0.0.1:{free_port}/v1/models"):
+        async with open_endpoint(EndpointOptions(f"http://127.0.0.1:{free_port}"), RealClock()):
             pass

@@ -27,11 +27,9 @@ def ask(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def nobody() -> str:
+def nobody(free_port: int) -> str:
     """An address at which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port}"
 
 
 # --- typed ----------------------------------------------------------------------------------------------

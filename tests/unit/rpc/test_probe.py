@@ -67,13 +67,6 @@ async def started(port: int, credentials: grpc.ServerCredentials | None = None, 
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        number: int = free.getsockname()[1]
-    return number
-
-
-@pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is waited for but the server."""
     monkeypatch.setattr(probe, "PAUSE_S", 0.01)
@@ -95,14 +88,14 @@ async def test_a_listener_that_accepts_and_never_answers_does_not_serve() -> Non
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("offset_s", [-3600.0, 3600.0])
 async def test_a_wall_clock_that_jumps_is_no_silence(
-    port: int, monkeypatch: pytest.MonkeyPatch, offset_s: float
+    free_port: int, monkeypatch: pytest.MonkeyPatch, offset_s: float
 ) -> None:
     seen = Count()
     server = grpc.aio.server(interceptors=(seen,), options=HANDOFF_SERVER_OPTIONS)
-    assert bind_first_free(server, "127.0.0.1", port, port, None) == port
+    assert bind_first_free(server, "127.0.0.1", free_port, free_port, None) == free_port
     await server.start()
     own_s = time.time
-    async with probed(f"127.0.0.1:{port}") as probing:
+    async with probed(f"127.0.0.1:{free_port}") as probing:
         await until(lambda: seen.num_asked > 0)
         monkeypatch.setattr(time, "time", lambda: own_s() + offset_s)
         before = seen.num_asked
@@ -112,7 +105,7 @@ async def test_a_wall_clock_that_jumps_is_no_silence(
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_a_server_whose_calls_hang_does_not_serve_until_they_go_on(port: int) -> None:
+async def test_a_server_whose_calls_hang_does_not_serve_until_they_go_on(free_port: int) -> None:
     """Its connection is there, and its transport answers pings; what hangs is behind it."""
     hangs, goes_on = asyncio.Event(), asyncio.Event()
 
@@ -123,9 +116,9 @@ async def test_a_server_whose_calls_hang_does_not_serve_until_they_go_on(port: i
             return await continuation(details)
 
     listener = grpc.aio.server(interceptors=(Wedge(),), options=HANDOFF_SERVER_OPTIONS)
-    assert bind_first_free(listener, "127.0.0.1", port, port) == port
+    assert bind_first_free(listener, "127.0.0.1", free_port, free_port) == free_port
     await listener.start()
-    async with probed(f"127.0.0.1:{port}") as server:
+    async with probed(f"127.0.0.1:{free_port}") as server:
         server._num_unanswered = 1
         await until(lambda: server._num_unanswered == 0)  # it has answered
         hangs.set()
@@ -136,43 +129,44 @@ async def test_a_server_whose_calls_hang_does_not_serve_until_they_go_on(port: i
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_a_server_that_is_gone_and_comes_again_is_noticed_both_times(port: int) -> None:
-    async with probed(f"127.0.0.1:{port}") as server:
+async def test_a_server_that_is_gone_and_comes_again_is_noticed_both_times(free_port: int) -> None:
+    async with probed(f"127.0.0.1:{free_port}") as server:
         await until(lambda: not server.is_serving)
-        listener = await started(port)
+        listener = await started(free_port)
         await until(lambda: server.is_serving)
         await listener.stop(None)
         await until(lambda: not server.is_serving)
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_by_tls_it_comes_as_decode_which_is_refused_and_so_answered(port: int, tmp_path: Path) -> None:
+async def test_by_tls_it_comes_as_decode_which_is_refused_and_so_answered(free_port: int, tmp_path: Path) -> None:
     tls = PeerTls(Roles(tmp_path).folder, "decode")
-    async with probed(f"127.0.0.1:{port}", tls) as server:
+    async with probed(f"127.0.0.1:{free_port}", tls) as server:
         await until(lambda: not server.is_serving)
-        listener = await started(port, tls.server_credentials(), RoleGate())
+        listener = await started(free_port, tls.server_credentials(), RoleGate())
         await until(lambda: server.is_serving)
         await listener.stop(None)
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_a_certificate_that_has_expired_is_no_reason_to_replace_a_server(port: int, tmp_path: Path) -> None:
+async def test_a_certificate_that_has_expired_is_no_reason_to_replace_a_server(free_port: int, tmp_path: Path) -> None:
     roles = Roles(tmp_path)
-    async with probed(f"127.0.0.1:{port}", PeerTls(roles.folder, "decode")) as server:
+    async with probed(f"127.0.0.1:{free_port}", PeerTls(roles.folder, "decode")) as server:
         await until(lambda: not server.is_serving)
-        listener = await started(port, roles.server_credentials(name_of("decode"), YESTERDAY))
+        listener = await started(free_port, roles.server_credentials(name_of("decode"), YESTERDAY))
         await until(lambda: server.is_serving)
         await listener.stop(None)
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_certificates_that_are_replaced_are_what_it_shows_next(port: int, tmp_path: Path) -> None:
+async def test_certificates_that_are_replaced_are_what_it_shows_next(free_port: int, tmp_path: Path) -> None:
     roles, others = Roles(tmp_path / "one"), Roles(tmp_path / "other")
     seen = Count()
     listener = grpc.aio.server(interceptors=(seen,), options=HANDOFF_SERVER_OPTIONS)
-    assert bind_first_free(listener, "127.0.0.1", port, port, others.server_credentials(name_of("decode"))) == port
+    credentials = others.server_credentials(name_of("decode"))
+    assert bind_first_free(listener, "127.0.0.1", free_port, free_port, credentials) == free_port
     await listener.start()
-    async with probed(f"127.0.0.1:{port}", PeerTls(roles.folder, "decode")) as server:
+    async with probed(f"127.0.0.1:{free_port}", PeerTls(roles.folder, "decode")) as server:
         server._num_unanswered = 1
         await until(lambda: server._num_unanswered == 0)  # it was told that nobody trusts it
         assert seen.num_asked == 0 and server.is_serving
@@ -183,19 +177,19 @@ async def test_certificates_that_are_replaced_are_what_it_shows_next(port: int, 
 
 
 async def test_a_probe_that_ends_by_a_defect_is_told(
-    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    free_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(probe, "open_channel")
-    async with probed(f"127.0.0.1:{port}") as server:
+    async with probed(f"127.0.0.1:{free_port}") as server:
         await until(lambda: not server.is_serving and bool(caplog.records))
     [told] = caplog.records
     assert "probe" in told.message and told.exc_info and told.exc_info[0] is NameError
 
 
-async def test_a_server_that_says_itself_that_it_has_ended_is_believed(port: int) -> None:
-    listener = await started(port)
+async def test_a_server_that_says_itself_that_it_has_ended_is_believed(free_port: int) -> None:
+    listener = await started(free_port)
     task = Task()
-    async with probed(f"127.0.0.1:{port}", task=task) as server:
+    async with probed(f"127.0.0.1:{free_port}", task=task) as server:
         assert server.is_serving
         task.is_serving = False
         assert not server.is_serving

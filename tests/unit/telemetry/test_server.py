@@ -29,7 +29,7 @@ def taken() -> Iterator[int]:
 def test_metrics_are_served_and_the_port_is_free_after_close() -> None:
     registry = CollectorRegistry()
     Counter("shoal_tries", "Tries.", registry=registry).inc(3)
-    server = serve_metrics(registry, "127.0.0.1", 22800, 22899)
+    server = serve_metrics(registry, "127.0.0.1", 22600, 22699)  # nobody else's: it is bound again below
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
         assert "shoal_tries_total 3.0" in answer.read().decode()
     server.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -227,69 +226,69 @@ async def rig(
     desk = HandoffDesk(
         sink, SHAPE, times=times, credit_bytes=credit_bytes, clock=clock, observer=counts, staging=staging
     )
-    folder = Path(tempfile.mkdtemp(prefix="shoal-test-", dir=FOLDER))
-    nixl = [Nixl(1 << 20), Nixl(1 << 20)] if "nixl" in carriers else []
-    remote = Remote()
-    attach = Attach(
-        partial(ShmUnloader.attach, folder=folder) if "shm" in carriers else None,
-        partial(nixl[1].attach, deadline_s=times.ttl_s) if nixl else None,
-    )
-    if "far" in carriers:
-        attach = Attach(lambda segment: None, remote.attach)
-    server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), (wanted,), peer="decode"), attach)
-    channels: list[Channel] = []
-    loaders: list[ShmLoader] = []
-    nixl_loaders: list[NixlLoader] = []
-    serving: set[asyncio.Task[None]] = set()
-    certificates = Roles(folder / "certs").folder if channel_kind == "tls" else None
-    tls = None if certificates is None else PeerTls(certificates, "decode")
-    address = "memory" if channel_kind == "memory" else await server.listen("127.0.0.1", *PORTS, tls=tls)
+    with tempfile.TemporaryDirectory(prefix="shoal-test-", dir=FOLDER) as name:
+        folder = Path(name)
+        nixl = [Nixl(1 << 20), Nixl(1 << 20)] if "nixl" in carriers else []
+        remote = Remote()
+        attach = Attach(
+            partial(ShmUnloader.attach, folder=folder) if "shm" in carriers else None,
+            partial(nixl[1].attach, deadline_s=times.ttl_s) if nixl else None,
+        )
+        if "far" in carriers:
+            attach = Attach(lambda segment: None, remote.attach)
+        server = HandoffServer(desk, Identity(new_incarnation(), (PLAN,), (wanted,), peer="decode"), attach)
+        channels: list[Channel] = []
+        loaders: list[ShmLoader] = []
+        nixl_loaders: list[NixlLoader] = []
+        serving: set[asyncio.Task[None]] = set()
+        certificates = Roles(folder / "certs").folder if channel_kind == "tls" else None
+        tls = None if certificates is None else PeerTls(certificates, "decode")
+        address = "memory" if channel_kind == "memory" else await server.listen("127.0.0.1", *PORTS, tls=tls)
 
-    async def connect(address: str) -> Channel:
-        if channel_kind == "memory":
-            channel, other = memory_pair(prefill_sends=prefill_sends, decode_sends=decode_sends)
-            serving.add(asyncio.ensure_future(_serve(server, other)))
-        else:
-            channel = await dial(address, None if certificates is None else PeerTls(certificates, "prefill"))
-        channels.append(channel)
-        return channel
+        async def connect(address: str) -> Channel:
+            if channel_kind == "memory":
+                channel, other = memory_pair(prefill_sends=prefill_sends, decode_sends=decode_sends)
+                serving.add(asyncio.ensure_future(_serve(server, other)))
+            else:
+                channel = await dial(address, None if certificates is None else PeerTls(certificates, "prefill"))
+            channels.append(channel)
+            return channel
 
-    def stage() -> ShmLoader:
-        # A page for the head, and a slot of MAX_FRAME_BYTES takes one, too.
-        loaders.append(ShmLoader.create(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE, folder))
-        return loaders[-1]
+        def stage() -> ShmLoader:
+            # A page for the head, and a slot of MAX_FRAME_BYTES takes one, too.
+            loaders.append(ShmLoader.create(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE, folder))
+            return loaders[-1]
 
-    async def stage_remote() -> NixlLoader:
-        nixl_loaders.append(await nixl[0].open_loader(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE))
-        return nixl_loaders[-1]
+        async def stage_remote() -> NixlLoader:
+            nixl_loaders.append(await nixl[0].open_loader(MAX_FRAME_BYTES, (1 + num_slots) * mmap.PAGESIZE))
+            return nixl_loaders[-1]
 
-    ways = Staging(stage if "shm" in carriers else None, stage_remote if nixl else None)
-    if "far" in carriers:
-        ways = Staging(stage, partial(remote.open_loader, MAX_FRAME_BYTES, (1 + num_slots) * 4096))
-    identity = Identity(new_incarnation(), prefill_plans, tuple(WireMode), peer="prefill")
-    pool = SessionPool(
-        connect,
-        identity,
-        ttl_s=times.ttl_s,
-        max_frame_bytes=MAX_FRAME_BYTES,
-        clock=clock,
-        staging=ways,
-    )
-    both = Rig(
-        desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder, nixl, nixl_loaders
-    )
-    try:
-        yield both
-    finally:
-        await pool.close()
-        await server.close()
-        if serving:
-            await asyncio.wait(serving)
-        for each in nixl:
-            await _readers_gone(each)
-            await each.close()
-        left = set(os.listdir(folder)) - {"certs"}  # noqa: PTH208 - names say it all
-        shutil.rmtree(folder)
+        ways = Staging(stage if "shm" in carriers else None, stage_remote if nixl else None)
+        if "far" in carriers:
+            ways = Staging(stage, partial(remote.open_loader, MAX_FRAME_BYTES, (1 + num_slots) * 4096))
+        identity = Identity(new_incarnation(), prefill_plans, tuple(WireMode), peer="prefill")
+        pool = SessionPool(
+            connect,
+            identity,
+            ttl_s=times.ttl_s,
+            max_frame_bytes=MAX_FRAME_BYTES,
+            clock=clock,
+            staging=ways,
+        )
+        both = Rig(
+            desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder, nixl, nixl_loaders
+        )
+        try:
+            yield both
+        finally:
+            await pool.close()
+            await server.close()
+            if serving:
+                await asyncio.wait(serving)
+            for each in nixl:
+                await _readers_gone(each)
+                await each.close()
+            left = set(os.listdir(folder)) - {"certs"}  # noqa: PTH208 - names say it all
     both.assert_nothing_held()
     assert not left
     assert all(loader._memory.closed for loader in (*loaders, *nixl_loaders, *remote.loaders.values()))

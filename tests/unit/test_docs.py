@@ -145,3 +145,14 @@ def test_metrics_that_are_named_exist() -> None:
     named = {name for document in DOCUMENTS for name in re.findall(r"\bshoal_[a-z_]+", document.read_text())}
     assert named
     assert named <= known
+
+
+@pytest.mark.parametrize("setting", ["gateway.port", "gateway.grpc_port", "handoff.port_range", "metrics.port_range"])
+def test_the_table_of_ports_says_where_we_listen_by_default(setting: str) -> None:
+    section, _, name = setting.partition(".")
+    config = getattr(ShoalConfig(), section)
+    ports = getattr(config, name)
+    told = f"`{config.host}:{ports}`" if name != "port_range" else f"{ports.first}\N{EN DASH}{ports.last}"
+    rows = [line.split("|") for line in (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines()]
+    [where] = [row[2] for row in rows if len(row) > 4 and f"`{setting}`" in row[3]]
+    assert told in where and f"`{config.host}" in where

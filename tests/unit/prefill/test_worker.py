@@ -366,6 +366,22 @@ async def test_wherever_serve_brings_the_call_who_has_claimed_the_prompt_finishe
         assert len(pool.grants) == 1 and not num_fallbacks(local)
 
 
+class Miscounting(Asked):
+    """Grants one token more than the prompt has."""
+
+    async def ask(self, grant: Grant) -> HandoffOutcome:
+        return await super().ask(replace(grant, num_prompt_tokens=grant.num_prompt_tokens + 1))
+
+
+async def test_a_prompt_of_another_length_than_was_granted_is_not_computed_by_prefill(model: Any, folder: Path):
+    async with asked(folder) as (local, _pool):
+        local.decode.worker.prefill = pool = Miscounting(local)
+        pool.may_call.set()
+        assert await answer(local) == pop_generate(model, PROMPT, 6, SKIPPED).token_ids
+        assert [(outcome.committed, outcome.reason) for outcome in pool.outcomes] == [(False, LeaseLost.code)]
+        assert num_fallbacks(local) == 1
+
+
 @pytest.mark.parametrize("end", [replace(REFUSED, had_claim=True), GONE], ids=["it has given up", "nothing is heard"])
 async def test_who_has_claimed_a_prompt_and_gives_up_or_is_lost_is_not_waited_for(
     model: Any, folder: Path, end: HandoffOutcome | ShoalError, monkeypatch: pytest.MonkeyPatch

@@ -254,14 +254,22 @@ async def test_an_answer_that_stalls_ends_at_its_deadline_behind_what_has_come(f
 
 async def test_what_would_be_too_late_is_refused_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """So many come that most are too late; of those that come after them, some needn't try."""
+    run = Runner.run
+
+    def slowly(self: Runner, plan: Any) -> Any:
+        threading.Event().wait(0.001)  # all of them take longer than they have, however fast the machine is
+        return run(self, plan)
+
     monkeypatch.setattr(admission, "_LEAST_S", 0.0)  # the model is tiny
     async with opened(folder, decode={"num_blocks": 1024, "max_sequences": 1}) as local:
+        monkeypatch.setattr(Runner, "run", slowly)
         refused: list[Overloaded] = []
-        while not refused:
-            asked = [asyncio.create_task(read(local, request(timeout_s=0.2, max_tokens=40))) for _ in range(24)]
-            ended = await asyncio.gather(*asked, return_exceptions=True)
-            refused = [one for one in ended if isinstance(one, Overloaded)]
-            assert all(one is None or isinstance(one, Overloaded | DeadlineExceeded) for one in ended)
+        async with asyncio.timeout(30):
+            while not refused:
+                asked = [asyncio.create_task(read(local, request(timeout_s=0.2, max_tokens=40))) for _ in range(24)]
+                ended = await asyncio.gather(*asked, return_exceptions=True)
+                refused = [one for one in ended if isinstance(one, Overloaded)]
+                assert all(one is None or isinstance(one, Overloaded | DeadlineExceeded) for one in ended)
         assert all(0 < (one.retry_after_s or 0) <= 0.2 and "too much is asked" in one.message for one in refused)
         await until(lambda: nothing_is_held(local))
 

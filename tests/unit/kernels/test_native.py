@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engines import torch_threads
 from exact_attention import exact_attention
 from shoal.errors import InternalError
 from shoal.kernels.layers import pointer
@@ -137,15 +138,12 @@ def test_decode_attention(
 def test_however_a_context_is_cut_attention_is_almost_the_same(kernels: NativeKernels) -> None:
     """What is rounded doesn't depend on it, but for sums in another order."""
     queries, pool = random(1, 9, 64), random(1200, 2, 3, 64)
-    outs, had = [], torch.get_num_threads()
-    for num_threads in (1, 8):
-        torch.set_num_threads(num_threads)
-        out = torch.empty(1, 9, 64, dtype=torch.bfloat16)
-        kernels.attend_decode(
-            queries, torch.tensor([0]), pool, torch.arange(1100), 1100, torch.tensor([1100]), 0.3, out
-        )
-        outs.append(out)
-    torch.set_num_threads(had)
+    outs = [torch.empty(1, 9, 64, dtype=torch.bfloat16) for _ in range(2)]
+    for num_threads, out in zip((1, 8), outs, strict=True):
+        with torch_threads(num_threads):
+            kernels.attend_decode(
+                queries, torch.tensor([0]), pool, torch.arange(1100), 1100, torch.tensor([1100]), 0.3, out
+            )
     assert int((outs[0] != outs[1]).sum()) < 20  # of 576
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from kv_prompts import PLAN, lease_id, piece_of, prompt
 from raw_peer import RawPeer, chunk
-from shoal.errors import PeerGone, ProtocolViolation, ShoalError
+from shoal.errors import PeerGone, ProtocolViolation, ShoalError, Unavailable
 from shoal.messages import (
     Accepted,
     Cancel,
@@ -30,6 +30,7 @@ from shoal.messages import (
 )
 from shoal.transfer import decode_session
 from shoal.transfer.base import prompt_hash
+from shoal.transfer.carriers.nixl import agent
 from shoal.transfer.carriers.nixl.agent import Agent
 from shoal.transfer.carriers.nixl.loader import NixlLoader
 from shoal.transfer.carriers.nixl.process import Nixl
@@ -167,6 +168,18 @@ def test_no_two_agents_have_one_name_and_none_can_be_guessed() -> None:
     names = {Agent()._agent.name for _ in range(2)}
     assert len(names) == 2
     assert {len(name) for name in names} == {len("shoal-") + 32}
+
+
+def test_an_agent_that_says_more_of_itself_than_a_peer_reads_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "MAX_AGENT_BYTES", 16)
+    with pytest.raises(Unavailable, match=r"more than 16: .*UCX_NET_DEVICES"):
+        assert Agent().metadata
+
+
+async def test_memory_that_holds_no_slot_is_refused() -> None:
+    async with rig(KIND) as both:
+        with pytest.raises(Unavailable, match="no staging slot of 1024 bytes fits 4096 bytes"):
+            await both.nixl[0].open_loader(MAX_FRAME_BYTES, 4096)
 
 
 # --- a prefill that says whatever a test wants ----------------------------------------------------------

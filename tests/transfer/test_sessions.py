@@ -11,7 +11,7 @@ import structlog
 
 from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, lease_id, prompt
-from shoal.errors import InternalError, PeerGone
+from shoal.errors import InternalError, PeerGone, Unavailable
 from shoal.messages import Carrier, CarrierReason, Chunk, Envelope, Grant, Granted, RequestContext
 from shoal.rpc.options import HANDOFF_CONNECT_TIMEOUT_S
 from shoal.transfer.channels.grpc import dial
@@ -43,6 +43,12 @@ async def test_decode_listens_on_its_address_alone() -> None:
         port = int(both.address.removeprefix("127.0.0.1:"))
         with socket.create_connection(("127.0.0.1", port)), pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port))
+
+
+async def test_before_decode_listens_nobody_is_told_an_address() -> None:
+    async with rig("memory") as both:
+        with pytest.raises(Unavailable, match="doesn't listen for hand-offs yet"):
+            assert both.desk.address
 
 
 async def test_who_takes_a_connection_and_says_nothing_is_given_up() -> None:

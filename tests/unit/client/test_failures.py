@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+import fake_inference
 from callers import Caller
 from fake_inference import TEXT, WORDS, Failure, FakeInference, serving
 from shoal import errors
@@ -58,6 +59,12 @@ def test_the_servers_error_is_raised_and_isnt_tried_again(
     assert isinstance(caught.value.__cause__, grpc.RpcError)
     assert caught.value.__notes__ == ["request id: mine-1"]
     assert service.num_attempts == 1
+
+
+def test_an_answer_without_choices_is_none(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_inference, "_choices", lambda _request: [])
+    with pytest.raises(errors.InternalError, match="without choices: its version may not fit this client's"):
+        caller.generate()
 
 
 def test_an_overloaded_server_says_when_to_come_back(

@@ -40,6 +40,13 @@ async def test_a_stage_loads_in_a_thread_that_has_ended(tmp_path: Path, monkeypa
     assert threads[0] is not threading.main_thread() and not threads[0].is_alive()
 
 
+def test_no_more_context_is_served_than_the_model_was_trained_for(tmp_path: Path) -> None:
+    most = save_tiny(tmp_path).config.max_position_embeddings
+    assert Served.of(load_config(model={"name": str(tmp_path), "max_context_tokens": most})).max_context_tokens == most
+    with pytest.raises(ConfigError, match=f"max_context_tokens is {most + 1}, but the model was trained for {most}"):
+        Served.of(load_config(model={"name": str(tmp_path), "max_context_tokens": most + 1}))
+
+
 @pytest.mark.parametrize("stage", Stage)
 async def test_what_it_multiplies_is_held_once_as_the_kernels_want_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage

@@ -154,6 +154,11 @@ class TestCluster:
         assert self._num_blocks.keys() <= totals.keys()
 
 
+def rise(before: Look, after: Look, name: str, **labels: str) -> float:
+    """By how much a metric, of all processes together, rose between two looks."""
+    return after.metric(name, **labels) - before.metric(name, **labels)
+
+
 @contextmanager
 def _that_hang(config: ShoalConfig) -> Iterator[Replicas]:
     """Replicas that can be made to hang."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TypeVar
 
-from kv_prompts import NUM_LAYERS, PLAN, TOKEN_BYTES
+from kv_prompts import NUM_LAYERS, PLAN, TOKEN_BYTES, piece_of
 from shoal.errors import HandoffError, PeerGone, ShoalError
 from shoal.messages import Chunk, Envelope, Frame, Hello, WireMode
 from shoal.transfer.base import Channel, crc32c
+from shoal.transfer.carriers.nixl.loader import NixlLoader
+from shoal.transfer.carriers.shm import ShmLoader
 from shoal.transfer.session import PROTOCOL_VERSION
 
 F = TypeVar("F", bound=Frame)
@@ -59,3 +62,12 @@ def chunk(
     payload = bytes(TOKEN_BYTES * (tokens[1] - tokens[0]) * (layers[1] - layers[0]))
     fields = {"crc32c": crc32c(payload), "payload": payload} | changes
     return Chunk(new_id, seq, *tokens, *layers, **fields)  # type: ignore[arg-type]
+
+
+def staged(
+    loader: ShmLoader | NixlLoader, new_id: bytes, seq: int = 0, tokens: tuple[int, int] = (0, 8), **place: int
+) -> Chunk:
+    """A good staged chunk, or one that says it's at another ``place``."""
+    loaded = loader.load(piece_of(chunk(new_id, seq, tokens)))
+    assert loaded.staged is not None
+    return replace(loaded, staged=replace(loaded.staged, **place))

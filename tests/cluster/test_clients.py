@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from clusters import IDLE_WITHIN_S, Look, TestCluster, cluster
+from clusters import IDLE_WITHIN_S, Look, TestCluster, cluster, rise
 from doc_blocks import Block, live_blocks, run
 from shoal.app.ports import free_port
 from shoal.client import (
@@ -334,10 +334,6 @@ def has_output(before: Look, look: Look, num_tokens: int) -> bool:
     """So many tokens were decoded since ``before``, and the gateway has seen the first."""
     has_first = rise(before, look, "shoal_time_to_first_token_seconds_count") > 0
     return has_first and rise(before, look, "shoal_decode_tokens_total") >= num_tokens
-
-
-def rise(before: Look, after: Look, name: str, **labels: str) -> float:
-    return after.metric(name, **labels) - before.metric(name, **labels)
 
 
 async def hang_up_while_queued(live: TestCluster, client: httpx.AsyncClient, body: dict[str, Any]) -> int:

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from answers import Answer, ask, ask_grpc, ask_whole, connected
-from clusters import END_WITHIN_S, MOMENT_S, Look, TestCluster, cluster
+from clusters import END_WITHIN_S, MOMENT_S, Look, TestCluster, cluster, rise
 from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, references
 from shoal.app.ports import free_port
 from shoal.client import AsyncClient
@@ -61,10 +61,6 @@ async def until(live: TestCluster, asked: asyncio.Task[Answer], holds: Callable[
         assert not asked.done(), "it was answered before anything could happen to it"
         await asyncio.sleep(MOMENT_S)
     return look
-
-
-def rise(before: Look, after: Look, name: str, **labels: str) -> float:
-    return after.metric(name, **labels) - before.metric(name, **labels)
 
 
 def holders(look: Look, name: str, **labels: str) -> list[str]:

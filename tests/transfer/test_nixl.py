@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kv_prompts import PLAN, lease_id, piece_of, prompt
-from raw_peer import RawPeer, chunk
+from raw_peer import RawPeer, chunk, staged
 from shoal.errors import PeerGone, ProtocolViolation, ShoalError, Unavailable
 from shoal.messages import (
     Accepted,
@@ -219,13 +219,6 @@ def held_up(nixl: Nixl) -> Iterator[None]:
         yield
     finally:
         gate.set()
-
-
-def staged(loader: NixlLoader, new_id: bytes, seq: int = 0, tokens: tuple[int, int] = (0, 8), **place: int) -> Chunk:
-    """A good staged chunk, or one that says it's at another ``place``."""
-    loaded = loader.load(piece_of(chunk(new_id, seq, tokens)))
-    assert loaded.staged is not None
-    return replace(loaded, staged=replace(loaded.staged, **place))
 
 
 @pytest.mark.parametrize(

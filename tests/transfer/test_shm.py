@@ -16,7 +16,7 @@ import pytest
 
 from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, TOKEN_BYTES, lease_id, piece_of, prompt
-from raw_peer import RawPeer, chunk
+from raw_peer import RawPeer, chunk, staged
 from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, PeerGone, ProtocolViolation
 from shoal.messages import (
     Accepted,
@@ -240,13 +240,6 @@ async def staging_peer(both: Rig) -> AsyncIterator[tuple[RawPeer, ShmLoader]]:
     yield peer, loader
     await peer.channel.close()
     loader.close()
-
-
-def staged(loader: ShmLoader, new_id: bytes, seq: int = 0, tokens: tuple[int, int] = (0, 8), **place: int) -> Chunk:
-    """A good staged chunk, or one that says it's at another ``place``."""
-    loaded = loader.load(piece_of(chunk(new_id, seq, tokens)))
-    assert loaded.staged is not None
-    return replace(loaded, staged=replace(loaded.staged, **place))
 
 
 @pytest.mark.parametrize(

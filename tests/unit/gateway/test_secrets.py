@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -16,10 +13,10 @@ from typing import Any
 import grpc.aio
 import httpx
 import pytest
-import structlog
 from prometheus_client import generate_latest
 
 from inference_server import client_of, request
+from own_logging import own_logging
 from shoal.gateway.api import create_app
 from shoal.gateway.intake import Services
 from shoal.gateway.keys import Keyring, KeysFile, digest_of, new_key, write_keys
@@ -35,16 +32,10 @@ SECRETS = ("grandmother", "plums", "Stew", "cloves")
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
     """All that this process logs, as a gateway is set up at its most talkative."""
-    root, stream = logging.getLogger(), io.StringIO()
-    handlers, level = root.handlers[:], root.level
-    hooks = threading.excepthook, sys.unraisablehook
-    configure_logging("debug", "json", stream)
-    yield stream
-    threading.excepthook, sys.unraisablehook = hooks
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
+    stream = io.StringIO()
+    with own_logging():
+        configure_logging("debug", "json", stream)
+        yield stream
 
 
 def bodies() -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -15,6 +14,7 @@ from typing import Literal
 import pytest
 import structlog
 
+from own_logging import own_logging
 from shoal.telemetry import bind_request, configure_logging
 from shoal.telemetry.logs import FIELDS
 
@@ -23,15 +23,8 @@ SECRET = "my grandmother's recipe"
 
 @pytest.fixture(autouse=True)
 def restore_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    hooks = threading.excepthook, sys.unraisablehook
-    yield
-    threading.excepthook, sys.unraisablehook = hooks
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
+    with own_logging():
+        yield
 
 
 def written(stream: io.StringIO) -> list[dict[str, object]]:

@@ -109,10 +109,12 @@ class Admission:
             end = _End.LATE
             raise
         finally:
-            self._look()
-            self._note_end(one, end)
-            self._open.remove(one)
-            self._sum_up()
+            try:
+                self._look()
+                self._note_end(one, end)
+            finally:
+                self._open.remove(one)
+                self._sum_up()
 
     def note_sent(self, one: Admitted, num_tokens: int) -> None:
         """Of each output: nothing is summed up here."""
@@ -179,7 +181,7 @@ class Admission:
     def _learn(self, one: Admitted, *, is_late: bool) -> None:
         """How much can be borne, by what ``one`` met with."""
         here_s = self._seen_s - one.began_s
-        if here_s <= 0:
+        if here_s <= 0 or one.timeout_s <= 0:
             return
         num_tokens = max(one.usual_tokens, one.num_each) if is_late else one.usual_tokens
         first_s = here_s if one.first_s is None else one.first_s - one.began_s

@@ -95,9 +95,8 @@ class PoolBackend:
             call = self._decode.generate.remote(stream.ticket)
             watch = asyncio.create_task(_watch(call, stream, request))
             watch.add_done_callback(partial(_call_ended, stream=stream))
-            late = DeadlineExceeded("the request's deadline has passed")
             loop = asyncio.get_running_loop()
-            ending = loop.call_later(request.context.timeout_s + _GRACE_S, stream.fail, late)
+            ending = loop.call_later(request.context.timeout_s + _GRACE_S, stream.fail, _too_late())
             try:
                 async for output in stream:
                     yield output
@@ -130,13 +129,19 @@ async def _watch(call: Any, stream: TokenStream, request: GenerateRequest) -> No
     deadline_s = clock() + request.context.timeout_s
     try:
         async for place in call:
+            if (left_s := deadline_s - clock()) <= 0:
+                raise _too_late()
             stream.follow(place)
-            context = replace(request.context, timeout_s=max(0.0, deadline_s - clock()))
+            context = replace(request.context, timeout_s=left_s)
             await stream.submit(replace(request, context=context))
     except ShoalError as error:
         stream.fail(error)
     except (RayError, RayServeException) as error:
         stream.fail(known_error(error, "decode"))
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's deadline has passed")
 
 
 def _call_ended(watch: asyncio.Task[None], stream: TokenStream) -> None:

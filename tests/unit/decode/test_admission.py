@@ -248,3 +248,20 @@ def test_what_is_here_drains_as_answers_take_now():
     run(pool, 60.0, load(pool, 3.0))
     rate = pool.num_places / (NUM_TOKENS / pool.alone)
     assert pool.admission.drain_s == pytest.approx(len(pool.here) / rate, rel=0.3)
+
+
+def test_one_that_has_no_time_left_is_late_and_leaves_its_place():
+    clock = FakeClock()
+    admission = Admission(clock.time)
+    with suppress(DeadlineExceeded), admission.admitted(with_time(REQUEST, 0.0)):
+        clock.now_s += 0.1
+        raise DeadlineExceeded("late")
+    assert not admission._open and not admission._demand
+
+
+def test_a_place_is_left_whatever_goes_wrong_in_what_is_learned(monkeypatch: pytest.MonkeyPatch):
+    admission = Admission(lambda: 0.0)
+    monkeypatch.setattr(Admission, "_note_end", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), admission.admitted(REQUEST):
+        pass
+    assert not admission._open and not admission._demand

@@ -17,7 +17,7 @@ from shoal import directory, routes
 from shoal.affinity import KEY_TOKENS, prefix_keys
 from shoal.config import ShoalConfig
 from shoal.directory import LivingPool
-from shoal.errors import Overloaded, PeerGone, RequestTooLarge, ShoalError, Unavailable
+from shoal.errors import DeadlineExceeded, Overloaded, PeerGone, RequestTooLarge, ShoalError, Unavailable
 from shoal.gateway.backend import Route
 from shoal.gateway.deployment import PoolBackend
 from shoal.messages import GenerateRequest, RequestContext, Ticket
@@ -219,3 +219,14 @@ async def test_who_leaves_before_the_request_is_there_ends_the_call():
         async with asyncio.timeout(5):
             while serve.is_open:
                 await asyncio.sleep(0)
+
+
+async def test_a_request_whose_time_has_passed_when_its_place_comes_is_not_brought_there():
+    async def work(outlet: Outlet) -> None:
+        await outlet.request()
+        raise Overloaded("it was brought")
+
+    async with joined() as both:
+        late = replace(REQUEST, context=replace(REQUEST.context, timeout_s=0.0))
+        with pytest.raises(DeadlineExceeded):
+            await outputs_of(backend(both, Serve(both, work)), late)

@@ -90,7 +90,7 @@ class InferenceService:
                     enter(self._services, exchange)
                     async with done_within(self._services.config.deadline_s):  # the client's own, gRPC keeps
                         try:
-                            generation = await self._begin(context, exchange, request_id, traceparent)
+                            generation = await self._begin(context, exchange, request_id, traceparent, timeout_s)
                             yield InferenceAnswer(generation, exchange.model, request_id)
                         except (asyncio.CancelledError, Cancelled):
                             if _is_late(context, timeout_s):
@@ -100,7 +100,12 @@ class InferenceService:
                 await abort(context, as_shoal_error(error), ((REQUEST_ID, request_id),))
 
     async def _begin(
-        self, context: Context, exchange: Exchange, request_id: str, traceparent: str | None
+        self,
+        context: Context,
+        exchange: Exchange,
+        request_id: str,
+        traceparent: str | None,
+        timeout_s: float | None,
     ) -> Generation:
         services, raw = self._services, await read_message(context)
         max_bytes = services.config.max_body_bytes
@@ -116,7 +121,7 @@ class InferenceService:
                 exchange,
                 request_id=request_id,
                 traceparent=traceparent,
-                timeout_s=context.time_remaining(),
+                timeout_s=timeout_s,
             )
         except InvalidRequest as error:
             raise in_grpc_words(error, request) from None

@@ -16,6 +16,7 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from fake_clock import FakeClock
 from inference_server import client_of
 from inference_server import request as grpc_request
 from shoal.config import ShoalConfig
@@ -324,3 +325,27 @@ async def test_who_is_in_time_is_not_cut_off(services: Services) -> None:
     said = await asked(services, reads=True, sends=True)
     assert said[0]["status"] == 200 and not said[-1]["more_body"]
     assert said[-1]["body"] == b"data: [DONE]\n\n"
+
+
+class Slow(Deaf):
+    """One with a deadline of 60 s by ``clock``, whose message takes 20 s to come."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._due_s = clock.now_s + 60
+
+    async def read(self) -> bytes:
+        self._clock.now_s += 20
+        return await super().read()
+
+    def time_remaining(self) -> float:  # type: ignore[override]
+        return self._due_s - self._clock.now_s
+
+
+async def test_the_time_that_a_message_takes_to_come_by_grpc_counts_once(services: Services) -> None:
+    clock = FakeClock()
+    service = InferenceService(replace(services, clock=clock.time))
+    with services.access.admitted(f"/{SERVICE_NAME}/Generate", ()):
+        await service._generate(None, Slow(clock))  # type: ignore[arg-type]
+    [asked] = services.backend.requests  # type: ignore[attr-defined]
+    assert asked.context.timeout_s == pytest.approx(40)

@@ -132,9 +132,14 @@ class PromptRouter(AffineRouter):
 
 def _spread(lengths: dict[str, int], silent: frozenset[str]) -> list[str]:
     """The less busy of two random ones, then the other one."""
-    drawn = random.sample(list(lengths), min(2, len(lengths)))
     # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
+    drawn = _draw([one for one in lengths if one not in silent], 2)
+    drawn += _draw([one for one in lengths if one in silent], 2 - len(drawn))
     return sorted(drawn, key=lambda one: (one in silent, lengths[one]))
+
+
+def _draw(names: list[str], number: int) -> list[str]:
+    return random.sample(names, min(number, len(names)))
 
 
 def _let_back_off(pending: PendingRequest | None) -> None:

@@ -463,3 +463,13 @@ async def test_where_no_replica_will_do_the_next_try_waits(router: Any, prompts:
         call = pending(argument)
         await one.choose_replicas(REPLICAS, call)
         assert call.routing_context.should_backoff
+
+
+async def test_while_one_lives_no_two_silent_ones_are_drawn(router: Any, clock: SimpleNamespace):
+    stuck = [distinct(grant(), number) for number in range(3)]
+    for call, name in zip(stuck, "abc", strict=True):
+        routes.choose(call, name)
+    clock.now_s += 2 * routes.PATIENCE_S
+    for number in range(50):
+        ranks = await router.choose_replicas(REPLICAS, pending(distinct(grant(), 10 + number)))
+        assert len(ranks) == 2 and ranks[0][0].replica_id.unique_id == "d"

@@ -65,6 +65,7 @@ def choose(call: Grant | Ticket, replica_id: str) -> None:
     _chosen[call] = replica_id
     now_s = time.monotonic()
     _underway[call] = replica_id, now_s
+    _forgive(now_s)
     _blamed_s.update(dict.fromkeys(call.excluded, now_s))
     if isinstance(call, Ticket):
         _since_s[call] = now_s
@@ -116,8 +117,7 @@ def troubled() -> frozenset[str]:
     """Replicas that have failed a call just now, that nothing is heard of though a call waits there, or that let one
     wait for its first answer for long."""
     now_s = time.monotonic()
-    for replica_id in [one for one, since_s in _blamed_s.items() if now_s - since_s > HEARD_WITHIN_S]:
-        del _blamed_s[replica_id]
+    _forgive(now_s)
     waits = [
         (_chosen[call], now_s - since_s)
         for call, since_s in _since_s.items()
@@ -128,6 +128,12 @@ def troubled() -> frozenset[str]:
         for replica_id, wait_s in waits
         if wait_s > FIRST_WITHIN_S or now_s - _heard_s.get(replica_id, -math.inf) > HEARD_WITHIN_S
     }
+
+
+def _forgive(now_s: float) -> None:
+    """Forget whom nothing was said against for a while: it may be gone."""
+    for replica_id in [one for one, since_s in _blamed_s.items() if now_s - since_s > HEARD_WITHIN_S]:
+        del _blamed_s[replica_id]
 
 
 def num_noted() -> int:

@@ -473,3 +473,10 @@ async def test_while_one_lives_no_two_silent_ones_are_drawn(router: Any, clock: 
     for number in range(50):
         ranks = await router.choose_replicas(REPLICAS, pending(distinct(grant(), 10 + number)))
         assert len(ranks) == 2 and ranks[0][0].replica_id.unique_id == "d"
+
+
+async def test_who_failed_a_call_is_forgotten_also_where_calls_are_spread(router: Any, clock: SimpleNamespace):
+    await first_rank(router, pending(distinct(grant("a"), 1)))
+    clock.now_s += 2 * routes.HEARD_WITHIN_S
+    await first_rank(router, pending(distinct(grant("b"), 2)))
+    assert routes._blamed_s.keys() == {"b"}

@@ -1,4 +1,4 @@
-"""Whether all threads and servers of a replica work: asked by a thread that needs none of them.
+"""Whether all threads and servers of a replica work: asked by a thread that needs none of them, and told by another.
 
 ::
 
@@ -45,7 +45,8 @@ class Server(Protocol):
 
 class Watch:
     """``heartbeats`` are of threads. ``publish`` tells others whether this replica is to get work: not if it isn't
-    healthy, nor if it ``is_stopping``. It may block, and is called again until it has succeeded.
+    healthy, nor if it ``is_stopping``. It may block, which holds up no look, and is called again until it has
+    succeeded.
 
     What counts is how often this one has looked: while the whole process was stopped, nobody could come further.
     """
@@ -74,7 +75,9 @@ class Watch:
         self._is_published = True
         self._unhealthy: tuple[Component, ...] = ()
         self._is_closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shoal-watch", daemon=True)
+        self._has_looked = threading.Event()
+        self._thread = threading.Thread(target=self._keep_looking, name="shoal-watch", daemon=True)
+        self._teller = threading.Thread(target=self._keep_telling, name="shoal-watch-tell", daemon=True)
 
     @property
     def unhealthy(self) -> tuple[Component, ...]:
@@ -92,15 +95,22 @@ class Watch:
         """Once this replica is published."""
         self._looked_s = self._clock()
         self._thread.start()
+        self._teller.start()
 
     async def close(self) -> None:
         """Publish nothing any more. Before a replica drains: what ends then, ends as it should."""
         self._is_closed.set()
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, _CLOSE_S)
+        self._has_looked.set()
+        for thread in (self._thread, self._teller):
+            if thread.ident is not None:
+                await asyncio.to_thread(thread.join, _CLOSE_S)
 
     def look(self) -> None:
-        """Never raises. Belongs to the watching thread."""
+        """Look once, and tell. Never raises."""
+        self._look()
+        self._tell()
+
+    def _look(self) -> None:
         self._looked_s = self._clock()
         self._loop.ask()
         ill = {name: pulse.has_stopped(self._max_looks) for name, pulse in self._pulses.items()}
@@ -112,11 +122,17 @@ class Watch:
         before, self._unhealthy = self._unhealthy, tuple(name for name, is_ill in ill.items() if is_ill)
         if self._unhealthy != before:
             self._say()
-        self._tell()
 
-    def _run(self) -> None:
+    def _keep_looking(self) -> None:
         while not self._is_closed.wait(LOOK_S):
-            self.look()
+            self._look()
+            self._has_looked.set()
+
+    def _keep_telling(self) -> None:
+        while not self._is_closed.is_set():
+            self._has_looked.wait()
+            self._has_looked.clear()
+            self._tell()
 
     def _say(self) -> None:
         if not self._unhealthy:
@@ -126,15 +142,13 @@ class Watch:
         faulthandler.dump_traceback(file=2)  # where, and nothing of what with
 
     def _tell(self) -> None:
-        is_listed = not self._unhealthy and not self._is_stopping()
-        if is_listed == self._is_published or self._is_closed.is_set():
-            return
         try:
-            self._publish(is_listed)
+            is_listed = not self._unhealthy and not self._is_stopping()
+            if is_listed != self._is_published and not self._is_closed.is_set():
+                self._publish(is_listed)
+                self._is_published = is_listed
         except Exception:  # noqa: BLE001 - the thread's edge: Ray's head may be away, and it's tried again
             _log.exception("the directory couldn't be told")
-        else:
-            self._is_published = is_listed
 
 
 class _Pulse:

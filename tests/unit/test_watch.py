@@ -502,3 +502,31 @@ async def test_nothing_is_published_any_more_once_it_is_closed() -> None:
     await it.look()
     assert it.published == []
     it.now_s += 2 * LIMIT_S
+
+
+async def test_a_publish_that_blocks_holds_up_no_look() -> None:
+    """Ray's head is asked without a time limit."""
+    looks, told = threading.Semaphore(0), Wedge()
+
+    class Seen:
+        @property
+        def is_serving(self) -> bool:
+            looks.release()
+            return True
+
+    heartbeat = Heartbeat("engine")
+    watch = Watch(
+        (heartbeat,),
+        {Component.METRICS_SERVER: Seen()},
+        limit_s=LIMIT_S,
+        metrics=HealthMetrics(CollectorRegistry()),
+        publish=told,
+    )
+    heartbeat.stop()
+    watch.start()
+    await told.begun()
+    for _ in range(3):
+        assert await asyncio.to_thread(looks.acquire, timeout=PATIENCE_S)
+    told.let_go()
+    await watch.close()
+    assert not watch._teller.is_alive()

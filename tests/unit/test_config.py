@@ -257,3 +257,16 @@ def test_tls_comes_from_the_environment_too_and_survives_the_way_to_a_replica(
     monkeypatch.delenv("SHOAL_TLS__FOLDER")
     monkeypatch.setenv("SHOAL_TLS", "off")
     assert load_config().tls == "off"
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "key", ["gateway.deadline_s", "gateway.retry.per_s", "handoff.ttl_s", "decode.num_cpus", "ray.stop_timeout_s"]
+)
+def test_a_number_that_is_none_is_refused_by_its_key(tmp_path: Path, key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    tree = f"{{{name}: {value}}}"
+    for section in reversed(sections):
+        tree = f"{{{section}: {tree}}}"
+    with pytest.raises(ConfigError, match=f"{key}: Input should be a finite number"):
+        load_config(written(tmp_path, tree))

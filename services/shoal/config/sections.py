@@ -15,7 +15,8 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Nobody can wait for infinity, and no message holds it.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PortRange(Frozen):

@@ -320,3 +320,16 @@ def test_a_killed_program_takes_its_replicas_with_it(tmp_path: Path):
         one.process.kill()
         # Two agents of Ray's try for up to a minute to tell somebody.
         assert eventually(lambda: all("Agent" in line for line in one.command_lines()), within_s=20)
+
+
+def test_a_terminal_that_is_closed_lets_open_requests_end_and_leaves_nothing_behind(tmp_path: Path):
+    with program(tmp_path) as one:
+        url = one.read("ready")
+        with httpx.stream("GET", f"{url}/stream", params={"mode": "prefill"}, timeout=30) as answer:
+            assert eventually(lambda: "prefill started" in diary(tmp_path))
+            os.killpg(one.process.pid, signal.SIGHUP)
+            assert answer.read() == b"data: unavailable\n\n"
+        assert one.process.wait(30) == 0
+        assert one.read("stopped") == ""
+        assert one.left_behind() == []
+        assert sorted(diary(tmp_path)[-3:]) == ["decode closed", "gateway closed", "prefill closed"]

@@ -75,7 +75,7 @@ class Cluster:
         return described
 
     def wait(self) -> None:
-        """Serve until Ctrl-C or SIGTERM (KeyboardInterrupt). Raises Unavailable if Ray itself ends."""
+        """Serve until Ctrl-C, SIGTERM or SIGHUP (KeyboardInterrupt). Raises Unavailable if Ray itself ends."""
         never: Future[None] = Future()
         while True:
             self._daemons.require_live()
@@ -92,8 +92,9 @@ def running(
 ) -> Iterator[Cluster]:
     """Everything that ``config`` describes, from the first process to the last.
 
-    Enter it in the main thread: within it, Ctrl-C and SIGTERM raise KeyboardInterrupt. On the way out open requests may
-    finish within ``handoff.drain_s``; a second signal skips that. ``show_logs`` passes the replicas' logs on to stderr.
+    Enter it in the main thread: within it, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt. On the way out open
+    requests may finish within ``handoff.drain_s``; a second signal skips that. ``show_logs`` passes the replicas' logs
+    on to stderr.
 
     Raises ConfigError before anything starts if the port is taken or the cluster lacks resources, and the replica's own
     ShoalError (or Unavailable with its traceback) if one can't start.

@@ -1,14 +1,14 @@
-"""Ctrl-C and SIGTERM, at a moment that suits.
+"""Ctrl-C, SIGTERM and a terminal that is closed, at a moment that suits.
 
 A half-started Ray can't be stopped cleanly: processes of it would stay behind, or this one would crash. So what comes
-while Ray starts or stops is noted, and raised after. In between both signals raise KeyboardInterrupt.
+while Ray starts or stops is noted, and raised after. In between each signal raises KeyboardInterrupt.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,7 +24,8 @@ _TAKE_PERIOD_S = 0.02
 class Interrupts:
     """Made by ``caught``. Lives in the main thread, as signals do; elsewhere it does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals]) -> None:
+        self._signals = signals
         self._num_holds = 0
         self._noted = False
 
@@ -57,7 +58,7 @@ class Interrupts:
 
     def _take(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in self._signals:
                 signal.signal(number, self._handle)
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
@@ -69,12 +70,15 @@ class Interrupts:
 
 @contextmanager
 def caught() -> Iterator[Interrupts]:
-    """Take both signals for the block, and give them back to whoever had them."""
-    interrupts = Interrupts()
+    """Take the signals for the block, and give them back to whoever had them."""
+    # nohup ignores SIGHUP, and is to have its way.
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signals = _SIGNALS if ignores_hangup else (*_SIGNALS, signal.SIGHUP)
+    interrupts = Interrupts(signals)
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals}
     interrupts._take()
     try:
         yield interrupts

@@ -2,11 +2,15 @@
 
 Linux ends Ray's daemons with the thread that forked them, so that thread must stay. And off the main thread Ray leaves
 SIGTERM alone; on it, Ray would answer with sys.exit, wherever it is in its own start.
+
+A terminal that is closed tells all that was started in it. As Ray's processes heed no Ctrl-C, so they don't heed that:
+they have answers to finish, and end with this process.
 """
 
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -33,6 +37,7 @@ class RayThread:
         self._calls.put(None)
 
     def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # those that it forks inherit that
         while (call := self._calls.get()) is not None:
             call()
 

@@ -102,3 +102,25 @@ def test_waiting_notes_signals_though_others_take_them_meanwhile():
         with pytest.raises(KeyboardInterrupt):
             interrupts.wait(future)
     assert future.result() == 1
+
+
+def test_a_terminal_that_is_closed_raises_keyboard_interrupt():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with caught():
+            assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL  # or it would end the tests
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with caught() as interrupts, interrupts.held():
+            send(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

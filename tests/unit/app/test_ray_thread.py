@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import threading
 
 import pytest
@@ -30,6 +31,13 @@ def test_a_closed_thread_ends():
     home.close()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_what_it_starts_outlives_a_terminal_that_is_closed():
+    home = RayThread("test")
+    shell = home.submit(subprocess.run, ["sh", "-c", "kill -HUP $$; echo lives"], capture_output=True).result(5)
+    home.close()
+    assert shell.stdout == b"lives\n"
 
 
 def raise_system_exit() -> None:

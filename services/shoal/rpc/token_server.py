@@ -8,7 +8,8 @@ one message to each gateway.
     open(ticket) ─> outlet: send, …            ──┴─> the gateway's queue ─> one FollowResponse ─> gateway
 
 A gateway's stream may come after the first outputs, which wait for it. When it ends, nobody can say what was read:
-all its open requests end with PeerGone, and the gateway asks again.
+all its open requests end with PeerGone, and the gateway asks again. Where it has lost its stream and opened another one
+before this side has heard of that, those that came since go on with the new one.
 """
 
 from __future__ import annotations
@@ -56,28 +57,40 @@ class Outlet:
 
     def __init__(self, key: int, gateway: _Gateway) -> None:
         self._key = key
-        self._gateway = gateway
+        self.gateway = gateway
+        self.cutoff = Cutoff(_gone)
         self._request: GenerateRequest | None = None
+        self._peer: str | None = None
         self._num_sent = 0
+
+    def belongs_to(self, peer: str) -> bool:
+        """Nothing of it has gone by another connection, nor come: the gateway knows it by that of ``peer`` alone."""
+        return self._peer in {None, peer} and self._num_sent == 0
+
+    def move(self, gateway: _Gateway) -> None:
+        """From now on, it's read by that stream."""
+        del self.gateway.outlets[self._key]
+        self.gateway = gateway
+        gateway.outlets[self._key] = self
 
     @property
     def is_deserted(self) -> bool:
         """The gateway's stream has ended, and not because this server does."""
-        return self._gateway.is_deserted
+        return self.gateway.is_deserted
 
     async def request(self, timeout_s: float = COME_TIMEOUT_S) -> GenerateRequest:
         """What the gateway brings once it knows the place.
 
         Raises PeerGone if the gateway's stream ends before, or it isn't here after ``timeout_s``.
         """
-        return await self._gateway.until(lambda: self._request, timeout_s, "the gateway didn't bring the request")
+        return await self._until(lambda: self._request, timeout_s, "the gateway didn't bring the request")
 
-    def bring(self, request: GenerateRequest) -> None:
-        """Raises ProtocolViolation if it's here already."""
+    def bring(self, request: GenerateRequest, peer: str) -> None:
+        """By the connection of ``peer``. Raises ProtocolViolation if it's here already."""
         if self._request is not None:
             raise ProtocolViolation("this request is here already")
-        self._request = request
-        self._gateway.proceed()
+        self._request, self._peer = request, peer
+        self.gateway.proceed()
 
     def send(self, output: TokenOutput) -> None:
         """Never waits. Raises PeerGone once the gateway's stream has ended."""
@@ -89,21 +102,34 @@ class Outlet:
         Raises PeerGone if the gateway's stream ends before, or isn't there after ``timeout_s``.
         """
         self._put([pb.Output(key=self._key, index=self._num_sent, is_end=True)])
-        gateway, number = self._gateway, self._gateway.num_put
-        await gateway.until(
-            lambda: gateway.num_written >= number or None, timeout_s, "the gateway didn't come to listen"
+        number = self.gateway.num_put
+        await self._until(
+            lambda: self.gateway.num_written >= number or None, timeout_s, "the gateway didn't come to listen"
         )
 
     def unless_gone(self) -> AbstractAsyncContextManager[None]:
         """What is within ends with PeerGone as soon as the gateway's stream has: nothing else would tell a request that
         waits, and hasn't an output to send, that it waits for nobody."""
-        return self._gateway.cutoff.within()
+        return self.cutoff.within()
 
     def _put(self, messages: Sequence[pb.Output]) -> None:
-        if self._gateway.is_gone:
+        if self.gateway.is_gone:
             raise _gone()
         self._num_sent += len(messages)
-        self._gateway.put(messages)
+        self.gateway.put(messages)
+
+    async def _until(self, look: Callable[[], T | None], timeout_s: float, otherwise: str) -> T:
+        """What ``look`` sees as soon as it sees something. Raises PeerGone if the gateway goes before, or with
+        ``otherwise`` after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (seen := look()) is None:
+                    if self.gateway.is_gone:
+                        raise _gone()
+                    await self.gateway.progress.wait()
+        except TimeoutError as error:
+            raise PeerGone(otherwise) from error
+        return seen
 
 
 class _Gateway:
@@ -115,15 +141,11 @@ class _Gateway:
         self.num_written = 0
         self.is_followed = False
         self.is_deserted = False
-        self.cutoff = Cutoff(_gone)
+        self.is_gone = False
         self.wake = asyncio.Event()
-        self._progress = asyncio.Event()
+        self.progress = asyncio.Event()
         """Replaced whenever it's set."""
         self._waiting: list[pb.Output] = []
-
-    @property
-    def is_gone(self) -> bool:
-        return self.cutoff.is_cut
 
     def put(self, messages: Sequence[pb.Output]) -> None:
         self.num_put += len(messages)
@@ -141,28 +163,17 @@ class _Gateway:
 
     def drop(self) -> None:
         """Twice is a no-op."""
+        self.is_gone = True
         self._waiting.clear()
-        self.cutoff.cut()
+        for outlet in self.outlets.values():
+            outlet.cutoff.cut()
         self.wake.set()
         self.proceed()
 
     def proceed(self) -> None:
         """Who waits for something looks again."""
-        self._progress.set()
-        self._progress = asyncio.Event()
-
-    async def until(self, look: Callable[[], T | None], timeout_s: float, otherwise: str) -> T:
-        """What ``look`` sees as soon as it sees something. Raises PeerGone if this gateway goes before, or with
-        ``otherwise`` after ``timeout_s``."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while (seen := look()) is None:
-                    if self.is_gone:
-                        raise _gone()
-                    await self._progress.wait()
-        except TimeoutError as error:
-            raise PeerGone(otherwise) from error
-        return seen
+        self.progress.set()
+        self.progress = asyncio.Event()
 
 
 class TokenServer:
@@ -199,18 +210,20 @@ class TokenServer:
         try:
             yield outlet
         finally:
+            gateway = outlet.gateway
             del gateway.outlets[ticket.key]
             if not gateway.outlets and not gateway.is_followed:
                 self._drop(ticket.gateway_id, gateway)
 
-    def submit(self, request: pb.SubmitRequest) -> None:
-        """Bring it to its outlet. Raises a ShoalError where none waits for it, or it isn't well formed."""
+    def submit(self, request: pb.SubmitRequest, peer: str) -> None:
+        """Bring it to its outlet; ``peer`` is whose connection it came by. Raises a ShoalError where none waits for it,
+        or it isn't well formed."""
         self._require(request.server_id)
         gateway = self._gateways.get(request.gateway_id)
         outlet = None if gateway is None else gateway.outlets.get(request.key)
         if outlet is None:
             raise PeerGone("no call waits for this request")
-        outlet.bring(from_submit(request))
+        outlet.bring(from_submit(request), peer)
 
     async def follow(self, request: pb.FollowRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Write that gateway's outputs until its stream ends. Raises a ShoalError where it is for somebody else."""
@@ -223,8 +236,11 @@ class TokenServer:
         gateway = self._gateways.setdefault(gateway_id, _Gateway())
         if gateway.is_followed:
             # It has lost the stream before, though this side has not heard of it yet.
-            self._drop(gateway_id, gateway)
-            gateway = self._gateways[gateway_id] = _Gateway()
+            lost, gateway = gateway, _Gateway()
+            for outlet in [one for one in lost.outlets.values() if one.belongs_to(context.peer())]:
+                outlet.move(gateway)
+            self._drop(gateway_id, lost)
+            self._gateways[gateway_id] = gateway
         gateway.is_followed = True
         try:
             while not gateway.is_gone:
@@ -256,7 +272,7 @@ class _Servicer(WorkerServiceServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:
         try:
-            self._server.submit(request)
+            self._server.submit(request, context.peer())
         except ShoalError as error:
             await abort(context, error)
         return pb.SubmitResponse()

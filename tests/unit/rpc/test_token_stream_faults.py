@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from shoal.rpc.requests import to_submit
 from shoal.rpc.token_server import ID_BYTES, Outlet
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
-from token_streams import Request, generate_request, joined, output
+from token_streams import Joined, Request, generate_request, joined, output
 
 
 async def send_for_ever(outlet: Outlet) -> None:
@@ -247,3 +249,56 @@ async def test_no_more_gateways_than_can_be_are_listened_to(monkeypatch: pytest.
     async with joined() as both:
         asked = pb.FollowRequest(gateway_id=b"g" * ID_BYTES, server_id=both.decode.place.server_id)
         assert await refusal(both.decode.address, asked) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@asynccontextmanager
+async def half_open(both: Joined) -> AsyncIterator[tuple[Any, Callable[[], Any]]]:
+    """Another connection of the gateway's, and its stream that decode believes it still has. What is returned with the
+    one's stub opens the next stream by it, and waits until decode has given up the other."""
+    async with grpc.aio.insecure_channel(both.decode.address) as channel, asyncio.timeout(10):
+        stub: Any = WorkerServiceStub(channel)  # type: ignore[no-untyped-call, unused-ignore]
+        asked = pb.FollowRequest(gateway_id=both.client._gateway_id, server_id=both.decode.place.server_id)
+        lost = stub.Follow(asked)
+        while not both.decode.tokens.num_gateways:
+            await asyncio.sleep(0)
+
+        async def follow() -> Any:
+            call = stub.Follow(asked)
+            await lost.code()
+            return call
+
+        yield stub, follow
+
+
+@pytest.mark.parametrize("is_brought_first", [True, False])
+async def test_a_request_that_was_opened_since_goes_on_with_the_gateways_next_stream(is_brought_first: bool):
+    async with joined() as both, half_open(both) as (stub, follow):
+        one = both.request()
+        waiting = asyncio.create_task(one.outlet.request())
+        brought = to_submit(one.stream.ticket, both.decode.place.server_id, generate_request(1))
+        if is_brought_first:
+            await stub.Submit(brought)
+            await waiting
+        async with one.outlet.unless_gone():
+            call = await follow()
+            if not is_brought_first:
+                await stub.Submit(brought)
+            assert await waiting == generate_request(1)
+            one.outlet.send(output(1))
+            [message] = (await call.read()).outputs
+        assert message.key == one.stream.ticket.key
+        call.cancel()
+
+
+async def wait_on(outlet: Outlet, follow: Callable[[], Any]) -> None:
+    async with outlet.unless_gone():
+        await follow()
+        await asyncio.Event().wait()
+
+
+async def test_a_request_that_was_brought_before_ends_with_the_gateways_last_stream():
+    async with joined() as both, half_open(both) as (_stub, follow):
+        one = both.request()
+        one.outlet.bring(generate_request(1), "another connection")
+        with pytest.raises(PeerGone, match="has ended"):
+            await wait_on(one.outlet, follow)

@@ -110,6 +110,7 @@ class TokenClient:
         self._gateway_id = secrets.token_bytes(ID_BYTES)
         self._patience_s = patience_s
         self._open: dict[int, TokenStream] = {}
+        self._channels: dict[Place, grpc.aio.Channel] = {}
         self._stubs: dict[Place, WorkerServiceAsyncStub] = {}
         self._readers: set[asyncio.Task[None]] = set()
 
@@ -132,12 +133,16 @@ class TokenClient:
         for task in readers:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
-        self._stubs.clear()  # of those that had not begun
+        # Of those that had not begun.
+        self._stubs.clear()
+        while self._channels:
+            await self._channels.popitem()[1].close(None)
 
     def follow(self, place: Place) -> None:
         """Read what the replica there sends, if that isn't done already."""
         if place not in self._stubs:
             channel = open_channel(place.address, TOKEN_CHANNEL_OPTIONS, self._tls)
+            self._channels[place] = channel
             self._stubs[place] = WorkerServiceStub(channel)
             task = asyncio.create_task(self._read(place, channel))
             self._readers.add(task)
@@ -181,6 +186,7 @@ class TokenClient:
         finally:
             del self._stubs[place]
             self._fail_later([stream for stream in self._open.values() if stream.place == place], lost)
+            del self._channels[place]
             await channel.close(None)
 
     def _fail_later(self, streams: Sequence[TokenStream], error: ShoalError) -> None:

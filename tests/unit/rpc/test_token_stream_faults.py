@@ -302,3 +302,14 @@ async def test_a_request_that_was_brought_before_ends_with_the_gateways_last_str
         one.outlet.bring(generate_request(1), "another connection")
         with pytest.raises(PeerGone, match="has ended"):
             await wait_on(one.outlet, follow)
+
+
+async def test_a_client_that_closes_leaves_no_channel_open_however_new(monkeypatch: pytest.MonkeyPatch):
+    channels: list[grpc.aio.Channel] = []
+    plain = token_client.open_channel
+    monkeypatch.setattr(token_client, "open_channel", lambda *args: channels.append(plain(*args)) or channels[-1])  # type: ignore[func-returns-value]
+    async with joined() as both:
+        both.request().follow()
+        await both.client.close()  # before its reader has begun
+    [channel] = channels
+    assert channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN

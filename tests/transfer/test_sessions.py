@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import structlog
@@ -291,3 +293,25 @@ async def test_frames_are_as_few_as_can_be_and_nothing_is_copied_before_its_slot
         both.assert_arrived(wanted)
     assert len(loaded) == num_frames
     assert all(isinstance(chunk.payload, payload_type) for chunk in loaded)
+
+
+@pytest.mark.parametrize(("error", "num_told"), [(PeerGone, 0), (TypeError, 1)])
+async def test_who_fails_to_greet_when_nobody_waits_any_more_is_told_as_if_one_did(
+    error: type[Exception], num_told: int
+) -> None:
+    may_fail = asyncio.Event()
+    unseen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unseen.append(context))
+
+    async def connect(_address: str) -> Any:
+        await may_fail.wait()
+        raise error("it isn't there")
+
+    pool = SessionPool(connect, Identity(1, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024)
+    with structlog.testing.capture_logs() as told:
+        assert await pool.greet(["127.0.0.1:1"], within_s=0.01) == {}
+        may_fail.set()
+        await settle()
+    del pool, connect
+    gc.collect()
+    assert len([line for line in told if "defect" in line["event"]]) == num_told and not unseen

@@ -55,6 +55,7 @@ class SessionPool:
         if opened is None or _is_over(opened):
             self._opened = {known: task for known, task in self._opened.items() if not _is_over(task)}
             opened = asyncio.get_running_loop().create_task(self._open(address))
+            opened.add_done_callback(partial(_tell_defect, address))
             self._opened[address] = opened
         # Several may wait for it: the first one's leaving mustn't end it.
         return await asyncio.shield(opened)
@@ -70,13 +71,8 @@ class SessionPool:
             await asyncio.wait(opening.values(), timeout=within_s)
         for one in opening.values():
             one.cancel()  # who isn't there yet may still come
-        refused: dict[str, ShoalError] = {}
-        for address, end in zip(opening, await asyncio.gather(*opening.values(), return_exceptions=True), strict=True):
-            if isinstance(end, ShoalError):
-                refused[address] = end
-            elif isinstance(end, Exception):  # a defect; who was only waited for long enough is cancelled
-                _log.error("a session wasn't opened, by a defect", address=address, exc_info=end)
-        return refused
+        ends = await asyncio.gather(*opening.values(), return_exceptions=True)
+        return {address: end for address, end in zip(opening, ends, strict=True) if isinstance(end, ShoalError)}
 
     async def drain(self, drain_s: float) -> None:
         """Allow no new claims, let the open ones finish for ``drain_s``, then stop them, and close."""
@@ -117,6 +113,13 @@ class SessionPool:
         )
         self._told_opened(address, session)
         return session
+
+
+def _tell_defect(address: str, opened: asyncio.Task[PrefillSession]) -> None:
+    """Whoever waits for it may have left before it fails."""
+    error = None if opened.cancelled() else opened.exception()
+    if error is not None and not isinstance(error, ShoalError):
+        _log.error("a session wasn't opened, by a defect", address=address, exc_info=error)
 
 
 def _is_over(opened: asyncio.Task[PrefillSession]) -> bool:

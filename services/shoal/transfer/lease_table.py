@@ -44,7 +44,8 @@ class LeaseTable:
         self._on_moved = moved
         self._leases: dict[bytes, Lease] = {}
         self._deadlines: dict[bytes, float] = {}
-        self._heap: list[tuple[float, int, Lease]] = []
+        # Ids: an entry outlives its lease, which holds a prompt.
+        self._heap: list[tuple[float, int, bytes]] = []
         self._order = itertools.count()
         self._counts: Counter[LeaseState] = Counter()
         self.is_closed = False
@@ -127,12 +128,12 @@ class LeaseTable:
         now = self._clock()
         cancelled = []
         while self._heap and self._heap[0][0] <= now:
-            _, _, lease = heapq.heappop(self._heap)
-            deadline = self._deadlines.get(lease.lease_id)
-            if deadline is None or self._leases.get(lease.lease_id) is not lease:
+            _, _, lease_id = heapq.heappop(self._heap)
+            lease, deadline = self._leases.get(lease_id), self._deadlines.get(lease_id)
+            if lease is None or deadline is None:
                 continue
             if deadline > now:
-                self._push(lease, deadline)
+                self._push(lease_id, deadline)
             elif lease.state is LeaseState.QUARANTINED:
                 lease.retire()
             elif lease.cancel(LeaseLost(f"nobody {'renewed' if lease.owner else 'claimed'} the lease in time")):
@@ -180,12 +181,12 @@ class LeaseTable:
         if waits_s is not None:
             deadline = self._clock() + waits_s
             self._deadlines[lease.lease_id] = deadline
-            self._push(lease, deadline)
+            self._push(lease.lease_id, deadline)
         elif lease.state is not LeaseState.SEALED:  # sealing keeps the deadline; the other states wait for no peer
             self._deadlines.pop(lease.lease_id, None)
 
-    def _push(self, lease: Lease, deadline: float) -> None:
-        heapq.heappush(self._heap, (deadline, next(self._order), lease))
+    def _push(self, lease_id: bytes, deadline: float) -> None:
+        heapq.heappush(self._heap, (deadline, next(self._order), lease_id))
 
     def _give_back_slot(self, lease: Lease) -> None:
         if lease.slot is None or self._staging is None:

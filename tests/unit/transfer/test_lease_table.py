@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from shoal.errors import Cancelled, InternalError, LeaseLost, Unavailable
@@ -150,3 +153,12 @@ def test_the_boundary_token_is_never_present(num_tokens: int, num_present: int) 
 def test_an_incomplete_lease_cannot_be_committed(table: Table) -> None:
     with pytest.raises(InternalError):
         table.reserve().commit()
+
+
+def test_a_lease_that_has_ended_is_kept_by_nothing_of_the_table(table: Table) -> None:
+    lease = table.reserve()
+    kept = weakref.ref(lease)
+    lease.cancel(Cancelled("out of blocks"))
+    del lease
+    gc.collect()
+    assert kept() is None

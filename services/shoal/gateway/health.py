@@ -11,6 +11,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shoal.errors import Overloaded
 from shoal.gateway.backend import Readiness
 
 _log = structlog.get_logger(__name__)
@@ -18,6 +19,8 @@ _log = structlog.get_logger(__name__)
 SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _WATCH_PERIOD_S = 1.0
+_MAX_WATCHERS = 256
+"""Who watches needs no key, and wakes this process as long as it likes."""
 _Status = health_pb2.HealthCheckResponse
 
 
@@ -27,6 +30,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no
     def __init__(self, readiness: Callable[[], Awaitable[Readiness]], service: str) -> None:
         self._readiness = readiness
         self._names = frozenset({"", service})
+        self._num_watchers = 0
 
     def add_to(self, server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
@@ -40,6 +44,15 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no
         if request.service not in self._names:
             await context.write(_Status(status=_Status.SERVICE_UNKNOWN))
             return
+        if self._num_watchers >= _MAX_WATCHERS:
+            raise Overloaded(f"{_MAX_WATCHERS} watch already: ask by Check, or try again later")
+        self._num_watchers += 1
+        try:
+            await self._tell_changes(context)
+        finally:
+            self._num_watchers -= 1
+
+    async def _tell_changes(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         last = None
         while True:
             status = await self._status()

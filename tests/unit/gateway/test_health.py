@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -99,3 +101,22 @@ async def test_nothing_serves_where_a_thread_of_the_gateway_hangs(services: Serv
     async with client_of(replace(services, require_healthy=hangs)) as inference:
         stub = health_pb2_grpc.HealthStub(inference.channel)
         assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.NOT_SERVING
+
+
+async def test_one_watcher_too_many_is_refused_until_another_leaves(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_MAX_WATCHERS", 2)
+    first, second = (stub.Watch(asked(""), timeout=TIMEOUT_S) for _ in range(2))
+    for one in (first, second):
+        assert (await one.read()).status == Status.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Watch(asked(""), timeout=TIMEOUT_S).read()
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.SERVING
+    first.cancel()
+    status = None
+    async with asyncio.timeout(TIMEOUT_S):
+        while status is None:  # until the server has heard that it left
+            with suppress(grpc.aio.AioRpcError):
+                third = stub.Watch(asked(""), timeout=TIMEOUT_S)
+                status = (await third.read()).status
+    assert status == Status.SERVING

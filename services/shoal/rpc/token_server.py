@@ -26,8 +26,9 @@ import grpc
 import grpc.aio
 
 from shoal.cutoff import Cutoff
-from shoal.errors import Overloaded, PeerGone, ProtocolViolation, ShoalError
+from shoal.errors import Overloaded, PeerGone, ProtocolViolation, RequestTooLarge, ShoalError
 from shoal.messages import GenerateRequest, Ticket, TokenOutput
+from shoal.rpc.options import HANDOFF_MAX_MESSAGE_BYTES
 from shoal.rpc.outputs import to_outputs
 from shoal.rpc.requests import from_submit
 from shoal.rpc.statuses import abort
@@ -40,6 +41,8 @@ _log = logging.getLogger(__name__)
 ID_BYTES = 16
 MAX_GATEWAYS = 1024
 MAX_BATCH_BYTES = 1 << 20
+MAX_OUTPUT_BYTES = HANDOFF_MAX_MESSAGE_BYTES - 64
+"""Of one output; the rest is for what a message has around it."""
 COME_TIMEOUT_S = 10.0
 """How long a request, or its gateway's stream, is waited for."""
 
@@ -93,8 +96,12 @@ class Outlet:
         self.gateway.proceed()
 
     def send(self, output: TokenOutput) -> None:
-        """Never waits. Raises PeerGone once the gateway's stream has ended."""
-        self._put(list(to_outputs(self._key, self._num_sent, output)))
+        """Never waits. Raises PeerGone once the gateway's stream has ended, and RequestTooLarge for an output that no
+        message holds: to write it would end the stream, and all other requests with it."""
+        messages = list(to_outputs(self._key, self._num_sent, output))
+        if max(message.ByteSize() for message in messages) > MAX_OUTPUT_BYTES:
+            raise RequestTooLarge(f"one step told more than {MAX_OUTPUT_BYTES} bytes: ask for fewer log-probabilities")
+        self._put(messages)
 
     async def end(self, timeout_s: float = COME_TIMEOUT_S) -> None:
         """The request is complete: wait until all is written, and so the stream's to keep.

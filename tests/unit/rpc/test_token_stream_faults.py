@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from shoal.errors import PeerGone, ProtocolViolation, Unauthenticated
+from shoal.errors import PeerGone, ProtocolViolation, RequestTooLarge, Unauthenticated
 from shoal.rpc import token_client, token_server
 from shoal.rpc.frames import MAX_ID
 from shoal.rpc.requests import to_submit
@@ -313,3 +313,14 @@ async def test_a_client_that_closes_leaves_no_channel_open_however_new(monkeypat
         await both.client.close()  # before its reader has begun
     [channel] = channels
     assert channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+
+
+async def test_an_output_that_no_message_holds_ends_no_other_request():
+    async with joined() as both:
+        greedy, other = await both.running(), await both.running()
+        with pytest.raises(RequestTooLarge, match="log-probabilities"):
+            greedy.outlet.send(output(1, "x" * (2 << 20)))
+        longest = output(1, "x" * (token_server.MAX_OUTPUT_BYTES - 100))
+        other.outlet.send(longest)
+        await other.outlet.end()
+        assert await other.rest() == [longest]

@@ -245,3 +245,16 @@ async def test_a_committed_slot_waits_for_the_resend_that_may_be_under_way() -> 
         await settle()
         assert staging.num_lent == 0
         await peer.channel.close()
+
+
+@pytest.mark.parametrize("times", [0.1, 10.0])
+async def test_pools_of_different_ttls_keep_decodes(times: float) -> None:
+    clock = FakeClock()
+    async with rig(clock=clock) as both:
+        both.pool._ttl_s = times * TIMES.ttl_s
+        new_id = lease_id()
+        session = await both.pool.get("memory")
+        async with both.open(new_id, prompt()), session.claim(new_id):
+            await clock.advance(100 * TIMES.ttl_s)
+            assert both.desk.table.counts == {LeaseState.STREAMING: 1}
+    assert both.counts.events["expired"] == 0

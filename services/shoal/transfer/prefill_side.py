@@ -190,10 +190,13 @@ class PrefillSession(Session):
             case Beat():
                 pass
             case Granted():
+                self._keep(frame.ttl_s)
                 self._granted(frame)
             case Draining():
                 self.peer_is_draining = True
             case Accepted() | Refused() | Credit() | Nack() | Committed() | Cancel():
+                if isinstance(frame, Accepted):
+                    self._keep(frame.ttl_s)
                 self._free_slots(frame)
                 claim = self._claims.get(frame.lease_id)
                 if claim is not None:
@@ -202,6 +205,13 @@ class PrefillSession(Session):
                     self._late(frame)
             case _:
                 raise ProtocolViolation(f"decode sent {type(frame).__name__}, which only prefill may")
+
+    def _keep(self, ttl_s: float) -> None:
+        """Decode's time holds for both ends: while another one is rolled out, the pools' differ."""
+        if ttl_s != self._ttl_s:
+            self._ttl_s = ttl_s
+            self._timers["beat"].cancel()
+            self._beat()
 
     def _free_slots(self, frame: Frame) -> None:
         """Also for a claim that was left: decode may have been reading its chunks until now."""

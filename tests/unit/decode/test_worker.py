@@ -517,11 +517,13 @@ async def test_a_lease_that_nobody_claims_gives_its_blocks_to_an_older_sequence(
 
 
 async def unclaimed(local: LocalShoal, number: int) -> list[asyncio.Task[list[TokenOutput]]]:
-    """So many requests, each of which has a lease that no prefill claims."""
+    """So many requests, each of which has a lease that no prefill claims, the last one the youngest."""
     local.decode.worker.prefill = NobodyAnswers()
-    asked = [asyncio.create_task(collect(local, request(PROMPT, max_tokens=4))) for _ in range(number)]
-    while local.decode.desk.table.counts.get("reserved", 0) < number:
-        await asyncio.sleep(0)
+    asked: list[asyncio.Task[list[TokenOutput]]] = []
+    while len(asked) < number:
+        asked.append(asyncio.create_task(collect(local, request(PROMPT, max_tokens=4))))
+        while local.decode.desk.table.counts.get("reserved", 0) < len(asked):
+            await asyncio.sleep(0)
     return asked
 
 

@@ -28,6 +28,7 @@ class Interrupts:
         self._signals = signals
         self._num_holds = 0
         self._noted = False
+        self._has_hung_up = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -61,7 +62,11 @@ class Interrupts:
             for number in self._signals:
                 signal.signal(number, self._handle)
 
-    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            if self._has_hung_up:
+                return  # a terminal closes once, and both the shell and the system say so
+            self._has_hung_up = True
         if self._num_holds:
             self._noted = True
         else:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,10 +159,12 @@ def _serve(settings: Any) -> None:
             try:
                 cluster.wait()
             except KeyboardInterrupt:
-                err.print(f"stopping: open requests have {settings.handoff.drain_s:g} s to finish")
+                with suppress(OSError):  # the terminal may be gone
+                    err.print(f"stopping: open requests have {settings.handoff.drain_s:g} s to finish")
                 raise
     except KeyboardInterrupt:
-        err.print("stopped")
+        with suppress(OSError):
+            err.print("stopped")
 
 
 def where(gateway: Any, url: str) -> str:
@@ -180,7 +183,7 @@ def _check_files(settings: Any) -> None:
     """What is wrong in files is said before anything starts. Of a cluster, each host has those of its own roles."""
     from shoal.certs import ROLES
     from shoal.gateway.keys import read_keys
-    from shoal.gateway.tls import server_context
+    from shoal.gateway.tls import expiry, server_context
     from shoal.model.files import locate
     from shoal.rpc.certificates import read_certificate, require_trust
 
@@ -189,6 +192,7 @@ def _check_files(settings: Any) -> None:
     is_gateway_here = settings.ray.address is None or settings.gateway.resource is None
     if settings.gateway.tls is not None and is_gateway_here:
         server_context(settings.gateway.tls)
+        expiry(settings.gateway.tls)
     if settings.ray.address is not None:
         return
     locate(settings.model.name)

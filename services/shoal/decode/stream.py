@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from shoal.engine.detokenizer import Detokenizer
 from shoal.engine.events import PromptEvent, TokenEvent
@@ -22,7 +22,7 @@ class ChoiceStreams:
     def __init__(self, request: GenerateRequest, decode: Callable[[Sequence[int]], str]) -> None:
         self._request = request
         self._decode = decode
-        self._token_text = cache(self._text_of)
+        self._token_text = cache(partial(_text_of, decode))
         self._open = {
             index: self._detokenizer(sent) for index, sent in enumerate(_sent(request)) if not sent.is_complete
         }
@@ -87,13 +87,14 @@ class ChoiceStreams:
             detokenizer.add(token_id)
         return detokenizer
 
-    def _text_of(self, token_id: int) -> str:
-        """As it reads after another token: before a text's first one, a tokenizer may drop a space."""
-        return self._decode([token_id, token_id]).removeprefix(self._decode([token_id]))
-
     def _logprob(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
         texts = tuple((other, self._token_text(other), its_logprob) for other, its_logprob in top)
         return TokenLogprob(token_id, self._token_text(token_id), logprob, texts)
+
+
+def _text_of(decode: Callable[[Sequence[int]], str], token_id: int) -> str:
+    """As it reads after another token: before a text's first one, a tokenizer may drop a space."""
+    return decode([token_id, token_id]).removeprefix(decode([token_id]))
 
 
 def joined(outputs: Sequence[TokenOutput]) -> Iterable[TokenOutput]:

@@ -186,7 +186,7 @@ class TokenClient:
         finally:
             del self._stubs[place]
             self._fail_later([stream for stream in self._open.values() if stream.place == place], lost)
-            del self._channels[place]
+            self._channels.pop(place, None)
             await channel.close(None)
 
     def _fail_later(self, streams: Sequence[TokenStream], error: ShoalError) -> None:

@@ -43,6 +43,8 @@ MAX_GATEWAYS = 1024
 MAX_BATCH_BYTES = 1 << 20
 MAX_OUTPUT_BYTES = HANDOFF_MAX_MESSAGE_BYTES - 64
 """Of one output; the rest is for what a message has around it."""
+Sized = tuple[pb.Output, int]
+"""An output, and its bytes."""
 COME_TIMEOUT_S = 10.0
 """How long a request, or its gateway's stream, is waited for."""
 
@@ -67,7 +69,7 @@ class Outlet:
         self._num_sent = 0
 
     def belongs_to(self, peer: str) -> bool:
-        """Nothing of it has gone by another connection, nor come: the gateway knows it by that of ``peer`` alone."""
+        """None of its outputs is queued, and its request hasn't come by another connection than that of ``peer``."""
         return self._peer in {None, peer} and self._num_sent == 0
 
     def move(self, gateway: _Gateway) -> None:
@@ -98,10 +100,7 @@ class Outlet:
     def send(self, output: TokenOutput) -> None:
         """Never waits. Raises PeerGone once the gateway's stream has ended, and RequestTooLarge for an output that no
         message holds: to write it would end the stream, and all other requests with it."""
-        messages = list(to_outputs(self._key, self._num_sent, output))
-        if max(message.ByteSize() for message in messages) > MAX_OUTPUT_BYTES:
-            raise RequestTooLarge(f"one step told more than {MAX_OUTPUT_BYTES} bytes: ask for fewer log-probabilities")
-        self._put(messages)
+        self._put(list(to_outputs(self._key, self._num_sent, output)))
 
     async def end(self, timeout_s: float = COME_TIMEOUT_S) -> None:
         """The request is complete: wait until all is written, and so the stream's to keep.
@@ -122,8 +121,11 @@ class Outlet:
     def _put(self, messages: Sequence[pb.Output]) -> None:
         if self.gateway.is_gone:
             raise _gone()
+        sized = [(message, message.ByteSize()) for message in messages]  # once: it takes as long as to write them
+        if any(size > MAX_OUTPUT_BYTES for _, size in sized):
+            raise RequestTooLarge(f"one step told more than {MAX_OUTPUT_BYTES} bytes: ask for fewer log-probabilities")
         self._num_sent += len(messages)
-        self.gateway.put(messages)
+        self.gateway.put(sized)
 
     async def _until(self, look: Callable[[], T | None], timeout_s: float, otherwise: str) -> T:
         """What ``look`` sees as soon as it sees something. Raises PeerGone if the gateway goes before, or with
@@ -152,14 +154,14 @@ class _Gateway:
         self.wake = asyncio.Event()
         self.progress = asyncio.Event()
         """Replaced whenever it's set."""
-        self._waiting: list[pb.Output] = []
+        self._waiting: list[Sized] = []
 
-    def put(self, messages: Sequence[pb.Output]) -> None:
+    def put(self, messages: Sequence[Sized]) -> None:
         self.num_put += len(messages)
         self._waiting += messages
         self.wake.set()
 
-    def take(self) -> list[pb.Output]:
+    def take(self) -> list[Sized]:
         taken, self._waiting = self._waiting, []
         self.wake.clear()
         return taken
@@ -295,13 +297,15 @@ def _gone() -> PeerGone:
     return PeerGone("the stream between a gateway and a decode replica has ended")
 
 
-def _batches(outputs: Sequence[pb.Output]) -> Iterator[Sequence[pb.Output]]:
+def _batches(outputs: Sequence[Sized]) -> Iterator[list[pb.Output]]:
     """One, or several where much is told of prompts."""
-    first, num_bytes = 0, 0
-    for index, output in enumerate(outputs):
-        num_bytes += output.ByteSize()
-        if num_bytes > MAX_BATCH_BYTES and index > first:
-            yield outputs[first:index]
-            first, num_bytes = index, output.ByteSize()
-    if outputs[first:]:
-        yield outputs[first:]
+    batch: list[pb.Output] = []
+    num_bytes = 0
+    for output, size in outputs:
+        if batch and num_bytes + size > MAX_BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(output)
+        num_bytes += size
+    if batch:
+        yield batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from tokenizers import Tokenizer, decoders, models
 
 from shoal.decode.stream import ChoiceStreams, joined
@@ -74,3 +76,12 @@ def test_a_token_s_own_text_keeps_the_space_that_a_text_s_first_one_loses():
     assert (the.text, sea.text) == ("the", " sea")
     assert [one.logprobs[0].token for one in (the, sea)] == [" the", " sea"]
     assert [text for _, text, _ in sea.logprobs[0].top] == [" the", "the", " "]
+
+
+def test_what_was_asked_is_gone_with_its_answer():
+    """Not when memory is next looked through: it holds a prompt."""
+    request = GenerateRequest(RequestContext("a", timeout_s=9.0), "m", (1,), Depth.FULL, SamplingParams(max_tokens=9))
+    streams = ChoiceStreams(request, lambda ids: "a" * len(ids))
+    seen = weakref.ref(streams)
+    del streams
+    assert seen() is None

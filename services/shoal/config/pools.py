@@ -116,7 +116,9 @@ class HandoffConfig(Frozen):
         description="What is shipped for the skipped layers: their K/V, or the hidden state that decode projects them "
         "from. auto is kv where payload goes by shared memory, and what is fewer bytes elsewhere.",
     )
-    ttl_s: Annotated[float, Field(gt=0)] = Field(5.0, description="How long a lease outlives its last sign of life.")
+    ttl_s: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="How long a lease outlives its last sign of life; decode's counts for both pools."
+    )
     drain_s: Annotated[float, Field(gt=0)] = Field(2.0, description="How long open leases may finish on shutdown.")
     claim_timeout_s: Annotated[float, Field(gt=0)] = Field(
         30.0, description="How long decode waits for a prefill replica with room; then it computes the prompt itself."

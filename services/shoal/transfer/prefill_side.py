@@ -106,6 +106,10 @@ class PrefillSession(Session):
         return session
 
     @property
+    def ttl_s(self) -> float:
+        return self._ttl_s
+
+    @property
     def num_claims(self) -> int:
         return len(self._claims)
 
@@ -119,7 +123,7 @@ class PrefillSession(Session):
             raise PeerGone(f"the session to decode is over: {self.error.message}")
         if lease_id in self._claims:
             raise LeaseLost(f"lease {lease_id.hex()} is claimed here already")
-        claim = PromptClaim(self, lease_id, clock=self._clock, ttl_s=self._ttl_s)
+        claim = PromptClaim(self, lease_id, clock=self._clock)
         self._claims[lease_id] = claim
         reason = "prefill left the lease unsealed"
         try:
@@ -190,13 +194,13 @@ class PrefillSession(Session):
             case Beat():
                 pass
             case Granted():
-                self._keep(frame.ttl_s)
+                self._keep_ttl(frame.ttl_s)
                 self._granted(frame)
             case Draining():
                 self.peer_is_draining = True
             case Accepted() | Refused() | Credit() | Nack() | Committed() | Cancel():
                 if isinstance(frame, Accepted):
-                    self._keep(frame.ttl_s)
+                    self._keep_ttl(frame.ttl_s)
                 self._free_slots(frame)
                 claim = self._claims.get(frame.lease_id)
                 if claim is not None:
@@ -206,8 +210,8 @@ class PrefillSession(Session):
             case _:
                 raise ProtocolViolation(f"decode sent {type(frame).__name__}, which only prefill may")
 
-    def _keep(self, ttl_s: float) -> None:
-        """Decode's time holds for both ends: while another one is rolled out, the pools' differ."""
+    def _keep_ttl(self, ttl_s: float) -> None:
+        """Decode's holds for both ends, from the first prompt on: while a new one is rolled out, the pools' differ."""
         if ttl_s != self._ttl_s:
             self._ttl_s = ttl_s
             self._timers["beat"].cancel()
@@ -244,7 +248,7 @@ class PromptClaim:
     ``left`` is set when the claim was left, and its blocks are the engine's again.
     """
 
-    def __init__(self, session: PrefillSession, lease_id: bytes, *, clock: Clock, ttl_s: float) -> None:
+    def __init__(self, session: PrefillSession, lease_id: bytes, *, clock: Clock) -> None:
         self.lease_id = lease_id
         self.token_ids: tuple[int, ...] = ()
         self.num_present = 0
@@ -255,7 +259,6 @@ class PromptClaim:
         self.is_settled = False
         self._session = session
         self._clock = clock
-        self._ttl_s = ttl_s
         self._error: ShoalError | None = None
         self._committed = False
         self._credit_bytes = 0
@@ -388,8 +391,9 @@ class PromptClaim:
         """Wait until decode made ``is_so`` true. Raises what ended the claim; LeaseLost after ``ttl_s`` of silence."""
         self._raise_if_ended()
         while not is_so():
-            overdue = LeaseLost(f"no {what} from decode for {self._ttl_s:g} s")
-            timer = self._clock.call_at(self._clock.time() + self._ttl_s, partial(self.end, overdue))
+            ttl_s = self._session.ttl_s
+            overdue = LeaseLost(f"no {what} from decode for {ttl_s:g} s")
+            timer = self._clock.call_at(self._clock.time() + ttl_s, partial(self.end, overdue))
             try:
                 await self._change()
             finally:

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ from shoal.gateway.http_server import HttpServer
 from shoal.gateway.intake import Services
 from shoal.gateway.keys import Keyring
 from shoal.gateway.poll import SharedPoll
-from shoal.gateway.retrying import RetryingBackend
+from shoal.gateway.retrying import RetryingBackend, in_time
 from shoal.gateway.tls import expiry, server_context
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
@@ -95,8 +94,9 @@ class PoolBackend:
             call = self._decode.generate.remote(stream.ticket)
             watch = asyncio.create_task(_watch(call, stream, request))
             watch.add_done_callback(partial(_call_ended, stream=stream))
+            late = DeadlineExceeded("the request's deadline has passed")
             loop = asyncio.get_running_loop()
-            ending = loop.call_later(request.context.timeout_s + _GRACE_S, stream.fail, _too_late())
+            ending = loop.call_later(request.context.timeout_s + _GRACE_S, stream.fail, late)
             try:
                 async for output in stream:
                     yield output
@@ -129,19 +129,13 @@ async def _watch(call: Any, stream: TokenStream, request: GenerateRequest) -> No
     deadline_s = clock() + request.context.timeout_s
     try:
         async for place in call:
-            if (left_s := deadline_s - clock()) <= 0:
-                raise _too_late()
+            request = in_time(request, deadline_s - clock())
             stream.follow(place)
-            context = replace(request.context, timeout_s=left_s)
-            await stream.submit(replace(request, context=context))
+            await stream.submit(request)
     except ShoalError as error:
         stream.fail(error)
     except (RayError, RayServeException) as error:
         stream.fail(known_error(error, "decode"))
-
-
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("the request's deadline has passed")
 
 
 def _call_ended(watch: asyncio.Task[None], stream: TokenStream) -> None:

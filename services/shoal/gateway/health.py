@@ -19,7 +19,7 @@ _log = structlog.get_logger(__name__)
 SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _WATCH_PERIOD_S = 1.0
-_MAX_WATCHERS = 256
+_MAX_WATCHERS = 1024
 """Who watches needs no key, and wakes this process as long as it likes."""
 _Status = health_pb2.HealthCheckResponse
 

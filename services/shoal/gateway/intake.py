@@ -98,7 +98,7 @@ async def take_in(
     exchange.exits.enter_context(_admitted(services, exchange, num_more))
     exchange.exits.enter_context(tenant.holding(sum(request.max_kv_tokens for request in requests)))
     if services.wants_outline and isinstance(body, ChatBody) and requests[0].depth is Depth.SHALLOW:
-        outline = await services.tokenizer.outline_chat(body.messages, prompts[0])
+        outline = await services.tokenizer.outline_chat(body.messages, prompts[0], may_think=body.may_think)
         requests = tuple(replace(request, outline=outline) for request in requests)
     if body.needs_full_depth is not None:
         services.observer.needed_full_depth(body.needs_full_depth)

@@ -87,7 +87,7 @@ class RetryingBackend:
                 if num_refusals == MAX_REFUSALS or not await self._pool.living() - failed:
                     raise
                 self._observer.retried(error.code)
-                request = _in_time(request, deadline_s - self._clock())
+                request = in_time(request, deadline_s - self._clock())
                 continue
             except (PeerGone, PlanMismatch) as error:  # the latter where old and new replicas are mixed
                 if given.is_complete:
@@ -158,11 +158,11 @@ class _Given:
 
 
 def _next_attempt(request: GenerateRequest, timeout_s: float) -> GenerateRequest:
-    request = _in_time(request, timeout_s)
+    request = in_time(request, timeout_s)
     return replace(request, context=replace(request.context, attempt=request.context.attempt + 1))
 
 
-def _in_time(request: GenerateRequest, timeout_s: float) -> GenerateRequest:
+def in_time(request: GenerateRequest, timeout_s: float) -> GenerateRequest:
     """``request`` with so much time left."""
     if timeout_s <= 0:
         raise DeadlineExceeded("the request's deadline has passed")

@@ -84,27 +84,34 @@ class Tokenizer:
         Raises InvalidRequest if the template refuses it.
         """
 
+        options = {} if may_think else _NO_THINKING
+
         def work() -> tuple[int, ...]:
-            text = self.render(messages, **({} if may_think else _NO_THINKING))
+            text = self.render(messages, **options)
             self._check_fits(text, max_tokens, "messages")
             return self._encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
         return await self._run(_num_chars(messages), work)
 
-    async def outline_chat(self, messages: Sequence[Message], ids: Sequence[int]) -> PromptOutline:
-        """The parts of ``ids``, which ``encode_chat`` made of the same conversation. What can't be told is 0.
+    async def outline_chat(
+        self, messages: Sequence[Message], ids: Sequence[int], *, may_think: bool = True
+    ) -> PromptOutline:
+        """The parts of ``ids``, which ``encode_chat`` made of the same. What can't be told is 0.
 
         The system prompt is all that stays the same whatever the first one says who isn't the system: a template's own
         counts, and so does what it writes before a user's words.
         """
 
+        options = {} if may_think else _NO_THINKING
+
         def work() -> PromptOutline:
-            told = self._ids_of(messages, opens_answer=False)
+            told = self._ids_of(messages, opens_answer=False, **options)
             num_shared = _num_shared(told, ids)
             # Where the texts meet, a token may reach over. A template that begins otherwise tells nothing.
             is_beginning = bool(told) and len(told) - num_shared <= _MAX_MERGED_TOKENS
             num_header_tokens = len(ids) - num_shared if is_beginning else 0
-            return PromptOutline(_num_shared(self._ids_of(_otherwise(messages)), ids), num_header_tokens)
+            num_system_tokens = _num_shared(self._ids_of(_otherwise(messages), **options), ids)
+            return PromptOutline(num_system_tokens, num_header_tokens)
 
         return await self._run(2 * _num_chars(messages), work)
 
@@ -139,10 +146,10 @@ class Tokenizer:
         """End the thread. Twice is a no-op."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _ids_of(self, messages: Sequence[Message], *, opens_answer: bool = True) -> tuple[int, ...]:
+    def _ids_of(self, messages: Sequence[Message], **options: bool) -> tuple[int, ...]:
         """Nothing, if the template refuses them."""
         try:
-            return self._encode(self.render(messages, opens_answer=opens_answer), add_special_tokens=False)
+            return self._encode(self.render(messages, **options), add_special_tokens=False)
         except InvalidRequest:
             return ()
 

@@ -300,7 +300,9 @@ def stuck(hurried: Services, smollm2: Any) -> Iterator[Services]:
     tokenizer.close()
 
 
-@pytest.mark.parametrize("asks", [{"prompt": LONG}, {"messages": [{"role": "user", "content": LONG}]}], ids=list)
+@pytest.mark.parametrize(
+    "asks", [{"prompt": LONG}, {"messages": [{"role": "user", "content": LONG}]}], ids=["prompt", "messages"]
+)
 async def test_a_prompt_that_is_not_encoded_in_time_holds_no_place_beyond_its_deadline(
     stuck: Services, asks: dict[str, Any]
 ) -> None:
@@ -311,7 +313,7 @@ async def test_a_prompt_that_is_not_encoded_in_time_holds_no_place_beyond_its_de
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
 @pytest.mark.parametrize(
-    "asks", [{"text": LONG}, {"chat": pb.Chat(messages=[{"role": "user", "content": LONG}])}], ids=list
+    "asks", [{"text": LONG}, {"chat": pb.Chat(messages=[{"role": "user", "content": LONG}])}], ids=["text", "chat"]
 )
 async def test_by_grpc_neither_does_it(stuck: Services, method: str, asks: dict[str, Any]) -> None:
     async with client_of(stuck) as client:

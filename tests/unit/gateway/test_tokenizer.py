@@ -188,13 +188,25 @@ async def test_who_isn_t_to_think_is_told_as_the_template_does(smollm2: Any, mon
     """As Qwen3's does; a template without a choice never looks."""
     tokenizer, plain = Tokenizer(smollm2), await Tokenizer(smollm2).encode_chat(TURNS)
     assert await tokenizer.encode_chat(TURNS, may_think=False) == plain
-    closed = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    closed = "{% if add_generation_prompt and enable_thinking is false %}<think></think>{% endif %}"
     monkeypatch.setattr(smollm2, "chat_template", smollm2.chat_template + closed)
     assert await tokenizer.encode_chat(TURNS) == plain
     ids = await tokenizer.encode_chat(TURNS, may_think=False)
     assert tokenizer.decode(ids).endswith("assistant\n<think></think>")
-    _, end = parts(tokenizer, ids, await tokenizer.outline_chat(TURNS, ids))
+    _, end = parts(tokenizer, ids, await tokenizer.outline_chat(TURNS, ids, may_think=False))
     assert end == "<|im_start|>assistant\n<think></think>"
+
+
+async def test_of_a_template_that_says_so_at_its_beginning_parts_are_told_all_the_same(
+    smollm2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = "{% if enable_thinking is false %}Don't think.{% endif %}"
+    monkeypatch.setattr(smollm2, "chat_template", mode + smollm2.chat_template)
+    tokenizer = Tokenizer(smollm2)
+    ids = await tokenizer.encode_chat(TURNS, may_think=False)
+    front, end = parts(tokenizer, ids, await tokenizer.outline_chat(TURNS, ids, may_think=False))
+    assert front == "Don't think.<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert end == "<|im_start|>assistant\n"
 
 
 async def test_a_template_that_refuses_is_the_clients_fault(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:

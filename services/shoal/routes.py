@@ -65,7 +65,7 @@ def choose(call: Grant | Ticket, replica_id: str) -> None:
     _chosen[call] = replica_id
     now_s = time.monotonic()
     _underway[call] = replica_id, now_s
-    _forgive(now_s)
+    _forget_old(_blamed_s, now_s)
     _blamed_s.update(dict.fromkeys(call.excluded, now_s))
     if isinstance(call, Ticket):
         _since_s[call] = now_s
@@ -85,8 +85,7 @@ def heard(call: Ticket) -> None:
     now_s = time.monotonic()
     replica_id = _replica_ids.get(call, "")
     if replica_id not in _heard_s:
-        for one in [one for one, heard_s in _heard_s.items() if now_s - heard_s > HEARD_WITHIN_S]:
-            del _heard_s[one]  # as good as never heard of, and it may be gone
+        _forget_old(_heard_s, now_s)  # as good as never heard of
     _heard_s[replica_id] = now_s
 
 
@@ -117,7 +116,7 @@ def troubled() -> frozenset[str]:
     """Replicas that have failed a call just now, that nothing is heard of though a call waits there, or that let one
     wait for its first answer for long."""
     now_s = time.monotonic()
-    _forgive(now_s)
+    _forget_old(_blamed_s, now_s)
     waits = [
         (_chosen[call], now_s - since_s)
         for call, since_s in _since_s.items()
@@ -130,10 +129,10 @@ def troubled() -> frozenset[str]:
     }
 
 
-def _forgive(now_s: float) -> None:
-    """Forget whom nothing was said against for a while: it may be gone."""
-    for replica_id in [one for one, since_s in _blamed_s.items() if now_s - since_s > HEARD_WITHIN_S]:
-        del _blamed_s[replica_id]
+def _forget_old(when_s: dict[str, float], now_s: float) -> None:
+    """Those that nothing has happened with for a while: they may be gone."""
+    for replica_id in [one for one, then_s in when_s.items() if now_s - then_s > HEARD_WITHIN_S]:
+        del when_s[replica_id]
 
 
 def num_noted() -> int:

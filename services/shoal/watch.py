@@ -106,7 +106,7 @@ class Watch:
                 await asyncio.to_thread(thread.join, _CLOSE_S)
 
     def look(self) -> None:
-        """Look once, and tell. Never raises."""
+        """Look once, and tell, as both threads do."""
         self._look()
         self._tell()
 

@@ -155,6 +155,7 @@ def test_gemmas_norms_and_embedding_scale_are_transformers_in_bfloat16():
         ("gpt2", {}, "gpt2.*gemma2, gemma3_text, llama, mistral, qwen2, qwen3"),
         ("llama", {"hidden_act": "gelu"}, "'gelu'.*'silu'"),
         ("llama", {"num_attention_heads": 8, "num_key_value_heads": 3}, "8 heads can't share 3 K/V heads"),
+        ("qwen2", {"num_key_value_heads": 0}, "can't share 0 K/V heads"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic.*llama3"),
         ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2]}}, "M-RoPE"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention.*sliding_attention"),

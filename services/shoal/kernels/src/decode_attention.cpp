@@ -91,7 +91,7 @@ void score(const bf16* query, const Chunk& chunk, int64_t key_at, float factor, 
 }
 
 // Scores of H heads become probabilities; their parts' totals and tops are brought up to date, and `shrink` is by what
-// their sums are to shrink. Each step is done for all of them, so that none waits for its own step before.
+// their sums are to shrink. Each step is done for all of them: one head's fills the time that another's last one takes.
 template <int D, int H>
 void weigh(const float (&scores)[H][CHUNK], int padded, Part<D>* parts, Number (&probabilities)[H][CHUNK],
            __m512 (&shrink)[H]) {

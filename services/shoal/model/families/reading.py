@@ -20,7 +20,7 @@ def plain(config: Any, rope: RopeTable, activation: str) -> ModelSpec:
         supported = ", ".join(map(repr, Activation))
         raise UnsupportedModel(f"a {family} model with activation {activation!r} is not supported, only {supported}")
     head_dim = head_dim_of(config)
-    if config.num_attention_heads % config.num_key_value_heads:
+    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
         raise UnsupportedModel(
             f"{config.num_attention_heads} heads can't share {config.num_key_value_heads} K/V heads evenly: the "
             "model's configuration is damaged"

@@ -100,6 +100,10 @@ CONTRADICTIONS: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"gateway": {"service": {"type": "NodePort"}}, "networkPolicy": {"clients": [{"podSelector": {}}]}},
         "the network policy would keep out whom a NodePort brings in",
     ),
+    "clients from outside, and nobody let in": (
+        {"gateway": {"service": {"type": "LoadBalancer"}}, "networkPolicy": {"clients": []}},
+        "the network policy would keep out whom a LoadBalancer brings in",
+    ),
     "any free port": ({"config": {"gateway": {"port": 0}}}, "config.gateway.port: must not be 0"),
     "HTTP and gRPC on one port": (
         {"config": {"gateway": {"grpc_port": 8000}}},

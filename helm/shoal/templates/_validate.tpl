@@ -63,7 +63,8 @@
 {{- end -}}
 {{- with .Values.networkPolicy -}}
   {{- $type := $.Values.gateway.service.type -}}
-  {{- if and .enabled (ne $type "ClusterIP") (eq (toJson .clients) (list (dict "podSelector" dict) | toJson)) -}}
+  {{- $clients := .clients | default list | toJson -}}
+  {{- if and .enabled (ne $type "ClusterIP") (has $clients (list "[]" (list (dict "podSelector" dict) | toJson))) -}}
     {{- fail (printf "gateway.service.type: the network policy would keep out whom a %s brings in: name them with networkPolicy.clients, such as [{ipBlock: {cidr: 203.0.113.0/24}}]" $type) -}}
   {{- end -}}
 {{- end -}}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 10) -> bool:
+def eventually(holds: Callable[[], bool], within_s: float = 20) -> bool:
     """Whether ``holds`` becomes true in time."""
     deadline_s = time.monotonic() + within_s
     while not holds():

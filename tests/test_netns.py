@@ -80,7 +80,7 @@ def test_all_processes_end_if_the_test_is_killed(tmp_path: Path):
         pass  # or the test is skipped: the program's own skip would be no more than its end
     with subprocess.Popen([sys.executable, "-c", PROGRAM, seconds], env=environment) as program:
         try:
-            assert eventually(lambda: num_living(seconds) == 2, within_s=20)
+            assert eventually(lambda: num_living(seconds) == 2)
         finally:
             program.kill()
         assert eventually(lambda: num_living(seconds) == 0)

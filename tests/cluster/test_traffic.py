@@ -62,9 +62,11 @@ def served(tmp_path: Path, tls: Path | None) -> Traffic:
         "handoff": {"carrier": "inline", "min_tokens": 2},
         "ray": {"stop_timeout_s": 1},
     }
+    clients = tmp_path / "clients"
     if tls is not None:
         make_certificates(tls, days=1, gateway_hosts=["127.0.0.1"])
-        own = tls / "gateway"
+        make_certificates(clients, days=2, gateway_hosts=["127.0.0.1"])
+        own = clients / "gateway"
         config["tls"] = {"folder": str(tls)}
         config["gateway"]["tls"] = {"cert_file": str(own / "tls.crt"), "key_file": str(own / "tls.key")}
     (tmp_path / "shoal.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -72,7 +74,7 @@ def served(tmp_path: Path, tls: Path | None) -> Traffic:
     serve = [sys.executable, "-c", "from shoal.command import main; main()", "serve", str(tmp_path / "shoal.yaml")]
     body = {"model": "smollm2", "prompt": PROMPT, "stop": STOP, "max_tokens": 4, "temperature": 0}
     url = f"{'http' if tls is None else 'https'}://127.0.0.1:{GATEWAY_PORT}"
-    question = [url, tls and str(tls / "ca.crt"), body]
+    question = [url, tls and str(clients / "ca.crt"), body]
     with network("host") as hosts:
         process = hosts.start("host", [sys.executable, capture.__file__, str(tmp_path), *serve], environment)
         asked = hosts.run("host", [sys.executable, "-c", _ASK], stdin=json.dumps(question))
@@ -82,7 +84,11 @@ def served(tmp_path: Path, tls: Path | None) -> Traffic:
     told, _, metrics = asked.stdout.partition("\n")
     [prompt] = json.loads(told)["shoal"]["prompts"]
     assert prompt["handoff"]["transferred"], prompt
-    assert expiries(metrics) == ({} if tls is None else dict.fromkeys(ShownTo, expires_s(tls / "gateway")))
+    if tls is None:
+        assert expiries(metrics) == {}
+    else:
+        told_of = {ShownTo.REPLICAS: tls, ShownTo.CLIENTS: clients}
+        assert expiries(metrics) == {shown_to: expires_s(one / "gateway") for shown_to, one in told_of.items()}
     return capture.read(tmp_path)
 
 

@@ -136,21 +136,21 @@ async def test_who_shows_a_certificate_speaks_tls_1_3(tmp_path: Path) -> None:
             await asyncio.to_thread(spoken, place, client)
 
 
-SOON = dt.datetime(2100, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+LATER = dt.datetime(2100, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 
 
 def test_its_end_is_that_of_the_files_that_serve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = Files(tmp_path, asks_clients=False)
     tell = expiry(files.tls)
     first = x509.load_pem_x509_certificate(files.tls.cert_file.read_bytes())
-    assert tell() == first.not_valid_after_utc.timestamp() != SOON.timestamp()
-    files.issue(not_after=SOON)
-    assert tell() == SOON.timestamp()
+    assert tell() == first.not_valid_after_utc.timestamp() != LATER.timestamp()
+    files.issue(not_after=LATER)
+    assert tell() == LATER.timestamp()
     key = files.tls.key_file.read_bytes()
     with caplog.at_level(logging.ERROR):
         files.issue()
         files.tls.key_file.write_bytes(key)  # of the one before: no server takes the two
-        assert tell() == tell() == SOON.timestamp()
+        assert tell() == tell() == LATER.timestamp()
     assert len([line for line in caplog.messages if "the certificate stays as it was" in line]) == 1
 
 

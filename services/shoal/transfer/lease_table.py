@@ -7,7 +7,6 @@ when its time comes, so that a beat costs nothing per lease but an addition.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -45,8 +44,7 @@ class LeaseTable:
         self._leases: dict[bytes, Lease] = {}
         self._deadlines: dict[bytes, float] = {}
         # Ids: an entry outlives its lease, which holds a prompt.
-        self._heap: list[tuple[float, int, bytes]] = []
-        self._order = itertools.count()
+        self._heap: list[tuple[float, bytes]] = []
         self._counts: Counter[LeaseState] = Counter()
         self.is_closed = False
 
@@ -128,7 +126,7 @@ class LeaseTable:
         now = self._clock()
         cancelled = []
         while self._heap and self._heap[0][0] <= now:
-            _, _, lease_id = heapq.heappop(self._heap)
+            _, lease_id = heapq.heappop(self._heap)
             lease, deadline = self._leases.get(lease_id), self._deadlines.get(lease_id)
             if lease is None or deadline is None:
                 continue
@@ -186,7 +184,7 @@ class LeaseTable:
             self._deadlines.pop(lease.lease_id, None)
 
     def _push(self, lease_id: bytes, deadline: float) -> None:
-        heapq.heappush(self._heap, (deadline, next(self._order), lease_id))
+        heapq.heappush(self._heap, (deadline, lease_id))
 
     def _give_back_slot(self, lease: Lease) -> None:
         if lease.slot is None or self._staging is None:

@@ -107,6 +107,7 @@ class PrefillSession(Session):
 
     @property
     def ttl_s(self) -> float:
+        """How long decode may be silent, in seconds."""
         return self._ttl_s
 
     @property

@@ -17,8 +17,10 @@ class StageConfig(Frozen):
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Processes, each with its own weights.")
     num_cpus: Annotated[float, Field(ge=0)] = Field(1, description="CPUs that Ray sets aside for a replica.")
-    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs that Ray sets aside for a replica.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …; auto is cuda where num_gpus > 0.")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        0, description="GPUs that Ray sets aside for a replica, which computes on one: 1, or a part, such as 0.5."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …; auto is cuda where num_gpus > 0, else cpu.")
     num_threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Compute threads; by default all cores that the process may use."
     )

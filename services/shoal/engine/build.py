@@ -121,10 +121,19 @@ def plan_of(config: ShoalConfig, spec: ModelSpec) -> LayerPlan:
 
 
 def choose_device(stage: StageConfig) -> torch.device:
-    """Raises ConfigError for one that isn't here."""
+    """Raises ConfigError for one that isn't here: who sets a GPU aside isn't to wait for a CPU."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if stage.num_gpus > 1:
+        _log.warning(
+            "a replica computes on one GPU: the others that are set aside for it idle", num_gpus=stage.num_gpus
+        )
     if stage.device == "auto":
-        return torch.device("cuda" if stage.num_gpus > 0 and num_gpus else "cpu")
+        if stage.num_gpus > 0 and not num_gpus:
+            raise ConfigError(
+                f"num_gpus is {stage.num_gpus:g}, but torch {torch.__version__} finds no GPU here (shoal doctor says "
+                "more): install a build of torch for it, or set num_gpus to 0, or device to cpu"
+            )
+        return torch.device("cuda" if stage.num_gpus > 0 else "cpu")
     try:
         device = torch.device(stage.device)
     except RuntimeError as error:
@@ -428,6 +437,7 @@ async def load_stage(
         # As it holds them: what was read beside isn't kept.
         held = engine.runner.decoder.parameters
         num_bytes = held.num_bytes + num_bytes_beside(engine.runner.decode_path)
+        _log.info("the model is loaded", device=str(device), dtype=str(served.dtype), weights_bytes=num_bytes)
         return Loaded(served, held, num_bytes, engine, choose_copier(limits), niceness)
 
     with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:

@@ -14,6 +14,7 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from engines import CPU, Ask, make_engine, payload_of, run_choices
 from models import TINY_FAMILIES, save_tiny, tiny_model
@@ -249,6 +250,24 @@ def test_a_device_that_is_not_here_is_refused(wanted: str, said: str, monkeypatc
     config = load_config(decode={"device": wanted})
     with pytest.raises(ConfigError, match=said):
         choose_device(config.decode)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 0.5])
+def test_where_gpus_are_set_aside_and_torch_finds_none_the_replica_does_not_compute_on_a_cpu(
+    num_gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"num_gpus is {num_gpus:g}, but torch .* finds no GPU here"):
+        choose_device(load_config(prefill={"num_gpus": num_gpus}).prefill)
+    told = load_config(prefill={"num_gpus": num_gpus, "device": "cpu"}).prefill
+    assert choose_device(told) == choose_device(load_config().prefill) == CPU
+
+
+@pytest.mark.parametrize(("num_gpus", "num_warnings"), [(1, 0), (2, 1)])
+def test_gpus_that_would_idle_are_told(num_gpus: int, num_warnings: int) -> None:
+    with pretended_gpu() as device, capture_logs() as logs:
+        assert choose_device(load_config(decode={"num_gpus": num_gpus}).decode) == device
+    assert [line["num_gpus"] for line in logs if "idle" in line["event"]] == [num_gpus] * num_warnings
 
 
 def test_a_pool_that_no_gpu_holds_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

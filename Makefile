@@ -100,7 +100,7 @@ triton: $(STAMP) tools ## The tests of Triton's kernels: on a GPU, or by Triton'
 	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto $(addprefix tests/unit/,engine kernels) $(ARGS) || [ $$? = 5 ]
 
 optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no check may be an assert
-	PYTHONOPTIMIZE=1 $(BIN)/pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning $(addprefix tests/,\
+	PYTHONOPTIMIZE=1 $(BIN)/pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --numprocesses auto --dist worksteal $(addprefix tests/,\
 		unit/kv unit/transfer unit/test_damaged_files.py unit/model/test_damaged_headers.py transfer/test_violations.py \
 		$(addprefix unit/rpc/test_,frames.py requests.py statuses.py token_stream_faults.py wire.py) \
 		$(addprefix unit/gateway/test_,access.py bad_input.py both_doors.py keys.py)) $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import stat
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from shoal import kernels
 from shoal.kernels.build import TARGETS, compiler, fits
 from shoal.machine import cpu_flags
 
 ROOT = Path(__file__).parents[2]
 IS_OF_KERNELS = platform.machine() == "x86_64"
+SYSTEM_HEADERS = re.compile(r"#include <(\S+)>")
 # By the kernels that were found, of 3 + 4 the sum.
 ADDS = """
 import torch
@@ -44,9 +47,19 @@ def libraries(wheel: Path) -> list[str]:
 
 
 def quick_compiler(folder: Path) -> Path:
-    """This machine's, which takes a fraction of the time where it needn't make quick code."""
-    path = folder / "quick"
-    path.write_text(f'#!/bin/sh\nexec {shlex.join(compiler() or [])} "$@" -O0\n')
+    """This machine's, which takes a fraction of the time where it needn't make quick code, and finds read what all
+    units would read anew. (Compiled headers that aren't of a unit's options are passed over.)"""
+    path, headers, tool = folder / "quick", folder / "all.hpp", compiler() or []
+    sources = Path(kernels.__file__).parent / "src"
+    names = sorted({name for source in sources.iterdir() for name in SYSTEM_HEADERS.findall(source.read_text())})
+    headers.write_text("".join(f"#include <{name}>\n" for name in names))
+    (folder / "all.hpp.gch").mkdir()
+    for index, target in enumerate(TARGETS):
+        made = folder / "all.hpp.gch" / str(index)
+        subprocess.run(
+            [*tool, *target.options, "-O0", "-x", "c++-header", "-o", made, headers], check=True, timeout=100
+        )
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(tool)} "$@" -O0 -include {headers}\n')
     path.chmod(0o755)
     return path
 

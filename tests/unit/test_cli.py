@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from rich.text import Text
 from typer.testing import CliRunner
 
@@ -30,6 +31,12 @@ def shoal(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False
     )
+
+
+def within(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    """The same in this process, which has all imported."""
+    monkeypatch.setattr("shoal.telemetry.configure_logging", lambda *_, **__: None)  # the tests' own stays
+    return CliRunner().invoke(app, arguments)
 
 
 def test_help_teaches_where_to_start():
@@ -160,7 +167,7 @@ def test_it_says_which_version_it_is():
     assert said.exit_code == 0 and said.stdout == f"shoal {version('shoal')}\n"
 
 
-def test_analyze_leaves_a_result_a_page_and_a_plot(tmp_path: Path):
+def test_analyze_leaves_a_result_a_page_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_tiny(tmp_path / "model", dtype=torch.float32, layers=4)
     output = tmp_path / "out"
     command = ("analyze", str(tmp_path / "model"), "--samples", "8", "--response-tokens", "4", "--output", str(output))
@@ -169,7 +176,7 @@ def test_analyze_leaves_a_result_a_page_and_a_plot(tmp_path: Path):
     assert "recommended: --skip-layers" in said.stdout and "report.html" in said.stdout
     names = {path.name for path in output.iterdir()}
     assert names == {"analysis.json", "importance.svg", "report.html", "samples.jsonl"}
-    again = shoal(*command)
+    again = within(monkeypatch, *command)
     assert again.stdout == said.stdout and "responses: 10 of 10" in again.stderr
 
 

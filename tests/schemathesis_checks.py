@@ -17,6 +17,11 @@ REFUSED_ALL_THE_SAME = (
     "min_tokens: at most max_tokens",
     "prompt: there is nothing to continue",
     "are more than the model's context",
+    # Of /tokenize, which takes a text or a conversation.
+    "prompt or messages is missing",
+    "prompt: not allowed with messages",
+    "add_generation_prompt: only allowed with messages",
+    "add_special_tokens: not with messages",
 )
 UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 

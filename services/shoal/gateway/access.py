@@ -20,6 +20,8 @@ OPEN = frozenset({"/health", "/readyz", "/grpc.health.v1.Health/Check", "/grpc.h
 
 _ROLES = {
     "/v1/": Role.GENERATE,
+    "/tokenize": Role.GENERATE,  # and /tokenizer_info
+    "/detokenize": Role.GENERATE,
     "/shoal.v1.InferenceService/": Role.GENERATE,
     "/metrics": Role.METRICS,
 }

@@ -224,3 +224,25 @@ class Version(_Shape):
 class MetricsTarget(_Shape):
     targets: list[str]
     labels: dict[str, str]
+
+
+class Tokens(_Shape):
+    count: Count
+    max_model_len: Count = Field(description="Tokens of a prompt and its answer.")
+    tokens: list[Count]
+    token_strs: list[str] | None = Field(description="Each token as the vocabulary writes it, if that was asked for.")
+
+
+class Text(_Shape):
+    prompt: str
+
+
+class TokenizerInfo(_Shape):
+    """What renders conversations as the server does, and the special tokens that a model may name."""
+
+    tokenizer_class: str
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None

@@ -20,6 +20,7 @@ from shoal.gateway.endpoint import chat_completions, completions
 from shoal.gateway.intake import Services
 from shoal.gateway.openapi import openapi_document
 from shoal.gateway.refusals import MethodNotAllowed, RouteNotFound, error_response
+from shoal.gateway.tokenizing import Detokenize, Tokenize
 from shoal.gateway.validation import ServedModel, find_model
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -55,9 +56,15 @@ def create_app(
     app.router.routes += [
         Route("/v1/completions", completions(services), methods=["POST"]),
         Route("/v1/chat/completions", chat_completions(services), methods=["POST"]),
+        Route("/tokenize", Tokenize("tokenize", services), methods=["POST"]),
+        Route("/detokenize", Detokenize("detokenize", services), methods=["POST"]),
     ]
     _add_models(app, services.models)
     _add_health(app, services)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return JSONResponse(services.tokenizer.about)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -1,4 +1,4 @@
-"""The generating endpoints: one HTTP request from its body to its last byte.
+"""What is POSTed: one HTTP request from its body to its last byte. The endpoints that generate are here, too.
 
 ::
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar
@@ -48,15 +49,11 @@ _STREAM_HEADERS = [
 B = TypeVar("B", CompletionBody, ChatBody)
 
 
-class Endpoint(Generic[B]):
+class Endpoint(ABC):
     """An ASGI application for one route. ``name`` is the metrics' label."""
 
-    def __init__(
-        self, name: str, kind: type[B], answer_format: Callable[[B, Tokenizer], AnswerFormat], services: Services
-    ) -> None:
+    def __init__(self, name: str, services: Services) -> None:
         self._name = name
-        self._kind: type[B] = kind
-        self._format: Callable[[B, Tokenizer], AnswerFormat] = answer_format
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,8 +67,22 @@ class Endpoint(Generic[B]):
                 # All is generated: from here on, a client that hangs up has merely stopped listening.
                 await rest(scope, receive, send)
 
+    @abstractmethod
     async def _answer(self, scope: Scope, raw: bytes, send: Send, exchange: Exchange) -> ASGIApp:
         """Everything that takes time; what is left to send comes back."""
+
+
+class Generating(Endpoint, Generic[B]):
+    """One that generates."""
+
+    def __init__(
+        self, name: str, kind: type[B], answer_format: Callable[[B, Tokenizer], AnswerFormat], services: Services
+    ) -> None:
+        super().__init__(name, services)
+        self._kind: type[B] = kind
+        self._format: Callable[[B, Tokenizer], AnswerFormat] = answer_format
+
+    async def _answer(self, scope: Scope, raw: bytes, send: Send, exchange: Exchange) -> ASGIApp:
         answer = await self._prepare(scope, raw, exchange)
         if answer.body.stream:
             return _last_event(await _send_stream(answer, send, exchange))
@@ -87,21 +98,21 @@ class Endpoint(Generic[B]):
             exchange,
             request_id=request_id,
             traceparent=traceparent_of(headers),
-            timeout_s=_timeout_of(headers),
+            timeout_s=timeout_of(headers),
         )
         wants_timing = headers.get(TIMING_HEADER) == "1"
         answer_format = self._format(body, self._services.tokenizer)
         return Answer(answer_format, body, generation, request_id, wants_timing=wants_timing)
 
 
-def completions(services: Services) -> Endpoint[CompletionBody]:
+def completions(services: Services) -> Generating[CompletionBody]:
     """POST /v1/completions"""
-    return Endpoint("completions", CompletionBody, CompletionFormat, services)
+    return Generating("completions", CompletionBody, CompletionFormat, services)
 
 
-def chat_completions(services: Services) -> Endpoint[ChatBody]:
+def chat_completions(services: Services) -> Generating[ChatBody]:
     """POST /v1/chat/completions"""
-    return Endpoint("chat_completions", ChatBody, ChatFormat, services)
+    return Generating("chat_completions", ChatBody, ChatFormat, services)
 
 
 async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> bytes:
@@ -143,8 +154,8 @@ def _with_depth_header(body: B, headers: Headers) -> B:
     return body if body.depth is not None else body.model_copy(update={"depth": depth})
 
 
-def _timeout_of(headers: Headers) -> float | None:
-    """Seconds that the client waits, if it says so. gRPC has its own way to."""
+def timeout_of(headers: Headers) -> float | None:
+    """Seconds that the client waits, if it says so. Raises InvalidRequest. gRPC has its own way to."""
     value = headers.get(TIMEOUT_HEADER)
     if value is None:
         return None
@@ -157,7 +168,7 @@ def _timeout_of(headers: Headers) -> float | None:
 def _patience_s(headers: Headers, most_s: float) -> float:
     """The same, or ``most_s`` if that is less; what is no number is told once the request is here."""
     try:
-        timeout_s = _timeout_of(headers)
+        timeout_s = timeout_of(headers)
     except InvalidRequest:
         timeout_s = None
     return most_s if timeout_s is None else min(timeout_s, most_s)

@@ -23,6 +23,7 @@ from shoal.gateway.edge import REQUEST_ID
 from shoal.gateway.endpoint import DEPTH_HEADER, TIMEOUT_HEADER, TIMING_HEADER
 from shoal.gateway.intake import Services
 from shoal.gateway.schema import ChatBody, CompletionBody
+from shoal.gateway.tokenizing import DetokenizeBody, TokenizeBody
 from shoal.messages import Depth
 
 Json = dict[str, Any]
@@ -46,10 +47,11 @@ _REFUSALS: dict[int, tuple[type[errors.ShoalError], ...]] = {
 _RETRIED = {429, 503}
 _KEY = "key"
 
-_BODIES: tuple[type[BaseModel], ...] = (CompletionBody, ChatBody)
+_BODIES: tuple[type[BaseModel], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 _ANSWERS: tuple[type[BaseModel], ...] = (
     shapes.Completion, shapes.CompletionChunk, shapes.ChatCompletion, shapes.ChatCompletionChunk, shapes.Model,
     shapes.Models, shapes.Healthy, shapes.Ready, shapes.NotReady, shapes.Version, shapes.MetricsTarget,
+    shapes.Tokens, shapes.Text, shapes.TokenizerInfo,
 )  # fmt: skip
 
 
@@ -106,6 +108,11 @@ def _paths(services: Services) -> dict[str, dict[str, Json]]:
                 shapes.ChatCompletionChunk,
             )
         },
+        "/tokenize": {"post": _converting("tokenize", "Token ids of a prompt", TokenizeBody, shapes.Tokens)},
+        "/detokenize": {"post": _converting("detokenize", "The text of token ids", DetokenizeBody, shapes.Text)},
+        "/tokenizer_info": {
+            "get": _reading("getTokenizer", "Chat template and special tokens", _json(shapes.TokenizerInfo), 401, 403)
+        },
         "/v1/models": {"get": _reading("listModels", "The models that are served", _json(shapes.Models), 401, 403)},
         "/v1/models/{name}": {"get": model},
         "/health": {"get": _reading("getHealth", "Whether this process works", _json(shapes.Healthy), 503)},
@@ -117,6 +124,17 @@ def _paths(services: Services) -> dict[str, dict[str, Json]]:
         },
         "/openapi.json": {"get": _reading("getOpenApi", "This document", itself, 401)},
     }  # fmt: skip
+
+
+def _converting(name: str, summary: str, body: type[BaseModel], answer: type[BaseModel]) -> Json:
+    names = (REQUEST_ID, "traceparent", TIMEOUT_HEADER)
+    return {
+        "operationId": name,
+        "summary": summary,
+        "parameters": [_component("parameters", name) for name in names],
+        "requestBody": {"required": True, "content": _json(body)},
+        "responses": _responses(_json(answer), *_REFUSALS),
+    }
 
 
 def _generating(name: str, summary: str, body: type[BaseModel], whole: type[BaseModel], chunk: type[BaseModel]) -> Json:
@@ -233,7 +251,8 @@ def _limit(fields: Json, services: Services) -> None:
     config, models = services.config, services.models
     context = max(model.max_context_tokens for model in models)
     last_id = max(model.vocab_size for model in models) - 1
-    fields["model"]["enum"] = _names(services)
+    for named in _alternatives(fields["model"], "string"):
+        named["enum"] = _names(services)
     most = {
         "n": config.max_choices,
         "logprobs": config.max_logprobs,
@@ -243,13 +262,17 @@ def _limit(fields: Json, services: Services) -> None:
     for name, number in most.items():
         for one in _alternatives(fields.get(name, {}), "integer"):
             one["maximum"] = number
-    for one in _alternatives(fields["stop"], "string"):
+    stop = fields.get("stop", {})
+    for one in _alternatives(stop, "string"):
         one["maxLength"] = config.max_stop_chars
-    for several in _alternatives(fields["stop"], "array"):
+    for several in _alternatives(stop, "array"):
         several["maxItems"] = config.max_stop_strings
         several["items"]["maxLength"] = config.max_stop_chars
-    if "messages" in fields:
-        fields["messages"]["maxItems"] = context
+    for messages in _alternatives(fields.get("messages", {}), "array"):
+        messages["maxItems"] = context
+    for tokens in _alternatives(fields.get("tokens", {}), "array"):
+        tokens["maxItems"] = context
+        tokens["items"]["maximum"] = last_id
     for prompts in _alternatives(fields.get("prompt", {}), "array"):
         ids = prompts if prompts["items"]["type"] == "integer" else prompts["items"]
         prompts["maxItems"] = min(config.max_prompts, config.max_running)

@@ -138,11 +138,13 @@ _StopJson = _Some[str] | list[_Some[str]] | None
 # --- bodies ---------------------------------------------------------------------------------------------
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What all that comes as JSON is."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message's content."""
 
     type: Literal["text"]
@@ -152,7 +154,7 @@ class TextPart(_Strict):
     cache_control: Ignored = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """``include_usage`` adds a last chunk with the counts, ``continuous_usage_stats`` counts in every chunk."""
 
     include_usage: bool | None = None
@@ -165,7 +167,7 @@ class StreamOptions(_Strict):
         return bool(self.include_usage or self.continuous_usage_stats)
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation. ``content`` is its text; several text parts become lines."""
 
     role: Annotated[
@@ -187,7 +189,7 @@ class Message(_Strict):
     tool_calls: Annotated[Any, _only(None, [])] = None
 
 
-class Body(_Strict):
+class Body(Strict):
     """What both endpoints understand. ``None`` stands for the default, also where a client sends ``null``."""
 
     prompt_field: ClassVar[str]
@@ -332,7 +334,7 @@ class ChatBody(Body):
 
 # --- parsing --------------------------------------------------------------------------------------------
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=Strict)
 
 
 def parse(kind: type[B], raw: bytes) -> B:

@@ -62,8 +62,10 @@ class Tokenizer:
         """The thread's."""
         return self._thread.heartbeat
 
-    async def encode(self, text: str, *, max_tokens: int | None = None) -> tuple[int, ...]:
-        """Ids of ``text`` with the special tokens that the tokenizer puts around a text.
+    async def encode(
+        self, text: str, *, max_tokens: int | None = None, add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Ids of ``text``, with the special tokens that the tokenizer puts around a text unless they aren't wanted.
 
         Raises ContextLengthExceeded, without encoding it, for a text of more bytes than ``max_tokens`` could stand
         for. A shorter one may still have more tokens.
@@ -71,20 +73,25 @@ class Tokenizer:
 
         def work() -> tuple[int, ...]:
             self._check_fits(text, max_tokens, "prompt")
-            return self._encode(text, add_special_tokens=True)
+            return self._encode(text, add_special_tokens=add_special_tokens)
 
         return await self._run(len(text), work)
 
     async def encode_chat(
-        self, messages: Sequence[Message], *, max_tokens: int | None = None, may_think: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        may_think: bool = True,
+        opens_answer: bool = True,
     ) -> tuple[int, ...]:
-        """Ids of a conversation up to where the assistant speaks. ``max_tokens`` is as for ``encode``; a template that
-        has a way not to think before an answer takes it unless the assistant ``may_think``.
+        """Ids of a conversation up to where the assistant speaks, if it's to. ``max_tokens`` is as for ``encode``; a
+        template that has a way not to think before an answer takes it unless the assistant ``may_think``.
 
         Raises InvalidRequest if the template refuses it.
         """
 
-        options = {} if may_think else _NO_THINKING
+        options = {**({} if may_think else _NO_THINKING), **({} if opens_answer else {"opens_answer": False})}
 
         def work() -> tuple[int, ...]:
             text = self.render(messages, **options)
@@ -137,6 +144,26 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; what the detokenizer reads."""
         return self._decode(ids)
+
+    async def decode_whole(self, ids: Sequence[int]) -> str:
+        """Text with special tokens as they are written."""
+        return await self._run(len(ids), lambda: str(self._backend.decode(ids, skip_special_tokens=False)))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it, which is no text: bytes may be letters of another alphabet."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
+
+    @property
+    def about(self) -> dict[str, str | None]:
+        """What a client must know to render conversations itself: the template, and the special tokens it may name."""
+        special = self._tokenizer.special_tokens_map
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        template = self._tokenizer.chat_template
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            "chat_template": template if isinstance(template, str) else None,
+            **{name: special.get(name) for name in names},
+        }
 
     def special_text(self, token_id: int) -> str:
         """How a special token is written, which ``decode`` leaves out; nothing for any other token."""

@@ -77,6 +77,12 @@ def check_num_tokens(num: int, num_new: int, model: ServedModel, param: str) -> 
         )
 
 
+def check_are_tokens(ids: Sequence[int], model: ServedModel, param: str) -> None:
+    """Raises InvalidRequest for an id outside the vocabulary."""
+    if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
+        raise InvalidRequest(f"{param}: token ids must be 0 to {model.vocab_size - 1}", param=param)
+
+
 def _check_told_of_prompt(body: Body, config: GatewayConfig) -> None:
     """Fields that ask about the prompt itself, and those that go only, or never, with them."""
     _at_most(body.prompt_logprobs, config.max_logprobs, "prompt_logprobs")
@@ -133,8 +139,7 @@ def _check_ids(body: Body, ids: Sequence[int], model: ServedModel) -> None:
     # Length first: a megabyte of numbers needn't be looked at one by one.
     num_new = 1 if body.max_new_tokens is None else body.max_new_tokens
     check_num_tokens(len(ids), num_new, model, param)
-    if min(ids) < 0 or max(ids) >= model.vocab_size:
-        raise InvalidRequest(f"{param}: token ids must be 0 to {model.vocab_size - 1}", param=param)
+    check_are_tokens(ids, model, param)
 
 
 def _sampling(body: Body, num_prompt_tokens: int, model: ServedModel) -> SamplingParams:

@@ -16,9 +16,11 @@ class _OpenEnum(enum.StrEnum):
 class Endpoint(_OpenEnum):
     CHAT_COMPLETIONS = "chat_completions"
     COMPLETIONS = "completions"
+    DETOKENIZE = "detokenize"
     GENERATE = "generate"
     GENERATE_STREAM = "generate_stream"
     MODELS = "models"
+    TOKENIZE = "tokenize"
     OTHER = "other"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
@@ -186,17 +187,21 @@ def bodies() -> list[Any]:
 @pytest.mark.parametrize("block", bodies())
 def test_what_the_documents_send_and_get_is_what_it_says(document: dict[str, Any], block: Block) -> None:
     words = shlex.split(block.text)
-    is_chat = any(word.endswith(CHAT) for word in words)
+    [url] = (word for word in words if word.startswith("http"))
+    operation = document["paths"][urlsplit(url).path]["post"]
+    of_body, of_answer = (
+        part["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for part in (operation["requestBody"], operation["responses"]["200"])
+    )
     body = json.loads(words[words.index("-d") + 1])
-    wrong = errors_of(document, "ChatBody" if is_chat else "CompletionBody", body)
+    wrong = errors_of(document, of_body, body)
     answer = block.answer or ""
     if answer.startswith("data: "):
         *events, end = [event.removeprefix("data: ") for event in answer.split("\n\n") if event.strip()]
         assert end.strip() == "[DONE]"
         assert [errors_of(document, "CompletionChunk", json.loads(event)) for event in events] == [[]] * len(events)
     elif answer:
-        named = "Error" if wrong else "ChatCompletion" if is_chat else "Completion"
-        assert errors_of(document, named, json.loads(answer)) == []
+        assert errors_of(document, "Error" if wrong else of_answer, json.loads(answer)) == []
     assert bool(wrong) == ("max_tokns" in body)
 
 

@@ -97,7 +97,8 @@ class SentChoice:
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """Where an answer goes on that a decode replica with that plan has begun: ``choices`` are all of the request's."""
+    """Where an answer goes on that a decode replica with that plan has begun: ``choices`` are all of the request's.
+    ``plan_hash`` is what its HandoffReport said."""
 
     plan_hash: str
     choices: tuple[SentChoice, ...]
@@ -179,7 +180,8 @@ class HandoffReport:
 
     ``depth`` is the depth that was run, ``transferred`` whether prefill's KV was used, ``fallback`` the reason
     why not when a hand-off failed. ``num_cached_tokens`` of the prompt one of the stages had from requests before.
-    ``plan_hash`` is decode's: only a replica of the same plan can go on with the answer.
+    ``plan_hash`` is of decode's whole plan, with the tokens that it computes itself: only a replica of the same one can
+    go on with the answer.
     """
 
     depth: Depth

@@ -99,6 +99,7 @@ class DecodeWorker:
         self._plan = plan
         self._ways = Ways(plan, config)
         self._plan_hash = plan_hash
+        self._resume_digest = plan.resume_digest(plan_hash)
         self._config = config
         self._decode_text = decode_text
         self.prefill = prefill
@@ -119,7 +120,7 @@ class DecodeWorker:
         too late.
         """
         resumption = request.resumption
-        if resumption is not None and resumption.plan_hash != self._plan_hash:
+        if resumption is not None and resumption.plan_hash != self._resume_digest:
             raise PlanMismatch("the answer was begun by a replica of another plan, and can't go on here: ask again")
         # Not the client's id: a retry of the same request must not meet its predecessor.
         key = f"{request.context.request_id}-{secrets.token_hex(4)}"
@@ -159,7 +160,7 @@ class DecodeWorker:
         self._metrics.went(begun.way)
         if begun.arrived is not None:
             num_cached = max(num_cached, begun.arrived.num_cached_tokens)
-        report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_hash)
+        report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._resume_digest)
         return replace(output, stages=stages, handoff=report)
 
     def _count_prompt(

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from shoal.errors import ConfigError
 from shoal.messages import Depth, PromptOutline, Stage
@@ -119,7 +120,7 @@ class LayerPlan:
 
         ``projector`` is the digest of a calibrated one. Weight dtype, kernels and block size don't count: an int8
         decode may pair with a bfloat16 prefill. Nor does which tokens decode computes itself, anchors or boundary: it
-        does so over what was shipped.
+        does so over what was shipped. (For an answer that goes on elsewhere it does: ``resume_digest``.)
         """
         facts = {
             "format": 2,
@@ -130,4 +131,19 @@ class LayerPlan:
             "projector": projector,
             "kv_dtype": kv_dtype,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _digest(facts)
+
+    def resume_digest(self, plan_hash: str) -> str:
+        """Of two decode replicas one may go on with the other's answer only if it's equal: beside ``plan_hash`` it says
+        which tokens decode computes itself.
+
+        Where that's the last one alone it is ``plan_hash``, which replicas of earlier releases say and compare.
+        """
+        if self.num_boundary == 1 and self.anchors is None:
+            return plan_hash
+        anchors = None if self.anchors is None else [self.anchors.num_tokens, self.anchors.system]
+        return _digest({"plan": plan_hash, "boundary": self.num_boundary, "anchors": anchors})
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

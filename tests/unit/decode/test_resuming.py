@@ -325,3 +325,23 @@ async def test_a_replica_of_another_plan_does_not_go_on(folder: Path):
             await whole(models[1], replace(request(GREEDY), resumption=resumption))
         assert len(await whole(models[0], replace(request(GREEDY), resumption=resumption))) == 9
     assert first[-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("plan", "other"),
+    [
+        ("pop", {"boundary_tokens": 6}),
+        ("more at full depth", {"boundary_tokens": 7}),
+        ("speed", {"anchors": "bos"}),
+        ("speed", {"boundary_tokens": 6}),
+    ],
+)
+async def test_a_replica_that_computes_other_tokens_itself_does_not_go_on(
+    folder: Path, plan: str, other: dict[str, Any]
+):
+    """Though either takes what the other one's prefill ships."""
+    async with pair(folder, model=PLANS[plan], other=other) as models:
+        assert models[0].decode.served.plan_hash == models[1].decode.served.plan_hash
+        for begins, goes_on in (models, models[::-1]):
+            with pytest.raises(PlanMismatch, match="ask again"):
+                await cut((begins, goes_on), request(GREEDY), 4)

@@ -160,7 +160,8 @@ class TtftStages:
     """Where the time to the first token went, as decode's clock saw it.
 
     ``queue_s`` and ``prefill_s`` are durations that prefill measured and Seal brought (of decode itself when
-    it prefilled locally); ``transfer_exposed_s`` is what the hand-off took beyond them.
+    it prefilled locally, and then prefill may have been waited for in vain for some of ``queue_s``);
+    ``transfer_exposed_s`` is what the hand-off took beyond them.
     """
 
     reserve_s: float

@@ -57,7 +57,8 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """How a request got to the point where its next step may sample. Times are monotonic seconds."""
+    """How a request got to the point where its next step may sample. Times are monotonic seconds; where prefill
+    wasn't asked all three are one."""
 
     way: PromptWay
     report: HandoffReport
@@ -154,7 +155,7 @@ class DecodeWorker:
         """``output``, which ``event`` brought, with what the first one tells of the prompt."""
         stages = _stages(begun, event)
         num_cached = min(event.event.num_present, len(request.prompt_token_ids))
-        self._count_prompt(request, begun.report, stages, num_cached)
+        self._count_prompt(request, begun, stages, num_cached)
         if request.resumption is not None:  # the replica before has told how its first token came
             return output
         self._metrics.went(begun.way)
@@ -163,18 +164,18 @@ class DecodeWorker:
         report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._resume_digest)
         return replace(output, stages=stages, handoff=report)
 
-    def _count_prompt(
-        self, request: GenerateRequest, report: HandoffReport, stages: TtftStages, num_cached: int
-    ) -> None:
+    def _count_prompt(self, request: GenerateRequest, begun: _Begun, stages: TtftStages, num_cached: int) -> None:
         self._metrics.looked_up(len(request.prompt_token_ids), num_cached)
-        if report.transferred:
+        if begun.arrived is not None:
             self._metrics.queued(stages.reserve_s)
             return
-        self._metrics.queued(stages.queue_s)
+        # But for what prefill was waited for in vain: the request had its place meanwhile.
+        self._metrics.queued(stages.reserve_s + stages.queue_s - (begun.ready_s - begun.reserved_s))
+        depth = begun.report.depth
         self._metrics.prefilled(
-            report.depth,
+            depth,
             stages.prefill_s,
-            num_layers=len(self._plan.layers_run(report.depth)),
+            num_layers=len(self._plan.layers_run(depth)),
             computed_tokens=len(request.prompt_token_ids) - num_cached,
             cached_tokens=num_cached,
         )
@@ -392,6 +393,7 @@ class DecodeWorker:
     async def _prefill_locally(
         self, key: str, request: GenerateRequest, local: _Local, submitted_s: float, reserved_s: float
     ) -> _Begun:
+        ready_s = time.monotonic()  # here, too, before the engine is told
         if local.stands_back:
             try:
                 await self._engine.call(lambda engine: engine.requeue(key))
@@ -400,7 +402,7 @@ class DecodeWorker:
         else:
             await self._engine.call(lambda engine: engine.start(key))
         report = HandoffReport(self._ways.depth_run(request), transferred=False, fallback=local.reason)
-        return _Begun(local.way, report, submitted_s, reserved_s, time.monotonic())
+        return _Begun(local.way, report, submitted_s, reserved_s, ready_s)
 
 
 class _TooBusy(Exception):
@@ -453,12 +455,13 @@ def _too_late() -> DeadlineExceeded:
 
 def _stages(begun: _Begun, first: Progress) -> TtftStages:
     """The waterfall of the first token; the parts add up to submission -> end of the first sampling step."""
+    reserve_s = begun.reserved_s - begun.submitted_s
     if begun.arrived is None:  # decode prefilled the prompt itself, its boundary step included
         first_step_s = first.event.first_step_s
-        return TtftStages(0.0, first_step_s - begun.submitted_s, first.ended_s - first_step_s, 0.0, 0.0)
+        return TtftStages(reserve_s, first_step_s - begun.reserved_s, first.ended_s - first_step_s, 0.0, 0.0)
     waited_s = begun.ready_s - begun.reserved_s
     return TtftStages(
-        reserve_s=begun.reserved_s - begun.submitted_s,
+        reserve_s=reserve_s,
         queue_s=begun.arrived.queue_s,
         prefill_s=begun.arrived.prefill_s,
         transfer_exposed_s=waited_s - begun.arrived.queue_s - begun.arrived.prefill_s,

@@ -15,9 +15,10 @@ import torch
 from models import save_tiny
 from reference import pop_generate
 from shoal.config import load_config
+from shoal.decode import worker
 from shoal.engine.scheduler import StepPlan
 from shoal.local import LocalShoal, open_local
-from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput
+from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput, TtftStages
 from shoal.transfer.prefill_side import PromptClaim
 
 SKIPPED = 3
@@ -186,3 +187,45 @@ async def test_each_prompt_is_counted_by_its_way(folder: Path) -> None:
         local.decode.worker.prefill = None
         await collect(local, request(PROMPT[::-1]))
         assert ways(local)["no_pool"] == 1
+
+
+@pytest.mark.usefixtures("model")
+async def test_who_waits_for_prefill_in_vain_does_not_wait_for_a_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It's a part of the time to the first token, which the stages add up to whoever computes a prompt."""
+    after_s, took_s, stages_of = 0.5, list[float](), worker._stages
+
+    def stages_told(begun: Any, first: Any) -> TtftStages:
+        took_s.append(first.ended_s - begun.submitted_s)
+        return stages_of(begun, first)
+
+    def queued_s(local: LocalShoal) -> float:
+        return local.decode.registry.get_sample_value("shoal_queue_seconds_sum", {"pool": "decode"}) or 0.0
+
+    monkeypatch.setattr(worker, "_stages", stages_told)
+    async with opened(folder, busy_after_s=after_s) as local:
+        all_stages = list[TtftStages]()
+
+        async def ask(asked: GenerateRequest) -> TtftStages:
+            stages = (await collect(local, asked))[0].stages
+            assert stages is not None
+            all_stages.append(stages)
+            return stages
+
+        handed_off = await ask(request(PROMPT))
+        assert queued_s(local) == handed_off.reserve_s > 0
+        before_s = queued_s(local)
+        own = await ask(request(PROMPT, Depth.FULL))
+        assert own.reserve_s == 0 and queued_s(local) - before_s == pytest.approx(own.queue_s)
+        before_s = queued_s(local)
+        may_go_on = threading.Event()
+        hold_up(local, "commands", may_go_on)
+        try:
+            late = await asyncio.wait_for(ask(request(PROMPT[::-1])), 20)
+        finally:
+            may_go_on.set()
+        assert ways(local) == {"handed_off": 1, "full_depth": 1, "busy": 1}
+        assert late.reserve_s > 0 and late.queue_s >= after_s
+        assert 0 < queued_s(local) - before_s <= late.reserve_s + late.queue_s - after_s
+    assert [stages.total_s for stages in all_stages] == pytest.approx(took_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -480,3 +481,104 @@ async def test_who_failed_a_call_is_forgotten_also_where_calls_are_spread(router
     clock.now_s += 2 * routes.HEARD_WITHIN_S
     await first_rank(router, pending(distinct(grant("b"), 2)))
     assert routes._blamed_s.keys() == {"b"}
+
+
+@pytest.fixture
+def no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None that another test has left open."""
+    for name in ("_chosen", "_underway", "_unanswered", "_replica_ids", "_ended", "_answered"):
+        monkeypatch.setattr(routes, name, type(getattr(routes, name))())
+
+
+@pytest.mark.parametrize("pack_up_to", [0, 4])
+@pytest.mark.usefixtures("no_calls")
+async def test_a_choice_takes_no_longer_the_more_calls_are_open(
+    prompts: Any, clock: SimpleNamespace, pack_up_to: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Each call of a burst is chosen for while those before it are open, some of them for long."""
+    prompts.initialize_state(pack_up_to=pack_up_to)
+    own, num_hashed = Ticket.__hash__, 0
+
+    def counting(call: Ticket) -> int:
+        nonlocal num_hashed
+        num_hashed += 1
+        return own(call)
+
+    monkeypatch.setattr(Ticket, "__hash__", counting)
+    calls = [distinct(prompt(()), number) for number in range(500)]
+    looks: list[int] = []
+    for number, call in enumerate(calls):
+        before = num_hashed
+        [replica_id] = await first_rank(prompts, pending(call))
+        looks.append(num_hashed - before)
+        if number % 3:
+            prompts.on_request_routed(pending(call), IDS[replica_id], None)
+        clock.now_s += routes.HEARD_WITHIN_S / 100
+    assert routes.num_chosen().total() == len(calls) and routes.silent() and routes.troubled()
+    assert max(looks) == max(looks[:10])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.usefixtures("router", "no_calls")
+def test_what_is_known_of_a_replica_is_what_all_its_calls_say(seed: int, clock: SimpleNamespace):
+    """Whatever happens in whichever order: as one finds it who goes through all calls, each time."""
+    dice, heard_s = random.Random(seed), dict[str, float]()
+    calls: list[SimpleNamespace] = []
+
+    def choose(one: SimpleNamespace) -> None:
+        routes.choose(one.call, name := dice.choice("abcd"))
+        one.at, one.underway_s = name, clock.now_s
+        one.waits_s = clock.now_s if isinstance(one.call, Ticket) else None
+
+    def arrive(one: SimpleNamespace) -> None:
+        routes.note(one.call, name := dice.choice((one.at or "a", *"abcd")))
+        if one.waits_s is not None and one.at != name:
+            one.waits_s = clock.now_s
+        one.at, one.arrived_at, one.underway_s = name, name, None
+
+    def answer(one: SimpleNamespace) -> None:
+        if isinstance(one.call, Ticket) and one.arrived_at is not None:
+            routes.heard(one.call)
+            one.is_answered, heard_s[one.arrived_at] = True, clock.now_s
+
+    def end(one: SimpleNamespace) -> None:
+        routes.ended(one.call)
+        one.is_open = False
+
+    for number in range(400):
+        if not calls or dice.random() < 0.2:
+            call = distinct(dice.choice((grant, prompt))(), number)
+            calls.append(
+                SimpleNamespace(
+                    call=call, at=None, arrived_at=None, underway_s=None, waits_s=None, is_answered=False, is_open=True
+                )
+            )
+            del call
+        elif dice.random() < 0.2:
+            calls.pop(dice.randrange(len(calls)))  # nobody holds it any more
+        else:
+            dice.choice((choose, choose, arrive, arrive, answer, end))(dice.choice(calls))
+        clock.now_s += dice.choice((0.0, 0.1, 0.1, routes.HEARD_WITHIN_S))
+        still_open = [one for one in calls if one.is_open]
+        assert routes.num_chosen() == Counter(one.at for one in still_open if one.at is not None)
+        assert routes.silent() == {
+            one.at
+            for one in still_open
+            if one.underway_s is not None and one.underway_s < clock.now_s - routes.PATIENCE_S
+        }
+        waits_s = [
+            (one.at, clock.now_s - one.waits_s) for one in still_open if one.waits_s is not None and not one.is_answered
+        ]
+        assert routes.troubled() == {
+            name
+            for name, wait_s in waits_s
+            if wait_s > routes.FIRST_WITHIN_S
+            or (wait_s > routes.HEARD_WITHIN_S and clock.now_s - heard_s.get(name, -99.0) > routes.HEARD_WITHIN_S)
+        }
+    calls.clear()
+    still_open.clear()
+    left = distinct(grant(), 1000), distinct(prompt(()), 1001)
+    for call in left:
+        routes.choose(call, "a")
+    for known in (routes._chosen, routes._underway, routes._unanswered):
+        assert not known._gone and known.num() == {"a": 1 if known is routes._unanswered else 2}

@@ -11,7 +11,7 @@ blocks, the last one running waits for those instead.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -175,7 +175,7 @@ class Scheduler:
         """Let a reserved sequence run, whose first ``num_arrived`` tokens' K/V came from prefill."""
         if sequence.phase is not Phase.RESERVED:
             raise InternalError(f"{sequence.request_id} is {sequence.phase.name}, not RESERVED")
-        self.reserved.remove(sequence)
+        self._unreserve(sequence)
         sequence.arrive(num_arrived)
         self._run(sequence)
 
@@ -184,16 +184,16 @@ class Scheduler:
 
         What of it has been computed for another prompt is found, and not computed again.
         """
+        self.start(sequence, 0)
+        sequence.num_shipped = num_present
         for table in self.tables:
             table.find(sequence)
-        sequence.num_shipped = num_present
-        self.start(sequence, 0)
 
     def requeue(self, sequence: Sequence) -> None:
         """A reserved sequence gives up its blocks, and will compute its prompt here when its turn comes."""
         if sequence.phase is not Phase.RESERVED:
             raise InternalError(f"{sequence.request_id} is {sequence.phase.name}, not RESERVED")
-        self.reserved.remove(sequence)
+        self._unreserve(sequence)
         # Behind running ones that gave way, whose blocks these may have been; before those that stood back as it does,
         # since the youngest are asked first.
         gave_way = takewhile(lambda one: one.came_back and not one.stood_back, self.waiting)
@@ -208,7 +208,7 @@ class Scheduler:
             case Phase.WAITING:
                 self.waiting.remove(sequence)
             case Phase.RESERVED:
-                self.reserved.remove(sequence)
+                self._unreserve(sequence)
             case Phase.RUNNING:
                 self.running.remove(sequence)
         self._give_up_blocks(sequence)
@@ -254,6 +254,8 @@ class Scheduler:
             if head.hold:
                 head.phase = Phase.RESERVED
                 self.reserved.append(head)
+                for table in self.tables:
+                    table.allocator.reserve(table.held(head))
                 reserved.append(head)
             else:
                 self._run(head)
@@ -315,10 +317,7 @@ class Scheduler:
     @property
     def num_reserved_blocks(self) -> int:
         """That reserved sequences alone hold, each once."""
-        if self.allocator.prefixes is None:  # nothing is shared, and it's asked in every step
-            return sum(len(sequence.blocks) for sequence in self.reserved)
-        holds = Counter(block for sequence in self.reserved for block in sequence.blocks)
-        return sum(num == self.allocator.count(block) for block, num in holds.items())
+        return self.allocator.num_only_reserved
 
     # --- helpers --------------------------------------------------------------------------------------
 
@@ -349,6 +348,12 @@ class Scheduler:
             self._num_turns += self.max_step_tokens
         return [*going_on, *sorted(prompts, key=lambda sequence: sequence.due_s)]
 
+    def _unreserve(self, sequence: Sequence) -> None:
+        """Before anything is done with its blocks."""
+        self.reserved.remove(sequence)
+        for table in self.tables:
+            table.allocator.unreserve(table.held(sequence))
+
     def _run(self, sequence: Sequence) -> None:
         sequence.phase = Phase.RUNNING
         self.running.append(sequence)
@@ -364,7 +369,7 @@ class Scheduler:
             table.fits(
                 head,
                 num_tokens,
-                max(1, int(table.allocator.num_blocks * self._max_reserved_ratio)) - table.num_held(self.reserved),
+                max(1, int(table.allocator.num_blocks * self._max_reserved_ratio)) - table.allocator.num_reserved,
             )
             for table in self.tables
         )

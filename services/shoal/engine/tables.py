@@ -7,7 +7,6 @@ layers that hold no shallow tokens, it is how many tokens before it they do hold
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
 
 from shoal.engine.sequence import Sequence
 from shoal.errors import OutOfBlocks
@@ -66,12 +65,6 @@ class BlockTable:
         num_shared = sum(self.allocator.count(block) > 0 for block in self._known(sequence))
         self._looked_up = (asked, num_shared)
         return num_wanted - num_shared <= num_blocks
-
-    def num_held(self, sequences: Iterable[Sequence]) -> int:
-        """Blocks that they hold together, each once."""
-        if self.allocator.prefixes is None:
-            return sum(len(self.held(one)) for one in sequences)
-        return len({block for one in sequences for block in self.held(one)})
 
     def allocate(self, sequence: Sequence, position: int) -> None:
         """Blocks for a sequence that has none, for its tokens before ``position``: remembered ones first, whose tokens

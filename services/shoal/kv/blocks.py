@@ -25,6 +25,9 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks))
         self._counts = [0] * num_blocks
+        self._reserved = [0] * num_blocks  # of those counts, how much is of sequences that don't run yet
+        self.num_reserved = 0  # blocks that such sequences hold, each once
+        self.num_only_reserved = 0  # that nobody else holds
         self._distrusted: set[int] = set()  # held, and never to be remembered
         self.prefixes = None if any_source is None else PrefixCache(any_source=any_source)
 
@@ -59,6 +62,8 @@ class BlockAllocator:
                 if self.prefixes is None or block not in self.prefixes:
                     raise InternalError(f"block {block} is free and can't be shared")
                 self.prefixes.take(block)
+            if 0 < self._reserved[block] == self._counts[block]:
+                self.num_only_reserved -= 1
             self._counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -67,12 +72,31 @@ class BlockAllocator:
             if self._counts[block] == 0:
                 raise InternalError(f"block {block} is released twice")
             self._counts[block] -= 1
+            if 0 < self._reserved[block] == self._counts[block]:
+                self.num_only_reserved += 1
             if self._counts[block] == 0:
                 self._distrusted.discard(block)
                 if self.prefixes is not None and block in self.prefixes:
                     self.prefixes.rest(block)
                 else:
                     heapq.heappush(self._free, block)
+
+    def reserve(self, blocks: Iterable[int]) -> None:
+        """A table that holds ``blocks`` is of a sequence that doesn't run yet. What such tables hold is asked for in
+        every step, so it's counted as it changes."""
+        for block in blocks:
+            self._reserved[block] += 1
+            self.num_reserved += self._reserved[block] == 1
+            self.num_only_reserved += self._reserved[block] == self._counts[block]
+
+    def unreserve(self, blocks: Iterable[int]) -> None:
+        """Its sequence runs now, or ends: to be said before any of them is released."""
+        for block in blocks:
+            if self._reserved[block] == 0:
+                raise InternalError(f"block {block} isn't reserved")
+            self.num_only_reserved -= self._reserved[block] == self._counts[block]
+            self._reserved[block] -= 1
+            self.num_reserved -= self._reserved[block] == 0
 
     def remember(self, tenant: str, pieces: Sequence[Piece], blocks: Sequence[int]) -> None:
         """That ``blocks``, held ones, hold ``pieces``: up to the first that can't be trusted."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
@@ -123,6 +128,65 @@ def test_what_reserved_ones_share_counts_once_and_not_if_others_hold_it() -> Non
     scheduler.submit(sequence("one more", 101, hold=True))
     scheduler.admit()
     assert len(scheduler.reserved) == 3, "with 6 more they would have more than their share"
+
+
+class Unread(list[int]):
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("it's asked in every step, and would take longer with every block")
+
+
+def test_what_reserved_ones_hold_is_known_without_going_through_it() -> None:
+    scheduler = make_scheduler(30, reuse=Reuse.EXACT, max_reserved_ratio=0.5)
+    for name in "xyz":
+        scheduler.submit(sequence(name, 25, hold=True))
+    scheduler.admit()
+    assert names(scheduler.reserved) == ["x", "y"]
+    for one in scheduler.reserved:
+        one.blocks = Unread(one.blocks)
+    assert scheduler.num_reserved_blocks == 14
+    assert scheduler.admit() == [], "with 7 more they would have more than their share"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["local", "held", "shipped", "step", "step", "start", "requeue", "finish"]),
+            st.integers(0, 40),
+        ),
+        max_size=60,
+    ),
+    st.sampled_from(Reuse),
+)
+def test_what_reserved_ones_hold_is_counted_right_whatever_comes(commands: list[tuple[str, int]], reuse: Reuse) -> None:
+    scheduler = make_scheduler(20, reuse=reuse, max_reserved_ratio=0.7)
+    for index, (command, number) in enumerate(commands):
+        reserved = [one for one in scheduler.reserved if one.sampled or command == "start"]
+        match command:
+            case "local" | "held" | "shipped" if len(scheduler.waiting) < 16:
+                new = sequence(str(index), 2 + number, hold=command != "local")
+                new.sampled = command != "shipped"
+                scheduler.submit(new)
+            case "step":
+                for item in step(scheduler).recalls:
+                    item.sequence.num_shipped = item.end
+            case "start" if reserved:
+                one = reserved[number % len(reserved)]
+                if one.sampled:
+                    scheduler.start(one, number % one.num_prompt_tokens)
+                else:
+                    scheduler.start_shipping(one, 0)
+            case "requeue" if reserved:
+                scheduler.requeue(reserved[number % len(reserved)])
+            case "finish" if scheduler.sequences:
+                scheduler.finish(scheduler.sequences[number % len(scheduler.sequences)])
+        holds = Counter(block for one in scheduler.reserved for block in one.blocks)
+        assert scheduler.allocator.num_reserved == len(holds)
+        alone = sum(num == scheduler.allocator.count(block) for block, num in holds.items())
+        assert scheduler.num_reserved_blocks == alone
+    for one in scheduler.sequences:
+        scheduler.finish(one)
+    assert scheduler.num_reserved_blocks == scheduler.allocator.num_used == 0
 
 
 def test_who_does_not_fit_is_looked_up_once_until_blocks_come_or_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from shoal.kv.prefix import Piece
 from shoal.messages import SamplingParams, WireMode
 
 
@@ -35,7 +36,7 @@ class Sequence:
     ``forks`` are a prompt's choices if it has several, and what each has said already, until they part: after its
     boundary step. ``num_present`` tokens' K/V were there before, in blocks that others share. ``arrived`` are positions
     whose K/V came from prefill, so that computing skips them. Deep layers that hold no shallow tokens have their own
-    ``deep_blocks``.
+    ``deep_blocks``. ``cut`` are its first whole blocks as the prefix cache knows them, once it was looked for there.
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     Of a prompt that is shipped in ``wire_mode``, tokens before ``num_shipped`` need not be (any more); ``num_unsent``
     counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
@@ -60,6 +61,7 @@ class Sequence:
     deep_blocks: list[int] = field(default_factory=list)
     arrived: range = range(0)
     tenant: str = ""
+    cut: tuple[Piece, ...] = ()
     num_present: int = 0
     num_computed: int = 0
     num_scored: int = 0

@@ -57,8 +57,8 @@ class BlockTable:
         num_wanted = self.num_blocks_for(sequence, position)
         if num_wanted <= num_blocks:
             return True
-        # Asked of the head of the queue in every step, and to look up what it would share takes as long as some layers.
-        # A no may be old, until blocks are taken or given back, to which anybody's next few tokens see; a yes may not.
+        # Asked of the head of the queue in every step. A no may be old, until blocks are taken or given back, to which
+        # anybody's next few tokens see; a yes may not.
         asked = (sequence.request_id, self.allocator.num_free)
         if self._looked_up[0] == asked and num_wanted - self._looked_up[1] > num_blocks:
             return False
@@ -103,9 +103,13 @@ class BlockTable:
             num_whole = sequence.num_computed // self._block_tokens
             self.allocator.remember(sequence.tenant, self._pieces(sequence, num_whole), self.held(sequence)[:num_whole])
 
-    def _pieces(self, sequence: Sequence, num_blocks: int) -> list[Piece]:
-        token_ids = sequence.token_ids(0, num_blocks * self._block_tokens)
-        return pieces_of(token_ids, sequence.shallow, self._block_tokens, num_blocks)
+    def _pieces(self, sequence: Sequence, num_blocks: int) -> tuple[Piece, ...]:
+        """Cut once: it takes as long as some layers, and who waits is looked up again and again."""
+        if num_blocks > len(sequence.cut):
+            num_whole = sequence.num_to_compute // self._block_tokens
+            token_ids = sequence.token_ids(0, num_whole * self._block_tokens)
+            sequence.cut = tuple(pieces_of(token_ids, sequence.shallow, self._block_tokens, num_whole))
+        return sequence.cut[:num_blocks]
 
     def own(self, sequence: Sequence, start: int, end: int) -> None:
         """Make positions ``[start, end)`` writable: missing blocks, and copies of shared ones.

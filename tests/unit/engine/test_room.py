@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.engine import tables
 from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.engine.tables import Reuse
 from shoal.kv.layout import stage_layout
+from shoal.kv.prefix import Piece, PrefixCache
 from shoal.messages import SamplingParams
 
 BLOCK = 4
@@ -207,6 +210,73 @@ def test_who_does_not_fit_is_looked_up_once_until_blocks_come_or_go(monkeypatch:
     scheduler.finish(other)
     scheduler.admit()
     assert second.phase is Phase.RUNNING and second.num_present == 40
+
+
+def test_who_waits_is_cut_into_blocks_once_however_often_blocks_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(40, reuse=Reuse.EXACT)
+    first = sequence("first", 81, max_tokens=60)
+    scheduler.submit(first)
+    step(scheduler)
+    cut, pieces_of = list[int](), tables.pieces_of
+
+    def counting(token_ids: list[int], *about: Any) -> list[Piece]:
+        cut.append(len(token_ids))
+        return pieces_of(token_ids, *about)
+
+    monkeypatch.setattr(tables, "pieces_of", counting)
+    looked = list[int]()
+    match = PrefixCache.match
+
+    def matching(cache: PrefixCache, tenant: str, pieces: Any) -> list[int]:
+        looked.append(len(pieces))
+        return match(cache, tenant, pieces)
+
+    monkeypatch.setattr(PrefixCache, "match", matching)
+    second, urgent = sequence("second", 150), sequence("urgent", 141)
+    urgent.due_s = 1.0
+    scheduler.submit(second)
+    for index in range(50):
+        if index == 20:
+            scheduler.submit(urgent)
+        if index == 30:
+            scheduler.finish(urgent)
+        guest = scheduler.allocator.allocate(3 + index % 3)
+        scheduler.admit()
+        [item] = scheduler.schedule().rows
+        item.sequence.advance(item.end)
+        item.sequence.output.append(0)
+        scheduler.allocator.release(guest)
+    assert second.phase is Phase.WAITING and cut == [148, 140] and len(looked) == 50
+    scheduler.finish(first)
+    scheduler.admit()
+    assert second.phase is Phase.RUNNING and second.num_present == 80
+
+
+def test_choices_that_part_are_remembered_each_for_itself() -> None:
+    """They have the prompt's blocks in common, also as the cache knows them, and go on from there."""
+    scheduler = make_scheduler(30, reuse=Reuse.EXACT)
+    root = sequence("root", 14, max_tokens=20)
+    root.forks = {0: [], 1: []}
+    scheduler.submit(root)
+    scheduler.admit()
+    [item] = scheduler.schedule().rows
+    root.advance(item.end)
+    scheduler.remember(root)
+    [twin] = scheduler.fork(root)
+    for one, token_id in ((root, 50), (twin, 60)):
+        one.output = [token_id] * 8
+        for start in range(14, 21):
+            scheduler.tables[0].own(one, start, start + 1)
+        one.advance(21)
+    for one in (root, twin):
+        scheduler.remember(one)
+    for token_id, answered in ((50, root), (60, twin)):
+        later = sequence("later", 14)
+        later.prompt, later.shallow = (*range(14), *[token_id] * 8), range(13)
+        scheduler.submit(later)
+        scheduler.admit()
+        assert later.num_present == 20 and later.blocks[:5] == answered.blocks[:5]
+        scheduler.finish(later)
 
 
 def test_who_lacked_blocks_and_is_gone_keeps_nobody_out() -> None:

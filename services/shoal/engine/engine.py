@@ -128,7 +128,7 @@ class Engine:
     ) -> int:
         """Let a held prompt run whose ids are known now, and ship what comes after ``num_present`` tokens.
 
-        Returns how many tokens at its front need not be computed.
+        Returns how many tokens at its front need not be computed; its last chunk says how many were not.
         """
         sequence = self._held(request_id)
         if len(prompt) != sequence.num_prompt_tokens:

@@ -36,7 +36,7 @@ class PrefillChunk:
     ``payload`` is ``[layers, tokens, 2, kv_heads, head_dim]``, or in HIDDEN mode the states ``[tokens, hidden]`` that
     decode is to project those layers from: a contiguous copy on the host, or K/V where they lie. The kept layers come
     first; what is projected follows, some layers at a time, so that it's computed while others are on their way.
-    ``is_whole``: nothing follows.
+    ``is_whole``: nothing follows. ``num_present`` tokens at the prompt's front were found so far, and not computed.
     """
 
     request_id: str
@@ -46,6 +46,7 @@ class PrefillChunk:
     payload: torch.Tensor | KvRows
     wire_mode: WireMode = WireMode.KV
     is_whole: bool = True
+    num_present: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,10 @@ class Runner:
             projected = self.decoder.project(states, positions, layers).to(self.pool.dtype)
             is_whole = layers.stop == self.decoder.plan.skipped.stop
             payload = on_host(projected.contiguous())
-            yield PrefillChunk(item.sequence.request_id, item.start, item.end, layers, payload, is_whole=is_whole)
+            yield PrefillChunk(
+                item.sequence.request_id, item.start, item.end, layers, payload,
+                is_whole=is_whole, num_present=item.sequence.num_present,
+            )  # fmt: skip
 
     def _at_a_time(self, num_tokens: int) -> list[range]:
         skipped, projection = self.decoder.plan.skipped, self.decoder.parameters.projection
@@ -209,12 +213,17 @@ class Runner:
         for item in map(_unshipped, computed):
             self.progressed()
             request_id, start, end = item.sequence.request_id, item.start, item.end
+            num_present = item.sequence.num_present
             kept = self._kept(self._slots(item))
             has_more = bool(self.pool.layout.state_dim) and start < end
-            chunks.append(PrefillChunk(request_id, start, end, plan.kept, kept, is_whole=not has_more))
+            chunks.append(
+                PrefillChunk(request_id, start, end, plan.kept, kept, is_whole=not has_more, num_present=num_present)
+            )
             if has_more and item.sequence.wire_mode is WireMode.HIDDEN:
                 states = on_host(self.pool.read_states(self._slots(item)))
-                chunks.append(PrefillChunk(request_id, start, end, plan.skipped, states, WireMode.HIDDEN))
+                chunks.append(
+                    PrefillChunk(request_id, start, end, plan.skipped, states, WireMode.HIDDEN, num_present=num_present)
+                )
             elif has_more:
                 unprojected.append(item)
         return RunOutput(logits, tuple(chunks), tuple(unprojected), scores)

@@ -182,7 +182,7 @@ class Scheduler:
     def start_shipping(self, sequence: Sequence, num_present: int) -> None:
         """Let a reserved prompt run, now that its ids are known, whose first ``num_present`` tokens' K/V decode has.
 
-        What of it has been computed for another prompt is found, and not computed again.
+        What of it has been computed for another prompt is found, now or before its first step, and not computed again.
         """
         self.start(sequence, 0)
         sequence.num_shipped = num_present
@@ -285,6 +285,9 @@ class Scheduler:
                 break
             if sequence.phase is not Phase.RUNNING or sequence.num_unsent >= MAX_UNSENT_CHUNKS:
                 continue
+            if prompt_budget and sequence.is_untouched:  # others that begin like it may have been computed meanwhile
+                for table in self.tables:
+                    table.find(sequence)
             if found := sequence.recalled[:budget]:
                 recalls.append(ScheduledRows(sequence, found.start, found.stop))
                 budget -= len(found)

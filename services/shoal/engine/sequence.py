@@ -36,7 +36,8 @@ class Sequence:
     ``forks`` are a prompt's choices if it has several, and what each has said already, until they part: after its
     boundary step. ``num_present`` tokens' K/V were there before, in blocks that others share. ``arrived`` are positions
     whose K/V came from prefill, so that computing skips them. Deep layers that hold no shallow tokens have their own
-    ``deep_blocks``. ``cut`` are its first whole blocks as the prefix cache knows them, once it was looked for there.
+    ``deep_blocks``. ``cut`` are its first whole blocks as the prefix cache knows them, once it was looked for there;
+    ``num_seen`` how many the cache had taken in by then.
     ``num_scored`` counts prompt tokens whose log-probability is out: a recompute doesn't tell them again.
     Of a prompt that is shipped in ``wire_mode``, tokens before ``num_shipped`` need not be (any more); ``num_unsent``
     counts chunks that prefill computed and has not yet sent: the scheduler waits for the wire.
@@ -62,6 +63,7 @@ class Sequence:
     arrived: range = range(0)
     tenant: str = ""
     cut: tuple[Piece, ...] = ()
+    num_seen: int = -1
     num_present: int = 0
     num_computed: int = 0
     num_scored: int = 0
@@ -114,6 +116,11 @@ class Sequence:
     def may_reuse(self) -> bool:
         """Not where prompt tokens are to be scored, for they must be run; nor at prefill before their ids are here."""
         return (self.sampled or self.phase is not Phase.WAITING) and self.sampling.num_prompt_logprobs is None
+
+    @property
+    def is_untouched(self) -> bool:
+        """Nothing of it was computed, nor has it arrived: what it has was found."""
+        return self.num_computed == self.num_present and not self.arrived
 
     @property
     def recalled(self) -> range:

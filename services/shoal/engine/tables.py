@@ -80,13 +80,19 @@ class BlockTable:
         sequence.take_present(len(known) * self._block_tokens)
 
     def find(self, sequence: Sequence) -> None:
-        """For a sequence that got its blocks before its ids were known: put remembered blocks in the place of its first
-        ones, which nothing was written to."""
-        known = self._known(sequence)
-        blocks = self.held(sequence)
-        self.allocator.share(known)
-        self.allocator.release(blocks[: len(known)])
-        blocks[: len(known)] = known
+        """For an untouched sequence: put blocks that are remembered by now in the place of its own, which nothing was
+        written to. Those that it has found before stay: they may be on their way to decode."""
+        prefixes = self.allocator.prefixes
+        if prefixes is None or sequence.num_seen == prefixes.num_inserted:
+            return
+        sequence.num_seen = prefixes.num_inserted
+        known, blocks = self._known(sequence), self.held(sequence)
+        num_found = sequence.num_present // self._block_tokens
+        if known[:num_found] != blocks[:num_found]:
+            return  # what it has found is known no more: what follows the same tokens now may follow other K/V
+        self.allocator.share(known[num_found:])
+        self.allocator.release(blocks[num_found : len(known)])
+        blocks[num_found : len(known)] = known[num_found:]
         sequence.take_present(len(known) * self._block_tokens)
 
     def _known(self, sequence: Sequence) -> list[int]:

@@ -49,6 +49,7 @@ class PrefixCache:
         self._roots: dict[str, dict[Tokens, list[_Node]]] = {}
         self._nodes: dict[int, _Node] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # the longest idle first
+        self.num_inserted = 0  # blocks so far: who has looked since the last one finds nothing new
 
     def __contains__(self, block: int) -> bool:
         return block in self._nodes
@@ -91,6 +92,7 @@ class PrefixCache:
             if node is None:
                 node = self._nodes[block] = _Node(block, piece, parent, below)
                 below.setdefault(piece.tokens, []).append(node)
+                self.num_inserted += 1
             elif node.parent is not parent:
                 break
             parent, below = node, node.children

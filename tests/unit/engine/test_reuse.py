@@ -67,6 +67,57 @@ def test_logits_are_those_of_a_prompt_that_found_nothing(model: Any, max_step_to
     torch.testing.assert_close(logits_after(engine, PROMPT, Depth.SHALLOW), fresh)
 
 
+@pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.ANY])
+def test_of_two_that_are_let_in_together_the_second_finds_what_the_first_has_computed(model: Any, reuse: Reuse):
+    asks = [Ask(PROMPT), Ask([*PROMPT[:22], 5, 6, 7]), Ask([*PROMPT[:10], 5, 6, 7], depth=Depth.FULL)]
+    plain = [run(engine_of(model, Reuse.NONE), [ask])[0] for ask in asks]
+    engine = engine_of(model, reuse, max_step_tokens=len(PROMPT))
+    present: dict[str, int] = {}
+    tokens: dict[str, list[int]] = {}
+    for index, ask in enumerate(asks):
+        engine.submit_generate(str(index), tuple(ask.prompt), ask.depth, ask.params)
+    while not (output := engine.step()).is_idle:
+        for event in output.tokens:
+            present.setdefault(event.request_id, event.num_present)
+            tokens.setdefault(event.request_id, []).append(event.token_id)
+    assert list(tokens.values()) == plain and present == {"0": 0, "1": 20, "2": 0}
+    assert_nothing_held(engine)
+
+
+def test_what_came_from_prefill_stays_though_others_have_computed_the_same(model: Any):
+    engine, params = engine_of(model), SamplingParams(max_tokens=4, temperature=0.0)
+    engine.submit_generate("arrived", tuple(PROMPT), Depth.SHALLOW, params, hold=True)
+    blocks = list(engine.step().reserved[0].blocks)
+    run_beside(engine, Ask(PROMPT))
+    engine.start("arrived", num_arrived=len(PROMPT) - 1)
+    engine.step()
+    [sequence] = engine._sequences["arrived"].values()
+    assert sequence.num_present == 0 and sequence.blocks[: len(blocks)] == blocks
+    engine.finish("arrived")
+    assert_nothing_held(engine)
+
+
+def test_what_never_came_from_prefill_may_have_been_computed_for_others(model: Any):
+    engine, ask = engine_of(model), Ask(PROMPT)
+    plain = run(engine_of(model, Reuse.NONE), [ask])
+    engine.submit_generate("left", tuple(PROMPT), Depth.SHALLOW, ask.params, hold=True)
+    engine.step()
+    run_beside(engine, ask)
+    engine.start("left")
+    events = []
+    while not (output := engine.step()).is_idle:
+        events += output.tokens
+    assert [[event.token_id for event in events]] == plain and events[0].num_present == 28
+    assert_nothing_held(engine)
+
+
+def run_beside(engine: Engine, ask: Ask) -> None:
+    """Run one to its end while others are held."""
+    engine.submit_generate("beside", tuple(ask.prompt), ask.depth, ask.params)
+    while "beside" in engine._sequences:
+        assert not engine.step().failures
+
+
 def test_depths_do_not_mix(model: Any):
     engine = engine_of(model)
     run(engine, [Ask(PROMPT)])

@@ -252,6 +252,24 @@ def test_who_waits_is_cut_into_blocks_once_however_often_blocks_come_and_go(monk
     assert second.phase is Phase.RUNNING and second.num_present == 80
 
 
+def test_who_has_found_what_is_known_no_more_goes_on_from_there_by_itself() -> None:
+    """What others have computed since then follows other K/V than its own."""
+    scheduler = make_scheduler(60, reuse=Reuse.EXACT)
+    first, second, third = sequence("first", 21), sequence("second", 41, hold=True), sequence("third", 41)
+    scheduler.submit(first)
+    step(scheduler)
+    scheduler.submit(second)
+    scheduler.admit()
+    scheduler.forget(first)
+    scheduler.submit(third)
+    step(scheduler)
+    assert third.num_present == 0 and third.num_computed == 41
+    scheduler.start(second, 0)
+    [start] = [item.start for item in scheduler.schedule().rows if item.sequence is second]
+    assert start == second.num_present == 20 and second.blocks[:5] == first.blocks[:5]
+    assert not set(second.blocks) & set(third.blocks)
+
+
 def test_choices_that_part_are_remembered_each_for_itself() -> None:
     """They have the prompt's blocks in common, also as the cache knows them, and go on from there."""
     scheduler = make_scheduler(30, reuse=Reuse.EXACT)

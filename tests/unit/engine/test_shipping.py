@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from engines import Ask, ShippedTokens, assert_nothing_held, exact, make_engine, prefill_chunks, run, run_handed_off
+from engines import (
+    Ask,
+    ShippedTokens,
+    assert_nothing_held,
+    exact,
+    make_engine,
+    payload_of,
+    prefill_chunks,
+    run,
+    run_handed_off,
+)
 from models import tiny_model
 from shoal.engine.engine import Engine
+from shoal.engine.runner import PrefillChunk
 from shoal.engine.tables import Reuse
-from shoal.messages import Stage
+from shoal.messages import Stage, WireMode
 
 NUM_SKIPPED, BLOCK = 2, 4
 PROMPT = [3 + index * 7 % 90 for index in range(30)]
@@ -146,6 +158,142 @@ def test_two_at_once_hold_what_they_share_but_once(model: Any):
     for name in ("first", "second"):
         engine.finish(name)
     assert_nothing_held(engine)
+
+
+class Queue:
+    """Prompts that are claimed before the first of them is computed, and what is shipped of them. It's read when all
+    are done, as by a slow wire: K/V that are on their way must stay where they are."""
+
+    def __init__(self, engine: Engine, prompts: dict[str, list[int]], *, wire_mode: WireMode = WireMode.KV) -> None:
+        self._engine, self._prompts = engine, prompts
+        self._parts: dict[str, list[PrefillChunk]] = {name: [] for name in prompts}
+        for name, prompt in prompts.items():
+            engine.submit_prefill(name, len(prompt))
+        assert len(engine.step().reserved) == len(prompts)
+        for name, prompt in prompts.items():
+            engine.start_shipping(name, tuple(prompt), wire_mode=wire_mode)
+
+    def step(self) -> bool:
+        """Whether anything came of it."""
+        output = self._engine.step()
+        for failure in output.failures:
+            raise failure.error
+        for part in output.chunks:
+            self._parts[part.request_id].append(part)
+        return bool(output.chunks)
+
+    def sent(self) -> None:
+        """All that was computed has left."""
+        for name in self._prompts:
+            for sequence in self._engine._sequences[name].values():
+                sequence.num_unsent = 0
+
+    @property
+    def is_done(self) -> bool:
+        return all(
+            parts and parts[-1].is_whole and parts[-1].end == len(self._prompts[name]) - 1
+            for name, parts in self._parts.items()
+        )
+
+    def num_present(self, name: str) -> int:
+        return self._parts[name][-1].num_present
+
+    def spans(self, name: str) -> list[tuple[int, int]]:
+        return [(part.start, part.end) for part in self._parts[name] if part.is_whole]
+
+    def shipped(self, name: str) -> dict[int, torch.Tensor]:
+        """All tokens, by the first of the layers that came together."""
+        by_layer: dict[int, list[torch.Tensor]] = {}
+        for part in self._parts[name]:
+            of_states = part.wire_mode is WireMode.HIDDEN
+            payload = payload_of(part, self._engine.runner.pool)
+            by_layer.setdefault(part.layers.start, []).append(payload if of_states else payload.transpose(0, 1))
+        return {layer: torch.cat(payloads) for layer, payloads in by_layer.items()}
+
+    def run(self) -> dict[str, dict[int, torch.Tensor]]:
+        while not self.is_done:
+            assert self.step()
+            self.sent()
+        return self.end()
+
+    def end(self) -> dict[str, dict[int, torch.Tensor]]:
+        shipped = {name: self.shipped(name) for name in self._prompts}
+        for name in self._prompts:
+            self._engine.finish(name)
+        assert_nothing_held(self._engine)
+        return shipped
+
+
+def alone(
+    model: Any, prompt: list[int], num_skipped: int = NUM_SKIPPED, wire_mode: WireMode = WireMode.KV
+) -> dict[int, torch.Tensor]:
+    """What is shipped of a prompt that finds nothing."""
+    queue = Queue(engine_of(model, num_skipped, Reuse.NONE), {"alone": prompt}, wire_mode=wire_mode)
+    return queue.run()["alone"]
+
+
+def assert_shipped(shipped: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> None:
+    assert shipped.keys() == expected.keys()
+    for layer, payload in expected.items():
+        torch.testing.assert_close(shipped[layer], payload, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("wire_mode", WireMode)
+@pytest.mark.parametrize("num_skipped", [NUM_SKIPPED, 0])
+def test_of_two_that_wait_together_the_second_finds_what_the_first_has_computed(
+    model: Any, num_skipped: int, wire_mode: WireMode, monkeypatch: pytest.MonkeyPatch
+):
+    engine = engine_of(model, num_skipped, max_step_tokens=len(PROMPT) - 1)
+    computed = Computed(engine, monkeypatch)
+    queue = Queue(engine, {"first": PROMPT, "second": LONGER}, wire_mode=wire_mode)
+    shipped = queue.run()
+    assert computed.num_rows == [len(PROMPT) - 1, len(LONGER) - 1 - 20]
+    assert (queue.num_present("first"), queue.num_present("second")) == (0, 20)
+    assert queue.spans("second") == [(0, 20), (20, len(LONGER) - 1)]
+    for name, prompt in (("first", PROMPT), ("second", LONGER)):
+        assert_shipped(shipped[name], alone(model, prompt, num_skipped, wire_mode))
+
+
+def test_what_was_found_first_is_on_its_way_and_stays_where_it_is(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(model, max_step_tokens=len(PROMPT) - 1 - 8)
+    prefill_chunks(engine, [*PROMPT[:8], 1, 2, 3])
+    computed = Computed(engine, monkeypatch)
+    queue = Queue(engine, {"first": PROMPT, "second": LONGER})
+    [second] = engine._sequences["second"].values()
+    while not queue.spans("second"):
+        assert queue.step()
+    shipping = second.blocks[:2]
+    assert queue.spans("second") == [(0, 8)] and queue.num_present("second") == 8
+    while not queue.is_done:
+        assert queue.step()
+        queue.sent()
+    assert second.blocks[:2] == shipping
+    shipped = queue.end()
+    assert computed.num_rows == [len(PROMPT) - 1 - 8, len(LONGER) - 1 - 20]
+    assert queue.spans("second") == [(0, 8), (8, 20), (20, len(LONGER) - 1)] and queue.num_present("second") == 20
+    for name, prompt in (("first", PROMPT), ("second", LONGER)):
+        assert_shipped(shipped[name], alone(model, prompt))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_waits_together_is_shipped_as_if_each_had_been_alone(model: Any, seed: int):
+    """Beginnings of any length, steps of any size, a wire that now and then is slow, pools with little room."""
+    rng = random.Random(seed)
+    prompts: list[list[int]] = [PROMPT]
+    while len(prompts) < 7:
+        known = rng.choice(prompts)
+        prompts.append([*known[: rng.randrange(len(known))], *(rng.randrange(90) for _ in range(rng.randrange(3, 20)))])
+    num_blocks = sum(-(-(len(prompt) - 1) // BLOCK) for prompt in prompts)
+    engine = engine_of(model, max_step_tokens=rng.randrange(3, 40), num_blocks=num_blocks + rng.choice([0, 20, 100]))
+    for _ in range(2):
+        rng.shuffle(prompts)
+        queue = Queue(engine, {str(index): prompt for index, prompt in enumerate(prompts)})
+        while not queue.is_done:
+            if not queue.step() or rng.random() < 0.5:
+                queue.sent()
+        shipped = queue.end()
+        for index, prompt in enumerate(prompts):
+            assert_shipped(shipped[str(index)], alone(model, prompt))
 
 
 def test_decode_answers_the_same_from_what_was_found(model: Any):

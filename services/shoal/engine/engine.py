@@ -125,18 +125,14 @@ class Engine:
 
     def start_shipping(
         self, request_id: str, prompt: tuple[int, ...], *, num_present: int = 0, wire_mode: WireMode = WireMode.KV
-    ) -> int:
-        """Let a held prompt run whose ids are known now, and ship what comes after ``num_present`` tokens.
-
-        Returns how many tokens at its front need not be computed; its last chunk says how many were not.
-        """
+    ) -> None:
+        """Let a held prompt run whose ids are known now, and ship what comes after ``num_present`` tokens."""
         sequence = self._held(request_id)
         if len(prompt) != sequence.num_prompt_tokens:
             raise InternalError(f"{len(prompt)} token ids for a prompt of {sequence.num_prompt_tokens}")
         self._require_known(prompt)
         sequence.prompt, sequence.wire_mode = prompt, wire_mode
         self.scheduler.start_shipping(sequence, num_present)
-        return sequence.num_present
 
     def start(self, request_id: str, *, num_arrived: int = 0) -> None:
         """Let a held request run: from its first token, or with the K/V of the ``num_arrived`` that prefill sent."""

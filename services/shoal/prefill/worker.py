@@ -158,7 +158,7 @@ class PrefillWorker:
             if len(claim.token_ids) != grant.num_prompt_tokens:
                 raise LeaseLost(f"granted {grant.num_prompt_tokens} tokens, the claim brought {len(claim.token_ids)}")
             started_s = time.monotonic()
-            num_cached = await self._engine.call(
+            await self._engine.call(
                 lambda engine: engine.start_shipping(
                     inbox.request_id, claim.token_ids, num_present=claim.num_present, wire_mode=claim.wire_mode
                 )
@@ -167,6 +167,7 @@ class PrefillWorker:
             last = await self._ship(claim, inbox)
             queue_s = waited_s + last[-1].first_step_s - started_s
             prefill_s = last[-1].ended_s - last[-1].first_step_s
+            num_cached = last[-1].chunk.num_present
             self._count(queue_s, prefill_s, len(claim.token_ids) - 1, num_cached)
             await claim.seal(
                 boundary_token_id=claim.token_ids[-1],

@@ -12,7 +12,8 @@ import torch
 
 from models import save_tiny
 from reference import pop_generate
-from shoal.config import load_config
+from shoal.config import ShoalConfig, load_config
+from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.local import LocalShoal, open_local
 from shoal.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
 
@@ -33,19 +34,22 @@ def model(folder: Path) -> Any:
 @pytest.fixture(params=[("none", "exact")], ids=str)
 async def local(model: Any, folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[LocalShoal]:
     """``params``: what prefill and decode reuse."""
-    stage = {"num_blocks": 64, "block_tokens": BLOCK, "max_step_tokens": 16, "num_threads": 1}
-    prefill, decode = ({"reuse": reuse} for reuse in request.param)
-    config = load_config(
+    async with open_local(config_of(folder, request.param)) as opened:
+        yield opened
+        await asyncio.wait_for(opened.decode.desk.idle.wait(), 5)
+        counts = await opened.decode.counts()
+        assert counts.num_free_blocks == counts.num_blocks
+
+
+def config_of(folder: Path, reuses: tuple[str, str], *, max_step_tokens: int = 16) -> ShoalConfig:
+    stage = {"num_blocks": 64, "block_tokens": BLOCK, "max_step_tokens": max_step_tokens, "num_threads": 1}
+    prefill, decode = ({"reuse": reuse} for reuse in reuses)
+    return load_config(
         model={"name": str(folder), "skip_layers": SKIPPED, "dtype": "float32"},
         prefill=stage | prefill,
         decode=stage | decode,
         handoff={"local_tokens": 12},
     )
-    async with open_local(config) as opened:
-        yield opened
-        await asyncio.wait_for(opened.decode.desk.idle.wait(), 5)
-        counts = await opened.decode.counts()
-        assert counts.num_free_blocks == counts.num_blocks
 
 
 async def ask(local: LocalShoal, prompt: tuple[int, ...], tenant: str = "a") -> tuple[tuple[int, ...], HandoffReport]:
@@ -88,3 +92,31 @@ async def test_what_prefill_had_counts_as_cached(local: LocalShoal, model: Any):
     tokens, report = await ask(local, other)
     assert tokens == pop_generate(model, other, 5, SKIPPED).token_ids
     assert report.transferred and report.num_cached_tokens == 56
+
+
+async def test_what_prefill_computed_for_another_meanwhile_counts_as_cached(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both are claimed before the first of them is computed."""
+    first, second = (*PROMPT, *range(5)), (*PROMPT[:58], *range(70, 90))
+    schedule, together = Scheduler.schedule, list[object]()
+
+    def schedule_both(scheduler: Scheduler) -> StepPlan:
+        shipping = [one for one in scheduler.running if not one.sampled]
+        if len(shipping) == 1 and not together:
+            return StepPlan((), ())
+        together.extend(shipping)
+        return schedule(scheduler)
+
+    async with open_local(config_of(folder, ("exact", "none"), max_step_tokens=len(first) - 1)) as local:
+        monkeypatch.setattr(Scheduler, "schedule", schedule_both)
+        answers = await asyncio.gather(ask(local, first), ask(local, second))
+        for prompt, (tokens, _) in zip((first, second), answers, strict=True):
+            assert tokens == pop_generate(model, prompt, 5, SKIPPED).token_ids
+        assert [report.num_cached_tokens for _, report in answers] == [0, 56]
+        registry = local.prefill.registry
+        counted = {
+            source: registry.get_sample_value("shoal_prefill_tokens_total", {"source": source})
+            for source in ("computed", "cached")
+        }
+        assert counted == {"computed": len(first) - 1 + len(second) - 1 - 56, "cached": 56}

@@ -131,8 +131,8 @@ def _shares(benchmark: Benchmark) -> Iterator[Part]:
             )
             for level in levels
         ],
-        "The window is from the first request that counts to the last one's end; tokens are means. Late: how long "
-        "after it was due a request was sent, which no latency includes.",
+        f"The window is {_window(benchmark)}; prompt and output tokens are means. Late: how long after it was due a "
+        "request was sent, which no latency includes.",
     )  # fmt: skip
 
 
@@ -208,7 +208,8 @@ def _settings(benchmark: Benchmark) -> Iterable[tuple[str, str]]:
     ids = f", {settings.token_ids[0]} to {settings.token_ids[1]}" if settings.prompts == "ids" else ""
     yield "prompts", f"{settings.prompts}{ids}"
     amount = settings.amount
-    yield "warm-up, not counted", f"the first {amount.warm_up} requests of each load"
+    more = "" if benchmark.levels[0].load.is_open else ", or one for each client if that is more"
+    yield "warm-up, not counted", f"the first {amount.warm_up} requests of each load{more}"
     counted = f"{amount.num_requests} requests" if amount.num_requests else f"requests of {amount.duration_s:g} s"
     yield "counted", f"{counted} of each load"
     yield "output tokens counted by", ", ".join(sorted(_token_sources(benchmark))) or _DASH
@@ -246,6 +247,12 @@ def _x(level: Level) -> str:
 
 def _x_label(benchmark: Benchmark) -> str:
     return "requests/s" if benchmark.levels[0].load.is_open else "requests at a time"
+
+
+def _window(benchmark: Benchmark) -> str:
+    if benchmark.levels[0].load.is_open:
+        return "from the first request that counts to the last one's end"
+    return "from the first sending that counts to the last one, and has what warmed up and ended in it, too"
 
 
 def _row(found: Percentiles) -> tuple[str, ...]:

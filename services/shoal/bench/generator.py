@@ -34,6 +34,10 @@ class Amount:
     num_requests: int | None = None
     duration_s: float = DEFAULT_DURATION_S
 
+    def warm_up_of(self, load: Load) -> int:
+        """Of a closed loop one for each client at least: until all of them have one, it isn't that load."""
+        return max(self.warm_up, load.concurrency or 0)
+
     def of_rate(self, rate: float) -> int:
         """Requests of an open loop in all, at least one of which counts."""
         return self.warm_up + (self.num_requests or max(1, round(rate * self.duration_s)))
@@ -72,6 +76,7 @@ class _Run:
         self.records: list[Record] = []
         self._load, self._sender, self._workload, self._amount = load, sender, workload, amount
         self._clock, self._on_progress = clock, on_progress
+        self._warm_up = amount.warm_up_of(load)
         self._origin_s = clock.now()
         self._deadline_s: float | None = None
 
@@ -93,10 +98,10 @@ class _Run:
     async def _client(self, indices: Iterator[int]) -> None:
         """One of a closed loop's; they share ``indices``."""
         num_requests = self._amount.num_requests
-        number = None if num_requests is None else self._amount.warm_up + num_requests
+        number = None if num_requests is None else self._warm_up + num_requests
         for index in indices:
             now_s = self._clock.now()
-            if index == self._amount.warm_up and number is None:
+            if index == self._warm_up and number is None:
                 self._deadline_s = now_s + self._amount.duration_s
             if (number is not None and index >= number) or (self._deadline_s is not None and now_s >= self._deadline_s):
                 return
@@ -106,7 +111,7 @@ class _Run:
                 await self._clock.wait_until(self._clock.now() + _PAUSE_AFTER_FAILURE_S)
 
     def _plan(self, index: int, arrival_s: float | None = None) -> PlannedRequest:
-        is_counted = index >= self._amount.warm_up
+        is_counted = index >= self._warm_up
         return self._workload.request(self._load, index, arrival_s=arrival_s, is_counted=is_counted)
 
     async def _send(self, request: PlannedRequest, body: bytes, number: int | None) -> Record:

@@ -44,7 +44,9 @@ class Summary:
 
     Latencies are of requests answered in full; ITL is over all gaps of all of them. The shares are of all requests: one
     that failed missed everything. ``window_s`` lasts from the first request's sending to the last answer's end;
-    ``requests_per_s`` and ``output_tokens_per_s`` are what was answered in it.
+    ``requests_per_s`` and ``output_tokens_per_s`` are what was answered in it. Of a closed loop, it ends with the last
+    sending of any request, and what only warmed up and was answered in it counts there, too: until then each client
+    has a request, and afterwards fewer and fewer have one.
     """
 
     kind: str
@@ -71,11 +73,11 @@ class Summary:
 
 def summarize(records: Sequence[Record], slos: Mapping[str, Slo]) -> tuple[Summary, ...]:
     """``all`` first, then each class of ``slos`` if there are several. Requests that only warmed up are left out."""
-    counted = [record for record in records if record.is_counted]
     kinds = list(slos) if len(slos) > 1 else []
+    busy = _busy(records)
     return (
-        _summary(ALL, counted, slos),
-        *(_summary(kind, [record for record in counted if record.kind == kind], slos) for kind in kinds),
+        _summary(ALL, records, slos, busy),
+        *(_summary(kind, [record for record in records if record.kind == kind], slos, busy) for kind in kinds),
     )
 
 
@@ -98,12 +100,14 @@ def share(hits: int, num: int) -> Share:
     return Share(num, value, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _summary(kind: str, records: Sequence[Record], slos: Mapping[str, Slo]) -> Summary:
+def _summary(kind: str, sent: Sequence[Record], slos: Mapping[str, Slo], busy: _Busy | None) -> Summary:
+    records = [record for record in sent if record.is_counted]
     answered = [record for record in records if record.failure is None]
     ttft = [record.meets_ttft(slos[record.kind]) for record in records]
     tpot = [record.meets_tpot(slos[record.kind]) for record in records]
     both = [one and other for one, other in zip(ttft, tpot, strict=True)]
-    window_s = _window_s(records)
+    window_s = busy.seconds if busy else _window_s(records)
+    served = [record for record in sent if busy.has(record)] if busy else answered
     return Summary(
         kind=kind,
         num_requests=len(records),
@@ -116,8 +120,8 @@ def _summary(kind: str, records: Sequence[Record], slos: Mapping[str, Slo]) -> S
         itl_s=percentiles(gap for record in answered for gap in record.itl_s),
         e2e_s=percentiles(record.e2e_s for record in answered),
         window_s=window_s,
-        requests_per_s=len(answered) / window_s if window_s else 0.0,
-        output_tokens_per_s=sum(record.output_tokens for record in answered) / window_s if window_s else 0.0,
+        requests_per_s=len(served) / window_s if window_s else 0.0,
+        output_tokens_per_s=sum(record.output_tokens for record in served) / window_s if window_s else 0.0,
         prompt_tokens=percentiles(record.prompt_tokens for record in answered).mean,
         output_tokens=percentiles(record.output_tokens for record in answered).mean,
     )
@@ -128,3 +132,28 @@ def _window_s(records: Sequence[Record]) -> float:
         return 0.0
     ends = [record.sent_s + (record.e2e_s or 0.0) for record in records]
     return max(ends) - min(record.sent_s for record in records)
+
+
+@dataclass(frozen=True, slots=True)
+class _Busy:
+    """While each client of a closed loop has a request, as seconds since the load's start."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+    def has(self, record: Record) -> bool:
+        """Whether its answer ended meanwhile. What ended as this began is what made room for the first to be sent."""
+        return record.e2e_s is not None and self.start_s < record.sent_s + record.e2e_s <= self.end_s
+
+
+def _busy(records: Sequence[Record]) -> _Busy | None:
+    """From the first sending that counts to the last one; ``None`` of an open loop, and where no answer ended then."""
+    counted = [record.sent_s for record in records if record.is_counted]
+    if not counted or any(record.arrival_s is not None for record in records):
+        return None
+    found = _Busy(min(counted), max(record.sent_s for record in records))
+    return found if any(found.has(record) for record in records) else None

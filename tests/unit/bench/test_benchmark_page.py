@@ -85,6 +85,13 @@ def test_warnings_name_their_loads():
     assert "Beware (1 requests/s, 2 requests/s): 5 requests counted" in render_benchmark(few)
 
 
+def test_which_window_throughput_is_of_depends_on_the_loop():
+    closed = Benchmark(OPTIONS.settings("m")).with_level(measured(Load(concurrency=2), RECORDS, 0.1, MIX))
+    told = ("to the last one&#39;s end", "from the first sending that counts", "or one for each client")
+    assert [text in render_benchmark(FOUND) for text in told] == [True, False, False]
+    assert [text in render_benchmark(closed) for text in told] == [False, True, True]
+
+
 def test_a_load_without_any_answer_still_has_a_page():
     none = Benchmark(OPTIONS.settings("m")).with_level(measured(Load(concurrency=2), [failed()], 0.1, MIX))
     page = render_benchmark(none)

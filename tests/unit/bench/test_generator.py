@@ -96,6 +96,16 @@ async def test_a_closed_loop_has_so_many_requests_at_a_time():
     assert sorted(record.index for record in sent.records) == list(range(16)) and progress[-1] == (16, 16)
 
 
+async def test_a_closed_loop_warms_up_with_a_request_of_each_client_at_least():
+    sent, endpoint, progress = await run(Load(concurrency=4), Amount(2, 6))
+    assert [record.is_counted for record in sent.records] == [False] * 4 + [True] * 6 and progress[-1] == (10, 10)
+    sent, endpoint, _ = await run(Load(concurrency=4), Amount(2, None, 1.0))
+    assert [record.is_counted for record in sent.records] == [False] * 4 + [True] * 8
+    assert endpoint.sent_s == pytest.approx([0.0] * 4 + [0.5] * 4 + [1.0] * 4)
+    sent, _, _ = await run(Load(rate=4.0), Amount(2, 6))
+    assert sum(record.is_counted for record in sent.records) == 6 and len(sent.records) == 8
+
+
 async def test_a_closed_loop_for_a_duration_counts_from_the_first_request_that_counts():
     sent, endpoint, progress = await run(Load(concurrency=2), Amount(2, None, 2.0))
     assert endpoint.sent_s == pytest.approx([0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 2.0, 2.0])
@@ -104,7 +114,7 @@ async def test_a_closed_loop_for_a_duration_counts_from_the_first_request_that_c
 
 
 async def test_a_client_that_failed_pauses_before_its_next_request():
-    sent, endpoint, _ = await run(Load(concurrency=1), Amount(0, 4), failure_of=lambda index: (
+    sent, endpoint, _ = await run(Load(concurrency=1), Amount(1, 3), failure_of=lambda index: (
         Failure.REJECTED if index < 2 else None
     ))  # fmt: skip
     assert endpoint.sent_s == pytest.approx([0.0, 1.0, 2.0, 2.5])

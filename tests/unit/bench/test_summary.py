@@ -6,7 +6,7 @@ import pytest
 
 from bench_records import MIX, answered, failed
 from shoal.bench.mix import Slo
-from shoal.bench.record import Failure
+from shoal.bench.record import Failure, Record
 from shoal.bench.summary import percentiles, share, summarize
 
 SLOS = {MIX[0].name: MIX[0].slo}
@@ -77,6 +77,45 @@ def test_throughput_is_what_was_answered_in_the_window_of_those_that_count():
     assert found.window_s == 5.0
     assert (found.requests_per_s, found.output_tokens_per_s) == (2 / 5, 22 / 5)
     assert (found.prompt_tokens, found.output_tokens) == (100, 11)
+
+
+def closed_loop(num_rounds: int, kinds: tuple[str, ...] = (MIX[0].name,) * 4) -> list[Record]:
+    """A client a kind, one after the other at first; each answer takes a second, and the first of each warms up."""
+    return [
+        answered(kind=kind, arrival_s=None, sent_s=client / len(kinds) + number, is_counted=number > 0)
+        for number in range(1 + num_rounds)
+        for client, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3, 20])
+def test_a_closed_loop_s_throughput_is_of_the_time_in_which_all_of_its_clients_are_busy(num_rounds: int):
+    """What warmed up is served beside what counts, and at the end, clients run out: four a second all the same."""
+    [found] = summarize(closed_loop(num_rounds), SLOS)
+    assert (found.num_requests, found.window_s) == (4 * num_rounds, num_rounds - 0.25)
+    assert (found.requests_per_s, found.output_tokens_per_s) == (4, 44)
+
+
+def test_failures_are_no_throughput_and_pauses_after_them_belong_to_the_window():
+    records = [one if index % 2 else failed(arrival_s=None, sent_s=one.sent_s, is_counted=one.is_counted)
+               for index, one in enumerate(closed_loop(8))]  # fmt: skip
+    [found] = summarize(records, SLOS)
+    assert (found.num_requests, found.num_failed, found.window_s) == (32, 16, 7.75)
+    assert found.requests_per_s == 16 / 7.75
+
+
+def test_a_closed_loop_that_ends_before_it_is_busy_has_the_window_of_its_answers():
+    warm, counted = answered(arrival_s=None, is_counted=False), answered(arrival_s=None, sent_s=1.0, e2e_s=2.0)
+    [found] = summarize([warm, counted], SLOS)
+    assert (found.window_s, found.requests_per_s) == (2, 1 / 2)
+
+
+def test_what_classes_of_a_closed_loop_are_answered_adds_up():
+    slos = {"short": Slo(1000, 100), "long": Slo(1000, 100)}
+    both, short, long = summarize(closed_loop(5, ("short", "long", "short", "short")), slos)
+    assert both.window_s == short.window_s == long.window_s == 4.75
+    assert short.requests_per_s + long.requests_per_s == pytest.approx(both.requests_per_s) == 4
+    assert long.requests_per_s == pytest.approx(1, rel=0.1)
 
 
 def test_each_class_is_judged_by_its_own_slos():

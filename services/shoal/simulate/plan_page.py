@@ -30,7 +30,7 @@ class Size:
 
 def sizes(plan: Plan, costs: StepCosts, config: ShoalConfig, totals: Sequence[int]) -> list[Size]:
     """Of the best fleet: as it is; and for each of ``totals`` as one application, and as many of the simulated size."""
-    work = Work.of(plan.best)
+    work = Work.of(plan.best, plan.mix, config)
     if work is None:
         return []
     num = work.num_prefill + work.num_decode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -167,6 +167,33 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     assert found.ray_entries_read == 3 * 2 + 1 * 3
     alone = traffic(Work(0, 3, 10, 101, 11, 50), COSTS, CONFIG)
     assert alone.wire_bytes == alone.frames == alone.num_sessions == alone.beats == 0 and alone.handle_calls == 10
+
+
+def test_only_what_is_handed_off_is_traffic_between_the_pools():
+    a_quarter = replace(Work(2, 3, 10, 101, 11, 50), handed_off=0.25)
+    found = traffic(a_quarter, COSTS, CONFIG)
+    assert found.wire_bytes == 2.5 * 100 * 20_000 and found.frames == 2.5 * (5 + 2 * 2)
+    assert (found.wire_bytes_out, found.wire_bytes_into) == (found.wire_bytes / 2, found.wire_bytes / 3)
+    assert found.handle_calls == 10 + 2.5 and found.token_messages == 50
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "handed_off", "prompt_tokens"),
+    [
+        (2, 1.0, (3 * 101 + 349.5) / 4),
+        (102, 1 / 4, 349.5),
+        (350, 1 / 8, 374.5),
+        (399, 1 / 400, 399),
+        (400, 0.0, 0.0),
+    ],
+)
+def test_prompts_that_are_not_worth_it_are_not_handed_off(min_tokens: int, handed_off: float, prompt_tokens: float):
+    mix, config = parse_mix("101:5:3,300-399:5:1", Slo(300, 100)), ShoalConfig(handoff={"min_tokens": min_tokens})
+    found = make_plan(options(mix=mix, config=config, fleets=FLEETS[:1], loads=(Load(rate=1.0),)), lambda *_: None)
+    [one] = sizes(found, COSTS, config, [])
+    assert (one.work.handed_off, one.work.prompt_tokens) == pytest.approx((handed_off, prompt_tokens))
+    assert one.traffic.wire_bytes == pytest.approx(handed_off * max(0, prompt_tokens - 1) * 20_000)
+    assert one.traffic.handle_calls == pytest.approx(1 + handed_off)
 
 
 def test_traffic_follows_the_code_that_it_is_taken_from():

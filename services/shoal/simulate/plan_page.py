@@ -29,16 +29,17 @@ class Size:
 
 
 def sizes(plan: Plan, costs: StepCosts, config: ShoalConfig, totals: Sequence[int]) -> list[Size]:
-    """Of the best fleet: as it is; and for each of ``totals`` as one application, and as many of the simulated size."""
+    """Of the best fleet: as it is; and for each of ``totals`` as one application, and as many of the simulated size as
+    come nearest to it."""
     work = Work.of(plan.best, plan.mix, config)
     if work is None:
         return []
     num = work.num_prefill + work.num_decode
     found = [Size(num, 1, work, traffic(work, costs, config))]
     for total in totals:
-        whole = work.times(total / num)
+        whole, side_by_side = work.times(total / num), max(1, round(total / num))
         found.append(Size(total, 1, whole, traffic(whole, costs, config)))
-        found.append(Size(total, max(1, round(total / num)), work, traffic(work, costs, config)))
+        found.append(Size(num * side_by_side, side_by_side, work, traffic(work, costs, config)))
     return found
 
 

@@ -43,6 +43,10 @@ class Fleet:
     routing: Routing = Routing.TWO_CHOICES
 
     @property
+    def num_replicas(self) -> int:
+        return self.num_prefill + self.num_decode
+
+    @property
     def name(self) -> str:
         return f"{self.num_prefill}P{self.num_decode}D, {self.skip_layers} skipped"
 

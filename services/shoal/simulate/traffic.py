@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.bench.mix import RequestClass
 from shoal.config import ShoalConfig
@@ -53,14 +53,17 @@ class Work:
 
     def times(self, factor: float) -> Work:
         """The same ratio, as near as whole replicas come to it, and the same work for each, in an application that is
-        ``factor`` times as large."""
-        num_prefill, num_decode = (
-            max(1, round(num * factor)) if num else 0 for num in (self.num_prefill, self.num_decode)
+        ``factor`` times as large, or as small as its pools may be."""
+        least = 2 if self.num_prefill else 1
+        total = max(least, round(factor * (self.num_prefill + self.num_decode)))
+        num_prefill = min(max(1, round(factor * self.num_prefill)), total - 1) if self.num_prefill else 0
+        return replace(
+            self,
+            num_prefill=num_prefill,
+            num_decode=total - num_prefill,
+            requests_per_s=self.requests_per_s * factor,
+            decode_steps_per_s=self.decode_steps_per_s * factor,
         )
-        return Work(
-            num_prefill, num_decode, self.requests_per_s * factor,
-            self.prompt_tokens, self.output_tokens, self.decode_steps_per_s * factor,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

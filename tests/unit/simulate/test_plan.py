@@ -137,6 +137,19 @@ def test_the_page_and_the_lines_have_every_fleet_and_size(plan: Plan):
     assert "arithmetic" not in lines[-2]
 
 
+@pytest.mark.parametrize("fleet", [Fleet(1, 1, 0), Fleet(1, 2, 0), Fleet(3, 5, 0), Fleet(0, 2, 0)])
+def test_a_row_of_a_size_has_as_many_replicas_as_it_says(fleet: Fleet):
+    found = make_plan(options(fleets=(fleet,), loads=(Load(rate=1.0),)), lambda *_: None)
+    totals = [2, 5, 31, 100]
+    as_it_is, *rows = sizes(found, COSTS, CONFIG, totals)
+    for one in (as_it_is, *rows):
+        assert one.num_replicas == one.num_applications * (one.work.num_prefill + one.work.num_decode)
+    assert as_it_is.num_replicas == fleet.num_replicas and [one.num_replicas for one in rows[::2]] == totals
+    for wanted, one in zip(totals, rows[1::2], strict=True):
+        assert one.work == as_it_is.work
+        assert abs(one.num_replicas - wanted) <= fleet.num_replicas / 2 or one.num_applications == 1
+
+
 def test_arithmetic_is_called_so():
     known = costs(origin="arithmetic")
     found = make_plan(options(costs=known, fleets=FLEETS[:1], loads=(Load(rate=1.0),)), lambda *_: None)

@@ -85,6 +85,7 @@ def _scheduler(limits: StageConfig, pool_tokens: int, token_bytes: int, max_rese
         max_step_tokens=limits.max_step_tokens,
         max_sequences=limits.max_sequences,
         max_queued=limits.max_queued,
+        max_queued_tokens=limits.max_queued_tokens,
         max_reserved_ratio=max_reserved_ratio,
         target_step_s=limits.target_step_s,
     )

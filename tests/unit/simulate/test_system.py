@@ -125,6 +125,14 @@ def test_below_the_last_rung_a_request_is_refused():
     assert sorted(record.detail for record in system.records) == ["", "unavailable"]
 
 
+def test_a_queue_that_is_full_by_its_tokens_refuses_more():
+    """One runs, and one of 101 tokens waits, where 150 may."""
+    config = ShoalConfig(decode=StageConfig(max_sequences=1, max_queued_tokens=150))
+    requests = [request(index, 0.1 * index, num_output=100) for index in range(3)]
+    system = run(requests, Fleet(0, 1, 0), COSTS, config)
+    assert [record.detail for record in system.records] == ["", "", "overloaded"]
+
+
 def test_a_shared_machine_is_slower_than_own_ones_and_more_of_one_is_no_help():
     requests = crowd(40, rate=2.0)
 

@@ -131,9 +131,16 @@ def parse_body(text: str | None) -> dict[str, Any]:
 
 
 def parse_key(name: str | None, environment: Mapping[str, str]) -> str | None:
-    """The variable's value; the command line itself is no place for a key. Raises ConfigError."""
+    """The variable's value without blanks around it; the command line itself is no place for a key. Raises ConfigError,
+    which doesn't tell the key."""
     if name is None:
         return None
-    if not environment.get(name):
+    key = environment.get(name, "").strip()
+    if not key:
         raise ConfigError(f"--api-key-env names {name}, which isn't set: export it first")
-    return environment[name]
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"--api-key-env names {name}, and a key has letters, digits and signs of ASCII alone: look for what else "
+            "came with it, such as a line break or a quotation mark, and export it again"
+        )
+    return key

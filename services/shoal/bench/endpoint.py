@@ -149,7 +149,12 @@ async def open_endpoint(options: EndpointOptions, clock: Clock) -> AsyncIterator
 
 
 def base_url(url: str) -> str:
-    """With ``/v1/`` at its end, whether that was typed or not. Raises ConfigError."""
+    """With ``/v1/`` at its end, whether that was typed or not. Raises ConfigError, which tells no password."""
+    if "@" in url:
+        raise ConfigError(
+            "the URL has an @, as there is behind a user name or a password: leave them out, since the report tells "
+            "the URL (a key comes by --api-key-env); an @ of a path is written %40"
+        )
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:

@@ -193,6 +193,19 @@ def test_a_key_comes_from_the_environment():
         parse_key("KEY", {"KEY": ""})
 
 
+def test_blanks_around_a_key_are_none_of_it():
+    assert parse_key("KEY", {"KEY": " secret\r\n"}) == "secret"
+    with pytest.raises(ConfigError, match="KEY, which isn't set"):
+        parse_key("KEY", {"KEY": " \n"})
+
+
+@pytest.mark.parametrize("key", ["sec\nret", "sécret", "“secret”", "sec\x7fret", "sec\udc80ret"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told(key: str):
+    with pytest.raises(ConfigError, match="KEY, and a key has") as raised:
+        parse_key("KEY", {"KEY": key})
+    assert "ret" not in str(raised.value)
+
+
 def test_without_its_packages_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shoal.bench.find_spec", lambda name: None if name == "httpx" else object())
     with pytest.raises(ConfigError, match=r"needs httpx: pip install '.\[serve,bench\]'"):

@@ -326,6 +326,23 @@ def test_what_is_no_endpoint_is_refused(url: str):
         base_url(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://alice:secret@127.0.0.1:8000",
+        "https://secret@example.com/v1",
+        "alice:secret@127.0.0.1:8000",
+        "http://alice:sec/secret@127.0.0.1",
+        "http://alice:secret@x:port",
+    ],
+)
+async def test_a_password_in_the_url_is_refused_and_not_told(url: str):
+    with pytest.raises(ConfigError, match="leave them out") as raised:
+        async with open_endpoint(EndpointOptions(url, "m"), RealClock()):
+            pass
+    assert not any(word in str(raised.value) for word in ("alice", "sec/", "secret"))
+
+
 async def test_the_first_model_is_asked_unless_one_is_named():
     async with scripted(models=("first", "second")) as server:
         async with open_endpoint(EndpointOptions(server.url), RealClock()) as endpoint:

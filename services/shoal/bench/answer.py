@@ -17,7 +17,7 @@ class RequestFailed(Exception):
 
     def __init__(self, failure: Failure, detail: str) -> None:
         super().__init__(detail)
-        self.failure, self.detail = failure, detail[:MAX_DETAIL_CHARS]
+        self.failure, self.detail = failure, encodable(detail[:MAX_DETAIL_CHARS])
 
 
 @dataclass(slots=True)
@@ -71,6 +71,11 @@ class Answer:
     def _count(self, name: str) -> int | None:
         count = self._usage.get(name)
         return count if isinstance(count, int) else None
+
+
+def encodable(text: str) -> str:
+    """As a file in UTF-8 can hold it. JSON may have half of a surrogate pair in a string, and Python keeps it."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def error_message(document: Any) -> str:

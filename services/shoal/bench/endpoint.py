@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from shoal.bench.answer import MAX_DETAIL_CHARS, Answer, RequestFailed, error_message
+from shoal.bench.answer import MAX_DETAIL_CHARS, Answer, RequestFailed, encodable, error_message
 from shoal.bench.clock import Clock
 from shoal.bench.record import Failure, Record
 from shoal.bench.sse import EventDecoder
@@ -177,7 +177,7 @@ async def _first_model(http: httpx.AsyncClient, timeout_s: float) -> str:
             next_step = "name the file of the CA that signed its certificate in SSL_CERT_FILE"
         raise Unavailable(f"can't reach {url} ({error}): {next_step}") from None
     try:
-        return str(response.raise_for_status().json()["data"][0]["id"])
+        return encodable(str(response.raise_for_status().json()["data"][0]["id"]))
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
         said = f"HTTP {response.status_code}, {response.text[:MAX_DETAIL_CHARS]!r}"
         raise ConfigError(

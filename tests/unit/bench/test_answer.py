@@ -95,6 +95,11 @@ def test_details_are_short():
     assert len(RequestFailed(Failure.MALFORMED, "x" * 9999).detail) == MAX_DETAIL_CHARS
 
 
+def test_half_a_surrogate_pair_does_not_keep_a_detail_from_its_file():
+    said = error_message(json.loads(r'{"error": "half \ud83d, whole \ud83d\ude00"}'))
+    assert ascii(RequestFailed(Failure.HTTP_ERROR, said).detail) == ascii("half ?, whole \U0001f600")
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [

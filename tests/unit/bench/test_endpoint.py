@@ -285,6 +285,11 @@ async def test_a_port_where_nobody_listens_is_unreachable(free_port: int):
     assert record.failure is Failure.UNREACHABLE and record.status is None and record.detail
 
 
+async def test_an_error_that_no_file_could_hold_is_told_as_far_as_it_can_be():
+    record = await failure_of(says({"error": {"message": "half \ud800"}}, 500))
+    assert ascii(record.detail) == ascii("half ?")
+
+
 @pytest.mark.parametrize("sends_first", [False, True])
 async def test_a_request_that_is_not_done_in_time_is_given_up(sends_first: bool):
     gone = asyncio.Event()
@@ -341,6 +346,14 @@ async def test_a_password_in_the_url_is_refused_and_not_told(url: str):
         async with open_endpoint(EndpointOptions(url, "m"), RealClock()):
             pass
     assert not any(word in str(raised.value) for word in ("alice", "sec/", "secret"))
+
+
+async def test_a_model_s_name_can_be_written_down():
+    async with (
+        scripted(models=("half \ud800",)) as server,
+        open_endpoint(EndpointOptions(server.url), RealClock()) as endpoint,
+    ):
+        assert ascii(endpoint.model) == ascii("half ?")
 
 
 async def test_the_first_model_is_asked_unless_one_is_named():

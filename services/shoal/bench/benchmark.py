@@ -95,6 +95,11 @@ class Benchmark:
     goodput: float | None = None
     is_saturated: bool = False
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether any request was, of any load."""
+        return any(record.failure is None for level in self.levels for record in level.records)
+
     def with_level(self, level: Level) -> Benchmark:
         levels = (*self.levels, level)
         rates = {one.load.value: one.holds for one in levels if one.load.is_open}

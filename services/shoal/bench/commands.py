@@ -6,7 +6,8 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from shoal.bench.benchmark import Benchmark, BenchOptions, Progress, measure
 from shoal.bench.benchmark_page import render_benchmark, summarize_benchmark
 from shoal.bench.clock import RealClock
 from shoal.bench.endpoint import EndpointOptions, open_endpoint
+from shoal.bench.folder import make_folder
 from shoal.bench.generator import DEFAULT_DURATION_S, Amount
 from shoal.bench.level import Level
 from shoal.bench.load import Load, parse_concurrency, parse_rates
@@ -23,11 +25,21 @@ from shoal.errors import ConfigError
 
 SWEEP = "sweep"
 SWEEP_FROM = 1.0
+_RESULT, _REPORT = "bench.json", "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What to tell the user, and whether any request was answered."""
+
+    text: str
+    is_answered: bool
 
 
 def run_bench(
     url: str,
     on_progress: Progress,
+    on_measured: Callable[[Load], None],
     *,
     output: Path,
     rate: str | None,
@@ -44,10 +56,10 @@ def run_bench(
     api_key_env: str | None,
     seed: int,
     **endpoint: Any,
-) -> str:
-    """Write bench.json and report.html to ``output``; what to tell the user. ``endpoint``: more EndpointOptions.
+) -> Told:
+    """Write bench.json and report.html to ``output``. ``on_measured`` is told each load that they have.
 
-    Raises ShoalError.
+    ``endpoint``: more EndpointOptions. Raises ShoalError.
     """
     if num_requests is not None and duration_s is not None:
         raise ConfigError("--num-requests and --duration-s both say how much is sent: leave one of them out")
@@ -67,13 +79,15 @@ def run_bench(
         token_ids=parse_token_ids(token_ids),
         seed=seed,
     )
-    make_folder(output)
-    found = asyncio.run(_measure(options, output, on_progress))
+    make_folder(output, (_RESULT, _REPORT))
+    found = asyncio.run(_measure(options, output, on_progress, on_measured))
     on_progress("", 0, 0)
-    return "\n".join([*summarize_benchmark(found), f"report: {output / 'report.html'}"])
+    return Told("\n".join([*summarize_benchmark(found), f"report: {output / _REPORT}"]), found.is_answered)
 
 
-async def _measure(options: BenchOptions, output: Path, on_progress: Progress) -> Benchmark:
+async def _measure(
+    options: BenchOptions, output: Path, on_progress: Progress, on_measured: Callable[[Load], None]
+) -> Benchmark:
     """The files are written anew after each load, so that a run that is stopped leaves what it has."""
     clock = RealClock()
     async with open_endpoint(options.endpoint, clock) as endpoint:
@@ -82,19 +96,12 @@ async def _measure(options: BenchOptions, output: Path, on_progress: Progress) -
         def on_level(level: Level) -> None:
             nonlocal found
             found = found.with_level(level)
-            (output / "bench.json").write_text(found.to_json(), encoding="utf-8")
-            (output / "report.html").write_text(render_benchmark(found), encoding="utf-8")
+            (output / _RESULT).write_text(found.to_json(), encoding="utf-8")
+            (output / _REPORT).write_text(render_benchmark(found), encoding="utf-8")
+            on_measured(level.load)
 
         await measure(endpoint, options, clock, on_progress, on_level)
         return found
-
-
-def make_folder(path: Path) -> None:
-    """Before the load, not after it. Raises ConfigError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be made ({error.strerror}): choose another --output") from error
 
 
 def parse_loads(rate: str | None, concurrency: str | None) -> tuple[tuple[Load, ...], float | None]:

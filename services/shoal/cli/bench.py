@@ -72,22 +72,27 @@ def bench(
     """How fast does an OpenAI endpoint answer, and how much does it bear? Ours, or a peer's.
 
     Writes bench.json (every request's timings) and report.html: percentiles of TTFT, TPOT, ITL and E2E, failures, and
-    goodput, the highest rate at which at least 90 % of requests meet both SLOs. Stopped, it leaves the loads it has.
+    goodput, the highest rate at which at least 90 % of requests meet both SLOs. Both files of a run before are removed
+    first. Stopped, it leaves the loads it has. Exits 1 if no request of any load was answered.
     """
     from shoal.bench import require_packages
 
     require_packages()
     from shoal.bench.commands import run_bench
 
+    measured: list[object] = []
     try:
         with progress_bars() as on_progress:
-            said = run_bench(
-                url, on_progress, output=output, model=model, rate=rate, concurrency=concurrency,
+            told = run_bench(
+                url, on_progress, measured.append, output=output, model=model, rate=rate, concurrency=concurrency,
                 duration_s=duration_s, num_requests=num_requests, warm_up=warm_up, mix=mix, slo_ttft_ms=slo_ttft_ms,
                 slo_tpot_ms=slo_tpot_ms, prompts=prompts, token_ids=token_ids, ignore_eos=ignore_eos,
                 extra_body=extra_body, api_key_env=api_key_env, timeout_s=timeout_s, seed=seed,
             )  # fmt: skip
     except KeyboardInterrupt:
-        err.print(f"stopped; loads that were measured by then are in {output}", markup=False, soft_wrap=True)
+        kept = f"loads that were measured by then are in {output}" if measured else "no load was measured by then"
+        err.print(f"stopped; {kept}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    print(said)
+    print(told.text)
+    if not told.is_answered:
+        raise typer.Exit(1)

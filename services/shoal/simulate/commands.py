@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from shoal.bench.folder import make_folder
 from shoal.bench.generator import DEFAULT_DURATION_S, Amount
 from shoal.bench.load import Load, parse_rates
 from shoal.bench.mix import Slo, parse_mix
@@ -17,6 +18,7 @@ from shoal.simulate.routing import Routing
 from shoal.simulate.system import Fleet
 
 SWEEP = "sweep"
+_RESULT, _REPORT = "simulation.json", "report.html"
 
 
 def run_simulate(
@@ -55,16 +57,13 @@ def run_simulate(
         seed=seed,
     )
     totals = parse_counts(scale, "--scale", least=2) if scale else []
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{output} can't be made ({error.strerror}): choose another --output") from error
+    make_folder(output, (_RESULT, _REPORT))
     plan = make_plan(options, on_progress)
     sized = sizes(plan, known, settings, totals)
-    (output / "simulation.json").write_text(plan.to_json(), encoding="utf-8")
-    (output / "report.html").write_text(render_plan(plan, known, sized), encoding="utf-8")
+    (output / _RESULT).write_text(plan.to_json(), encoding="utf-8")
+    (output / _REPORT).write_text(render_plan(plan, known, sized), encoding="utf-8")
     on_progress("", 0, 0)
-    return "\n".join([*summarize_plan(plan, sized), f"report: {output / 'report.html'}"])
+    return "\n".join([*summarize_plan(plan, sized), f"report: {output / _REPORT}"])
 
 
 def parse_load(text: str) -> tuple[Load, ...]:

@@ -60,6 +60,12 @@ def test_the_file_has_every_request_and_no_key():
     assert document["settings"]["extra_body"] == {"depth": "full"} and "secret" not in text
 
 
+def test_whether_any_request_was_answered_is_of_all_loads():
+    none = replace(level(1, 2), records=(failed(), failed()))
+    assert not benchmark().is_answered and not benchmark(none, none).is_answered
+    assert benchmark(none, level(2, 1)).is_answered
+
+
 @dataclass
 class Station:
     """One request after the other, ``service_s`` each: it bears ``1 / service_s`` requests a second."""

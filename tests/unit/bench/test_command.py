@@ -36,6 +36,10 @@ async def bench(*arguments: str, interrupted_by: asyncio.Event | None = None) ->
     return process.returncode, out.decode(), err.decode()
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 async def test_an_open_loop_leaves_a_result_and_a_page_and_says_the_goodput(tmp_path: Path):
     num_seen = 0
 
@@ -116,6 +120,55 @@ async def test_ctrl_c_leaves_the_loads_that_were_measured(tmp_path: Path):
     assert (tmp_path / "report.html").exists()
 
 
+async def test_ctrl_c_before_any_load_was_measured_says_so_and_leaves_no_other_run_s_report(tmp_path: Path):
+    for name in ("bench.json", "report.html", "notes.txt"):
+        (tmp_path / name).write_text("of another run")
+    asked = asyncio.Event()
+
+    async def script(request: Request, wire: Wire) -> None:
+        asked.set()
+        await wire.gone()
+
+    async with scripted(script) as server:
+        status, _, err = await bench(server.url, "--output", str(tmp_path), interrupted_by=asked)
+    assert status == 130 and "Traceback" not in err
+    assert "no load was measured by then" in err and str(tmp_path) not in err
+    assert names(tmp_path) == {"notes.txt"}
+
+
+async def test_a_run_that_fails_leaves_no_other_run_s_report(tmp_path: Path):
+    (tmp_path / "bench.json").write_text("of another run")
+    async with scripted(models=()) as server:
+        status, _, err = await bench(server.url, "--output", str(tmp_path))
+    assert status == 2 and "lists no models" in err and names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("num_well", "wanted"), [(1, 1), (2, 0)])  # the first of all is of no load
+async def test_where_no_request_of_any_load_is_answered_the_status_says_so(num_well: int, wanted: int, tmp_path: Path):
+    num_seen = 0
+
+    async def script(request: Request, wire: Wire) -> None:
+        nonlocal num_seen
+        num_seen += 1
+        if num_seen <= num_well:
+            await whole_answer(request, wire)
+        else:
+            await wire.answer({"error": "out of order"}, 500)
+
+    async with scripted(script) as server:
+        status, out, err = await bench(
+            server.url, "--rate", "500", "--num-requests", "3", "--warm-up", "0", "--output", str(tmp_path)
+        )
+    assert status == wanted and "Traceback" not in err and str(tmp_path / "report.html") in out
+
+
+async def test_a_folder_that_nobody_may_write_to_is_told_before_anything_is_sent():
+    async with scripted() as server:
+        status, _, err = await bench(server.url, "--output", "/proc/self")
+        assert server.requests == []
+    assert status == 2 and "choose another --output" in err.replace("\n", " ")
+
+
 async def test_the_same_seed_asks_every_endpoint_the_same(tmp_path: Path):
     seen: list[list[Any]] = []
     for _ in range(2):
@@ -164,6 +217,12 @@ def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another --output"):
         make_folder(tmp_path / "file" / "out")
+
+
+def test_a_file_that_can_not_be_replaced_is_told(tmp_path: Path):
+    (tmp_path / "bench.json").mkdir()
+    with pytest.raises(ConfigError, match="choose another --output"):
+        make_folder(tmp_path, ["bench.json"])
 
 
 def test_loads_come_from_either_option():

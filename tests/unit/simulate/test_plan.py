@@ -327,6 +327,14 @@ def test_an_error_is_a_sentence_that_says_what_to_do(
         typed(costs_file, *arguments, "--output", str(tmp_path / "out"))
 
 
+def test_a_folder_that_nobody_may_write_to_is_told_before_anything_is_simulated(
+    costs_file: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("shoal.simulate.commands.make_plan", None)
+    with pytest.raises(ConfigError, match="choose another --output"):
+        typed(costs_file, "--replicas", "2", "--output", "/proc/self")
+
+
 def test_help_teaches():
     said = " ".join(typed("--help").split())
     assert "step_costs.py" in said and "90 % of requests" in said and "--scale" in said

@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import re
+import resource
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,7 @@ def run_bench(
         seed=seed,
     )
     make_folder(output, (_RESULT, _REPORT))
+    _allow_connections()
     found = asyncio.run(_measure(options, output, on_progress, on_measured))
     on_progress("", 0, 0)
     return Told("\n".join([*summarize_benchmark(found), f"report: {output / _REPORT}"]), found.is_answered)
@@ -102,6 +105,13 @@ async def _measure(
 
         await measure(endpoint, options, clock, on_progress, on_level)
         return found
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets this process have: each request that is under way has a connection."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # where it lets nobody change that, what it gives must do
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def parse_loads(rate: str | None, concurrency: str | None) -> tuple[tuple[Load, ...], float | None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -103,7 +105,7 @@ class Endpoint:
                 await _refuse_all_but_streams(response)
                 await self._read(response, answer)
         except httpx.ConnectError as error:
-            raise RequestFailed(Failure.UNREACHABLE, f"no connection: {error}") from error
+            raise RequestFailed(Failure.UNREACHABLE, f"no connection: {_cause(error)}") from error
         except httpx.HTTPError as error:
             # What comes after [DONE] is no longer part of the answer.
             if not answer.is_done:
@@ -175,7 +177,7 @@ async def _first_model(http: httpx.AsyncClient, timeout_s: float) -> str:
         next_step = "start the server first, or correct the URL"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             next_step = "name the file of the CA that signed its certificate in SSL_CERT_FILE"
-        raise Unavailable(f"can't reach {url} ({error}): {next_step}") from None
+        raise Unavailable(f"can't reach {url} ({_cause(error)}): {next_step}") from None
     try:
         return encodable(str(response.raise_for_status().json()["data"][0]["id"]))
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
@@ -206,6 +208,20 @@ async def _said(response: httpx.Response) -> str:
         return error_message(json.loads(text))
     except (ValueError, RecursionError):
         return text
+
+
+def _cause(error: BaseException) -> str:
+    """What the system said in the first place: of a refusal, of no route and of too many open files alike, the last of
+    these errors only says that all attempts failed."""
+    if isinstance(error, BaseExceptionGroup):
+        return ", ".join(dict.fromkeys(map(_cause, error.exceptions)))
+    has_own_numbers = isinstance(error, ssl.SSLError | socket.gaierror)  # other ones than the system's
+    if isinstance(error, OSError) and error.errno is not None and not has_own_numbers:
+        return os.strerror(error.errno)
+    inner = error.__cause__ or error.__context__  # httpcore's pool takes the cause away
+    if inner is None or has_own_numbers:
+        return str(error) or type(error).__name__
+    return _cause(inner)
 
 
 def _between(start_s: float, end_s: float | None) -> float | None:

@@ -12,7 +12,7 @@ class Failure(enum.StrEnum):
     """Why a request has no whole answer. Each counts as a missed SLO."""
 
     UNREACHABLE = "unreachable"
-    """No connection: refused, unknown host, TLS."""
+    """No connection: refused, unknown host, no route, TLS, too many open files."""
     DISCONNECTED = "disconnected"
     """The connection was lost before an answer began."""
     REJECTED = "rejected"

@@ -20,9 +20,11 @@ from shoal.bench.record import Failure
 from shoal.errors import ConfigError
 
 
-async def bench(*arguments: str, interrupted_by: asyncio.Event | None = None) -> tuple[int | None, str, str]:
-    """Exit status, stdout, stderr."""
-    program = f"import signal, sys; sys.path.insert(0, {str(Path(shoal.__file__).parents[1])!r}); "
+async def bench(
+    *arguments: str, interrupted_by: asyncio.Event | None = None, first: str = ""
+) -> tuple[int | None, str, str]:
+    """Exit status, stdout, stderr. ``first`` is what the process runs before."""
+    program = f"{first}import signal, sys; sys.path.insert(0, {str(Path(shoal.__file__).parents[1])!r}); "
     # A test run in the background has Ctrl-C ignored, and so would what it starts.
     program += "signal.signal(signal.SIGINT, signal.default_int_handler); from shoal.command import main; main()"
     process = await asyncio.create_subprocess_exec(
@@ -160,6 +162,30 @@ async def test_where_no_request_of_any_load_is_answered_the_status_says_so(num_w
             server.url, "--rate", "500", "--num-requests", "3", "--warm-up", "0", "--output", str(tmp_path)
         )
     assert status == wanted and "Traceback" not in err and str(tmp_path / "report.html") in out
+
+
+async def test_as_many_connections_are_opened_as_the_system_allows(tmp_path: Path):
+    """All clients wait for one another."""
+    num_seen, all_are_here = 0, asyncio.Event()
+
+    async def script(request: Request, wire: Wire) -> None:
+        nonlocal num_seen
+        num_seen += 1
+        if num_seen == 1 + 100:
+            all_are_here.set()
+        if num_seen > 1:
+            await all_are_here.wait()
+        await whole_answer(request, wire)
+
+    few = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, r.getrlimit(r.RLIMIT_NOFILE)[1])); "
+    async with scripted(script) as server:
+        status, _, err = await bench(
+            server.url, "--concurrency", "100", "--num-requests", "10", "--mix", "3:1", "--timeout-s", "60",
+            "--output", str(tmp_path), first=few,
+        )  # fmt: skip
+    assert status == 0, err
+    [level] = Benchmark.from_json((tmp_path / "bench.json").read_text()).levels
+    assert len(level.records) == 110 and {record.failure for record in level.records} == {None}
 
 
 async def test_a_folder_that_nobody_may_write_to_is_told_before_anything_is_sent():

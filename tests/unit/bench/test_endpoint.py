@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import socket
+import ssl
 from typing import Any
 
 import httpx
@@ -282,7 +285,36 @@ async def test_a_connection_that_is_closed_without_an_answer_is_told_apart():
 
 async def test_a_port_where_nobody_listens_is_unreachable(free_port: int):
     record = await send(f"http://127.0.0.1:{free_port}")
-    assert record.failure is Failure.UNREACHABLE and record.status is None and record.detail
+    assert record.failure is Failure.UNREACHABLE and record.status is None
+    assert record.detail == "no connection: Connection refused"
+
+
+@pytest.mark.parametrize(
+    ("causes", "said"),
+    [
+        ([OSError(errno.EMFILE, "Too many open files")], "Too many open files"),
+        ([OSError(errno.EHOSTUNREACH, "Connect call failed ('10.0.0.1', 80)")], "No route to host"),
+        (
+            [OSError(errno.ENETUNREACH, "Connect call failed"), ConnectionRefusedError(errno.ECONNREFUSED, "Connect")],
+            "Network is unreachable, Connection refused",
+        ),
+        ([socket.gaierror(socket.EAI_NONAME, "Name or service not known")], "[Errno -2] Name or service not known"),
+        ([ssl.SSLError(1, "[SSL] record layer failure")], "[SSL] record layer failure"),
+    ],
+)
+async def test_why_an_endpoint_is_unreachable_is_told(
+    causes: list[OSError], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As anyio tells it, which tries each address that a name has."""
+
+    async def connect(**_options: Any) -> Any:
+        cause = causes[0] if len(causes) == 1 else ExceptionGroup("multiple connection attempts failed", causes)
+        raise OSError("All connection attempts failed") from cause
+
+    monkeypatch.setattr("anyio.connect_tcp", connect)
+    record = await send("http://127.0.0.1:9", api_key="secret")
+    assert record.failure is Failure.UNREACHABLE
+    assert record.detail.startswith("no connection: ") and said in record.detail and "secret" not in record.detail
 
 
 async def test_an_error_that_no_file_could_hold_is_told_as_far_as_it_can_be():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 import ssl
@@ -39,6 +40,10 @@ class EndpointOptions:
     api_key: str | None = None
     timeout_s: float = 120.0
     tells_timeout: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < math.inf:
+            raise ConfigError(f"a timeout of {self.timeout_s:g} s: --timeout-s must be more than 0, and finite")
 
 
 class Endpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from shoal.bench.clock import Clock
 from shoal.bench.load import Load
 from shoal.bench.record import Record
 from shoal.bench.workload import PlannedRequest, Workload
+from shoal.errors import ConfigError
 
 # A client of a closed loop that got no answer: at once again, it would flood the endpoint with what it refuses.
 _PAUSE_AFTER_FAILURE_S = 1.0
@@ -33,6 +35,10 @@ class Amount:
     warm_up: int
     num_requests: int | None = None
     duration_s: float = DEFAULT_DURATION_S
+
+    def __post_init__(self) -> None:
+        if not 0 < self.duration_s < math.inf:
+            raise ConfigError(f"a duration of {self.duration_s:g} s: --duration-s must be more than 0, and finite")
 
     def warm_up_of(self, load: Load) -> int:
         """Of a closed loop one for each client at least: until all of them have one, it isn't that load."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ class Slo:
     tpot_ms: float
 
     def __post_init__(self) -> None:
-        if not (self.ttft_ms > 0 and self.tpot_ms > 0):
-            raise ConfigError(f"SLOs of {self.ttft_ms:g} and {self.tpot_ms:g} ms: both must be more than 0")
+        if not (0 < self.ttft_ms < math.inf and 0 < self.tpot_ms < math.inf):
+            raise ConfigError(f"SLOs of {self.ttft_ms:g} and {self.tpot_ms:g} ms: both must be more than 0, and finite")
 
 
 @dataclass(frozen=True, slots=True)

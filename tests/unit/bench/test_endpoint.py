@@ -380,6 +380,12 @@ async def test_a_password_in_the_url_is_refused_and_not_told(url: str):
     assert not any(word in str(raised.value) for word in ("alice", "sec/", "secret"))
 
 
+@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 0.0])
+def test_a_timeout_ends(timeout_s: float):
+    with pytest.raises(ConfigError, match="--timeout-s must be more than 0, and finite"):
+        EndpointOptions("http://127.0.0.1:1", timeout_s=timeout_s)
+
+
 async def test_a_model_s_name_can_be_written_down():
     async with (
         scripted(models=("half \ud800",)) as server,

@@ -14,6 +14,7 @@ from shoal.bench.load import Load
 from shoal.bench.mix import Slo, parse_mix
 from shoal.bench.record import Failure, Record
 from shoal.bench.workload import PlannedRequest, PromptKind, Workload
+from shoal.errors import ConfigError
 
 WORKLOAD = Workload(parse_mix("4:2", Slo(1, 1)), prompts=PromptKind.IDS, token_ids=(0, 9), seed=3)
 
@@ -104,6 +105,12 @@ async def test_a_closed_loop_warms_up_with_a_request_of_each_client_at_least():
     assert endpoint.sent_s == pytest.approx([0.0] * 4 + [0.5] * 4 + [1.0] * 4)
     sent, _, _ = await run(Load(rate=4.0), Amount(2, 6))
     assert sum(record.is_counted for record in sent.records) == 6 and len(sent.records) == 8
+
+
+@pytest.mark.parametrize("duration_s", [float("inf"), float("nan"), 0.0, -1.0])
+def test_a_duration_ends(duration_s: float):
+    with pytest.raises(ConfigError, match="--duration-s must be more than 0, and finite"):
+        Amount(8, duration_s=duration_s)
 
 
 async def test_a_closed_loop_for_a_duration_counts_from_the_first_request_that_counts():

@@ -49,6 +49,12 @@ def test_slos_are_more_than_nothing(slo: tuple[float, float]):
         Slo(*slo)
 
 
+@pytest.mark.parametrize("slo", [(float("inf"), 100), (100, float("inf")), (float("nan"), float("inf"))])
+def test_slos_are_finite(slo: tuple[float, float]):
+    with pytest.raises(ConfigError, match="more than 0, and finite"):
+        Slo(*slo)
+
+
 def test_loads_are_sorted_and_each_is_there_once():
     assert parse_rates("4,0.5,4") == (Load(rate=0.5), Load(rate=4.0))
     assert parse_concurrency("8,1") == (Load(concurrency=1), Load(concurrency=8))

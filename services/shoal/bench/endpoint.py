@@ -9,7 +9,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,9 @@ from shoal.errors import ConfigError, Unavailable
 _MAX_ERROR_BYTES = 65_536
 # Shorter than servers' usual 5 s: a connection that the server closes while we send would look like its failure.
 _KEEPALIVE_S = 3.0
+# Behind [DONE] comes the end of HTTP's body, after which the connection can be used again. A server that doesn't end it
+# isn't waited for.
+_END_WITHIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class Endpoint:
         except RequestFailed as error:
             failed = error
         except TimeoutError:
-            failed = RequestFailed(Failure.TIMEOUT, f"not done after {self._options.timeout_s:g} s")
+            if not answer.is_done:
+                failed = RequestFailed(Failure.TIMEOUT, f"not done after {self._options.timeout_s:g} s")
         return Record(
             index=request.index,
             kind=request.kind,
@@ -108,7 +112,13 @@ class Endpoint:
             async with self._http.stream("POST", self._path, content=body) as response:
                 answer.status = response.status_code
                 await _refuse_all_but_streams(response)
-                await self._read(response, answer)
+                parts = response.aiter_bytes()
+                await self._read(parts, answer)
+                if not answer.is_done:
+                    raise RequestFailed(Failure.BROKEN_STREAM, "the stream ended without [DONE]")
+                if answer.last_s is None:
+                    raise RequestFailed(Failure.NO_TOKENS, "the stream had no token")
+                await _pass_over(parts)
         except httpx.ConnectError as error:
             raise RequestFailed(Failure.UNREACHABLE, f"no connection: {_cause(error)}") from error
         except httpx.HTTPError as error:
@@ -116,17 +126,16 @@ class Endpoint:
             if not answer.is_done:
                 failure = Failure.DISCONNECTED if answer.status is None else Failure.BROKEN_STREAM
                 raise RequestFailed(failure, f"the connection was lost: {error}") from error
-        if not answer.is_done:
-            raise RequestFailed(Failure.BROKEN_STREAM, "the stream ended without [DONE]")
-        if answer.last_s is None:
-            raise RequestFailed(Failure.NO_TOKENS, "the stream had no token")
 
-    async def _read(self, response: httpx.Response, answer: Answer) -> None:
+    async def _read(self, parts: AsyncIterator[bytes], answer: Answer) -> None:
+        """Up to [DONE], or the end."""
         events = EventDecoder()
-        async for data in response.aiter_bytes():
+        async for data in parts:
             now_s = self._clock.now()
             for event in events.feed(data):
                 answer.add(event, now_s)
+                if answer.is_done:
+                    return
         now_s = self._clock.now()
         for event in events.close():
             answer.add(event, now_s)
@@ -213,6 +222,13 @@ async def _said(response: httpx.Response) -> str:
         return error_message(json.loads(text))
     except (ValueError, RecursionError):
         return text
+
+
+async def _pass_over(parts: AsyncIterator[bytes]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_END_WITHIN_S):
+            async for _ in parts:
+                pass
 
 
 def _cause(error: BaseException) -> str:

@@ -113,6 +113,38 @@ async def test_what_is_lost_after_the_end_is_no_failure():
     assert record.failure is None and record.output_tokens == 1
 
 
+async def test_nothing_behind_the_end_is_read():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(token() + DONE + b"data: {oops\n\n" + token() + event({"error": "late"}))
+        await wire.end()
+
+    async with scripted(script) as server:
+        record = await send(server.url)
+    assert (record.failure, record.output_tokens) == (None, 1)
+
+
+@pytest.mark.parametrize("timeout_s", [0.3, 10_000])
+async def test_a_server_that_does_not_hang_up_after_the_end_is_not_waited_for(timeout_s: float):
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(token() + DONE)
+        await wire.gone()
+
+    async with scripted(script) as server:
+        record = await send(server.url, timeout_s=timeout_s)
+    assert (record.failure, record.output_tokens) == (None, 1)
+
+
+async def test_an_end_without_tokens_is_no_answer_whether_or_not_the_server_hangs_up():
+    async def script(request: Request, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(DONE)
+        await wire.gone()
+
+    assert (await failure_of(script, timeout_s=10_000)).failure is Failure.NO_TOKENS
+
+
 @pytest.mark.parametrize(
     ("prompts", "path", "fields"),
     [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 MAX_DOUBLINGS = 10
 MAX_HALVINGS = 6
-_RESOLUTION = 1 / 8
+RESOLUTION = 1 / 8
 
 
 def next_rate(start: float, held: Mapping[float, bool]) -> float | None:
@@ -21,4 +21,4 @@ def next_rate(start: float, held: Mapping[float, bool]) -> float | None:
     if good is None or bad is None:
         rate = min(held) / 2 if good is None else max(held) * 2
         return rate if start / 2**MAX_HALVINGS <= rate <= start * 2**MAX_DOUBLINGS else None
-    return None if bad - good <= good * _RESOLUTION else (good + bad) / 2
+    return None if bad - good <= good * RESOLUTION else (good + bad) / 2

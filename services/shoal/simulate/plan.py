@@ -12,7 +12,7 @@ from shoal.bench.generator import Amount
 from shoal.bench.level import GOODPUT_SHARE, Level, measured
 from shoal.bench.load import Load
 from shoal.bench.mix import RequestClass
-from shoal.bench.sweep import next_rate
+from shoal.bench.sweep import RESOLUTION, next_rate
 from shoal.bench.workload import PlannedRequest, PromptKind, Workload
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError
@@ -77,8 +77,11 @@ class Plan:
 
     @property
     def best(self) -> Outcome:
-        """The highest goodput; of equal ones, that which skips least."""
-        return max(self.outcomes, key=lambda one: (one.goodput, -one.fleet.skip_layers))
+        """The highest goodput. Those less than it by no more than the search may be wrong are equal: of them, that
+        which skips least, then that of the fewest replicas."""
+        least = max(one.goodput for one in self.outcomes) * (1 - RESOLUTION)
+        equal = [one for one in self.outcomes if one.goodput >= least]
+        return min(equal, key=lambda one: (one.fleet.skip_layers, one.fleet.num_replicas, -one.goodput))
 
     def to_json(self) -> str:
         return _PLAN.dump_json(self, indent=2).decode() + "\n"

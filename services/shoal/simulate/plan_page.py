@@ -47,6 +47,7 @@ def render_plan(plan: Plan, costs: StepCosts, sized: Sequence[Size]) -> str:
     """One self-contained HTML page."""
     parts: list[Part] = [
         *(Paragraph(line) for line in headline(plan)),
+        *(Paragraph(f"Beware: {line}") for line in warnings(plan)),
         Heading("Goodput by ratio and skip count"),
         Plot(goodput_plot(plan), f"Of {_replicas(plan)}: requests a second within both SLOs."),
         Table(*outcome_table(plan), marked=plan.outcomes.index(plan.best)),
@@ -69,7 +70,22 @@ def summarize_plan(plan: Plan, sized: Sequence[Size]) -> list[str]:
     lines += ["", f"{plan.best.fleet.name}, by rate:", *aligned(*level_table(plan.best)[:2])]
     if sized:
         lines += ["", "At any size, of each application, a second:", *aligned(*traffic_table(sized)[:2])]
-    return [*lines, "", *headline(plan)]
+    lines += ["", *(f"warning: {line}" for line in warnings(plan))]
+    return [*lines, *headline(plan)]
+
+
+def warnings(plan: Plan) -> list[str]:
+    """Of the loads that are shown, each sentence once."""
+    loads: dict[str, list[str]] = {}
+    for outcome in plan.outcomes:
+        shown = outcome.levels if outcome is plan.best else filter(None, [outcome.at_goodput])
+        for one in shown:
+            for warning in one.level.warnings:
+                loads.setdefault(warning, []).append(f"{outcome.fleet.name}, at {one.level.load.name}")
+    return [
+        f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {warning}"
+        for warning, names in loads.items()
+    ]
 
 
 def headline(plan: Plan) -> list[str]:
@@ -106,7 +122,12 @@ def outcome_table(plan: Plan) -> Cells:
         )
         for one in plan.outcomes
     ]  # fmt: skip
-    return columns, rows, "Times in ms at the goodput. Busy: the mean share of the time in which a replica's step ran."
+    caption = (
+        "Times in ms at the goodput. Busy: the mean share of the time in which a replica's step ran. A goodput is "
+        "known to an eighth of itself, so fleets within an eighth of the highest one count as equal: marked as the "
+        "best of them is that which skips the fewest layers, and then that of the fewest replicas."
+    )
+    return columns, rows, caption
 
 
 def level_table(outcome: Outcome) -> Cells:
@@ -212,5 +233,5 @@ def _rate(rate: float) -> str:
 
 
 def _replicas(plan: Plan) -> str:
-    totals = {one.fleet.num_prefill + one.fleet.num_decode for one in plan.outcomes}
+    totals = {one.fleet.num_replicas for one in plan.outcomes}
     return f"{totals.pop()} replicas" if len(totals) == 1 else "all fleets"

@@ -24,7 +24,7 @@ from shoal.simulate import traffic as traffic_module
 from shoal.simulate.bound import bound
 from shoal.simulate.commands import parse_counts, parse_fleets
 from shoal.simulate.costs import DecodeCost
-from shoal.simulate.plan import Plan, PlanOptions, make_plan, planned_requests, ratios
+from shoal.simulate.plan import Outcome, Plan, PlanOptions, make_plan, planned_requests, ratios
 from shoal.simulate.plan_page import aligned, render_plan, sizes, summarize_plan
 from shoal.simulate.routing import Routing
 from shoal.simulate.system import Fleet
@@ -81,6 +81,27 @@ def test_equal_goodput_prefers_the_plan_that_skips_less():
     assert [one.goodput for one in found.outcomes] == [1.0, 1.0] and found.best.fleet.skip_layers == 0
 
 
+def known_plan(*goodputs: tuple[Fleet, float]) -> Plan:
+    outcomes = tuple(Outcome(fleet, (), goodput, is_saturated=True) for fleet, goodput in goodputs)
+    return Plan("a machine", "a model", "measured", MIX, Amount(4), 5, 0.9, outcomes)
+
+
+@pytest.mark.parametrize(
+    ("goodputs", "best"),
+    [
+        ([(Fleet(1, 1, 10), 8.0), (Fleet(1, 1, 5), 7.0), (Fleet(1, 1, 0), 6.99)], Fleet(1, 1, 5)),
+        ([(Fleet(2, 2, 0), 8.0), (Fleet(1, 1, 0), 7.5), (Fleet(2, 1, 0), 7.9)], Fleet(1, 1, 0)),
+        ([(Fleet(2, 2, 0), 7.5), (Fleet(1, 1, 5), 8.0)], Fleet(2, 2, 0)),
+        ([(Fleet(1, 3, 0), 7.5), (Fleet(2, 2, 0), 8.0), (Fleet(3, 1, 0), 7.0)], Fleet(2, 2, 0)),
+        ([(Fleet(1, 3, 5), 0.0), (Fleet(2, 2, 0), 0.0)], Fleet(2, 2, 0)),
+    ],
+)
+def test_of_fleets_that_the_search_can_not_tell_apart_the_best_skips_least_and_is_the_smallest(
+    goodputs: list[tuple[Fleet, float]], best: Fleet
+):
+    assert known_plan(*goodputs).best.fleet == best
+
+
 def test_a_plan_is_the_same_digit_by_digit_and_survives_its_file(plan: Plan):
     again = make_plan(options(), lambda *_: None)
     assert again.to_json() == plan.to_json()
@@ -135,6 +156,23 @@ def test_the_page_and_the_lines_have_every_fleet_and_size(plan: Plan):
         assert any(line.split()[:4] == wanted for line in lines)
     assert lines[-1] == f"Best: {plan.best.fleet.name}, goodput {plan.best.goodput:.3g} requests/s."
     assert "arithmetic" not in lines[-2]
+
+
+def test_what_keeps_figures_from_meaning_what_they_seem_to_is_shown(plan: Plan):
+    """Each load has 60 requests, so few that p99 is near their maximum."""
+    [warning] = [line for line in summarize_plan(plan, []) if line.startswith("warning: ")]
+    num_others = len(plan.best.levels) + len(plan.outcomes) - 1 - 1
+    first = plan.outcomes[0].fleet.name
+    assert warning.startswith(f"warning: {first}, at ") and f" (and {num_others} more): 60 requests" in warning
+    assert f"Beware: {warning.removeprefix('warning: ')}" in render_plan(plan, COSTS, [])
+    enough = make_plan(
+        options(amount=Amount(4, num_requests=100), fleets=FLEETS[:1], loads=(Load(rate=1.0),)), lambda *_: None
+    )
+    assert not any(line.startswith("warning") for line in summarize_plan(enough, []))
+
+
+def test_the_page_says_which_fleets_count_as_equal(plan: Plan):
+    assert "within an eighth of the highest one count as equal" in render_plan(plan, COSTS, [])
 
 
 @pytest.mark.parametrize("fleet", [Fleet(1, 1, 0), Fleet(1, 2, 0), Fleet(3, 5, 0), Fleet(0, 2, 0)])

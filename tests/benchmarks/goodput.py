@@ -179,22 +179,25 @@ def main() -> None:
         }  # fmt: skip
         chosen = [_arm(known, name) for name in options.arms]
         run = Run(scratch, options, status)
+        found: list[Found] = []
+        interrupted = False
         try:
             mix = run.slos(_arm(known, options.reference))
-        except ChildFailed as error:
-            sys.exit(f"error: {options.reference} unloaded: {error}")
-        for one in mix:
-            console.print(f"{one.name}: TTFT {one.slo.ttft_ms:g} ms, TPOT {one.slo.tpot_ms:g} ms", markup=False)
-        found: list[Found] = []
-        try:
+            for one in mix:
+                console.print(f"{one.name}: TTFT {one.slo.ttft_ms:g} ms, TPOT {one.slo.tpot_ms:g} ms", markup=False)
             for number in range(1, options.rounds + 1):
                 turn = (number - 1) % len(chosen)
                 for arm in chosen[turn:] + chosen[:turn]:
                     found.append(run.sweep(arm, mix, number))
                     _write(options, mix, found)
+        except ChildFailed as error:  # of a sweep, it's kept beside what was found
+            sys.exit(f"error: {options.reference} unloaded: {error}")
         except KeyboardInterrupt:
+            interrupted = True
             console.print("interrupted: what was measured until then follows")
     _show(options, found, console)
+    if interrupted:
+        sys.exit(130)
     sys.exit(any(one.failure for one in found))
 
 

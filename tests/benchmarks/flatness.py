@@ -34,9 +34,10 @@ class Trend:
 
 
 def trend_of(times_s: Sequence[float], values: Sequence[float]) -> Trend:
-    """Of at least two samples, in order."""
+    """Of at least one sample, in order."""
     pairs = list(combinations(zip(times_s, values, strict=True), 2))
-    slope = statistics.median((later - value) / (after_s - at_s) for (at_s, value), (after_s, later) in pairs)
+    slopes = [(later - value) / (after_s - at_s) for (at_s, value), (after_s, later) in pairs]
+    slope = statistics.median(slopes) if slopes else 0.0
     score = sum((later > value) - (later < value) for (_, value), (_, later) in pairs)
     time_s = times_s[-1] - times_s[0]
     return Trend(statistics.median(values), slope * time_s, score / _deviation(values), time_s)

@@ -6,7 +6,8 @@ Starts what ``shoal serve`` starts, and asks it in rounds of mixed load (soak_lo
 nothing is held: no block, no lease, no request. Then it looks at each process: its memory, open files, threads, and
 mappings of shared memory. Samples of the first part of the run are warm-up; the others must be flat (flatness.py).
 
-Exits with 1 if something grew, stayed held, failed, or a process was replaced meanwhile.
+Exits with 1 if something grew, stayed held, failed, or a process was replaced meanwhile, or if there were too few
+samples to tell.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Verdict:
 
     @property
     def grows(self) -> bool:
-        return self.trend.grows(self.allowed)
+        return self.num_samples >= FEWEST and self.trend.grows(self.allowed)
 
     @property
     def says(self) -> str:
@@ -112,7 +113,7 @@ def soak(minutes: float, round_s: float, warm_up: float, seed: int = 0) -> Soak:
         samples, faults = asyncio.run(_rounds(live, load, minutes * 60, round_s))
     begin_s = warm_up * minutes * 60
     verdicts = judge([sample for sample in samples if sample.at_s >= begin_s])
-    faults += [f"{number} of {what}" for what, number in load.tally.failed.items()]
+    faults += [*too_short(verdicts), *(f"{number} of {what}" for what, number in load.tally.failed.items())]
     return Soak(tuple(samples), load.tally, verdicts, tuple(faults))
 
 
@@ -148,6 +149,13 @@ def judge(samples: Sequence[Sample]) -> tuple[Verdict, ...]:
             trend = trend_of([one.at_s for one in mine], [quantity.read(one.footprint) for one in mine])
             verdicts.append(Verdict(process, quantity.name, trend, quantity.allowed(trend.level), len(mine)))
     return tuple(verdicts)
+
+
+def too_short(verdicts: Sequence[Verdict]) -> list[str]:
+    """The fault that a run is of which nothing can be told, or none."""
+    if verdicts and all(one.num_samples >= FEWEST for one in verdicts):
+        return []
+    return [f"fewer than {FEWEST} rounds after the warm-up can't tell whether anything grows: more --minutes"]
 
 
 def _text_ids() -> list[int]:
@@ -224,8 +232,6 @@ def _show(result: Soak) -> None:
     console.print(f"{sum(result.tally.answered.values())} requests were answered as they should be")
     for fault in result.faults:
         console.print(f"fault: {fault}", markup=False)
-    if any(one.num_samples < FEWEST for one in result.verdicts):
-        console.print(f"fewer than {FEWEST} rounds after the warm-up can't tell whether anything grows: more --minutes")
 
 
 if __name__ == "__main__":

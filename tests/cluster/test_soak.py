@@ -26,6 +26,14 @@ def flatness(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import soak  # type: ignore[import-not-found, unused-ignore]
+
+    return soak
+
+
+@pytest.fixture
 def footprint(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import footprint  # type: ignore[import-not-found, unused-ignore]
@@ -68,6 +76,19 @@ def test_what_falls_does_not_grow(flatness: Any) -> None:
     assert not flatness.trend_of(TIMES_S, [float(-index) for index in range(30)]).grows(allowance=1.5)
 
 
+@pytest.mark.parametrize(("num_samples", "grows"), [(0, False), (1, False), (7, False), (8, True)])
+def test_of_too_few_samples_nothing_is_said_to_grow_and_that_is_a_fault(
+    soak: Any, footprint: Any, num_samples: int, grows: bool
+) -> None:
+    """Even though each has twice as much of everything as the one before."""
+    held = [footprint.Footprint(*[2**number * 2**30] * 4) for number in range(num_samples)]
+    verdicts = soak.judge([soak.Sample(15.0 * number, "decode", 1, one) for number, one in enumerate(held)])
+    faults = tuple(soak.too_short(verdicts))
+    assert [verdict.grows for verdict in verdicts] == [grows] * (4 if num_samples else 0)
+    assert bool(faults) is not grows and not soak.Soak((), soak.Tally(), verdicts, faults).is_flat
+    assert {verdict.says for verdict in verdicts} == ({"GROWS" if grows else "too short"} if num_samples else set())
+
+
 def test_a_process_is_seen_to_hold_what_it_holds(footprint: Any, tmp_path: Path) -> None:
     before = footprint.Footprint.of(os.getpid())
     may_end = threading.Event()
@@ -89,7 +110,7 @@ def test_a_process_is_seen_to_hold_what_it_holds(footprint: Any, tmp_path: Path)
 @pytest.mark.timeout(180)
 def test_a_short_run_holds_nothing_between_its_rounds(tmp_path: Path) -> None:
     """The whole script. In half a minute memory is still warming up: its trend is told, and judged where it's long."""
-    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--minutes", "0.2", "--round-s", "3", "--warm-up", "0"]
+    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--minutes", "0.4", "--round-s", "3", "--warm-up", "0"]
     page, plot = tmp_path / "soak.html", tmp_path / "soak.svg"
     done = subprocess.run(
         [*command, "--html", str(page), "--svg", str(plot)], capture_output=True, text=True, timeout=170, check=False

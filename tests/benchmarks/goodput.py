@@ -112,7 +112,7 @@ class Run:
                 for _ in range(1 + _UNLOADED_SAMPLES):
                     request = workload.probe(index)
                     record = await endpoint.send(request, endpoint.body(request), clock.now())
-                    if record.ttft_s is None:
+                    if record.failure is not None or record.ttft_s is None:
                         sys.exit(f"error: a request failed ({record.failure}): {record.detail}")
                     samples.append(record.ttft_s)
                 medians.append(statistics.median(samples[1:]))

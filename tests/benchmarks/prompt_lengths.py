@@ -42,7 +42,7 @@ def measure(num_lengths: int, seed: int) -> dict[str, Any]:
     lengths = random.Random(seed).sample(range(_SHORTEST, _LONGEST), num_lengths)
     memory, times = [], []
     for number, length in enumerate(track(lengths, "prompts", console=Console(stderr=True))):
-        if number % (num_lengths // _LOOKS) == 0:
+        if number % max(1, num_lengths // _LOOKS) == 0:
             memory.append((number, Footprint.of(os.getpid()).memory_bytes / (1 << 20)))
         times.append([run_prompt(engine, f"{number}, {again}", length, _LONGEST)[0][2] for again in range(2)])
     memory.append((num_lengths, Footprint.of(os.getpid()).memory_bytes / (1 << 20)))

@@ -174,7 +174,7 @@ def _options() -> argparse.Namespace:
     peers.add_argument(
         "--mode",
         choices=[mode.name for mode in Mode if mode is not Mode.OWN],
-        help="no pre-run: all peers use the cores in this way",
+        help="no pre-run for peers that can use the cores in this way; of others, the quickest of their own is taken",
     )
     what = parser.add_argument_group("what is compared")
     what.add_argument("--arms", nargs="+", metavar="ARM", help="only these, by the names in the table")

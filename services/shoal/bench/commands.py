@@ -125,7 +125,12 @@ def parse_loads(rate: str | None, concurrency: str | None) -> tuple[tuple[Load, 
     word, colon, start = rate.partition(":")
     if word != SWEEP:
         return parse_rates(rate), None
-    return (), parse_rates(start)[0].value if colon else SWEEP_FROM
+    if not colon:
+        return (), SWEEP_FROM
+    starts = parse_rates(start)
+    if len(starts) > 1:
+        raise ConfigError(f"--rate is {rate!r}: a sweep begins at one rate, like sweep:0.25")
+    return (), starts[0].value
 
 
 def parse_token_ids(text: str) -> tuple[int, int]:

@@ -52,8 +52,6 @@ class SharedCores:
         self._jobs: list[_Job] = []
         self._seen_s = 0.0
         self._alarm = 0
-        self.busy_s = 0.0
-        """Seconds in which any job ran."""
 
     def run(self, width: int, work_s: float, done: Callable[[], None], *, niceness: int = 0) -> None:
         self._advance()
@@ -62,8 +60,6 @@ class SharedCores:
 
     def _advance(self) -> None:
         passed_s = self._agenda.now_s - self._seen_s
-        if self._jobs:
-            self.busy_s += passed_s
         for job in self._jobs:
             job.left_s -= passed_s * job.speed
         self._seen_s = self._agenda.now_s

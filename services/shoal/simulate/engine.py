@@ -36,8 +36,8 @@ class Stage(Protocol):
 class SimulatedEngine:
     """One step after the other, as long as there is anything to run.
 
-    As in the real one, what a step admits is told when that step has ended, and commands count from the next step on;
-    and it yields as that one does.
+    As in the real one, what is admitted is told at once, not after the forward of others that follows; commands that
+    come during a step count from the next one on; and it yields as that one does.
     """
 
     def __init__(

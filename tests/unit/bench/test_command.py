@@ -214,6 +214,7 @@ async def test_the_same_seed_asks_every_endpoint_the_same(tmp_path: Path):
         (("--rate", "1", "--concurrency", "1"), "choose one of them"),
         (("--rate", "fast"), "requests a second"),
         (("--rate", "sweep:x"), "sweep:0.25"),
+        (("--rate", "sweep:4,1"), "begins at one rate"),
         (("--duration-s", "inf"), "--duration-s must be more than 0"),
         (("--slo-ttft-ms", "nan"), "more than 0, and finite"),
         (("--timeout-s", "inf"), "--timeout-s must be more than 0"),

@@ -149,9 +149,9 @@ class Tokenizer:
         """Text with special tokens as they are written."""
         return await self._run(len(ids), lambda: str(self._backend.decode(ids, skip_special_tokens=False)))
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    async def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary writes it, which is no text: bytes may be letters of another alphabet."""
-        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
+        return await self._run(len(ids), lambda: [self._backend.id_to_token(one) or "" for one in ids])
 
     @property
     def about(self) -> dict[str, str | None]:

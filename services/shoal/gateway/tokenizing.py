@@ -51,7 +51,7 @@ class Tokenize(Endpoint):
         model = _named(body.model, self._services, exchange)
         tokenizer = self._services.tokenizer
         ids = await _encode(body, model, tokenizer)
-        pieces = tokenizer.pieces(ids) if body.return_token_strs else None
+        pieces = await tokenizer.pieces(ids) if body.return_token_strs else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": model.max_context_tokens, "tokens": ids, "token_strs": pieces}
         )

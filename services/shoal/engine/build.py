@@ -437,7 +437,7 @@ async def load_stage(
         # As it holds them: what was read beside isn't kept.
         held = engine.runner.decoder.parameters
         num_bytes = held.num_bytes + num_bytes_beside(engine.runner.decode_path)
-        _log.info("the model is loaded", device=str(device), dtype=str(served.dtype), weights_bytes=num_bytes)
+        _log.info("the model is loaded", device=str(device), dtype=str(served.dtype), num_bytes=num_bytes)
         return Loaded(served, held, num_bytes, engine, choose_copier(limits), niceness)
 
     with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from engines import native_kernels
 from models import save_tiny, tiny_model
@@ -18,6 +19,7 @@ from shoal.engine.build import Served, layout_of, load_stage, num_blocks_for
 from shoal.errors import ConfigError, ModelError
 from shoal.messages import Stage
 from shoal.model.packed import PackedMatrix
+from shoal.telemetry.logs import FIELDS
 
 
 @pytest.mark.parametrize("stage", Stage)
@@ -70,6 +72,15 @@ async def test_what_it_multiplies_is_held_once_as_the_kernels_want_it(
     for (name, ours), (_, theirs) in zip(held.tensors(), multiplied.tensors(), strict=True):
         assert ours is theirs, name
     assert stepped_back == [loaded.niceness] == [build.PREFILL_NICENESS if stage is Stage.PREFILL else 0]
+
+
+async def test_where_a_model_computes_is_logged(tmp_path: Path):
+    save_tiny(tmp_path)
+    with capture_logs() as logs:
+        loaded = await load_stage(load_config(model={"name": str(tmp_path), "dtype": "float32"}), Stage.DECODE)
+    [line] = (line for line in logs if line["event"] == "the model is loaded")
+    assert (line["device"], line["dtype"], line["num_bytes"]) == ("cpu", "torch.float32", loaded.num_bytes)
+    assert line.keys() - {"log_level"} <= FIELDS
 
 
 async def test_what_cannot_be_loaded_says_so():

@@ -31,6 +31,7 @@ from shoal.errors import ConfigError
 from shoal.kv.pool import on_host
 from shoal.messages import Chunk, Depth, SamplingParams, Stage, WireMode
 from shoal.model.plan import Anchors
+from shoal.telemetry.logs import FIELDS
 from shoal.transfer.base import crc32c
 
 SKIPPED, ROWS = 2, 32
@@ -268,6 +269,7 @@ def test_gpus_that_would_idle_are_told(num_gpus: int, num_warnings: int) -> None
     with pretended_gpu() as device, capture_logs() as logs:
         assert choose_device(load_config(decode={"num_gpus": num_gpus}).decode) == device
     assert [line["num_gpus"] for line in logs if "idle" in line["event"]] == [num_gpus] * num_warnings
+    assert {name for line in logs for name in line} - {"log_level"} <= FIELDS
 
 
 def test_a_pool_that_no_gpu_holds_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,9 +137,9 @@ class LayerPlan:
         """Of two decode replicas one may go on with the other's answer only if it's equal: beside ``plan_hash`` it says
         which tokens decode computes itself.
 
-        Where that's the last one alone it is ``plan_hash``, which replicas of earlier releases say and compare.
+        Where that's the last one alone, or all, it is ``plan_hash``, which replicas of earlier releases say.
         """
-        if self.num_boundary == 1 and self.anchors is None:
+        if not self.num_skipped or (self.num_boundary == 1 and self.anchors is None):
             return plan_hash
         anchors = None if self.anchors is None else [self.anchors.num_tokens, self.anchors.system]
         return _digest({"plan": plan_hash, "boundary": self.num_boundary, "anchors": anchors})

@@ -218,8 +218,8 @@ def test_which_tokens_decode_computes_itself_tells_whose_answers_it_goes_on_with
     plans = [LayerPlan(6, 3, number, one) for number in (1, 2) for one in (None, BOS, Anchors(2), Anchors(system=True))]
     assert len({plan.resume_digest("hash") for plan in plans}) == len(plans)
     assert len({plan.resume_digest(name) for plan in plans for name in ("hash", "other")}) == 2 * len(plans)
-    # As replicas of releases say it that knew of nothing else.
-    assert LayerPlan(6, 3).resume_digest("hash") == "hash"
+    # As replicas of releases say it that knew of nothing else; of a prompt at full depth decode computes nothing anew.
+    assert LayerPlan(6, 3).resume_digest("hash") == LayerPlan(6, 0, 2).resume_digest("hash") == "hash"
 
 
 def test_no_anchor_and_no_boundary_are_refused():

@@ -147,7 +147,12 @@ class Tokenizer:
 
     async def decode_whole(self, ids: Sequence[int]) -> str:
         """Text with special tokens as they are written."""
-        return await self._run(len(ids), lambda: str(self._backend.decode(ids, skip_special_tokens=False)))
+
+        def work() -> str:  # not ``decode``, for the reason that _encode has
+            [text] = self._backend.decode_batch([list(ids)], skip_special_tokens=False)
+            return str(text)
+
+        return await self._run(len(ids), work)
 
     async def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary writes it, which is no text: bytes may be letters of another alphabet."""

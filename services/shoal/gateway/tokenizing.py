@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Scope, Send
 
-from shoal.errors import InvalidRequest
+from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.gateway.endpoint import Endpoint, timeout_of
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.intake import Services
@@ -40,7 +40,7 @@ class DetokenizeBody(Strict):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
 
 
 class Tokenize(Endpoint):
@@ -90,7 +90,8 @@ async def _encode(body: TokenizeBody, model: ServedModel, tokenizer: Tokenizer) 
         if body.add_generation_prompt is not None:
             raise InvalidRequest("add_generation_prompt: only allowed with messages", param="add_generation_prompt")
         with_special = body.add_special_tokens is not False
-        return await tokenizer.encode(body.prompt, max_tokens=most, add_special_tokens=with_special)
+        ids = await tokenizer.encode(body.prompt, max_tokens=most, add_special_tokens=with_special)
+        return _fitting(ids, model, "prompt")
     if body.prompt is not None:
         raise InvalidRequest("prompt: not allowed with messages: send one of them", param="prompt")
     if body.add_special_tokens:
@@ -99,4 +100,16 @@ async def _encode(body: TokenizeBody, model: ServedModel, tokenizer: Tokenizer) 
         )
     check_num_messages(len(body.messages), model)
     opens_answer = body.add_generation_prompt is not False
-    return await tokenizer.encode_chat(body.messages, max_tokens=most, opens_answer=opens_answer)
+    ids = await tokenizer.encode_chat(body.messages, max_tokens=most, opens_answer=opens_answer)
+    return _fitting(ids, model, "messages")
+
+
+def _fitting(ids: tuple[int, ...], model: ServedModel, param: str) -> tuple[int, ...]:
+    """What no request could send isn't told token by token: that would take the event loop's time from others."""
+    if len(ids) > model.max_context_tokens:
+        raise ContextLengthExceeded(
+            f"{param}: {len(ids)} tokens are more than the model's context of {model.max_context_tokens} tokens: "
+            "shorten the prompt",
+            param=param,
+        )
+    return ids

@@ -41,7 +41,7 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )  # fmt: skip
-from shoal.messages import GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
+from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
 from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
@@ -121,7 +121,7 @@ class DecodeWorker:
         too late.
         """
         resumption = request.resumption
-        if resumption is not None and resumption.plan_hash != self._resume_digest:
+        if resumption is not None and resumption.plan_hash != self._plan_of(request):
             raise PlanMismatch("the answer was begun by a replica of another plan, and can't go on here: ask again")
         # Not the client's id: a retry of the same request must not meet its predecessor.
         key = f"{request.context.request_id}-{secrets.token_hex(4)}"
@@ -161,8 +161,12 @@ class DecodeWorker:
         self._metrics.went(begun.way)
         if begun.arrived is not None:
             num_cached = max(num_cached, begun.arrived.num_cached_tokens)
-        report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._resume_digest)
+        report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_of(request))
         return replace(output, stages=stages, handoff=report)
+
+    def _plan_of(self, request: GenerateRequest) -> str:
+        """Of whoever may go on with its answer. At full depth no token is computed otherwise than another."""
+        return self._resume_digest if request.depth is Depth.SHALLOW else self._plan_hash
 
     def _count_prompt(self, request: GenerateRequest, begun: _Begun, stages: TtftStages, num_cached: int) -> None:
         self._metrics.looked_up(len(request.prompt_token_ids), num_cached)

@@ -345,3 +345,7 @@ async def test_a_replica_that_computes_other_tokens_itself_does_not_go_on(
         for begins, goes_on in (models, models[::-1]):
             with pytest.raises(PlanMismatch, match="ask again"):
                 await cut((begins, goes_on), request(GREEDY), 4)
+            asked = request(GREEDY, Depth.FULL)  # of which it makes no difference who computes what
+            assert of_choices(await cut((begins, goes_on), asked, 4), asked) == of_choices(
+                await whole(begins, asked), asked
+            )

@@ -164,6 +164,8 @@ class Tokenizer:
         special = self._tokenizer.special_tokens_map
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         template = self._tokenizer.chat_template
+        if isinstance(template, dict):  # several, of which conversations are rendered by this one
+            template = template.get("default")
         return {
             "tokenizer_class": type(self._tokenizer).__name__,
             "chat_template": template if isinstance(template, str) else None,

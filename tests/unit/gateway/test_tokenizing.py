@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from shoal.gateway.schema import Message
 from shoal.gateway.tokenizer import Tokenizer
+from shoal.model.files import locate
 
 CONTEXT = 400
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Wo liegt Köln? 🐟"}]
@@ -46,11 +49,7 @@ def test_tokens_are_told_as_the_vocabulary_writes_them(gateway: Any) -> None:
 
 
 def test_special_tokens_are_put_around_a_text_as_the_tokenizer_does() -> None:
-    from shoal.model.files import locate  # one of its own, which is changed
-
-    own = locate("smollm2").tokenizer()
-    from tokenizers.processors import TemplateProcessing
-
+    own = locate("smollm2").tokenizer()  # one of its own, which is changed
     own.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", own.convert_tokens_to_ids("<|im_start|>"))]
     )
@@ -67,6 +66,16 @@ def test_who_renders_conversations_learns_how(gateway: Any, smollm2: Any) -> Non
     assert told["chat_template"] == smollm2.chat_template
     assert told["eos_token"] == smollm2.eos_token == "<|im_end|>"
     assert told["tokenizer_class"] and told.keys() >= {"bos_token", "pad_token", "unk_token"}
+
+
+def test_of_several_templates_it_is_the_one_that_renders() -> None:
+    own = locate("smollm2").tokenizer()
+    own.chat_template = {"default": "plain", "tool_use": "with tools"}
+    ours = Tokenizer(own)
+    try:
+        assert ours.about["chat_template"] == ours.render([Message(role="user", content="Hello")]) == "plain"
+    finally:
+        ours.close()
 
 
 @pytest.mark.parametrize(

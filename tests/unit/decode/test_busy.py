@@ -176,6 +176,7 @@ async def test_a_prompt_of_which_something_has_come_is_prefills(model: Any, fold
         assert ways(local) == {"handed_off": 1}
 
 
+@pytest.mark.usefixtures("model")
 async def test_each_prompt_is_counted_by_its_way(folder: Path) -> None:
     async with opened(folder, decode={"reuse": "exact"}, min_tokens=8, local_tokens=16) as local:
         await collect(local, request(PROMPT))

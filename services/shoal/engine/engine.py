@@ -18,7 +18,7 @@ import torch
 from shoal.engine.desertion import Deserted, Desertion
 from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.logprobs import NOT_FINITE
-from shoal.engine.runner import PrefillChunk, Runner, RunOutput
+from shoal.engine.runner import KV_NOT_FINITE, PrefillChunk, Runner, RunOutput
 from shoal.engine.sampler import Chooser, Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
@@ -271,12 +271,16 @@ class Engine:
 
     def _advance(self, plan: StepPlan, output: RunOutput) -> tuple[list[PromptEvent], list[FailureEvent]]:
         """Note what is computed; tell what prompts were asked for, and end those that nothing is to follow."""
-        prompts, failures = [], []
+        prompts: list[PromptEvent] = []
+        # First of all: what others would find of them is forgotten before anything of this step is remembered.
+        failures = [self._fail(item.sequence, InternalError(KV_NOT_FINITE)) for item in output.broken]
         for item in (*plan.recalls, *plan.rows):
             if not item.sequence.sampled:
                 item.sequence.ready_to_send(item.end)
         scores = iter(output.scores)
         for item in plan.rows:
+            if item.sequence.phase is Phase.FINISHED:
+                continue
             sequence, scored = item.sequence, item.scored
             tokens = next(scores) if scored else ()
             sequence.advance(item.end)

@@ -25,6 +25,8 @@ from shoal.model.decoder import Decoder
 # Rows of prompts whose logits exist at once: 256 of a vocabulary of 128k are 128 MiB in float32.
 MAX_LOGIT_ROWS = 256
 
+KV_NOT_FINITE = "K/V of the prompt are NaN or infinite: check the weights, and the dtype they are run in"
+
 # About what is projected at a time: the next layers are computed while these are on their way.
 PROJECTED_BYTES = 4 << 20
 
@@ -54,14 +56,15 @@ class RunOutput:
     """What a step brought, all in the order of its rows.
 
     ``logits`` is ``[sequences that sample, vocab]`` (``None`` if none does), of a step by ``DecodePath`` as it says;
-    ``chunks`` are to be shipped, and what ``unprojected`` rows are projected to; ``scores`` has one item for each
-    sequence with prompt tokens to score.
+    ``chunks`` are to be shipped, and what ``unprojected`` rows are projected to, but nothing of ``broken`` rows, whose
+    K/V are no numbers; ``scores`` has one item for each sequence with prompt tokens to score.
     """
 
     logits: torch.Tensor | None
     chunks: tuple[PrefillChunk, ...] = ()
     unprojected: tuple[ScheduledRows, ...] = ()
     scores: tuple[tuple[ScoredToken, ...], ...] = ()
+    broken: tuple[ScheduledRows, ...] = ()
 
 
 class DecodePath(Protocol):
@@ -209,9 +212,14 @@ class Runner:
         projects. What is to be projected here can wait until those are on their way."""
         chunks: list[PrefillChunk] = []
         unprojected: list[ScheduledRows] = []
+        broken: list[ScheduledRows] = []
         plan = self.decoder.plan
-        for item in map(_unshipped, computed):
+        for whole in computed:
             self.progressed()
+            if not self._is_finite(whole):
+                broken.append(whole)
+                continue
+            item = _unshipped(whole)
             request_id, start, end = item.sequence.request_id, item.start, item.end
             num_present = item.sequence.num_present
             kept = self._kept(self._slots(item))
@@ -226,7 +234,18 @@ class Runner:
                 )
             elif has_more:
                 unprojected.append(item)
-        return RunOutput(logits, tuple(chunks), tuple(unprojected), scores)
+        return RunOutput(logits, tuple(chunks), tuple(unprojected), scores, tuple(broken))
+
+    def _is_finite(self, item: ScheduledRows) -> bool:
+        """Whether what decode would get are numbers. What is none in any layer of a row, or of one that it sees, makes
+        its state none: so blocks that others have left here are looked at, too, as soon as a row comes after them."""
+        held = [self.pool.read(self.decoder.plan.num_kept - 1, self._slots(item))]
+        if self.pool.layout.state_dim:  # of an anchor there is none
+            shallow = item.sequence.shallow
+            start, end = max(item.start, shallow.start), min(item.end, shallow.stop)
+            held.append(self.pool.read_states(self._slots(ScheduledRows(item.sequence, start, max(start, end)))))
+        # The least and the largest are NaN where a number is: to ask each takes ten times as long.
+        return all(bool(edge.isfinite()) for one in held if one.numel() for edge in torch.aminmax(one))
 
     def _kept(self, slots: torch.Tensor) -> torch.Tensor | KvRows:
         num_kept = self.decoder.plan.num_kept

@@ -13,6 +13,7 @@ import torch
 from models import save_tiny
 from reference import pop_generate
 from shoal.config import ShoalConfig, load_config
+from shoal.engine.engine import Engine
 from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.local import LocalShoal, open_local
 from shoal.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
@@ -92,6 +93,23 @@ async def test_what_prefill_had_counts_as_cached(local: LocalShoal, model: Any):
     tokens, report = await ask(local, other)
     assert tokens == pop_generate(model, other, 5, SKIPPED).token_ids
     assert report.transferred and report.num_cached_tokens == 56
+
+
+def spoil(engine: Engine) -> None:
+    """What it has of the first layer, as a defect would."""
+    kv = engine.runner.pool.layers[0]
+    kv.masked_fill_(kv != 0, torch.nan)
+
+
+@pytest.mark.parametrize("local", [("exact", "none")], indirect=True)
+async def test_a_prompt_is_answered_though_what_prefill_had_of_it_were_no_numbers(local: LocalShoal, model: Any):
+    await ask(local, PROMPT)
+    await local.prefill.engine.call(spoil)
+    expected = pop_generate(model, PROMPT, 5, SKIPPED).token_ids
+    tokens, report = await ask(local, PROMPT)
+    assert tokens == expected and (report.transferred, report.fallback) == (False, "internal_error")
+    tokens, report = await ask(local, PROMPT)
+    assert tokens == expected and report.transferred and report.num_cached_tokens == 0
 
 
 async def test_what_prefill_computed_for_another_meanwhile_counts_as_cached(

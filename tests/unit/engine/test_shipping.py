@@ -24,6 +24,7 @@ from models import tiny_model
 from shoal.engine.engine import Engine
 from shoal.engine.runner import PrefillChunk
 from shoal.engine.tables import Reuse
+from shoal.errors import InternalError
 from shoal.messages import Stage, WireMode
 
 NUM_SKIPPED, BLOCK = 2, 4
@@ -158,6 +159,21 @@ def test_two_at_once_hold_what_they_share_but_once(model: Any):
     for name in ("first", "second"):
         engine.finish(name)
     assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("num_present", [0, 20])
+@pytest.mark.parametrize(("num_skipped", "layer"), [(NUM_SKIPPED, 0), (NUM_SKIPPED, 3), (0, 0), (0, 4)])
+def test_what_was_found_and_is_no_number_is_forgotten(model: Any, num_skipped: int, layer: int, num_present: int):
+    """It fails one prompt, and the next like it is computed anew: whoever asks again isn't answered so for ever."""
+    engine = engine_of(model, num_skipped)
+    plain = whole(prefill_chunks(engine_of(model, num_skipped, Reuse.NONE), LONGER))
+    prefill_chunks(engine, PROMPT)
+    pool = engine.runner.pool
+    pool.layers[layer].masked_fill_(pool.layers[layer] != 0, torch.nan)
+    with pytest.raises(InternalError, match="NaN"):
+        prefill_chunks(engine, LONGER, num_present=num_present)
+    assert_nothing_held(engine)
+    torch.testing.assert_close(whole(prefill_chunks(engine, LONGER)), plain, rtol=0, atol=1e-12)
 
 
 class Queue:

@@ -83,14 +83,20 @@ class SingleThread(ThreadPoolExecutor):
         self.heartbeat = Heartbeat(name)
 
     def submit(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Raises RuntimeError if there is no thread for it: it couldn't be started, or prepared, or is closed."""
+        """Raises RuntimeError if there is no thread for it: it couldn't be started, or prepared, or is closed. Then it
+        never runs."""
+        refused = threading.Event()
         try:
-            return super().submit(self._at_work, partial(work, *args, **kwargs))
+            return super().submit(self._at_work, partial(work, *args, **kwargs), refused)
         except RuntimeError:
+            # It's in the queue by now, where a thread that is started for what comes later would find it.
+            refused.set()
             self.heartbeat.stop()
             raise
 
-    def _at_work(self, work: Callable[[], T]) -> T:
+    def _at_work(self, work: Callable[[], T], refused: threading.Event) -> T:
+        if refused.is_set():
+            raise RuntimeError("nobody waits for it any more")
         with self.heartbeat.at_work():
             return work()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, repeat
@@ -86,6 +87,23 @@ async def test_states_that_are_corrupt_are_not_projected(sink: PoolSink) -> None
     chunk = Chunk(b"", 0, 2, 7, 2, 3, crc32c(payload) ^ 1, payload, wire_mode=WireMode.HIDDEN)
     assert await sink.write([2, 0], chunk, lambda: True) == crc32c(payload)
     assert not any(layer.any() for layer in sink._pool.layers)
+
+
+async def test_what_no_thread_was_there_for_is_never_copied(sink: PoolSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease has ended by then, and its blocks may be another's."""
+
+    def cannot(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    payload = torch.zeros(2, 4).numpy().tobytes()
+    chunk = Chunk(b"", 0, 2, 4, 2, 3, crc32c(payload), payload, wire_mode=WireMode.HIDDEN)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", cannot)
+        with pytest.raises(RuntimeError, match="can't start"):
+            await sink.write([2, 0], chunk, lambda: True)
+    assert await sink.write([1, 0], chunk, lambda: True) == chunk.crc32c
+    kv = sink._pool.layers[2]
+    assert kv[BLOCK + 2 : 2 * BLOCK].all() and not kv[2 * BLOCK :].any()
 
 
 async def test_private_memory_is_used_again(sink: PoolSink) -> None:

@@ -213,6 +213,10 @@ class LivingPool:
         """What a session of that replica is known by; nothing if it isn't known, as old as what ``ids`` said last."""
         return bytes.fromhex(self._keys.get(replica_id, ""))
 
+    def with_key(self, key: bytes) -> str | None:
+        """The replica that a session has this key of; ``None`` if there is no key, or it's nobody's."""
+        return next((replica_id for replica_id, known in self._keys.items() if key and known == key.hex()), None)
+
     async def ids(self, *, now: bool = False) -> frozenset[str]:
         """Ids of the replicas that are ready, at most two seconds old; of an empty pool, or if asked to, ``now``.
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -174,7 +174,6 @@ class ServePrefillPool:
         self._living = directory.LivingPool(app_name, "prefill")
         self._handle: Any = handle
         self._granted: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
-        self._claimed: WeakSet[Grant] = WeakSet()
 
     async def living(self, *, now: bool = False) -> frozenset[str]:
         return await self._living.ids(now=now)
@@ -184,9 +183,9 @@ class ServePrefillPool:
         return self._living.unfit
 
     def asked(self, grant: Grant) -> str | None:
-        granted = self._granted.get(grant)
         # Wherever Serve has brought the call: who has claimed the prompt answers for it.
-        return granted if grant in self._claimed else routes.replica_of(grant) or granted
+        key = b"" if self.server is None else self.server.claimant(grant.lease_id)
+        return self._living.with_key(key) or routes.replica_of(grant) or self._granted.get(grant)
 
     async def ask(self, grant: Grant) -> HandoffOutcome:
         call: Any = None
@@ -194,16 +193,16 @@ class ServePrefillPool:
             replica_id = routes.pick(grant)
             if self.server is not None and replica_id is not None:
                 self._granted[grant] = replica_id  # from now on, what goes wrong is its doing
-                is_claimed = await self.server.grant(grant, self._living.key_of(replica_id), _CLAIM_PATIENCE_S)
-                if is_claimed is None:
+                if await self.server.grant(grant, self._living.key_of(replica_id), _CLAIM_PATIENCE_S) is None:
                     del self._granted[grant]
-                elif is_claimed:
-                    self._claimed.add(grant)
             call = self._handle.prefill.remote(grant)
             outcome: HandoffOutcome = await call
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             if call is not None:
                 call.cancel()
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():  # nobody here wanted that: Ray did
+                raise PeerGone("the prefill replica went away: its call was cancelled") from error
             raise
         except (RayError, RayServeException) as error:
             raise known_error(error, "prefill") from error

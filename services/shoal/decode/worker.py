@@ -46,7 +46,7 @@ from shoal.model.plan import LayerPlan
 from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
 from shoal.telemetry.labels import FallbackRung, PromptWay
-from shoal.transfer.decode_side import Arrived, HandoffDesk, OpenLease
+from shoal.transfer.decode_side import Arrived, CopyFailed, HandoffDesk, OpenLease
 from shoal.transfer.lease import Lease
 
 BOUNDARY_TOKEN_BYTES = 4
@@ -269,9 +269,11 @@ class DecodeWorker:
             except ShoalError as error:
                 if self._desk.is_closed:  # every rung would end with this process: another one goes on
                     raise PeerGone("this decode replica is shutting down", retry_after_s=1.0) from error
-                failed = pool.asked(grant)
+                is_ours = isinstance(error, CopyFailed)
+                failed = None if is_ours else pool.asked(grant)
                 excluded |= frozenset(() if failed is None else (failed,))
-                rung = self._ladder.after(attempt, has_other_replica=bool(await pool.living(now=True) - excluded))
+                has_other = not is_ours and bool(await pool.living(now=True) - excluded)
+                rung = self._ladder.after(attempt, has_other_replica=has_other)
                 # Of what prefill gave up, its own log says where; of a replica that is gone, each prompt says the same.
                 is_told = not isinstance(error, _GivenUp) and self._told.take()
                 reason = error.reason if isinstance(error, _GivenUp) else error.code

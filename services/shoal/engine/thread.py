@@ -75,8 +75,6 @@ class EngineThread:
     async def call(self, command: Callable[[Engine], T]) -> T:
         """Run ``command`` between two steps and return (or raise) what it does."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
 
         def run(engine: Engine) -> None:
             try:
@@ -87,6 +85,8 @@ class EngineThread:
                 self._on_loop(_set_result, future, result)
 
         self._put(run)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
         return await future
 
     def post(self, command: Command) -> None:

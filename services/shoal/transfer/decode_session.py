@@ -86,7 +86,8 @@ class DecodeSession(Session):
 
     async def greet(self) -> None:
         await super().greet()
-        self._owner = Owner(next(_session_ids), self.peer_incarnation, self._wire_mode)
+        key = b"" if self.peer is None else self.peer.key
+        self._owner = Owner(next(_session_ids), self.peer_incarnation, self._wire_mode, key)
         self._desk.session_began(self._owner, self)
 
     async def _exchange(self, ours: Hello) -> Hello:

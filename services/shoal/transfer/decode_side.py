@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ from shoal.transfer.terms import PART_NAMES, KvShape, LeaseTerms, Owner, PartByt
 
 _log = logging.getLogger(__name__)
 
+MAX_CLAIMANTS = 4096
+"""So many leases that have been claimed it's known of by whom: more than end while one's end is looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
@@ -56,6 +60,10 @@ class Poster(Protocol):
     """Where the desk answers: a session."""
 
     def post(self, frame: Frame) -> None: ...
+
+
+class CopyFailed(InternalError):
+    """K/V are here and can't be brought into the pool: no other prefill replica's could."""
 
 
 class OpenLease:
@@ -117,6 +125,7 @@ class HandoffDesk:
         self.idle = asyncio.Event()
         self.idle.set()
         self._open: dict[bytes, OpenLease] = {}
+        self._claimants: OrderedDict[bytes, bytes] = OrderedDict()
         self._posters: dict[Owner, Poster] = {}
         self._copies: set[asyncio.Task[None]] = set()
         self._reaper: Timer | None = None
@@ -210,7 +219,14 @@ class HandoffDesk:
         if self.shape.plan_hash not in plan_hashes:
             raise LeaseLost(f"lease {lease_id.hex()} is for plan {self.shape.plan_hash[:12]}, which you don't run")
         terms = self.table.claim(lease_id, owner).terms
+        self._claimants[lease_id] = owner.key
+        if len(self._claimants) > MAX_CLAIMANTS:
+            self._claimants.popitem(last=False)
         return Accepted(lease_id, terms.token_ids, terms.num_present, terms.credit_bytes, self.times.ttl_s)
+
+    def claimant(self, lease_id: bytes) -> bytes:
+        """The key of the process that has claimed the lease, also for a while after its end; nothing if none has."""
+        return self._claimants.get(lease_id, b"")
 
     def answered(self, lease_id: bytes) -> None:
         """What ``claim`` returned is written."""
@@ -241,7 +257,7 @@ class HandoffDesk:
     async def _copy(self, held: OpenLease, chunk: Chunk, staging: Unloader | None) -> None:
         lease = held.lease
         crc32c: int | None = None
-        error: ShoalError | None = InternalError("a copy into the pool failed; the log says more")
+        error: ShoalError | None = CopyFailed("a copy into the pool failed; the log says more")
         try:
             crc32c = await self._sink.write(held.blocks, chunk, partial(_is_there, chunk, staging))
             error = None

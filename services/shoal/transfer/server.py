@@ -107,6 +107,10 @@ class HandoffServer:
                 return await self._desk.until_answered(grant.lease_id, patience_s)
         return None
 
+    def claimant(self, lease_id: bytes) -> bytes:
+        """The key of the prefill replica that has claimed the lease; nothing if none has, or it's long ago."""
+        return self._desk.claimant(lease_id)
+
     async def drain(self, drain_s: float) -> None:
         """Open no more leases, let the open ones finish for ``drain_s``, and close."""
         self._desk.close()

@@ -88,8 +88,10 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Which session claimed a lease, which process start is behind it, and what it ships for the skipped layers."""
+    """Which session claimed a lease, which process start is behind it, what it ships for the skipped layers, and the
+    ``key`` that its process is known by."""
 
     session_id: int
     incarnation: int
     wire_mode: WireMode = WireMode.KV
+    key: bytes = b""

@@ -28,7 +28,7 @@ KEY = bytes(range(16))
 class Prefill:
     """What Serve's handle gives: ``outcome``, or ``error``, once it's there."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.asked: list[Grant] = []
         self.is_cancelled = False
         self.is_done = asyncio.Event()
@@ -62,6 +62,7 @@ class Server:
         self._is_patient = is_patient
         self.granted: list[tuple[Grant, bytes]] = []
         self.is_claimed = asyncio.Event()
+        self.claimants: dict[bytes, bytes] = {}
         self._has_session = has_session
 
     async def grant(self, grant: Grant, key: bytes, patience_s: float) -> bool | None:
@@ -71,7 +72,11 @@ class Server:
             return None
         if self._is_patient:
             await self.is_claimed.wait()
+            self.claimants[grant.lease_id] = key
         return self._is_patient
+
+    def claimant(self, lease_id: bytes) -> bytes:
+        return self.claimants.get(lease_id, b"")
 
 
 @pytest.fixture
@@ -120,6 +125,8 @@ async def test_who_has_claimed_a_prompt_is_blamed_for_it_wherever_its_call_went(
         await asyncio.sleep(0)
     routes.note(grant, "b")
     assert asked.asked(grant) == blamed
+    server.claimants[grant.lease_id] = KEY  # later than it was waited for
+    assert asked.asked(grant) == "a"
     prefill.is_done.set()
     assert await call == OUTCOME
 
@@ -188,12 +195,13 @@ async def test_who_stops_waiting_cancels_the_replicas_work() -> None:
     [
         ActorDiedError(),
         TaskCancelledError(),
+        asyncio.CancelledError(),  # as Serve's handle tells of the same
         BackPressureError(1, 1),
         DeploymentUnavailableError(None),  # type: ignore[arg-type]
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_an_error_of_rays_own_means_that_the_replica_went_away(error: Exception) -> None:
+async def test_an_error_of_rays_own_means_that_the_replica_went_away(error: BaseException) -> None:
     with pytest.raises(PeerGone, match="the prefill replica went away") as gone:
         await pool(Prefill(error)).ask(GRANT)
     assert gone.value.__cause__ is error

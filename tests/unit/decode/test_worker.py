@@ -20,6 +20,7 @@ from reference import full_generate, pop_generate, speed_generate
 from shoal.config import load_config
 from shoal.decode import worker
 from shoal.decode.prefill_pool import PrefillPool
+from shoal.decode.sink import PoolSink
 from shoal.engine.engine import Engine
 from shoal.engine.runner import Runner
 from shoal.errors import (
@@ -254,6 +255,19 @@ class ScriptedPool:
         return self._asked.get(grant.lease_id)
 
 
+class BothServe(ScriptedPool):
+    """``a`` and ``b``."""
+
+    async def living(self, *, now: bool = False) -> frozenset[str]:
+        return frozenset("ab")
+
+    async def ask(self, grant: Grant) -> HandoffOutcome:
+        self.grants.append(grant)
+        self._asked[grant.lease_id] = min(await self.living() - grant.excluded)
+        assert self._behind is not None
+        return await self._behind.ask(grant)
+
+
 class NobodyAnswers(OneReplica):
     """A prefill replica that takes every grant and never claims."""
 
@@ -425,6 +439,25 @@ async def test_without_another_replica_decode_prefills_at_the_same_depth(
     report = outputs[0].handoff
     assert report is not None and not report.transferred and report.depth is Depth.SHALLOW
     assert report.fallback == reason_of(failure)
+
+
+async def test_kv_that_decode_cannot_copy_are_no_prefill_replicas_fault(
+    opened: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Another one's it couldn't, either: it computes the prompt itself at once."""
+
+    async def fails(*_: object) -> int | None:
+        raise MemoryError
+
+    async with opened() as local:
+        monkeypatch.setattr(PoolSink, "write", fails)
+        local.decode.worker.prefill = pool = BothServe(local.decode.worker.prefill)
+        outputs = await collect(local, request(PROMPT))
+        assert fallbacks(local) == {("local", "other"): 1} and len(pool.grants) == 1
+        monkeypatch.undo()
+        [again] = (await collect(local, request(PROMPT)))[:1]
+    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
+    assert again.handoff is not None and again.handoff.transferred and pool.grants[1].excluded == frozenset()
 
 
 async def test_the_last_attempt_is_decodes_own(opened: Any, model: Any):

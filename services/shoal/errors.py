@@ -5,7 +5,10 @@
     ShoalError
     ├── RequestError                  the client's request is at fault
     │   ├── InvalidRequest            400  a field is wrong; ``param`` names it
-    │   │   └── ContextLengthExceeded 400  prompt + max_tokens don't fit the model
+    │   │   ├── MissingField
+    │   │   ├── UnknownField
+    │   │   ├── UnsupportedValue           a field we know, but can't carry out unless it has its neutral value
+    │   │   └── ContextLengthExceeded      prompt + max_tokens don't fit the model
     │   ├── Unauthenticated           401  no key, or one that isn't known
     │   ├── PermissionDenied          403  a key that doesn't open this
     │   ├── ModelNotFound             404
@@ -70,6 +73,18 @@ class RequestError(ShoalError):
 
 class InvalidRequest(RequestError):
     code = "invalid_value"
+
+
+class MissingField(InvalidRequest):
+    code = "missing_field"
+
+
+class UnknownField(InvalidRequest):
+    code = "unknown_field"
+
+
+class UnsupportedValue(InvalidRequest):
+    code = "unsupported_value"
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -98,7 +98,8 @@ class AsyncClient:
         return response == HEALTH_SERVING
 
     async def close(self) -> None:
-        """End all calls. Closing twice is fine."""
+        """End all calls; those that come after it raise Cancelled. Closing twice is fine."""
+        self._connection.closed.set()
         await self._channel.close(grace=None)
 
     async def __aenter__(self) -> Self:

@@ -9,12 +9,14 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, TypeVar, cast
 
 import grpc
 
 from shoal.client.tls import Tls
 from shoal.errors import (
+    Cancelled,
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
@@ -97,6 +99,7 @@ class Connection:
     api_key: str | None = field(repr=False)
     allow_plain_text_key: bool
     max_attempts: int
+    closed: Event = field(default_factory=Event, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.target or self.target.startswith(("http:", "https:")):
@@ -125,7 +128,10 @@ class Connection:
         return secure(self.target, self.tls.credentials(), options=options)
 
     def call(self, timeout_s: float | None = None, request_id: str | None = None) -> Call:
-        """The terms of a new call. Raises InvalidRequest for a deadline or an id that can't be sent."""
+        """The terms of a new call. Raises InvalidRequest for a deadline or an id that can't be sent, Cancelled once the
+        connection is closed."""
+        if self.closed.is_set():
+            raise Cancelled("this client is closed: make another one")
         if timeout_s is not None and not _is_timeout(timeout_s):
             raise InvalidRequest(f"timeout_s must be above 0, not {timeout_s}", param="timeout_s")
         if request_id is not None and not _REQUEST_ID.fullmatch(request_id):

@@ -95,7 +95,8 @@ class Client:
         return response == HEALTH_SERVING
 
     def close(self) -> None:
-        """End all calls. Closing twice is fine."""
+        """End all calls; those that come after it raise Cancelled. Closing twice is fine."""
+        self._connection.closed.set()
         self._channel.close()
 
     def __enter__(self) -> Self:

@@ -75,6 +75,7 @@ class CompletionFormat:
     def __init__(self, body: CompletionBody, tokenizer: Tokenizer) -> None:
         self._body = body
         self._logprobs_of = defaultdict[int, CompletionLogprobs](lambda: CompletionLogprobs(tokenizer))
+        self._told: tuple[Prompt, list[Json | None]] | None = None
 
     def whole(self, choices: Sequence[Choice]) -> Json:
         return {"choices": [self._whole_choice(choice) for choice in choices]}
@@ -82,7 +83,10 @@ class CompletionFormat:
     def _whole_choice(self, choice: Choice) -> Json:
         extra = {}
         if self._body.prompt_logprobs is not None and choice.prompt is not None:
-            extra = {"prompt_logprobs": prompt_logprobs(choice.prompt)}
+            # Choices of one prompt follow one another, and tell the same of it.
+            if self._told is None or self._told[0] is not choice.prompt:
+                self._told = (choice.prompt, prompt_logprobs(choice.prompt))
+            extra = {"prompt_logprobs": self._told[1]}
         return {
             "index": choice.index,
             "text": choice.text,

@@ -49,7 +49,7 @@ def create_app(
         yield
         services.tokenizer.close()
 
-    app = FastAPI(title="Shoal", openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title="Shoal", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(KeyGuard, access=services.access)
     app.add_middleware(RequestEdge, proxy_echoes_id=proxy_echoes_id)
     app.add_exception_handler(HTTPException, _routing_error)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.errors import Cancelled, InternalError, RequestTooLarge, ShoalError
+from shoal.errors import Cancelled, InternalError, PeerGone, PlanMismatch, RequestTooLarge, ShoalError
 from shoal.gateway.refusals import error_response
 from shoal.telemetry import bind_request
 
@@ -76,6 +76,9 @@ class RequestEdge:
 
 def as_shoal_error(error: Exception) -> ShoalError:
     """The error itself if we raised it on purpose; anything else is a defect, which is logged here."""
+    if isinstance(error, PlanMismatch):
+        # Which plan a replica runs is nothing to clients, and gRPC's wouldn't ask again.
+        return PeerGone(error.message, retry_after_s=error.retry_after_s)
     if isinstance(error, ShoalError):
         return error
     _log.error("a request failed", exc_info=error)

@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError
 
 from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from shoal.gateway.access import OPEN, Access
-from shoal.gateway.edge import as_shoal_error
+from shoal.gateway.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
 from shoal.rpc.statuses import abort
+from shoal.telemetry import bind_request
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -116,8 +117,9 @@ def _as_stream(handler: Any, behaviour: Callable[[Any, Context], Awaitable[Any]]
     """A method that reads for itself. The wire is the same; of one message alone, gRPC would have read all before."""
 
     async def answered(messages: Any, context: Context) -> Any:
-        async with _answering_errors(context):
-            with admitted(context):
+        request_id, traceparent = ids_of(context)
+        async with _answering_errors(context, request_id):
+            with bind_request(request_id, traceparent), admitted(context):
                 return await behaviour(messages, context)
 
     make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
@@ -128,8 +130,9 @@ def _yielding(handler: Any, admitted: Admitted) -> Any:
     """A method that takes a stream and yields one, as reflection does."""
 
     async def answered(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        async with _answering_errors(context):
-            with admitted(context):
+        request_id, traceparent = ids_of(context)
+        async with _answering_errors(context, request_id):
+            with bind_request(request_id, traceparent), admitted(context):
                 pass  # what follows asks nothing of a pool
             async for response in handler.stream_stream(requests, context):
                 yield response
@@ -138,12 +141,22 @@ def _yielding(handler: Any, admitted: Admitted) -> Any:
 
 
 @asynccontextmanager
-async def _answering_errors(context: Context) -> AsyncIterator[None]:
+async def _answering_errors(context: Context, request_id: str) -> AsyncIterator[None]:
+    told = ((REQUEST_ID, request_id),)
     try:
         yield
     except grpc.aio.AbortError:
         raise  # it is answered
     except DecodeError:
-        await abort(context, InvalidRequest("the message isn't one of this method: compare the client's .proto"))
+        unreadable = InvalidRequest("the message isn't one of this method: compare the client's .proto")
+        await abort(context, unreadable, told)
     except Exception as error:  # noqa: BLE001 - the process' edge
-        await abort(context, as_shoal_error(error))
+        with bind_request(request_id):
+            known = as_shoal_error(error)
+        await abort(context, known, told)
+
+
+def ids_of(context: Context) -> tuple[str, str | None]:
+    """A call's id, as HTTP's: its client's own if it's a sane one, else a new one; and its trace, if it has one."""
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return sane_request_id(metadata.get(REQUEST_ID, "")), traceparent_of(metadata)

@@ -21,10 +21,10 @@ import grpc.aio
 
 from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, RequestTooLarge
 from shoal.gateway.deadline import done_within
-from shoal.gateway.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
+from shoal.gateway.edge import REQUEST_ID, as_shoal_error
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.generation import Generation
-from shoal.gateway.grpc_edge import read_message
+from shoal.gateway.grpc_edge import Context, ids_of, read_message
 from shoal.gateway.intake import Services, enter, take_in
 from shoal.gateway.protobuf import InferenceAnswer, in_grpc_words, models_response, read_request, to_body
 from shoal.gateway.validation import find_model
@@ -33,8 +33,6 @@ from shoal.telemetry import bind_request
 from shoal.v1 import inference_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_ROUNDING = 0.02
 
@@ -81,8 +79,7 @@ class InferenceService:
     @asynccontextmanager
     async def _answering(self, endpoint: str, context: Context) -> AsyncIterator[InferenceAnswer]:
         """The answer to what comes, while it's being made. Whatever goes wrong ends the call with its status."""
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        request_id, traceparent = sane_request_id(metadata.get(REQUEST_ID, "")), traceparent_of(metadata)
+        request_id, traceparent = ids_of(context)
         timeout_s = context.time_remaining()
         with bind_request(request_id, traceparent):
             try:

@@ -31,7 +31,7 @@ Json = dict[str, Any]
 _REFUSALS: dict[int, tuple[type[errors.ShoalError], ...]] = {
     400: (
         errors.RequestError, errors.InvalidRequest, errors.ContextLengthExceeded, refusals.InvalidJson,
-        refusals.MissingField, refusals.UnknownField, refusals.UnsupportedValue,
+        errors.MissingField, errors.UnknownField, errors.UnsupportedValue,
     ),
     401: (errors.Unauthenticated,),
     403: (errors.PermissionDenied,),

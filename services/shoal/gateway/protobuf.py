@@ -10,10 +10,9 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from shoal.config import GatewayConfig
-from shoal.errors import InvalidRequest
+from shoal.errors import InvalidRequest, MissingField, UnknownField
 from shoal.gateway.answers import Choice, whole_choices
 from shoal.gateway.generation import ChoiceOutput, Generation
-from shoal.gateway.refusals import MissingField, UnknownField
 from shoal.gateway.schema import ChatBody, GenerateBody, parse
 from shoal.gateway.validation import ServedModel, check_num_messages, check_num_stops, check_num_tokens
 from shoal.rpc.outputs import DEPTHS, DEPTHS_BACK, to_finish_reason, to_logprobs

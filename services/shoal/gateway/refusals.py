@@ -1,6 +1,6 @@
 """What a client is told when it gets no answer: ``{"error": {"message", "type", "param", "code"}}``.
 
-The errors here never leave the gateway; all others are in shoal/errors.py.
+The errors here are HTTP's alone; all others are in shoal/errors.py.
 """
 
 from __future__ import annotations
@@ -11,25 +11,12 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from shoal.errors import DeadlineExceeded, InternalError, InvalidRequest, RequestError, ShoalError, Unauthenticated
+from shoal.errors import UnsupportedValue as UnsupportedValue  # noqa: PLC0414 - it was defined here
 from shoal.rpc.statuses import retry_delay_s
 
 
 class InvalidJson(InvalidRequest):
     code = "invalid_json"
-
-
-class MissingField(InvalidRequest):
-    code = "missing_field"
-
-
-class UnknownField(InvalidRequest):
-    code = "unknown_field"
-
-
-class UnsupportedValue(InvalidRequest):
-    """A field we know, but can't carry out unless it has its neutral value."""
-
-    code = "unsupported_value"
 
 
 class RouteNotFound(RequestError):

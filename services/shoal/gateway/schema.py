@@ -22,8 +22,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from shoal.errors import InvalidRequest
-from shoal.gateway.refusals import InvalidJson, MissingField, UnknownField, UnsupportedValue
+from shoal.errors import InvalidRequest, MissingField, UnknownField, UnsupportedValue
+from shoal.gateway.refusals import InvalidJson
 from shoal.messages import Depth
 
 # OpenAI's fields that change nothing about the tokens: accepted, and ignored.
@@ -193,6 +193,8 @@ class Body(Strict):
     """What both endpoints understand. ``None`` stands for the default, also where a client sends ``null``."""
 
     prompt_field: ClassVar[str]
+    each_choice_tells_prompt: ClassVar[bool] = False
+    """Log-probabilities of a prompt are written for each of its choices, not once."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -259,6 +261,7 @@ class CompletionBody(Body):
     """POST /v1/completions. ``prompt`` has one item a prompt."""
 
     prompt_field = "prompt"
+    each_choice_tells_prompt = True
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts, json_schema_input_type=_PromptJson)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -287,6 +290,8 @@ class CompletionBody(Body):
 
 class GenerateBody(CompletionBody):
     """Text or token ids that come by gRPC: one prompt, and an answer as long as the context allows by default."""
+
+    each_choice_tells_prompt = False
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_one_prompt)]
 

@@ -9,11 +9,10 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Scope, Send
 
-from shoal.errors import ContextLengthExceeded, InvalidRequest
+from shoal.errors import ContextLengthExceeded, InvalidRequest, MissingField
 from shoal.gateway.endpoint import Endpoint, timeout_of
 from shoal.gateway.exchange import Exchange
 from shoal.gateway.intake import Services
-from shoal.gateway.refusals import MissingField
 from shoal.gateway.schema import Message, Strict, parse
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel, check_are_tokens, check_num_messages, find_model

@@ -16,6 +16,9 @@ from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParam
 
 _SEEDS = 2**63
 
+MAX_TOLD = 1_000_000
+"""Log-probabilities of prompts in one answer: as JSON some tenths of a GB, while it's made."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -103,8 +106,8 @@ def generate_requests(
 ) -> tuple[GenerateRequest, ...]:
     """One request a prompt, in order; ``prompts`` are their token ids.
 
-    Raises InvalidRequest for an empty prompt or an id outside the vocabulary, ContextLengthExceeded for what the
-    model can't hold.
+    Raises InvalidRequest for an empty prompt, an id outside the vocabulary, or more log-probabilities of prompts than
+    an answer may have; ContextLengthExceeded for what the model can't hold.
     """
     requests = []
     for index, ids in enumerate(prompts):
@@ -113,7 +116,22 @@ def generate_requests(
         requests.append(
             GenerateRequest(own, model.name, tuple(ids), depth_of(body, model), _sampling(body, len(ids), model))
         )
+    _check_num_told(body, requests)
     return tuple(requests)
+
+
+def _check_num_told(body: Body, requests: Sequence[GenerateRequest]) -> None:
+    if body.num_prompt_logprobs is None:
+        return
+    num_times = (1 + body.num_prompt_logprobs) * (body.n or 1 if body.each_choice_tells_prompt else 1)
+    num_told = sum(len(request.prompt_token_ids) for request in requests) * num_times
+    if num_told > MAX_TOLD:
+        param = body.needs_full_depth or body.prompt_field
+        raise InvalidRequest(
+            f"{param}: an answer has at most {MAX_TOLD} log-probabilities of prompts, this one would have {num_told}: "
+            "ask for fewer prompts, choices or alternatives at a time",
+            param=param,
+        )
 
 
 def depth_of(body: Body, model: ServedModel) -> Depth:

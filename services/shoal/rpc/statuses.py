@@ -33,6 +33,9 @@ STATUS_CODES: dict[type[errors.ShoalError], grpc.StatusCode] = {
     errors.ShoalError: grpc.StatusCode.INTERNAL,
     errors.RequestError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.MissingField: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnknownField: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnsupportedValue: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ContextLengthExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
@@ -62,10 +65,7 @@ STATUS_CODES: dict[type[errors.ShoalError], grpc.StatusCode] = {
     errors.CalibrationError: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
-_BY_REASON: dict[str, type[errors.ShoalError]] = {
-    **{kind.code.upper(): kind for kind in STATUS_CODES},
-    errors.InternalError.code.upper(): errors.InternalError,
-}
+_BY_REASON: dict[str, type[errors.ShoalError]] = {kind.code.upper(): kind for kind in STATUS_CODES}
 
 # What a bare status means: one that gRPC itself made, or a server that isn't ours.
 _BY_CODE: dict[grpc.StatusCode, type[errors.ShoalError]] = {

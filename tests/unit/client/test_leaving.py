@@ -57,6 +57,21 @@ def test_the_server_sees_it_though_the_stream_is_still_held(
             list(stream)
 
 
+CALLS = {"generate": ["The sea is"], "stream": ["The sea is"], "models": [], "is_ready": []}
+
+
+@pytest.mark.parametrize(("name", "prompt"), CALLS.items())
+async def test_a_closed_client_says_so(target: str, name: str, prompt: list[str]) -> None:
+    client, other = Client(target), AsyncClient(target)
+    for _ in range(2):
+        client.close()
+        await other.close()
+    with pytest.raises(Cancelled, match="this client is closed"):
+        getattr(client, name)(*prompt)
+    with pytest.raises(Cancelled, match="this client is closed"):
+        await getattr(other, name)(*prompt)
+
+
 def test_a_forgotten_stream_ends(target: str, service: FakeInference) -> None:
     with Client(target) as client:
         stream = client.stream("The sea is")

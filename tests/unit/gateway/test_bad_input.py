@@ -251,6 +251,12 @@ def test_a_route_that_isnt_there_is_not_found(gateway: Any, path: str) -> None:
     assert_refused(gateway, gateway.http.get(path), 404, None, "not_found")
 
 
+@pytest.mark.parametrize("path", [f"{COMPLETIONS}/", f"{CHAT}/", "/tokenize/"])
+def test_nobody_is_sent_elsewhere(gateway: Any, path: str) -> None:
+    """Behind what ends TLS, that would be to plain text, with the prompt."""
+    assert_refused(gateway, gateway.http.post(path, json={}, follow_redirects=False), 404, None, "not_found")
+
+
 @pytest.mark.parametrize(("method", "path"), [("GET", COMPLETIONS), ("DELETE", CHAT), ("POST", "/v1/models")])
 def test_a_method_that_isnt_allowed_is_refused(gateway: Any, method: str, path: str) -> None:
     response = gateway.http.request(method, path)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import structlog
 import trustme
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
@@ -224,6 +225,28 @@ async def test_a_defect_of_any_method_keeps_its_text_to_itself(
     async with client_of(services) as inference:
         call = inference.channel.unary_stream(f"/{method}")(b"", timeout=TIMEOUT_S)
         await assert_tells_nothing(call, grpc.StatusCode.INTERNAL)
+
+
+@pytest.mark.parametrize(
+    ("method", "raw"),
+    [("grpc.health.v1.Health/Check", b"\xff"), (f"{SERVICE_NAME}/ListModels", b""), (REFLECT, b"\xff")],
+)
+async def test_what_is_refused_or_fails_tells_the_calls_id(
+    services: Services, method: str, raw: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[object] = []
+
+    async def failing(*_: object) -> None:
+        bound.append(structlog.contextvars.get_contextvars().get("request_id"))
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(InferenceService, "_list_models", failing)
+    async with client_of(configured(services, reflection=True)) as inference:
+        open_call = inference.channel.stream_stream(f"/{method}")
+        call = open_call(iter([raw]), timeout=TIMEOUT_S, metadata=(("x-request-id", "order-66"),))
+        assert await call.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
+        assert dict(await call.trailing_metadata())["x-request-id"] == "order-66"
+    assert bound == (["order-66"] if method.endswith("ListModels") else [])
 
 
 async def test_a_method_that_isnt_there_is_unimplemented(services: Services) -> None:

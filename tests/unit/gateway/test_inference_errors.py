@@ -13,7 +13,7 @@ from google.rpc.status_pb2 import Status
 
 from fake_backend import FakeBackend
 from inference_server import TIMEOUT_S, Inference, client_of, request, told
-from shoal.errors import DeadlineExceeded, HandoffError, Overloaded, ShoalError, Unavailable
+from shoal.errors import DeadlineExceeded, HandoffError, Overloaded, PlanMismatch, ShoalError, Unavailable
 from shoal.gateway.inference import SERVICE_NAME
 from shoal.gateway.intake import Services
 from shoal.messages import GenerateRequest, TokenOutput
@@ -53,6 +53,7 @@ POOL_ERRORS = [
     (Overloaded("full"), grpc.StatusCode.RESOURCE_EXHAUSTED, (429, "overloaded", None), "1000"),
     (Overloaded("full", retry_after_s=7.2), grpc.StatusCode.RESOURCE_EXHAUSTED, (429, "overloaded", None), "7200"),
     (Unavailable("gone", retry_after_s=900), grpc.StatusCode.UNAVAILABLE, (503, "unavailable", None), "119000"),
+    (PlanMismatch("other"), grpc.StatusCode.UNAVAILABLE, (503, "peer_gone", None), "1000"),
     (HandoffError("lost"), grpc.StatusCode.UNAVAILABLE, (503, "handoff_failed", None), "1000"),
     (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED, (504, "deadline_exceeded", None), None),
     (ZeroDivisionError("secret detail"), grpc.StatusCode.INTERNAL, (500, "internal_error", None), None),

@@ -9,7 +9,7 @@ import pytest
 
 from inference_server import TIMEOUT_S, Inference
 from shoal.client import AsyncClient, Depth, FinishReason, Message, Model
-from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded, ShoalError
+from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded, ShoalError, UnknownField
 from shoal.gateway.backend import Readiness
 
 TEXT = "The pools hand the prompt over."
@@ -49,6 +49,7 @@ async def test_leaving_the_loop_frees_the_pool(client: AsyncClient, inference: I
     ("prompt", "options", "kind", "param"),
     [
         ("Hello", {"n": 99}, InvalidRequest, "n"),
+        ([Message("user", "Hi")], {"echo": True}, UnknownField, "echo"),
         ([Message("nobody", "Hi")], {}, InvalidRequest, "chat.messages[0].role"),
         ([1] * 400, {}, ContextLengthExceeded, "token_ids"),
         ("Hello", {"model": "gpt-5"}, ModelNotFound, "model"),

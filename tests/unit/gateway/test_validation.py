@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from shoal.config import GatewayConfig
 from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from shoal.gateway import validation
 from shoal.gateway.schema import ChatBody, CompletionBody, parse
 from shoal.gateway.validation import ServedModel, check_limits, depth_of, find_model, generate_requests
 from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
@@ -133,6 +134,31 @@ def test_a_prompts_log_probabilities_are_asked_for_in_two_ways(
     fields: dict[str, object], num_prompt_logprobs: int | None
 ) -> None:
     assert request_of(completion(**fields)).sampling.num_prompt_logprobs == num_prompt_logprobs
+
+
+@pytest.mark.parametrize(
+    ("body", "num_told"),
+    [
+        (completion(prompt_logprobs=4, max_tokens=1, n=2), 2 * 2 * 10 * 5),
+        (completion(echo=True, logprobs=1, max_tokens=0, n=3), 2 * 3 * 10 * 2),
+        (chat(prompt_logprobs=4, max_tokens=1, n=2), 2 * 10 * 5),  # told once
+    ],
+)
+def test_an_answer_has_no_more_log_probabilities_of_prompts_than_the_gateway_can_hold(
+    body: CompletionBody | ChatBody, num_told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "MAX_TOLD", num_told)
+    assert len(generate_requests(body, [[1] * 10] * 2, MODEL, CONTEXT)) == 2
+    monkeypatch.setattr(validation, "MAX_TOLD", num_told - 1)
+    with pytest.raises(InvalidRequest, match=f"would have {num_told}: ask for fewer") as refused:
+        generate_requests(body, [[1] * 10] * 2, MODEL, CONTEXT)
+    assert refused.value.param == body.needs_full_depth
+
+
+def test_what_isnt_told_isnt_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "MAX_TOLD", 0)
+    for body in (completion(logprobs=5, n=9), completion(echo=True, max_tokens=0)):
+        request_of(body)
 
 
 def test_a_prompt_that_is_only_scored_may_fill_the_context() -> None:

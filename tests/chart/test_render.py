@@ -378,10 +378,28 @@ def test_a_disruption_budget_needs_no_scale_of_the_pods_owner() -> None:
     assert budget["minAvailable"] == 2 and "maxUnavailable" not in budget
 
 
+def test_pods_that_are_not_ready_keep_nobody_from_draining_their_node() -> None:
+    """By default they count as those that can't be spared: of a cluster that is down, no node could be emptied."""
+    budget = charts.only(charts.rendered({"decode": {"replicas": 3}}), "PodDisruptionBudget")["spec"]
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+def test_a_spare_pod_carries_no_replica_and_one_pod_may_go_at_a_time() -> None:
+    objects = charts.rendered({"prefill": {"replicas": 2}, "decode": {"spare": 1}})
+    service = charts.only(objects, "RayService")
+    pools = charts.worker_groups(service).items()
+    sizes = {name: {group[key] for key in ("replicas", "minReplicas", "maxReplicas")} for name, group in pools}
+    assert sizes == {"prefill": {2}, "decode": {2}}
+    config = load_config(**charts.shoal_config(service))
+    assert (config.prefill.replicas, config.decode.replicas) == (2, 1)
+    assert [each["spec"]["minAvailable"] for each in objects if each["kind"] == "PodDisruptionBudget"] == [1, 1]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"decode": {"replicas": 2}},
+        {"decode": {"spare": 1}},
         {"config": {"log": {"level": "debug"}}},
         {"prefill": {"tolerations": [{"key": "gpu", "operator": "Exists"}]}},
         {"gateway": {"service": {"type": "NodePort"}}, "networkPolicy": {"enabled": False}},

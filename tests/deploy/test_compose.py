@@ -148,6 +148,18 @@ def test_open_requests_may_finish_before_the_gateway_is_killed(
     assert grace_s > 2 * configuration(shipped, monkeypatch).handoff.drain_s
 
 
+def test_the_gateway_has_as_long_as_it_is_given() -> None:
+    assert services(GATEWAY_STOP_GRACE="90s")["gateway"]["stop_grace_period"] in ("90s", "1m30s")
+
+
+def test_logs_do_not_grow_for_ever(shipped: dict[str, Any]) -> None:
+    """Ray's are in memory here, and keep all that a process says unless they are told otherwise."""
+    for name in NODES:
+        assert shipped[name]["logging"]["options"]["max-size"]
+        told = shipped[name]["environment"]
+        assert int(told["RAY_ROTATION_MAX_BYTES"]) * (1 + int(told["RAY_ROTATION_BACKUP_COUNT"])) < 1 << 27
+
+
 # --- certificates ---------------------------------------------------------------------------------------
 
 

@@ -203,6 +203,17 @@ def test_a_model_or_a_certificate_for_clients_that_is_not_there_is_told_before_a
     assert not served
 
 
+def test_keys_are_read_where_the_gateway_is(tmp_path: Path, served: list[ShoalConfig]):
+    file = tmp_path / "shoal.yaml"
+    file.write_text(f"gateway: {{keys_file: {tmp_path}/no.yaml}}\n")
+    missing = CliRunner().invoke(app, ["serve", str(file)])
+    assert isinstance(missing.exception, ConfigError) and "no.yaml" in missing.exception.message
+    assert not served
+    file.write_text(f"gateway: {{keys_file: {tmp_path}/no.yaml, resource: gateway}}\nray: {{address: auto}}\n")
+    assert CliRunner().invoke(app, ["serve", str(file)]).exit_code == 0
+    assert len(served) == 1
+
+
 def test_the_example_names_the_model_as_clients_must(tmp_path: Path):
     def named(**model: str) -> str:
         shown = _example(ShoalConfig(model=model), "http://127.0.0.1:8000")  # type: ignore[arg-type]

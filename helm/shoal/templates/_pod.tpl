@@ -3,10 +3,11 @@ A worker group of KubeRay's from one pool's values: (dict "root" . "pool" "prefi
 */}}
 {{- define "shoal.workerGroup" -}}
 {{- $values := index .root.Values .pool -}}
+{{- $pods := add $values.replicas $values.spare -}}
 groupName: {{ .pool }}
-replicas: {{ $values.replicas }}
-minReplicas: {{ $values.replicas }}
-maxReplicas: {{ $values.replicas }}
+replicas: {{ $pods }}
+minReplicas: {{ $pods }}
+maxReplicas: {{ $pods }}
 rayStartParams:
   # One replica a pod, so that a pool is as many pods as replicas.
   num-cpus: {{ ceil $values.num_cpus | int | quote }}
@@ -32,8 +33,8 @@ metadata:
     {{- /* KubeRay compares pods alone, and not all of them: without this, it would leave new numbers of replicas and new
     tolerations aside, and have Serve restart all replicas where they are for anything else that changes. It writes the
     Service's spec only where it turns it to another cluster, and its annotations never again. */}}
-    {{- $type := $root.Values.gateway.service.type }}
-    checksum/config: {{ list (include "shoal.config" $root) $values.tolerations $type | toJson | sha256sum }}
+    {{- $others := list $root.Values.gateway.service.type $root.Values.prefill.spare $root.Values.decode.spare }}
+    checksum/config: {{ list (include "shoal.config" $root) $values.tolerations $others | toJson | sha256sum }}
     {{- with $values.annotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -176,6 +177,9 @@ capabilities:
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 # A replica whose engine hangs is ended at once: it can't finish its answers, and holds what its successor needs.
 - {name: RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS, value: "1"}
+# Replicas log a line a request, and Ray by itself keeps all that a process ever said: at most three files of 32 MiB.
+- {name: RAY_ROTATION_MAX_BYTES, value: "33554432"}
+- {name: RAY_ROTATION_BACKUP_COUNT, value: "2"}
 {{- end -}}
 
 {{/*
@@ -200,7 +204,7 @@ livenessProbe:
   failureThreshold: 24
 {{- end -}}
 
-{{/* Serve starts the replica elsewhere and stops it here; the pod stays until it is gone. */}}
+{{/* Serve starts the replica elsewhere, if a spare pod is there, and stops it here; the pod stays until it is gone. */}}
 {{- define "shoal.drain" -}}
 - sh
 - -c

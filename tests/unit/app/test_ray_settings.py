@@ -37,6 +37,14 @@ def test_a_replica_that_hangs_is_ended_and_not_waited_for(monkeypatch: pytest.Mo
     assert os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1"
 
 
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_what_replicas_log_is_bounded(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    monkeypatch.setattr(os, "environ", {"RAY_ROTATION_BACKUP_COUNT": "9"})
+    set_environment(ShoalConfig.model_validate({"ray": {"address": address}}))
+    assert int(os.environ["RAY_ROTATION_MAX_BYTES"]) == 32 << 20
+    assert os.environ["RAY_ROTATION_BACKUP_COUNT"] == "9", "what the user has set wins"
+
+
 @pytest.mark.parametrize(("mode", "asks"), [("token", True), ("TOKEN", True), ("disabled", False), (None, False)])
 def test_whether_a_cluster_asks_for_a_token_is_what_ray_says(
     monkeypatch: pytest.MonkeyPatch, mode: str | None, asks: bool

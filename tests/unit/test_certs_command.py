@@ -212,6 +212,10 @@ def test_keys_are_read_where_the_gateway_is(tmp_path: Path, served: list[ShoalCo
     file.write_text(f"gateway: {{keys_file: {tmp_path}/no.yaml, resource: gateway}}\nray: {{address: auto}}\n")
     assert CliRunner().invoke(app, ["serve", str(file)]).exit_code == 0
     assert len(served) == 1
+    (tmp_path / "no.yaml").write_text("tenants: 3\n")  # it may be here all the same
+    wrong = CliRunner().invoke(app, ["serve", str(file)])
+    assert isinstance(wrong.exception, ConfigError) and "no.yaml" in wrong.exception.message
+    assert len(served) == 1
 
 
 def test_the_example_names_the_model_as_clients_must(tmp_path: Path):

@@ -9,7 +9,7 @@ replicas: {{ $pods }}
 minReplicas: {{ $pods }}
 maxReplicas: {{ $pods }}
 rayStartParams:
-  # One replica a pod, so that a pool is as many pods as replicas.
+  # One replica a pod at most: those that are spare carry none.
   num-cpus: {{ ceil $values.num_cpus | int | quote }}
   num-gpus: {{ $values.num_gpus | quote }}
   object-store-memory: {{ include "shoal.objectStore" . | quote }}
@@ -177,7 +177,7 @@ capabilities:
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 # A replica whose engine hangs is ended at once: it can't finish its answers, and holds what its successor needs.
 - {name: RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS, value: "1"}
-# Replicas log a line a request, and Ray by itself keeps all that a process ever said: at most three files of 32 MiB.
+# Replicas log a line a request, and Ray by itself keeps all of it: each log is three files of 32 MiB at most.
 - {name: RAY_ROTATION_MAX_BYTES, value: "33554432"}
 - {name: RAY_ROTATION_BACKUP_COUNT, value: "2"}
 {{- end -}}

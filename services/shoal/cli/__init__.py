@@ -188,8 +188,9 @@ def _check_files(settings: Any) -> None:
     from shoal.rpc.certificates import read_certificate, require_trust
 
     is_gateway_here = settings.ray.address is None or settings.gateway.resource is None
-    if settings.gateway.keys_file is not None and is_gateway_here:
-        read_keys(settings.gateway.keys_file)
+    keys_file = settings.gateway.keys_file
+    if keys_file is not None and (is_gateway_here or keys_file.exists()):
+        read_keys(keys_file)
     if settings.gateway.tls is not None and is_gateway_here:
         server_context(settings.gateway.tls)
         expiry(settings.gateway.tls)

@@ -21,7 +21,7 @@ _ENVIRONMENT = {
     # A replica whose engine hangs can't finish its answers: it would be waited for all the same, for a minute and more,
     # and would hold what its successor needs.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    # Replicas log a line a request, and Ray by itself keeps all of it: each log is three files of 32 MiB at most.
+    # Replicas log a line a request, and Ray by itself keeps all of it: here, three files of 32 MiB of each log.
     "RAY_ROTATION_MAX_BYTES": str(32 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "2",
     # A call that comes late, after Ray is down, would start another Ray.

@@ -173,7 +173,7 @@ class ServePrefillPool:
         self.server: HandoffServer | None = None
         self._living = directory.LivingPool(app_name, "prefill")
         self._handle: Any = handle
-        self._granted: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
+        self._granted: WeakKeyDictionary[Grant, tuple[str, bytes]] = WeakKeyDictionary()
 
     async def living(self, *, now: bool = False) -> frozenset[str]:
         return await self._living.ids(now=now)
@@ -183,17 +183,21 @@ class ServePrefillPool:
         return self._living.unfit
 
     def asked(self, grant: Grant) -> str | None:
-        # Wherever Serve has brought the call: who has claimed the prompt answers for it.
-        key = b"" if self.server is None else self.server.claimant(grant.lease_id)
-        return self._living.with_key(key) or routes.replica_of(grant) or self._granted.get(grant)
+        granted, granted_key = self._granted.get(grant, (None, b""))
+        # Wherever Serve has brought the call: who has claimed the prompt answers for it. (Of one that hangs or is gone
+        # the living know no key any more.)
+        if self.server is not None and (key := self.server.claimant(grant.lease_id)):
+            return granted if key == granted_key else self._living.with_key(key)
+        return routes.replica_of(grant) or granted
 
     async def ask(self, grant: Grant) -> HandoffOutcome:
         call: Any = None
         try:
             replica_id = routes.pick(grant)
             if self.server is not None and replica_id is not None:
-                self._granted[grant] = replica_id  # from now on, what goes wrong is its doing
-                if await self.server.grant(grant, self._living.key_of(replica_id), _CLAIM_PATIENCE_S) is None:
+                key = self._living.key_of(replica_id)
+                self._granted[grant] = (replica_id, key)  # from now on, what goes wrong is its doing
+                if await self.server.grant(grant, key, _CLAIM_PATIENCE_S) is None:
                     del self._granted[grant]
             call = self._handle.prefill.remote(grant)
             outcome: HandoffOutcome = await call

@@ -279,10 +279,10 @@ class Engine:
                 item.sequence.ready_to_send(item.end)
         scores = iter(output.scores)
         for item in plan.rows:
-            if item.sequence.phase is Phase.FINISHED:
-                continue
             sequence, scored = item.sequence, item.scored
             tokens = next(scores) if scored else ()
+            if sequence.phase is Phase.FINISHED:
+                continue
             sequence.advance(item.end)
             sequence.num_scored = max(sequence.num_scored, scored.stop)
             if any(token.is_broken for token in tokens):

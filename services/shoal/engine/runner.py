@@ -57,7 +57,8 @@ class RunOutput:
 
     ``logits`` is ``[sequences that sample, vocab]`` (``None`` if none does), of a step by ``DecodePath`` as it says;
     ``chunks`` are to be shipped, and what ``unprojected`` rows are projected to, but nothing of ``broken`` rows, whose
-    K/V are no numbers; ``scores`` has one item for each sequence with prompt tokens to score.
+    K/V are no numbers (some of their prompts may have left in steps before); ``scores`` has one item for each sequence
+    with prompt tokens to score.
     """
 
     logits: torch.Tensor | None

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal.errors import InvalidRequest
+from shoal.errors import InvalidRequest, ShoalError
 from shoal.gateway.answers import Answer, AnswerFormat, ChatFormat, CompletionFormat, error_event, stream_end
 from shoal.gateway.deadline import done_within
 from shoal.gateway.edge import as_shoal_error, read_body, request_id_of, traceparent_of, unless_disconnected
@@ -126,7 +126,7 @@ async def _send_stream(answer: Answer, send: Send, exchange: Exchange) -> bytes:
                 await _send_event(send, event)
         except Exception as error:  # noqa: BLE001 - the process' edge: the status is sent, so the stream says it
             known = as_shoal_error(error)
-            exchange.failed(known)
+            exchange.failed(error if isinstance(error, ShoalError) else known)  # the log says what really was
             return error_event(known)
     return stream_end()
 

@@ -118,7 +118,7 @@ def _as_stream(handler: Any, behaviour: Callable[[Any, Context], Awaitable[Any]]
 
     async def answered(messages: Any, context: Context) -> Any:
         request_id, traceparent = ids_of(context)
-        async with _answering_errors(context, request_id):
+        async with _answering_errors(context, request_id, traceparent):
             with bind_request(request_id, traceparent), admitted(context):
                 return await behaviour(messages, context)
 
@@ -131,7 +131,7 @@ def _yielding(handler: Any, admitted: Admitted) -> Any:
 
     async def answered(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         request_id, traceparent = ids_of(context)
-        async with _answering_errors(context, request_id):
+        async with _answering_errors(context, request_id, traceparent):
             with bind_request(request_id, traceparent), admitted(context):
                 pass  # what follows asks nothing of a pool
             async for response in handler.stream_stream(requests, context):
@@ -141,7 +141,7 @@ def _yielding(handler: Any, admitted: Admitted) -> Any:
 
 
 @asynccontextmanager
-async def _answering_errors(context: Context, request_id: str) -> AsyncIterator[None]:
+async def _answering_errors(context: Context, request_id: str, traceparent: str | None) -> AsyncIterator[None]:
     told = ((REQUEST_ID, request_id),)
     try:
         yield
@@ -151,7 +151,7 @@ async def _answering_errors(context: Context, request_id: str) -> AsyncIterator[
         unreadable = InvalidRequest("the message isn't one of this method: compare the client's .proto")
         await abort(context, unreadable, told)
     except Exception as error:  # noqa: BLE001 - the process' edge
-        with bind_request(request_id):
+        with bind_request(request_id, traceparent):
             known = as_shoal_error(error)
         await abort(context, known, told)
 

@@ -193,8 +193,6 @@ class Body(Strict):
     """What both endpoints understand. ``None`` stands for the default, also where a client sends ``null``."""
 
     prompt_field: ClassVar[str]
-    each_choice_tells_prompt: ClassVar[bool] = False
-    """Log-probabilities of a prompt are written for each of its choices, not once."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -247,6 +245,11 @@ class Body(Strict):
         raise NotImplementedError
 
     @property
+    def num_times_told(self) -> int:
+        """How many times the answer has the log-probabilities of a prompt."""
+        return 1
+
+    @property
     def num_prompt_logprobs(self) -> int | None:
         """The same for the prompt's tokens."""
         return self.prompt_logprobs
@@ -261,7 +264,6 @@ class CompletionBody(Body):
     """POST /v1/completions. ``prompt`` has one item a prompt."""
 
     prompt_field = "prompt"
-    each_choice_tells_prompt = True
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts, json_schema_input_type=_PromptJson)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -280,8 +282,16 @@ class CompletionBody(Body):
     @property
     def num_prompt_logprobs(self) -> int | None:
         """Asked for in both ways, the larger number counts."""
+        return max(self._asked_of_prompt, default=None)
+
+    @property
+    def num_times_told(self) -> int:
+        return len(self._asked_of_prompt) * (self.n or 1)
+
+    @property
+    def _asked_of_prompt(self) -> list[int]:
         asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
-        return max((number for number in asked if number is not None), default=None)
+        return [number for number in asked if number is not None]
 
     @property
     def needs_full_depth(self) -> str | None:
@@ -291,9 +301,11 @@ class CompletionBody(Body):
 class GenerateBody(CompletionBody):
     """Text or token ids that come by gRPC: one prompt, and an answer as long as the context allows by default."""
 
-    each_choice_tells_prompt = False
-
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_one_prompt)]
+
+    @property
+    def num_times_told(self) -> int:
+        return 1
 
     @property
     def max_new_tokens(self) -> int | None:

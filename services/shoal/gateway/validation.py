@@ -121,10 +121,11 @@ def generate_requests(
 
 
 def _check_num_told(body: Body, requests: Sequence[GenerateRequest]) -> None:
+    """In JSON that's soon more than the gateway has memory."""
     if body.num_prompt_logprobs is None:
         return
-    num_times = (1 + body.num_prompt_logprobs) * (body.n or 1 if body.each_choice_tells_prompt else 1)
-    num_told = sum(len(request.prompt_token_ids) for request in requests) * num_times
+    num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    num_told = num_tokens * (1 + body.num_prompt_logprobs) * body.num_times_told
     if num_told > MAX_TOLD:
         param = body.needs_full_depth or body.prompt_field
         raise InvalidRequest(

@@ -41,7 +41,7 @@ from shoal.transfer.terms import PART_NAMES, KvShape, LeaseTerms, Owner, PartByt
 _log = logging.getLogger(__name__)
 
 MAX_CLAIMANTS = 4096
-"""So many leases that have been claimed it's known of by whom: more than end while one's end is looked at."""
+"""Of so many leases, those that were claimed last, it's known by whom: far more than are claimed while one is open."""
 
 
 @dataclass(frozen=True, slots=True)

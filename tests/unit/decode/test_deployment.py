@@ -127,6 +127,8 @@ async def test_who_has_claimed_a_prompt_is_blamed_for_it_wherever_its_call_went(
     assert asked.asked(grant) == blamed
     server.claimants[grant.lease_id] = KEY  # later than it was waited for
     assert asked.asked(grant) == "a"
+    asked._living._keys = {"b": bytes(16).hex()}
+    assert asked.asked(grant) == "a", "also once it hangs, or is gone"
     prefill.is_done.set()
     assert await call == OUTCOME
 

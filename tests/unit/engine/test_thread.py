@@ -378,3 +378,11 @@ async def test_what_others_say_of_their_threads_doesn_t_count_for_the_engine_s(m
             assert await client.call(lambda _engine: torch.get_num_threads()) == 3
         finally:
             client.close()
+
+
+async def test_of_who_asks_an_engine_that_has_stopped_nothing_is_kept(model: Any) -> None:
+    client = EngineClient(make_engine(model, 0), name="test")
+    client.close()
+    with pytest.raises(PeerGone):
+        await client.call(Engine.counts)
+    assert not client._thread._pending

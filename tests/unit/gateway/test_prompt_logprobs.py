@@ -19,9 +19,11 @@ from inference_server import client_of
 from models import BOS, save_tiny, tiny_llama
 from shoal.client import AsyncClient, Depth, FinishReason
 from shoal.config import GatewayConfig, load_config
+from shoal.gateway import answers
 from shoal.gateway.api import create_app
 from shoal.gateway.backend import Readiness
 from shoal.gateway.intake import Services
+from shoal.gateway.logprobs import prompt_logprobs
 from shoal.gateway.tokenizer import Tokenizer
 from shoal.gateway.validation import ServedModel
 from shoal.local import LocalShoal, open_local
@@ -189,6 +191,23 @@ async def test_a_stream_brings_the_prompt_first_and_adds_up_to_the_whole(served:
         assert "".join(part["text"] for part in parts) == choice["text"]
         for name, values in choice["logprobs"].items():
             assert [value for part in parts for value in part["logprobs"][name]] == values
+
+
+async def test_choices_of_one_prompt_tell_of_it_what_was_made_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there may be would make as many times the memory."""
+    made: list[object] = []
+
+    def counting(prompt: Any) -> Any:
+        made.append(prompt)
+        return prompt_logprobs(prompt)
+
+    monkeypatch.setattr(answers, "prompt_logprobs", counting)
+    answer = await served.post(prompt=[IDS, IDS[:5]], prompt_logprobs=1, max_tokens=1, n=3)
+    told = [choice["prompt_logprobs"] for choice in answer["choices"]]
+    assert len(made) == 2 and told[:3] == told[:1] * 3 and told[3:] == told[3:4] * 3
+    assert [len(one) for one in told[::3]] == [len(IDS), 5]
 
 
 async def test_vllms_field_names_tokens_by_id(served: Served, model: Any) -> None:

@@ -141,6 +141,7 @@ def test_a_prompts_log_probabilities_are_asked_for_in_two_ways(
     [
         (completion(prompt_logprobs=4, max_tokens=1, n=2), 2 * 2 * 10 * 5),
         (completion(echo=True, logprobs=1, max_tokens=0, n=3), 2 * 3 * 10 * 2),
+        (completion(echo=True, logprobs=1, prompt_logprobs=4, max_tokens=0), 2 * 10 * 5 * 2),  # told twice
         (chat(prompt_logprobs=4, max_tokens=1, n=2), 2 * 10 * 5),  # told once
     ],
 )

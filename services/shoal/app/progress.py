@@ -26,7 +26,8 @@ OnProgress = Callable[[Progress], None]
 
 
 def waits_for_compiler(config: ShoalConfig) -> bool:
-    """Whether replicas of this machine compile Shoal's kernels before they load: once, some 10 to 20 seconds."""
+    """Whether replicas of this machine compile Shoal's kernels before they load: once, some 10 to 20 seconds,
+    or a minute and a half by ziglang."""
     pools = (config.prefill, config.decode)
     return (
         is_private(config)

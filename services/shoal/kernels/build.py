@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 from shoal.errors import ConfigError
@@ -40,7 +42,12 @@ _FLAGS = frozenset({
     "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "popcnt", "pclmulqdq",
     "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl",
 })  # fmt: skip
-_OPTIONS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mpclmul", "-pthread", "-fPIC")
+# One by one: ziglang knows levels of x86-64 by other names.
+_OPTIONS = (
+    "-O3", "-std=c++20", "-pthread", "-fPIC",
+    "-mavx2", "-mbmi", "-mbmi2", "-mf16c", "-mfma", "-mlzcnt", "-mmovbe", "-mpopcnt", "-mpclmul",
+    "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl",
+)  # fmt: skip
 # The best first. AMD's Zen 4 and Intel's Sapphire Rapids, and later ones; from Intel's Cascade Lake on, which widen
 # bfloat16 to multiply it (src/pairs.hpp); and all with AVX-512, which widen bytes, too (src/whole.hpp).
 TARGETS = (
@@ -51,7 +58,7 @@ TARGETS = (
     Target(_FLAGS | {"avx512_vnni"}, (*_OPTIONS, "-mavx512vnni")),
     Target(_FLAGS, _OPTIONS),
 )
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300  # ziglang compiles its own C++ library first, once: on two cores a minute
 # At once: each takes up to 0.3 GB.
 _MAX_COMPILERS = 4
 # Where to keep it instead of in the user's cache.
@@ -119,7 +126,7 @@ def compiled(folder: Path, target: Target, *options: str, within_s: float = _TIM
         return path
     tool = compiler()
     if tool is None:
-        raise ConfigError("no C++ compiler is at hand: install g++")
+        raise ConfigError("no C++ compiler is at hand: install g++, or ziglang by pip")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _alone_in(folder, within_s):
         if not path.exists():
@@ -128,9 +135,16 @@ def compiled(folder: Path, target: Target, *options: str, within_s: float = _TIM
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler that ``CXX`` names, its options included, or g++."""
-    command = shlex.split(os.environ.get("CXX") or "g++")
-    return command if command and shutil.which(command[0]) else None
+    """The C++ compiler that ``CXX`` names, its options included; else the first that is there of g++, Clang, and the
+    Clang that ziglang brings, which needs nothing of the system's."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return named if shutil.which(named[0]) else None
+    for name in ("g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    if find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "c++", "-target", "x86_64-linux-gnu"]  # else it would be this CPU
+    return None
 
 
 def _sources() -> list[tuple[str, str]]:

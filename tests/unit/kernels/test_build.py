@@ -7,6 +7,8 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +152,31 @@ def test_a_library_that_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch
     (folder / "damaged.so").write_bytes(b"no library")
     with pytest.raises(ConfigError, match=r"damaged\.so can't be loaded"):
         native.load.__wrapped__()  # what others have loaded stays theirs
+
+
+@pytest.mark.long
+@pytest.mark.skipif(build.find_spec("ziglang") is None, reason="there is no ziglang: pip install ziglang gets it")
+def test_what_ziglang_compiles_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{sys.executable} -m ziglang c++ -target x86_64-linux-gnu")
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *Path(__file__).parent.glob("test_l*.py")]
+    done = subprocess.run(tests, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        ({"g++", "clang++", "ziglang"}, "g++"),
+        ({"clang++", "ziglang"}, "clang++"),
+        ({"ziglang"}, f"{sys.executable} -m ziglang c++ -target x86_64-linux-gnu"),
+        (set[str](), None),
+    ],
+)
+def test_the_first_compiler_that_is_there(there: set[str], chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(build, "find_spec", lambda name: name if name in there else None)
+    assert build.compiler() == (chosen.split() if chosen else None)
 
 
 def test_a_compiler_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ class Journey {
 thread_local Journey::Traveller* Journey::Traveller::own = nullptr;
 
 // A job's number, how many pieces it has and which is next, in one word: whoever moves it on has that piece of that job.
-struct Ticket {
+struct alignas(uint64_t) Ticket {
     uint32_t job;
     uint16_t num_pieces, next;
 };

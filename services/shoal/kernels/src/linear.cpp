@@ -60,6 +60,7 @@ void multiply(const Operands& of, int64_t panel, const Rows& rows, const Fetched
     __m512 sums[N][VECTORS];
     for (int n = 0; n < N; n++)
         for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_setzero_ps();
+    // Loops over sums are unrolled, here and below: Clang would keep in memory what one indexes.
     const auto add = [&]<bool FETCHES>(int64_t first) __attribute__((always_inline)) {
         const bf16* const ahead = FETCHES ? fetched[first * LINES] : nullptr;
 #pragma GCC unroll 2
@@ -74,10 +75,8 @@ void multiply(const Operands& of, int64_t panel, const Rows& rows, const Fetched
                 Factor shared[VECTORS];
                 for (int v = 0; v < VECTORS; v++)
                     shared[v] = factor_of<HALF>(_mm512_loadu_si512(weights + (pair * VECTORS + v) * LINE));
-                for (int n = 0; n < N; n++) {
-                    const Factor own = spread_pair<HALF>(inputs[n] + 2 * pair);
-                    for (int v = 0; v < VECTORS; v++) sums[n][v] = add_products(sums[n][v], own, shared[v]);
-                }
+#pragma GCC unroll ROWS
+                for (int n = 0; n < N; n++) add_spread<HALF>(sums[n], inputs[n] + 2 * pair, shared);
             });
         }
     };
@@ -85,9 +84,11 @@ void multiply(const Operands& of, int64_t panel, const Rows& rows, const Fetched
     int64_t first = 0;
     for (; first < fetching; first += PAIRS) add.template operator()<true>(first);
     for (; first < size / 2; first += PAIRS) add.template operator()<false>(first);
+#pragma GCC unroll VECTORS
     for (int v = 0; v < VECTORS; v++) {
         const int64_t output = panel * PANEL + 16 * v;
         const __m512 bias = IS_KEPT ? _mm512_setzero_ps() : of.bias_of(output);
+#pragma GCC unroll ROWS
         for (int n = 0; n < N; n++) {
             if constexpr (IS_KEPT) _mm512_store_ps(kept + n * PANEL + 16 * v, sums[n][v]);
             else of.put(rows.first + n, output, _mm512_add_ps(sums[n][v], bias));

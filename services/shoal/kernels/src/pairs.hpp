@@ -57,6 +57,25 @@ struct Numbers {
     const Number* operator[](int64_t index) const { return numbers + index * row; }
 };
 
+// sums[j] += the pair, in all lanes, times others[j]. Clang would spread the pairs of all rows ahead, for which there are no
+// registers: it's told to multiply by what lies in memory.
+template <int HALF, int N>
+inline void add_spread(__m512 (&sums)[N], const Number* pair, const Factor (&others)[N]) {
+#ifdef __clang__
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+#ifdef __AVX512BF16__
+        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sums[j]) : "v"(others[j]), "m"(*(const Number (*)[2])pair));
+#else
+        asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sums[j]) : "v"(others[j]), "m"(pair[HALF]));
+#endif
+    }
+#else
+    const Factor own = spread_pair<HALF>(pair);
+    for (int j = 0; j < N; j++) sums[j] = add_products(sums[j], own, others[j]);
+#endif
+}
+
 // That widening takes of a room, for each number.
 constexpr int64_t ROOM_OF_A_NUMBER = HALVES - 1;
 

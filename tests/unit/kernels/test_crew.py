@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.kernels.build import compiler, fits
+from shoal.kernels.build import compiler, fits, target_of
 from shoal.machine import cpu_flags
 
 SOURCES = Path(str(resources.files("shoal.kernels"))) / "src"
@@ -22,7 +22,7 @@ def _ran(folder: Path, source: str, checked: tuple[str, ...]) -> int:
     """What the program printed. It is skipped where it is to be ``checked`` by what this compiler doesn't have."""
     program = folder / "stress"
     command = [
-        *(compiler() or ()), "-O2", "-std=c++20", "-march=x86-64-v4", "-pthread", *checked,
+        *(compiler() or ()), *target_of(cpu_flags()).options, "-O2", *checked,
         f"-I{SOURCES}", str(Path(__file__).with_name(source)), str(SOURCES / "crew.cpp"), "-o", str(program),
     ]  # fmt: skip
     made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -1,4 +1,4 @@
-"""Models whose matrices are what int8 leaves of them, for tests of weights in int8."""
+"""Models whose matrices, and what these multiply, are what int8 leaves of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from shoal.model.int8 import Int8Matrix
 
 
 def dequantized(model: Any) -> Any:
-    """A copy of a transformers model with each matrix as int8 has it. Rows are rounded each by itself, so it doesn't
-    matter how they are fused."""
+    """A copy of a transformers model with each matrix as int8 has it, and its inputs. Rows are rounded each by itself,
+    so it doesn't matter how they are fused."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             if parameter.dim() == 2:
                 parameter.copy_(Int8Matrix.of(parameter.detach(), name).dequantized())
+    for module in other.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (_in_steps(inputs[0]),))
     return other
+
+
+def _in_steps(inputs: torch.Tensor) -> torch.Tensor:
+    """Each 64 of a row in steps of a 127th of the largest."""
+    rounded = []
+    for block in inputs.split(64, dim=-1):
+        step = block.abs().amax(dim=-1, keepdim=True) / 127
+        rounded.append(torch.where(step > 0, (block / step).round() * step, 0.0))
+    return torch.cat(rounded, dim=-1)
 
 
 def with_deep_layers_of(model: Any, other: Any, num_skipped: int) -> Any:

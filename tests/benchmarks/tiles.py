@@ -3,9 +3,8 @@
     python tests/benchmarks/tiles.py [--rounds 9] [--json FILE]
 
 Prompts' attention is of one layer of SmolLM2-135M; products are of all its layers' matrices, with as many rows as a
-prompt has tokens, gates included; and those of a decode step of so many streams, with the lm_head, in bfloat16 and with
-weights in int8. torch's attention and products, which use the unit, are measured beside. Numbers are random; times are
-medians over rounds.
+prompt has tokens, gates included; and those of a decode step of so many streams, with the lm_head. torch's attention
+and products, which use the unit, are measured beside. Numbers are random; times are medians over rounds.
 """
 
 from __future__ import annotations
@@ -59,12 +58,9 @@ def _works(kernels: NativeKernels, options: Any) -> Iterator[tuple[str, Work, Wo
         yield f"products, {tokens:,} tokens", partial(_multiply_layers, kernels, inputs, layers), by_torch
     shapes = (*LAYER * NUM_LAYERS, HEAD)
     matrices = [PackedMatrix.of(torch.randn(shape).bfloat16()) for shape in shapes]
-    values = [torch.randint(-127, 128, shape, dtype=torch.int8) for shape in shapes]
-    scales = {outputs: torch.rand(outputs) for outputs, _ in shapes}
     for num_rows in options.streams:
         inputs = {size: torch.randn(num_rows, size).bfloat16() for _, size in LAYER}
-        yield f"bfloat16, {num_rows} rows", partial(_multiply, kernels, inputs, matrices), None
-        yield f"int8, {num_rows} rows", partial(_multiply_int8, kernels, inputs, values, scales), None
+        yield f"a step's products, {num_rows} rows", partial(_multiply, kernels, inputs, matrices), None
 
 
 def _multiply_layers(kernels: NativeKernels, inputs: dict[int, torch.Tensor], matrices: list[PackedMatrix]) -> None:
@@ -87,13 +83,6 @@ def _multiply_by_torch(inputs: dict[int, torch.Tensor], matrices: list[torch.Ten
 def _multiply(kernels: NativeKernels, inputs: dict[int, torch.Tensor], matrices: list[PackedMatrix]) -> None:
     for matrix in matrices:
         kernels.linear(inputs[matrix.shape[1]], matrix.values, matrix.num_outputs, None)
-
-
-def _multiply_int8(
-    kernels: NativeKernels, inputs: dict[int, torch.Tensor], values: list[torch.Tensor], scales: dict[int, torch.Tensor]
-) -> None:
-    for matrix in values:
-        kernels.int8_linear(inputs[matrix.shape[1]], matrix, scales[matrix.shape[0]], None)
 
 
 def _attention(kernels: NativeKernels, tokens: int) -> tuple[Work, Work]:

@@ -11,7 +11,7 @@ from shoal.engine.native_layers import LayerTable, NativeLayers
 from shoal.engine.native_steps import NativeSteps
 from shoal.engine.sampler import Chooser, SampleRow, TorchChooser, uniform
 from shoal.errors import ConfigError
-from shoal.kernels.native import HEAD_DIMS, MAX_FEW_ROWS, NativeKernels, load
+from shoal.kernels.native import HEAD_DIMS, NativeKernels, load
 from shoal.kv.pool import KvPool
 from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan
@@ -88,7 +88,7 @@ def _shortlist_of(decoder: Decoder) -> Shortlist | None:
         return None
     shortlist = Shortlist.of(head)
     if shortlist is not None:
-        use_huge_pages([shortlist.matrix.values])
+        use_huge_pages([shortlist.values])
     return shortlist
 
 
@@ -165,16 +165,21 @@ class NativeRows(TorchRows):
         return heads[:, :num_heads]
 
     def gated(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(weight, PackedMatrix) and inputs.shape[0] and weight.num_outputs % 64 == 0:
-            num_gated, is_gelu = weight.num_outputs // 2, self._is_gelu
-            return self._kernels.gated_linear(inputs.contiguous(), weight.values, num_gated, bias, is_gelu=is_gelu)
+        if not isinstance(weight, torch.Tensor) and inputs.shape[0] and weight.num_outputs % 64 == 0:
+            num_gated, is_gelu, inputs = weight.num_outputs // 2, self._is_gelu, inputs.contiguous()
+            if isinstance(weight, PackedMatrix):
+                return self._kernels.gated_linear(inputs, weight.values, num_gated, bias, is_gelu=is_gelu)
+            return self._kernels.int8_gated_linear(
+                inputs, weight.values, weight.scales, num_gated, bias, is_gelu=is_gelu
+            )
         return self._kernels.gate(self.linear(inputs, weight, bias), is_gelu=self._is_gelu)
 
     def linear(self, inputs: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, PackedMatrix) and inputs.shape[0]:
             return self._kernels.linear(inputs.contiguous(), weight.values, weight.num_outputs, bias)
-        if isinstance(weight, Int8Matrix) and inputs.shape[0] <= MAX_FEW_ROWS and inputs.is_contiguous():
-            return self._kernels.int8_linear(inputs, weight.values, weight.scales, bias)
+        if isinstance(weight, Int8Matrix) and inputs.shape[0]:
+            inputs = inputs.contiguous()
+            return self._kernels.int8_linear(inputs, weight.values, weight.scales, weight.num_outputs, bias)
         return super().linear(inputs, weight, bias)
 
     def project(self, projection: KvProjection, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:

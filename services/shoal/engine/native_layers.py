@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,13 +19,13 @@ from shoal.model.matrix import Weight
 from shoal.model.packed import PackedMatrix
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.rope import Rope
+from shoal.model.shortlist import Shortlist
 
 
 class LayerTable:
     """A stage's layers and lm_head as the kernels have them.
 
-    ``is_taken`` says whether they take all layers as they lie, ``has_head`` whether the lm_head, too, and ``max_rows``
-    how many rows at once.
+    ``is_taken`` says whether they take all layers as they lie, ``has_head`` whether the lm_head, too.
     """
 
     def __init__(self, spec: ModelSpec, parameters: Parameters) -> None:
@@ -48,7 +47,6 @@ class LayerTable:
         self.is_taken = bool(parts) and all(map(_is_taken, parts))
         ends = (parameters.final_norm, parameters.lm_head)
         self.has_head = all(part is not None and _is_taken(part) for part in ends)
-        self.max_rows = MAX_FEW_ROWS if any(isinstance(part, Int8Matrix) for part in parts) else math.inf
         self._pool: KvPool | None = None
         self._layers: ctypes.Array[native.Layer] | None = None
 
@@ -60,12 +58,15 @@ class LayerTable:
             self._layers = (native.Layer * len(layers))(*layers)
         return self._layers
 
-    def head(self, logits: torch.Tensor, by: Weight | None = None) -> native.Head:
-        """What makes ``logits`` ``[rows, vocab]``, by the lm_head or by another one."""
+    def head(self, logits: torch.Tensor, shortlist: Shortlist | None = None) -> native.Head:
+        """What makes ``logits`` ``[rows, vocab]``, by the lm_head or as the shortlist has it."""
         norm, head = self._parameters.final_norm, self._parameters.lm_head
         if norm is None or head is None:
             raise InternalError("logits where there is no lm_head")
-        matrix = _matrix(head if by is None else by, None)
+        if shortlist is None:
+            matrix = _matrix(head, None)
+        else:
+            matrix = native.Matrix(shortlist.values.data_ptr(), shortlist.scales.data_ptr(), None, 1)
         return native.Head(pointer(norm), matrix, logits.shape[1], logits.data_ptr())
 
     def _layer(self, index: int, layer: LayerParameters, pool: KvPool) -> native.Layer:
@@ -88,7 +89,7 @@ class LayerTable:
 
 
 class NativeLayers:
-    """Carries out ``RunLayers`` (model/decoder.py) where all that it needs is packed, or for few rows in int8."""
+    """Carries out ``RunLayers`` (model/decoder.py) where all that it needs is packed."""
 
     def __init__(self, table: LayerTable, kernels: NativeKernels) -> None:
         self._table = table
@@ -104,7 +105,7 @@ class NativeLayers:
         progressed: Callable[[], None],
     ) -> torch.Tensor | None:
         table = self._table
-        if not (table.is_taken and layers and 0 < reads.num_rows <= table.max_rows):
+        if not (table.is_taken and layers and reads.num_rows):
             return None
         held, out = table.of(pool), hidden.clone(memory_format=torch.contiguous_format)
         if layers.stop > len(held):
@@ -132,7 +133,7 @@ def _matrix(weight: Weight, bias: torch.Tensor | None) -> native.Matrix:
         return native.Matrix(weight.values.data_ptr(), weight.scales.data_ptr(), pointer(bias))
     if isinstance(weight, PackedMatrix):
         return native.Matrix(weight.values.data_ptr(), None, pointer(bias))
-    raise InternalError("whole layers want matrices that are packed, or in int8")
+    raise InternalError("whole layers want matrices that are packed")
 
 
 def _reads(plan: AttentionPlan) -> native.Reads:

@@ -23,7 +23,7 @@ from shoal.model.rope import all_angles
 from shoal.model.shortlist import Shortlist
 
 MAX_SHORTLIST_ROWS = 3
-"""These wait for memory alone (kernels/src/int8_linear.cpp). Of more rows, the largest may be in more places."""
+"""These wait for memory alone (kernels/src/whole_linear.cpp). Of more rows, the largest may be in more places."""
 MOST_SETTLED = 0.25
 """Of a head: where the largest logit may be in more of it, a shortlist saves little or nothing."""
 STEPS_WITHOUT_IT = 100
@@ -76,7 +76,7 @@ class NativeSteps:
             len(ropes),
             self._windows,
             len(self._windows),
-            ctypes.pointer(table.head(logits, None if shortlist is None else shortlist.matrix)),
+            ctypes.pointer(table.head(logits, shortlist)),
         )
         layers = table.of(self._pool)
         decoder.progressed()

@@ -49,7 +49,7 @@ _OPTIONS = (
     "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl",
 )  # fmt: skip
 # The best first. AMD's Zen 4 and Intel's Sapphire Rapids, and later ones; from Intel's Cascade Lake on, which widen
-# bfloat16 to multiply it (src/pairs.hpp); and all with AVX-512, which widen bytes, too (src/whole.hpp).
+# bfloat16 to multiply it (src/pairs.hpp); and all with AVX-512, which widen bytes, too (src/bytes.hpp).
 TARGETS = (
     Target(
         _FLAGS | {"avx512_bf16", "avx512_vnni", "vpclmulqdq"},

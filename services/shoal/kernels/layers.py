@@ -29,9 +29,10 @@ class Shape(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """In bfloat16, packed (model/packed.py), or ``[outputs, inputs]`` in int8 with float32 ``scales``."""
+    """In bfloat16, packed (model/packed.py), or in int8 with float32 ``scales``: packed, too (model/int8.py), or where
+    it ``is_by_rows``, as the shortlist has it (model/shortlist.py)."""
 
-    _fields_ = (("weights", _Pointer), ("scales", _Pointer), ("bias", _Pointer))
+    _fields_ = (("weights", _Pointer), ("scales", _Pointer), ("bias", _Pointer), ("is_by_rows", _Int64))
 
 
 class Layer(ctypes.Structure):

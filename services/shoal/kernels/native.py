@@ -16,7 +16,7 @@ from shoal.kernels.build import SHIPPED, library
 from shoal.kernels.layers import Decoding, Layer, Shape, Step, Store, pointer, slots
 
 HEAD_DIMS = frozenset({64, 128, 256})
-# With more, weights in int8 are torch's to multiply. As int8_linear.cpp has it.
+# Of a step that may be run whole, without hearing how far it is: with more it takes long.
 MAX_FEW_ROWS = 64
 
 _PTR, _INT, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -31,7 +31,8 @@ _SIGNATURES = {
     "shoal_rotate_store": [_PTR, _INT64, _PTR, _PTR, _INT64, _INT, _INT, _INT, _PTR, _PTR, _INT],
     "shoal_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_project": [_PTR, _PTR, _PTR, _INT64, _INT64, _PTR, _INT64, _PTR, _INT, _INT, _INT],
-    "shoal_int8_linear": [_PTR, _PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
+    "shoal_int8_linear": [_PTR, _PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _INT, _PTR, _INT],
+    "shoal_whole_linear": [_PTR, _PTR, _PTR, _INT64, _INT64, _INT64, _PTR, _INT],
     "shoal_layers": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_decode": [_PTR, _PTR, _INT64, _PTR, _INT],
     "shoal_tiles": [_INT],
@@ -190,15 +191,50 @@ class NativeKernels:
         )  # fmt: skip
 
     def int8_linear(
-        self, inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+        self, inputs: torch.Tensor, panels: torch.Tensor, scales: torch.Tensor, outputs: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """``inputs`` ``[rows, size]`` times ``values`` int8 ``[outputs, size]`` transposed, times ``scales`` float32
-        ``[outputs]``: for 64 rows at most, of any size."""
+        """``inputs`` ``[rows, size]``, rounded to bytes, times a matrix ``[outputs, size]`` transposed, which lies in
+        ``panels``, times ``scales`` float32 (model/int8.py)."""
+        return self._by_int8(inputs, panels, scales, outputs, bias, -1)
+
+    def int8_gated_linear(
+        self,
+        inputs: torch.Tensor,
+        panels: torch.Tensor,
+        scales: torch.Tensor,
+        gated: int,
+        bias: torch.Tensor | None,
+        *,
+        is_gelu: bool,
+    ) -> torch.Tensor:
+        """What ``gate`` makes of ``int8_linear`` with ``2 * gated`` outputs; ``gated`` is a multiple of 32."""
+        return self._by_int8(inputs, panels, scales, 2 * gated, bias, int(is_gelu))
+
+    def _by_int8(
+        self,
+        inputs: torch.Tensor,
+        panels: torch.Tensor,
+        scales: torch.Tensor,
+        outputs: int,
+        bias: torch.Tensor | None,
+        activation: int,
+    ) -> torch.Tensor:
+        rows, size = inputs.shape
+        out = inputs.new_empty(rows, outputs if activation < 0 else outputs // 2)
+        self._call(
+            "shoal_int8_linear", inputs.data_ptr(), panels.data_ptr(), scales.data_ptr(), pointer(bias), rows,
+            outputs, size, activation, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def whole_linear(self, inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """``inputs`` ``[rows, size]``, rounded to 16 bits, times ``values`` int8 ``[outputs, size]`` transposed, times
+        ``scales`` float32 ``[outputs]``: for few rows, of any size."""
         rows, size = inputs.shape
         out = inputs.new_empty(rows, values.shape[0])
         self._call(
-            "shoal_int8_linear", inputs.data_ptr(), values.data_ptr(), scales.data_ptr(), pointer(bias), rows,
-            values.shape[0], size, out.data_ptr(), torch.get_num_threads(),
+            "shoal_whole_linear", inputs.data_ptr(), values.data_ptr(), scales.data_ptr(), rows, values.shape[0], size,
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -271,7 +307,7 @@ class NativeKernels:
         return out
 
     def run_layers(self, shape: Shape, first: Layer, num_layers: int, step: Step) -> None:
-        """``num_layers`` of an array of layers from ``first`` on; with weights in int8, of few rows (MAX_FEW_ROWS)."""
+        """``num_layers`` of an array of layers from ``first`` on."""
         self._call(
             "shoal_layers", ctypes.addressof(shape), ctypes.addressof(first), num_layers, ctypes.addressof(step),
             torch.get_num_threads(),

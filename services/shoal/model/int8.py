@@ -1,8 +1,9 @@
-"""Matrices in int8: half the bytes of bfloat16, and a decode step of few streams spends its time on reading them.
+"""Matrices in int8, and what they multiply as well: half the bytes of bfloat16, and half of its multiplications.
 
-Symmetric, one scale an output (a row here): ``weight[o, i] = scales[o] * values[o, i]``. A scale for all of a row, and
-not one for each group of its inputs, lets a product run over whole numbers from end to end, exactly (kernels/src/
-int8_linear.cpp), and lets torch multiply the values as they are, since bfloat16 holds -127..127 exactly.
+Weights are rounded once, symmetric, by one scale an output (a row here): ``weight[o, i] = scales[o] * values[o, i]``.
+Inputs are rounded as they come, by one scale for each ``BLOCK`` of a row's: of a row, few numbers are far larger than
+all others, and with one scale for all of it, those others would be lost. Sums of a block's products are whole numbers,
+and exact (kernels/src/bytes.hpp); blocks are added up in float32.
 """
 
 from __future__ import annotations
@@ -14,80 +15,102 @@ import torch
 import torch.nn.functional as F
 
 from shoal.errors import MalformedWeights
-from shoal.machine import multiplies_bfloat16
+from shoal.model.packed import PANEL
 
 LARGEST = 127
+BLOCK = 64
+"""Inputs that share a scale."""
+_FOUR = 4  # inputs whose products are added at once
+_SIGN = 128  # what is added to weights, of which the multiplier wants no sign
+# What is smaller than this in all of a block becomes nothing: the inverse of a scale must be finite.
+_NOTHING = 1e-30
 # What exists at once in another dtype, of a matrix that is made or multiplied.
 _MAX_WIDE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Matrix:
-    """``values`` int8 ``[outputs, inputs]``, ``scales`` float32 ``[outputs]``; stands for a matrix of ``dtype``."""
+    """``values`` uint8 ``[panels, inputs / 4, 32, 4]``: of panels of outputs, for each four inputs, each output's four
+    numbers, 128 added; ``scales`` float32 ``[panels * 32]``. Inputs are filled up to whole blocks, outputs to whole
+    panels. Stands for a matrix ``[num_outputs, num_inputs]`` of ``dtype``."""
 
     values: torch.Tensor
     scales: torch.Tensor
+    num_outputs: int
+    num_inputs: int
     dtype: torch.dtype
 
     @classmethod
     def of(cls, weight: torch.Tensor, name: str) -> Int8Matrix:
-        """``weight`` ``[outputs, inputs]``, each row rounded to 255 even steps over its largest number, a piece at a
-        time. Raises MalformedWeights that says ``name`` where a number isn't finite."""
-        values = torch.empty_like(weight, dtype=torch.int8)
-        scales = weight.new_empty(weight.shape[0], dtype=torch.float32)
-        for piece in _pieces(weight):
-            wide = weight[piece].to(torch.float32)
-            largest = wide.abs().amax(dim=1)
-            if not bool(largest.isfinite().all()):
-                raise MalformedWeights(f"{name} holds numbers that aren't finite, and int8 can't: is the file damaged?")
-            scale = largest / LARGEST
-            scales[piece] = scale
-            steps = wide / scale.where(scale > 0, 1.0)[:, None]
-            values[piece] = steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-        return cls(values, scales, weight.dtype)
+        """``weight`` ``[outputs, inputs]``, rounded and packed a piece at a time. Raises MalformedWeights that says
+        ``name`` where a number isn't finite."""
+        outputs, inputs = weight.shape
+        panels, padding = -(-outputs // PANEL), -inputs % BLOCK
+        values = torch.empty(panels, (inputs + padding) // _FOUR, PANEL, _FOUR, dtype=torch.uint8, device=weight.device)
+        scales = weight.new_zeros(panels * PANEL, dtype=torch.float32)
+        for piece in _pieces(outputs, inputs):
+            made, scales[piece] = rounded_rows(weight[piece], name)
+            filled = F.pad(made, (0, padding, 0, -len(made) % PANEL)).to(torch.int16) + _SIGN
+            rows = filled.to(torch.uint8).view(-1, PANEL, values.shape[1], _FOUR)
+            values[piece.start // PANEL : piece.start // PANEL + len(rows)] = rows.transpose(1, 2)
+        return cls(values, scales, outputs, inputs, weight.dtype)
 
     @property
     def shape(self) -> torch.Size:
-        return self.values.shape
+        return torch.Size((self.num_outputs, self.num_inputs))
 
     @property
     def device(self) -> torch.device:
         return self.values.device
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """``[len(index), inputs]`` of ``dtype``: an embedding's, looked up."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        return (self.values[index].to(wide) * self.scales[index, None]).to(self.dtype)
+        values = self.values[index // PANEL, :, index % PANEL].flatten(1)[:, : self.num_inputs].to(wide) - _SIGN
+        return (values * self.scales[index, None]).to(self.dtype)
 
     def dequantized(self) -> torch.Tensor:
-        """The whole matrix in ``dtype``, as its products have it but for rounding."""
-        return self.rows(torch.arange(self.shape[0], device=self.device))
+        """The whole matrix in ``dtype``."""
+        return self.rows(torch.arange(self.num_outputs, device=self.device))
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``inputs`` ``[rows, inputs]`` times the matrix transposed, plus ``bias``, by torch: for many rows. At no time
-        is more than 8 MiB of the matrix in the dtype in which it's multiplied."""
-        wide = inputs.to(_multiplied_as(inputs))
-        pieces = list(_pieces(self.values, wide.element_size()))
-        if len(pieces) == 1:
-            out = F.linear(wide, self.values.to(wide.dtype))
-        else:
-            out = wide.new_empty(wide.shape[0], self.shape[0])
-            for piece in pieces:
-                out[:, piece] = F.linear(wide, self.values[piece].to(wide.dtype))
-        out.mul_(self.scales)
+        """``inputs`` ``[rows, inputs]``, rounded, times the matrix transposed, plus ``bias``, by torch, to compare
+        with. At no time is more than 8 MiB of the matrix in the dtype in which it's multiplied: float32, or float64."""
+        wide = rounded_inputs(inputs)
+        out = wide.new_empty(wide.shape[0], self.num_outputs)
+        for piece in _pieces(self.num_outputs, self.num_inputs, wide.element_size()):
+            panels = self.values[piece.start // PANEL : -(-piece.stop // PANEL)]
+            values = panels.transpose(1, 2).flatten(2).flatten(0, 1)[: piece.stop - piece.start, : self.num_inputs]
+            out[:, piece] = F.linear(wide, values.to(wide.dtype) - _SIGN)
+        out.mul_(self.scales[: self.num_outputs])
         return (out if bias is None else out.add_(bias)).to(inputs.dtype)
 
 
-def _multiplied_as(inputs: torch.Tensor) -> torch.dtype:
-    is_emulated = inputs.dtype is torch.bfloat16 and inputs.device.type == "cpu" and not multiplies_bfloat16()
-    return torch.float32 if is_emulated else inputs.dtype
+def rounded_rows(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(values, scales)`` of ``weight`` ``[outputs, inputs]``: int8, of the same shape, each row rounded to 255 even
+    steps over its largest number, and float32 ``[outputs]``. Raises MalformedWeights as ``Int8Matrix.of`` does."""
+    wide = weight.to(torch.float32)
+    largest = wide.abs().amax(dim=1)
+    if not bool(largest.isfinite().all()):
+        raise MalformedWeights(f"{name} holds numbers that aren't finite, and int8 can't: is the file damaged?")
+    scales = largest / LARGEST
+    steps = wide / scales.where(scales > 0, 1.0)[:, None]
+    return steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales
 
 
-def _pieces(matrix: torch.Tensor, wide_bytes: int = 4) -> Iterator[slice]:
-    """Whole rows, few enough to be had in another dtype, of so many bytes a number, as well."""
-    num_rows = max(1, _MAX_WIDE_BYTES // (wide_bytes * matrix.shape[1]))
-    return (slice(start, start + num_rows) for start in range(0, matrix.shape[0], num_rows))
+def rounded_inputs(inputs: torch.Tensor) -> torch.Tensor:
+    """``inputs`` ``[rows, inputs]`` as they are multiplied, in float32, or in float64 as they were."""
+    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    blocks = F.pad(wide, (0, -wide.shape[1] % BLOCK)).view(len(wide), -1, BLOCK)
+    largest = blocks.abs().amax(dim=2, keepdim=True)
+    is_something = ~(largest < _NOTHING)
+    # A number by a tensor would be its inverse, times the number: rounded twice, which no kernel does.
+    factor = torch.full_like(largest, LARGEST).div_(largest).where(is_something, 0.0)
+    scales = (largest / LARGEST).where(is_something, 0.0)
+    return ((blocks * factor).round_() * scales).flatten(1)[:, : inputs.shape[1]]
+
+
+def _pieces(outputs: int, inputs: int, wide_bytes: int = 4) -> Iterator[slice]:
+    """Whole panels of rows, few enough to be had in another dtype, of so many bytes a number, as well."""
+    num_rows = max(1, _MAX_WIDE_BYTES // (wide_bytes * inputs * PANEL)) * PANEL
+    return (slice(start, min(start + num_rows, outputs)) for start in range(0, outputs, num_rows))

@@ -2,7 +2,7 @@
 
 ::
 
-    w  a row of the head, q  the same in int8 (model/int8.py), x  the inputs
+    w  a row of the head, q  the same in int8, x  the inputs
     |w x - q x|  <=  |w - q| |x|                                          (Cauchy and Schwarz)
 
 So with ``bounds`` b = |w - q|, and what rounding adds, an output of ``q`` that is below another one by more than both
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.errors import MalformedWeights
-from shoal.model.int8 import Int8Matrix
+from shoal.model.int8 import rounded_rows
 from shoal.model.packed import PANEL, PackedMatrix
 
 # Inputs become whole numbers of steps, a step being 1/32639 of the row's largest, which is at most its length: each is
@@ -38,11 +38,12 @@ _MAX_WIDE_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Shortlist:
-    """``matrix`` is the ``head`` in int8, ``bounds`` float32 ``[outputs]``: how far an output's two products can be
-    apart, for inputs of length 1."""
+    """``values`` int8 ``[outputs, inputs]`` times ``scales`` float32 ``[outputs]`` is the ``head`` rounded, ``bounds``
+    float32 ``[outputs]``: how far an output's two products can be apart, for inputs of length 1."""
 
     head: PackedMatrix
-    matrix: Int8Matrix
+    values: torch.Tensor
+    scales: torch.Tensor
     bounds: torch.Tensor
 
     @classmethod
@@ -57,17 +58,16 @@ class Shortlist:
             piece = slice(start, min(start + rows, outputs))
             weight = head.part(piece).unpacked()
             try:
-                made = Int8Matrix.of(weight, "lm_head")
+                values[piece], scales[piece] = rounded_rows(weight, "lm_head")
             except MalformedWeights:
                 return None
-            values[piece], scales[piece] = made.values, made.scales
             # In float32: of numbers whose products could be infinite a length is, and then nothing is ruled out.
             whole = weight.float()
-            lost = (whole - made.values * made.scales[:, None]).norm(dim=1)
+            lost = (whole - values[piece] * scales[piece, None]).norm(dim=1)
             bounds[piece] = (lost + rounding * (whole.norm(dim=1) + lost) + negligible) * _SPARE
-        return cls(head, Int8Matrix(values, scales, head.dtype), bounds)
+        return cls(head, values, scales, bounds)
 
     @property
     def num_bytes(self) -> int:
         """Beside the head's own."""
-        return self.matrix.nbytes + self.bounds.nbytes
+        return self.values.nbytes + self.scales.nbytes + self.bounds.nbytes

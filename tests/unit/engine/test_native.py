@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -113,11 +112,6 @@ def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> 
     if not is_native:
         with pytest.raises(ConfigError, match="kernels is native, but: they compute in bfloat16 only"):
             choose_kernels(StageConfig(kernels="native"), served, CPU)
-
-
-def test_python_and_kernels_agree_on_how_many_rows_are_few():
-    source = resources.files("shoal.kernels") / "src" / "int8_linear.cpp"
-    assert f"FEW_ROWS = {native.MAX_FEW_ROWS};" in source.read_text(encoding="utf-8")
 
 
 def no_kernels(*_: object) -> NoReturn:

@@ -115,8 +115,8 @@ def test_the_same_as_any_step(
     assert all(map(torch.equal, ours, layers))
     if family != "qwen3":
         assert all(map(torch.equal, ours, operations))
-    else:  # whose norms of heads are torch's, one by one: it rounds in other places
-        assert max(map(divergence, ours[0], operations[0])) < 1e-3
+    else:  # whose norms of heads are torch's, one by one: it rounds in other places, and bytes have larger steps
+        assert max(map(divergence, ours[0], operations[0])) < (2e-3 if is_int8 else 1e-3)
 
 
 @pytest.mark.parametrize("num_skipped", [0, 2])

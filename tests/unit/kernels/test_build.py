@@ -163,7 +163,8 @@ def test_what_ziglang_compiles_computes_the_same(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", shlex.join(ZIGLANG))
     monkeypatch.setattr(build, "cpu_flags", cpu_flags)
     build.library()  # without it the others would be skipped
-    tests = [Path(__file__).with_name(name) for name in ("test_native.py", "test_int8_linear.py", "test_crew.py")]
+    names = ("test_native.py", "test_int8_linear.py", "test_whole_linear.py", "test_crew.py")
+    tests = [Path(__file__).with_name(name) for name in names]
     pytest_alone = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*pytest_alone, *tests], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -28,7 +28,7 @@ def outputs_of(
     head = PackedMatrix.of(weight)
     shortlist = Shortlist.of(head)
     assert shortlist is not None
-    by_int8 = kernels.int8_linear(inputs, shortlist.matrix.values, shortlist.matrix.scales, None)
+    by_int8 = kernels.whole_linear(inputs, shortlist.values, shortlist.scales)
     settled = by_int8.clone()
     num_made = kernels.settle(inputs, head.values, shortlist.bounds, settled)
     assert 1 <= num_made <= len(head.values)
@@ -70,12 +70,12 @@ def test_the_bounds_hold(kernels: NativeKernels, num_outputs: int, size: int, sc
     shortlist = Shortlist.of(head)
     assert shortlist is not None
     exact = head.unpacked().double()
-    lost = exact - shortlist.matrix.values * shortlist.matrix.scales.double()[:, None]
+    lost = exact - shortlist.values * shortlist.scales.double()[:, None]
     assert bool(lost.any()) != is_whole
     some = random(32, size, seed=1)
     some[:, 5] *= 300
     for inputs in (some, (lost[:32] / scale * 99).bfloat16()):
-        made = kernels.int8_linear(inputs, shortlist.matrix.values, shortlist.matrix.scales, None).double()
+        made = kernels.whole_linear(inputs, shortlist.values, shortlist.scales).double()
         off = (made - inputs.double() @ exact.T).abs()
         bound = shortlist.bounds.double() * inputs.double().norm(dim=1, keepdim=True)
         assert bool((off <= bound + ROUNDED * (made.abs() + bound)).all())

@@ -16,7 +16,7 @@ from shoal.errors import InternalError, MalformedWeights
 from shoal.messages import Depth, Stage
 from shoal.model import int8
 from shoal.model.families import FAMILIES, describe
-from shoal.model.int8 import Int8Matrix
+from shoal.model.int8 import Int8Matrix, rounded_inputs
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
 
@@ -36,22 +36,62 @@ def int8_parameters(model: Any, num_skipped: int = SKIPPED) -> Parameters:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (50, 64)])
-def test_a_number_is_half_a_step_away_at_most(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (50, 64), (64, 100)])
+def test_a_weight_is_half_a_step_away_at_most(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = random(*shape, dtype=dtype)
     made = Int8Matrix.of(weight, "w")
-    assert made.values.dtype == torch.int8 and made.scales.dtype == torch.float32
+    outputs, inputs = shape
+    panels, blocks = -(-outputs // 32), -(-inputs // 64)
+    assert made.values.dtype == torch.uint8 and made.values.shape == (panels, 16 * blocks, 32, 4)
+    assert made.scales.dtype == torch.float32 and made.scales.shape == (32 * panels,)
     assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, CPU)
-    torch.testing.assert_close(made.scales.double(), weight.double().abs().amax(dim=1) / 127, rtol=1e-6, atol=0)
-    assert int(made.values.abs().amax(dim=1).min()) == 127
-    error = (made.values.double() * made.scales.double()[:, None] - weight.double()).abs()
-    assert bool((error <= made.scales.double()[:, None] * (0.5 + 1e-4)).all())
+    scales, values = made.scales[:outputs].double(), values_of(made)
+    torch.testing.assert_close(scales, weight.double().abs().amax(dim=1) / 127, rtol=1e-6, atol=0)
+    assert int(values.abs().amax(dim=1).min()) == 127
+    error = (values * scales[:, None] - weight.double()).abs()
+    assert bool((error <= scales[:, None] * (0.5 + 1e-4)).all())
+    torch.testing.assert_close(made.dequantized(), (values * scales[:, None]).to(dtype), rtol=1e-6, atol=0)
+
+
+def values_of(made: Int8Matrix) -> torch.Tensor:
+    """``[outputs, inputs]`` in float64, one by one from where each lies. What fills up panels and blocks is nothing."""
+    outputs, inputs = made.shape
+    whole = torch.empty(32 * made.values.shape[0], 4 * made.values.shape[1], dtype=torch.float64)
+    for output in range(whole.shape[0]):
+        whole[output] = made.values[output // 32, :, output % 32].flatten().double() - 128
+    assert not whole[outputs:].any() and not whole[:, inputs:].any() and not made.scales[outputs:].any()
+    return whole[:outputs, :inputs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 63, 64, 200])
+def test_an_input_is_half_a_step_of_its_block_away_at_most(size: int, dtype: torch.dtype) -> None:
+    inputs = random(5, size, dtype=dtype)
+    inputs[1] = 0
+    inputs[2, size // 2] = 1000
+    made = rounded_inputs(inputs)
+    assert made.dtype == (torch.float64 if dtype is torch.float64 else torch.float32) and made.shape == inputs.shape
+    assert not made[1].any()
+    for start in range(0, size, 64):
+        block, rounded = inputs[:, start : start + 64].double(), made[:, start : start + 64].double()
+        step = block.abs().amax(dim=1, keepdim=True) / 127
+        assert bool(((rounded - block).abs() <= step * (0.5 + 1e-4)).all())
+        whole = rounded / step.where(step > 0, 1)
+        torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_an_input_that_is_not_finite_makes_its_block_nan(broken: float) -> None:
+    inputs = random(3, 130)
+    inputs[1, 70] = broken
+    made = rounded_inputs(inputs)
+    assert made[1, 64:128].isnan().all() and made.isnan().sum() == 64
 
 
 def test_rows_of_one_number_are_exact_and_those_of_none_stay_zero() -> None:
     weight = torch.stack([torch.full((40,), 0.75), torch.zeros(40), torch.full((40,), -3.0), torch.full((40,), 1e-44)])
     made = Int8Matrix.of(weight, "w")
-    assert made.values[:3].tolist() == [[127] * 40, [0] * 40, [-127] * 40]
+    assert values_of(made)[:3].tolist() == [[127] * 40, [0] * 40, [-127] * 40]
     torch.testing.assert_close(made.dequantized()[:3], weight[:3], rtol=1e-6, atol=0)
     assert made.dequantized()[3].abs().max() <= 1e-43
 
@@ -64,11 +104,11 @@ def test_what_is_not_finite_is_refused_by_name(broken: float) -> None:
         Int8Matrix.of(weight, "layers.3.qkv")
 
 
-@pytest.mark.parametrize("most", [1, 33 * 8, 40 * 8, 100 * 8, 8 << 20])
+@pytest.mark.parametrize("most", [1, 33 * 32 * 4, 33 * 64 * 8, 8 << 20])
 def test_piece_by_piece_is_the_same(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    weight, inputs, bias = random(17, 33), random(9, 33), random(17)
+    weight, inputs, bias = random(117, 33), random(9, 33), random(117)
     whole = Int8Matrix.of(weight, "w")
-    expected = F.linear(inputs, whole.values.double() * whole.scales.double()[:, None], bias)
+    expected = F.linear(rounded_inputs(inputs), values_of(whole) * whole.scales[:117, None].double(), bias)
     monkeypatch.setattr(int8, "_MAX_WIDE_BYTES", most)
     made = Int8Matrix.of(weight, "w")
     assert torch.equal(made.values, whole.values) and torch.equal(made.scales, whole.scales)
@@ -76,36 +116,12 @@ def test_piece_by_piece_is_the_same(monkeypatch: pytest.MonkeyPatch, most: int) 
     torch.testing.assert_close(made.linear(inputs, None), expected - bias, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("is_native", [True, False])
-@pytest.mark.parametrize("most", [132, 8 << 20])
-def test_bfloat16_is_multiplied_as_float32_where_it_would_be_emulated(
-    monkeypatch: pytest.MonkeyPatch, is_native: bool, most: int
-) -> None:
-    """And rounded once, at the end."""
-    monkeypatch.setattr(int8, "multiplies_bfloat16", lambda: is_native)
-    monkeypatch.setattr(int8, "_MAX_WIDE_BYTES", most)
+def test_products_in_bfloat16_are_rounded_once_at_the_end() -> None:
     made = Int8Matrix.of(random(17, 33).bfloat16(), "w")
     inputs, bias = random(9, 33).bfloat16(), random(17).bfloat16()
-    exact = F.linear(inputs.double(), made.values.double() * made.scales.double()[:, None], bias.double())
-    multiplied = watch_products(monkeypatch)
-    found = made.linear(inputs, bias)
-    assert set(multiplied) == {torch.bfloat16 if is_native else torch.float32}
-    assert found.dtype is torch.bfloat16
-    torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.05)
-    if not is_native:
-        torch.testing.assert_close(found, exact.bfloat16(), rtol=0.004, atol=1e-3)  # the last bit of it
-
-
-def watch_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """What is multiplied in, product by product."""
-    dtypes: list[torch.dtype] = []
-
-    def watched(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        dtypes.append(weight.dtype)
-        return inputs @ weight.T
-
-    monkeypatch.setattr(int8.F, "linear", watched)
-    return dtypes
+    weight = values_of(made) * made.scales[:17, None].double()
+    exact = F.linear(rounded_inputs(inputs).double(), weight, bias.double())
+    torch.testing.assert_close(made.linear(inputs, bias), exact.bfloat16(), rtol=0.004, atol=1e-3)  # the last bit of it
 
 
 def test_an_embedding_is_looked_up() -> None:
@@ -155,8 +171,9 @@ def test_only_what_is_multiplied_is_in_int8_and_nothing_is_held_twice() -> None:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in held.tensors()}
     assert sum(storages.values()) == held.num_bytes
     always = sum(tensor.nbytes for name, tensor in held.tensors() if name in wide)
-    num_outputs = sum(len(tensor) for name, tensor in held.tensors() if name.endswith(".scales"))
-    assert held.num_bytes == (before.num_bytes - always) / 2 + always + 4 * num_outputs
+    matrices = [tensor for name, tensor in before.tensors() if name not in wide]
+    filled = [(-(-outputs // 32) * 32, -(-inputs // 64) * 64) for outputs, inputs in (one.shape for one in matrices)]
+    assert held.num_bytes == always + sum(outputs * inputs + 4 * outputs for outputs, inputs in filled)
     assert held.num_bytes < 0.58 * before.num_bytes
 
 

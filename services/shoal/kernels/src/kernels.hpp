@@ -21,13 +21,17 @@ int shoal_attend_prompt(const void* queries, int64_t query_row, const void* pool
 
 namespace shoal {
 
-// Of shoal_attend_decode and shoal_int8_linear, those that keep something meanwhile, for which room is given.
+// Of shoal_attend_decode, shoal_int8_linear and shoal_whole_linear, those that keep something meanwhile, for which room is
+// given: of floats, or of bytes.
 int64_t kept_by_attention(int64_t batch, int64_t longest, int num_heads, int head_dim, int num_threads);
 int64_t kept_by_int8(int64_t num_rows, int64_t size);
+int64_t kept_by_whole(int64_t num_rows, int64_t size);
 int attend_decode(const void* queries, int64_t query_row, const int64_t* at, const void* pool, const int64_t* slots,
                   int64_t first_slot, int64_t longest, const int64_t* lengths, int64_t batch, int num_heads, int kv_heads,
                   int head_dim, float scale, void* out, int num_threads, float* kept);
 int int8_linear(const void* inputs, const void* weights, const void* scales, const void* bias, int64_t num_rows,
-                int64_t num_outputs, int64_t size, void* out, int num_threads, __m512i* kept);
+                int64_t num_outputs, int64_t size, int activation, void* out, int num_threads, char* kept);
+int whole_linear(const void* inputs, const void* weights, const void* scales, int64_t num_rows, int64_t num_outputs,
+                 int64_t size, void* out, int num_threads, char* kept);
 
 }  // namespace shoal

@@ -24,7 +24,7 @@ static_assert(TOGETHER <= MANY_ROWS);  // of more rows, each thread would take a
 struct Scratch {
     Room<bf16> normed, heads, mixed, both, gated, added;
     Room<float> parts;
-    Room<__m512i> whole;
+    Room<char> bytes;
 };
 
 class Runner {
@@ -41,10 +41,11 @@ class Runner {
         scratch_.mixed.of(rows * mixed);
         scratch_.gated.of(rows * shape_.intermediate_size);
         const int64_t widest = std::max(shape_.hidden_size, mixed);
-        int64_t both = 0, parts = 0, whole = step_.head && step_.head->by.scales ? kept_by_int8(rows, widest) : 0;
+        int64_t both = 0, parts = 0, bytes = step_.head ? kept_by(step_.head->by, widest) : 0;
         for (const Layer* layer = layers; layer < layers + num_layers; layer++) {
-            if (!gates_at_once(layer->gate_up)) both = rows * 2 * shape_.intermediate_size;
-            if (has_int8(*layer)) whole = kept_by_int8(rows, std::max(widest, shape_.intermediate_size));
+            if (!gates_at_once()) both = rows * 2 * shape_.intermediate_size;
+            for (const Matrix* by : {&layer->qkv, &layer->out, &layer->gate_up, &layer->down})
+                bytes = std::max(bytes, kept_by(*by, std::max(widest, shape_.intermediate_size)));
             const Reads& reads = step_.reads[layer->reads];
             for (const Group* of = reads.groups; of < reads.groups + reads.num_groups; of++)
                 parts = std::max(parts, kept_by_attention(of->batch, of->longest, (int)shape_.num_heads,
@@ -52,7 +53,7 @@ class Runner {
         }
         scratch_.both.of(both);
         scratch_.parts.of(parts);
-        scratch_.whole.of(whole);
+        scratch_.bytes.of(bytes);
     }
 
     // Whether all rows are single ones, and few.
@@ -76,11 +77,9 @@ class Runner {
             number += 4 * num_threads_ + of->batch;
         return number;
     }
-    // Of a product: of int8 inputs are made whole, and rows are multiplied 32 at a time.
-    int64_t num_shares(const Matrix& by) const { return by.scales ? 2 + step_.num_rows / 32 : 1; }
-    int64_t num_claims(const Matrix& by, int64_t num_outputs) const {
-        return (num_outputs / 32 + 1) * (by.scales ? 1 + step_.num_rows / 32 : 1);
-    }
+    // Of a product: of int8 inputs become bytes first.
+    static int64_t num_shares(const Matrix& by) { return by.scales ? 2 : 1; }
+    static int64_t num_claims(const Matrix&, int64_t num_outputs) { return num_outputs / PANEL + 1; }
 
     // Where it isn't by blocks of rows, a layer's MLP is added to the states by the next one's first norm.
     bool run(const Layer* layers, int64_t num_layers) {
@@ -104,12 +103,13 @@ class Runner {
 
    private:
     int64_t heads_size() const { return (shape_.num_heads + 2 * shape_.kv_heads) * shape_.head_dim; }
-    bool gates_at_once(const Matrix& by) const { return !by.scales && step_.num_rows > FEW_ROWS; }
+    bool gates_at_once() const { return step_.num_rows > FEW_ROWS && shape_.intermediate_size % PANEL == 0; }
     bool rotates_as_it_multiplies(const Layer& layer) const {
         return !layer.qkv.scales && !layer.q_norm && !layer.k_norm && rotates_at_once(step_.num_rows, shape_.head_dim);
     }
-    static bool has_int8(const Layer& layer) {
-        return layer.qkv.scales || layer.out.scales || layer.gate_up.scales || layer.down.scales;
+    int64_t kept_by(const Matrix& by, int64_t size) const {
+        if (!by.scales) return 0;
+        return by.is_by_rows ? kept_by_whole(step_.num_rows, size) : kept_by_int8(step_.num_rows, size);
     }
 
     bool attention(const Layer& layer) {
@@ -197,7 +197,8 @@ class Runner {
 
     bool gate(const Matrix& by, int64_t size, bf16* out) {
         const bf16* const normed = scratch_.normed.numbers();
-        if (gates_at_once(by))
+        if (gates_at_once() && by.scales) return by_int8(by, normed, shape_.hidden_size, 2 * size, shape_.activation, out);
+        if (gates_at_once())
             return !shoal_gated_linear(normed, by.weights, by.bias, step_.num_rows, size, shape_.hidden_size,
                                        shape_.activation, out, num_threads_);
         return multiply(by, normed, shape_.hidden_size, 2 * size, scratch_.both.numbers()) &&
@@ -205,10 +206,16 @@ class Runner {
     }
 
     bool multiply(const Matrix& by, const bf16* inputs, int64_t size, int64_t num_outputs, bf16* out) {
-        if (by.scales)
-            return !int8_linear(inputs, by.weights, by.scales, by.bias, step_.num_rows, num_outputs, size, out,
-                                num_threads_, scratch_.whole.numbers());
+        if (by.is_by_rows)
+            return !whole_linear(inputs, by.weights, by.scales, step_.num_rows, num_outputs, size, out, num_threads_,
+                                 scratch_.bytes.numbers());
+        if (by.scales) return by_int8(by, inputs, size, num_outputs, -1, out);
         return !shoal_linear(inputs, by.weights, by.bias, step_.num_rows, num_outputs, size, out, num_threads_);
+    }
+
+    bool by_int8(const Matrix& by, const bf16* inputs, int64_t size, int64_t num_outputs, int activation, bf16* out) {
+        return !int8_linear(inputs, by.weights, by.scales, by.bias, step_.num_rows, num_outputs, size, activation, out,
+                            num_threads_, scratch_.bytes.numbers());
     }
 
     // In place; nothing without a weight.

@@ -10,9 +10,10 @@ struct Shape {
     int32_t activation;
 };
 
-// bfloat16 in panels, or with `scales` int8; without a bias none.
+// bfloat16 in panels, or with `scales` int8: in panels, too, or as the shortlist has it, by rows. Without a bias none.
 struct Matrix {
     const void *weights, *scales, *bias;
+    int64_t is_by_rows;
 };
 
 // Norms that a family doesn't have are none. `rope` and `reads` say which of a step's are this layer's.

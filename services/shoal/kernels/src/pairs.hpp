@@ -19,7 +19,7 @@ template <int HALF>
 inline Factor factor_of(__m512i pairs) { return (__m512bh)pairs; }
 
 template <int HALF>
-inline Factor spread_pair(const bf16* pair) { return (__m512bh)spread<16>(pair); }
+inline Factor spread_pair(const bf16* pair) { return (__m512bh)spread(pair); }
 
 inline __m512 add_products(__m512 sums, Factor one, Factor other) { return _mm512_dpbf16_ps(sums, one, other); }
 
@@ -55,6 +55,7 @@ struct Numbers {
     int64_t row;
 
     const Number* operator[](int64_t index) const { return numbers + index * row; }
+    Numbers from(int64_t index) const { return {numbers + index * row, row}; }
 };
 
 // sums[j] += the pair, in all lanes, times others[j]. Clang would spread the pairs of all rows ahead, for which there are no

@@ -30,20 +30,11 @@ inline bool fetches_once() {
     return does;
 }
 
-constexpr int AHEAD = 8;  // by lanes, weights' rows that are fetched so long before: what memory takes, or more
-
-// What lies at `from`, for each row of a register of sixteen or eight: four bytes, or eight.
-template <int ROWS>
+// The four bytes that lie at `from`, in all lanes.
 inline __m512i spread(const void* from) {
-    if constexpr (ROWS == 16) {
-        int32_t four;
-        std::memcpy(&four, from, sizeof four);
-        return _mm512_set1_epi32(four);
-    } else {
-        int64_t eight;
-        std::memcpy(&eight, from, sizeof eight);
-        return _mm512_set1_epi64(eight);
-    }
+    int32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return _mm512_set1_epi32(four);
 }
 
 // As good as minus infinity for a score, without its NaNs.
@@ -157,25 +148,6 @@ inline void transpose(__m512i (&v)[16]) {
         v[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
         v[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
         v[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
-}
-
-// Eight rows of eight pairs of numbers become columns.
-inline void transpose(__m512i (&v)[8]) {
-    __m512i by2[8];
-    for (int i = 0; i < 8; i += 2) {
-        by2[i] = _mm512_unpacklo_epi64(v[i], v[i + 1]);
-        by2[i + 1] = _mm512_unpackhi_epi64(v[i], v[i + 1]);
-    }
-    for (int j = 0; j < 2; j++) {  // of four registers each a quarter
-        const __m512i low = _mm512_shuffle_i64x2(by2[j], by2[2 + j], 0x88);
-        const __m512i low2 = _mm512_shuffle_i64x2(by2[4 + j], by2[6 + j], 0x88);
-        const __m512i high = _mm512_shuffle_i64x2(by2[j], by2[2 + j], 0xdd);
-        const __m512i high2 = _mm512_shuffle_i64x2(by2[4 + j], by2[6 + j], 0xdd);
-        v[j] = _mm512_shuffle_i64x2(low, low2, 0x88);
-        v[4 + j] = _mm512_shuffle_i64x2(low, low2, 0xdd);
-        v[2 + j] = _mm512_shuffle_i64x2(high, high2, 0x88);
-        v[6 + j] = _mm512_shuffle_i64x2(high, high2, 0xdd);
     }
 }
 

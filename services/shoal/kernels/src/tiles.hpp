@@ -2,7 +2,6 @@
 // sixteen rows of 32 numbers by sixteen columns of them, as much as 256 dot products of `simd.hpp`'s registers.
 //
 //     sums[16 rows][16 columns]  +=  left[16 rows][32 numbers]  *  right[16 pairs of numbers][16 columns][2]
-//     the same of bytes          +=  left[16 rows][64 numbers]  *  right[16 times four numbers][16 columns][4]
 //
 // With SHOAL_EMULATE_TILES plain code does the same, to test on any machine what is built upon them.
 #pragma once
@@ -69,18 +68,6 @@ struct Tiles {
         }
     }
 
-    template <int SUMS, int LEFT, int RIGHT>
-    static void multiply_bytes() {
-        require_alike(SUMS, LEFT);
-        for (int row = 0; row < rows().of[SUMS]; row++) {
-            auto* const sums = reinterpret_cast<int32_t*>(at(SUMS, row));
-            const auto* const left = reinterpret_cast<const int8_t*>(at(LEFT, row));
-            for (int k = 0; k < TILE_BYTES; k++)
-                for (int column = 0; column < TILE; column++)
-                    sums[column] += left[k] * reinterpret_cast<const int8_t*>(at(RIGHT, k / 4))[4 * column + k % 4];
-        }
-    }
-
    private:
     static char* registers() {
         alignas(64) static thread_local char all[8 * 1024];
@@ -141,11 +128,6 @@ class Tiles {
     template <int SUMS, int LEFT, int RIGHT>
     static void multiply() {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
-    }
-    // With signs on both sides; sums are whole numbers of 32 bits.
-    template <int SUMS, int LEFT, int RIGHT>
-    static void multiply_bytes() {
-        asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
     }
 
    private:

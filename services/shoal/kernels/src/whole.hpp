@@ -3,16 +3,11 @@
 // What is rounded is 1/65278 of a row's largest number at most. Over a row of some thousand numbers this adds up to less
 // than what bfloat16 has rounded it by.
 #pragma once
-#include <bit>
-#include <cmath>
-
-#include "simd.hpp"
+#include "bytes.hpp"
 
 namespace shoal {
 
-constexpr int64_t BLOCK = 64;      // inputs in a register
 constexpr float LARGEST = 32639;   // 256 * 127 + 127
-constexpr float NOTHING = 1e-30f;  // above it LARGEST / x is finite
 
 // Of each row, for each block a register of high bytes and one of low, then what the sums of each begin with, and one for
 // its scale.
@@ -26,17 +21,6 @@ struct Whole {
     float& scale(int64_t index) const { return *reinterpret_cast<float*>(row(index) + 2 * num_blocks + 2); }
 };
 
-// The first of `size` lanes, all or none.
-inline uint64_t lanes(int64_t left, int size) {
-    if (left >= size) return size == 64 ? ~0ull : (1ull << size) - 1;
-    return left <= 0 ? 0 : (1ull << left) - 1;
-}
-
-inline __m512 load_some(const bf16* from, int64_t left) {
-    const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)lanes(left, 16), from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
 // The largest of a row's absolute values, as bits: those of what isn't finite are above all numbers'.
 inline float largest_of(const bf16* from, int64_t size) {
     __m512i most = _mm512_setzero_si512();
@@ -45,20 +29,6 @@ inline float largest_of(const bf16* from, int64_t size) {
         most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
     }
     return std::bit_cast<float>(_mm512_reduce_max_epu32(most));
-}
-
-// Adds to `sum` the products of bytes, four to a lane.
-inline void add_bytes(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-#ifdef __AVX512VNNI__
-    // In assembler: with the intrinsic, GCC 12 keeps a copy of each sum in memory, which takes twice as long.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
-#else
-    // Two at a time, as numbers of 16 bits: of bytes the instruction would bound its sums.
-    const auto add = [&](__m512i one, __m512i other) { sum = _mm512_add_epi32(sum, _mm512_madd_epi16(one, other)); };
-    add(_mm512_and_si512(unsigned_bytes, _mm512_set1_epi16(0xff)),
-        _mm512_srai_epi16(_mm512_slli_epi16(signed_bytes, 8), 8));
-    add(_mm512_srli_epi16(unsigned_bytes, 8), _mm512_srai_epi16(signed_bytes, 8));
-#endif
 }
 
 // One row of inputs. Where a number isn't finite, the scale is NaN, and so is all that comes of the row.

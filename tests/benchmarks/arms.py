@@ -108,6 +108,14 @@ def arms(
             weights="bfloat16" if multiplies_bfloat16() else "float32",  # as dtype auto is without Shoal's kernels
         ),
         shoal("shoal-int8", "handed off, decode's weights in int8", num_skipped=0, is_handed_off=True, weights="int8"),
+        shoal(
+            "shoal-shallow-int8",
+            f"handed off, {num_skipped} layers skipped, weights in int8",
+            num_skipped=num_skipped,
+            is_handed_off=True,
+            weights="int8",
+            is_int8_throughout=True,
+        ),
     )
 
 
@@ -226,7 +234,7 @@ def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
 
 def _shoal(
     name: str, what: str, *, model: Model, stream_interval: int, num_skipped: int, is_handed_off: bool,
-    weights: str = "bfloat16", kernels: str = "auto",
+    weights: str = "bfloat16", kernels: str = "auto", is_int8_throughout: bool = False,
 ) -> Arm:  # fmt: skip
     dtype = "float32" if weights == "float32" else "bfloat16"
 
@@ -235,6 +243,7 @@ def _shoal(
             sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", dtype,
             "--skip-layers", str(num_skipped), "--port", str(port), "--grpc-port", "0",
             *(("--decode-weights", weights) if weights == "int8" else ()),
+            *(("--prefill-weights", weights) if is_int8_throughout else ()),
         ]  # fmt: skip
 
     environment = {

@@ -103,7 +103,7 @@ def test_a_wrong_variable_is_refused_by_name(
         ("decode: {replicas: many}", r"decode\.replicas"),
         ("decode: 5", "decode"),
         ("decode: {1: 2}", r"decode\.1"),
-        ("prefill: {weights: int8}", r"set decode\.weights"),
+        ("prefill: {weights: int4}", r"prefill\.weights"),
         ("prefill: {stream_interval: 2}", r"set decode\.stream_interval"),
         ("model: {depth: deep}", r"model\.depth"),
         ("gateway: {port: 70000}", r"gateway\.port"),

@@ -34,8 +34,8 @@ SAMPLES = {"handoff.min_tokens": 3, "handoff.credit_bytes": 2 << 20, "handoff.st
     ("handoff.max_frame_bytes", "handoff.slot_bytes", "gateway.max_body_bytes"), 2048
 )
 
-# Those that have no other value than their default: int8, and when answers' tokens leave, are decode's.
-FIXED = {"prefill.weights", "prefill.stream_interval"}
+# What has no other value than its default: when answers' tokens leave is decode's.
+FIXED = {"prefill.stream_interval"}
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from shoal.cli.options import (
     Dtype,
     Model,
     Plan,
+    PrefillWeights,
     Projector,
     ReuseOption,
     SkipLayers,
@@ -94,6 +95,7 @@ def serve(
         typer.Option(help="Whether prompts that begin alike share K/V, in both pools. any: true K/V of answers, too."),
     ] = None,
     dtype: Dtype = None,
+    prefill_weights: PrefillWeights = None,
     decode_weights: DecodeWeights = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="Who may ask, as shoal keys writes it. Default: anybody.", metavar="FILE")
@@ -134,7 +136,7 @@ def serve(
             "grpc_port": grpc_port,
             "keys_file": None if keys_file is None else keys_file.absolute(),
         },
-        prefill={"replicas": prefill_replicas, "reuse": reuse},
+        prefill={"replicas": prefill_replicas, "reuse": reuse, "weights": prefill_weights},
         decode={"replicas": decode_replicas, "reuse": reuse, "weights": decode_weights},
         ray={"address": address},
         tls=tls if tls in {None, "off"} else {"folder": Path(tls).absolute()},
@@ -241,6 +243,7 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     dtype: Dtype = None,
+    prefill_weights: PrefillWeights = None,
     decode_weights: DecodeWeights = None,
 ) -> None:
     """Answer once, in this process: both stages, joined by a channel in memory."""
@@ -258,6 +261,7 @@ def generate(
             "anchors": anchors,
             "boundary_tokens": boundary_tokens,
         },
+        prefill={"weights": prefill_weights},
         decode={"weights": decode_weights},
     )
     configure_logging("warning", "console", error_text=True)  # of prompts of one's own

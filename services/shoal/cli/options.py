@@ -69,8 +69,12 @@ class WeightsOption(StrEnum):
     INT8 = "int8"
 
 
+PrefillWeights = Annotated[
+    WeightsOption | None,
+    typer.Option(help="int8: prompts in less time, encoded about as well. Default: as --dtype."),
+]
 DecodeWeights = Annotated[
     WeightsOption | None,
-    typer.Option(help="int8 halves what decode reads for a token, for about the same answers. Default: as --dtype."),
+    typer.Option(help="int8: tokens in less time and memory, for about the same answers. Default: as --dtype."),
 ]
 Dtype = Annotated[DtypeOption | None, typer.Option(help="auto is bfloat16 where it's quicker than float32.")]

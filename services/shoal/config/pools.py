@@ -45,8 +45,8 @@ class StageConfig(Frozen):
     )
     weights: Literal["auto", "int8"] = Field(
         "auto",
-        description="Of decode: int8 halves the bytes of weights that a step reads, for about the same answers; by "
-        "Shoal's own kernels alone. auto: model.dtype.",
+        description="int8: what is multiplied is rounded to 8 bits, weights and inputs, for about the same answers; "
+        "half the bytes, and half the multiplications. By Shoal's own kernels alone. auto: model.dtype.",
     )
     reuse: Literal["none", "exact", "any"] = Field(
         "none",

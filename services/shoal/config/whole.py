@@ -96,8 +96,6 @@ class ShoalConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _prefill_has_none_of_decode_s(self) -> ShoalConfig:
-        if self.prefill.weights != "auto":
-            raise ValueError("prefill.weights: many rows at a time are no faster in int8; set decode.weights")
         if self.prefill.stream_interval != 1:
             raise ValueError("prefill.stream_interval: prefill streams no answers; set decode.stream_interval")
         return self

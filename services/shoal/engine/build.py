@@ -314,17 +314,17 @@ def choose_copier(limits: StageConfig) -> Copier:
         return Copier()
 
 
-def require_int8(limits: StageConfig, served: Served, device: torch.device) -> None:
+def require_int8(limits: StageConfig, served: Served, device: torch.device, stage: Stage) -> None:
     """Raises ConfigError where a step with weights in int8 would be torch's, and slower than without them."""
     if limits.kernels == "torch":
         raise ConfigError(
-            "decode.weights is int8, which only Shoal's own kernels make fast: set decode.kernels to auto"
+            f"{stage}.weights is int8, which only Shoal's own kernels make fast: set {stage}.kernels to auto"
         )
     try:
         find_kernels(served.spec, served.dtype, served.kv_dtype, device)
     except ConfigError as error:
         raise ConfigError(
-            f"decode.weights is int8, which only Shoal's own kernels make fast, but: {error.message}; set it to auto"
+            f"{stage}.weights is int8, which only Shoal's own kernels make fast, but: {error.message}; set it to auto"
         ) from error
 
 
@@ -426,7 +426,7 @@ async def load_stage(
         device = choose_device(limits)
         served = Served.of(config, device)
         if limits.weights == "int8":
-            require_int8(limits, served, device)
+            require_int8(limits, served, device, stage)
             hold: Hold | None = Int8Matrix.of
         else:
             hold = hold_for(choose_kernels(limits, served, device, quietly=True))

@@ -24,8 +24,8 @@ _CONTROLS = (Treatment.NO_PROJECTION, Treatment.NO_BOUNDARY, Treatment.REMOVED)
 class Arm:
     """``name`` is its treatment's in reports; ``projection`` stands for the paper's where it's ``calibrated``.
 
-    ``num_boundary`` tokens at the prompt's end are full depth. With ``int8``, decode holds its weights so (and prefill
-    doesn't): a shallow prompt is as without, what is full depth is computed by them.
+    ``num_boundary`` tokens at the prompt's end are full depth. With ``int8``, decode holds its weights so, which
+    computes what is full depth; prefill, which encodes a shallow prompt, does where ``int8_prompt`` says so.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Arm:
     projection: KvProjection | None = None
     num_boundary: int = 1
     int8: bool = False
+    int8_prompt: bool = False
 
     @property
     def is_served(self) -> bool:
@@ -68,7 +69,8 @@ def arms_of(
 
     With the first number alone come both with each of ``boundaries`` full-depth tokens at the prompt's end, and, if
     ``controls`` are wanted, SPEED (which an untuned model fails as well) and the negative controls. SPEED needs skipped
-    layers without a sliding window. ``int8`` adds decode's weights in int8, for full depth and both.
+    layers without a sliding window. ``int8`` adds decode's weights in int8, for full depth and both, and
+    both with those of prefill, too.
     """
     arms = [FULL]
     for count in counts:
@@ -85,6 +87,7 @@ def arms_of(
             ]  # fmt: skip
             if int8:
                 arms += [replace(arm, name=f"{arm.name}, int8", int8=True) for arm in (FULL, *served)]
+                arms += [replace(arm, name=f"{arm.name}, all int8", int8=True, int8_prompt=True) for arm in served]
             arms += _controls(subject, count) if controls else []
     return arms
 

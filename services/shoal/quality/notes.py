@@ -11,7 +11,7 @@ from shoal.quality.retrieval_scores import RetrievalScore
 from shoal.quality.subject import Treatment
 from shoal.quality.text_scores import ALL_KINDS, TextScore
 
-_BOUNDARY, _INT8 = " boundary", ", int8"
+_BOUNDARY, _INT8 = " boundary", "int8"
 _SPEED = (
     "SPEED, which is for models that are tuned for it (speed: of the prompt the skipped layers hold the first token's "
     "K/V alone)"
@@ -34,7 +34,7 @@ def introduce(names: Collection[str]) -> str:
             f"the same with {', '.join(map(str, numbers))} full-depth tokens at the prompt's end instead of one"
         )
     if any(name.endswith(_INT8) for name in names):
-        parts.append("full depth and what is served with decode's weights in int8")
+        parts.append("full depth and what is served with decode's weights in int8, and (all int8) prefill's, too")
     if Treatment.SPEED in names:
         parts.append(_SPEED)
     told = "What the last layers of a prompt are worth: " + ", ".join(parts)

@@ -47,6 +47,8 @@ class Reading:
     @torch.inference_mode()
     def logits(self, arm: Arm) -> torch.Tensor:
         """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, with ``ids`` given, not generated."""
+        if arm.int8_prompt:
+            return self._all_in_int8(arm)
         if arm.int8:
             return self._in_int8(arm)
         if arm.treatment is Treatment.FULL:
@@ -70,6 +72,16 @@ class Reading:
                 held.copy_(arrived)
             num_shallow = len(arm.plan(self._num_layers).shallow_tokens(self._num_prompt, Depth.SHALLOW))
         return own.go_on(self._ids, self._num_prompt, num_shallow)
+
+    def _all_in_int8(self, arm: Arm) -> torch.Tensor:
+        """All but the projection: as prefill computes a shallow prompt, or decode by itself."""
+        own, plan = self._subject.in_int8, arm.plan(self._num_layers)
+        shallow = plan.shallow_tokens(self._num_prompt, Depth.SHALLOW)
+        projection = arm.projection or self._subject.projection(arm.num_skipped)
+        decoder, batch = own.step(
+            plan, replace(own.parameters, projection=projection), self._ids, self._num_prompt, shallow
+        )
+        return _given(decoder.forward(batch, own.pool).logits)
 
     def _deepen(self, arm: Arm, state: torch.Tensor, shallow: range) -> torch.Tensor:
         subject = self._subject

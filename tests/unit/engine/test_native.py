@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -150,7 +151,7 @@ class TestWithoutNativeBfloat16:
         monkeypatch.setattr(build, "load_kernels", no_kernels)
         monkeypatch.setattr(native, "load", no_kernels)
         config = load_config(decode=demanded)
-        choose = require_int8 if "weights" in demanded else choose_kernels
+        choose = partial(require_int8, stage=Stage.DECODE) if "weights" in demanded else choose_kernels
         with pytest.raises(ConfigError, match="no C\\+\\+ compiler is at hand"):
             choose(config.decode, Served.of(config), CPU)
 

@@ -71,7 +71,9 @@ def test_int8_comes_with_the_first_number_for_full_depth_and_what_is_served(file
     arms = arms_of(subject, (2, 3), projectors, (4,), controls=False, int8=True)
     assert [(arm.name, arm.num_skipped) for arm in arms if arm.int8] == [
         ("full, int8", 0), ("shallow, int8", 2), ("calibrated, int8", 2),
+        ("shallow, all int8", 2), ("calibrated, all int8", 2),
     ]  # fmt: skip
+    assert [arm.name for arm in arms if arm.int8_prompt] == ["shallow, all int8", "calibrated, all int8"]
     assert [arm.name for arm in arms if arm.is_paper] == ["shallow", "shallow"]
     assert all(arm.is_served for arm in arms)
     assert not any(arm.int8 for arm in arms_of(subject, (2,), {}))

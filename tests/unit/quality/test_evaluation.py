@@ -106,12 +106,13 @@ def test_a_task_that_is_not_asked_for_is_not_done(files: ModelFiles):
 def test_int8_is_compared_where_it_is_asked_for(files: ModelFiles):
     alone = evaluate(files, replace(OPTIONS, skip_layers=(3,), boundary_tokens=(), controls=False, int8=True), ignore)
     arms = ["full", "shallow", "calibrated", "full, int8", "shallow, int8", "calibrated, int8"]
-    for scores in (alone.texts[-6:], alone.greedy, alone.retrieval, alone.instructions):
+    arms += ["shallow, all int8", "calibrated, all int8"]
+    for scores in (alone.texts[-8:], alone.greedy, alone.retrieval, alone.instructions):
         assert [score.treatment for score in scores] == arms
     found = {score.treatment: score for score in alone.texts if score.kind == "all"}
     assert 0 < found["full, int8"].divergence.value < found["shallow"].divergence.value
     page = render_evaluation(alone)
-    assert "full, int8" in page and "weights in int8, " not in page and "weights in int8." in page
+    assert "full, int8" in page and "weights in int8, and (all int8) prefill" in page
 
 
 def test_what_is_measured_on_is_of_the_evaluation_split(found: Evaluation):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engines import exact
-from int8 import dequantized, shallow_logits
+from int8 import dequantized, shallow_logits, with_deep_layers_of
 from models import save_tiny, tiny_model
 from shoal.model.files import locate
 from shoal.model.plan import LayerPlan
@@ -104,9 +104,12 @@ def test_with_int8_a_shallow_prompt_is_prefill_s_and_all_else_decode_s(tmp_path:
         Arm("full, int8", 0, Treatment.FULL, int8=True),
         Arm("shallow, int8", 3, Treatment.SHALLOW, int8=True),
     )
+    throughout = replace(shallow, name="shallow, all int8", int8_prompt=True)
+    mixed = with_deep_layers_of(rounded, model, 3)  # of what is skipped, a projection is folded as it was read
     for _ in range(2):  # in any order, and none leaves anything behind for another
         close(reading.logits(full), shallow_logits(rounded, rounded, ids, 40, 0))
         close(reading.logits(shallow), shallow_logits(model, rounded, ids, 40, 3))
+        close(reading.logits(throughout), shallow_logits(mixed, rounded, ids, 40, 3))
         close(reading.logits(replace(shallow, int8=False)), shallow_logits(model, model, ids, 40, 3))
     assert not torch.allclose(reading.logits(full), reading.full, atol=1e-3)
 

@@ -1,4 +1,5 @@
-"""How long a long prompt takes to encode: shallow, at full depth, with torch's kernels, and in transformers.
+"""How long a long prompt takes to encode: shallow, at full depth, with weights in int8, with torch's kernels, and in
+transformers.
 
 Interleaved in one run, which also measures what share of the machine's matrix products the full depth reaches.
 
@@ -7,7 +8,8 @@ Interleaved in one run, which also measures what share of the machine's matrix p
 Every time is that from a prompt's ids to its first token's logits, on all cores, nothing cached. Each round runs every
 variant once, every other round from the last to the first, so that a drift of the machine, and who comes after whom,
 meets all alike; ratios are medians of those within a round. The quality row says what the shallow depth costs on the
-same run's model: perplexity of the continuation of natural passages.
+same run's model: perplexity of the continuation of natural passages. What int8 costs, which only Shoal's kernels have,
+was evaluated apart (docs/quality.md), and is told from there.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from quality_figures import quality_rows
 from ratios import median_ratio
 from work import prefill_flops
 
@@ -36,9 +39,10 @@ from models import smollm2_reference
 from reference import pop_logits
 from shoal.config import ShoalConfig, load_config
 from shoal.doctor import gemm_flops
-from shoal.engine.build import Served, build_engine, load_parameters
+from shoal.engine.build import Served, build_engine, choose_kernels, load_parameters
 from shoal.engine.engine import Engine
 from shoal.messages import Depth, SamplingParams, Stage
+from shoal.model.int8 import Int8Matrix
 from shoal.model.plan import LayerPlan
 from texts import passages
 
@@ -58,6 +62,7 @@ def main() -> None:
     )
     reference = smollm2_reference(served.dtype, attention="sdpa")
     prompt = _prompt(served, options.tokens)
+    eight = _in_int8(config, served)
     variants: dict[str, Callable[[], None]] = {
         "shallow": lambda: _first_token(engine, prompt, Depth.SHALLOW),
         "full": lambda: _first_token(engine, prompt, Depth.FULL),
@@ -65,6 +70,9 @@ def main() -> None:
         "full, torch's kernels": lambda: _first_token(plain, prompt, Depth.FULL),
         "transformers": lambda: _transformers(reference, prompt),
     }
+    if eight is not None:
+        variants["shallow, int8"] = lambda: _first_token(eight, prompt, Depth.SHALLOW)
+        variants["full, int8"] = lambda: _first_token(eight, prompt, Depth.FULL)
     product_flops: list[float] = []
     # Where bfloat16 isn't multiplied natively, what the machine can do is what it does in float32.
     dtypes = {served.dtype, torch.float32}
@@ -92,6 +100,7 @@ def main() -> None:
         "full_share_of_gemm": full_flops(served, options.tokens) / median["full"] / gemm,
         "ideal_full_over_shallow": ideal_ratio(served, options.tokens),
         "quality": _quality(served),
+        "evaluations": quality_rows(served.files.digest, None, served.plan.num_skipped),
     }
     _show(result)
     if options.json:
@@ -105,6 +114,15 @@ def full_flops(served: Served, num_tokens: int) -> int:
 def ideal_ratio(served: Served, num_tokens: int) -> float:
     """Full over shallow by FLOPs, the boundary token fused and logits of the last token only."""
     return full_flops(served, num_tokens) / prefill_flops(served.spec, served.plan, num_tokens)
+
+
+def _in_int8(config: ShoalConfig, served: Served) -> Engine | None:
+    """``None`` where that isn't served: by torch's kernels."""
+    device = torch.device("cpu")
+    if choose_kernels(config.decode, served, device) is None:
+        return None
+    parameters = load_parameters(served, Stage.DECODE, device, hold=Int8Matrix.of)
+    return build_engine(config, Stage.DECODE, served, parameters, device=device)
 
 
 def _with_kernels(config: ShoalConfig, kernels: str) -> ShoalConfig:
@@ -170,10 +188,18 @@ def _show(result: dict[str, Any]) -> None:
         f"full / shallow          {result['full_over_shallow']:.3f} (ideal {result['ideal_full_over_shallow']:.3f})"
     )
     console.print(f"transformers / full     {result['transformers_over_full']:.3f}")
+    for depth in ("full", "shallow"):
+        if f"{depth}, int8" in result["seconds"]:
+            ratio = median_ratio(result["seconds"][depth], result["seconds"][f"{depth}, int8"])
+            console.print(f"{depth}, bfloat16 / int8".ljust(24) + f"{ratio:.3f}")
     share = f"{result['full_share_of_gemm']:.2f} of {result['gemm_flops'] / 1e9:.0f} GFLOP/s"
     console.print(f"full, of matrix product {share}")
     quality = result["quality"]
     console.print(f"perplexity full, shallow {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")
+    for row in result["evaluations"]:
+        if "int8" in row["treatment"]:
+            told = f"perplexity {row['full_perplexity']:.2f} -> {row['perplexity']:.2f}"
+            console.print(f"{row['treatment']}: {told} ({row['passages']} passages, {row['text']}; {row['source']})")
 
 
 def _options() -> argparse.Namespace:

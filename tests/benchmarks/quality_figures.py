@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 _FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-_INT8 = "full, int8"
 
 
 def quality_rows(model_digest: str, projector_digest: str | None, num_skipped: int) -> list[dict[str, Any]]:
@@ -16,6 +15,7 @@ def quality_rows(model_digest: str, projector_digest: str | None, num_skipped: i
     Beside full depth on the same passages. ``treatment`` is as in the evaluation.
     """
     served = "shallow" if projector_digest is None else "calibrated"
+    wanted = {(served, num_skipped), (f"{served}, all int8", num_skipped), ("full, int8", 0)}
     rows = []
     for path in sorted(_FIGURES.glob("evaluation-*.json")):
         evaluation = json.loads(path.read_text(encoding="utf-8"))
@@ -38,6 +38,6 @@ def quality_rows(model_digest: str, projector_digest: str | None, num_skipped: i
                 "source": f"docs/figures/{path.name}",
             }
             for text in evaluation["texts"]
-            if (text["treatment"], text["num_skipped"]) in {(served, num_skipped), (_INT8, 0)}
+            if (text["treatment"], text["num_skipped"]) in wanted
         ]
     return rows

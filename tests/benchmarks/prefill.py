@@ -185,17 +185,17 @@ def _show(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"full / shallow          {result['full_over_shallow']:.3f} (ideal {result['ideal_full_over_shallow']:.3f})"
+        f"full / shallow            {result['full_over_shallow']:.3f} (ideal {result['ideal_full_over_shallow']:.3f})"
     )
-    console.print(f"transformers / full     {result['transformers_over_full']:.3f}")
+    console.print(f"transformers / full       {result['transformers_over_full']:.3f}")
     for depth in ("full", "shallow"):
         if f"{depth}, int8" in result["seconds"]:
             ratio = median_ratio(result["seconds"][depth], result["seconds"][f"{depth}, int8"])
-            console.print(f"{depth}, bfloat16 / int8".ljust(24) + f"{ratio:.3f}")
+            console.print(f"{depth}: bfloat16 / int8".ljust(26) + f"{ratio:.3f}")
     share = f"{result['full_share_of_gemm']:.2f} of {result['gemm_flops'] / 1e9:.0f} GFLOP/s"
-    console.print(f"full, of matrix product {share}")
+    console.print(f"full, of matrix product   {share}")
     quality = result["quality"]
-    console.print(f"perplexity full, shallow {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")
+    console.print(f"perplexity full, shallow  {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")
     for row in result["evaluations"]:
         if "int8" in row["treatment"]:
             told = f"perplexity {row['full_perplexity']:.2f} -> {row['perplexity']:.2f}"

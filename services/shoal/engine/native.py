@@ -141,9 +141,10 @@ class NativeRows(TorchRows):
         return self._kernels.packed_rows(table.values, table.num_outputs, index)
 
     def norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dtype != hidden.dtype or hidden.dim() != 2 or not hidden.is_contiguous():
+        if weight.dtype != hidden.dtype:
             return super().norm(hidden, weight)
-        return self._kernels.add_norm(hidden, None, weight, self._spec.norm_eps)[1]
+        rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # heads lie apart
+        return self._kernels.add_norm(rows, None, weight, self._spec.norm_eps)[1].view(hidden.shape)
 
     def add(self, hidden: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         if not (hidden.is_contiguous() and added.is_contiguous()):

@@ -69,9 +69,8 @@ class Runner {
                2 * step_.reads[layer.reads].num_groups;
     }
     int64_t num_claims(const Layer& layer) const {
-        int64_t number = num_claims(layer.qkv, heads_size()) + num_claims(layer.out, shape_.hidden_size) +
-                         num_claims(layer.gate_up, 2 * shape_.intermediate_size) +
-                         num_claims(layer.down, shape_.hidden_size);
+        int64_t number = num_claims(heads_size()) + num_claims(2 * shape_.intermediate_size) +
+                         2 * num_claims(shape_.hidden_size);
         const Reads& reads = step_.reads[layer.reads];
         for (const Group* of = reads.groups; of < reads.groups + reads.num_groups; of++)
             number += 4 * num_threads_ + of->batch;
@@ -79,7 +78,7 @@ class Runner {
     }
     // Of a product: of int8 inputs become bytes first.
     static int64_t num_shares(const Matrix& by) { return by.scales ? 2 : 1; }
-    static int64_t num_claims(const Matrix&, int64_t num_outputs) { return num_outputs / PANEL + 1; }
+    static int64_t num_claims(int64_t num_outputs) { return num_outputs / PANEL + 1; }
 
     // Where it isn't by blocks of rows, a layer's MLP is added to the states by the next one's first norm.
     bool run(const Layer* layers, int64_t num_layers) {
@@ -253,7 +252,7 @@ extern "C" int shoal_layers(const void* shape, const void* layers, int64_t num_l
     int64_t num_shares = 1, num_claims = 0;
     if (const Head* const head = static_cast<const Step*>(step)->head) {
         num_shares += runner.num_shares(head->by);
-        num_claims += runner.num_claims(head->by, head->num_outputs);
+        num_claims += runner.num_claims(head->num_outputs);
     }
     for (int64_t i = 0; i < num_layers; i++) {
         num_shares += runner.num_shares(given[i]);

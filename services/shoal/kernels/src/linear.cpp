@@ -28,9 +28,10 @@ namespace shoal {
 namespace {
 
 constexpr int VECTORS = PANEL / 16;
-constexpr int PAIRS = 16;     // a row's cache line holds so many, or fours of bytes: a block of these
+constexpr int PAIRS = 16;  // a row's cache line holds so many, or fours of bytes: a block of these
+constexpr int ROWS_OF_NUMBERS = 12, ROWS_OF_BYTES = 7;
 template <class Inputs>
-constexpr int ROWS = std::is_same_v<Inputs, Bytes> ? 7 : 12;
+constexpr int ROWS = std::is_same_v<Inputs, Bytes> ? ROWS_OF_BYTES : ROWS_OF_NUMBERS;
 constexpr int64_t FAR = 128;  // lines between what is fetched and what is read, where one group is all
 static_assert(FAR % (PAIRS * VECTORS) == 0 && PAIRS * VECTORS == LINE);
 constexpr int64_t NEAR_BYTES = 512 * 1024;      // of a block of many rows, widened
@@ -75,7 +76,7 @@ struct Adding<N, Numbers> {
         each_half([&]<int HALF>() __attribute__((always_inline)) {
             Factor shared[VECTORS];
             for (int v = 0; v < VECTORS; v++) shared[v] = factor_of<HALF>(_mm512_loadu_si512(weights + v * LINE));
-#pragma GCC unroll 12
+#pragma GCC unroll ROWS_OF_NUMBERS
             for (int n = 0; n < N; n++) add_spread<HALF>(sums[n], inputs[n] + 2 * pair, shared);
         });
     }
@@ -89,7 +90,7 @@ struct Adding<N, Bytes> {
     __m512i whole[N][VECTORS];
 
     inline __attribute__((always_inline)) void begin(int64_t block) {
-#pragma GCC unroll 7
+#pragma GCC unroll ROWS_OF_BYTES
         for (int n = 0; n < N; n++)
 #pragma GCC unroll VECTORS
             for (int v = 0; v < VECTORS; v++) whole[n][v] = _mm512_set1_epi32(inputs.begins(n)[block]);
@@ -97,11 +98,11 @@ struct Adding<N, Bytes> {
     inline __attribute__((always_inline)) void add(int64_t four, const bf16* weights) {
         __m512i shared[VECTORS];
         for (int v = 0; v < VECTORS; v++) shared[v] = _mm512_loadu_si512(weights + v * LINE);
-#pragma GCC unroll 7
+#pragma GCC unroll ROWS_OF_BYTES
         for (int n = 0; n < N; n++) add_four(whole[n], inputs.bytes(n) + 4 * four, shared);
     }
     inline __attribute__((always_inline)) void end(int64_t block) {
-#pragma GCC unroll 7
+#pragma GCC unroll ROWS_OF_BYTES
         for (int n = 0; n < N; n++) {
             const __m512 scale = _mm512_set1_ps(inputs.scales(n)[block]);
 #pragma GCC unroll VECTORS
@@ -146,7 +147,7 @@ void multiply(const Operands& of, int64_t panel, const Rows<Inputs>& rows, const
         const int64_t output = panel * PANEL + 16 * v;
         const __m512 bias = IS_KEPT ? _mm512_setzero_ps() : of.bias_of(output);
         const __m512 scale = of.scales ? _mm512_loadu_ps(of.scales + output) : _mm512_set1_ps(1);
-#pragma GCC unroll 12
+#pragma GCC unroll ROWS_OF_NUMBERS
         for (int n = 0; n < N; n++) {
             const __m512 sum = of.scales ? _mm512_mul_ps(sums[n][v], scale) : sums[n][v];
             if constexpr (IS_KEPT) _mm512_store_ps(kept + n * PANEL + 16 * v, sum);
@@ -231,7 +232,7 @@ void multiply_panels(const Operands& of, const Rows<Inputs>& rows, int num_threa
 // Each thread takes some of many rows, widened in the second cache, and all panels. Rows are shared in whole groups: of
 // one that isn't full, weights would be widened for fewer rows.
 void multiply_blocks(const Operands& of, int num_threads) {
-    constexpr int ROWS = shoal::ROWS<Numbers>;
+    constexpr int64_t ROWS = ROWS_OF_NUMBERS;
     const int64_t most = std::clamp<int64_t>(NEAR_BYTES / (ROWS * of.size * (int64_t)sizeof(Number)), FEWEST, MOST);
     const int64_t num_groups = (of.num_rows + ROWS - 1) / ROWS, needed = (num_groups + most - 1) / most;
     const int64_t num_blocks = std::min((needed + num_threads - 1) / num_threads * num_threads, num_groups);

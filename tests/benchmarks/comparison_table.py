@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import work
+from arms import Arm
 from comparison import Comparison, Measured, Metric
 from load import LoadOptions
 from rich.console import Console, Group, RenderableType
@@ -16,6 +17,7 @@ from shoal.model.families import ModelSpec
 from shoal.model.plan import LayerPlan
 
 _BUSY = 0.1
+_ELEMENT_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,14 @@ class Shape:
 
     spec: ModelSpec
     load: LoadOptions
-    gguf_bytes: int
 
-    def weight_bytes(self, weights: str) -> int:
-        """What a step reads of them: of int8 without the scales, which are less than a hundredth."""
-        if weights == "gguf":
-            return self.gguf_bytes
-        return work.weight_bytes(self.spec, element_bytes={"int8": 1, "bfloat16": 2, "float32": 4}[weights])
+    def weight_bytes(self, arm: Arm) -> int:
+        """What a greedy step of one stream reads of them: of int8 without the scales, less than a hundredth."""
+        if arm.weights_file is not None:
+            return arm.weights_file.stat().st_size
+        num_head = self.spec.vocab_size * self.spec.hidden_size
+        more = _ELEMENT_BYTES[arm.head or arm.weights] - _ELEMENT_BYTES[arm.weights]
+        return work.weight_bytes(self.spec, _ELEMENT_BYTES[arm.weights]) + more * num_head
 
 
 def show(comparison: Comparison, shape: Shape, console: Console) -> None:
@@ -117,9 +120,7 @@ def _share(comparison: Comparison, measured: Measured, metric: Metric, shape: Sh
         return flops / load.stream_output_tokens * median / gemm
     if metric.name == "TTFT":
         return work.prefill_flops(spec, plan, load.prompt_tokens) / median / gemm
-    weights = shape.weight_bytes(measured.arm.weights)
-    if measured.arm.reads_head_in_int8:
-        weights -= spec.vocab_size * spec.hidden_size
+    weights = shape.weight_bytes(measured.arm)
     kv_bytes = 4 if measured.arm.weights == "float32" else 2
     return work.step_bytes(spec, load.prompt_tokens + load.output_tokens // 2, weights, kv_bytes) / median / read
 
@@ -158,7 +159,7 @@ def _quality(comparison: Comparison) -> RenderableType:
     if not comparison.quality:
         return "quality: docs/figures has no evaluation with so many layers skipped; run shoal eval"
     table = Table(
-        title="quality of what isn't full depth in bfloat16",
+        title="quality of what isn't full depth in bfloat16, of Shoal",
         caption="from docs/figures, by shoal eval: not measured in this run",
     )
     for column in ("what", "text", "passages", "perplexity, full", "so", "KL", "top-1 agreement"):

@@ -173,7 +173,7 @@ def main() -> None:
         known = {
             arm.name: arm
             for arm in arms(
-                export(served, scratch / "model"), scratch, vllm=options.vllm_python, llamacpp=options.llamacpp_python,
+                export(served, scratch), scratch, vllm=options.vllm_python, llamacpp=options.llamacpp_python,
                 llama_server=None, num_skipped=options.skip_layers,
             )
         }  # fmt: skip

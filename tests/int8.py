@@ -13,17 +13,23 @@ from shoal.model.int8 import Int8Matrix
 
 
 def dequantized(model: Any) -> Any:
-    """A copy of a transformers model with each matrix as int8 has it, and its inputs. Rows are rounded each by itself,
-    so it doesn't matter how they are fused."""
+    """A copy of a transformers model with each matrix that is multiplied as int8 has it, and its inputs. Rows are
+    rounded each by itself, so it doesn't matter how they are fused."""
     other = copy.deepcopy(model)
+    looked_up = None if model.config.tie_word_embeddings else other.model.embed_tokens.weight
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(Int8Matrix.of(parameter.detach(), name).dequantized())
+            if parameter.dim() == 2 and parameter is not looked_up:
+                parameter.copy_(whole(Int8Matrix.of(parameter.detach(), name)))
     for module in other.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: (_in_steps(inputs[0]),))
     return other
+
+
+def whole(matrix: Int8Matrix) -> torch.Tensor:
+    """``[outputs, inputs]``, in the matrix' dtype."""
+    return matrix.rows(torch.arange(matrix.num_outputs))
 
 
 def _in_steps(inputs: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ class WeightsOption(StrEnum):
 
 PrefillWeights = Annotated[
     WeightsOption | None,
-    typer.Option(help="int8: prompts in less time, encoded about as well. Default: as --dtype."),
+    typer.Option(help="int8: prompts in less time (with AMX in more), encoded about as well. Default: as --dtype."),
 ]
 DecodeWeights = Annotated[
     WeightsOption | None,

@@ -86,7 +86,9 @@ def evaluate(
     controls: Annotated[
         bool, typer.Option(help="Also measure SPEED, and what goes wrong without parts of the method.")
     ] = True,
-    int8: Annotated[bool, typer.Option("--int8", help="Also measure decode with its weights in int8.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also measure weights in int8: decode's, and both pools'.")
+    ] = False,
     data: Data = None,
     kinds: Kinds = None,
     passages: Annotated[

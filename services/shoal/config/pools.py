@@ -46,7 +46,8 @@ class StageConfig(Frozen):
     weights: Literal["auto", "int8"] = Field(
         "auto",
         description="int8: what is multiplied is rounded to 8 bits, weights and inputs, for about the same answers; "
-        "half the bytes, and half the multiplications. By Shoal's own kernels alone. auto: model.dtype.",
+        "half the bytes, and half the multiplications. By Shoal's own kernels alone; where a processor has a matrix "
+        "unit (AMX), prompts take longer so. auto: model.dtype.",
     )
     reuse: Literal["none", "exact", "any"] = Field(
         "none",

@@ -55,7 +55,7 @@ _log = structlog.get_logger(__name__)
 _Kernels = TypeVar("_Kernels")
 
 _WARM_UP = "warm-up"
-# More than few: with more rows other kernels compute, and what they leave to torch does.
+# More than few: with more rows other kernels compute.
 _CPU_WARM_UP_TOKENS = MAX_FEW_ROWS + 32
 # Of free memory. A GPU that Ray set aside is nobody else's, and should have enough left for a step's activations, which
 # wasn't tried on one; a host has others, and a checkpoint's pages to keep.
@@ -190,11 +190,18 @@ def load_parameters(
     on_progress: Callable[[int, int], None] | None = None,
     *,
     hold: Hold | None = None,
+    rounds: bool = False,
 ) -> Parameters:
     """Raises ModelError."""
     with open_weights(served.files) as reader:
         loader = ParameterLoader(
-            reader, served.spec, dtype=served.dtype, device=device, hold=hold, on_progress=on_progress
+            reader,
+            served.spec,
+            dtype=served.dtype,
+            device=device,
+            hold=hold,
+            rounds=rounds,
+            on_progress=on_progress,
         )
         if served.projector is None:
             return loader.load(served.plan, stage)
@@ -315,17 +322,22 @@ def choose_copier(limits: StageConfig) -> Copier:
 
 
 def require_int8(limits: StageConfig, served: Served, device: torch.device, stage: Stage) -> None:
-    """Raises ConfigError where a step with weights in int8 would be torch's, and slower than without them."""
+    """Raises ConfigError where a step with weights in int8 would be torch's, and slower than without them. Where
+    prompts would be slower by Shoal's kernels, too, it's said."""
     if limits.kernels == "torch":
         raise ConfigError(
             f"{stage}.weights is int8, which only Shoal's own kernels make fast: set {stage}.kernels to auto"
         )
     try:
-        find_kernels(served.spec, served.dtype, served.kv_dtype, device)
+        kernels = find_kernels(served.spec, served.dtype, served.kv_dtype, device)
     except ConfigError as error:
         raise ConfigError(
             f"{stage}.weights is int8, which only Shoal's own kernels make fast, but: {error.message}; set it to auto"
         ) from error
+    if stage is Stage.PREFILL and kernels.has_tiles:
+        _log.warning(
+            "prefill.weights is int8, and this processor's matrix unit multiplies bfloat16 faster: set it to auto"
+        )
 
 
 def warm_up(engine: Engine, stage: Stage, device: torch.device) -> None:
@@ -425,19 +437,26 @@ async def load_stage(
         set_num_threads(limits)
         device = choose_device(limits)
         served = Served.of(config, device)
-        if limits.weights == "int8":
+        is_int8 = limits.weights == "int8"
+        if is_int8:
             require_int8(limits, served, device, stage)
             hold: Hold | None = Int8Matrix.of
         else:
             hold = hold_for(choose_kernels(limits, served, device, quietly=True))
-        parameters = load_parameters(served, stage, device, on_progress, hold=hold)
+        parameters = load_parameters(served, stage, device, on_progress, hold=hold, rounds=is_int8)
         niceness = choose_niceness(limits, stage, device)
         step_back(niceness)  # as it warms up, this thread starts those that help the engine's
         engine = build_engine(config, stage, served, parameters, device=device)
         # As it holds them: what was read beside isn't kept.
         held = engine.runner.decoder.parameters
         num_bytes = held.num_bytes + num_bytes_beside(engine.runner.decode_path)
-        _log.info("the model is loaded", device=str(device), dtype=str(served.dtype), num_bytes=num_bytes)
+        _log.info(
+            "the model is loaded",
+            device=str(device),
+            dtype=str(served.dtype),
+            weights=limits.weights,
+            num_bytes=num_bytes,
+        )
         return Loaded(served, held, num_bytes, engine, choose_copier(limits), niceness)
 
     with ThreadPoolExecutor(1, thread_name_prefix="shoal-load") as thread:

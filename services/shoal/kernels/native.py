@@ -229,7 +229,7 @@ class NativeKernels:
 
     def whole_linear(self, inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """``inputs`` ``[rows, size]``, rounded to 16 bits, times ``values`` int8 ``[outputs, size]`` transposed, times
-        ``scales`` float32 ``[outputs]``: for few rows, of any size."""
+        ``scales`` float32 ``[outputs]``: for up to three rows, of any size."""
         rows, size = inputs.shape
         out = inputs.new_empty(rows, values.shape[0])
         self._call(

@@ -48,7 +48,7 @@ class Int8Matrix:
         panels, padding = -(-outputs // PANEL), -inputs % BLOCK
         values = torch.empty(panels, (inputs + padding) // _FOUR, PANEL, _FOUR, dtype=torch.uint8, device=weight.device)
         scales = weight.new_zeros(panels * PANEL, dtype=torch.float32)
-        for piece in _pieces(outputs, inputs):
+        for piece in pieces(outputs, inputs):
             made, scales[piece] = rounded_rows(weight[piece], name)
             filled = F.pad(made, (0, padding, 0, -len(made) % PANEL)).to(torch.int16) + _SIGN
             rows = filled.to(torch.uint8).view(-1, PANEL, values.shape[1], _FOUR)
@@ -69,19 +69,15 @@ class Int8Matrix:
         values = self.values[index // PANEL, :, index % PANEL].flatten(1)[:, : self.num_inputs].to(wide) - _SIGN
         return (values * self.scales[index, None]).to(self.dtype)
 
-    def dequantized(self) -> torch.Tensor:
-        """The whole matrix in ``dtype``."""
-        return self.rows(torch.arange(self.num_outputs, device=self.device))
-
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``inputs`` ``[rows, inputs]``, rounded, times the matrix transposed, plus ``bias``, by torch, to compare
         with. At no time is more than 8 MiB of the matrix in the dtype in which it's multiplied: float32, or float64."""
         wide = rounded_inputs(inputs)
         out = wide.new_empty(wide.shape[0], self.num_outputs)
-        for piece in _pieces(self.num_outputs, self.num_inputs, wide.element_size()):
+        for piece in pieces(self.num_outputs, self.num_inputs, wide.element_size()):
             panels = self.values[piece.start // PANEL : -(-piece.stop // PANEL)]
             values = panels.transpose(1, 2).flatten(2).flatten(0, 1)[: piece.stop - piece.start, : self.num_inputs]
-            out[:, piece] = F.linear(wide, values.to(wide.dtype) - _SIGN)
+            out[:, piece] = F.linear(wide, values.to(wide.dtype).sub_(_SIGN))
         out.mul_(self.scales[: self.num_outputs])
         return (out if bias is None else out.add_(bias)).to(inputs.dtype)
 
@@ -110,7 +106,7 @@ def rounded_inputs(inputs: torch.Tensor) -> torch.Tensor:
     return ((blocks * factor).round_() * scales).flatten(1)[:, : inputs.shape[1]]
 
 
-def _pieces(outputs: int, inputs: int, wide_bytes: int = 4) -> Iterator[slice]:
+def pieces(outputs: int, inputs: int, wide_bytes: int = 4) -> Iterator[slice]:
     """Whole panels of rows, few enough to be had in another dtype, of so many bytes a number, as well."""
     num_rows = max(1, _MAX_WIDE_BYTES // (wide_bytes * inputs * PANEL)) * PANEL
     return (slice(start, min(start + num_rows, outputs)) for start in range(0, outputs, num_rows))

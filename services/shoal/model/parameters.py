@@ -88,13 +88,11 @@ class Parameters:
     lm_head: Weight | None
 
     def held(self, hold: Hold) -> Parameters:
-        """What a step multiplies so, where it is still as it was read. Without lm_head the embedding is only looked up,
-        and stays as it is. Raises MalformedWeights."""
-        embedding, head = self.embedding, self.lm_head
-        if head is not None:
-            is_tied = head is embedding
-            embedding = _held(embedding, hold, "embedding")
-            head = embedding if is_tied else _held(head, hold, "lm_head")
+        """What a step multiplies so, where it is still as it was read. An embedding that isn't the head, too, is only
+        looked up, and stays as it is. Raises MalformedWeights."""
+        is_tied = self.lm_head is self.embedding
+        head = None if self.lm_head is None else _held(self.lm_head, hold, "lm_head")
+        embedding = head if is_tied and head is not None else self.embedding
         layers = tuple(layer.held(hold, f"layers.{index}") for index, layer in enumerate(self.layers))
         projection = None if self.projection is None else self.projection.held(hold)
         return replace(self, embedding=embedding, lm_head=head, layers=layers, projection=projection)
@@ -141,8 +139,9 @@ def _tensors(name: str, held: Weight) -> Iterator[tuple[str, torch.Tensor]]:
 class ParameterLoader:
     """Reads one stage's parameters from ``reader``, casting each tensor as it comes.
 
-    With ``hold``, what a step multiplies is held so (``Parameters.held``). ``on_progress`` is called with (layers done,
-    layers in all) after each layer.
+    With ``hold``, what a step multiplies is held so (``Parameters.held``). If that ``rounds``, prefill's embedding is
+    held so, too, where it is decode's head: a prompt begins with the same numbers in both. ``on_progress`` is called
+    with (layers done, layers in all) after each layer.
     """
 
     def __init__(
@@ -153,9 +152,11 @@ class ParameterLoader:
         dtype: torch.dtype,
         device: torch.device,
         hold: Hold | None = None,
+        rounds: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._hold = hold
+        self._rounds = rounds
         self._reader = reader
         self._spec = spec
         self._dtype = dtype
@@ -168,7 +169,8 @@ class ParameterLoader:
         """All that ``stage`` needs to serve ``plan``; ``projector`` takes the place of the paper's matrix, for all but
         the first ``num_sinks`` tokens."""
         spec = self._spec
-        embedding = self._table("model.embed_tokens.weight", is_multiplied=stage is Stage.DECODE)
+        is_head = spec.tied_embeddings and (stage is Stage.DECODE or self._rounds)
+        embedding = self._table("model.embed_tokens.weight", is_head=is_head)
         held = plan.layers_held(stage)
         layers: list[LayerParameters] = []
         skipped: list[LayerProjection] = []
@@ -186,17 +188,17 @@ class ParameterLoader:
             projection = projection.held(self._hold)
         if stage is Stage.PREFILL:
             return Parameters(embedding, tuple(layers), projection, None, None)
-        head = embedding if spec.tied_embeddings else self._table("lm_head.weight", is_multiplied=True)
+        head = embedding if spec.tied_embeddings else self._table("lm_head.weight", is_head=True)
         return Parameters(embedding, tuple(layers), projection, self._norm("model.norm.weight"), head)
 
     def projections(self, plan: LayerPlan) -> list[LayerProjection]:
         """The skipped layers' own norms and matrices, unfolded, for the exact check."""
         return [self._skipped(index, None) for index in plan.skipped]
 
-    def _table(self, name: str, *, is_multiplied: bool) -> Weight:
+    def _table(self, name: str, *, is_head: bool) -> Weight:
         """Embedding or lm_head: ``[vocab, hidden]``."""
         table = self._tensor(name, (self._spec.vocab_size, self._spec.hidden_size))
-        return self._hold(table, name) if self._hold is not None and is_multiplied else table
+        return self._hold(table, name) if self._hold is not None and is_head else table
 
     def _held(self, index: int) -> LayerParameters:
         layer = self._layer(index)

@@ -118,8 +118,8 @@ class LayerPlan:
     def digest(self, *, model_digest: str, kv_dtype: str, projector: str = "paper") -> str:
         """Plan hash: two replicas may exchange K/V only if it's equal.
 
-        ``projector`` is the digest of a calibrated one. Weight dtype, kernels and block size don't count: an int8
-        decode may pair with a bfloat16 prefill. Nor does which tokens decode computes itself, anchors or boundary: it
+        ``projector`` is the digest of a calibrated one. Weight dtype, kernels and block size don't count: a pool
+        in int8 may pair with one in bfloat16. Nor does which tokens decode computes itself, anchors or boundary: it
         does so over what was shipped. (For an answer that goes on elsewhere it does: ``resume_digest``.)
         """
         facts = {

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from shoal.errors import MalformedWeights
-from shoal.model.int8 import rounded_rows
-from shoal.model.packed import PANEL, PackedMatrix
+from shoal.model.int8 import pieces, rounded_rows
+from shoal.model.packed import PackedMatrix
 
 # Inputs become whole numbers of steps, a step being 1/32639 of the row's largest, which is at most its length: each is
 # off by half a step, and a bit more, since the step is itself rounded.
@@ -32,8 +32,6 @@ _SUM_STEP = 2.0**-22
 _NOTHING = 2.0**-60
 # Lengths and bounds are themselves rounded, and what bfloat16 rounds off an output is of the bound, too.
 _SPARE = 1.01
-# Of a matrix that is made: what exists at once in float32.
-_MAX_WIDE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,7 @@ class Shortlist:
         values = torch.empty(outputs, size, dtype=torch.int8)
         scales, bounds = torch.empty(2, outputs, dtype=torch.float32)
         rounding, negligible = math.sqrt(size) * _INPUT_STEP + size * _SUM_STEP, math.sqrt(size) * _NOTHING
-        rows = max(1, _MAX_WIDE_BYTES // (4 * size * PANEL)) * PANEL
-        for start in range(0, outputs, rows):
-            piece = slice(start, min(start + rows, outputs))
+        for piece in pieces(outputs, size):
             weight = head.part(piece).unpacked()
             try:
                 values[piece], scales[piece] = rounded_rows(weight, "lm_head")

@@ -34,10 +34,10 @@ class EvaluationOptions:
     """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip.
 
     With the first come ``boundary_tokens``, numbers of full-depth tokens at the prompt's end, besides 1; if
-    ``controls`` says so, SPEED and the negative controls; and if ``int8`` does, decode's weights in int8. ``projector``
-    is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``. ``num_passages`` are of each kind of
-    text, ``num_cases`` of each length and depth of retrieval; ``greedy_tokens`` and ``instruction_tokens`` are the
-    longest answers to passages and to instructions.
+    ``controls`` says so, SPEED and the negative controls; and if ``int8`` does, weights in int8, decode's and both
+    pools'. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``. ``num_passages``
+    are of each kind of text, ``num_cases`` of each length and depth of retrieval; ``greedy_tokens`` and
+    ``instruction_tokens`` are the longest answers to passages and to instructions.
     """
 
     skip_layers: tuple[int, ...] = ()

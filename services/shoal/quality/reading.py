@@ -71,7 +71,7 @@ class Reading:
             for held, arrived in zip(own.pool.layers, self._subject.pool.layers, strict=True):
                 held.copy_(arrived)
             num_shallow = len(arm.plan(self._num_layers).shallow_tokens(self._num_prompt, Depth.SHALLOW))
-        return own.go_on(self._ids, self._num_prompt, num_shallow)
+        return _given(own.go_on(self._ids, self._num_prompt, num_shallow))
 
     def _all_in_int8(self, arm: Arm) -> torch.Tensor:
         """All but the projection: as prefill computes a shallow prompt, or decode by itself."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,8 +34,6 @@ from shoal.model.projection import KvProjection, LayerProjection
 from shoal.model.weights import open_weights
 
 _BLOCK_TOKENS = 16
-# Few enough for the kernels of decode steps (engine/native.py).
-_FEW_TOKENS = 32
 
 
 class Treatment(enum.StrEnum):
@@ -174,21 +171,14 @@ class Subject:
         return decoder, batch
 
     @torch.inference_mode()
-    def go_on(self, ids: Sequence[int], num_prompt_tokens: int, start: int) -> torch.Tensor:
-        """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, all from ``start`` on at full depth.
-
-        K/V of those before ``start`` are in the pool. What is left of the prompt is one step; then come few tokens at a
-        time, as many as decode steps may have rows.
-        """
+    def go_on(self, ids: Sequence[int], num_prompt_tokens: int, start: int) -> torch.Tensor | None:
+        """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``, all from ``start`` on at full depth, in one
+        step. K/V of those before ``start`` are in the pool."""
         runner = Runner(self.decoder(LayerPlan(self.spec.num_layers, 0), self.parameters), self.pool)
-        edges = [start, *range(num_prompt_tokens - 1, len(ids), _FEW_TOKENS), len(ids)]
-        logits = []
-        for first, last in pairwise(dict.fromkeys(edges)):
-            batch = runner.batch((self._rows(ids, range(0), first, last),))
-            wanted = torch.arange(last - first if first >= num_prompt_tokens - 1 else 0)
-            batch = replace(batch, logit_rows=wanted.to(batch.token_ids.device))
-            logits.append(runner.decoder.forward(batch, self.pool).logits)
-        return torch.cat([own for own in logits if own is not None])
+        batch = runner.batch((self._rows(ids, range(0), start, len(ids)),))
+        wanted = torch.arange(num_prompt_tokens - 1 - start, len(ids) - start)
+        batch = replace(batch, logit_rows=wanted.to(batch.token_ids.device))
+        return runner.decoder.forward(batch, self.pool).logits
 
     def _rows(self, ids: Sequence[int], shallow: range, start: int, end: int) -> ScheduledRows:
         rows = Rows("text", tuple(ids), shallow, SamplingParams(max_tokens=1), blocks=self._blocks)

@@ -27,7 +27,7 @@ FIELDS = frozenset(
         "role", "replica_id", "peer", "address", "port", "plan_hash", "incarnation",
         "status", "code", "param", "reason", "carrier", "wire_mode", "check", "rung", "state", "signal",
         "num_prompt_tokens", "num_output_tokens", "num_choices", "num_layers", "num_blocks", "num_replicas",
-        "num_segments", "num_gpus", "device", "dtype",
+        "num_segments", "num_gpus", "device", "dtype", "weights",
         "duration_s", "ttft_s", "queue_s", "prefill_s", "transfer_s", "timeout_s", "num_bytes",
     }
 )  # fmt: skip

@@ -56,6 +56,28 @@ inline __attribute__((always_inline)) void add_four(__m512i (&sums)[N], const in
 #endif
 }
 
+// The largest of absolute values, as bits: those of what isn't finite are above all numbers'.
+struct Largest {
+    __m512i bits = _mm512_setzero_si512();
+
+    void see(__m512 numbers) { bits = _mm512_max_epu32(bits, _mm512_castps_si512(_mm512_abs_ps(numbers))); }
+    float value() const { return std::bit_cast<float>(_mm512_reduce_max_epu32(bits)); }
+};
+
+// Numbers times `factor` are of so many steps at most, and a step is `scale`. Where a number isn't finite, that is NaN, and
+// so is all that comes of them.
+struct Steps {
+    float scale;
+    __m512 factor;
+
+    Steps(const Largest& of, float most) {
+        const float largest = of.value();
+        const bool is_finite = std::isfinite(largest), is_nothing = largest < NOTHING;
+        scale = !is_finite ? NAN : is_nothing ? 0 : largest / most;
+        factor = _mm512_set1_ps(!is_finite || is_nothing ? 0 : most / largest);
+    }
+};
+
 // Rows of `size` inputs: of each its bytes, zeros up to a whole block, then what each block's sums begin with, and its scale.
 struct Bytes {
     char* rows;
@@ -72,26 +94,23 @@ struct Bytes {
     }
     const float* scales(int64_t row) const { return reinterpret_cast<const float*>(begins(row) + num_blocks()); }
 
-    // Where a number isn't finite, its block's scale is NaN, and so is all that comes of the row.
     void make(int64_t row, const bf16* numbers) const {
         char* const to = from(row).rows;
         int32_t* const begins = reinterpret_cast<int32_t*>(to + num_blocks() * BLOCK);
         float* const scales = reinterpret_cast<float*>(begins + num_blocks());
         for (int64_t block = 0; block < num_blocks(); block++) {
             __m512 own[4];
-            __m512i most = _mm512_setzero_si512();  // absolute values as bits: what isn't finite is above all numbers
+            Largest largest;
             for (int i = 0; i < 4; i++) {
                 const int64_t at = block * BLOCK + 16 * i;
                 own[i] = load_some(numbers + at, size - at);
-                most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(own[i])));
+                largest.see(own[i]);
             }
-            const float largest = std::bit_cast<float>(_mm512_reduce_max_epu32(most));
-            const bool is_finite = std::isfinite(largest), is_nothing = largest < NOTHING;
-            scales[block] = !is_finite ? NAN : is_nothing ? 0 : largest / 127;
-            const __m512 factor = _mm512_set1_ps(!is_finite || is_nothing ? 0 : 127 / largest);
+            const Steps steps(largest, 127);
+            scales[block] = steps.scale;
             char* const bytes = to + block * BLOCK;
             for (int i = 0; i < 4; i++) {
-                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(own[i], factor));
+                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(own[i], steps.factor));
                 _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * i), _mm512_cvtepi32_epi8(whole));
             }
             __m512i sums = _mm512_setzero_si512();

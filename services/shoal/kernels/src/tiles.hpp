@@ -15,7 +15,6 @@
 namespace shoal {
 
 constexpr int TILE = 16;          // rows, and columns of sums
-constexpr int TILE_BYTES = 64;    // of a row
 constexpr int TILE_NUMBERS = 32;  // of bfloat16 in a row
 
 // Whether this processor has the unit, and the system lets this process use it. Asked for once.

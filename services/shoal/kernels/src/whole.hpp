@@ -21,22 +21,12 @@ struct Whole {
     float& scale(int64_t index) const { return *reinterpret_cast<float*>(row(index) + 2 * num_blocks + 2); }
 };
 
-// The largest of a row's absolute values, as bits: those of what isn't finite are above all numbers'.
-inline float largest_of(const bf16* from, int64_t size) {
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t j = 0; j < size; j += 16) {
-        const __m512i bits = _mm512_castps_si512(load_some(from + j, size - j));
-        most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-    }
-    return std::bit_cast<float>(_mm512_reduce_max_epu32(most));
-}
-
-// One row of inputs. Where a number isn't finite, the scale is NaN, and so is all that comes of the row.
+// One row of inputs.
 inline void make_whole(const bf16* from, int64_t size, const Whole& to, int64_t row) {
-    const float largest = largest_of(from, size);
-    const bool is_finite = std::isfinite(largest), is_nothing = largest < NOTHING;
-    to.scale(row) = !is_finite ? NAN : is_nothing ? 0 : largest / LARGEST;
-    const __m512 factor = _mm512_set1_ps(!is_finite || is_nothing ? 0 : LARGEST / largest);
+    Largest largest;
+    for (int64_t j = 0; j < size; j += 16) largest.see(load_some(from + j, size - j));
+    const Steps steps(largest, LARGEST);
+    to.scale(row) = steps.scale;
     const __m512i flipped = _mm512_set1_epi8(-128);  // 128, without a sign
     __m512i* const blocks = to.row(row);
     __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
@@ -44,7 +34,7 @@ inline void make_whole(const bf16* from, int64_t size, const Whole& to, int64_t 
         alignas(64) int8_t high[BLOCK], low[BLOCK];
         for (int64_t j = 0; j < BLOCK; j += 16) {
             const __m512 numbers = load_some(from + block * BLOCK + j, size - block * BLOCK - j);
-            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, factor));
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, steps.factor));
             const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
             const __m512i below = _mm512_sub_epi32(whole, _mm512_slli_epi32(above, 8));
             _mm_store_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(above));

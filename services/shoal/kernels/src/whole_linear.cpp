@@ -16,9 +16,7 @@ namespace shoal {
 namespace {
 
 constexpr int64_t PIECE = 64;          // weights' rows a thread takes at a time
-constexpr int64_t ROWS_PIECE = 8;      // inputs' rows
-constexpr int64_t FEW = 3;             // of inputs at a time
-
+constexpr int64_t MAX_ROWS = 3;        // of inputs
 constexpr int64_t MAX_SIZE = 1 << 17;  // so many times 128 * 127 is in int32
 
 struct Operands {
@@ -53,14 +51,14 @@ struct Sums {
     }
 };
 
-// N outputs of M rows, from `output` on; those beyond the last one repeat it.
+// N outputs of all M rows, from `output` on; those beyond the last one repeat it.
 template <int M, int N>
-inline void several(const Operands& of, const Whole& inputs, int64_t row, int64_t output, int part,
-                    ints (&high)[M][16], ints (&low)[M][16]) {
+inline void several(const Operands& of, const Whole& inputs, int64_t output, int part, ints (&high)[M][16],
+                    ints (&low)[M][16]) {
     const int64_t row_size = inputs.row_size(), num_full = of.size / BLOCK;
     const int8_t* weights[N];
     for (int n = 0; n < N; n++) weights[n] = of.weights + std::min(output + n, of.num_outputs - 1) * of.size;
-    const __m512i *const blocks = inputs.row(row), *const begin = blocks + 2 * inputs.num_blocks;
+    const __m512i *const blocks = inputs.row(0), *const begin = blocks + 2 * inputs.num_blocks;
     Sums<M, N> sums;
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
@@ -90,26 +88,25 @@ inline void several(const Operands& of, const Whole& inputs, int64_t row, int64_
 }
 
 template <int M, int N>
-inline void sixteen(const Operands& of, const Whole& inputs, int64_t row, int64_t output) {
+inline void sixteen(const Operands& of, const Whole& inputs, int64_t output) {
     ints high[M][16], low[M][16];
-    for (int part = 0; part < 16; part += N) several<M, N>(of, inputs, row, output + part, part, high, low);
+    for (int part = 0; part < 16; part += N) several<M, N>(of, inputs, output + part, part, high, low);
     const int64_t left = of.num_outputs - output;
     const __mmask16 mask = (__mmask16)lanes(left, 16);
     const __m512 scales = _mm512_maskz_loadu_ps(mask, of.scales + output);
     for (int m = 0; m < M; m++) {
-        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scale(row + m)));
+        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(inputs.scale(m)));
         const __m512 result = _mm512_mul_ps(joined((__m512i)sums(high[m]), (__m512i)sums(low[m])), scale);
-        _mm256_mask_storeu_epi16(of.out.numbers + (row + m) * of.out.row + output, mask, narrowed(result));
+        _mm256_mask_storeu_epi16(of.out.numbers + m * of.out.row + output, mask, narrowed(result));
     }
 }
 
-inline void few(const Operands& of, const Whole& inputs, int64_t row, int64_t n, int64_t output) {
+inline void sixteen(const Operands& of, const Whole& inputs, int64_t output) {
     // One or two rows wait for memory alone: weights' rows one after the other, as they lie.
-    const bool is_all = n == of.num_rows;
-    switch (n) {
-        case 1: return is_all ? sixteen<1, 1>(of, inputs, row, output) : sixteen<1, 4>(of, inputs, row, output);
-        case 2: return is_all ? sixteen<2, 1>(of, inputs, row, output) : sixteen<2, 4>(of, inputs, row, output);
-        default: return sixteen<FEW, 4>(of, inputs, row, output);
+    switch (of.num_rows) {
+        case 1: return sixteen<1, 1>(of, inputs, output);
+        case 2: return sixteen<2, 1>(of, inputs, output);
+        default: return sixteen<MAX_ROWS, 4>(of, inputs, output);
     }
 }
 
@@ -121,7 +118,7 @@ int64_t kept_by_whole(int64_t num_rows, int64_t size) {
 
 int whole_linear(const void* inputs, const void* weights, const void* scales, int64_t num_rows, int64_t num_outputs,
                  int64_t size, void* out, int num_threads, char* kept) {
-    if (size > MAX_SIZE) return 1;
+    if (num_rows > MAX_ROWS || size > MAX_SIZE) return 1;
     const Operands of = {static_cast<const bf16*>(inputs),
                          static_cast<const int8_t*>(weights),
                          static_cast<const float*>(scales),
@@ -130,16 +127,14 @@ int whole_linear(const void* inputs, const void* weights, const void* scales, in
                          size,
                          {static_cast<bf16*>(out), num_outputs}};
     const Whole whole = {reinterpret_cast<__m512i*>(kept), num_rows, (size + BLOCK - 1) / BLOCK};
-    share_ranges(num_rows, ROWS_PIECE, num_threads, [&](int64_t begin, int64_t end) {
+    share_ranges(num_rows, MAX_ROWS, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) make_whole(of.inputs + row * size, size, whole, row);
     });
     share_ranges(num_outputs, PIECE, num_threads, [&](int64_t begin, int64_t end, Claim& claim) {
         make_part(of.out, {0, num_rows, begin, end}, claim, [&](const Output& out) {
             Operands to = of;
             to.out = out;
-            for (int64_t row = 0; row < num_rows; row += FEW)
-                for (int64_t output = begin; output < end; output += 16)
-                    few(to, whole, row, std::min(FEW, num_rows - row), output);
+            for (int64_t output = begin; output < end; output += 16) sixteen(to, whole, output);
         });
     });
     return 0;
@@ -148,7 +143,8 @@ int whole_linear(const void* inputs, const void* weights, const void* scales, in
 }  // namespace shoal
 
 // out [num_rows, num_outputs] = inputs [num_rows, size] times weights [num_outputs, size] transposed times scales
-// [num_outputs]. inputs and out are bfloat16, weights int8, scales float32. Returns 0, or 1 if size is above MAX_SIZE.
+// [num_outputs]. inputs and out are bfloat16, weights int8, scales float32. Returns 0, or 1 if size is above MAX_SIZE, or
+// rows are more than MAX_ROWS.
 extern "C" int shoal_whole_linear(const void* inputs, const void* weights, const void* scales, int64_t num_rows,
                                   int64_t num_outputs, int64_t size, void* out, int num_threads) {
     using namespace shoal;

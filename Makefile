@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile
 # Shoal's kernels want a compiler: where there is none, PyPI's.
 COMPILER = $(shell [ "$$(uname -m)" != x86_64 ] || command -v "$${CXX:-g++}" >/dev/null || command -v clang++ >/dev/null || echo ,compiler)
-# Where there is no GPU, Triton's interpreter carries its kernels out, from a process's beginning to its end.
-TRITON := PYTHONPATH=$(CURDIR)/.tools/triton $(shell command -v nvidia-smi >/dev/null || echo TRITON_INTERPRET=1)
+# Where there is no GPU, the interpreter of a Triton from PyPI carries its kernels out, from a process's beginning to its end;
+# where there is one, torch brings the Triton that serves.
+TRITON := $(shell command -v nvidia-smi >/dev/null || echo PYTHONPATH=$(CURDIR)/.tools/triton TRITON_INTERPRET=1)
 
 # Hundreds of processes start here, and each would compile all of Shoal anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -42,14 +42,14 @@ def ask(
 
 
 @contextmanager
-def server(skip_layers: int, replicas: int) -> Iterator[str]:
-    """Serves SmolLM2 by so many replicas of each pool for the block; yields the URL."""
+def server(skip_layers: int, replicas: int, *arguments: str) -> Iterator[str]:
+    """Serves SmolLM2 by so many replicas of each pool for the block, with further ``arguments``; yields the URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
         "--skip-layers", str(skip_layers), "--prefill-replicas", str(replicas), "--decode-replicas", str(replicas),
-        "--port", str(port), "--grpc-port", "0",
+        "--port", str(port), "--grpc-port", "0", *arguments,
     ]  # fmt: skip
     with (
         tempfile.TemporaryDirectory(prefix="shoal-simulation-") as folder,

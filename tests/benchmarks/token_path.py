@@ -4,9 +4,11 @@
     python tests/benchmarks/token_path.py --stream-intervals 1 4
 
 Starts ``shoal serve``, asks it by several streams at once over HTTP, and compares the client's time per output token
-with the mean step of decode's engine meanwhile, which decode's own metrics tell. All processes and the client share
-this machine's cores, so work on the way slows the steps down, too: with ``--beside``, another checkout is measured in
-turns with this one, and the tokens a second of both are what counts. So are those of several ``--stream-intervals``.
+with the mean step of decode's engine meanwhile, which decode's own metrics tell, and with what the same steps take this
+checkout's engine alone, once the server is gone (engine_alone.py). All processes and the client share this machine's
+cores, so work on the way slows the steps down, too: what a token takes beyond the engine alone is all that gateway,
+Serve and the client cost. With ``--beside``, another checkout is measured in turns with this one, and the tokens a
+second of both are what counts. So are those of several ``--stream-intervals``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -23,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
-from child import adopt_orphans, free_port, serving
+from child import adopt_orphans, clean_environment, free_port, serving
 from load import LoadOptions, Loads, send_at_once, span_s
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -36,16 +39,23 @@ _HERE = str(Path(__file__).parents[2] / "services")
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """``tpot_s`` is the streams' median, ``step_s`` the mean of the steps that ran meanwhile."""
+    """``tpot_s`` is the streams' median, ``step_s`` the mean of the steps that ran meanwhile, ``alone_s`` that of the
+    same steps by the engine alone, right afterwards."""
 
     tpot_s: float
     step_s: float
+    alone_s: float
     tokens_per_s: float
 
     @property
-    def overhead(self) -> float:
+    def between_steps(self) -> float:
         """The share of the time per token in which no step ran."""
         return 1 - self.step_s / self.tpot_s
+
+    @property
+    def overhead(self) -> float:
+        """The share of the time per token that the engine alone wouldn't take."""
+        return 1 - self.alone_s / self.tpot_s
 
 
 def main() -> None:
@@ -61,20 +71,26 @@ def main() -> None:
             found[name, streams].append(figures)
     if options.json:
         raw = [
-            {"tree": name, "streams": streams, "rounds": [asdict(one) | {"overhead": one.overhead} for one in rounds]}
+            {
+                "tree": name,
+                "streams": streams,
+                "rounds": [
+                    asdict(one) | {"between_steps": one.between_steps, "overhead": one.overhead} for one in rounds
+                ],
+            }
             for (name, streams), rounds in found.items()
         ]
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         settings["beside"] = bool(options.beside)
         Path(options.json).write_text(json.dumps({"settings": settings, "figures": raw}, indent=2) + "\n")
-    table = Table("tree", "streams", "per token", "a step", "not the engine's", "tokens/s")
+    table = Table("tree", "streams", "per token", "a step", "engine alone", "between steps", "beyond alone", "tokens/s")
     for (name, streams), rounds in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-        tpot, step = (statistics.median(getattr(one, key) for one in rounds) for key in ("tpot_s", "step_s"))
-        overhead = statistics.median(one.overhead for one in rounds)
-        rate = statistics.median(one.tokens_per_s for one in rounds)
-        table.add_row(
-            name, str(streams), f"{1000 * tpot:.1f} ms", f"{1000 * step:.1f} ms", f"{overhead:.0%}", f"{rate:.0f}"
+        keys = ("tpot_s", "step_s", "alone_s", "between_steps", "overhead", "tokens_per_s")
+        tpot, step, alone, between, overhead, rate = (
+            statistics.median(getattr(one, key) for one in rounds) for key in keys
         )
+        times = (f"{1000 * seconds:.1f} ms" for seconds in (tpot, step, alone))
+        table.add_row(name, str(streams), *times, f"{between:.0%}", f"{overhead:.0%}", f"{rate:.0f}")
     Console().print(table)
 
 
@@ -99,10 +115,22 @@ def _measure(tree: str, stream_interval: int, options: argparse.Namespace, numbe
         if stream_interval > 1:  # another checkout may not know it
             environment["SHOAL_DECODE__STREAM_INTERVAL"] = str(stream_interval)
         with serving(command, environment, Path(folder) / "log", url, "/readyz", 400):
-            return asyncio.run(_ask_all(url, options, number))
+            asked = asyncio.run(_ask_all(url, options, number))
+    alone = _alone_s(options)
+    return {streams: Figures(tpot_s, step_s, alone[streams], rate) for streams, (tpot_s, step_s, rate) in asked.items()}
 
 
-async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[int, Figures]:
+def _alone_s(options: argparse.Namespace) -> dict[int, float]:
+    command = [
+        sys.executable, str(Path(__file__).with_name("engine_alone.py")), "--streams", *map(str, options.streams),
+        "--prompt-tokens", str(options.prompt_tokens), "--output-tokens", str(options.output_tokens),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=clean_environment(), stdout=subprocess.PIPE, text=True, check=True)
+    return {int(streams): seconds for streams, seconds in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[int, tuple[float, float, float]]:
+    """By streams: time per token, the mean step, tokens a second."""
     load = LoadOptions(stream_prompt_tokens=options.prompt_tokens, stream_output_tokens=options.output_tokens)
     loads = Loads(range(1000, 9000), load, seed=number)
     await send_at_once(url, loads.together("warm-up", max(options.streams), 8))
@@ -113,7 +141,7 @@ async def _ask_all(url: str, options: argparse.Namespace, number: int) -> dict[i
         seconds, steps = (now - then for now, then in zip(_steps(url), before, strict=True))
         tpot_s = statistics.median(record.tpot_s for record in records if record.tpot_s is not None)
         tokens_per_s = sum(one.output_tokens for one in records) / span_s(records)
-        figures[streams] = Figures(tpot_s, seconds / steps, tokens_per_s)
+        figures[streams] = (tpot_s, seconds / steps, tokens_per_s)
     return figures
 
 

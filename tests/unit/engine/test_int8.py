@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from engines import (
     Ask,
@@ -24,7 +27,7 @@ from int8 import dequantized
 from models import save_tiny, tiny_model
 from shoal.config import load_config
 from shoal.engine import build
-from shoal.engine.build import Served, load_stage
+from shoal.engine.build import Served, load_stage, require_int8
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError
 from shoal.kernels.native import NativeKernels
@@ -165,3 +168,14 @@ def _kv_after(engine: Engine, act: Callable[[], object]) -> torch.Tensor:
 
 def _num_tokens(kv: torch.Tensor) -> int:
     return int(kv.any(dim=2).any(dim=0).sum())
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_where_prompts_would_take_longer_by_it_that_is_said(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
+    monkeypatch.setattr(build, "find_kernels", lambda *_: SimpleNamespace(has_tiles=True))
+    settings: dict[str, Any] = {"model": {"dtype": "bfloat16"}, stage.value: {"weights": "int8"}}
+    config = load_config(**settings)
+    limits = config.prefill if stage is Stage.PREFILL else config.decode
+    with capture_logs() as logs:
+        require_int8(limits, Served.of(config), torch.device("cpu"), stage)
+    assert ["matrix unit" in one["event"] for one in logs] == ([True] if stage is Stage.PREFILL else [])

@@ -126,6 +126,16 @@ def arms(
     )
 
 
+def find(known: Sequence[Arm], name: str) -> Arm:
+    """That of this name. Ends the program if there is none, or it can't run here."""
+    found = {arm.name: arm for arm in known}
+    if name not in found:
+        sys.exit(f"error: there is no arm {name}: choose of {', '.join(found)}")
+    if (missing := found[name].missing) is not None:
+        sys.exit(f"error: {name}: {missing}")
+    return found[name]
+
+
 def _in_float32(arm: Arm) -> Arm:
     """An arm of its own where bfloat16 is emulated: of prompts and many streams it's that peer's best there."""
     missing = "this processor multiplies bfloat16, which is quicker" if multiplies_bfloat16() else arm.missing

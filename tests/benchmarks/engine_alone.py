@@ -2,7 +2,7 @@
 
     python tests/benchmarks/engine_alone.py --streams 1 8 32 --prompt-tokens 16 --output-tokens 128
 
-Prints, as JSON, the mean step in seconds by number of streams: of those that an answer of so many tokens takes after
+Prints, as JSON, the median step in seconds by number of streams: of those that an answer of so many tokens takes after
 its first one, of prompts that were handed over.
 """
 
@@ -15,12 +15,10 @@ os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="5000", TOKENIZERS_P
 
 import argparse
 import json
-import time
 
 import torch
-from step_times import Grid, begin, config_for, make_engine
+from step_times import Grid, config_for, decode_times, make_engine
 
-from shoal.engine.engine import Engine
 from shoal.messages import Stage
 
 
@@ -31,26 +29,9 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=128)
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    grid = Grid((1,), 1, options.streams, (options.prompt_tokens,), 2, options.output_tokens)
-    engine = make_engine(config_for(0, grid), Stage.DECODE)
-    _step_s(engine, max(options.streams), options.prompt_tokens, 8, "warm-up")
-    found = {
-        streams: _step_s(engine, streams, options.prompt_tokens, options.output_tokens - 1, str(streams))
-        for streams in options.streams
-    }
-    print(json.dumps(found))
-
-
-def _step_s(engine: Engine, streams: int, context: int, steps: int, key: str) -> float:
-    begin(engine, streams, context, key)
-    engine.step()
-    began_s = time.perf_counter()
-    for _ in range(steps):
-        engine.step()
-    seconds = (time.perf_counter() - began_s) / steps
-    for index in range(streams):
-        engine.finish(f"{key}, {index}")
-    return seconds
+    grid = Grid((1,), 1, options.streams, (options.prompt_tokens,), 2, options.output_tokens - 1)
+    samples = decode_times(make_engine(config_for(0, grid), Stage.DECODE), grid, lambda: None)
+    print(json.dumps({one["streams"]: one["seconds"] for one in samples}))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from rich.status import Status
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from arms import MODEL_NAME, Arm, Mode, arms
+from arms import MODEL_NAME, Arm, Mode, arms, find
 from child import ChildFailed, adopt_orphans, free_port, serving
 from exported import export
 
@@ -170,19 +170,16 @@ def main() -> None:
     served = Served.of(config)
     with tempfile.TemporaryDirectory(prefix="shoal-goodput-") as folder, console.status("") as status:
         scratch = Path(folder)
-        known = {
-            arm.name: arm
-            for arm in arms(
-                export(served, scratch), scratch, vllm=options.vllm_python, llamacpp=options.llamacpp_python,
-                llama_server=None, num_skipped=options.skip_layers,
-            )
-        }  # fmt: skip
-        chosen = [_arm(known, name) for name in options.arms]
+        known = arms(
+            export(served, scratch), scratch, vllm=options.vllm_python, llamacpp=options.llamacpp_python,
+            llama_server=None, num_skipped=options.skip_layers,
+        )  # fmt: skip
+        chosen = [find(known, name) for name in options.arms]
         run = Run(scratch, options, status)
         found: list[Found] = []
         interrupted = False
         try:
-            mix = run.slos(_arm(known, options.reference))
+            mix = run.slos(find(known, options.reference))
             for one in mix:
                 console.print(f"{one.name}: TTFT {one.slo.ttft_ms:g} ms, TPOT {one.slo.tpot_ms:g} ms", markup=False)
             for number in range(1, options.rounds + 1):
@@ -199,14 +196,6 @@ def main() -> None:
     if interrupted:
         sys.exit(130)
     sys.exit(any(one.failure for one in found))
-
-
-def _arm(known: dict[str, Arm], name: str) -> Arm:
-    if name not in known:
-        sys.exit(f"error: there is no arm {name}: choose of {', '.join(known)}")
-    if (missing := known[name].missing) is not None:
-        sys.exit(f"error: {name}: {missing}")
-    return known[name]
 
 
 def _write(options: argparse.Namespace, mix: Sequence[RequestClass], found: Sequence[Found]) -> None:

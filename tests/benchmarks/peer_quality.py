@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from arms import MODEL_NAME, Arm, Mode, arms
+from arms import MODEL_NAME, Arm, Mode, arms, find
 from child import adopt_orphans, free_port, serving
 from exported import export
 
@@ -63,19 +63,12 @@ def main() -> None:
     found = _passages(served, options)
     with tempfile.TemporaryDirectory(prefix="shoal-peer-quality-") as folder:
         scratch = Path(folder)
-        known = {
-            arm.name: arm
-            for arm in arms(
-                export(served, scratch), scratch, vllm=options.vllm_python, llamacpp=None, llama_server=None,
-                num_skipped=options.skip_layers,
-            )
-        }  # fmt: skip
-        for name in options.arms:
-            if name not in known:
-                sys.exit(f"error: there is no arm {name}: choose of {', '.join(known)}")
-            if known[name].missing:
-                sys.exit(f"error: {name}: {known[name].missing}")
-        servers = [_ask(known[name], found, scratch, console) for name in options.arms]
+        known = arms(
+            export(served, scratch), scratch, vllm=options.vllm_python, llamacpp=None, llama_server=None,
+            num_skipped=options.skip_layers,
+        )  # fmt: skip
+        chosen = [find(known, name) for name in options.arms]
+        servers = [_ask(arm, found, scratch, console) for arm in chosen]
     figures = _figures(servers, options)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -15,19 +15,19 @@ import asyncio
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-from arms import MODEL_NAME
 from child import adopt_orphans
+from load import send_at_once
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from serving_times import server
 
-_BLOCK_TOKENS = 16
+from shoal.bench.workload import PlannedRequest
+
+_BLOCK_TOKENS, _OUTPUT_TOKENS = 16, 4
 _CASES = ("unknown", "half known", "known")
 
 
@@ -52,44 +52,31 @@ def main() -> None:
 
 async def _rounds(url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     size, half = options.prompt_tokens, options.prompt_tokens // 2
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=300) as client:
-        await _ask(client, _prompt(0, size), 0)
-        rounds = []
-        for number in track(range(options.rounds), description="rounds", console=Console(stderr=True)):
-            first, other = _prompt(2 * number + 1, size), _prompt(2 * number + 2, size)
-            rounds.append(
-                {
-                    "unknown": await _ask(client, first, 0),
-                    "half known": await _ask(client, first[:half] + other[half:], half - _BLOCK_TOKENS),
-                    "known": await _ask(client, first, size - 1 - _BLOCK_TOKENS),
-                }
-            )
-        return rounds
+    await _ask(url, _prompt(0, size), 0)
+    rounds = []
+    for number in track(range(options.rounds), description="rounds", console=Console(stderr=True)):
+        first, other = _prompt(2 * number + 1, size), _prompt(2 * number + 2, size)
+        rounds.append(
+            {
+                "unknown": await _ask(url, first, 0),
+                "half known": await _ask(url, first[:half] + other[half:], half - _BLOCK_TOKENS),
+                "known": await _ask(url, first, size - 1 - _BLOCK_TOKENS),
+            }
+        )
+    return rounds
 
 
-def _prompt(number: int, num_tokens: int) -> list[int]:
+def _prompt(number: int, num_tokens: int) -> tuple[int, ...]:
     """No two share a beginning."""
-    return [1000 + (7919 * number + 104_729 * index) % 40_000 for index in range(num_tokens)]
+    return tuple(1000 + (7919 * number + 104_729 * index) % 40_000 for index in range(num_tokens))
 
 
-async def _ask(client: httpx.AsyncClient, prompt: list[int], at_least_cached: int) -> dict[str, Any]:
-    body = {
-        "model": MODEL_NAME, "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True,
-        "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    sent_s, first_s, last = time.perf_counter(), None, {}
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            last = json.loads(line.removeprefix("data: "))
-            if first_s is None and last["choices"]:
-                first_s = time.perf_counter()
-    cached = last["usage"]["prompt_tokens_details"]["cached_tokens"]
-    if first_s is None or not at_least_cached <= cached <= at_least_cached + _BLOCK_TOKENS:
+async def _ask(url: str, prompt: tuple[int, ...], at_least_cached: int) -> dict[str, Any]:
+    [record] = await send_at_once(url, [PlannedRequest(0, "alone", prompt, len(prompt), _OUTPUT_TOKENS)])
+    cached = record.cached_tokens
+    if cached is None or not at_least_cached <= cached <= at_least_cached + _BLOCK_TOKENS:
         sys.exit(f"error: {cached} tokens were found, and {at_least_cached} or a few more should be")
-    return {"ttft_s": first_s - sent_s, "cached_tokens": cached}
+    return {"ttft_s": record.ttft_s, "cached_tokens": cached}
 
 
 def _options() -> argparse.Namespace:

@@ -39,8 +39,8 @@ _HERE = str(Path(__file__).parents[2] / "services")
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """``tpot_s`` is the streams' median, ``step_s`` the mean of the steps that ran meanwhile, ``alone_s`` that of the
-    same steps by the engine alone, right afterwards."""
+    """``tpot_s`` is the streams' median, ``step_s`` the mean of the steps that ran meanwhile, ``alone_s`` the median
+    of the same steps by the engine alone, right afterwards."""
 
     tpot_s: float
     step_s: float

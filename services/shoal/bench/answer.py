@@ -41,6 +41,12 @@ class Answer:
         return self._count("prompt_tokens")
 
     @property
+    def cached_tokens(self) -> int | None:
+        details = self._usage.get("prompt_tokens_details")
+        count = details.get("cached_tokens") if isinstance(details, dict) else None
+        return count if isinstance(count, int) else None
+
+    @property
     def tokens_from(self) -> TokenSource:
         return TokenSource.USAGE if self._count("completion_tokens") else TokenSource.CHUNKS
 

@@ -99,6 +99,7 @@ class Endpoint:
             e2e_s=_between(sent_s, answer.last_s) if failed is None else None,
             itl_s=tuple(round(gap, 6) for gap in answer.gaps_s),
             prompt_tokens=answer.prompt_tokens,
+            cached_tokens=answer.cached_tokens,
             output_tokens=answer.output_tokens,
             tokens_from=answer.tokens_from,
             failure=failed.failure if failed else None,

@@ -44,7 +44,8 @@ class Record:
 
     TTFT and E2E last from sending until the first and the last chunk with tokens came; ``itl_s`` are the gaps between
     these chunks. ``e2e_s`` is ``None`` where there is a ``failure``; what came before it stays. ``prompt_tokens`` is as
-    the endpoint counted, or ``None``; ``planned_tokens`` and ``max_tokens`` were asked for. ``status`` is HTTP's.
+    the endpoint counted, or ``None``, and so is ``cached_tokens``, those of them that it had computed before;
+    ``planned_tokens`` and ``max_tokens`` were asked for. ``status`` is HTTP's.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Record:
     e2e_s: float | None = None
     itl_s: tuple[float, ...] = ()
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     output_tokens: int = 0
     tokens_from: TokenSource = TokenSource.CHUNKS
     failure: Failure | None = None

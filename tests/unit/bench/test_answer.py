@@ -44,6 +44,16 @@ def test_without_usage_chunks_are_counted(counts: Any):
     assert (found.output_tokens, found.tokens_from, found.prompt_tokens) == (2, TokenSource.CHUNKS, None)
 
 
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [({"cached_tokens": 3}, 3), ({"cached_tokens": 0}, 0), ({"cached_tokens": "3"}, None), ({}, None), (None, None)],
+)
+def test_tokens_that_the_endpoint_had_before(details: object, cached: int | None) -> None:
+    counts = usage(5, 1)
+    counts["usage"]["prompt_tokens_details"] = details
+    assert answer(text("a"), counts).cached_tokens == cached
+
+
 def test_usage_in_every_chunk_counts_as_the_last_one_says():
     found = answer({**text("a"), "usage": {"completion_tokens": 1}}, {**text("b"), "usage": {"completion_tokens": 2}})
     assert found.output_tokens == 2

@@ -9,6 +9,6 @@ from shoal.errors import ConfigError
 
 def require_packages() -> None:
     """Before anything of this package is imported that needs them. Raises ConfigError."""
-    missing = [name for name in ("httpx", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("aiohttp", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"shoal bench needs {' and '.join(missing)}: pip install '.[serve,bench]' in its repository")

@@ -1,4 +1,7 @@
-"""An OpenAI endpoint over HTTP: which models it has, and one streamed request from its first byte to its last."""
+"""An OpenAI endpoint over HTTP: which models it has, and one streamed request from its first byte to its last.
+
+Who asks often shares the server's cores, so the client must be light: aiohttp reads HTTP in C.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import asyncio
 import json
 import math
 import os
-import socket
+import re
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any
 
-import httpx
+import aiohttp
+from yarl import URL
 
 from shoal.bench.answer import MAX_DETAIL_CHARS, Answer, RequestFailed, encodable, error_message
 from shoal.bench.clock import Clock
@@ -28,6 +33,7 @@ _KEEPALIVE_S = 3.0
 # Behind [DONE] comes the end of HTTP's body, after which the connection can be used again. A server that doesn't end it
 # isn't waited for.
 _END_WITHIN_S = 0.5
+_ERRNO = re.compile(r"\[Errno ([0-9]+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class EndpointOptions:
 class Endpoint:
     """Use ``open_endpoint``. Nothing here is retried."""
 
-    def __init__(self, options: EndpointOptions, model: str, http: httpx.AsyncClient, clock: Clock) -> None:
+    def __init__(self, options: EndpointOptions, model: str, http: aiohttp.ClientSession, clock: Clock) -> None:
         self.model = model
         self._options, self._http, self._clock = options, http, clock
         self._path = "chat/completions" if options.prompts is PromptKind.CHAT else "completions"
@@ -110,19 +116,20 @@ class Endpoint:
     async def _exchange(self, body: bytes, answer: Answer) -> None:
         """Fill ``answer``. Raises RequestFailed."""
         try:
-            async with self._http.stream("POST", self._path, content=body) as response:
-                answer.status = response.status_code
+            # In one piece, aiohttp would warn of a large one.
+            async with self._http.post(self._path, data=BytesIO(body), allow_redirects=False) as response:
+                answer.status = response.status
                 await _refuse_all_but_streams(response)
-                parts = response.aiter_bytes()
+                parts = response.content.iter_any()
                 await self._read(parts, answer)
                 if not answer.is_done:
                     raise RequestFailed(Failure.BROKEN_STREAM, "the stream ended without [DONE]")
                 if answer.last_s is None:
                     raise RequestFailed(Failure.NO_TOKENS, "the stream had no token")
                 await _pass_over(parts)
-        except httpx.ConnectError as error:
+        except aiohttp.ClientConnectorError as error:
             raise RequestFailed(Failure.UNREACHABLE, f"no connection: {_cause(error)}") from error
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             # What comes after [DONE] is no longer part of the answer.
             if not answer.is_done:
                 failure = Failure.DISCONNECTED if answer.status is None else Failure.BROKEN_STREAM
@@ -153,15 +160,15 @@ async def open_endpoint(options: EndpointOptions, clock: Clock) -> AsyncIterator
         headers["authorization"] = f"Bearer {options.api_key}"
     if options.tells_timeout:
         headers["x-shoal-timeout"] = str(options.timeout_s)
-    async with httpx.AsyncClient(
-        base_url=base_url(options.url),
+    url = base_url(options.url)
+    async with aiohttp.ClientSession(
+        url,
         headers=headers,
-        timeout=httpx.Timeout(None),  # the whole request has one, around it
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(None),  # the whole request has one, around it
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=ssl.create_default_context()),
         trust_env=False,
-        verify=ssl.create_default_context(),
     ) as http:
-        model = options.model or await _first_model(http, options.timeout_s)
+        model = options.model or await _first_model(http, f"{url}models", options.timeout_s)
         yield Endpoint(options, model, http, clock)
 
 
@@ -173,48 +180,47 @@ def base_url(url: str) -> str:
             "the URL (a key comes by --api-key-env); an @ of a path is written %40"
         )
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
+        parsed = URL(url)
+    except ValueError as error:
         raise ConfigError(f"{url} is no URL ({error}): write one like http://127.0.0.1:8000") from None
-    if parsed.scheme not in {"http", "https"} or not parsed.host or parsed.query or parsed.fragment:
+    if parsed.scheme not in {"http", "https"} or not parsed.host or parsed.query_string or parsed.fragment:
         raise ConfigError(f"{url} isn't the URL of an endpoint: write one like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1") + "/v1/"
 
 
-async def _first_model(http: httpx.AsyncClient, timeout_s: float) -> str:
-    url = f"{http.base_url}models"
+async def _first_model(http: aiohttp.ClientSession, url: str, timeout_s: float) -> str:
     try:
-        async with asyncio.timeout(timeout_s):
-            response = await http.get("models")
+        async with asyncio.timeout(timeout_s), http.get("models") as response:
+            text = await response.text(errors="replace")
     except TimeoutError:
         raise Unavailable(f"{url} doesn't answer within {timeout_s:g} s: is this the right address?") from None
-    except httpx.HTTPError as error:
+    except aiohttp.ClientError as error:
         next_step = "start the server first, or correct the URL"
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
             next_step = "name the file of the CA that signed its certificate in SSL_CERT_FILE"
         raise Unavailable(f"can't reach {url} ({_cause(error)}): {next_step}") from None
     try:
-        return encodable(str(response.raise_for_status().json()["data"][0]["id"]))
-    except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
-        said = f"HTTP {response.status_code}, {response.text[:MAX_DETAIL_CHARS]!r}"
-        raise ConfigError(
-            f"{url} lists no models ({said}): name one by --model; if it wants a key, say --api-key-env"
-        ) from None
+        if response.ok:
+            return encodable(str(json.loads(text)["data"][0]["id"]))
+    except (ValueError, LookupError, TypeError):
+        pass
+    said = f"HTTP {response.status}, {text[:MAX_DETAIL_CHARS]!r}"
+    raise ConfigError(f"{url} lists no models ({said}): name one by --model; if it wants a key, say --api-key-env")
 
 
-async def _refuse_all_but_streams(response: httpx.Response) -> None:
-    if response.status_code != 200:
-        failure = Failure.REJECTED if response.status_code in {429, 503} else Failure.HTTP_ERROR
+async def _refuse_all_but_streams(response: aiohttp.ClientResponse) -> None:
+    if response.status != 200:
+        failure = Failure.REJECTED if response.status in {429, 503} else Failure.HTTP_ERROR
         raise RequestFailed(failure, await _said(response))
     kind = response.headers.get("content-type", "")
     if not kind.startswith("text/event-stream"):
         raise RequestFailed(Failure.MALFORMED, f"no event stream, but {kind or 'something'}: {await _said(response)}")
 
 
-async def _said(response: httpx.Response) -> str:
+async def _said(response: aiohttp.ClientResponse) -> str:
     """Why there is no answer, in the endpoint's words."""
     data = b""
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         data += part
         if len(data) > _MAX_ERROR_BYTES:
             break
@@ -233,17 +239,10 @@ async def _pass_over(parts: AsyncIterator[bytes]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What the system said in the first place: of a refusal, of no route and of too many open files alike, the last of
-    these errors only says that all attempts failed."""
-    if isinstance(error, BaseExceptionGroup):
-        return ", ".join(dict.fromkeys(map(_cause, error.exceptions)))
-    has_own_numbers = isinstance(error, ssl.SSLError | socket.gaierror)  # other ones than the system's
-    if isinstance(error, OSError) and error.errno is not None and not has_own_numbers:
-        return os.strerror(error.errno)
-    inner = error.__cause__ or error.__context__  # httpcore's pool takes the cause away
-    if inner is None or has_own_numbers:
-        return str(error) or type(error).__name__
-    return _cause(inner)
+    """What the system said in the first place, of each address that the endpoint's name has."""
+    said = str(getattr(error, "os_error", error))
+    numbers = dict.fromkeys(map(int, _ERRNO.findall(said)))
+    return ", ".join(map(os.strerror, numbers)) or said or type(error).__name__
 
 
 def _between(start_s: float, end_s: float | None) -> float | None:

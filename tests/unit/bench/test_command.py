@@ -296,6 +296,6 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_told(key: str):
 
 
 def test_without_its_packages_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shoal.bench.find_spec", lambda name: None if name == "httpx" else object())
-    with pytest.raises(ConfigError, match=r"needs httpx: pip install '.\[serve,bench\]'"):
+    monkeypatch.setattr("shoal.bench.find_spec", lambda name: None if name == "aiohttp" else object())
+    with pytest.raises(ConfigError, match=r"needs aiohttp: pip install '.\[serve,bench\]'"):
         require_packages()

@@ -9,13 +9,25 @@ import socket
 import ssl
 from typing import Any
 
-import httpx
 import pytest
+import trustme
 from prometheus_client import CollectorRegistry
 
 from fake_backend import FakeBackend
 from http_server import serving
-from scripted_endpoint import DONE, HandClock, Request, Script, Wire, event, scripted, token, usage
+from scripted_endpoint import (
+    DONE,
+    HandClock,
+    Request,
+    Script,
+    ScriptedEndpoint,
+    Wire,
+    event,
+    scripted,
+    token,
+    usage,
+    whole_answer,
+)
 from shoal.bench.clock import Clock, RealClock
 from shoal.bench.endpoint import EndpointOptions, base_url, open_endpoint
 from shoal.bench.record import Failure, Record, TokenSource
@@ -322,31 +334,32 @@ async def test_a_port_where_nobody_listens_is_unreachable(free_port: int):
 
 
 @pytest.mark.parametrize(
-    ("causes", "said"),
+    ("cause", "said"),
     [
-        ([OSError(errno.EMFILE, "Too many open files")], "Too many open files"),
-        ([OSError(errno.EHOSTUNREACH, "Connect call failed ('10.0.0.1', 80)")], "No route to host"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (OSError(errno.EHOSTUNREACH, "Connect call failed ('10.0.0.1', 80)"), "No route to host"),
         (
-            [OSError(errno.ENETUNREACH, "Connect call failed"), ConnectionRefusedError(errno.ECONNREFUSED, "Connect")],
+            OSError("Multiple exceptions: [Errno 101] Connect call failed ('::1', 9), [Errno 111] Connect call failed"),
             "Network is unreachable, Connection refused",
         ),
-        ([socket.gaierror(socket.EAI_NONAME, "Name or service not known")], "[Errno -2] Name or service not known"),
-        ([ssl.SSLError(1, "[SSL] record layer failure")], "[SSL] record layer failure"),
+        (
+            OSError(errno.ENETUNREACH, "Multiple exceptions: [Errno 101] Connect call failed, [Errno 101] again"),
+            "Network is unreachable",
+        ),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "[Errno -2] Name or service not known"),
+        (ssl.SSLError(1, "[SSL] record layer failure"), "[SSL] record layer failure"),
     ],
 )
-async def test_why_an_endpoint_is_unreachable_is_told(
-    causes: list[OSError], said: str, monkeypatch: pytest.MonkeyPatch
-):
-    """As anyio tells it, which tries each address that a name has."""
+async def test_why_an_endpoint_is_unreachable_is_told(cause: OSError, said: str, monkeypatch: pytest.MonkeyPatch):
+    """As aiohttp is told, whose connections try each address that a name has."""
 
-    async def connect(**_options: Any) -> Any:
-        cause = causes[0] if len(causes) == 1 else ExceptionGroup("multiple connection attempts failed", causes)
-        raise OSError("All connection attempts failed") from cause
+    async def connect(*_arguments: Any, **_options: Any) -> Any:
+        raise cause
 
-    monkeypatch.setattr("anyio.connect_tcp", connect)
+    monkeypatch.setattr("aiohappyeyeballs.start_connection", connect)
     record = await send("http://127.0.0.1:9", api_key="secret")
     assert record.failure is Failure.UNREACHABLE
-    assert record.detail.startswith("no connection: ") and said in record.detail and "secret" not in record.detail
+    assert record.detail == f"no connection: {said}" and "secret" not in record.detail
 
 
 async def test_an_error_that_no_file_could_hold_is_told_as_far_as_it_can_be():
@@ -442,14 +455,26 @@ async def test_an_endpoint_that_lists_no_model_wants_one_named():
                 pass
 
 
-async def test_where_a_certificate_isn_t_trusted_what_names_its_ca_is_told(monkeypatch: pytest.MonkeyPatch):
-    async def refuse(*_arguments: Any, **_options: Any) -> Any:
-        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+async def test_where_a_certificate_isn_t_trusted_what_names_its_ca_is_told():
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(server_side)
+    server = await asyncio.start_server(ScriptedEndpoint(whole_answer).serve, "127.0.0.1", 0, ssl=server_side)
+    async with server:
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(Unavailable, match="in SSL_CERT_FILE"):
+            async with open_endpoint(EndpointOptions(url), RealClock()):
+                pass
+        record = await send(url)
+        assert record.failure is Failure.UNREACHABLE and "CERTIFICATE_VERIFY_FAILED" in record.detail
 
-    monkeypatch.setattr(httpx.AsyncClient, "get", refuse)
-    with pytest.raises(Unavailable, match="in SSL_CERT_FILE"):
-        async with open_endpoint(EndpointOptions("https://127.0.0.1:1"), RealClock()):
-            pass
+
+async def test_a_large_prompt_is_sent(recwarn: pytest.WarningsRecorder):
+    """More than what aiohttp warns of."""
+    long = PlannedRequest(0, "7:3", (49_151,) * 200_000, 200_000, 3)
+    async with scripted() as server, open_endpoint(EndpointOptions(server.url), RealClock()) as endpoint:
+        assert (await endpoint.send(long, endpoint.body(long), 0.0)).failure is None
+        assert len(server.requests[-1].body["prompt"]) == 200_000
+    assert not recwarn.list
 
 
 async def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent(free_port: int):

@@ -1,11 +1,11 @@
 """How much sooner a first token comes where pools remember what other prompts left behind.
 
-    python tests/benchmarks/reuse.py [--prompt-tokens 1800] [--rounds 5] [--json FILE]
+    python tests/benchmarks/reuse.py [--prompt-tokens 1800] [--rounds 5] [--pause-s 1] [--json FILE]
 
-A server of one replica of each pool (``shoal serve --reuse exact``) is asked one prompt at a time: one that it doesn't
-know, one whose first half is that of a prompt before, as questions about one document are, and one that came before
-as a whole. What was found is what ``usage`` says (``cached_tokens``); where that isn't what should be, the program ends
-with an error.
+A server of one replica of each pool (``shoal serve --reuse exact``) is asked one prompt at a time, with a pause after
+each if that's asked for: one that it doesn't know, one whose first half is that of a prompt before, as questions about
+one document are, and one that came before as a whole. What was found is what ``usage`` says (``cached_tokens``); where
+that isn't what should be, the program ends with an error.
 """
 
 from __future__ import annotations
@@ -52,15 +52,21 @@ def main() -> None:
 
 async def _rounds(url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     size, half = options.prompt_tokens, options.prompt_tokens // 2
-    await _ask(url, _prompt(0, size), 0)
+
+    async def ask(prompt: tuple[int, ...], at_least_cached: int) -> dict[str, Any]:
+        found = await _ask(url, prompt, at_least_cached)
+        await asyncio.sleep(options.pause_s)
+        return found
+
+    await ask(_prompt(0, size), 0)
     rounds = []
     for number in track(range(options.rounds), description="rounds", console=Console(stderr=True)):
         first, other = _prompt(2 * number + 1, size), _prompt(2 * number + 2, size)
         rounds.append(
             {
-                "unknown": await _ask(url, first, 0),
-                "half known": await _ask(url, first[:half] + other[half:], half - _BLOCK_TOKENS),
-                "known": await _ask(url, first, size - 1 - _BLOCK_TOKENS),
+                "unknown": await ask(first, 0),
+                "half known": await ask(first[:half] + other[half:], half - _BLOCK_TOKENS),
+                "known": await ask(first, size - 1 - _BLOCK_TOKENS),
             }
         )
     return rounds
@@ -83,6 +89,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=1800)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pause-s", type=float, default=0.0, help="between two prompts")
     parser.add_argument("--skip-layers", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write raw figures here")
     return parser.parse_args()

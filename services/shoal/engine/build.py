@@ -37,6 +37,7 @@ from shoal.kernels.build import fits
 from shoal.kernels.copying import Copier
 from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
 from shoal.kernels.native import load as load_kernels
+from shoal.kv.ahead import Ahead
 from shoal.kv.layout import KvLayout, stage_layout
 from shoal.kv.pool import KvPool
 from shoal.machine import available_memory_bytes, cpu_flags, multiplies_bfloat16, step_back, usable_threads
@@ -275,8 +276,11 @@ def build_engine(
         runner,
         eos_token_ids=served.files.eos_token_ids(),
         chooser=make_chooser(kernels),
+        ahead=Ahead(pool, [table.allocator for table in scheduler.tables]),
     )
     warm_up(engine, stage, device)
+    while not engine.is_prepared:
+        engine.prepare()
     return engine
 
 

@@ -23,6 +23,7 @@ from shoal.engine.sampler import Chooser, Sampled, SampleRow, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, ShoalError
+from shoal.kv.ahead import Ahead
 from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams, SentChoice, WireMode
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ HURRIED_S = 60.0
 
 
 class Engine:
-    """``eos_token_ids`` end a choice unless it ignores them. Without a ``chooser`` of tokens, torch is it."""
+    """``eos_token_ids`` end a choice unless it ignores them. Without a ``chooser`` of tokens, torch is it. ``ahead`` is
+    of the runner's pool."""
 
     def __init__(
         self,
@@ -43,12 +45,14 @@ class Engine:
         *,
         eos_token_ids: tuple[int, ...] = (),
         chooser: Chooser | None = None,
+        ahead: Ahead | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._eos_token_ids = eos_token_ids
         self._chooser = chooser
+        self._ahead = ahead
         self._clock = clock
         self.desertion = Desertion()
         self._sequences: dict[str, dict[int, Sequence]] = {}
@@ -173,6 +177,19 @@ class Engine:
             num_deep_blocks=0 if deep is None else deep.num_blocks,
             num_free_deep_blocks=0 if deep is None else deep.num_free,
         )
+
+    # --- between requests -----------------------------------------------------------------------------
+
+    @property
+    def is_prepared(self) -> bool:
+        """Nothing is left to be done for who comes next, or somebody is here: what would be done costs the cores
+        time that its prompt may be computed in."""
+        return self._ahead is None or bool(self._sequences) or self._ahead.is_far_enough
+
+    def prepare(self) -> None:
+        """Take some of the memory that prompts to come will want; some milliseconds at most."""
+        if self._ahead is not None:
+            self._ahead.take()
 
     # --- the step -------------------------------------------------------------------------------------
 

@@ -175,20 +175,24 @@ class EngineThread:
         self._died()
 
     def _obey(self, *, wait: bool) -> bool:
-        """Run all commands that are here, waiting for one first if told to, and for more while it yields. False once
-        closed."""
+        """Run all commands that are here, waiting for one first if told to, and for more while it yields. Who waits
+        prepares for the next ones. False once closed."""
         while True:
             wait_s = self._yielding.wait_s(self._engine.scheduler, self._began_s, time.monotonic())
             if wait_s:
                 self._tell_all()
-            if wait or wait_s:
+            prepares = wait and not self._engine.is_prepared
+            if (wait and not prepares) or wait_s:
                 self.heartbeat.rest()
             try:
-                command = self._commands.take(None if wait else wait_s)
+                command = self._commands.take(0.0 if prepares else None if wait else wait_s)
             except queue.Empty:
-                if wait_s:
-                    continue
-                return True
+                if prepares:
+                    self._engine.prepare()
+                    self.heartbeat.beat()
+                elif not wait_s:
+                    return True
+                continue
             self.heartbeat.beat()
             self._tell_all()  # first, what came first
             if command is None:

@@ -28,6 +28,7 @@ class BlockAllocator:
         self._reserved = [0] * num_blocks  # of those counts, how much is of sequences that don't run yet
         self.num_reserved = 0  # blocks that such sequences hold, each once
         self.num_only_reserved = 0  # that nobody else holds
+        self.num_ever_used = 0  # from the first on, up to the last that was ever taken
         self._distrusted: set[int] = set()  # held, and never to be remembered
         self.prefixes = None if any_source is None else PrefixCache(any_source=any_source)
 
@@ -53,6 +54,7 @@ class BlockAllocator:
         taken = [heapq.heappop(self._free) for _ in range(num_blocks)]
         for block in taken:
             self._counts[block] = 1
+            self.num_ever_used = max(self.num_ever_used, block + 1)
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -386,3 +387,42 @@ async def test_of_who_asks_an_engine_that_has_stopped_nothing_is_kept(model: Any
     with pytest.raises(PeerGone):
         await client.call(Engine.counts)
     assert not client._thread._pending
+
+
+class Endless:
+    """Memory ahead of use, of which there's always more to take until ``is_far_enough``."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.is_far_enough = False
+        self.is_taken = threading.Event()
+        self._log = log
+
+    def take(self) -> None:
+        self._log.append("takes")
+        self.is_taken.set()
+        time.sleep(1e-3)  # as the system takes some time
+
+
+async def test_memory_is_taken_while_nobody_is_here(model: Any) -> None:
+    """Not for who is on the way: the cores may be busy with its prompt."""
+    log: list[str] = []
+    engine, endless = make_engine(model, 0), Endless(log)
+    engine._ahead = endless  # type: ignore[assignment]
+    client = watched(engine, log)
+    assert await asyncio.to_thread(endless.is_taken.wait, 10)
+    with client.open("asks") as inbox:
+        await client.call(lambda engine: engine.submit_generate("asks", (3, 4), Depth.FULL, SAMPLING, hold=True))
+        log.append("comes")
+        await inbox.reserved()
+        for _ in range(3):
+            await client.call(Engine.counts)
+        await client.call(lambda engine: engine.start("asks"))
+        for _ in range(3):
+            await inbox.next()
+        log.append("is here")
+        await inbox.next()
+    endless.is_taken.clear()
+    assert await asyncio.to_thread(endless.is_taken.wait, 10)
+    endless.is_far_enough = True
+    client.close()
+    assert "takes" not in log[log.index("comes") : log.index("is here")]

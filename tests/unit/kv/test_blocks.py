@@ -96,3 +96,15 @@ def test_to_end_a_reservation_that_there_is_not_is_a_defect():
     allocator = BlockAllocator(2)
     with pytest.raises(InternalError, match="isn't reserved"):
         allocator.unreserve(allocator.allocate(1))
+
+
+def test_it_is_known_how_far_blocks_were_ever_used():
+    allocator = BlockAllocator(8)
+    assert allocator.num_ever_used == 0
+    first, second = allocator.allocate(3), allocator.allocate(2)
+    assert allocator.num_ever_used == 5
+    allocator.release([*first, *second])
+    allocator.allocate(4)
+    assert allocator.num_ever_used == 5
+    allocator.allocate(4)
+    assert allocator.num_ever_used == 8

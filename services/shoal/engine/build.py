@@ -276,7 +276,8 @@ def build_engine(
         runner,
         eos_token_ids=served.files.eos_token_ids(),
         chooser=make_chooser(kernels),
-        ahead=Ahead(pool, [table.allocator for table in scheduler.tables]),
+        # Where nothing is remembered, prompts come into the memory of those before.
+        ahead=None if scheduler.allocator.prefixes is None else Ahead(pool, scheduler.allocator),
     )
     warm_up(engine, stage, device)
     while not engine.is_prepared:

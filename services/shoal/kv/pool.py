@@ -47,10 +47,10 @@ class KvPool:
         self.has_spare_slot = has_spare_slot
         self.dtype = dtype
         apart = layout.apart
-        self.apart = range(0) if apart is None else range(apart.first, apart.last)
+        self._apart = range(0) if apart is None else range(apart.first, apart.last)
         self.layers = [
             _zeros(
-                ((num_deep_blocks if layer in self.apart else num_blocks) * layout.block_tokens + has_spare_slot, 2,
+                ((num_deep_blocks if layer in self._apart else num_blocks) * layout.block_tokens + has_spare_slot, 2,
                  layout.num_kv_heads, layout.head_dim), dtype, device,
             )
             for layer in range(layout.num_layers)
@@ -104,7 +104,7 @@ class KvPool:
         ``deep`` copies those of the group that is apart, else those of all other layers.
         """
         size = self.layout.block_tokens
-        layers = [held for layer, held in enumerate(self.layers) if (layer in self.apart) == deep] if pairs else []
+        layers = [held for layer, held in enumerate(self.layers) if (layer in self._apart) == deep] if pairs else []
         if not deep:
             layers.append(self.states)
         for source, target in pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from shoal.config import StageConfig, load_config
 from shoal.engine import build
 from shoal.engine.build import Served, layout_of, load_stage, num_blocks_for
 from shoal.errors import ConfigError, ModelError
+from shoal.kv.ahead import Ahead
 from shoal.messages import Stage
 from shoal.model.packed import PackedMatrix
 from shoal.telemetry.logs import FIELDS
@@ -111,3 +113,25 @@ def test_a_pool_takes_its_share_of_free_memory(
     limits = StageConfig(num_gpus=num_gpus)
     num_blocks = num_blocks_for(limits, layout, served, torch.device(device), 1.0)
     assert num_blocks == pytest.approx(1000 * share, abs=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives memory ahead")
+@pytest.mark.parametrize("stage", Stage)
+@pytest.mark.parametrize("reuse", ["none", "exact"])
+async def test_memory_is_taken_ahead_where_prompts_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, reuse: str
+) -> None:
+    save_tiny(tmp_path)
+    pieces: list[Ahead] = []
+    take = Ahead.take
+
+    def noted(ahead: Ahead) -> None:
+        pieces.append(ahead)
+        take(ahead)
+
+    monkeypatch.setattr(Ahead, "take", noted)
+    settings = {"num_blocks": 64, "reuse": reuse}
+    config = load_config(model={"name": str(tmp_path)}, prefill=settings, decode=settings)
+    engine = (await load_stage(config, stage)).engine
+    assert bool(pieces) == (reuse == "exact")
+    assert engine.is_prepared

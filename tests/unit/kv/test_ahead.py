@@ -22,12 +22,12 @@ MIB = 1 << 20
 BLOCK_BYTES, NUM_BLOCKS = 64 << 10, 256  # of each layer: 16 MiB in all
 
 
-def make_pool(*, num_deep_blocks: int = 0, state_dim: int = 0) -> KvPool:
+def make_pool(*, state_dim: int = 0) -> KvPool:
     layout = stage_layout(
         num_layers=3, num_kept=2, num_held=3, num_kv_heads=4, head_dim=128, dtype_bytes=4, block_tokens=16,
-        is_apart=num_deep_blocks > 0, state_dim=state_dim,
+        state_dim=state_dim,
     )  # fmt: skip
-    return KvPool(layout, NUM_BLOCKS, dtype=torch.float32, device=torch.device("cpu"), num_deep_blocks=num_deep_blocks)
+    return KvPool(layout, NUM_BLOCKS, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def resident(layer: torch.Tensor) -> int:
@@ -49,7 +49,7 @@ def take_all(ahead: Ahead) -> int:
 
 def test_so_much_is_taken_as_is_to_be_ahead_and_of_all_layers_alike():
     pool = make_pool()
-    ahead = Ahead(pool, [BlockAllocator(NUM_BLOCKS)], num_bytes=12 * MIB)
+    ahead = Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=12 * MIB)
     assert [resident(layer) for layer in pool.layers] == [0, 0, 0]
     assert take_all(ahead) == 6  # pieces of 2 MiB
     assert [resident(layer) for layer in pool.layers] == [4 * MIB] * 3
@@ -58,7 +58,7 @@ def test_so_much_is_taken_as_is_to_be_ahead_and_of_all_layers_alike():
 
 def test_more_is_taken_once_more_is_used_and_never_what_is_not_there():
     pool, allocator = make_pool(), BlockAllocator(NUM_BLOCKS)
-    ahead = Ahead(pool, [allocator], num_bytes=6 * MIB)
+    ahead = Ahead(pool, allocator, num_bytes=6 * MIB)
     take_all(ahead)
     used = allocator.allocate(64)  # 4 MiB of each layer
     assert not ahead.is_far_enough
@@ -74,20 +74,9 @@ def test_more_is_taken_once_more_is_used_and_never_what_is_not_there():
     assert ahead.is_far_enough
 
 
-def test_layers_that_are_apart_have_a_count_of_their_own():
-    pool = make_pool(num_deep_blocks=64)
-    allocators = [BlockAllocator(NUM_BLOCKS), BlockAllocator(64)]
-    ahead = Ahead(pool, allocators, num_bytes=4 * MIB)
-    take_all(ahead)
-    assert [resident(layer) for layer in pool.layers] == [2 * MIB, 2 * MIB, 4 * MIB]  # the last one is no larger
-    allocators[0].allocate(32)
-    take_all(ahead)
-    assert [resident(layer) for layer in pool.layers] == [4 * MIB, 4 * MIB, 4 * MIB]
-
-
 def test_states_are_taken_along():
     pool = make_pool(state_dim=1024)
-    take_all(Ahead(pool, [BlockAllocator(NUM_BLOCKS)], num_bytes=1 << 40))
+    take_all(Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=1 << 40))
     assert [resident(held) for held in (*pool.layers, pool.states)] == [16 * MIB] * 4
 
 
@@ -95,7 +84,7 @@ def test_what_is_written_stays():
     pool = make_pool()
     for layer in pool.layers:
         layer[5:9] = 7.0
-    take_all(Ahead(pool, [BlockAllocator(NUM_BLOCKS)], num_bytes=1 << 40))
+    take_all(Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=1 << 40))
     for layer in pool.layers:
         assert (layer[5:9] == 7).all() and not layer[:5].any() and not layer[9:].any()
 
@@ -109,7 +98,7 @@ def test_what_cannot_be_had_is_not_asked_for_again(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ahead_module, "_madvise", lambda: refuse)
     pool = make_pool()
-    ahead = Ahead(pool, [BlockAllocator(NUM_BLOCKS)])
+    ahead = Ahead(pool, BlockAllocator(NUM_BLOCKS))
     assert take_all(ahead) == len(asked) == 1
     assert asked == [pool.layers[0].data_ptr()]
 
@@ -117,4 +106,4 @@ def test_what_cannot_be_had_is_not_asked_for_again(monkeypatch: pytest.MonkeyPat
 def test_of_memory_that_is_not_the_host_s_nothing_is_taken(monkeypatch: pytest.MonkeyPatch):
     pool = make_pool()
     monkeypatch.setattr(pool, "host_rows", lambda: None)
-    assert Ahead(pool, [BlockAllocator(NUM_BLOCKS)]).is_far_enough
+    assert Ahead(pool, BlockAllocator(NUM_BLOCKS)).is_far_enough

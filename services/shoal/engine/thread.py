@@ -25,6 +25,8 @@ from shoal.heartbeat import Heartbeat
 from shoal.machine import step_back
 from shoal.mailbox import Mailbox
 
+_PIECE_EVERY_S = 0.01
+"""How long, between two pieces of what it prepares, an engine leaves the cores to others, whom others may wait for."""
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 Command = Callable[[Engine], None]
@@ -185,7 +187,7 @@ class EngineThread:
             if (wait and not prepares) or wait_s:
                 self.heartbeat.rest()
             try:
-                command = self._commands.take(0.0 if prepares else None if wait else wait_s)
+                command = self._commands.take(_PIECE_EVERY_S if prepares else None if wait else wait_s)
             except queue.Empty:
                 if prepares:
                     self._engine.prepare()

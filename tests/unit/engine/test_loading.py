@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +114,6 @@ def test_a_pool_takes_its_share_of_free_memory(
     assert num_blocks == pytest.approx(1000 * share, abs=1)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives memory ahead")
 @pytest.mark.parametrize("stage", Stage)
 @pytest.mark.parametrize("reuse", ["none", "exact"])
 async def test_memory_is_taken_ahead_where_prompts_are_remembered(

@@ -413,16 +413,18 @@ async def test_memory_is_taken_while_nobody_is_here(model: Any) -> None:
     with client.open("asks") as inbox:
         await client.call(lambda engine: engine.submit_generate("asks", (3, 4), Depth.FULL, SAMPLING, hold=True))
         log.append("comes")
-        await inbox.reserved()
+        await asyncio.wait_for(inbox.reserved(), 10)
         for _ in range(3):
             await client.call(Engine.counts)
         await client.call(lambda engine: engine.start("asks"))
-        for _ in range(3):
-            await inbox.next()
-        log.append("is here")
-        await inbox.next()
+        for _ in range(4):
+            await asyncio.wait_for(inbox.next(), 10)
     endless.is_taken.clear()
     assert await asyncio.to_thread(endless.is_taken.wait, 10)
     endless.is_far_enough = True
+    async with asyncio.timeout(10):
+        while client._thread.heartbeat.num_beats is not None:  # at rest again
+            await asyncio.sleep(0.01)
     client.close()
-    assert "takes" not in log[log.index("comes") : log.index("is here")]
+    assert log.count("computes") == 4
+    assert "takes" not in log[log.index("comes") : len(log) - log[::-1].index("computes")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +15,14 @@ from shoal.kv.blocks import BlockAllocator
 from shoal.kv.layout import stage_layout
 from shoal.kv.pool import KvPool
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages are there")
+
+def is_given_ahead() -> bool:
+    madvise, page = ahead_module._madvise(), mmap.mmap(-1, mmap.PAGESIZE)
+    address = np.frombuffer(page, np.uint8).ctypes.data
+    return madvise is not None and madvise(address, mmap.PAGESIZE, ahead_module._POPULATE_WRITE) == 0
+
+
+pytestmark = pytest.mark.skipif(not is_given_ahead(), reason="this system gives no memory ahead of use")
 
 MIB = 1 << 20
 BLOCK_BYTES, NUM_BLOCKS = 64 << 10, 256  # of each layer: 16 MiB in all
@@ -74,10 +80,21 @@ def test_more_is_taken_once_more_is_used_and_never_what_is_not_there():
     assert ahead.is_far_enough
 
 
-def test_states_are_taken_along():
-    pool = make_pool(state_dim=1024)
-    take_all(Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=1 << 40))
-    assert [resident(held) for held in (*pool.layers, pool.states)] == [16 * MIB] * 4
+def test_of_states_that_are_larger_as_large_a_part_is_taken():
+    pool = make_pool(state_dim=2048)  # 32 MiB, so a fourth of all is 20
+    ahead = Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=20 * MIB)
+    take_all(ahead)
+    assert [resident(layer) for layer in pool.layers] == [4 * MIB] * 3
+    assert resident(pool.states) == 8 * MIB
+
+
+def test_where_a_layer_ends_within_a_page_all_of_it_is_taken():
+    pool = make_pool(state_dim=1021)
+    ahead = Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=1 << 40)
+    take_all(ahead)
+    ahead.take()
+    size = -(-pool.states.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    assert [resident(held) for held in (*pool.layers, pool.states)] == [*[16 * MIB] * 3, size]
 
 
 def test_what_is_written_stays():

@@ -25,8 +25,8 @@ from shoal.heartbeat import Heartbeat
 from shoal.machine import step_back
 from shoal.mailbox import Mailbox
 
-_PIECE_EVERY_S = 0.01
-"""How long, between two pieces of what it prepares, an engine leaves the cores to others, whom others may wait for."""
+_PIECE_EVERY_S = 0.05
+"""How long, between two pieces of what it prepares, an engine leaves the cores to others, which may be at an answer."""
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 Command = Callable[[Engine], None]

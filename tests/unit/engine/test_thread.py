@@ -403,8 +403,9 @@ class Endless:
         time.sleep(1e-3)  # as the system takes some time
 
 
-async def test_memory_is_taken_while_nobody_is_here(model: Any) -> None:
+async def test_memory_is_taken_while_nobody_is_here(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for who is on the way: the cores may be busy with its prompt."""
+    monkeypatch.setattr("shoal.engine.thread._PIECE_EVERY_S", 0.0)
     log: list[str] = []
     engine, endless = make_engine(model, 0), Endless(log)
     engine._ahead = endless  # type: ignore[assignment]

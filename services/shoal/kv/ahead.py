@@ -23,7 +23,7 @@ _PIECE_BYTES = 2 << 20
 """A huge page; what is taken at once, so that nothing waits for long behind it."""
 _POPULATE_WRITE = 23
 """madvise(2): what is written there stays, whoever writes meanwhile."""
-Madvise = Callable[[int, int, int], int]
+_Madvise = Callable[[int, int, int], int]
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +62,7 @@ class Ahead:
         return [taken / layer.nbytes for taken, layer in zip(self._taken, self._layers, strict=True)]
 
 
-def _madvise() -> Madvise | None:
+def _madvise() -> _Madvise | None:
     if sys.platform != "linux":
         return None
     try:

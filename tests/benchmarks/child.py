@@ -1,4 +1,5 @@
-"""A server that this process started: when it answers, what it said last, and that nothing of it stays behind."""
+"""A server that this process started: when it answers, what it said last, that it can be stopped for a while, and that
+nothing of it stays behind."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -68,6 +69,22 @@ def serving(
         _end(popen)
 
 
+@contextmanager
+def stopped(keep: int) -> Iterator[None]:
+    """Stop all that this process started, but for the process ``keep``, and let it go on after the block (SIGSTOP).
+
+    Ray takes an actor that doesn't answer for dead in half a minute or so: keep the block well below that.
+    """
+    held: set[int] = set()
+    try:
+        while more := set(_descendants(os.getpid())) - held - {keep}:
+            _signal(more, signal.SIGSTOP)
+            held |= more
+        yield
+    finally:
+        _signal(held, signal.SIGCONT)
+
+
 def last_words(log: Path, num_lines: int = 3) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [line.strip() for line in lines if line.strip()]
@@ -105,13 +122,17 @@ def _end(popen: subprocess.Popen[bytes]) -> None:
 def _kill_descendants(deadline_s: float) -> None:
     """All that are left; those that its end made orphans are our own children now, and so are ours to reap."""
     while (left := _descendants(os.getpid())) and time.perf_counter() < deadline_s:
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _signal(left, signal.SIGKILL)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(_POLL_S / 4)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _descendants(pid: int) -> list[int]:

@@ -38,12 +38,13 @@ _PRIVATE_ENVIRONMENT = {
     # Ray makes its workers 15 nicer than all else on the machine: of a core that both want they'd have a thirtieth.
     "RAY_worker_niceness": "0",
     # Beside models on the same cores Ray's housekeeping is felt: Serve's controller wakes ten times a second and asks
-    # Ray for all that's known, a folder is searched for new events, and every process counts and exports what nobody
-    # reads, since there is no dashboard.
+    # Ray for all that's known, folders are searched for new events and as often for new logs, and every process counts
+    # and exports what nobody reads, since there is no dashboard.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "RAY_enable_metrics_collection": "0",
     "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # from this many files on it looks twice a second
     "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "5",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "METRICS_RECORD_INTERVAL_S": "60",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,13 +33,6 @@ def adopt_orphans() -> None:
 def clean_environment() -> dict[str, str]:
     """This process' own, without what decides how a server computes."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
-
-
-def free_port() -> int:
-    """One that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 @contextmanager

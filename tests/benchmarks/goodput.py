@@ -36,9 +36,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from arms import MODEL_NAME, Arm, Mode, arms, find
-from child import ChildFailed, adopt_orphans, free_port, serving
+from child import ChildFailed, adopt_orphans, serving
 from exported import export
 
+from shoal.app.ports import free_port
 from shoal.bench.benchmark import Benchmark, BenchOptions, measure
 from shoal.bench.clock import RealClock
 from shoal.bench.endpoint import EndpointOptions, open_endpoint
@@ -152,7 +153,7 @@ class Run:
     def _server(self, arm: Arm) -> Iterator[str]:
         wanted = Mode[self._options.mode]
         mode = wanted if wanted in arm.modes else arm.modes[0]
-        port = free_port()
+        port = free_port("127.0.0.1")
         url = f"http://127.0.0.1:{port}"
         environment = arm.environment(mode)
         log = self._scratch / "server.log"

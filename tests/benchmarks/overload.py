@@ -27,8 +27,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from child import adopt_orphans, free_port, serving
+from child import adopt_orphans, serving
 
+from shoal.app.ports import free_port
 from shoal.bench.clock import RealClock
 from shoal.bench.endpoint import EndpointOptions, open_endpoint
 from shoal.bench.generator import Amount, Generator
@@ -126,7 +127,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="shoal-overload-") as folder:
-        port = free_port()
+        port = free_port("127.0.0.1")
         url = f"http://127.0.0.1:{port}"
         command = [
             sys.executable, "-c", "from shoal.command import main; main()", "serve", "--port", str(port),

@@ -30,9 +30,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from arms import MODEL_NAME, Arm, Mode, arms, find
-from child import adopt_orphans, free_port, serving
+from child import adopt_orphans, serving
 from exported import export
 
+from shoal.app.ports import free_port
 from shoal.config import load_config
 from shoal.engine.build import Served
 from shoal.quality.statistics import Bootstrap
@@ -93,7 +94,7 @@ def _passages(served: Served, options: argparse.Namespace) -> list[Passage]:
 
 def _ask(arm: Arm, found: Sequence[Passage], scratch: Path, console: Console) -> Server:
     mode = Mode.SPINNING if Mode.SPINNING in arm.modes else arm.modes[0]
-    port = free_port()
+    port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     console.print(f"starting {arm.name}", markup=False)
     with (

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import httpx
 from arms import Arm, Mode
-from child import ChildFailed, clean_environment, free_port, last_words, serving
+from child import ChildFailed, clean_environment, last_words, serving
 from comparison import Comparison, Measured, best_mode
 from load import Loads
 from machine_limits import MachineLimits
 from measurement import Figures, WrongAnswer, measure
 from rich.progress import Progress
 
+from shoal.app.ports import free_port
 from shoal.errors import ShoalError
 
 _START_WITHIN_S = 400.0
@@ -85,7 +86,7 @@ class Rounds:
 
     def _try(self, arm: Arm, mode: Mode, key: str, *, samples: int, streams: Sequence[int]) -> Figures | str:
         """The figures, or why there are none. Ctrl-C ends the server, too, and goes on."""
-        port = free_port()
+        port = free_port("127.0.0.1")
         url, log = f"http://127.0.0.1:{port}", self._scratch / "server.log"
         environment = arm.environment(mode)
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from child import free_port, serving
+from child import serving
 from load import LoadOptions, Loads, send_at_once
 from prometheus_client.parser import text_string_to_metric_families
 
+from shoal.app.ports import free_port
 from shoal.simulate.measurements import Sample
 
 _STAGES = "shoal_ttft_stage_seconds_sum"
@@ -44,7 +45,7 @@ def ask(
 @contextmanager
 def server(skip_layers: int, replicas: int, *arguments: str) -> Iterator[str]:
     """Serves SmolLM2 by so many replicas of each pool for the block, with further ``arguments``; yields the URL."""
-    port = free_port()
+    port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",

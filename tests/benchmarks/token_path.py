@@ -30,12 +30,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
-from child import adopt_orphans, clean_environment, free_port, serving, stopped
+from child import adopt_orphans, clean_environment, serving, stopped
 from load import LoadOptions, Loads, send_at_once, span_s
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from shoal.app.ports import free_port
 
 _STEP = "shoal_decode_step_seconds"
 _HERE = str(Path(__file__).parents[2] / "services")
@@ -122,7 +124,7 @@ def _name(tree: str, stream_interval: int) -> str:
 
 
 def _measure(tree: str, stream_interval: int, options: argparse.Namespace, number: int) -> dict[int, list[Figures]]:
-    port = free_port()
+    port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",

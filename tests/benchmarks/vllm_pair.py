@@ -20,7 +20,8 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from child import free_port
+
+from shoal.app.ports import free_port
 
 _END_WITHIN_S = 20.0
 _CONNECTOR = {
@@ -43,12 +44,12 @@ class Server:
     """One of the two; ``cores`` are those that its threads are bound to."""
 
     def __init__(self, command: list[str], cores: str) -> None:
-        self.port = free_port()
+        self.port = free_port("127.0.0.1")
         self._command = [*command, "--port", str(self.port), "--kv-transfer-config", json.dumps(_CONNECTOR)]
         self._environment = {
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": cores,
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port("127.0.0.1")),
             "UCX_NET_DEVICES": "lo",
         }
         self._process: asyncio.subprocess.Process | None = None

@@ -44,11 +44,12 @@ def _mean_step_s(engine: Engine, streams: int, context: int, steps: int) -> floa
     begin(engine, streams, context, "alone")
     engine.step()
     began_s = time.perf_counter()
-    for _ in range(steps):
-        engine.step()
+    num_tokens = sum(len(engine.step().tokens) for _ in range(steps))
     seconds = time.perf_counter() - began_s
     for index in range(streams):
         engine.finish(f"alone, {index}")
+    if num_tokens != steps * streams:
+        raise SystemExit(f"{num_tokens} tokens of {streams} streams in {steps} steps: raise --max-streams")
     return seconds / steps
 
 

@@ -4,12 +4,14 @@ transformers.
 Interleaved in one run, which also measures what share of the machine's matrix products the full depth reaches.
 
     python tests/benchmarks/prefill.py [--tokens 1800] [--rounds 8] [--skip-layers 10] [--json FILE]
+    python tests/benchmarks/prefill.py --tokens 2048 --chunk 4096 --beside-tokens 512 4096
 
 Every time is that from a prompt's ids to its first token's logits, on all cores, nothing cached. Each round runs every
 variant once, every other round from the last to the first, so that a drift of the machine, and who comes after whom,
-meets all alike; ratios are medians of those within a round. The quality row says what the shallow depth costs on the
-same run's model: perplexity of the continuation of natural passages. What int8 costs, which only Shoal's kernels have,
-was evaluated apart (docs/quality.md), and is told from there.
+meets all alike; ratios are medians of those within a round. ``--beside-tokens`` are more lengths, at full depth, each a
+variant of its own; their FLOP/s are told as a share of those of ``--tokens``. The quality row says what the shallow
+depth costs on the same run's model: perplexity of the continuation of natural passages. What int8 costs, which only
+Shoal's kernels have, was evaluated apart (docs/quality.md), and is told from there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,8 @@ def main() -> None:
     if eight is not None:
         variants["shallow, int8"] = lambda: _first_token(eight, prompt, Depth.SHALLOW)
         variants["full, int8"] = lambda: _first_token(eight, prompt, Depth.FULL)
+    for length in options.beside_tokens:
+        variants[_full(length)] = partial(_first_token, engine, _prompt(served, length), Depth.FULL)
     product_flops: list[float] = []
     # Where bfloat16 isn't multiplied natively, what the machine can do is what it does in float32.
     dtypes = {served.dtype, torch.float32}
@@ -96,6 +101,12 @@ def main() -> None:
         "median_s": median,
         "full_over_shallow": median_ratio(seconds["full"], seconds["shallow"]),
         "transformers_over_full": median_ratio(seconds["transformers"], seconds["full"]),
+        "flops_beside": {
+            length: full_flops(served, length)
+            / full_flops(served, options.tokens)
+            * median_ratio(seconds["full"], seconds[_full(length)])
+            for length in options.beside_tokens
+        },
         "gemm_flops": gemm,
         "full_share_of_gemm": full_flops(served, options.tokens) / median["full"] / gemm,
         "ideal_full_over_shallow": ideal_ratio(served, options.tokens),
@@ -105,6 +116,10 @@ def main() -> None:
     _show(result)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _full(num_tokens: int) -> str:
+    return f"full, {num_tokens} tokens"
 
 
 def full_flops(served: Served, num_tokens: int) -> int:
@@ -194,6 +209,8 @@ def _show(result: dict[str, Any]) -> None:
             console.print(f"{depth}: bfloat16 / int8".ljust(26) + f"{ratio:.3f}")
     share = f"{result['full_share_of_gemm']:.2f} of {result['gemm_flops'] / 1e9:.0f} GFLOP/s"
     console.print(f"full, of matrix product   {share}")
+    for length, flops in result["flops_beside"].items():
+        console.print(f"FLOP/s, {length} / {result['tokens']}".ljust(26) + f"{flops:.3f}")
     quality = result["quality"]
     console.print(f"perplexity full, shallow  {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")
     for row in result["evaluations"]:
@@ -205,6 +222,7 @@ def _show(result: dict[str, Any]) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1800)
+    parser.add_argument("--beside-tokens", type=int, nargs="+", default=[], help="more lengths, at full depth")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--skip-layers", type=int, default=None)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])

@@ -41,6 +41,8 @@ from kv_prompts import PLAN, TOKEN_BYTES
 async def main(address, new_id, what_then):
     nixl = Nixl(0)
     loaders = []
+    # NIXL's Python imports torch, which a replica has done long before its first session: it's no part of the greeting.
+    (await nixl.open_loader(1 << 20, 1 << 22)).close()
 
     async def stage():
         loaders.append(await nixl.open_loader(1 << 20, 1 << 22))
@@ -135,6 +137,7 @@ async def make_decode(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable
 
     async def make(**options: float) -> Decode:
         made.append(Decode(**options))  # type: ignore[arg-type]
+        (await made[-1].nixl.open_loader(SLOT_BYTES, 1 << 22)).close()  # loads what a replica has loaded long before
         made[-1].address = await made[-1].server.listen("127.0.0.1", *PORTS)
         return made[-1]
 

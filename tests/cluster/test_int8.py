@@ -42,7 +42,7 @@ def test_both_pools_hold_int8_and_say_what_such_weights_say(known: Mapping[str, 
 
     # Activations in bfloat16 and rounded inputs: 0.06 was seen. Were nothing projected, it would be another answer.
     assert off(NUM_SKIPPED) < 0.12
-    assert off(0) > 0.3
+    assert off(0) > 0.2
 
 
 def _differences(model: Any, prompt: Sequence[int], answer: dict[str, Any], num_skipped: int) -> torch.Tensor:

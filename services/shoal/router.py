@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -26,8 +26,6 @@ GRANTS, PROMPTS = "shoal.router.GrantRouter", "shoal.router.PromptRouter"
 MAX_LONGER = 4
 """How much longer the queue of a replica that knows a prompt's beginning may be than the shortest one. Beyond that,
 waiting would take longer than computing it once more; and the other then knows it, too."""
-
-_Argument = TypeVar("_Argument", Grant, Ticket)
 
 
 class AffineRouter(RequestRouter):
@@ -54,6 +52,19 @@ class AffineRouter(RequestRouter):
             ),
             None,
         )
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            # If none of the ranks would do, wait a moment before the next try: Serve does so only where it's told to.
+            pending_request.routing_context.should_backoff = True
+        return self.choose(candidate_replicas, _call_of(pending_request))
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        call = _call_of(pending_request)
+        if call is not None:
+            routes.note(call, replica_id.unique_id)
 
     def pick(self, call: Grant | Ticket) -> str | None:
         """The id of the replica that ``call`` will be sent to, unless that one refuses it. Any thread may ask."""
@@ -107,27 +118,9 @@ class AffineRouter(RequestRouter):
 class GrantRouter(AffineRouter):
     """Runs in each process that holds a handle to the prefill deployment, that is in the decode replicas."""
 
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        _let_back_off(pending_request)
-        return self.choose(candidate_replicas, _argument_of(pending_request, Grant))
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        _note(_argument_of(pending_request, Grant), replica_id)
-
 
 class PromptRouter(AffineRouter):
     """Runs in the gateways, which hold a handle to the decode deployment."""
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        _let_back_off(pending_request)
-        return self.choose(candidate_replicas, _argument_of(pending_request, Ticket))
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        _note(_argument_of(pending_request, Ticket), replica_id)
 
 
 def _spread(lengths: dict[str, int], silent: frozenset[str]) -> list[str]:
@@ -142,20 +135,9 @@ def _draw(names: list[str], number: int) -> list[str]:
     return random.sample(names, min(number, len(names)))
 
 
-def _let_back_off(pending: PendingRequest | None) -> None:
-    """If none of the ranks would do, wait a moment before the next try: Serve does so only where it's told to."""
-    if pending is not None:
-        pending.routing_context.should_backoff = True
-
-
-def _note(call: Grant | Ticket | None, replica_id: ReplicaID) -> None:
-    if call is not None:
-        routes.note(call, replica_id.unique_id)
-
-
-def _argument_of(pending: PendingRequest | None, kind: type[_Argument]) -> _Argument | None:
+def _call_of(pending: PendingRequest | None) -> Grant | Ticket | None:
     argument = pending.args[0] if pending is not None and pending.args else None
-    return argument if isinstance(argument, kind) else None
+    return argument if isinstance(argument, Grant | Ticket) else None
 
 
 def _without(replicas: Iterable[RunningReplica], excluded: frozenset[str]) -> list[RunningReplica]:

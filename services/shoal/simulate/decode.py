@@ -39,7 +39,6 @@ class Request:
     excluded: set[int] = field(default_factory=set)
     attempt: int = 1
     token_s: list[float] = field(default_factory=list)
-    is_transferred: bool = False
     failure: str | None = None
 
     @property
@@ -177,7 +176,6 @@ class DecodeReplica:
     def _start(self, request: Request, num_arrived: int) -> None:
         if request.sequence is None:
             return
-        request.is_transferred = num_arrived > 0
         self.engine.scheduler.start(request.sequence, num_arrived)
         self.engine.kick()
 

@@ -107,8 +107,8 @@ def _num_transfers(url: str) -> float:
 
 def _check_hand_off(arm: Arm, num_transfers: float, num_requests: int) -> None:
     """A fallback would answer as well, and be another arm."""
-    if arm.is_handed_off and num_transfers < num_requests:
-        raise WrongAnswer(f"only {num_transfers:.0f} prompts were handed off, of {num_requests}")
+    if arm.is_handed_off and num_transfers != num_requests:
+        raise WrongAnswer(f"{num_transfers:.0f} prompts were handed off, and {num_requests} should be")
     if not arm.is_handed_off and num_transfers:
         raise WrongAnswer(f"{num_transfers:.0f} prompts were handed off, and none should be")
 

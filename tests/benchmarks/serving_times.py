@@ -6,10 +6,11 @@ import asyncio
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 from child import serving
@@ -43,18 +44,26 @@ def ask(
 
 
 @contextmanager
-def server(skip_layers: int, replicas: int, *arguments: str) -> Iterator[str]:
-    """Serves SmolLM2 by so many replicas of each pool for the block, with further ``arguments``; yields the URL."""
+def server(
+    skip_layers: int,
+    replicas: int,
+    *arguments: str,
+    num_decode: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[str]:
+    """Serves SmolLM2 by so many replicas of each pool for the block, or ``num_decode`` of decode, with further
+    ``arguments``; yields the URL."""
     port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
+    sizes = [str(replicas), str(replicas if num_decode is None else num_decode)]
     command = [
         sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
-        "--skip-layers", str(skip_layers), "--prefill-replicas", str(replicas), "--decode-replicas", str(replicas),
+        "--skip-layers", str(skip_layers), "--prefill-replicas", sizes[0], "--decode-replicas", sizes[1],
         "--port", str(port), "--grpc-port", "0", *arguments,
     ]  # fmt: skip
     with (
         tempfile.TemporaryDirectory(prefix="shoal-simulation-") as folder,
-        serving(command, {}, Path(folder) / "log", url, "/readyz", 400),
+        serving(command, environment, Path(folder) / "log", url, "/readyz", 400),
     ):
         yield url
 

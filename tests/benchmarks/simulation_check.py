@@ -1,12 +1,14 @@
 """Is the simulation right? Real servers of this machine under load, beside the simulation of the very same requests.
 
     python tests/benchmarks/step_costs.py --json step-costs.json
-    python tests/benchmarks/simulation_check.py step-costs.json [--replicas 1 2] [--rates 0.5 1 2 3] [--json FILE]
+    python tests/benchmarks/simulation_check.py step-costs.json [--ratio 1:1 2:2] [--rates 0.5 1 2 3] [--json FILE]
 
-For each number of replicas, 1P1D and 2P2D by default, a server is started and asked by the code of ``shoal bench``, one
-rate after another; the simulation gets the same seed, mix and rates, and the machine's cores to share. Printed side by
-side, with the simulation's error: relative for times and goodput, in points for the share within both SLOs. The
-generator shares the machine with the server, and the costs of serving have it in them. Leave the machine alone.
+For each ratio of prefill to decode replicas, 1P1D and 2P2D by default, a server is started and asked by the code of
+``shoal bench``, one rate after another; the simulation gets the same seed, mix and rates, and the machine's cores to
+share. Printed side by side, with the simulation's error: relative for times and goodput, in points for the share within
+both SLOs. By default both fill one replica before another, as replicas of the same cores do; with ``--spread`` they
+share what comes. The generator shares the machine with the server, and the costs of serving have it in them. Leave the
+machine alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from shoal.bench.generator import Amount
 from shoal.bench.level import Level
 from shoal.bench.load import Load
 from shoal.bench.mix import Slo, parse_mix
-from shoal.config import ShoalConfig
+from shoal.config import ShoalConfig, StageConfig
 from shoal.simulate.costs import StepCosts, read_costs
 from shoal.simulate.plan import Outcome, PlanOptions, simulate
 from shoal.simulate.system import Fleet
@@ -62,7 +64,8 @@ class Figures:
 class Compared:
     """One fleet: real and simulated figures by rate, and the goodput of each."""
 
-    replicas: int
+    num_prefill: int
+    num_decode: int
     rates: tuple[float, ...]
     real: tuple[Figures, ...]
     simulated: tuple[Figures, ...]
@@ -71,14 +74,17 @@ class Compared:
     warnings: tuple[str, ...]
 
 
-def compare(costs: StepCosts, options: argparse.Namespace, replicas: int, on_step: Callable[[], None]) -> Compared:
+def compare(
+    costs: StepCosts, options: argparse.Namespace, ratio: tuple[int, int], on_step: Callable[[], None]
+) -> Compared:
     """Run both. The real one first: the simulation would take its cores."""
     asked = _bench_options(options)
-    with server(options.skip_layers, replicas) as url:
+    told = dict.fromkeys(("SHOAL_PREFILL__PACK_UP_TO", "SHOAL_DECODE__PACK_UP_TO"), "0") if options.spread else {}
+    with server(options.skip_layers, ratio[0], num_decode=ratio[1], environment=told) as url:
         real = asyncio.run(_measure(replace(asked, endpoint=EndpointOptions(url, model=MODEL_NAME)), on_step))
-    found = _simulate(costs, asked, replicas, options.skip_layers)
+    found = _simulate(costs, asked, Fleet(*ratio, options.skip_layers, is_shared=True), options.spread)
     return Compared(
-        replicas,
+        *ratio,
         tuple(load.value for load in asked.loads),
         tuple(Figures.of(level) for level in real.levels),
         tuple(Figures.of(one.level) for one in found.levels),
@@ -112,15 +118,17 @@ async def _measure(options: BenchOptions, on_step: Callable[[], None]) -> Benchm
         return found
 
 
-def _simulate(costs: StepCosts, asked: BenchOptions, replicas: int, skip_layers: int) -> Outcome:
-    fleet = Fleet(replicas, replicas, skip_layers, is_shared=True)
-    plan = PlanOptions(costs, ShoalConfig(), (fleet,), asked.mix, asked.loads, asked.amount, asked.seed)
+def _simulate(costs: StepCosts, asked: BenchOptions, fleet: Fleet, is_spread: bool) -> Outcome:
+    pool = StageConfig(pack_up_to=0) if is_spread else StageConfig()
+    plan = PlanOptions(
+        costs, ShoalConfig(prefill=pool, decode=pool), (fleet,), asked.mix, asked.loads, asked.amount, asked.seed
+    )
     return simulate(fleet, plan)
 
 
 def show(compared: Sequence[Compared], console: Console) -> None:
     for one in compared:
-        table = Table(title=f"{one.replicas}P{one.replicas}D: real / simulated (error)")
+        table = Table(title=f"{one.num_prefill}P{one.num_decode}D: real / simulated (error)")
         for column in ("requests/s", "TTFT p50 (ms)", "TTFT p90 (ms)", "TPOT p50 (ms)", "both SLOs (%)", "failed"):
             table.add_column(column, justify="right")
         for rate, real, simulated in zip(one.rates, one.real, one.simulated, strict=True):
@@ -158,7 +166,8 @@ def _result(costs: StepCosts, options: argparse.Namespace, compared: Sequence[Co
     known = costs.model_dump(mode="json", exclude={"samples"}, exclude_none=True)
     errors = [
         {
-            "replicas": one.replicas,
+            "num_prefill": one.num_prefill,
+            "num_decode": one.num_decode,
             "rate": rate,
             **{
                 name: relative(getattr(real, name), getattr(simulated, name))
@@ -175,7 +184,8 @@ def _result(costs: StepCosts, options: argparse.Namespace, compared: Sequence[Co
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("costs", type=Path, help="what step_costs.py wrote on this machine")
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2], help="of each pool")
+    parser.add_argument("--ratio", type=_ratio, nargs="+", default=[(1, 1), (2, 2)], help="replicas, PREFILL:DECODE")
+    parser.add_argument("--spread", action="store_true", help="pack_up_to: 0 in both pools")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0, 3.0], help="requests a second")
     parser.add_argument("--mix", default="512:64", help="as for shoal bench")
     parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
@@ -189,6 +199,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _ratio(text: str) -> tuple[int, int]:
+    prefill, _, decode = text.partition(":")
+    return int(prefill), int(decode)
+
+
 def main() -> None:
     options = _options()
     costs = read_costs(options.costs)
@@ -196,9 +211,9 @@ def main() -> None:
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     compared: list[Compared] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        for replicas in options.replicas:
-            bar = progress.add_task(f"{replicas}P{replicas}D", total=len(set(options.rates)))
-            compared.append(compare(costs, options, replicas, lambda bar=bar: progress.advance(bar)))  # type: ignore[misc]
+        for ratio in options.ratio:
+            bar = progress.add_task(f"{ratio[0]}P{ratio[1]}D", total=len(set(options.rates)))
+            compared.append(compare(costs, options, ratio, lambda bar=bar: progress.advance(bar)))  # type: ignore[misc]
             if options.json:
                 text = json.dumps(_result(costs, options, compared), indent=2)
                 Path(options.json).write_text(text + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ class StageConfig(Frozen):
     target_step_s: Annotated[float, Field(gt=0)] = Field(
         1.0,
         description="How long a step with prompts in it should take: where max_step_tokens would take longer, chunks "
-        "are shorter, by what steps took before.",
+        "are shorter, by what steps took before; so a replica's first long prompt is cut by max_step_tokens alone.",
     )
     max_sequences: Annotated[int, Field(ge=1)] = Field(64, description="Sequences that run at once.")
     pack_up_to: Annotated[int, Field(ge=0)] | None = Field(

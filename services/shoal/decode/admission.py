@@ -51,6 +51,7 @@ class Admitted:
         self.num_choices = request.sampling.num_choices
         self.max_tokens = request.sampling.max_tokens
         self.num_prompt_tokens = len(request.prompt_token_ids)
+        """Those that were computed, once that is known."""
         self.timeout_s = request.context.timeout_s
         self.demand = self.num_choices / (_SURE * max(_LEAST_S, self.timeout_s))
         self.usual_tokens = usual_tokens
@@ -60,6 +61,10 @@ class Admitted:
         self.first_s: float | None = None
         self.num_sent = 0
         self._admission = admission
+
+    def found(self, num_tokens: int) -> None:
+        """So much of its prompt had been computed for another one, so it says nothing of how long prompts take."""
+        self.num_prompt_tokens = max(1, self.num_prompt_tokens - num_tokens)
 
     def sent(self, num_tokens: int) -> None:
         """So many more tokens came, of all its choices."""

@@ -22,7 +22,7 @@ import structlog
 
 from shoal.affinity import prefix_keys
 from shoal.config import HandoffConfig
-from shoal.decode.admission import Admission
+from shoal.decode.admission import Admission, Admitted
 from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams, joined
@@ -141,7 +141,7 @@ class DecodeWorker:
                         came = streams.accept(event.event)
                         if came and not has_begun:
                             has_begun = True
-                            came[0] = self._first(request, begun, event, came[0])
+                            came[0] = self._first(request, begun, event, came[0], admitted)
                         outputs += came
                     for output in joined(outputs):
                         if isinstance(output.stop_reason, str):
@@ -151,16 +151,19 @@ class DecodeWorker:
                         admitted.sent(len(output.token_ids))
                         yield output
 
-    def _first(self, request: GenerateRequest, begun: _Begun, event: Progress, output: TokenOutput) -> TokenOutput:
+    def _first(
+        self, request: GenerateRequest, begun: _Begun, event: Progress, output: TokenOutput, admitted: Admitted
+    ) -> TokenOutput:
         """``output``, which ``event`` brought, with what the first one tells of the prompt."""
         stages = _stages(begun, event)
         num_cached = min(event.event.num_present, len(request.prompt_token_ids))
         self._count_prompt(request, begun, stages, num_cached)
+        if begun.arrived is not None:
+            num_cached = max(num_cached, begun.arrived.num_cached_tokens)
+        admitted.found(num_cached)
         if request.resumption is not None:  # the replica before has told how its first token came
             return output
         self._metrics.went(begun.way)
-        if begun.arrived is not None:
-            num_cached = max(num_cached, begun.arrived.num_cached_tokens)
         report = replace(begun.report, num_cached_tokens=num_cached, plan_hash=self._plan_of(request))
         return replace(output, stages=stages, handoff=report)
 

@@ -116,6 +116,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._wants_blocks = False
         self._num_turns = 0  # that running ones have had of steps with no room for all of them
+        self._prompts_first = False  # in the last step that had room for none of a prompt
         self._short: Sequence | None = None  # a running one that got no block in the last step
         self.max_step_tokens = max_step_tokens
         self.pace = Pace(target_step_s, max_step_tokens)
@@ -337,7 +338,7 @@ class Scheduler:
 
     def _in_order(self) -> list[Sequence]:
         """Those that only need one token, oldest first, or in turns where a step hasn't room for all, before those with
-        a prompt to chew on."""
+        a prompt to chew on; but where there's no room for any of a prompt, every other step is theirs first."""
         going_on, prompts = [], []
         for sequence in self.running:
             num_pending = sequence.num_pending
@@ -345,11 +346,16 @@ class Scheduler:
                 going_on.append(sequence)
             elif num_pending > 1:
                 prompts.append(sequence)
+        prompts.sort(key=lambda sequence: sequence.due_s)
+        if prompts and len(going_on) >= self.max_step_tokens:
+            self._prompts_first = not self._prompts_first
+            if self._prompts_first:
+                return [*prompts, *going_on]
         if len(going_on) > self.max_step_tokens:
             first = self._num_turns % len(going_on)
             going_on = going_on[first:] + going_on[:first]
             self._num_turns += self.max_step_tokens
-        return [*going_on, *sorted(prompts, key=lambda sequence: sequence.due_s)]
+        return [*going_on, *prompts]
 
     def _unreserve(self, sequence: Sequence) -> None:
         """Before anything is done with its blocks."""

@@ -35,12 +35,15 @@ def choose(
 ) -> R:
     """One of those that aren't ``excluded`` (by index), if there is one; else one of all. ``replicas`` isn't empty.
 
-    Router.py's way is the busiest of those with less than ``pack_up_to`` to do, if there is one."""
+    Router.py's way is the busiest of those with less than ``pack_up_to`` to do, if there is one, else the least busy
+    of all."""
     left = [replica for replica in replicas if replica.index not in excluded] if excluded else replicas
     left = left or replicas
     with_room = [replica for replica in left if replica.num_ongoing < pack_up_to]
     if with_room:
         return max(with_room, key=lambda replica: (replica.num_ongoing, -replica.index))
+    if pack_up_to:
+        return min(left, key=lambda replica: (replica.num_ongoing, replica.index))
     if routing is Routing.TWO_CHOICES and len(left) > 2:
         first = int(rng.integers(len(left)))
         second = (first + 1 + int(rng.integers(len(left) - 1))) % len(left)

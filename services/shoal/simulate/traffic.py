@@ -93,7 +93,9 @@ def traffic(work: Work, costs: StepCosts, config: ShoalConfig) -> Traffic:
     num_prefill, num_decode, rate = work.num_prefill, work.num_decode, work.requests_per_s
     handoffs = rate * work.handed_off if num_prefill else 0.0
     prompt_bytes = max(0.0, work.prompt_tokens - 1) * costs.handoff.token_bytes
-    frames = _FRAMES_PER_LEASE + 2 * math.ceil(prompt_bytes / config.handoff.max_frame_bytes)  # Chunk, Credit
+    handoff = config.handoff
+    chunk_bytes = handoff.max_frame_bytes if handoff.carrier == "inline" else handoff.slot_bytes
+    frames = _FRAMES_PER_LEASE + 2 * math.ceil(prompt_bytes / chunk_bytes)  # Chunk, Credit
     beats_each_way = BEATS_PER_TTL / config.handoff.ttl_s
     num_sessions = num_prefill * num_decode
     tokens = rate * work.output_tokens

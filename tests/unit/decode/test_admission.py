@@ -265,3 +265,28 @@ def test_a_place_is_left_whatever_goes_wrong_in_what_is_learned(monkeypatch: pyt
     with pytest.raises(ZeroDivisionError), admission.admitted(REQUEST):
         pass
     assert not admission._open and not admission._demand
+
+
+@pytest.mark.parametrize("num_cached", [0, 1792])
+def test_a_prompt_that_was_known_says_nothing_of_how_long_prompts_take(num_cached: int):
+    """Those who take as long alone as they do have met with no crowd, whoever was quicker because it was known."""
+    clock = FakeClock()
+    admission = Admission(clock.time)
+
+    def answer(timeout_s: float, first_s: float, num_found: int = 0) -> None:
+        request = replace(asking(timeout_s, max_tokens=32), prompt_token_ids=(0,) * 1800)
+        with admission.admitted(request) as one:
+            clock.now_s += first_s
+            one.found(num_found)
+            for _ in range(32):
+                one.sent(1)
+                clock.now_s += 0.012
+
+    for _ in range(5):
+        answer(600, 1.1)
+    answer(600, 1.1 - num_cached * 6e-4, num_cached)
+    for _ in range(3):
+        answer(1.9, 1.1)
+    request = replace(asking(2.5, max_tokens=32), prompt_token_ids=(0,) * 1800)
+    with admission.admitted(request), admission.admitted(request):
+        pass

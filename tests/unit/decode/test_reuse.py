@@ -13,6 +13,7 @@ import torch
 from models import save_tiny
 from reference import pop_generate
 from shoal.config import ShoalConfig, load_config
+from shoal.decode.tempo import Tempo
 from shoal.engine.engine import Engine
 from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.local import LocalShoal, open_local
@@ -93,6 +94,18 @@ async def test_what_prefill_had_counts_as_cached(local: LocalShoal, model: Any):
     tokens, report = await ask(local, other)
     assert tokens == pop_generate(model, other, 5, SKIPPED).token_ids
     assert report.transferred and report.num_cached_tokens == 56
+
+
+@pytest.mark.parametrize("local", [("exact", "none"), ("none", "exact")], indirect=True)
+async def test_how_long_prompts_take_is_learned_of_what_was_computed_alone(
+    local: LocalShoal, monkeypatch: pytest.MonkeyPatch
+):
+    """Admission is told, before the first token, how much either pool had of the prompt."""
+    learned = []
+    monkeypatch.setattr(Tempo, "began", lambda _, first_s, num_prompt_tokens: learned.append(num_prompt_tokens))
+    reports = [(await ask(local, PROMPT))[1] for _ in range(2)]
+    assert reports[1].num_cached_tokens > 40
+    assert learned == [len(PROMPT), len(PROMPT) - reports[1].num_cached_tokens]
 
 
 def spoil(engine: Engine) -> None:

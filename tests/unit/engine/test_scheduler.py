@@ -361,3 +361,20 @@ def test_where_a_step_has_no_room_for_all_answers_they_take_turns():
     for _ in range(8):
         assert len(step(scheduler).rows) == 3
     assert [len(one.output) for one in scheduler.running] == [4] * 8
+
+
+@pytest.mark.parametrize("num_answers", [32, 40])
+def test_a_prompt_is_computed_where_answers_alone_would_fill_every_step(num_answers: int):
+    scheduler = make_scheduler(num_blocks=4096, max_step_tokens=32, max_sequences=64, max_queued=64)
+    for name in range(num_answers):
+        scheduler.submit(sequence(str(name), 1, max_tokens=2000))
+    step(scheduler)
+    prompt = sequence("prompt", 300)
+    scheduler.submit(prompt)
+    before = [len(one.output) for one in scheduler.running]
+    # Each other step: ten for the prompt, and ten for the others, who lose no more by it.
+    for _ in range(20):
+        step(scheduler)
+    assert prompt.num_computed >= 300 and prompt.output
+    came = sum(len(one.output) for one in scheduler.running if one is not prompt) - sum(before)
+    assert came >= 10 * 32

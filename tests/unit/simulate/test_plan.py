@@ -34,6 +34,7 @@ from simulations import COSTS, SHIP_ALL, costs, free
 
 MIX = parse_mix("101:11", Slo(300, 100))
 CONFIG = ShoalConfig(handoff=SHIP_ALL)
+INLINE = ShoalConfig(handoff=SHIP_ALL.model_copy(update={"carrier": "inline"}))
 FLEETS = tuple(Fleet(num_prefill, num_decode, skip) for skip in (0, 10) for num_prefill, num_decode in ratios(3))
 
 
@@ -206,10 +207,11 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
     work = Work(
         num_prefill=2, num_decode=3, requests_per_s=10, prompt_tokens=101, output_tokens=11, decode_steps_per_s=50
     )
-    found = traffic(work, COSTS, CONFIG)
+    found = traffic(work, COSTS, INLINE)
     assert found.wire_bytes == 10 * 100 * 20_000
     assert (found.wire_bytes_out, found.wire_bytes_into) == (found.wire_bytes / 2, found.wire_bytes / 3)
     assert found.frames == 10 * (5 + 2 * 2)  # 2 MB are two frames of 1 MiB, each with its credit
+    assert traffic(work, COSTS, CONFIG).frames == 10 * (5 + 2)  # or one slot of shared memory
     assert found.num_sessions == 6 and found.beats == pytest.approx(6 * 2 * 3 / 5)
     assert found.beats_into_decode == pytest.approx(2 * 3 / 5)
     assert found.handle_calls == 20 and found.token_messages == 50
@@ -222,7 +224,7 @@ def test_traffic_is_counted_by_the_rules_of_the_code():
 
 def test_only_what_is_handed_off_is_traffic_between_the_pools():
     a_quarter = replace(Work(2, 3, 10, 101, 11, 50), handed_off=0.25)
-    found = traffic(a_quarter, COSTS, CONFIG)
+    found = traffic(a_quarter, COSTS, INLINE)
     assert found.wire_bytes == 2.5 * 100 * 20_000 and found.frames == 2.5 * (5 + 2 * 2)
     assert (found.wire_bytes_out, found.wire_bytes_into) == (found.wire_bytes / 2, found.wire_bytes / 3)
     assert found.handle_calls == 10 + 2.5 and found.token_messages == 50

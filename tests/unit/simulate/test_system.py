@@ -166,13 +166,12 @@ def test_of_two_random_replicas_the_idler_is_chosen_and_of_all_the_idlest():
     assert choose(replicas[:1], Routing.TWO_CHOICES, rng, excluded={0}).index == 0
 
 
-def test_packed_the_busiest_that_has_room_is_chosen_and_without_room_as_ever():
+def test_packed_the_busiest_that_has_room_is_chosen_and_without_room_the_least_busy_of_all():
     replicas = [Replica(index, num_ongoing) for index, num_ongoing in enumerate((5, 4, 4, 2))]
     rng = np.random.default_rng(0)
     assert {choose(replicas, Routing.TWO_CHOICES, rng, pack_up_to=5).index for _ in range(20)} == {1}
     assert {choose(replicas, Routing.TWO_CHOICES, rng, {1, 2}, pack_up_to=5).index for _ in range(20)} == {3}
-    two = [choose(replicas, Routing.TWO_CHOICES, rng, pack_up_to=2).index for _ in range(600)]
-    assert set(two) == {1, 2, 3} and max(two, key=two.count) == 3
+    assert {choose(replicas, Routing.TWO_CHOICES, rng, pack_up_to=2).index for _ in range(20)} == {3}
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal se
 test: $(STAMP) ## The checks, then the tests, as CI runs them (SHOAL_TEST_ALL=1: also those that take long)
 	$(MAKE) --jobs 2 lint types imports generated triton
 	$(BIN)/pytest -m 'not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none
-	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit transfer chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit handoff chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP) ## Style and formatting (ruff)
 	$(BIN)/ruff check
@@ -93,14 +93,14 @@ generate: $(STAMP) ## Write services/shoal/v1 from the protos; docs/configuratio
 tools: .tools/.complete ## Real helm, kubectl, promtool, prometheus and Triton for the tests, in .tools (1.3 GB)
 
 # Without the stamp something couldn't be had: that is said, the tests that need it are skipped, and the next run tries again.
-.tools/.complete: $(STAMP) tests/tools.py
-	@$(BIN)/python tests/tools.py
+.tools/.complete: $(STAMP) tests/support/tools.py
+	@$(BIN)/python tests/support/tools.py
 
 unit: $(STAMP) tools ## The quick tests only, on all cores at once
 	$(BIN)/pytest -m 'not slow and not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ]
 
 triton: $(STAMP) tools ## The tests of Triton's kernels: on a GPU, or by Triton's interpreter
-	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto $(addprefix tests/unit/,engine kernels) $(ARGS) || [ $$? = 5 ]
+	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto tests/unit/backends $(ARGS) || [ $$? = 5 ]
 
 optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no check may be an assert
 	PYTHONOPTIMIZE=1 $(BIN)/pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --numprocesses auto --dist worksteal $(addprefix tests/,\
@@ -109,10 +109,10 @@ optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no
 		$(addprefix unit/gateway/test_,access.py bad_input.py both_doors.py keys.py)) $(ARGS)
 
 audit: $(STAMP) ## What is known against installed packages (pip-audit); says so where nobody can be asked
-	@$(BIN)/python tests/audit.py audit
+	@$(BIN)/python tests/support/audit.py audit
 
 sbom: $(STAMP) ## All installed packages, as CycloneDX, in build/sbom.json
-	@$(BIN)/python tests/audit.py sbom
+	@$(BIN)/python tests/support/audit.py sbom
 
 bench: $(STAMP) ## Measure the speed floor, as ratios in one run
 	$(BIN)/python tests/benchmarks/prefill.py $(ARGS)

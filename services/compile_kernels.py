@@ -28,8 +28,8 @@ class CompiledKernels(BuildHookInterface[BuilderConfig]):
         if version == "editable" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
             return
         sys.path.insert(0, str(Path(self.root, "services")))
+        from shoal.backends.cpu.build import SHIPPED, TARGETS, compiled
         from shoal.errors import ConfigError
-        from shoal.kernels.build import SHIPPED, TARGETS, compiled
 
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-kernels-")
         try:
@@ -41,7 +41,7 @@ class CompiledKernels(BuildHookInterface[BuilderConfig]):
             self.app.display_warning(f"a wheel without compiled kernels, for any machine: {error}")
             return
         for library in libraries:
-            build_data["force_include"][str(library)] = f"shoal/kernels/{SHIPPED}/{library.name}"
+            build_data["force_include"][str(library)] = f"shoal/backends/cpu/{SHIPPED}/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_this_platform()}"
 

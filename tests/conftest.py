@@ -21,12 +21,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import examples  # how hypothesis looks for them, in all tests
 import pytest
 
-import examples  # how hypothesis looks for them, in all tests
-
 # pytest makes checks of the assertions in tests, which hold under python -O, too; so it shall of those in helpers.
-_HELPERS = {path.stem for path in Path(__file__).parent.glob("*.py")}
+_HELPERS = {path.stem for path in (Path(__file__).parent / "support").glob("*.py")}
 pytest.register_assert_rewrite(*sorted(_HELPERS - {examples.__name__}))
 
 EXIT_STATUS = pytest.StashKey[int]()
@@ -43,7 +42,7 @@ def known() -> Mapping[str, object]:
 @pytest.fixture
 def free_port() -> int:
     """A port of the loopback that nothing listens on, and that the system gives to nobody meanwhile."""
-    from shoal.app import ports
+    from shoal.cluster import ports
 
     return ports.free_port("127.0.0.1")
 

@@ -36,7 +36,7 @@
     │   └── ProjectorMismatch              a projector of another model or plan
     └── CalibrationError                   text or settings from which nothing can be learnt
 
-``http_status`` and ``code`` are what the HTTP API answers; rpc/statuses.py holds the one table to gRPC statuses.
+``http_status`` and ``code`` are what the HTTP API answers; wire/statuses.py holds the one table to gRPC statuses.
 """
 
 from __future__ import annotations

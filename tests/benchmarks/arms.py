@@ -13,7 +13,7 @@ from typing import Any
 
 from exported import Model
 
-from shoal.machine import multiplies_bfloat16
+from shoal.process.machine import multiplies_bfloat16
 
 _HERE = Path(__file__).parent
 MODEL_NAME = "smollm2"
@@ -259,7 +259,7 @@ def _shoal(
 
     def command(mode: Mode, port: int) -> list[str]:
         return [
-            sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", dtype,
+            sys.executable, "-c", "from shoal.cli.command import main; main()", "serve", "--dtype", dtype,
             "--skip-layers", str(num_skipped), "--port", str(port), "--grpc-port", "0",
             *(("--decode-weights", weights) if weights == "int8" else ()),
             *(("--prefill-weights", weights) if is_int8_throughout else ()),

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shoal.chaos.load import End
-from shoal.chaos.result import Result
-from shoal.chaos.table import row
+from shoal_lab.chaos.load import End
+from shoal_lab.chaos.result import Result
+from shoal_lab.chaos.table import row
 
 COLUMNS = (
     "scenario", "what happens", "requests", "correct", "clear errors", "cut off", "wrong", "hung", "felt",

@@ -37,7 +37,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from arms import MODEL_NAME, Arm, Mode, arms
 from child import adopt_orphans
 from comparison import Comparison, Measured, metrics
@@ -46,10 +46,10 @@ from exported import export
 from load import LoadOptions, Loads
 from quality_figures import quality_rows
 from rounds import Rounds
+from texts import passages, prompts
 
 from shoal.config import load_config
 from shoal.engine.build import Served
-from texts import passages, prompts
 
 
 def main() -> None:

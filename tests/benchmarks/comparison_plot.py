@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.report.plots import MAX_BARS, Bars, bar_plot
+from shoal_lab.report.plots import MAX_BARS, Bars, bar_plot
 
 
 def main() -> None:

@@ -30,16 +30,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from texts import prompts
+
+from shoal.backends.cpu.native_steps import MAX_SHORTLIST_ROWS, NativeSteps
 from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
-from shoal.engine.native_steps import MAX_SHORTLIST_ROWS, NativeSteps
-from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.files import locate
 from shoal.model.int8 import Int8Matrix
 from shoal.model.shortlist import Shortlist
-from texts import prompts
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 CPU = torch.device("cpu")
 # A stream's for the 4,096 tokens that it may generate, in blocks of 16.

@@ -22,7 +22,7 @@ import torch
 from step_times import Grid, begin, config_for, make_engine
 
 from shoal.engine.engine import Engine
-from shoal.messages import Stage
+from shoal.wire.messages import Stage
 
 
 def main() -> None:

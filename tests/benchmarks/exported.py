@@ -37,9 +37,8 @@ class Model:
 
 def export(served: Served, scratch: Path) -> Model:
     """Write into ``scratch`` what isn't there as a file, for peers that read nothing else."""
-    from transformers.utils.logging import disable_progress_bar
-
     from models import smollm2_reference
+    from transformers.utils.logging import disable_progress_bar
 
     folder, int8_folder, int8_gguf = scratch / "model", scratch / "model-int8", scratch / "model-int8.gguf"
     disable_progress_bar()

@@ -19,8 +19,7 @@ from child import adopt_orphans
 from rich.console import Console
 from rich.table import Table
 from serving_times import ask_alone, server
-
-from shoal.simulate.measurements import Sample
+from simulation.measurements import Sample
 
 GOAL = 0.03
 _STAGE = "transfer_exposed_s"

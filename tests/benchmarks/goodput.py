@@ -34,22 +34,22 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from arms import MODEL_NAME, Arm, Mode, arms, find
 from child import ChildFailed, adopt_orphans, serving
 from exported import export
 
-from shoal.app.ports import free_port
-from shoal.bench.benchmark import Benchmark, BenchOptions, measure
-from shoal.bench.clock import RealClock
-from shoal.bench.endpoint import EndpointOptions, open_endpoint
-from shoal.bench.generator import Amount
-from shoal.bench.level import Level
-from shoal.bench.mix import RequestClass, Slo, parse_mix
-from shoal.bench.workload import Workload
+from shoal.cluster.ports import free_port
 from shoal.config import load_config
 from shoal.engine.build import Served
 from shoal.errors import ShoalError
+from shoal_lab.bench.benchmark import Benchmark, BenchOptions, measure
+from shoal_lab.bench.clock import RealClock
+from shoal_lab.bench.endpoint import EndpointOptions, open_endpoint
+from shoal_lab.bench.generator import Amount
+from shoal_lab.bench.level import Level
+from shoal_lab.bench.mix import RequestClass, Slo, parse_mix
+from shoal_lab.bench.workload import Workload
 
 _START_WITHIN_S = 400.0
 _UNLOADED_SAMPLES = 5

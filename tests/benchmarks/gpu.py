@@ -35,15 +35,15 @@ from rich.table import Table
 from step_times import begin
 from work import prefill_flops, weight_bytes
 
-from shoal.engine.attention import prepare_attention
-from shoal.engine.cuda_graph import CudaGraphs
+from shoal.backends.attention import prepare_attention
+from shoal.backends.gpu.cuda_graph import CudaGraphs
+from shoal.backends.gpu.gpu import find_gpu_kernels
+from shoal.backends.gpu.step_graph import StepGraphs
 from shoal.engine.engine import Engine
-from shoal.engine.gpu import find_gpu_kernels
-from shoal.engine.step_graph import StepGraphs
 from shoal.errors import ConfigError
-from shoal.messages import Depth, SamplingParams
 from shoal.model.decoder import Decoder
 from shoal.model.plan import LayerPlan
+from shoal.wire.messages import Depth, SamplingParams
 
 GOAL = 1.40
 """Full over shallow, at the middle of the prompts' lengths."""

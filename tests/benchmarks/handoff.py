@@ -55,21 +55,21 @@ from handoff_decode import (
 from shoal.config import load_config
 from shoal.engine.build import choose_copier
 from shoal.engine.runner import portions
-from shoal.kv.rows import KvRows
-from shoal.messages import Carrier, Chunk, Envelope
-from shoal.rpc.frames import to_request
-from shoal.rpc.options import HANDOFF_CHANNEL_OPTIONS
-from shoal.transfer.base import new_incarnation
-from shoal.transfer.carriers.nixl.agent import Agent, is_installed, new_memory
-from shoal.transfer.carriers.nixl.process import Nixl
-from shoal.transfer.carriers.shm import FOLDER, ShmLoader
-from shoal.transfer.channels.grpc import dial
-from shoal.transfer.offer import Staging
-from shoal.transfer.prefill_side import PromptClaim
-from shoal.transfer.session import Identity
-from shoal.transfer.session_pool import SessionPool
+from shoal.handoff.base import new_incarnation
+from shoal.handoff.carriers.nixl.agent import Agent, is_installed, new_memory
+from shoal.handoff.carriers.nixl.process import Nixl
+from shoal.handoff.carriers.shm import FOLDER, ShmLoader
+from shoal.handoff.channels.grpc import dial
+from shoal.handoff.offer import Staging
+from shoal.handoff.prefill_side import PromptClaim
+from shoal.handoff.session import Identity
+from shoal.handoff.session_pool import SessionPool
+from shoal.model.kv_rows import KvRows
 from shoal.v1 import handoff_pb2 as pb
 from shoal.v1.handoff_pb2_grpc import HandoffServiceStub
+from shoal.wire.frames import to_request
+from shoal.wire.handoff_messages import Carrier, Chunk, Envelope
+from shoal.wire.options import HANDOFF_CHANNEL_OPTIONS
 
 FLOORS = {"inline": "bare_stream", "shm": "bare_copy", "nixl": "bare_read"}
 GOALS = {"inline": 0.6, "shm": 0.6, "nixl": 0.8}

@@ -25,24 +25,24 @@ import uvloop
 from shoal.config import load_config
 from shoal.decode.sink import PoolSink
 from shoal.engine.build import choose_copier
-from shoal.kv.layout import KvLayout, LayerGroup
-from shoal.kv.pool import KvPool
-from shoal.messages import Credit, Envelope, RemoteSegment
-from shoal.rpc.frames import to_response
-from shoal.rpc.options import HANDOFF_SERVER_OPTIONS
-from shoal.transfer.base import SilentObserver, new_incarnation
-from shoal.transfer.carriers.nixl.agent import Agent, Registered, is_installed, new_memory
-from shoal.transfer.carriers.nixl.process import Nixl
-from shoal.transfer.carriers.shm import ShmUnloader
-from shoal.transfer.decode_session import Attach
-from shoal.transfer.decode_side import HandoffDesk
-from shoal.transfer.lease_table import LeaseTimes
-from shoal.transfer.server import HandoffServer
-from shoal.transfer.session import Identity
-from shoal.transfer.slots import slot_offset
-from shoal.transfer.terms import KvShape
+from shoal.handoff.base import SilentObserver, new_incarnation
+from shoal.handoff.carriers.nixl.agent import Agent, Registered, is_installed, new_memory
+from shoal.handoff.carriers.nixl.process import Nixl
+from shoal.handoff.carriers.shm import ShmUnloader
+from shoal.handoff.decode_session import Attach
+from shoal.handoff.decode_side import HandoffDesk
+from shoal.handoff.lease_table import LeaseTimes
+from shoal.handoff.server import HandoffServer
+from shoal.handoff.session import Identity
+from shoal.handoff.slots import slot_offset
+from shoal.handoff.terms import KvShape
+from shoal.model.kv_layout import KvLayout, LayerGroup
+from shoal.model.kv_pool import KvPool
 from shoal.v1 import handoff_pb2 as pb
 from shoal.v1.handoff_pb2_grpc import HandoffServiceServicer, add_HandoffServiceServicer_to_server
+from shoal.wire.frames import to_response
+from shoal.wire.handoff_messages import Credit, Envelope, RemoteSegment
+from shoal.wire.options import HANDOFF_SERVER_OPTIONS
 
 MIB = 1 << 20
 # SmolLM2-135M in bfloat16, 20 of its layers kept; the prompt is as long as it takes.

@@ -25,8 +25,8 @@ from rich.progress import track
 from rich.table import Table
 from work import prefill_flops
 
-from shoal.messages import Depth
 from shoal.model.plan import LayerPlan
+from shoal.wire.messages import Depth
 
 CPU = torch.device("cpu")
 WHOSE = {"Shoal's": "auto", "torch's": "torch"}

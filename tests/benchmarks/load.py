@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from arms import MODEL_NAME
 
-from shoal.bench.clock import RealClock
-from shoal.bench.endpoint import EndpointOptions, open_endpoint
-from shoal.bench.record import Record
-from shoal.bench.workload import PlannedRequest
+from shoal_lab.bench.clock import RealClock
+from shoal_lab.bench.endpoint import EndpointOptions, open_endpoint
+from shoal_lab.bench.record import Record
+from shoal_lab.bench.workload import PlannedRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from arms import MODEL_NAME, Arm
 from load import Loads, span_s
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.bench.clock import RealClock
-from shoal.bench.endpoint import Endpoint, EndpointOptions, open_endpoint
-from shoal.bench.record import Record
-from shoal.bench.workload import PlannedRequest
 from shoal.config import HandoffConfig
+from shoal_lab.bench.clock import RealClock
+from shoal_lab.bench.endpoint import Endpoint, EndpointOptions, open_endpoint
+from shoal_lab.bench.record import Record
+from shoal_lab.bench.workload import PlannedRequest
 
 _TRANSFERS = "shoal_kv_transfer_seconds_count"
 

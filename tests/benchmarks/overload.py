@@ -29,15 +29,15 @@ from pathlib import Path
 
 from child import adopt_orphans, serving
 
-from shoal.app.ports import free_port
-from shoal.bench.clock import RealClock
-from shoal.bench.endpoint import EndpointOptions, open_endpoint
-from shoal.bench.generator import Amount, Generator
-from shoal.bench.load import Load
-from shoal.bench.mix import Slo, parse_mix
-from shoal.bench.record import Failure, Record
-from shoal.bench.workload import PromptKind, Workload
-from shoal.report.plots import Line, line_plot
+from shoal.cluster.ports import free_port
+from shoal_lab.bench.clock import RealClock
+from shoal_lab.bench.endpoint import EndpointOptions, open_endpoint
+from shoal_lab.bench.generator import Amount, Generator
+from shoal_lab.bench.load import Load
+from shoal_lab.bench.mix import Slo, parse_mix
+from shoal_lab.bench.record import Failure, Record
+from shoal_lab.bench.workload import PromptKind, Workload
+from shoal_lab.report.plots import Line, line_plot
 
 _START_WITHIN_S = 400.0
 _NO_SLO = Slo(1e9, 1e9)
@@ -130,7 +130,7 @@ def main() -> None:
         port = free_port("127.0.0.1")
         url = f"http://127.0.0.1:{port}"
         command = [
-            sys.executable, "-c", "from shoal.command import main; main()", "serve", "--port", str(port),
+            sys.executable, "-c", "from shoal.cli.command import main; main()", "serve", "--port", str(port),
             "--grpc-port", "0",
         ]  # fmt: skip
         log = Path(folder) / "server.log"

@@ -3,7 +3,7 @@
     python tests/benchmarks/paper_costs.py --json costs-h100.json [--chip h100] [--model llama-3.1-8b] [--skips 0 5 10]
 
 This is no measurement of anything. Shoal has one replica a chip (no tensor parallelism), so the model must fit one.
-Each assumption is an option, is kept in the file, and is printed in the report of ``shoal simulate``.
+Each assumption is an option, is kept in the file, and is printed in the report of simulate.py.
 
 Rates are those of NVIDIA's data sheets: dense bfloat16 products without sparsity, HBM, and one 400 Gbit/s port a GPU as
 in a DGX H100 or H200. Sizes of models are their published configurations.
@@ -16,9 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
+from simulation.paper import Assumptions, Chip, Shape, paper_costs
 from step_costs_table import show
-
-from shoal.simulate.paper import Assumptions, Chip, Shape, paper_costs
 
 CHIPS = {
     "h100": Chip("NVIDIA H100 SXM", 989.4e12, 80e9, 3.35e12, 50e9),
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--chip", choices=sorted(CHIPS), default="h100")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-3.1-8b")
     parser.add_argument("--skips", type=int, nargs="+", default=[0, 5, 10], help="numbers of skipped layers")
-    parser.add_argument("--json", help="write the costs here, for shoal simulate")
+    parser.add_argument("--json", help="write the costs here, for simulate.py")
     for one in fields(Assumptions):
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=float, default=one.default, metavar="X")
     options = parser.parse_args()

@@ -28,16 +28,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from arms import MODEL_NAME, Arm, Mode, arms, find
 from child import adopt_orphans, serving
 from exported import export
 
-from shoal.app.ports import free_port
+from shoal.cluster.ports import free_port
 from shoal.config import load_config
 from shoal.engine.build import Served
-from shoal.quality.statistics import Bootstrap
-from shoal.quality.texts import Kind, Passage, Split, load, opening, passages
+from shoal_lab.quality.statistics import Bootstrap
+from shoal_lab.quality.texts import Kind, Passage, Split, load, opening, passages
 
 _START_WITHIN_S = 400.0
 

@@ -33,21 +33,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from models import smollm2_reference
 from quality_figures import quality_rows
 from ratios import median_ratio
+from reference import pop_logits
+from texts import passages
 from work import prefill_flops
 
-from models import smollm2_reference
-from reference import pop_logits
+from shoal.cli.doctor import gemm_flops
 from shoal.config import ShoalConfig, load_config
-from shoal.doctor import gemm_flops
 from shoal.engine.build import Served, build_engine, choose_kernels, load_parameters
 from shoal.engine.engine import Engine
-from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.int8 import Int8Matrix
 from shoal.model.plan import LayerPlan
-from texts import passages
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 
 def main() -> None:

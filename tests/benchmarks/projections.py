@@ -27,16 +27,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from shoal.model.files import locate
 from shoal.model.norm import rms_norm
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
 from shoal.model.rows import TorchRows
-from shoal.quality.calibration import CalibrationOptions, Calibrator, Example
-from shoal.quality.normal_equations import NormalEquations
-from shoal.quality.subject import Subject
-from shoal.quality.texts import Kind, Passage, Split, load, opening, passages
+from shoal_lab.quality.calibration import CalibrationOptions, Calibrator, Example
+from shoal_lab.quality.normal_equations import NormalEquations
+from shoal_lab.quality.subject import Subject
+from shoal_lab.quality.texts import Kind, Passage, Split, load, opening, passages
 
 PROMPT, CONTINUATION = 512, 128
 

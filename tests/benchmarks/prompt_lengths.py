@@ -34,7 +34,7 @@ def measure(num_lengths: int, seed: int) -> dict[str, Any]:
     from footprint import Footprint
     from step_times import Grid, config_for, make_engine, run_prompt
 
-    from shoal.messages import Stage
+    from shoal.wire.messages import Stage
 
     grid = Grid((_LONGEST,), _LONGEST, (1,), (16,), rounds=1, steps=1)
     engine = make_engine(config_for(10, grid), Stage.PREFILL)
@@ -64,7 +64,7 @@ def main() -> None:
     if arguments.here:
         print(json.dumps(measure(arguments.lengths, arguments.seed)))
         return
-    from shoal.app.graph import KEPT_PRODUCTS
+    from shoal.cluster.graph import KEPT_PRODUCTS
 
     found = {
         name: _child(arguments.lengths, arguments.seed, kept)

@@ -12,12 +12,12 @@ from transformers import LlamaConfig
 from shoal.config import load_config
 from shoal.engine.build import Served, build_engine
 from shoal.engine.engine import Engine
-from shoal.kv.pool import KvPool
-from shoal.messages import Stage
 from shoal.model.families import ModelSpec, describe
 from shoal.model.files import locate
+from shoal.model.kv_pool import KvPool
 from shoal.model.parameters import ParameterLoader
 from shoal.model.plan import LayerPlan
+from shoal.wire.messages import Stage
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from serving_times import server
 
-from shoal.bench.workload import PlannedRequest
+from shoal_lab.bench.workload import PlannedRequest
 
 _BLOCK_TOKENS, _OUTPUT_TOKENS = 16, 4
 _CASES = ("unknown", "half known", "known")

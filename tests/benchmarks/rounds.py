@@ -19,7 +19,7 @@ from machine_limits import MachineLimits
 from measurement import Figures, WrongAnswer, measure
 from rich.progress import Progress
 
-from shoal.app.ports import free_port
+from shoal.cluster.ports import free_port
 from shoal.errors import ShoalError
 
 _START_WITHIN_S = 400.0

@@ -16,9 +16,9 @@ import httpx
 from child import serving
 from load import LoadOptions, Loads, send_at_once
 from prometheus_client.parser import text_string_to_metric_families
+from simulation.measurements import Sample
 
-from shoal.app.ports import free_port
-from shoal.simulate.measurements import Sample
+from shoal.cluster.ports import free_port
 
 _STAGES = "shoal_ttft_stage_seconds_sum"
 _SHORT_PROMPT, _STREAM_OUTPUT = 16, 64
@@ -57,7 +57,7 @@ def server(
     url = f"http://127.0.0.1:{port}"
     sizes = [str(replicas), str(replicas if num_decode is None else num_decode)]
     command = [
-        sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
+        sys.executable, "-c", "from shoal.cli.command import main; main()", "serve", "--dtype", "bfloat16",
         "--skip-layers", str(skip_layers), "--prefill-replicas", sizes[0], "--decode-replicas", sizes[1],
         "--port", str(port), "--grpc-port", "0", *arguments,
     ]  # fmt: skip

@@ -22,8 +22,8 @@ from step_times import Grid, begin, config_for, make_engine
 
 from shoal.config import PREFILL_NICENESS
 from shoal.engine.engine import Engine
-from shoal.machine import step_back
-from shoal.messages import Stage
+from shoal.process.machine import step_back
+from shoal.wire.messages import Stage
 
 _CHUNK, _STREAMS, _CONTEXT = 512, 8, 512
 

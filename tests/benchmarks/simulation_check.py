@@ -27,19 +27,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from serving_times import server
+from simulation.costs import StepCosts, read_costs
+from simulation.plan import Outcome, PlanOptions, simulate
+from simulation.system import Fleet
 
-from shoal.bench.benchmark import Benchmark, BenchOptions
-from shoal.bench.benchmark import measure as measure_loads
-from shoal.bench.clock import RealClock
-from shoal.bench.endpoint import EndpointOptions, open_endpoint
-from shoal.bench.generator import Amount
-from shoal.bench.level import Level
-from shoal.bench.load import Load
-from shoal.bench.mix import Slo, parse_mix
 from shoal.config import ShoalConfig, StageConfig
-from shoal.simulate.costs import StepCosts, read_costs
-from shoal.simulate.plan import Outcome, PlanOptions, simulate
-from shoal.simulate.system import Fleet
+from shoal_lab.bench.benchmark import Benchmark, BenchOptions
+from shoal_lab.bench.benchmark import measure as measure_loads
+from shoal_lab.bench.clock import RealClock
+from shoal_lab.bench.endpoint import EndpointOptions, open_endpoint
+from shoal_lab.bench.generator import Amount
+from shoal_lab.bench.level import Level
+from shoal_lab.bench.load import Load
+from shoal_lab.bench.mix import Slo, parse_mix
 
 
 @dataclass(frozen=True, slots=True)

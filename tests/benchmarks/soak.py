@@ -25,16 +25,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as RichTable
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from clusters import TestCluster, cluster
 from flatness import FEWEST, Trend, trend_of
 from footprint import Footprint
 from soak_load import MixedLoad, Tally
 
-from clusters import TestCluster, cluster
-from shoal.app.ports import free_port
+from shoal.cluster.ports import free_port
 from shoal.model.files import locate
-from shoal.report.page import Heading, Paragraph, Plot, Table, render
-from shoal.report.plots import Line, line_plot
+from shoal_lab.report.page import Heading, Paragraph, Plot, Table, render
+from shoal_lab.report.plots import Line, line_plot
 
 MIB = float(1 << 20)
 _HELD_WITHIN_S = 10.0

@@ -1,4 +1,4 @@
-"""What steps cost on this machine: measured, fitted, and written for ``shoal simulate``.
+"""What steps cost on this machine: measured, fitted, and written for simulate.py.
 
     python tests/benchmarks/step_costs.py --json step-costs.json [--skips 0 5 10] [--no-serving]
 
@@ -25,21 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from serving_times import ask
 from sharing_times import sharing_efficiency
-from step_costs_table import show
-from step_times import Grid, config_for, decode_times, make_engine, prefill_times
-
-from shoal.config import ShoalConfig, load_config
-from shoal.engine.build import Served, layout_of, num_blocks_for
-from shoal.messages import Stage
-from shoal.simulate.costs import (
-    FitQuality,
-    HandoffCost,
-    PrefillCost,
-    ServingCost,
-    SharingCost,
-    StepCosts,
-)
-from shoal.simulate.measurements import (
+from simulation.costs import FitQuality, HandoffCost, PrefillCost, ServingCost, SharingCost, StepCosts
+from simulation.measurements import (
     Sample,
     decode_cost,
     handoff_cost,
@@ -48,6 +35,12 @@ from shoal.simulate.measurements import (
     serving_cost,
     slowed,
 )
+from step_costs_table import show
+from step_times import Grid, config_for, decode_times, make_engine, prefill_times
+
+from shoal.config import ShoalConfig, load_config
+from shoal.engine.build import Served, layout_of, num_blocks_for
+from shoal.wire.messages import Stage
 
 
 class Measuring:

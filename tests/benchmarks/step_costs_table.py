@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
-
-from shoal.simulate.costs import StepCosts
+from simulation.costs import StepCosts
 
 
 def show(costs: StepCosts) -> None:

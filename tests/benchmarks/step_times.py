@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from simulation.measurements import Sample
 
 from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters
 from shoal.engine.engine import Engine
-from shoal.messages import Depth, SamplingParams, Stage
-from shoal.simulate.measurements import Sample
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from shoal.kernels.native import NativeKernels, load
+from shoal.backends.cpu.kernels import NativeKernels, load
 from shoal.model.packed import PackedMatrix
 
 Work = Callable[[], object]

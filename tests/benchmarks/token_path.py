@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from shoal.app.ports import free_port
+from shoal.cluster.ports import free_port
 
 _STEP = "shoal_decode_step_seconds"
 _HERE = str(Path(__file__).parents[2] / "services")
@@ -127,7 +127,7 @@ def _measure(tree: str, stream_interval: int, options: argparse.Namespace, numbe
     port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     command = [
-        sys.executable, "-c", "from shoal.command import main; main()", "serve", "--dtype", "bfloat16",
+        sys.executable, "-c", "from shoal.cli.command import main; main()", "serve", "--dtype", "bfloat16",
         "--port", str(port), "--grpc-port", "0",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="shoal-tokens-") as folder:

@@ -21,7 +21,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from shoal.app.ports import free_port
+from shoal.cluster.ports import free_port
 
 _END_WITHIN_S = 20.0
 _CONNECTOR = {

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
-
 import charts
+import pytest
 from charts import Refused
 
 TLS = {"gateway": {"tls": {"existingSecret": "tls"}}}

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import charts
 import pytest
 import yaml
+from charts import MONITORING, PRODUCTION, RELEASE, Object
 from packaging.requirements import Requirement
 
-import charts
-from charts import MONITORING, PRODUCTION, RELEASE, Object
-from shoal.app.graph import demand, stop_s
+from shoal.cluster.graph import demand, stop_s
 from shoal.config import ShoalConfig, load_config
-from shoal.rpc.certificates import read_certificate
+from shoal.wire.certificates import read_certificate
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -89,7 +89,7 @@ def test_ray_serve_takes_the_file(values: Mapping[str, Any]) -> None:
     assert schema.proxy_location == "HeadOnly"
     assert schema.http_options.port == load_config(**charts.shoal_config(service)).gateway.port
     (application,) = schema.applications
-    assert (application.name, application.import_path) == (ShoalConfig().ray.app_name, "shoal.app:build")
+    assert (application.name, application.import_path) == (ShoalConfig().ray.app_name, "shoal.cluster:build")
 
 
 @with_values

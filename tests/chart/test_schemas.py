@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import charts
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
-
-import charts
 import tools
+import yaml
 from charts import MONITORING, PRODUCTION, Object
 
 # Kubernetes' newest version that the checker knows, and the oldest that Chart.yaml admits.

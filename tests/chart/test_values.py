@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import charts
 import pytest
 import yaml
-
-import charts
 from charts import CHART, MONITORING, PRODUCTION
+
 from shoal.config import ShoalConfig
 
 DEFAULTS: Mapping[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))

@@ -21,15 +21,15 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-
 from processes import command_lines, eventually
-from shoal.app import Cluster, Progress, running
-from shoal.app.ports import require_free
+from standin_cluster import small_config, stand_ins
+from standins import FAIL, STAY
+
+from shoal.cluster import Cluster, Progress, running
+from shoal.cluster.ports import require_free
 from shoal.config import ShoalConfig
 from shoal.decode import neighbours
 from shoal.errors import ConfigError
-from standin_cluster import small_config, stand_ins
-from standins import FAIL, STAY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 

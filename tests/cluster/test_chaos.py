@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import save_tiny
 
 import shoal
-from models import save_tiny
-from shoal.chaos.result import Result
-from shoal.chaos.scenario import SCENARIOS, choose
+from shoal_lab.chaos.result import Result
+from shoal_lab.chaos.scenario import SCENARIOS, choose
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # Processes that are killed take as long as others take to start; of the last ones another has what can be felt, or
-# test_failures.py does the same, or without a cluster tests/transfer/test_faults.py and tests/unit/rpc/test_probe.py.
+# test_failures.py does the same, or without a cluster tests/handoff/test_faults.py and tests/unit/wire/test_probe.py.
 LEFT_OUT = {
     "kill-prefill", "kill-prefill-pool", "kill-decode", "kill-gateway", "restart", "disk-full", "roll-plan",
     "kill-prefill-shm", "kill-decode-shm", "bit-flip-shm", "drop-shm",
@@ -44,9 +44,9 @@ NUM_REQUESTS, NUM_IN_FLIGHT = 40, 32
 _RUN = f"""
 import sys
 from pathlib import Path
-from shoal.chaos.play import Limits
-from shoal.chaos.run import ChaosOptions, run
-from shoal.chaos.scenario import choose
+from shoal_lab.chaos.play import Limits
+from shoal_lab.chaos.run import ChaosOptions, run
+from shoal_lab.chaos.scenario import choose
 folder, figures = sys.argv[1:]
 limits = Limits({NUM_REQUESTS}, {NUM_IN_FLIGHT}, deadline_s=60, recover_within_s=120)
 options = ChaosOptions(folder, choose("{",".join(NAMES)}"), limits, num_cases=16, num_burst=24, ttl_s=1, tls=True)

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-
 from clusters import IDLE_WITHIN_S, Look, TestCluster, cluster, rise
 from doc_blocks import Block, live_blocks, run
-from shoal.app.ports import free_port
+from texts import prompts
+
 from shoal.client import (
     AsyncClient,
     Client,
@@ -24,7 +24,7 @@ from shoal.client import (
     InvalidRequest,
     ModelNotFound,
 )  # fmt: skip
-from texts import prompts
+from shoal.cluster.ports import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from processes import command_lines
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]

@@ -20,12 +20,12 @@ from typing import Any
 
 import httpx
 import pytest
-
 from answers import Answer, ask, ask_grpc, ask_whole, connected
 from clusters import END_WITHIN_S, MOMENT_S, Look, TestCluster, cluster, rise
 from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, references
-from shoal.app.ports import free_port
+
 from shoal.client import AsyncClient
+from shoal.cluster.ports import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -350,7 +350,7 @@ def test_a_replica_that_is_shut_down_finishes_what_it_has(
 ):
     """It gets no more work at once. Clients see nothing of it, however long their answers are, and none is asked for
     again."""
-    from shoal import directory  # not before the cluster has set Ray's environment
+    from shoal.cluster import directory  # not before the cluster has set Ray's environment
 
     by_length = sorted(known.values(), key=lambda prompt: len(prompt.token_ids))
     some = by_length[8:16] if role == "prefill" else by_length[4:12]  # decode has its answers to finish, prefill these

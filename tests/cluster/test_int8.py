@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from clusters import cluster
 from engines import native_kernels
 from int8 import dequantized, shallow_logits

@@ -8,14 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import kuberay
+import pytest
 from charts import Object, certificates, container, head, only, rendered, serve_config, worker_groups
 from netns import network
 from nodes import ENVIRONMENT, HOSTS, Client, Question, assert_each_role_has_its_node, assert_hands_off
+
+from shoal.backends.cpu.build import FOLDER_VARIABLE, library
 from shoal.errors import ConfigError
-from shoal.kernels.build import FOLDER_VARIABLE, library
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import pytest
-from cryptography import x509
-
 import compose
+import pytest
 import tools
+from cryptography import x509
 from netns import network
 from nodes import (
     ENVIRONMENT,
@@ -28,9 +27,10 @@ from nodes import (
     assert_each_role_has_its_node,
     assert_hands_off,
 )
-from shoal.certs import ROLES
+
+from shoal.cluster.certificates import ROLES
 from shoal.config import ShoalConfig
-from shoal.rpc.certificates import CHAIN_FILE, KEY_FILE
+from shoal.wire.certificates import CHAIN_FILE, KEY_FILE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

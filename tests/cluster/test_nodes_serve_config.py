@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import kuberay
 import pytest
 import yaml
-
-import kuberay
 from netns import network
 from nodes import HOSTS, ROOT, Client, assert_each_role_has_its_node, assert_hands_off
-from shoal.certs import make_certificates
+
+from shoal.cluster.certificates import make_certificates
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(300)]
 

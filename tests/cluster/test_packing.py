@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from clusters import Look, cluster
 from models import save_tiny
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-
 from clusters import Look, cluster
 from real_prompts import RealPrompt, assert_same_tokens
-from shoal.affinity import KEY_TOKENS
+
+from shoal.decode.affinity import KEY_TOKENS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(300)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import pytest
-
 from clusters import TestCluster, cluster
 from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, ids_of, references
 

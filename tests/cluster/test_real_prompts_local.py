@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Mapping
 
 import pytest
-
 from real_prompts import NUM_SKIPPED, NUM_TOKENS, RealPrompt, assert_same_tokens, references
+
+from shoal.cluster.local import open_local
 from shoal.config import load_config
-from shoal.local import open_local
-from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
+from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 # Its references take several processes.
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-
 from clusters import cluster
 from real_prompts import NUM_TOKENS, RealPrompt, assert_same_tokens, ids_of, references
+
 from shoal.telemetry.labels import HandoffReason
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]

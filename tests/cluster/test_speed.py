@@ -6,11 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
-
 from clusters import cluster
 from models import smollm2_reference
 from real_prompts import assert_same_tokens
 from reference import speed_generate
+
 from shoal.model.files import locate
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import capture
 import pytest
 import yaml
-from cryptography import x509
-from prometheus_client.parser import text_string_to_metric_families
-
-import capture
-import shoal
 from capture import Flow, Traffic, forms
+from cryptography import x509
 from netns import network
 from nodes import ENVIRONMENT
-from shoal.certs import make_certificates
+from prometheus_client.parser import text_string_to_metric_families
+
+import shoal
+from shoal.cluster.certificates import make_certificates
 from shoal.model.files import locate
 from shoal.telemetry import ShownTo
 
@@ -71,7 +71,7 @@ def served(tmp_path: Path, tls: Path | None) -> Traffic:
         config["gateway"]["tls"] = {"cert_file": str(own / "tls.crt"), "key_file": str(own / "tls.key")}
     (tmp_path / "shoal.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     environment: Mapping[str, str] = {**ENVIRONMENT, "PYTHONPATH": str(SERVICES)}
-    serve = [sys.executable, "-c", "from shoal.command import main; main()", "serve", str(tmp_path / "shoal.yaml")]
+    serve = [sys.executable, "-c", "from shoal.cli.command import main; main()", "serve", str(tmp_path / "shoal.yaml")]
     body = {"model": "smollm2", "prompt": PROMPT, "stop": STOP, "max_tokens": 4, "temperature": 0}
     url = f"{'http' if tls is None else 'https'}://127.0.0.1:{GATEWAY_PORT}"
     question = [url, tls and str(clients / "ca.crt"), body]

@@ -18,8 +18,8 @@ import yaml
 from ray.scripts import scripts as ray_commands
 from typer.testing import CliRunner
 
-from shoal.app.graph import demand
 from shoal.cli import app
+from shoal.cluster.graph import demand
 from shoal.config import ShoalConfig, load_config
 
 ROOT = Path(__file__).parents[2]

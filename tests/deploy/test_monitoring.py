@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-
 import tools
+import yaml
 from metric_names import TARGET_LABELS
 from promql import faults_of, labels_left, parse
 

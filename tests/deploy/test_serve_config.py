@@ -10,7 +10,7 @@ import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
-from shoal.app import build
+from shoal.cluster import build
 from shoal.config import load_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from shoal import kernels
-from shoal.kernels.build import TARGETS, compiler, fits
-from shoal.machine import cpu_flags
+from shoal.backends import cpu as kernels
+from shoal.backends.cpu.build import TARGETS, compiler, fits
+from shoal.process.machine import cpu_flags
 
 ROOT = Path(__file__).parents[2]
 IS_OF_KERNELS = platform.machine() == "x86_64"
@@ -24,7 +24,7 @@ SYSTEM_HEADERS = re.compile(r"#include <(\S+)>")
 # By the kernels that were found, of 3 + 4 the sum.
 ADDS = """
 import torch
-from shoal.kernels import build, native
+from shoal.backends.cpu import build, kernels as native
 print(build.library())
 total = native.load().add(torch.full((1, 64), 3.0).bfloat16(), torch.full((1, 64), 4.0).bfloat16())
 print(total.unique().item())
@@ -107,5 +107,5 @@ def test_without_a_compiler_it_is_one_for_any_machine(tmp_path: Path, compiler: 
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     # With what compiles them later, and without what made it.
-    assert {"shoal/py.typed", "shoal/kernels/src/linear.cpp", "shoal/kernels/build.py"} <= names
+    assert {"shoal/py.typed", "shoal/backends/cpu/src/linear.cpp", "shoal/backends/cpu/build.py"} <= names
     assert not any("compile_kernels" in name for name in names)

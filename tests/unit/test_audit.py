@@ -6,9 +6,8 @@ import json
 import subprocess
 from typing import Any
 
-import pytest
-
 import audit
+import pytest
 
 KNOWN = {"name": "fine", "version": "1.0", "vulns": []}
 UNKNOWN = {"name": "ours", "skip_reason": "Dependency not found on PyPI and could not be audited: ours (1.0)"}

@@ -32,9 +32,15 @@ def loaded_by(module: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-LIGHT = ["shoal", "shoal.messages", "shoal.errors", *modules_below("shoal.rpc"), *modules_below("shoal.v1")]
-PLAIN = ["shoal.engine.scheduler", "shoal.kv.blocks", "shoal.kv.layout", "shoal.model.plan", "shoal.transfer.lease"]
-MEASURING = ["shoal.bench.commands", "shoal.report.plots", "shoal.simulate.commands"]
+LIGHT = ["shoal", "shoal.wire.messages", "shoal.errors", *modules_below("shoal.wire"), *modules_below("shoal.v1")]
+PLAIN = [
+    "shoal.engine.scheduler",
+    "shoal.engine.blocks",
+    "shoal.model.kv_layout",
+    "shoal.model.plan",
+    "shoal.handoff.lease",
+]
+MEASURING = ["shoal_lab.bench.commands", "shoal_lab.report.plots", "simulation.commands"]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -49,8 +55,8 @@ def test_decisions_and_measurements_load_neither_torch_nor_ray(module: str) -> N
 
 GATEWAY = """
 import sys
-import shoal.gateway.deployment
-from shoal.gateway.tokenizer import Tokenizer
+import shoal.cluster.gateway_replica
+from shoal.api.tokenizer import Tokenizer
 from shoal.model.files import locate
 files = locate("smollm2")
 files.size()
@@ -67,7 +73,7 @@ def test_a_gateway_starts_without_torch() -> None:
 
 def test_who_deploys_needs_no_torch() -> None:
     """Ray starts seconds sooner without."""
-    deploys = "import sys; from shoal.app import Replicas; Replicas.shipped(); sys.exit('torch' in sys.modules)"
+    deploys = "import sys; from shoal.cluster import Replicas; Replicas.shipped(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", deploys], check=False, cwd=SERVICES, timeout=120).returncode == 0
 
 

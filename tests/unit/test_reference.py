@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference import full_generate, pop_generate, pop_logits, token_nlls
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from reference import full_generate, pop_generate, pop_logits, token_nlls
 
 NUM_LAYERS = 5
 # transformers' norms and rotary table are computed in float32, whatever the model's dtype.

@@ -6,8 +6,8 @@ import importlib.resources
 from collections.abc import Callable
 
 import pytest
-
 import texts
+
 from shoal.model.files import locate
 
 

@@ -77,7 +77,7 @@ logging_config:
 applications:
   - name: shoal
     route_prefix: /
-    import_path: shoal.app:build
+    import_path: shoal.cluster:build
     args:
       {{- include "shoal.config" . | nindent 6 }}
 {{- end -}}

@@ -101,7 +101,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Seconds in which a replica finishes and closes, as stop_s of shoal.app.graph has it. */}}
+{{/* Seconds in which a replica finishes and closes, as stop_s of shoal.cluster.graph has it. */}}
 {{- define "shoal.grace" -}}
 {{- $shared := include "shoal.shared" . | fromJson -}}
 {{- addf $shared.ray.stop_timeout_s $shared.handoff.drain_s 2 | ceil -}}

@@ -34,7 +34,6 @@ from shoal.cli.options import (
 )
 from shoal.cli.progress import err, progress_bars
 from shoal.cli.quality import analyze, calibrate, evaluate
-from shoal.cli.simulate import simulate
 from shoal.errors import ModelError, ShoalError
 
 app = typer.Typer(
@@ -145,7 +144,7 @@ def serve(
 
 
 def _serve(settings: Any) -> None:
-    from shoal.app.cluster import running
+    from shoal.cluster.running import running
 
     _check_files(settings)
     try:
@@ -171,8 +170,8 @@ def _serve(settings: Any) -> None:
 
 def where(gateway: Any, url: str) -> str:
     """At which doors it serves, as markup: an IPv6 address in brackets would be taken for some."""
-    from shoal.machine import EVERY_INTERFACE
-    from shoal.rpc.ports import join_address
+    from shoal.process.machine import EVERY_INTERFACE
+    from shoal.wire.ports import join_address
 
     everywhere = " (and on every interface)" if gateway.host in EVERY_INTERFACE else ""
     told = f"serving on [bold]{escape(url)}[/bold]{everywhere}"
@@ -183,11 +182,11 @@ def where(gateway: Any, url: str) -> str:
 
 def _check_files(settings: Any) -> None:
     """What is wrong in files is said before anything starts. Of a cluster, each host has those of its own roles."""
-    from shoal.certs import ROLES
-    from shoal.gateway.keys import read_keys
-    from shoal.gateway.tls import expiry, server_context
+    from shoal.api.keys import read_keys
+    from shoal.api.tls import expiry, server_context
+    from shoal.cluster.certificates import ROLES
     from shoal.model.files import locate
-    from shoal.rpc.certificates import read_certificate, require_trust
+    from shoal.wire.certificates import read_certificate, require_trust
 
     is_gateway_here = settings.ray.address is None or settings.gateway.resource is None
     keys_file = settings.gateway.keys_file
@@ -271,12 +270,12 @@ def generate(
 
 
 async def _generate(settings: Any, text: str, max_tokens: int, temperature: float, seed: int, *, raw: bool) -> None:
+    from shoal.api.schema import Message
+    from shoal.api.tokenizer import Tokenizer
+    from shoal.cluster.local import open_local
     from shoal.errors import ContextLengthExceeded, InvalidRequest
-    from shoal.gateway.schema import Message
-    from shoal.gateway.tokenizer import Tokenizer
-    from shoal.local import open_local
-    from shoal.messages import Depth, GenerateRequest, PromptOutline, RequestContext, SamplingParams
     from shoal.model.files import locate
+    from shoal.wire.messages import Depth, GenerateRequest, PromptOutline, RequestContext, SamplingParams
 
     raw_tokenizer = locate(settings.model.name).tokenizer()
     tokenizer, outline = Tokenizer(raw_tokenizer), PromptOutline()
@@ -316,7 +315,6 @@ app.command()(analyze)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(bench)
-app.command()(simulate)
 app.command()(certs)
 app.command()(chaos)
 app.add_typer(keys, name="keys")
@@ -325,7 +323,7 @@ app.add_typer(keys, name="keys")
 @app.command()
 def doctor() -> None:
     """Say what this machine can run: cores, bfloat16, compiler, GPU, NIXL, ports. Exits 1 if serving can't work."""
-    from shoal.doctor import Level, examine, render, worst
+    from shoal.cli.doctor import Level, examine, render, worst
 
     findings = examine()
     Console().print(render(findings))
@@ -345,8 +343,8 @@ def demo(
     show_logs: Annotated[bool, typer.Option("--show-logs", help="Also print the replicas' logs.")] = False,
 ) -> None:
     """See it work once: both pools as processes, a real document, a question, and where the time went."""
+    from shoal.cli.demo import run_demo
     from shoal.config import load_config
-    from shoal.demo import run_demo
 
     settings = load_config(
         model={

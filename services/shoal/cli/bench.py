@@ -1,4 +1,4 @@
-"""How an endpoint bears load: the command of shoal.bench."""
+"""How an endpoint bears load: the command of shoal_lab.bench."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def bench(
     goodput, the highest rate at which at least 90 % of requests meet both SLOs. Both files of a run before are removed
     first. Stopped, it leaves the loads it has. Exits 1 if no request of any load was answered.
     """
-    from shoal.bench import require_packages
+    from shoal_lab.bench import require_packages
 
     require_packages()
-    from shoal.bench.commands import run_bench
+    from shoal_lab.bench.commands import run_bench
 
     measured: list[object] = []
     try:

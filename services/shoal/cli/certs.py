@@ -1,4 +1,4 @@
-"""Certificates for Shoal's own processes: the command of shoal.certs."""
+"""Certificates for Shoal's own processes: the command of shoal.cluster.certificates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def certs(
 
     For development and small installations: a larger one has an authority of its own, such as cert-manager's.
     """
-    from shoal.certs import ROLES, make_certificates
+    from shoal.cluster.certificates import ROLES, make_certificates
 
     terms = make_certificates(folder, days=days, gateway_hosts=host or (), replaces=force)
     err.print(

@@ -1,4 +1,4 @@
-"""What survives which fault: the command of shoal.chaos."""
+"""What survives which fault: the command of shoal_lab.chaos."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def chaos(
     """
     from rich.console import Console
 
-    from shoal.chaos.commands import run_chaos
-    from shoal.chaos.table import list_scenarios
+    from shoal_lab.chaos.commands import run_chaos
+    from shoal_lab.chaos.table import list_scenarios
 
     if list_:
         Console().print(list_scenarios())

@@ -1,4 +1,4 @@
-"""Keys for clients: made, listed and taken back in the file that the gateway reads (shoal.gateway.keys)."""
+"""Keys for clients: made, listed and taken back in the file that the gateway reads (shoal.api.keys)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def new(
 
     What is said of roles and limits holds for all keys of the tenant; what isn't said stays as it is.
     """
+    from shoal.api.keys import KeysFile, changing, digest_of, new_key, read_keys, write_keys
     from shoal.errors import ConfigError
-    from shoal.gateway.keys import KeysFile, changing, digest_of, new_key, read_keys, write_keys
 
     key, key_id = new_key()
     with changing(file):
@@ -79,7 +79,7 @@ def new(
 @keys.command(name="list")
 def list_keys(file: File = Path("keys.yaml")) -> None:
     """Tenants, the ids of their keys, and what they may do. An id is the part of a key before its secret."""
-    from shoal.gateway.keys import read_keys
+    from shoal.api.keys import read_keys
 
     table = Table("tenant", "keys", "roles", "requests at once", "tokens at once", "requests a second")
     for name, one in sorted(read_keys(file).tenants.items()):
@@ -97,8 +97,8 @@ def revoke(
     file: File = Path("keys.yaml"),
 ) -> None:
     """Take a key back. What was asked with it is still answered."""
+    from shoal.api.keys import KeysFile, changing, read_keys, write_keys
     from shoal.errors import ConfigError
-    from shoal.gateway.keys import KeysFile, changing, read_keys, write_keys
 
     with changing(file):
         tree = read_keys(file).model_dump(mode="json", exclude_defaults=True, exclude_none=True)

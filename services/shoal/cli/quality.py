@@ -1,4 +1,4 @@
-"""What a shallow prompt costs, and how to make it cost less: the commands of shoal.quality."""
+"""What a shallow prompt costs, and how to make it cost less: the commands of shoal_lab.quality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from shoal.cli.options import Dtype, DtypeOption, Projector
 from shoal.cli.progress import err, progress_bars
-from shoal.quality.limits import MIN_PASSAGES, MIN_SAMPLES
+from shoal_lab.quality.limits import MIN_PASSAGES, MIN_SAMPLES
 
 Data = Annotated[
     list[Path] | None,
@@ -46,7 +46,7 @@ def analyze(
 
     Writes analysis.json, report.html and importance.svg. Stopped, the same command goes on where it was.
     """
-    from shoal.quality.commands import run_analyze
+    from shoal_lab.quality.commands import run_analyze
 
     try:
         with progress_bars() as on_progress:
@@ -108,7 +108,7 @@ def evaluate(
     Writes evaluation.json and report.html: perplexity and divergence on text, shared greedy output, facts found.
     Stopped, it keeps nothing, and begins anew the next time.
     """
-    from shoal.quality.commands import run_eval
+    from shoal_lab.quality.commands import run_eval
 
     try:
         with progress_bars() as on_progress:
@@ -167,8 +167,8 @@ def calibrate(
     Writes a projector, which serve takes by itself if it lies beside the model, or by --projector.
     Stopped, it keeps nothing, and begins anew the next time.
     """
-    from shoal.quality.calibration import RIDGES, RIDGES_SINKS_APART, CalibrationOptions
-    from shoal.quality.commands import run_calibrate
+    from shoal_lab.quality.calibration import RIDGES, RIDGES_SINKS_APART, CalibrationOptions
+    from shoal_lab.quality.commands import run_calibrate
 
     options = CalibrationOptions(
         skip_layers,

@@ -31,7 +31,7 @@ from shoal.errors import (
     Unauthenticated,
     Unavailable,
 )
-from shoal.messages import Depth, FinishReason, TokenLogprob
+from shoal.wire.messages import Depth, FinishReason, TokenLogprob
 
 __all__ = [
     "AsyncClient",

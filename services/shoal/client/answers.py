@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from shoal.client.values import Choice, Completion, Delta, Model, Usage
 from shoal.errors import InternalError
-from shoal.messages import Depth, FinishReason, TokenLogprob
 from shoal.v1 import inference_pb2 as pb
+from shoal.wire.messages import Depth, FinishReason, TokenLogprob
 
 _DEPTHS = {pb.DEPTH_AUTO: Depth.AUTO, pb.DEPTH_SHALLOW: Depth.SHALLOW, pb.DEPTH_FULL: Depth.FULL}
 _FINISH_REASONS = {pb.FINISH_REASON_STOP: FinishReason.STOP, pb.FINISH_REASON_LENGTH: FinishReason.LENGTH}

@@ -25,9 +25,9 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )
-from shoal.rpc.options import MAX_ATTEMPTS, client_options
-from shoal.rpc.statuses import DETAILS_KEY, from_rpc_error
 from shoal.v1 import inference_pb2 as pb
+from shoal.wire.options import MAX_ATTEMPTS, client_options
+from shoal.wire.statuses import DETAILS_KEY, from_rpc_error
 
 DEFAULT_TARGET = "127.0.0.1:9000"
 DEFAULT_TIMEOUT_S = 600.0

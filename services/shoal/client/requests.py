@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from shoal.errors import InvalidRequest
-from shoal.messages import Depth
 from shoal.v1 import inference_pb2 as pb
+from shoal.wire.messages import Depth
 
 _DEPTHS = {Depth.AUTO: pb.DEPTH_AUTO, Depth.SHALLOW: pb.DEPTH_SHALLOW, Depth.FULL: pb.DEPTH_FULL}
 _TURN_KEYS = {"role", "content"}

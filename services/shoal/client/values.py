@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.messages import Depth, FinishReason, TokenLogprob
+from shoal.wire.messages import Depth, FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from shoal.config.whole import ShoalConfig
+from shoal.config.yaml_file import read_yaml
 from shoal.errors import ConfigError
-from shoal.yaml_file import read_yaml
 
 
 def load_config(path: Path | None = None, **overrides: Any) -> ShoalConfig:

@@ -18,7 +18,7 @@ from shoal.config.sections import (
     PeerTlsConfig,
     RayConfig,
 )
-from shoal.machine import is_loopback, usable_threads
+from shoal.process.machine import is_loopback, usable_threads
 
 
 class ShoalConfig(BaseSettings):

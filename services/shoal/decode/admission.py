@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from shoal.decode.tempo import Tempo
 from shoal.errors import DeadlineExceeded, Overloaded
-from shoal.messages import GenerateRequest, SamplingParams
+from shoal.wire.messages import GenerateRequest, SamplingParams
 
 _SURE = 0.75
 """So much of its time may a request take; an estimate of all of it would be too short half of the time."""

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 from shoal.config import HandoffConfig
-from shoal.rate import RateLimit
+from shoal.config.rate import RateLimit
 from shoal.telemetry.labels import FallbackRung
 
 

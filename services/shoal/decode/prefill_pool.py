@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from shoal.messages import Grant, HandoffOutcome
+from shoal.wire.handoff_messages import Grant, HandoffOutcome
 
 
 class PrefillPool(Protocol):

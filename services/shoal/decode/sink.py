@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shoal.backends.cpu.copying import Copier
 from shoal.errors import InternalError
-from shoal.heartbeat import Heartbeat, SingleThread
-from shoal.kernels.copying import Copier
-from shoal.kv.pool import KvPool, on_device
-from shoal.messages import Chunk, WireMode
+from shoal.model.kv_pool import KvPool, on_device
+from shoal.process.heartbeat import Heartbeat, SingleThread
+from shoal.wire.handoff_messages import Chunk, WireMode
 
 _AT_ONCE_BYTES = 8 << 20
 """A millisecond of the kernel's, into memory that was used before; ``handoff.slot_bytes`` is as much by default."""

@@ -24,21 +24,22 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.engine.yielding import Yielding
-from shoal.heartbeat import Heartbeat
-from shoal.machine import usable_threads
-from shoal.messages import Stage, WireMode
+from shoal.handoff.base import new_incarnation
+from shoal.handoff.carriers.nixl.process import Nixl, nixl_for
+from shoal.handoff.carriers.shm import ShmUnloader
+from shoal.handoff.decode_session import Attach
+from shoal.handoff.decode_side import HandoffDesk
+from shoal.handoff.lease_table import LeaseTimes
+from shoal.handoff.server import HandoffServer
+from shoal.handoff.session import Identity
+from shoal.handoff.terms import KvShape
 from shoal.model.parameters import Parameters
 from shoal.model.rope import Rope
+from shoal.process.heartbeat import Heartbeat
+from shoal.process.machine import usable_threads
 from shoal.telemetry import DecodeMetrics, TransferMetrics, Transport
-from shoal.transfer.base import new_incarnation
-from shoal.transfer.carriers.nixl.process import Nixl, nixl_for
-from shoal.transfer.carriers.shm import ShmUnloader
-from shoal.transfer.decode_session import Attach
-from shoal.transfer.decode_side import HandoffDesk
-from shoal.transfer.lease_table import LeaseTimes
-from shoal.transfer.server import HandoffServer
-from shoal.transfer.session import Identity
-from shoal.transfer.terms import KvShape
+from shoal.wire.handoff_messages import WireMode
+from shoal.wire.messages import Stage
 
 _log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from functools import cache, partial
 
 from shoal.engine.detokenizer import Detokenizer
 from shoal.engine.events import PromptEvent, TokenEvent
-from shoal.messages import FinishReason, GenerateRequest, SentChoice, TokenLogprob, TokenOutput
+from shoal.wire.messages import FinishReason, GenerateRequest, SentChoice, TokenLogprob, TokenOutput
 
 
 class ChoiceStreams:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from shoal.config import HandoffConfig
-from shoal.messages import Depth, GenerateRequest
 from shoal.model.plan import LayerPlan
 from shoal.telemetry.labels import PromptWay
+from shoal.wire.messages import Depth, GenerateRequest
 
 LOOK_S = 0.25
 """How often who waits for a busy prefill looks whether this replica has become idle."""

@@ -20,9 +20,10 @@ from typing import Any
 
 import structlog
 
-from shoal.affinity import prefix_keys
 from shoal.config import HandoffConfig
+from shoal.config.rate import TOLD, RateLimit
 from shoal.decode.admission import Admission, Admitted
+from shoal.decode.affinity import prefix_keys
 from shoal.decode.ladder import Ladder
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.stream import ChoiceStreams, joined
@@ -41,13 +42,13 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )  # fmt: skip
-from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, TokenOutput, TtftStages
+from shoal.handoff.decode_side import Arrived, CopyFailed, HandoffDesk, OpenLease
+from shoal.handoff.lease import Lease
 from shoal.model.plan import LayerPlan
-from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import DecodeMetrics
 from shoal.telemetry.labels import FallbackRung, PromptWay
-from shoal.transfer.decode_side import Arrived, CopyFailed, HandoffDesk, OpenLease
-from shoal.transfer.lease import Lease
+from shoal.wire.handoff_messages import Grant, HandoffOutcome
+from shoal.wire.messages import Depth, GenerateRequest, HandoffReport, TokenOutput, TtftStages
 
 BOUNDARY_TOKEN_BYTES = 4
 LOOK_S = 2.0

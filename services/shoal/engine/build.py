@@ -13,13 +13,12 @@ from typing import TypeVar
 import structlog
 import torch
 
-from shoal.config import PREFILL_NICENESS, Dtype, ShoalConfig, StageConfig
-from shoal.engine.attention import prepare_attention
-from shoal.engine.cuda_graph import CudaGraphs
-from shoal.engine.engine import Engine
-from shoal.engine.events import StepOutput
-from shoal.engine.gpu import GpuKernels, find_gpu_kernels
-from shoal.engine.native import (
+from shoal.backends.attention import prepare_attention
+from shoal.backends.cpu.build import fits
+from shoal.backends.cpu.copying import Copier
+from shoal.backends.cpu.kernels import MAX_FEW_ROWS, NativeKernels
+from shoal.backends.cpu.kernels import load as load_kernels
+from shoal.backends.cpu.native import (
     check_native,
     find_kernels,
     hold_for,
@@ -28,29 +27,30 @@ from shoal.engine.native import (
     make_decoder,
     num_bytes_beside,
 )
+from shoal.backends.gpu.cuda_graph import CudaGraphs
+from shoal.backends.gpu.gpu import GpuKernels, find_gpu_kernels
+from shoal.backends.gpu.step_graph import StepGraphs
+from shoal.config import PREFILL_NICENESS, Dtype, ShoalConfig, StageConfig
+from shoal.engine.ahead import Ahead
+from shoal.engine.engine import Engine
+from shoal.engine.events import StepOutput
 from shoal.engine.runner import DecodePath, Runner
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.step_graph import StepGraphs
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
-from shoal.kernels.build import fits
-from shoal.kernels.copying import Copier
-from shoal.kernels.native import MAX_FEW_ROWS, NativeKernels
-from shoal.kernels.native import load as load_kernels
-from shoal.kv.ahead import Ahead
-from shoal.kv.layout import KvLayout, stage_layout
-from shoal.kv.pool import KvPool
-from shoal.machine import available_memory_bytes, cpu_flags, multiplies_bfloat16, step_back, usable_threads
-from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.families import ModelSpec
 from shoal.model.files import ModelFiles, locate
 from shoal.model.huge_pages import use_huge_pages
 from shoal.model.int8 import Int8Matrix
+from shoal.model.kv_layout import KvLayout, stage_layout
+from shoal.model.kv_pool import KvPool
 from shoal.model.matrix import Hold
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.model.projector import PAPER, Projector, find_projector, require_model
 from shoal.model.weights import open_weights
+from shoal.process.machine import available_memory_bytes, cpu_flags, multiplies_bfloat16, step_back, usable_threads
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 _log = structlog.get_logger(__name__)
 _Kernels = TypeVar("_Kernels")

@@ -17,7 +17,7 @@ from shoal.engine.runner import PrefillChunk
 from shoal.engine.thread import EngineThread, has_stopped
 from shoal.engine.yielding import NEVER, Yielding
 from shoal.errors import InternalError, PeerGone, ShoalError
-from shoal.heartbeat import Heartbeat
+from shoal.process.heartbeat import Heartbeat
 
 T = TypeVar("T")
 # A replica whose steps fail for all so often in a row is replaced: it isn't the requests' fault any more.

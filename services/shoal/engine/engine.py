@@ -15,16 +15,18 @@ from dataclasses import replace
 
 import torch
 
+from shoal.backends.chooser import Chooser, SampleRow
+from shoal.engine.ahead import Ahead
 from shoal.engine.desertion import Deserted, Desertion
 from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reservation, StepOutput, TokenEvent
 from shoal.engine.logprobs import NOT_FINITE
 from shoal.engine.runner import KV_NOT_FINITE, PrefillChunk, Runner, RunOutput
-from shoal.engine.sampler import Chooser, Sampled, SampleRow, sample
+from shoal.engine.sampler import Sampled, sample
 from shoal.engine.scheduler import ScheduledRows, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, ShoalError
-from shoal.kv.ahead import Ahead
-from shoal.messages import Depth, FinishReason, PromptOutline, SamplingParams, SentChoice, WireMode
+from shoal.wire.handoff_messages import WireMode
+from shoal.wire.messages import Depth, FinishReason, PromptOutline, SamplingParams, SentChoice
 
 _log = logging.getLogger(__name__)
 

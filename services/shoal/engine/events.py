@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shoal.engine.logprobs import ScoredToken
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import ShoalError
-from shoal.messages import FinishReason
+from shoal.wire.messages import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ import numpy.typing as npt
 import torch
 
 from shoal.engine.logprobs import ScoredToken, score
-from shoal.engine.reads import ReadPlanner, Span
 from shoal.engine.scheduler import ScheduledRows, StepPlan
 from shoal.engine.sequence import Sequence
 from shoal.errors import InternalError
-from shoal.kv.pool import KvPool, on_host
-from shoal.kv.rows import KvRows
-from shoal.messages import WireMode
 from shoal.model.batch import StepBatch
 from shoal.model.decoder import Decoder
+from shoal.model.kv_pool import KvPool, on_host
+from shoal.model.kv_rows import KvRows
+from shoal.model.reads import ReadPlanner, Span
+from shoal.wire.handoff_messages import WireMode
 
 # Rows of prompts whose logits exist at once: 256 of a vocabulary of 128k are 128 MiB in float32.
 MAX_LOGIT_ROWS = 256
@@ -69,7 +69,7 @@ class RunOutput:
 
 
 class DecodePath(Protocol):
-    """A quicker way for steps of sequences that only go on (engine/native_steps.py, engine/step_graph.py)."""
+    """A quicker way for steps of sequences that only go on (native_steps.py, step_graph.py)."""
 
     def run(self, rows: tuple[ScheduledRows, ...]) -> torch.Tensor | None:
         """Logits ``[len(rows), vocab]``, which hold until the next call; K/V are in the pool then. If all of the

@@ -15,12 +15,12 @@ from collections import deque
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from shoal.engine.blocks import BlockAllocator
 from shoal.engine.pace import Pace
 from shoal.engine.sequence import Phase, Sequence
 from shoal.engine.tables import Reuse, block_tables
 from shoal.errors import InternalError, InvalidRequest, OutOfBlocks, Overloaded
-from shoal.kv.blocks import BlockAllocator
-from shoal.kv.layout import KvLayout
+from shoal.model.kv_layout import KvLayout
 
 # Prefill computes at most this many chunks ahead of the wire.
 MAX_UNSENT_CHUNKS = 2

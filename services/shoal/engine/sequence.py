@@ -17,8 +17,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shoal.kv.prefix import Piece
-from shoal.messages import SamplingParams, WireMode
+from shoal.engine.prefix import Piece
+from shoal.wire.handoff_messages import WireMode
+from shoal.wire.messages import SamplingParams
 
 
 class Phase(enum.Enum):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import enum
 
+from shoal.engine.blocks import BlockAllocator
+from shoal.engine.prefix import Piece, pieces_of
 from shoal.engine.sequence import Sequence
 from shoal.errors import OutOfBlocks
-from shoal.kv.blocks import BlockAllocator
-from shoal.kv.layout import KvLayout
-from shoal.kv.prefix import Piece, pieces_of
+from shoal.model.kv_layout import KvLayout
 
 
 class Reuse(enum.StrEnum):

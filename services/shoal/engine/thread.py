@@ -21,9 +21,9 @@ from shoal.engine.events import StepOutput
 from shoal.engine.outbox import Outbox
 from shoal.engine.yielding import NEVER, Yielding
 from shoal.errors import PeerGone
-from shoal.heartbeat import Heartbeat
-from shoal.machine import step_back
-from shoal.mailbox import Mailbox
+from shoal.process.heartbeat import Heartbeat
+from shoal.process.machine import step_back
+from shoal.process.mailbox import Mailbox
 
 _PIECE_EVERY_S = 0.05
 """How long, between two pieces of what it prepares, an engine leaves the cores to others, which may be at an answer."""

@@ -14,19 +14,19 @@ from typing import Protocol
 import torch
 
 from shoal.errors import InternalError
-from shoal.kv.pool import KvPool
-from shoal.messages import Stage
 from shoal.model.batch import AttentionPlan, StepBatch
 from shoal.model.families import ModelSpec
+from shoal.model.kv_pool import KvPool
 from shoal.model.parameters import LayerParameters, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection
 from shoal.model.rope import Rope
 from shoal.model.rows import RowOps, TorchRows
+from shoal.wire.messages import Stage
 
 
 class Attend(Protocol):
-    """Attention over the pool (engine/attention.py): ``queries`` ``[rows, heads, head_dim]`` -> the same shape."""
+    """Attention over the pool (backends/attention.py): ``queries`` ``[rows, heads, head_dim]`` -> the same shape."""
 
     def __call__(
         self,
@@ -41,7 +41,7 @@ class Attend(Protocol):
 
 
 class RunLayers(Protocol):
-    """Several layers at once (engine/native_layers.py): the states ``[rows, hidden]`` that leave the last of them, or
+    """Several layers at once (native_layers.py): the states ``[rows, hidden]`` that leave the last of them, or
     ``None`` where it can't, and nothing was done. ``progressed`` is called before each layer that may take long."""
 
     def __call__(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from shoal.machine import is_intels
 from shoal.model.int8 import Int8Matrix
 from shoal.model.packed import PackedMatrix
+from shoal.process.machine import is_intels
 
 Weight = torch.Tensor | Int8Matrix | PackedMatrix
 

@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 
 from shoal.errors import InternalError, MalformedWeights
-from shoal.messages import Stage
 from shoal.model.families import ModelSpec
 from shoal.model.matrix import Hold, Weight
 from shoal.model.packed import PackedMatrix
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, LayerProjection
+from shoal.wire.messages import Stage
 
 
 class Reader(Protocol):

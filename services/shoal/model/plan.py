@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import ConfigError
-from shoal.messages import Depth, PromptOutline, Stage
+from shoal.wire.messages import Depth, PromptOutline, Stage
 
 ANCHOR_BOS = 1
 

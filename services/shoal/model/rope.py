@@ -81,7 +81,7 @@ def all_angles(table: RopeTable, last: int, dtype: torch.dtype) -> tuple[torch.T
 def _inv_freq(table: RopeTable, device: torch.device) -> torch.Tensor:
     """``[head_dim / 2]``, float32; not to be written to, and no inference tensor, whoever asks first.
 
-    Kept for good: to copy it to a GPU would stop each step, and those recorded (engine/step_graph.py) read this one.
+    Kept for good: to copy it to a GPU would stop each step, and those recorded (step_graph.py) read this one.
     """
     with torch.inference_mode(False):
         return torch.tensor(table.inv_freq, dtype=torch.float32, device=device)

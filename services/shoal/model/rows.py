@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from shoal.kv.pool import KvPool
 from shoal.model.families import Activation, ModelSpec
+from shoal.model.kv_pool import KvPool
 from shoal.model.matrix import Weight, linear, rows_of
 from shoal.model.norm import rms_norm
 from shoal.model.projection import KvProjection

@@ -11,6 +11,7 @@ from functools import partial
 import structlog
 from prometheus_client import CollectorRegistry
 
+from shoal.backends.cpu.copying import Copier
 from shoal.config import HandoffConfig, ShoalConfig
 from shoal.engine.build import Served, load_stage
 from shoal.engine.client import EngineClient
@@ -18,21 +19,21 @@ from shoal.engine.engine import Engine
 from shoal.engine.events import EngineCounts, StepOutput
 from shoal.engine.meter import StepMeter
 from shoal.errors import ConfigError
-from shoal.heartbeat import Heartbeat
-from shoal.kernels.copying import Copier
-from shoal.kv.layout import KvLayout
-from shoal.messages import Stage, WireMode
+from shoal.handoff.base import Channel, new_incarnation
+from shoal.handoff.carriers.nixl.process import Nixl, nixl_for
+from shoal.handoff.carriers.shm import ShmLoader, reap
+from shoal.handoff.channels.grpc import dial
+from shoal.handoff.offer import Staging
+from shoal.handoff.prefill_side import PrefillSession
+from shoal.handoff.session import Identity
+from shoal.handoff.session_pool import SessionPool
+from shoal.model.kv_layout import KvLayout
 from shoal.prefill.worker import PrefillWorker
-from shoal.rpc.frames import KEY_BYTES
+from shoal.process.heartbeat import Heartbeat
 from shoal.telemetry import PrefillMetrics
-from shoal.transfer.base import Channel, new_incarnation
-from shoal.transfer.carriers.nixl.process import Nixl, nixl_for
-from shoal.transfer.carriers.shm import ShmLoader, reap
-from shoal.transfer.channels.grpc import dial
-from shoal.transfer.offer import Staging
-from shoal.transfer.prefill_side import PrefillSession
-from shoal.transfer.session import Identity
-from shoal.transfer.session_pool import SessionPool
+from shoal.wire.frames import KEY_BYTES
+from shoal.wire.handoff_messages import WireMode
+from shoal.wire.messages import Stage
 
 Connect = Callable[[str], Awaitable[Channel]]
 

@@ -15,17 +15,18 @@ from functools import partial
 import structlog
 import torch
 
+from shoal.config.rate import TOLD, RateLimit
 from shoal.engine.client import ChunkComputed, EngineClient, Inbox
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import Cancelled, DeadlineExceeded, InternalError, LeaseLost, PlanMismatch, ShoalError
-from shoal.kv.rows import KvRows
-from shoal.messages import Depth, Grant, HandoffOutcome
+from shoal.handoff.prefill_side import PromptClaim
+from shoal.handoff.session_pool import SessionPool
+from shoal.model.kv_rows import KvRows
 from shoal.model.plan import LayerPlan
-from shoal.rate import TOLD, RateLimit
 from shoal.telemetry import PrefillMetrics, bind_request
 from shoal.telemetry.labels import GrantWay
-from shoal.transfer.prefill_side import PromptClaim
-from shoal.transfer.session_pool import SessionPool
+from shoal.wire.handoff_messages import Grant, HandoffOutcome
+from shoal.wire.messages import Depth
 
 _log = structlog.get_logger(__name__)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shoal.messages import TtftStages
 from shoal.telemetry.labels import (
     CancelStage,
     Endpoint,
@@ -18,6 +17,7 @@ from shoal.telemetry.labels import (
     status_label,
 )  # fmt: skip
 from shoal.telemetry.registry import LATENCY_S, TOKEN_S
+from shoal.wire.messages import TtftStages
 
 
 class GatewayMetrics:

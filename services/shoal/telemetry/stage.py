@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shoal.messages import Carrier, CarrierReason, Depth, Stage, WireMode
 from shoal.telemetry.labels import BlockState, FallbackRung, GrantWay, HandoffReason, PromptWay, TokenSource
 from shoal.telemetry.registry import BATCH, KV_BYTES, LATENCY_S, TOKEN_S
+from shoal.wire.handoff_messages import Carrier, CarrierReason, WireMode
+from shoal.wire.messages import Depth, Stage
 
 
 class StageMetrics:

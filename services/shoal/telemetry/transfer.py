@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shoal.messages import Carrier
 from shoal.telemetry.labels import HandoffReason, LeaseState, Part, Transport, VerifyCheck
 from shoal.telemetry.registry import LATENCY_S
+from shoal.wire.handoff_messages import Carrier
 
 
 class TransferMetrics:

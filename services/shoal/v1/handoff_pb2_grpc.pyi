@@ -4,7 +4,7 @@ isort:skip_file
 How a prompt's KV passes from a prefill replica to a decode replica.
 
 Decode reserves blocks and mints a lease; prefill opens one session to that decode replica and speaks for
-many leases on it. The frames mirror shoal/messages.py, and shoal/rpc/frames.py converts between the two.
+many leases on it. The frames mirror shoal/wire/messages.py, and shoal/wire/frames.py converts between the two.
 
   prefill                                 decode
      | Hello ------------------------------> |   version, then plan hashes: compared before all else

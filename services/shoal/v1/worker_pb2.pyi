@@ -8,8 +8,8 @@ and cancels, and says nothing of the request, since Ray pickles it in plain text
 as the call has brought back where to. What is generated comes by one stream for each pair of gateway and decode
 replica, a message of which brings what one step, or some in a row, generated for all of the gateway's requests.
 
-SubmitRequest mirrors GenerateRequest of shoal/messages.py, and Output its TokenOutput; shoal/rpc/requests.py and
-shoal/rpc/outputs.py convert.
+SubmitRequest mirrors GenerateRequest of shoal/wire/messages.py, and Output its TokenOutput; shoal/wire/requests.py and
+shoal/wire/outputs.py convert.
 
 Scalars whose zero means something are `optional` and must be set. Durations are seconds.
 """

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
 from callers import AsyncCaller, Caller
 from fake_inference import FakeInference, serving
 

@@ -6,6 +6,7 @@ import math
 
 from callers import Caller
 from fake_inference import MODEL, TEXT, WORDS, FakeInference
+
 from shoal.client import Choice, Client, Delta, Depth, FinishReason, Message, Model, TokenLogprob, Usage
 from shoal.v1 import inference_pb2 as pb
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from shoal.rpc.options import MAX_ATTEMPTS, client_options, server_options
+from shoal.wire.options import MAX_ATTEMPTS, client_options, server_options
 
 
 def test_the_servers_tolerate_the_clients_pings() -> None:

@@ -6,12 +6,12 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import fake_inference
 import grpc
 import pytest
-
-import fake_inference
 from callers import Caller
 from fake_inference import TEXT, WORDS, Failure, FakeInference, serving
+
 from shoal import errors
 from shoal.client import Client, Delta
 

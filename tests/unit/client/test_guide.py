@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-
 from authorities import Authority
 from fake_inference import PATIENCE_S, TEXT, FakeInference, serving
+
 from shoal.errors import InvalidRequest
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "client.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
-
 from fake_inference import PATIENCE_S, TEXT, WORDS, FakeInference
+
 from shoal.client import AsyncClient, AsyncStream, Cancelled, Client, Stream
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import trustme
-
 from authorities import Authority
 from callers import Caller
 from fake_inference import TEXT, FakeInference, serving
+
 from shoal.client import Client, ConfigError, PeerGone, Tls
 from shoal.client.connection import is_loopback
 

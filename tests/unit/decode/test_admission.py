@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-
 from admission_pool import Pool, Source, asking, measured, run, with_time
 from fake_clock import FakeClock
+
 from shoal.decode.admission import Admission
 from shoal.errors import DeadlineExceeded, Overloaded
-from shoal.messages import Resumption, SentChoice
+from shoal.wire.messages import Resumption, SentChoice
 
 SECONDS = 120.0
 NUM_TOKENS = 150

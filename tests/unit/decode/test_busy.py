@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-
 from models import save_tiny
 from reference import pop_generate
+
+from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import load_config
 from shoal.decode import worker
 from shoal.engine.scheduler import StepPlan
-from shoal.local import LocalShoal, open_local
-from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput, TtftStages
-from shoal.transfer.prefill_side import PromptClaim
+from shoal.handoff.prefill_side import PromptClaim
+from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput, TtftStages
 
 SKIPPED = 3
 PROMPT = [5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52, 33, 71, 28, 90, 14, 66, 8, 41, 25]

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-
 from models import save_tiny
 from reference import pop_generate
+
+from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import load_config
 from shoal.decode.sink import PoolSink
 from shoal.errors import ConfigError, InternalError
-from shoal.kv.layout import stage_layout
-from shoal.kv.pool import KvPool
-from shoal.local import LocalShoal, open_local
-from shoal.messages import Chunk, Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams, WireMode
-from shoal.transfer.base import crc32c
+from shoal.handoff.base import crc32c
+from shoal.model.kv_layout import stage_layout
+from shoal.model.kv_pool import KvPool
+from shoal.wire.handoff_messages import Chunk, WireMode
+from shoal.wire.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
 
 SKIPPED, LAYERS, BLOCK = 3, 6, 4
 PROMPT = tuple(3 + index * 7 % 90 for index in range(60))

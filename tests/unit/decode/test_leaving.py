@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import structlog
 import torch
-
 from models import save_tiny
+
+from shoal.cluster.local import LocalShoal, OneReplica, open_local
 from shoal.config import load_config
 from shoal.decode import admission
 from shoal.engine.runner import Runner
 from shoal.errors import DeadlineExceeded, Overloaded
-from shoal.local import LocalShoal, OneReplica, open_local
-from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, RequestContext, SamplingParams
+from shoal.wire.handoff_messages import Grant, HandoffOutcome
+from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 WITHIN_S = 2.0
 PROMPT = tuple(range(5, 69))

@@ -11,20 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from models import TINY_VOCAB, tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import TINY_VOCAB, tiny_llama
+from shoal.api.backend import NullObserver, Readiness, Route
+from shoal.api.retrying import RetryingBackend
+from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import RateConfig, load_config
+from shoal.config.rate import RateLimit
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.errors import PeerGone, PlanMismatch
-from shoal.gateway.backend import NullObserver, Readiness, Route
-from shoal.gateway.retrying import RetryingBackend
-from shoal.local import LocalShoal, open_local
-from shoal.messages import (
+from shoal.wire.messages import (  # fmt: skip
     Depth,
     FinishReason,
     GenerateRequest,
@@ -34,8 +35,7 @@ from shoal.messages import (
     SamplingParams,
     SentChoice,
     TokenOutput,
-)  # fmt: skip
-from shoal.rate import RateLimit
+)
 
 PROMPT = (5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52, 33, 71, 28, 90, 14, 66, 8, 41, 25)
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)

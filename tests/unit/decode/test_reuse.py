@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-
 from models import save_tiny
 from reference import pop_generate
+
+from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import ShoalConfig, load_config
 from shoal.decode.tempo import Tempo
 from shoal.engine.engine import Engine
 from shoal.engine.scheduler import Scheduler, StepPlan
-from shoal.local import LocalShoal, open_local
-from shoal.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
+from shoal.wire.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
 
 SKIPPED, BLOCK = 3, 4
 PROMPT = tuple(3 + index * 7 % 90 for index in range(60))

@@ -10,15 +10,15 @@ from itertools import pairwise, repeat
 
 import pytest
 import torch
-
 from engines import native_kernels
+
+from shoal.backends.cpu.copying import Copier
 from shoal.decode import sink as sinks
 from shoal.decode.sink import PoolSink
-from shoal.kernels.copying import Copier
-from shoal.kv.layout import stage_layout
-from shoal.kv.pool import KvPool
-from shoal.messages import Chunk, WireMode
-from shoal.transfer.base import crc32c
+from shoal.handoff.base import crc32c
+from shoal.model.kv_layout import stage_layout
+from shoal.model.kv_pool import KvPool
+from shoal.wire.handoff_messages import Chunk, WireMode
 
 BLOCK = 4
 HEAD_DIM = 8  # with K and V of one head in float32 a row is 64 bytes, which the kernel takes

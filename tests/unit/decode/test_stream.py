@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from shoal.decode.stream import ChoiceStreams, joined
 from shoal.engine.detokenizer import decode_with
 from shoal.engine.events import TokenEvent
-from shoal.messages import (
+from shoal.wire.messages import (
     Depth,
     FinishReason,
     GenerateRequest,

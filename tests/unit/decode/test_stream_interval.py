@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-
 from models import save_tiny
 from reference import pop_generate
+
+from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import load_config
 from shoal.engine.client import Inbox
-from shoal.local import LocalShoal, open_local
-from shoal.messages import (
+from shoal.wire.messages import (  # fmt: skip
     Depth,
     FinishReason,
     GenerateRequest,
@@ -23,7 +23,7 @@ from shoal.messages import (
     SamplingParams,
     SentChoice,
     TokenOutput,
-)  # fmt: skip
+)
 
 PROMPT = tuple(3 + index * 7 % 90 for index in range(24))
 SKIPPED, NUM_TOKENS = 3, 12

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-
 from models import save_tiny
+
+from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import load_config
 from shoal.decode.prefill_pool import PrefillPool
-from shoal.local import LocalShoal, open_local
-from shoal.messages import Depth, GenerateRequest, Grant, HandoffOutcome, HandoffReport, RequestContext, SamplingParams
+from shoal.wire.handoff_messages import Grant, HandoffOutcome
+from shoal.wire.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
 
 PROMPT = tuple(3 + index * 7 % 90 for index in range(140))
 

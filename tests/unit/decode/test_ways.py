@@ -9,9 +9,9 @@ import pytest
 
 from shoal.config import HandoffConfig
 from shoal.decode.ways import LOOK_S, Ways
-from shoal.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.telemetry.labels import PromptWay
+from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 HANDOFF = HandoffConfig(min_tokens=8, local_tokens=16)
 POP = LayerPlan(6, 3)

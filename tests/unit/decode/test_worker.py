@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import structlog
 import torch
-
 from models import save_tiny
 from reference import full_generate, pop_generate, speed_generate
+
+from shoal.cluster.local import LocalShoal, OneReplica, open_local
 from shoal.config import load_config
 from shoal.decode import worker
 from shoal.decode.prefill_pool import PrefillPool
@@ -33,20 +34,18 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )  # fmt: skip
-from shoal.kv.rows import KvRows
-from shoal.local import LocalShoal, OneReplica, open_local
-from shoal.messages import (
+from shoal.handoff.prefill_side import PromptClaim
+from shoal.model.kv_rows import KvRows
+from shoal.wire.handoff_messages import Grant, HandoffOutcome  # fmt: skip
+from shoal.wire.messages import (  # fmt: skip
     Depth,
     FinishReason,
     GenerateRequest,
-    Grant,
-    HandoffOutcome,
     PromptOutline,
     RequestContext,
     SamplingParams,
     TokenOutput,
-)  # fmt: skip
-from shoal.transfer.prefill_side import PromptClaim
+)
 
 SKIPPED = 3
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import kernel_model, make_engine, native_kernels
 from models import tiny_llama
+
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput
 from shoal.engine.tables import Reuse
-from shoal.messages import Depth, SamplingParams, Stage
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 SAMPLING = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
 PROMPT = tuple(3 + index * 7 % 90 for index in range(40))

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import Ask, assert_nothing_held, make_engine, run
 from models import tiny_llama
+
 from shoal.engine.build import warm_up
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
 from shoal.errors import InternalError, PeerGone
-from shoal.messages import Depth, SamplingParams, Stage
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from structlog.testing import capture_logs
-
 from engines import (
     Ask,
     divergence,
@@ -25,16 +23,18 @@ from engines import (
 )
 from int8 import dequantized
 from models import save_tiny, tiny_model
+from structlog.testing import capture_logs
+
+from shoal.backends.cpu.kernels import NativeKernels
 from shoal.config import load_config
 from shoal.engine import build
 from shoal.engine.build import Served, load_stage, require_int8
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError
-from shoal.kernels.native import NativeKernels
-from shoal.messages import Depth, Stage
 from shoal.model.int8 import Int8Matrix
 from shoal.model.packed import PackedMatrix
 from shoal.model.projection import KvProjection
+from shoal.wire.messages import Depth, Stage
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 PROMPT = [3 + index * 7 % 90 for index in range(150)]

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from structlog.testing import capture_logs
-
 from engines import native_kernels
 from models import save_tiny, tiny_model
+from structlog.testing import capture_logs
+
 from shoal.config import StageConfig, load_config
 from shoal.engine import build
+from shoal.engine.ahead import Ahead
 from shoal.engine.build import Served, layout_of, load_stage, num_blocks_for
 from shoal.errors import ConfigError, ModelError
-from shoal.kv.ahead import Ahead
-from shoal.messages import Stage
 from shoal.model.packed import PackedMatrix
 from shoal.telemetry.logs import FIELDS
+from shoal.wire.messages import Stage
 
 
 @pytest.mark.parametrize("stage", Stage)

@@ -11,7 +11,7 @@ from shoal.engine.events import EngineCounts, FailureEvent, PromptEvent, Reserva
 from shoal.engine.outbox import MAX_HELD_S, Outbox
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import InternalError
-from shoal.messages import FinishReason
+from shoal.wire.messages import FinishReason
 
 COUNTS = EngineCounts(0, 0, 1, 8, 7, 0, 0)
 

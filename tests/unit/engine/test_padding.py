@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import assert_nothing_held, make_engine
 from models import tiny_llama
+
 from shoal.engine.engine import Engine
 from shoal.engine.events import FailureEvent
-from shoal.messages import Depth, SamplingParams, Stage
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 

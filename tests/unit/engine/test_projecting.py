@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from engines import assert_nothing_held, exact, make_engine, payload_of, prefill_chunks
 from models import tiny_model
+
 from shoal.engine import runner
 from shoal.engine.build import warm_up
 from shoal.engine.client import ChunkComputed, EngineClient
 from shoal.engine.engine import Engine
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import InternalError
-from shoal.kv.rows import KvRows
-from shoal.messages import Stage, WireMode
+from shoal.model.kv_rows import KvRows
 from shoal.model.projection import KvProjection
+from shoal.wire.handoff_messages import WireMode
+from shoal.wire.messages import Stage
 
 NUM_LAYERS, NUM_SKIPPED = 6, 2
 KEPT, SKIPPED = range(NUM_LAYERS - NUM_SKIPPED), range(NUM_LAYERS - NUM_SKIPPED, NUM_LAYERS)

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import assert_nothing_held, exact, make_engine
 from models import tiny_model
+
 from shoal.engine import runner
 from shoal.engine.engine import Engine
 from shoal.engine.events import PromptEvent
 from shoal.engine.logprobs import ScoredToken, score
 from shoal.errors import InternalError
-from shoal.messages import Depth, FinishReason, SamplingParams
 from shoal.model.families import FAMILIES
+from shoal.wire.messages import Depth, FinishReason, SamplingParams
 
 LAYERS, SKIPPED, NUM_TOP = 4, 2, 3
 LENGTHS = (1, 2, 3, 16, 17, 40)

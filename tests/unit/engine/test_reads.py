@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.engine.reads import ReadPlanner, Span
-from shoal.kv.layout import stage_layout
+from shoal.model.kv_layout import stage_layout
+from shoal.model.reads import ReadPlanner, Span
 
 WINDOW, BLOCK = 8, 4
 LAYOUT = stage_layout(

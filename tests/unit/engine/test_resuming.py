@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import Ask, assert_nothing_held, make_engine, run_choices
 from models import tiny_llama
+
 from shoal.engine.engine import Engine
 from shoal.engine.tables import Reuse
 from shoal.errors import InvalidRequest, Overloaded
-from shoal.messages import Depth, SamplingParams, SentChoice
 from shoal.model.plan import Anchors
+from shoal.wire.messages import Depth, SamplingParams, SentChoice
 
 SKIPPED = 3
 PROMPT = [5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6]

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import Ask, assert_nothing_held, exact, logits_after, make_engine, run, run_handed_off
 from models import tiny_model
 from reference import all_layers, encode_shallow, logits_of, pop_generate, run_layers
+
 from shoal.engine.engine import Engine
 from shoal.engine.tables import Reuse
-from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.plan import Anchors
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 NUM_SKIPPED, BLOCK = 2, 4
 PROMPT = [3 + index * 7 % 90 for index in range(30)]

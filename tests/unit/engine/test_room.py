@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine import tables
+from shoal.engine.prefix import Piece, PrefixCache
 from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.engine.tables import Reuse
-from shoal.kv.layout import stage_layout
-from shoal.kv.prefix import Piece, PrefixCache
-from shoal.messages import SamplingParams
+from shoal.model.kv_layout import stage_layout
+from shoal.wire.messages import SamplingParams
 
 BLOCK = 4
 

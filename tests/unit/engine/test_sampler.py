@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.engine.sampler import Sampled, SampleRow, sample, uniform
+from shoal.backends.chooser import SampleRow, uniform
+from shoal.engine.sampler import Sampled, sample
 from shoal.errors import InternalError
-from shoal.messages import SamplingParams
+from shoal.wire.messages import SamplingParams
 
 VOCAB = 11
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from shoal.engine.scheduler import MAX_UNSENT_CHUNKS, Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.errors import InternalError, InvalidRequest, Overloaded
-from shoal.kv.layout import stage_layout
-from shoal.messages import SamplingParams
+from shoal.model.kv_layout import stage_layout
+from shoal.wire.messages import SamplingParams
 
 BLOCK = 4
 

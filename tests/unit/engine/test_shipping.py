@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import (
     Ask,
     ShippedTokens,
@@ -21,11 +20,13 @@ from engines import (
     run_handed_off,
 )
 from models import tiny_model
+
 from shoal.engine.engine import Engine
 from shoal.engine.runner import PrefillChunk
 from shoal.engine.tables import Reuse
 from shoal.errors import InternalError
-from shoal.messages import Stage, WireMode
+from shoal.wire.handoff_messages import WireMode
+from shoal.wire.messages import Stage
 
 NUM_SKIPPED, BLOCK = 2, 4
 PROMPT = [3 + index * 7 % 90 for index in range(30)]

@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import Ask, kernel_model, make_engine, native_kernels, parameters_of, run_choices, torch_threads
 from models import save_tiny, tiny_model
+
+from shoal.backends.cpu import native_steps
+from shoal.backends.cpu.kernels import NativeKernels
+from shoal.backends.cpu.native import make_decode_path
+from shoal.backends.cpu.native_steps import MAX_SHORTLIST_ROWS, NativeSteps
 from shoal.config import load_config
-from shoal.engine import native_steps
 from shoal.engine.build import load_stage
 from shoal.engine.engine import Engine
-from shoal.engine.native import make_decode_path
-from shoal.engine.native_steps import MAX_SHORTLIST_ROWS, NativeSteps
 from shoal.errors import InternalError
-from shoal.kernels.native import NativeKernels
-from shoal.messages import Depth, SamplingParams, Stage
 from shoal.model.int8 import Int8Matrix
 from shoal.model.plan import Anchors
 from shoal.model.shortlist import Shortlist
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 PROMPT = tuple(3 + index * 7 % 90 for index in range(150))
 VOCAB = 5000

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import make_engine, torch_threads
 from models import tiny_llama
+
 from shoal.engine.client import EngineClient, Progress
 from shoal.engine.engine import Engine
 from shoal.engine.events import StepOutput, TokenEvent
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.yielding import Yielding
 from shoal.errors import PeerGone
-from shoal.messages import Depth, SamplingParams
+from shoal.wire.messages import Depth, SamplingParams
 
 SAMPLING = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 

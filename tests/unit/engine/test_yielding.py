@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import make_engine
 from models import tiny_llama
+
 from shoal.engine.engine import HURRIED_S
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.yielding import LOOK_S, NEVER, Yielding
-from shoal.messages import Depth, SamplingParams
+from shoal.wire.messages import Depth, SamplingParams
 
 ALWAYS = Yielding(1.0, lambda _to_this: True)
 

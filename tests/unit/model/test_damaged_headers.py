@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-
-from examples import examples
 from models import save_tiny, save_tiny_gguf
+
 from shoal.errors import MalformedWeights, ModelError
 from shoal.model.gguf_header import read_gguf
 from shoal.model.safetensors_header import read_safetensors

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import (
     Ask,
     ModelReader,
@@ -21,12 +20,13 @@ from engines import (
 )  # fmt: skip
 from models import WINDOW, tiny_llama, tiny_model
 from reference import full_generate, pop_generate, pop_logits
-from shoal.messages import Depth, SamplingParams, Stage
+
 from shoal.model.families import FAMILIES, describe
 from shoal.model.parameters import ParameterLoader
 from shoal.model.plan import LayerPlan
 from shoal.model.projection import KvProjection, project_unfolded
 from shoal.model.rope import Rope
+from shoal.wire.messages import Depth, SamplingParams, Stage
 
 LAYERS = 6
 LENGTHS = (1, 2, 3, 5, 16, 17, 33, 64)

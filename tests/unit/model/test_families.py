@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
-
 from engines import exact, logits_after, make_engine
 from models import WINDOW, save_tiny, save_tiny_gguf, tiny_model
 from readings import logits_of_text
 from reference import pop_logits
+from transformers import AutoConfig
+
 from shoal.errors import UnsupportedModel
-from shoal.messages import Depth
 from shoal.model.decoder import Decoder
 from shoal.model.families import FAMILIES, describe
 from shoal.model.files import locate
 from shoal.model.norm import rms_norm
-from shoal.quality.subject import Subject, Treatment
+from shoal.wire.messages import Depth
+from shoal_lab.quality.subject import Subject, Treatment
 
 ROOT = Path(__file__).parents[3]
 IDS = tuple(7 + index * 31 % 83 for index in range(4 * WINDOW))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from models import EOS, save_tiny, save_tiny_gguf, tiny_llama, tiny_tokenizer
+
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
 from shoal.model.families import describe
 from shoal.model.files import ModelKind, locate

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from models import save_tiny_gguf, tiny_llama
+
 from shoal.errors import MalformedWeights
 from shoal.model.files import locate
 from shoal.model.gguf_tokenizer import gguf_backend, gguf_tokenizer

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from memory_maps import mapping_of
+
 from shoal.model import huge_pages
 from shoal.model.huge_pages import runs, use_huge_pages
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
 from engines import Ask, ModelReader, exact, logits_after, make_engine, run, run_handed_off
 from int8 import dequantized, shallow_logits, whole, with_deep_layers_of
 from models import tiny_model
+
 from shoal.errors import InternalError, MalformedWeights
-from shoal.messages import Depth, Stage
 from shoal.model import int8
 from shoal.model.families import FAMILIES, describe
 from shoal.model.int8 import Int8Matrix, rounded_inputs
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
+from shoal.wire.messages import Depth, Stage
 
 CPU = torch.device("cpu")
 SKIPPED = 2

@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
 from engines import ModelReader, native_kernels
 from models import tiny_model
-from shoal.engine import native
-from shoal.engine.native import NativeRows, hold_for, make_decoder
+
+from shoal.backends.cpu import native
+from shoal.backends.cpu.native import NativeRows, hold_for, make_decoder
 from shoal.errors import InternalError
-from shoal.kv.layout import stage_layout
-from shoal.kv.pool import KvPool
-from shoal.messages import Stage
 from shoal.model.families import describe
+from shoal.model.kv_layout import stage_layout
+from shoal.model.kv_pool import KvPool
 from shoal.model.matrix import linear, rows_of
 from shoal.model.packed import PackedMatrix, packed
 from shoal.model.parameters import ParameterLoader, Parameters
 from shoal.model.plan import LayerPlan
 from shoal.model.rope import Rope
 from shoal.model.rows import TorchRows
+from shoal.wire.messages import Stage
 
 CPU = torch.device("cpu")
 SIZES = {"hidden": 64, "head_dim": 32}

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from engines import Ask, exact, logits_after, make_engine, parameters_of, run, run_handed_off
 from models import save_tiny, tiny_model
 from reference import Cache, all_layers, encode_shallow, logits_of, run_layers
+from safetensors.torch import save_file
+
 from shoal.config import load_config
 from shoal.engine.build import Served, load_parameters
 from shoal.errors import MalformedWeights, ModelError, ProjectorMismatch
-from shoal.messages import Depth, Stage
 from shoal.model.families import FAMILIES
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, find_projector, load_projector, projector_beside, save_projector
+from shoal.wire.messages import Depth, Stage
 
 PLAN = LayerPlan(6, 2)
 SHAPE = (2 * 2 * 32, 64)

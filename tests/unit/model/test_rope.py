@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from models import tiny_model
+
 from shoal.model import rope as module
 from shoal.model.families import describe
 from shoal.model.rope import Rope, _inv_freq

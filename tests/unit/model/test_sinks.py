@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from engines import Ask, exact, make_engine, native_kernels, parameters_of, run, run_handed_off
 from models import TINY_FAMILIES, save_tiny, tiny_model
-from shoal.engine.native import make_decoder
-from shoal.messages import Stage
+from safetensors.torch import save_file
+
+from shoal.backends.cpu.native import make_decoder
 from shoal.model.families import describe
 from shoal.model.files import locate
 from shoal.model.packed import packed
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, load_projector, save_projector
 from shoal.model.rope import Rope
+from shoal.wire.messages import Stage
 
 NUM_SKIPPED, NUM_SINKS = 2, 4
 IDS = [5 + 7 * index % 80 for index in range(30)]

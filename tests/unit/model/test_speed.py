@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from engines import (
     Ask,
     exact,
@@ -27,15 +26,16 @@ from engines import (
 )  # fmt: skip
 from models import save_tiny, tiny_model
 from reference import speed_generate
+
 from shoal.config import load_config
 from shoal.engine.build import Served, build_engine, load_parameters, plan_of
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError, InvalidRequest
-from shoal.messages import Depth, PromptOutline, SamplingParams, Stage
 from shoal.model.families import describe
 from shoal.model.files import locate
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.model.projector import find_projector
+from shoal.wire.messages import Depth, PromptOutline, SamplingParams, Stage
 
 LAYERS, SKIPPED, BLOCK = 6, 3, 4
 LENGTHS = (1, 2, 3, 5, 16, 17, 33, 64)

@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType as Quant
 from gguf import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import save_tiny, save_tiny_gguf, smollm2_reference, tiny_llama
 from safetensors.torch import save_file
 
-from models import save_tiny, save_tiny_gguf, smollm2_reference, tiny_llama
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
 from shoal.model.files import ModelFiles, locate
 from shoal.model.weights import open_weights

@@ -10,18 +10,18 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from shoal.backends.cpu.copying import Copier
 from shoal.config import HandoffConfig, ShoalConfig
 from shoal.decode import stage as decode_stage
 from shoal.errors import ConfigError
-from shoal.kernels.copying import Copier
-from shoal.messages import Carrier, CarrierReason, WireMode
+from shoal.handoff.carriers.nixl import process
+from shoal.handoff.carriers.nixl.process import nixl_for
+from shoal.handoff.carriers.shm import ShmLoader
+from shoal.handoff.offer import Staging
 from shoal.prefill import stage
 from shoal.telemetry import PrefillMetrics
 from shoal.telemetry.logs import FIELDS
-from shoal.transfer.carriers.nixl import process
-from shoal.transfer.carriers.nixl.process import nixl_for
-from shoal.transfer.carriers.shm import ShmLoader
-from shoal.transfer.offer import Staging
+from shoal.wire.handoff_messages import Carrier, CarrierReason, WireMode
 
 
 def test_inline_makes_no_segment() -> None:

@@ -12,30 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from structlog.testing import capture_logs
-
 from models import save_tiny
 from reference import pop_generate
+from structlog.testing import capture_logs
+
+from shoal.cluster.local import LocalShoal, OneReplica, open_local
+from shoal.cluster.prefill_replica import PrefillReplica
 from shoal.config import load_config
 from shoal.engine.engine import Engine
 from shoal.errors import Cancelled, LeaseLost, Overloaded, PeerGone, PlanMismatch, ShoalError, Unavailable
-from shoal.local import LocalShoal, OneReplica, open_local
-from shoal.messages import (
-    Accepted,
-    Depth,
-    Failed,
-    Frame,
-    GenerateRequest,
-    Grant,
-    HandoffOutcome,
-    RequestContext,
-    SamplingParams,
-)
+from shoal.handoff.prefill_side import PromptClaim
+from shoal.handoff.session import Session
+from shoal.handoff.session_pool import SessionPool
 from shoal.prefill import worker
-from shoal.prefill.deployment import PrefillReplica
-from shoal.transfer.prefill_side import PromptClaim
-from shoal.transfer.session import Session
-from shoal.transfer.session_pool import SessionPool
+from shoal.wire.handoff_messages import Accepted, Failed, Frame, Grant, HandoffOutcome
+from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("model")
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 import pytest
 import structlog
-
 from own_logging import own_logging
+
 from shoal.telemetry import bind_request, configure_logging
 from shoal.telemetry.logs import FIELDS
 
@@ -35,7 +35,7 @@ def test_both_loggers_write_json_with_the_request_id() -> None:
     stream = io.StringIO()
     configure_logging("info", "json", stream)
     with bind_request("req-1"):
-        structlog.get_logger("shoal.gateway").info("request finished", status=200)
+        structlog.get_logger("shoal.api").info("request finished", status=200)
         logging.getLogger("shoal.engine").warning("slow step")
     logging.getLogger("shoal.engine").warning("after it")
     first, second, third = written(stream)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from shoal.messages import Carrier, CarrierReason, Depth, TtftStages, WireMode
 from shoal.telemetry import (
     CertificateMetrics,
     DecodeMetrics,
@@ -35,6 +34,8 @@ from shoal.telemetry.labels import (
     ShownTo,
     VerifyCheck,
 )
+from shoal.wire.handoff_messages import Carrier, CarrierReason, WireMode
+from shoal.wire.messages import Depth, TtftStages
 
 STAGES = TtftStages(reserve_s=0.01, queue_s=0.02, prefill_s=0.3, transfer_exposed_s=0.04, boundary_step_s=0.05)
 
@@ -293,8 +294,8 @@ def test_reasons_are_codes_of_the_error_tree_or_ours() -> None:
 
 
 def test_the_hand_off_can_tell_its_metrics_everything() -> None:
-    from shoal.transfer import lease
-    from shoal.transfer.base import TransferObserver
+    from shoal.handoff import lease
+    from shoal.handoff.base import TransferObserver
 
     observer: TransferObserver = TransferMetrics(CollectorRegistry(), Transport.MEMORY)
     told = {name for name in vars(TransferObserver) if not name.startswith("_")}
@@ -303,7 +304,7 @@ def test_the_hand_off_can_tell_its_metrics_everything() -> None:
 
 
 def test_the_gateway_can_tell_its_metrics_everything() -> None:
-    from shoal.gateway.backend import GatewayObserver
+    from shoal.api.backend import GatewayObserver
 
     observer: GatewayObserver = GatewayMetrics(CollectorRegistry(), [])
     assert {name for name in vars(GatewayObserver) if not name.startswith("_")} <= set(dir(observer))

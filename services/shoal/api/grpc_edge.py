@@ -1,0 +1,162 @@
+"""The outermost layer of the gRPC server, around the methods of every service, our own and gRPC's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
+from inspect import isasyncgenfunction
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from shoal.api.access import OPEN, Access
+from shoal.api.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
+from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
+from shoal.telemetry import bind_request
+from shoal.wire.statuses import abort
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+MESSAGE_S = 30.0
+"""How long a client may take to send its message: gRPC itself would wait for as long as it likes."""
+
+PROBE_S = 5.0
+"""The same for a probe, whose message has a few bytes, and who needs no key."""
+
+_MAX_ASIDE = 128
+"""So many messages may be coming at once of probes, and as many of other calls that take no place."""
+
+
+class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
+    """Lets in whom ``access`` does, before a byte of a message is read, and answers every error. gRPC itself would send
+    an unexpected one's class and text, also of bytes it can't read."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._probes, self._others = _Aside(PROBE_S), _Aside()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None  # there is no such method, and gRPC says so
+        method: str = handler_call_details.method
+        admitted = partial(self._admitted, method)
+        if not handler.request_streaming:
+            return _unary(handler, admitted, (self._probes if method in OPEN else self._others).read)
+        behaviour = handler.stream_stream if handler.response_streaming else handler.stream_unary
+        if isasyncgenfunction(behaviour):
+            return _yielding(handler, admitted)
+        return _as_stream(handler, behaviour, admitted)
+
+    def _admitted(self, method: str, context: Context) -> AbstractContextManager[None]:
+        metadata = context.invocation_metadata() or ()
+        shown = [value for key, value in metadata if key == "authorization" and isinstance(value, str)]
+        return self._access.admitted(method, shown, context.peer())
+
+
+class _Aside:
+    """Messages that are coming, each within ``within_s``, of calls that take no place."""
+
+    def __init__(self, within_s: float | None = None) -> None:
+        self._within_s = within_s
+        self._num = 0
+
+    async def read(self, context: Context) -> Any:
+        if self._num >= _MAX_ASIDE:
+            raise Overloaded("too many messages are coming: try again later")
+        self._num += 1
+        try:
+            return await read_message(context, self._within_s)
+        finally:
+            self._num -= 1
+
+
+Admitted = Callable[[Context], AbstractContextManager[None]]
+
+
+async def read_message(context: Context, within_s: float | None = None) -> Any:
+    """The one message of a call. Raises DeadlineExceeded if it doesn't come, Cancelled if there is none."""
+    # It's never cancelled: what gRPC reads into has to outlive the call. The call's end ends it.
+    reading = asyncio.ensure_future(context.read())
+    reading.add_done_callback(_look_at)
+    await asyncio.wait((reading,), timeout=MESSAGE_S if within_s is None else within_s)
+    if not reading.done():
+        raise DeadlineExceeded("the message didn't come to its end in time")
+    message = reading.result()
+    if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # its stubs don't know it
+        raise Cancelled("the client went away while it sent its message")
+    return message
+
+
+def _look_at(reading: asyncio.Future[Any]) -> None:
+    """Or asyncio would complain that nobody has."""
+    if not reading.cancelled():
+        reading.exception()
+
+
+def _unary(handler: Any, admitted: Admitted, read: Callable[[Context], Awaitable[Any]]) -> Any:
+    """A method that takes one message. One that streams its answer writes it, and doesn't yield it."""
+    behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+    async def of_stream(_messages: Any, context: Context) -> Any:
+        return await behaviour(await read(context), context)
+
+    return _as_stream(handler, of_stream, admitted)
+
+
+def _as_stream(handler: Any, behaviour: Callable[[Any, Context], Awaitable[Any]], admitted: Admitted) -> Any:
+    """A method that reads for itself. The wire is the same; of one message alone, gRPC would have read all before."""
+
+    async def answered(messages: Any, context: Context) -> Any:
+        request_id, traceparent = ids_of(context)
+        async with _answering_errors(context, request_id, traceparent):
+            with bind_request(request_id, traceparent), admitted(context):
+                return await behaviour(messages, context)
+
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(answered, handler.request_deserializer, handler.response_serializer)
+
+
+def _yielding(handler: Any, admitted: Admitted) -> Any:
+    """A method that takes a stream and yields one, as reflection does."""
+
+    async def answered(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        request_id, traceparent = ids_of(context)
+        async with _answering_errors(context, request_id, traceparent):
+            with bind_request(request_id, traceparent), admitted(context):
+                pass  # what follows asks nothing of a pool
+            async for response in handler.stream_stream(requests, context):
+                yield response
+
+    return grpc.stream_stream_rpc_method_handler(answered, handler.request_deserializer, handler.response_serializer)
+
+
+@asynccontextmanager
+async def _answering_errors(context: Context, request_id: str, traceparent: str | None) -> AsyncIterator[None]:
+    told = ((REQUEST_ID, request_id),)
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise  # it is answered
+    except DecodeError:
+        unreadable = InvalidRequest("the message isn't one of this method: compare the client's .proto")
+        await abort(context, unreadable, told)
+    except Exception as error:  # noqa: BLE001 - the process' edge
+        with bind_request(request_id, traceparent):
+            known = as_shoal_error(error)
+        await abort(context, known, told)
+
+
+def ids_of(context: Context) -> tuple[str, str | None]:
+    """A call's id, as HTTP's: its client's own if it's a sane one, else a new one; and its trace, if it has one."""
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return sane_request_id(metadata.get(REQUEST_ID, "")), traceparent_of(metadata)

@@ -1,0 +1,1 @@
+"""Where a step is computed: by our CPU kernels (cpu/), by torch, or on a GPU (gpu/)."""

@@ -1,0 +1,354 @@
+"""Decode that doesn't keep the deadline, and clients that don't: the gateway does, and lets go of them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from fake_clock import FakeClock
+from inference_server import client_of
+from inference_server import request as grpc_request
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from shoal.api import deadline
+from shoal.api.backend import Route
+from shoal.api.http_app import create_app
+from shoal.api.inference import SERVICE_NAME, InferenceService
+from shoal.api.intake import Services
+from shoal.api.tokenizer import MAX_INLINE_CHARS, Tokenizer
+from shoal.cluster import gateway_replica as deployment
+from shoal.cluster.gateway_replica import PoolBackend
+from shoal.config import ShoalConfig
+from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
+from shoal.v1 import inference_pb2 as pb
+from shoal.v1 import worker_pb2
+from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams, Ticket, TokenOutput
+from shoal.wire.outputs import to_outputs
+from shoal.wire.token_client import TokenClient
+
+OUTPUT = TokenOutput(0, (1,), "a")
+
+
+class Call:
+    """Serve's: it stays open, or fails with ``error``."""
+
+    def __init__(self, error: BaseException | None = None, *, ends: bool = False) -> None:
+        self.is_cancelled = False
+        self._error = error
+        self._ends = ends
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        if self._error is not None:
+            raise self._error
+        if not self._ends:
+            await asyncio.Event().wait()
+        return
+        yield ""
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        if isinstance(self._error, BackPressureError):
+            raise self._error  # Ray's does, if the call never began
+
+
+class Decode:
+    """The pool's handle. What a request is answered with comes at once, ``num_outputs`` and then, unless it ``hangs``,
+    the end."""
+
+    def __init__(
+        self, num_outputs: int = 0, *, hangs: bool = False, error: BaseException | None = None, call_ends: bool = False
+    ) -> None:
+        self.tokens = TokenClient(60, lambda ticket: None)
+        self.call = Call(error, ends=call_ends)
+        self._num_outputs = num_outputs
+        self._hangs = hangs
+
+    def options(self, *, stream: bool) -> Any:
+        assert stream
+        return self
+
+    @property
+    def generate(self) -> Any:
+        return self
+
+    def remote(self, ticket: Ticket) -> Call:
+        stream = self.tokens._open[ticket.key]
+        for index in range(self._num_outputs):
+            for message in to_outputs(ticket.key, index, OUTPUT):
+                stream.accept(message)
+        if not self._hangs:
+            stream.accept(worker_pb2.Output(key=ticket.key, index=self._num_outputs, is_end=True))
+        return self.call
+
+
+def request(timeout_s: float) -> GenerateRequest:
+    return GenerateRequest(RequestContext("id", timeout_s), "tiny", (1,), Depth.FULL, SamplingParams(max_tokens=4))
+
+
+class Living:
+    """Who of the decode pool lives."""
+
+    unfit: frozenset[str] = frozenset()
+
+    def __init__(self, *names: str) -> None:
+        self._names = frozenset(names)
+
+    async def ids(self) -> frozenset[str]:
+        return self._names
+
+
+def pool(decode: Decode, living: Living | None = None) -> PoolBackend:
+    return PoolBackend(ShoalConfig(), decode, living or Living("a"), decode.tokens)  # type: ignore[arg-type]
+
+
+async def test_decode_that_doesnt_answer_is_cancelled_a_moment_after_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
+    decode = Decode(1, hangs=True)
+    answer = pool(decode).generate(request(timeout_s=0), Route())
+    assert await anext(answer) == OUTPUT
+    assert not decode.call.is_cancelled
+    with pytest.raises(DeadlineExceeded):
+        await anext(answer)
+    assert decode.call.is_cancelled and not decode.tokens._open
+
+
+async def test_the_deadline_is_one_for_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
+    decode = Decode(1, hangs=True)
+    answer = pool(decode).generate(request(timeout_s=0), Route())
+    assert await anext(answer) == OUTPUT
+    [(key, stream)] = decode.tokens._open.items()
+
+    async def go_on() -> None:
+        for index in itertools.count(1):
+            for message in to_outputs(key, index, OUTPUT):
+                stream.accept(message)
+            await asyncio.sleep(0)
+            assert await anext(answer) == OUTPUT
+
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(go_on(), 10)
+    assert decode.call.is_cancelled and not decode.tokens._open
+
+
+async def test_an_answer_is_complete_without_waiting_long_for_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
+    decode = Decode(2)
+    assert [output async for output in pool(decode).generate(request(timeout_s=60), Route())] == [OUTPUT] * 2
+    assert decode.call.is_cancelled and not decode.tokens._open
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (RayActorError(), PeerGone),
+        (BackPressureError(1, 1), PeerGone),
+        (asyncio.CancelledError(), PeerGone),
+        (ValueError(), InternalError),
+    ],
+)
+async def test_what_the_call_fails_with_ends_the_answer(error: BaseException, known: type[ShoalError]) -> None:
+    answer = pool(Decode(1, hangs=True, error=error)).generate(request(timeout_s=60), Route())
+    assert await anext(answer) == OUTPUT
+    with pytest.raises(known):
+        await anext(answer)
+
+
+async def test_an_answer_that_was_lost_on_its_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_ARRIVE_S", 0.02)
+    answer = pool(Decode(1, hangs=True, call_ends=True)).generate(request(timeout_s=60), Route())
+    assert await anext(answer) == OUTPUT
+    with pytest.raises(PeerGone, match="didn't arrive"):
+        await anext(answer)
+
+
+async def test_decode_is_cancelled_when_the_answer_is_closed() -> None:
+    decode = Decode(2)
+    answer = pool(decode).generate(request(timeout_s=60), Route())
+    await anext(answer)
+    await answer.aclose()
+    assert decode.call.is_cancelled and not decode.tokens._open
+
+
+async def test_without_a_decode_replica_nobody_waits_for_one() -> None:
+    with pytest.raises(Unavailable, match="no decode replica") as refused:
+        await anext(pool(Decode(1), Living()).generate(request(timeout_s=60), Route()))
+    assert refused.value.retry_after_s == 1
+
+
+# --- clients ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hurried(services: Services, monkeypatch: pytest.MonkeyPatch) -> Services:
+    """Services under which nothing takes longer than a moment."""
+    monkeypatch.setattr(deadline, "GRACE_S", 0.1)
+    return replace(services, config=services.config.model_copy(update={"deadline_s": 0.2}))
+
+
+async def asked(
+    services: Services, *, reads: bool = True, sends: bool = True, headers: dict[str, str] | None = None, **fields: Any
+) -> list[Any]:
+    """What a client is sent that leaves out the end of its request, or stops reading its answer as it begins."""
+    asks = fields or {"prompt": "Hello"}
+    body = json.dumps({"model": "smollm2", "max_tokens": 50, "stream": True, **asks}).encode()
+    coming = [{"type": "http.request", "body": body, "more_body": not sends}]
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        if not coming:
+            await asyncio.Event().wait()
+        return coming.pop()
+
+    async def send(message: Any) -> None:
+        said.append(message)
+        if not reads and message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    path = "/v1/completions" if "prompt" in asks else "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": raw, "query_string": b"", "root_path": ""}
+    await asyncio.wait_for(create_app(services)(scope, receive, send), 10)
+    return said
+
+
+def was_late(services: Services) -> bool:
+    """Whether the one request was, and holds nothing any more."""
+    backend: Any = services.backend
+    observer: Any = services.observer
+    assert backend.num_running == services.places.num_taken == 0
+    [(_, _, status, error_type)] = observer.finished
+    return bool((status, error_type) == (504, "timeout_error"))
+
+
+async def test_a_request_that_doesnt_come_to_its_end_is_answered_at_its_deadline(hurried: Services) -> None:
+    said = await asked(hurried, reads=True, sends=False)
+    assert said[0]["status"] == 504 and was_late(hurried)
+
+
+async def test_the_client_s_own_time_counts_while_it_sends(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "GRACE_S", 0.1)
+    said = await asked(services, reads=True, sends=False, headers={"x-shoal-timeout": "0.1"})
+    assert said[0]["status"] == 504 and was_late(services)
+
+
+async def test_a_request_whose_time_is_over_before_it_is_understood_reaches_no_pool(services: Services) -> None:
+    said = await asked(services, reads=True, sends=True, headers={"x-shoal-timeout": "1e-300"})
+    assert said[0]["status"] == 504 and was_late(services)
+    assert not services.backend.requests  # type: ignore[attr-defined]
+
+
+async def test_a_client_that_stops_reading_holds_no_place_beyond_its_deadline(hurried: Services) -> None:
+    said = await asked(hurried, reads=False, sends=True)
+    assert [message["type"] for message in said] == ["http.response.start", "http.response.body"]
+    assert was_late(hurried)
+
+
+class Deaf:
+    """A call by gRPC, without a deadline of its own, whose client reads nothing."""
+
+    code: grpc.StatusCode | None = None
+
+    async def read(self) -> bytes:
+        return grpc_request(max_tokens=50).SerializeToString()
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def send_initial_metadata(self, _metadata: Any) -> None:
+        pass
+
+    async def write(self, _message: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def abort(self, code: grpc.StatusCode, _details: str, **_others: Any) -> None:
+        self.code = code
+        raise grpc.aio.AbortError
+
+
+async def test_a_client_of_grpc_that_stops_reading_holds_no_place_beyond_the_deadline(hurried: Services) -> None:
+    call, method = Deaf(), InferenceService(hurried)._generate_stream
+    with hurried.access.admitted(f"/{SERVICE_NAME}/GenerateStream", ()), pytest.raises(grpc.aio.AbortError):
+        await asyncio.wait_for(method(None, call), 10)  # type: ignore[arg-type]
+    assert call.code is grpc.StatusCode.DEADLINE_EXCEEDED and was_late(hurried)
+
+
+LONG = "word " * MAX_INLINE_CHARS
+"""More than is encoded on the event loop."""
+
+
+@pytest.fixture
+def stuck(hurried: Services, smollm2: Any) -> Iterator[Services]:
+    """Services whose tokenizer is at something else, and comes to no end of it."""
+    tokenizer, ends = Tokenizer(smollm2), threading.Event()
+    tokenizer._thread.submit(ends.wait)
+    yield replace(hurried, tokenizer=tokenizer)
+    ends.set()
+    tokenizer.close()
+
+
+@pytest.mark.parametrize(
+    "asks", [{"prompt": LONG}, {"messages": [{"role": "user", "content": LONG}]}], ids=["prompt", "messages"]
+)
+async def test_a_prompt_that_is_not_encoded_in_time_holds_no_place_beyond_its_deadline(
+    stuck: Services, asks: dict[str, Any]
+) -> None:
+    said = await asked(stuck, **asks)
+    assert said[0]["status"] == 504 and was_late(stuck)
+    assert not stuck.backend.requests  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+@pytest.mark.parametrize(
+    "asks", [{"text": LONG}, {"chat": pb.Chat(messages=[{"role": "user", "content": LONG}])}], ids=["text", "chat"]
+)
+async def test_by_grpc_neither_does_it(stuck: Services, method: str, asks: dict[str, Any]) -> None:
+    async with client_of(stuck) as client:
+        call = client.channel.unary_stream(f"/{SERVICE_NAME}/{method}")(grpc_request(**asks).SerializeToString())
+        assert await asyncio.wait_for(call.code(), 10) is grpc.StatusCode.DEADLINE_EXCEEDED
+        await asyncio.to_thread(client.observer.wait_finished)
+        assert was_late(stuck) and not client.backend.requests
+
+
+async def test_who_is_in_time_is_not_cut_off(services: Services) -> None:
+    said = await asked(services, reads=True, sends=True)
+    assert said[0]["status"] == 200 and not said[-1]["more_body"]
+    assert said[-1]["body"] == b"data: [DONE]\n\n"
+
+
+class Slow(Deaf):
+    """One with a deadline of 60 s by ``clock``, whose message takes 20 s to come."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._due_s = clock.now_s + 60
+
+    async def read(self) -> bytes:
+        self._clock.now_s += 20
+        return await super().read()
+
+    def time_remaining(self) -> float:  # type: ignore[override]
+        return self._due_s - self._clock.now_s
+
+
+async def test_the_time_that_a_message_takes_to_come_by_grpc_counts_once(services: Services) -> None:
+    clock = FakeClock()
+    service = InferenceService(replace(services, clock=clock.time))
+    with services.access.admitted(f"/{SERVICE_NAME}/Generate", ()):
+        await service._generate(None, Slow(clock))  # type: ignore[arg-type]
+    [asked] = services.backend.requests  # type: ignore[attr-defined]
+    assert asked.context.timeout_s == pytest.approx(40)

@@ -1,0 +1,193 @@
+"""The tables of docs/quality.md show what docs/figures/*.json holds, to the last digit that they show."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[4] / "docs"
+TEXT = (DOCS / "quality.md").read_text(encoding="utf-8")
+ROWS = {
+    "speed, untuned, the first token as anchor": "speed",
+    "control: no projection": "no_projection",
+    "control: no boundary token": "no_boundary",
+    "control: removed at every stage": "removed",
+}
+GEMMA = {
+    "prose": "evaluation-gemma-prose",
+    "dialogue": "evaluation-gemma-dialogue",
+    "technical": "evaluation-gemma",
+    "prose, sinks apart": "evaluation-gemma-prose-apart",
+    "dialogue, sinks apart": "evaluation-gemma-dialogue-apart",
+    "technical, sinks apart": "evaluation-gemma-technical-apart",
+}
+OF_TEXT = ("perplexity", "first_perplexity", "rest_perplexity", "divergence", "agreement", "recovered")
+
+
+def figures(name: str) -> Any:
+    return json.loads((DOCS / "figures" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(after: str) -> list[list[str]]:
+    """The cells of the first table behind ``after``, without its head."""
+    assert TEXT.count(after) == 1, after
+    found = re.search(r"^(?:\|.*\n)+", TEXT[TEXT.index(after) :], re.MULTILINE)
+    assert found
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[0].splitlines()[2:]]
+
+
+def treatment(label: str) -> str:
+    plain = label.replace("full depth", "full").replace("shallow (the paper's)", "shallow").replace(" tokens", "")
+    return ROWS.get(label, plain)
+
+
+def shows(cell: str, figure: Any, scale: float = 1.0) -> None:
+    """``cell`` shows ``figure``, a number or an interval, of which its ends may be left out."""
+    parts = [figure[name] for name in ("value", "low", "high")] if isinstance(figure, dict) else [figure]
+    numbers = re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", cell)
+    assert len(numbers) in (1, len(parts)), cell
+    for said, part in zip(numbers, parts, strict=False):
+        step = 10.0 ** -len(said.partition(".")[2])
+        coarse = 0.01 * abs(part * scale) if abs(part * scale) >= 1e5 else 0.0
+        assert float(said.replace(",", "")) == pytest.approx(part * scale, abs=max(0.5001 * step, coarse)), (cell, part)
+
+
+def scores(name: str, num_skipped: int | None = None) -> dict[str, Any]:
+    """By treatment, of one number of skipped layers besides full depth."""
+    return {one["treatment"]: one for one in figures(name)["texts"] if one["num_skipped"] in (0, num_skipped)}
+
+
+def row_of_text(cells: Sequence[str], score: dict[str, Any], names: Sequence[str]) -> None:
+    for cell, name in zip(cells, names, strict=True):
+        if score[name] is None or not cell:
+            assert not cell or score[name]
+            continue
+        shows(cell, score[name], 100 if name in ("agreement", "recovered") else 1)
+
+
+@pytest.mark.parametrize(
+    ("after", "num_skipped", "files"),
+    [
+        ("[code](figures/evaluation-code.json)", 10,
+         {kind: f"evaluation-{kind}" for kind in ("prose", "dialogue", "technical", "code")}),
+        ("On each of three kinds", 6, GEMMA),
+    ],
+)  # fmt: skip
+def test_each_kind_s_line(after: str, num_skipped: int, files: dict[str, str]):
+    rows = table(after)
+    assert [row[0] for row in rows] == list(files)
+    for kind, full, shallow, calibrated, recovered, lost, left in rows:
+        found = scores(files[kind], num_skipped)
+        for cell, name in ((full, "full"), (shallow, "shallow"), (calibrated, "calibrated")):
+            shows(cell, found[name]["perplexity"])
+        shows(recovered, found["calibrated"]["recovered"], 100)
+        shows(lost, found["shallow"]["divergence"])
+        shows(left, found["calibrated"]["divergence"])
+
+
+def test_loss_by_skipped_layers():
+    speed_ups = {time["num_skipped"]: time["speed_up"] for time in figures("evaluation-depths")["prefill"]}
+    for count, speed_up, *cells in table("[raw figures](figures/evaluation-depths.json)"):
+        found = scores("evaluation-depths", int(count))
+        shows(speed_up, speed_ups[int(count)])
+        row_of_text(cells[:2], found["full" if count == "0" else "shallow"], ("perplexity", "extra"))
+        if "calibrated" in found and count != "0":
+            row_of_text(cells[2:], found["calibrated"], ("perplexity", "extra", "recovered"))
+        else:
+            assert cells[2:] == [""] * 3
+
+
+@pytest.mark.parametrize(
+    ("after", "name", "num_skipped", "columns"),
+    [
+        ("from the run of the first table", "evaluation-technical", 10, OF_TEXT),
+        ("[raw figures](figures/evaluation-gemma.json)", "evaluation-gemma", 6, (*OF_TEXT[:2], *OF_TEXT[3:])),
+        ("[raw figures](figures/evaluation-int8.json)", "evaluation-int8", 10,
+         ("perplexity", "extra", "divergence", "agreement")),
+    ],
+)  # fmt: skip
+def test_all_that_was_compared(after: str, name: str, num_skipped: int, columns: tuple[str, ...]):
+    found = scores(name, num_skipped)
+    rows = table(after)
+    assert {treatment(row[0]) for row in rows} == set(found)
+    for label, *cells in rows:
+        row_of_text(cells, found[treatment(label)], columns)
+
+
+@pytest.mark.parametrize("name", ["evaluation-retrieval", "evaluation-gemma-retrieval"])
+def test_retrieval(name: str):
+    found = {one["treatment"]: one for one in figures(name)["retrieval"]}
+    for label, right, difference in table(f"[raw figures](figures/{name}.json)"):
+        shows(right, found[treatment(label)]["right"], 100)
+        if difference:
+            shows(difference, found[treatment(label)]["difference"], 100)
+
+
+def test_what_the_gates_predict_and_what_is_lost():
+    found = {one["num_skipped"]: one for one in figures("analysis")["candidates"]}
+    rows = table("[analysis.json](figures/analysis.json)")
+    assert [int(row[0]) for row in rows] == list(found)
+    for count, predicted, divergence, extra in rows:
+        one = found[int(count)]
+        shows(predicted, one["predicted_loss"])
+        for cell, name in ((divergence, "divergence"), (extra, "extra")):
+            for said, part in zip(cell.split(" ± "), ("mean", "standard_error"), strict=True):
+                shows(said, one["measured"][name][part])
+
+
+def test_what_the_text_says_of_them():
+    [cell] = re.findall(r"gives back (63\.7 \[.*?\]) %", TEXT)
+    shows(cell, scores("evaluation-gemma-dialogue-ridge", 6)["calibrated"]["recovered"], 100)
+    [said] = re.findall(r"than six on technical text: (.*?) nats a token", TEXT)
+    depths = [
+        scores("evaluation-gemma-technical-apart", count)["shallow"]["extra"]["value"] for count in (2, 4, 6, 8, 9)
+    ]
+    for number, depth in zip(re.findall(r"0\.\d+", said), depths, strict=True):
+        shows(number, depth)
+    shipped = scores("evaluation-technical-shipped", 10)["calibrated"]["recovered"]
+    [cell] = re.findall(r"gives back (80\.4 \[.*?\]) %", TEXT)
+    shows(cell, shipped, 100)
+    extra = {count: scores("evaluation-depths", count) for count in (9, 10, 15)}
+    [said] = re.findall(r"by 0\.003 nats \((.*?) and (.*?)\)", TEXT)
+    shows(said[0], extra[15]["calibrated"]["extra"]["value"])
+    shows(said[1], extra[10]["shallow"]["extra"]["value"])
+    assert extra[9]["shallow"]["extra"]["value"] > extra[10]["shallow"]["extra"]["value"]
+
+
+def test_ways_to_learn():
+    found = {one["way"]: one for one in figures("projections")["rows"]}
+    rows = table("[raw figures](figures/projections.json)")
+    assert {row[0] for row in rows} == set(found)
+    for way, perplexity, recovered, divergence in rows:
+        shows(perplexity, found[way]["perplexity"])
+        shows(divergence, found[way]["divergence"])
+        if found[way]["recovered"] is not None:
+            shows(recovered, found[way]["recovered"], 100)
+
+
+def test_answers():
+    document = figures("evaluation-answers")
+    found = {
+        one["treatment"]: one | told for one, told in zip(document["greedy"], document["instructions"], strict=True)
+    }
+    rows = table("[raw figures](figures/evaluation-answers.json)")
+    assert {treatment(row[0]) for row in rows} == set(found)
+    for label, shared, passed, followed in rows:
+        shows(shared, found[treatment(label)]["prefix"])
+        shows(passed, found[treatment(label)]["passed"], 100)
+        shows(followed, found[treatment(label)]["followed"], 100)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_the_prompt_s_times_are_those_of_the_raw_figures(page: str):
+    found, text = figures("prefill"), (DOCS.parent / page).read_text(encoding="utf-8")
+    kernels = "torch's kernels"
+    for variant in ("full", "shallow", f"full, {kernels}", f"shallow, {kernels}"):
+        assert re.search(rf"\b{found['median_s'][variant]:.3f}\b", text), variant
+    assert f"{found['full_share_of_gemm']:.0%}".replace("%", " %") in text
+    assert f"{found['full_over_shallow']:.2f}" in text

@@ -33,9 +33,9 @@ from shoal.errors import ConfigError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1] / "support"
 # Replicas find the stand-ins by it.
-PYTHONPATH = os.pathsep.join([str(TESTS), str(TESTS.parent / "services")])
+PYTHONPATH = os.pathsep.join([str(TESTS), str(TESTS.parents[1] / "services")])
 
 
 def diary(folder: Path) -> list[str]:

@@ -40,7 +40,7 @@ PLAIN = [
     "shoal.model.plan",
     "shoal.handoff.lease",
 ]
-MEASURING = ["shoal_lab.bench.commands", "shoal_lab.report.plots", "simulation.commands"]
+MEASURING = ["shoal_lab.bench.commands", "shoal_lab.report.plots"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -144,7 +144,7 @@ def serve(
 
 
 def _serve(settings: Any) -> None:
-    from shoal.cluster.running import running
+    from shoal.cluster.start import running
 
     _check_files(settings)
     try:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from shoal.cluster.running import running
+from shoal.cluster.start import running
 from shoal.config import ShoalConfig
 from shoal.errors import InternalError
 

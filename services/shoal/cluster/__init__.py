@@ -2,6 +2,6 @@
 
 from shoal.cluster.graph import Replicas, build
 from shoal.cluster.progress import Progress
-from shoal.cluster.running import Cluster, running
+from shoal.cluster.start import Cluster, running
 
 __all__ = ["Cluster", "Progress", "Replicas", "build", "running"]

@@ -38,7 +38,7 @@ from shoal.config import GatewayConfig
 from shoal.errors import InvalidRequest
 from shoal.telemetry import Target, targets_document
 
-TESTS = ROOT / "tests"
+TESTS = ROOT / "tests" / "support"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 KEY, KEY_ID = new_key()
 NUM_EXAMPLES, TIMEOUT_S = (300, 3000) if IS_THOROUGH else (10, 250)

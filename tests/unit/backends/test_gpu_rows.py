@@ -93,8 +93,8 @@ def test_what_they_do_not_take(kernels: Any) -> None:
 
 def test_all_compile_for_gpus_that_are_not_here(kernels: Any, tmp_path: Path) -> None:
     """As far as their machine code; attention's products of 16 bits go to the tensor cores."""
-    tests = Path(__file__).parents[2]
-    paths = [str(tests), str(tests.parent / "services"), os.environ.get("PYTHONPATH", "")]
+    tests = Path(__file__).parents[2] / "support"
+    paths = [str(tests), str(tests.parents[1] / "services"), os.environ.get("PYTHONPATH", "")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
         "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path),
     }  # fmt: skip

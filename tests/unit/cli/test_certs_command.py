@@ -133,7 +133,7 @@ def test_a_host_that_none_can_have_is_refused(tmp_path: Path, host: str):
 def served(monkeypatch: pytest.MonkeyPatch) -> list[ShoalConfig]:
     """What would have been served."""
     configs: list[ShoalConfig] = []
-    monkeypatch.setattr("shoal.cluster.running.running", lambda config, *_args, **_kwargs: _Noted(config, configs))
+    monkeypatch.setattr("shoal.cluster.start.running", lambda config, *_args, **_kwargs: _Noted(config, configs))
     return configs
 
 

@@ -12,7 +12,7 @@ import ray.serve.context
 from ray import serve
 
 from shoal.cluster.progress import Progress
-from shoal.cluster.running import _GONE, _Start
+from shoal.cluster.start import _GONE, _Start
 from shoal.config import ShoalConfig
 from shoal.errors import ConfigError, ShoalError, Unavailable
 

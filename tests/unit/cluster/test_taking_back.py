@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.running import _GONE, _Start
+from shoal.cluster.start import _GONE, _Start
 from shoal.config import ShoalConfig
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
-from clusters import TestCluster
+from clusters import MOMENT_S, Look, TestCluster, rise
 from real_prompts import RealPrompt, assert_same_tokens
 
 from shoal.client import AsyncClient, Depth
@@ -88,3 +89,24 @@ async def ask_grpc(client: AsyncClient, answer: Answer, num_chunks: int | None =
             return answer
     answer.status, answer.is_done = 200, True
     return answer
+
+
+async def until(live: TestCluster, asked: asyncio.Task[Answer], holds: Callable[[Look], bool]) -> Look:
+    """The first look for which ``holds``; the answer must not be there before."""
+    while not holds(look := await asyncio.to_thread(live.look)):
+        assert not asked.done(), "it was answered before anything could happen to it"
+        await asyncio.sleep(MOMENT_S)
+    return look
+
+
+def holders(look: Look, name: str, **labels: str) -> list[str]:
+    """The replicas at which a metric isn't zero."""
+    return [replica for replica, value in look.each(name, **labels).items() if value]
+
+
+def has_first_chunk(before: Look) -> Callable[[Look], bool]:
+    """A chunk has come over, and the lease isn't sealed."""
+    return lambda look: (
+        rise(before, look, "shoal_kv_transfer_bytes_total") > 0
+        and look.metric("shoal_kv_leases", state="streaming") > 0
+    )

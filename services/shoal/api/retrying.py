@@ -130,30 +130,34 @@ class _Given:
     """What was given out of a request's answer, and by which plan."""
 
     def __init__(self, num_choices: int) -> None:
-        self._token_ids: list[list[int]] = [[] for _ in range(num_choices)]
-        self._complete: set[int] = set()
+        self._num_choices = num_choices
+        self._open: dict[int, list[int]] = {index: [] for index in range(num_choices)}
         self._plan_hash = ""
         self.is_any = False
 
     @property
     def is_complete(self) -> bool:
-        return len(self._complete) == len(self._token_ids)
+        return not self._open
 
     def note(self, output: TokenOutput) -> None:
         self.is_any = True
-        self._token_ids[output.choice] += output.token_ids
-        if output.finish_reason is not None:
-            self._complete.add(output.choice)
+        if output.finish_reason is None:
+            self._open[output.choice] += output.token_ids
+        else:
+            del self._open[output.choice]
         if output.handoff is not None:
             self._plan_hash = output.handoff.plan_hash
 
     def resuming(self, request: GenerateRequest) -> GenerateRequest:
         """``request`` without what it has already. What is told of a prompt came with the first output."""
-        choices = [SentChoice(tuple(ids), index in self._complete) for index, ids in enumerate(self._token_ids)]
+        choices = tuple(
+            SentChoice(tuple(self._open[index])) if index in self._open else SentChoice(is_complete=True)
+            for index in range(self._num_choices)
+        )
         return replace(
             request,
             sampling=replace(request.sampling, num_prompt_logprobs=None),
-            resumption=Resumption(self._plan_hash, tuple(choices)),
+            resumption=Resumption(self._plan_hash, choices),
         )
 
 

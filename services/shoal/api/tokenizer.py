@@ -117,8 +117,9 @@ class Tokenizer:
             # Where the texts meet, a token may reach over. A template that begins otherwise tells nothing.
             is_beginning = bool(told) and len(told) - num_shared <= _MAX_MERGED_TOKENS
             num_header_tokens = len(ids) - num_shared if is_beginning else 0
-            num_system_tokens = _num_shared(self._ids_of(_otherwise(messages), **options), ids)
-            return PromptOutline(num_system_tokens, num_header_tokens)
+            # If all messages are the system's, the header is the same in both prompts, too.
+            num_same = _num_shared(self._ids_of(_otherwise(messages), **options), ids)
+            return PromptOutline(min(num_same, len(ids) - num_header_tokens), num_header_tokens)
 
         return await self._run(2 * _num_chars(messages), work)
 

@@ -300,7 +300,9 @@ class SentChoice(_message.Message):
     IS_COMPLETE_FIELD_NUMBER: _builtins.int
     is_complete: _builtins.bool
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a complete choice none are needed."""
+
     def __init__(
         self,
         *,

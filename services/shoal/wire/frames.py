@@ -7,8 +7,7 @@ Whether it also fits the lease is for the transfer layer to say.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -41,15 +40,13 @@ from shoal.wire.handoff_messages import (
     StagingSegment,
     WireMode,
 )
+from shoal.wire.values import MAX_TEXT_CHARS, checked_duration, checked_id, checked_ids, checked_range, checked_text
 
 LEASE_ID_BYTES = 16
 PROMPT_HASH_BYTES = 32
 MAX_PAYLOAD_BYTES = 1 << 20
 MAX_STAGED_BYTES = 16 << 20
 """Of a payload that isn't in the frame."""
-MAX_ID = (1 << 31) - 1
-"""Largest token id, position, layer and sequence number: any signed 32-bit index can hold it."""
-MAX_TEXT_CHARS = 1024
 MAX_PLANS = 256
 MAX_SLOTS = 1 << 12
 NONCE_BYTES = 16
@@ -172,11 +169,11 @@ def _required(descriptor: Descriptor) -> tuple[str, ...]:
 def _from_hello(body: pb.Hello) -> Hello:
     if len(body.plan_hashes) > MAX_PLANS or len(body.wire_modes) > len(_WIRE_MODES):
         raise ProtocolViolation(f"hello lists {len(body.plan_hashes)} plans and {len(body.wire_modes)} wire modes")
-    hashes = tuple(_text(plan, "hello.plan_hashes") for plan in body.plan_hashes)
+    hashes = tuple(checked_text(plan, "hello.plan_hashes") for plan in body.plan_hashes)
     modes = tuple(_wire_mode(mode, "hello.wire_modes") for mode in body.wire_modes)
     segment = _from_segment(body.segment) if body.HasField("segment") else None
     remote = _from_remote(body.remote) if body.HasField("remote") else None
-    peer = _text(body.peer, "hello.peer")
+    peer = checked_text(body.peer, "hello.peer")
     if len(body.key) not in (0, KEY_BYTES):
         raise ProtocolViolation(f"hello.key has {len(body.key)} bytes, not {KEY_BYTES}")
     return Hello(body.protocol_version, hashes, modes, peer, segment, remote, body.has_nixl, body.key)
@@ -184,7 +181,7 @@ def _from_hello(body: pb.Hello) -> Hello:
 
 def _from_segment(body: pb.StagingSegment) -> StagingSegment:
     _check_slots(body, "hello.segment")
-    return StagingSegment(_text(body.name, "hello.segment.name"), body.num_slots, body.slot_bytes, body.nonce)
+    return StagingSegment(checked_text(body.name, "hello.segment.name"), body.num_slots, body.slot_bytes, body.nonce)
 
 
 def _from_remote(body: pb.RemoteSegment) -> RemoteSegment:
@@ -213,15 +210,15 @@ def _from_granted(body: pb.Granted) -> Granted:
         raise ProtocolViolation(f"granted.num_present is {body.num_present} of {body.num_prompt_tokens} tokens")
     return Granted(
         lease_id=_lease_id(body.lease_id),
-        plan_hash=_text(body.plan_hash, "granted.plan_hash"),
+        plan_hash=checked_text(body.plan_hash, "granted.plan_hash"),
         num_prompt_tokens=body.num_prompt_tokens,
         num_present=body.num_present,
         claim_timeout_s=_positive(body.claim_timeout_s, "granted.claim_timeout_s"),
         ttl_s=_positive(body.ttl_s, "granted.ttl_s"),
-        request_id=_text(body.request_id, "granted.request_id"),
-        timeout_s=_duration(body.timeout_s, "granted.timeout_s"),
-        tenant=_text(body.tenant, "granted.tenant"),
-        attempt=_id(body.attempt, "granted.attempt"),
+        request_id=checked_text(body.request_id, "granted.request_id"),
+        timeout_s=checked_duration(body.timeout_s, "granted.timeout_s"),
+        tenant=checked_text(body.tenant, "granted.tenant"),
+        attempt=checked_id(body.attempt, "granted.attempt"),
     )
 
 
@@ -233,7 +230,7 @@ def _from_accepted(body: pb.Accepted) -> Accepted:
     if body.credit_bytes == 0:
         raise ProtocolViolation("accepted.credit_bytes is 0")
     ttl_s = _positive(body.ttl_s, "accepted.ttl_s")
-    token_ids = _ids(body.token_ids, "accepted.token_ids")
+    token_ids = checked_ids(body.token_ids, "accepted.token_ids")
     return Accepted(_lease_id(body.lease_id), token_ids, body.num_present, body.credit_bytes, ttl_s)
 
 
@@ -244,9 +241,9 @@ def _from_chunk(body: pb.Chunk, payload: memoryview | None = None) -> Chunk:
         raise ProtocolViolation("a chunk brings its payload and names a staging slot, too")
     if staged is None and not 0 < len(found) <= MAX_PAYLOAD_BYTES:
         raise ProtocolViolation(f"chunk.payload has {len(found)} bytes, not 1 to {MAX_PAYLOAD_BYTES}")
-    tokens = _range(body.token_start, body.token_end, "chunk.token")
-    layers = _range(body.layer_start, body.layer_end, "chunk.layer")
-    seq = _id(body.seq, "chunk.seq")
+    tokens = checked_range(body.token_start, body.token_end, "chunk.token")
+    layers = checked_range(body.layer_start, body.layer_end, "chunk.layer")
+    seq = checked_id(body.seq, "chunk.seq")
     wire_mode = _wire_mode(body.wire_mode, "chunk.wire_mode")
     return Chunk(_lease_id(body.lease_id), seq, *tokens, *layers, body.crc32c, found, staged, wire_mode)
 
@@ -257,7 +254,7 @@ def _from_staged(body: pb.StagedPayload) -> StagedPayload:
         raise ProtocolViolation("chunk.staged.generation is 0")
     if not 0 < body.num_bytes <= MAX_STAGED_BYTES:
         raise ProtocolViolation(f"chunk.staged.num_bytes is {body.num_bytes}, not 1 to {MAX_STAGED_BYTES}")
-    return StagedPayload(_id(body.slot, "chunk.staged.slot"), body.generation, body.num_bytes)
+    return StagedPayload(checked_id(body.slot, "chunk.staged.slot"), body.generation, body.num_bytes)
 
 
 def _from_seal(body: pb.Seal) -> Seal:
@@ -265,19 +262,19 @@ def _from_seal(body: pb.Seal) -> Seal:
         raise ProtocolViolation(f"seal.prompt_hash has {len(body.prompt_hash)} bytes, not {PROMPT_HASH_BYTES}")
     return Seal(
         lease_id=_lease_id(body.lease_id),
-        num_chunks=_id(body.num_chunks, "seal.num_chunks"),
+        num_chunks=checked_id(body.num_chunks, "seal.num_chunks"),
         prompt_hash=body.prompt_hash,
-        boundary_token_id=_id(body.boundary_token_id, "seal.boundary_token_id"),
-        queue_s=_duration(body.queue_s, "seal.queue_s"),
-        prefill_s=_duration(body.prefill_s, "seal.prefill_s"),
-        num_cached_tokens=_id(body.num_cached_tokens, "seal.num_cached_tokens"),
+        boundary_token_id=checked_id(body.boundary_token_id, "seal.boundary_token_id"),
+        queue_s=checked_duration(body.queue_s, "seal.queue_s"),
+        prefill_s=checked_duration(body.prefill_s, "seal.prefill_s"),
+        num_cached_tokens=checked_id(body.num_cached_tokens, "seal.num_cached_tokens"),
     )
 
 
 def _from_credit(body: pb.Credit) -> Credit:
     if not 0 < body.num_bytes <= MAX_STAGED_BYTES:
         raise ProtocolViolation(f"credit.num_bytes is {body.num_bytes}, not 1 to {MAX_STAGED_BYTES}")
-    return Credit(_lease_id(body.lease_id), _id(body.seq, "credit.seq"), body.num_bytes)
+    return Credit(_lease_id(body.lease_id), checked_id(body.seq, "credit.seq"), body.num_bytes)
 
 
 _FROM_BODY: dict[str, Callable[..., Frame]] = {
@@ -287,10 +284,10 @@ _FROM_BODY: dict[str, Callable[..., Frame]] = {
     "chunk": _from_chunk,
     "seal": _from_seal,
     "credit": _from_credit,
-    "nack": lambda body: Nack(_lease_id(body.lease_id), _id(body.seq, "nack.seq")),
-    "refused": lambda body: Refused(_lease_id(body.lease_id), _text(body.reason, "refused.reason")),
-    "failed": lambda body: Failed(_lease_id(body.lease_id), _text(body.reason, "failed.reason")),
-    "cancel": lambda body: Cancel(_lease_id(body.lease_id), _text(body.reason, "cancel.reason")),
+    "nack": lambda body: Nack(_lease_id(body.lease_id), checked_id(body.seq, "nack.seq")),
+    "refused": lambda body: Refused(_lease_id(body.lease_id), checked_text(body.reason, "refused.reason")),
+    "failed": lambda body: Failed(_lease_id(body.lease_id), checked_text(body.reason, "failed.reason")),
+    "cancel": lambda body: Cancel(_lease_id(body.lease_id), checked_text(body.reason, "cancel.reason")),
     "claim": lambda body: Claim(_lease_id(body.lease_id)),
     "drained": lambda body: Drained(_lease_id(body.lease_id)),
     "committed": lambda body: Committed(_lease_id(body.lease_id)),
@@ -308,39 +305,9 @@ def _lease_id(value: bytes) -> bytes:
     return value
 
 
-def _id(value: int, name: str) -> int:
-    if value > MAX_ID:
-        raise ProtocolViolation(f"{name} is {value}, above {MAX_ID}")
-    return value
-
-
-def _ids(values: Iterable[int], name: str) -> tuple[int, ...]:
-    ids = tuple(values)
-    _id(max(ids), name)
-    return ids
-
-
-def _range(start: int, end: int, name: str) -> tuple[int, int]:
-    if not start < end <= MAX_ID:
-        raise ProtocolViolation(f"{name} range [{start}, {end}) is empty or out of bounds")
-    return start, end
-
-
-def _duration(value: float, name: str) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ProtocolViolation(f"{name} is {value}: not a duration")
-    return value
-
-
 def _positive(value: float, name: str) -> float:
-    if _duration(value, name) == 0:
+    if checked_duration(value, name) == 0:
         raise ProtocolViolation(f"{name} is 0")
-    return value
-
-
-def _text(value: str, name: str) -> str:
-    if len(value) > MAX_TEXT_CHARS:
-        raise ProtocolViolation(f"{name} has {len(value)} characters, above {MAX_TEXT_CHARS}")
     return value
 
 

@@ -89,7 +89,7 @@ class PromptOutline:
 
 @dataclass(frozen=True, slots=True)
 class SentChoice:
-    """What was given out of a choice: its tokens so far, and whether they are all."""
+    """What was given out of a choice: its tokens so far, or all of it. Of a complete one no token is needed."""
 
     token_ids: tuple[int, ...] = ()
     is_complete: bool = False

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
-from typing import Any
 
 from google.protobuf.message import Message
 
 from shoal.errors import ProtocolViolation
 from shoal.v1 import inference_pb2, worker_pb2
 from shoal.wire.messages import Depth, FinishReason, HandoffReport, TokenLogprob, TokenOutput, TtftStages
+from shoal.wire.values import value_of
 
 MAX_TOLD_TOKENS = 8192
 """Of a prompt's tokens and their alternatives, in one output: far below what a message may have."""
@@ -155,13 +155,6 @@ def _from_report(message: worker_pb2.HandoffReport) -> HandoffReport:
 
 
 # --- one value ------------------------------------------------------------------------------------------
-
-
-def value_of(message: Message, name: str) -> Any:
-    """A field that must be set. Raises ProtocolViolation."""
-    if not message.HasField(name):
-        raise ProtocolViolation(f"{message.DESCRIPTOR.name}.{name} is not set")
-    return getattr(message, name)
 
 
 def _seconds(message: Message, name: str) -> float:

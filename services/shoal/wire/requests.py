@@ -8,14 +8,12 @@ model holds for the engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict
 
 from google.protobuf.message import Message
 
-from shoal.errors import ProtocolViolation, RequestTooLarge
+from shoal.errors import ProtocolViolation, RequestTooLarge, Unavailable
 from shoal.v1 import worker_pb2 as pb
-from shoal.wire.frames import MAX_ID, MAX_TEXT_CHARS
 from shoal.wire.messages import (
     Depth,
     GenerateRequest,
@@ -27,14 +25,15 @@ from shoal.wire.messages import (
     Ticket,
 )
 from shoal.wire.options import HANDOFF_MAX_MESSAGE_BYTES
-from shoal.wire.outputs import DEPTHS, DEPTHS_BACK, value_of
+from shoal.wire.outputs import DEPTHS, DEPTHS_BACK
+from shoal.wire.values import MAX_ID, checked_ids, checked_text, value_of
 
 MAX_CHOICES = 1024
 MAX_INT64 = (1 << 63) - 1
 
 
 def to_submit(ticket: Ticket, server_id: bytes, request: GenerateRequest) -> pb.SubmitRequest:
-    """Raises RequestTooLarge if no message holds it."""
+    """Raises RequestTooLarge if no message holds it, and Unavailable if that is for what was answered so far."""
     resumption = request.resumption
     message = pb.SubmitRequest(
         gateway_id=ticket.gateway_id,
@@ -49,13 +48,17 @@ def to_submit(ticket: Ticket, server_id: bytes, request: GenerateRequest) -> pb.
         resumption=None if resumption is None else pb.Resumption(**asdict(resumption)),
     )
     if message.ByteSize() > HANDOFF_MAX_MESSAGE_BYTES:
-        raise RequestTooLarge("the prompt and what was answered have too many tokens to be brought to decode")
+        if resumption is not None:
+            raise Unavailable(
+                "the answer has too many tokens to go on at another decode replica: ask again", retry_after_s=1.0
+            )
+        raise RequestTooLarge("the prompt has too many tokens to be brought to decode")
     return message
 
 
 def from_submit(message: pb.SubmitRequest) -> GenerateRequest:
     """Raises ProtocolViolation unless it's well formed."""
-    prompt = _ids(message.prompt_token_ids, "prompt_token_ids")
+    prompt = checked_ids(message.prompt_token_ids, "request.prompt_token_ids")
     if not prompt:
         raise ProtocolViolation("a request has no token to continue")
     depth = DEPTHS_BACK.get(message.depth)
@@ -64,7 +67,7 @@ def from_submit(message: pb.SubmitRequest) -> GenerateRequest:
     sampling = _from_sampling(message.sampling)
     return GenerateRequest(
         context=_from_context(message.context),
-        model=_text(message.model, "model"),
+        model=checked_text(message.model, "request.model"),
         prompt_token_ids=prompt,
         depth=depth,
         sampling=sampling,
@@ -75,11 +78,13 @@ def from_submit(message: pb.SubmitRequest) -> GenerateRequest:
 
 def _from_context(message: pb.RequestContext) -> RequestContext:
     return RequestContext(
-        request_id=_text(message.request_id, "request_id"),
+        request_id=checked_text(message.request_id, "request.request_id"),
         timeout_s=_number(message, "timeout_s", 0, math.inf),
-        tenant=_text(message.tenant, "tenant"),
+        tenant=checked_text(message.tenant, "request.tenant"),
         attempt=_count(message, "attempt", at_least=1),
-        traceparent=_text(message.traceparent, "traceparent") if message.HasField("traceparent") else None,
+        traceparent=(
+            checked_text(message.traceparent, "request.traceparent") if message.HasField("traceparent") else None
+        ),
     )
 
 
@@ -100,7 +105,7 @@ def _from_sampling(message: pb.SamplingParams) -> SamplingParams:
             _count(message, "num_prompt_logprobs") if message.HasField("num_prompt_logprobs") else None
         ),
         stop=stop,
-        stop_token_ids=_ids(message.stop_token_ids, "stop_token_ids"),
+        stop_token_ids=checked_ids(message.stop_token_ids, "request.stop_token_ids"),
         min_tokens=_count(message, "min_tokens", at_most=max_tokens),
         ignore_eos=message.ignore_eos,
         may_shorten=message.may_shorten,
@@ -114,28 +119,17 @@ def _from_outline(message: pb.PromptOutline, num_prompt_tokens: int) -> PromptOu
 
 
 def _from_resumption(message: pb.Resumption, sampling: SamplingParams) -> Resumption:
-    choices = tuple(SentChoice(_ids(one.token_ids, "token_ids"), one.is_complete) for one in message.choices)
+    choices = tuple(
+        SentChoice(checked_ids(one.token_ids, "request.token_ids"), one.is_complete) for one in message.choices
+    )
     if len(choices) != sampling.num_choices or all(one.is_complete for one in choices):
         raise ProtocolViolation("an answer that goes on has all choices of its request, and not each is complete")
-    if any(len(one.token_ids) >= sampling.max_tokens for one in choices if not one.is_complete):
+    if any(len(one.token_ids) >= max(1, sampling.max_tokens) for one in choices if not one.is_complete):
         raise ProtocolViolation("an answer that is as long as it may be doesn't go on")
-    return Resumption(_text(message.plan_hash, "plan_hash"), choices)
+    return Resumption(checked_text(message.plan_hash, "request.plan_hash"), choices)
 
 
 # --- one value ------------------------------------------------------------------------------------------
-
-
-def _ids(values: Iterable[int], name: str) -> tuple[int, ...]:
-    ids = tuple(values)
-    if ids and max(ids) > MAX_ID:
-        raise ProtocolViolation(f"one of request.{name} is above {MAX_ID}")
-    return ids
-
-
-def _text(value: str, name: str) -> str:
-    if len(value) > MAX_TEXT_CHARS:
-        raise ProtocolViolation(f"request.{name} has {len(value)} characters, above {MAX_TEXT_CHARS}")
-    return value
 
 
 def _count(message: Message, name: str, *, at_least: int = 0, at_most: int = MAX_ID) -> int:

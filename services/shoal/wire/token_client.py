@@ -63,7 +63,7 @@ class TokenStream:
     async def submit(self, request: GenerateRequest) -> None:
         """Bring the request to the replica that is followed. What that one says against it ends the stream.
 
-        Raises RequestTooLarge if no message holds it.
+        Raises RequestTooLarge or Unavailable if no message holds it.
         """
         await self._client.submit(self, request)
 

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from engines import exact
-from inference_server import client_of
+from local_gateway import Served, serving
 from models import BOS, save_tiny, tiny_llama
-from prometheus_client import CollectorRegistry
 
 from shoal.api import answers
-from shoal.api.backend import Readiness
-from shoal.api.http_app import create_app
-from shoal.api.intake import Services
 from shoal.api.logprobs import prompt_logprobs
-from shoal.api.tokenizer import Tokenizer
-from shoal.api.validation import ServedModel
-from shoal.client import AsyncClient, Depth, FinishReason
-from shoal.cluster.local import LocalShoal, open_local
-from shoal.config import GatewayConfig, load_config
-from shoal.telemetry import GatewayMetrics
-from shoal.wire.messages import HandoffReport, TokenOutput
+from shoal.client import Depth, FinishReason
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 IDS = [BOS, 5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52]
@@ -43,64 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
     return exact(save_tiny(folder, tiny_llama(torch.float64, layers=6)[1]))
-
-
-class Pools:
-    """The two stages of one process as the gateway sees them."""
-
-    def __init__(self, local: LocalShoal) -> None:
-        self._local = local
-        self.reports: list[HandoffReport] = []
-
-    async def generate(self, request: Any) -> AsyncIterator[TokenOutput]:
-        async for output in self._local.decode.worker.generate(request):
-            if output.handoff is not None:
-                self.reports.append(output.handoff)
-            yield output
-
-    async def readiness(self) -> Readiness:
-        return Readiness(1, 1)
-
-
-@dataclass(frozen=True)
-class Served:
-    http: httpx.AsyncClient
-    grpc: AsyncClient
-    pools: Pools
-    registry: CollectorRegistry
-    tokenizer: Tokenizer
-
-    async def post(self, path: str = COMPLETIONS, **fields: Any) -> Any:
-        response = await self.http.post(path, json={"model": "tiny", "temperature": 0, **fields})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def num_counted(self, reason: str) -> float | None:
-        return self.registry.get_sample_value("shoal_full_depth_requests_total", {"reason": reason})
-
-
-@asynccontextmanager
-async def serving(folder: Path, skip_layers: int = 3) -> AsyncIterator[Served]:
-    stage = {"num_blocks": 128, "block_tokens": 4, "max_step_tokens": 7, "num_threads": 1}
-    config = load_config(
-        model={"name": str(folder), "skip_layers": skip_layers, "dtype": "float64"}, prefill=stage, decode=stage
-    )
-    registry = CollectorRegistry()
-    async with open_local(config) as local:
-        tokenizer = Tokenizer(local.decode.served.files.tokenizer())
-        served = ServedModel("tiny", 512, tokenizer.vocab_size)
-        pools = Pools(local)
-        services = Services(pools, tokenizer, (served,), GatewayConfig(), GatewayMetrics(registry, ["tiny"]))  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(create_app(services))
-        async with (
-            httpx.AsyncClient(transport=transport, base_url="http://shoal", timeout=30) as http,
-            client_of(services) as inference,
-            AsyncClient(inference.address, timeout_s=30) as grpc,
-        ):
-            yield Served(http, grpc, pools, registry, tokenizer)
-        counts = await local.decode.counts()
-        assert counts.num_free_blocks == counts.num_blocks
-        tokenizer.close()
 
 
 @pytest.fixture

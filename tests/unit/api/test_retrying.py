@@ -21,8 +21,12 @@ from shoal.wire.messages import (  # fmt: skip
     Resumption,
     SamplingParams,
     SentChoice,
+    Ticket,
     TokenOutput,
 )
+from shoal.wire.options import HANDOFF_MAX_MESSAGE_BYTES
+from shoal.wire.requests import from_submit, to_submit
+from shoal.wire.values import MAX_ID
 
 REQUEST = GenerateRequest(
     RequestContext("one", timeout_s=10), "tiny", (1, 2, 3), Depth.SHALLOW, SamplingParams(max_tokens=2, seed=7)
@@ -162,11 +166,27 @@ async def test_each_choice_goes_on_where_it_stopped():
     for num_before, sent in [
         (1, (SentChoice((5,)), SentChoice())),
         (2, (SentChoice((5,)), SentChoice((5,)))),
-        (3, (SentChoice((5,)), SentChoice((5, 6), is_complete=True))),
+        (3, (SentChoice((5,)), SentChoice(is_complete=True))),
     ]:
         run = await Run(pool := Pool(PeerGone("died"), num_before=num_before, outputs=mixed()))(request)
         assert run.outputs == mixed()
         assert pool.requests[1].resumption == Resumption("pop", sent)
+
+
+async def test_long_choices_that_are_complete_fit_into_the_next_message():
+    """Together they have more tokens than one message holds."""
+    num_long, num_tokens = 8, 100_000
+    first, last = OUTPUTS
+    long = [replace(last, choice=index, token_ids=(MAX_ID,) * num_tokens) for index in range(1, 1 + num_long)]
+    outputs = [first, *long, last]
+    assert num_long * num_tokens * 5 > HANDOFF_MAX_MESSAGE_BYTES
+    sampling = replace(REQUEST.sampling, num_choices=1 + num_long, max_tokens=num_tokens)
+    run = await Run(pool := Pool(PeerGone("died"), num_before=1 + num_long, outputs=outputs))(
+        replace(REQUEST, sampling=sampling)
+    )
+    assert run.outputs == outputs
+    arrived = from_submit(to_submit(Ticket(b"g" * 16, 7), b"s" * 16, pool.requests[1]))
+    assert arrived.resumption == Resumption("pop", (SentChoice((5,)), *[SentChoice(is_complete=True)] * num_long))
 
 
 async def test_it_goes_on_from_the_last_of_several():
@@ -236,6 +256,13 @@ async def test_one_of_another_plan_is_passed_over():
     run = await Run(pool := Pool(PeerGone("died"), PlanMismatch("new"), num_before=1))()
     assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone", "plan_mismatch"]
     assert pool.requests[1].resumption == pool.requests[2].resumption is not None
+
+
+async def test_a_resume_that_cannot_be_sent_ends_the_answer():
+    run = Run(pool := Pool(PeerGone("died"), Unavailable("too many tokens"), num_before=1))
+    with pytest.raises(Unavailable, match="too many tokens"):
+        await run()
+    assert run.outputs == OUTPUTS[:1] and len(pool.requests) == 2
 
 
 async def test_where_answers_are_not_resumed_the_error_stands_after_the_first_output():

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
@@ -94,6 +95,40 @@ async def test_any_template_s_parts_are_told_or_counted_as_none(
     finally:
         smollm2.chat_template = before
     assert found[1] == end and found[0].strip() == front.strip()
+
+
+FRONTS = ["", "{{ bos_token }}", "a", "{% if messages[0].role != 'system' %}<|im_start|>{% endif %}"]
+TURN_TEMPLATES = [
+    "",
+    "{{ m.content }}",
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+    "{% if m.role == 'system' %}{{ m.content }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}",
+    "{% if m.role == 'user' %}{{ m.content }}{% endif %}",
+]
+HEADERS = ["", "a", "<|im_start|>assistant\n", "{{ messages[0].content }}"]
+templates = st.builds(
+    "{}{{% for m in messages %}}{}{{% endfor %}}{{% if add_generation_prompt %}}{}{{% endif %}}{}".format,
+    st.sampled_from(FRONTS),
+    st.sampled_from(TURN_TEMPLATES),
+    st.sampled_from(HEADERS),
+    st.sampled_from(["", "<|im_end|>"]),
+)
+turns = st.builds(
+    Message, role=st.sampled_from(["system", "user", "assistant"]), content=st.sampled_from(["", "A", "a b"])
+)
+
+
+@examples(200)
+@given(templates, st.lists(turns, min_size=1, max_size=4))
+def test_a_prompt_s_parts_fit_into_it(
+    tokenizer: Tokenizer, smollm2: Any, template: str, messages: list[Message]
+) -> None:
+    """Even if all messages are the system's, or the template writes nothing but the header of the answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2, "chat_template", template)
+        ids = asyncio.run(tokenizer.encode_chat(messages))
+        outline = asyncio.run(tokenizer.outline_chat(messages, ids))
+    assert outline.num_system_tokens + outline.num_header_tokens <= len(ids)
 
 
 async def test_long_texts_are_encoded_beside_the_event_loop(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ from shoal.cluster.gateway_replica import PoolBackend
 from shoal.config import ShoalConfig
 from shoal.decode.affinity import KEY_TOKENS, prefix_keys
 from shoal.errors import DeadlineExceeded, Overloaded, PeerGone, RequestTooLarge, ShoalError, Unavailable
-from shoal.wire.frames import MAX_ID
-from shoal.wire.messages import GenerateRequest, RequestContext, Ticket
+from shoal.wire.messages import GenerateRequest, RequestContext, Resumption, SentChoice, Ticket
 from shoal.wire.token_server import Outlet, Place
+from shoal.wire.values import MAX_ID
 
 PROMPT = tuple(range(20_000, 20_000 + KEY_TOKENS))
 REQUEST = replace(generate_request(*PROMPT), context=RequestContext("id", 60.0, tenant="t"))
@@ -199,6 +199,16 @@ async def test_a_request_that_no_message_holds_is_refused():
         serve = Serve(both, lambda outlet: outlet.request())
         with pytest.raises(RequestTooLarge):
             await outputs_of(backend(both, serve), replace(REQUEST, prompt_token_ids=(MAX_ID,) * (1 << 19)))
+
+
+async def test_an_answer_that_no_message_holds_is_not_resumed():
+    """What the client asked for was no larger than allowed, and may be asked for again."""
+    async with joined() as both:
+        serve = Serve(both, lambda outlet: outlet.request())
+        resumption = Resumption("plan", (SentChoice((MAX_ID,) * (1 << 19)),))
+        with pytest.raises(Unavailable, match="too many tokens") as refused:
+            await outputs_of(backend(both, serve), replace(REQUEST, resumption=resumption))
+    assert refused.value.code == "unavailable" and refused.value.retry_after_s == 1.0
 
 
 async def test_who_leaves_before_the_request_is_there_ends_the_call():

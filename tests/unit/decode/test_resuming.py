@@ -34,8 +34,10 @@ from shoal.wire.messages import (  # fmt: skip
     Resumption,
     SamplingParams,
     SentChoice,
+    Ticket,
     TokenOutput,
 )
+from shoal.wire.requests import from_submit, to_submit
 
 PROMPT = (5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52, 33, 71, 28, 90, 14, 66, 8, 41, 25)
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
@@ -101,7 +103,8 @@ class Pool:
         is_dying = len(self.requests) == 1
         replica = self._dying if is_dying else self._other
         num_left = self._num_before if is_dying else -1
-        async with aclosing(replica.decode.worker.generate(request)) as outputs:
+        arrived = from_submit(to_submit(Ticket(b"g" * 16, 7), b"s" * 16, request))
+        async with aclosing(replica.decode.worker.generate(arrived)) as outputs:
             async for output in outputs:
                 if not num_left:
                     raise PeerGone("died")
@@ -289,6 +292,15 @@ async def test_log_probabilities_go_on_and_are_told_once_of_the_prompt(folder: P
         [mine], [its] = ours.logprobs, theirs.logprobs
         assert mine.token_id == its.token_id and mine.logprob == pytest.approx(its.logprob, abs=1e-4)
         assert [one[:2] for one in mine.top] == [one[:2] for one in its.top]
+
+
+async def test_choices_without_a_token_end_once(folder: Path):
+    """Where only the prompt is asked about."""
+    async with pair(folder) as models:
+        asked = request(replace(SEEDED, max_tokens=0, num_choices=3, num_prompt_logprobs=1), Depth.FULL)
+        expected = await whole(models[0], asked)
+        for number in range(len(expected)):
+            assert of_choices(await cut(models, asked, number), asked) == of_choices(expected, asked)
 
 
 async def test_the_first_token_is_told_of_once(folder: Path):

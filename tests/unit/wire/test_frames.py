@@ -36,6 +36,7 @@ from shoal.wire.handoff_messages import (
     StagingSegment,
     WireMode,
 )
+from shoal.wire.values import MAX_ID, MAX_TEXT_CHARS
 
 LEASE = bytes(range(16))
 INCARNATION = (1 << 64) - 1
@@ -59,10 +60,10 @@ PREFILL_FRAMES: tuple[Frame, ...] = (
 DECODE_FRAMES: tuple[Frame, ...] = (
     Hello(1, (), (), ""),
     Granted(LEASE, "plan-a", frames.MAX_PROMPT_TOKENS, 0, 30.0, 5.0, "a-request", 0.0, "default", 1),
-    Accepted(LEASE, (0, 49151, frames.MAX_ID), 0, 16 << 20, 5.0),
+    Accepted(LEASE, (0, 49151, MAX_ID), 0, 16 << 20, 5.0),
     Refused(LEASE, "unknown lease"),
     Credit(LEASE, 0, 16 << 20),
-    Nack(LEASE, frames.MAX_ID),
+    Nack(LEASE, MAX_ID),
     Committed(LEASE),
     Cancel(LEASE, "the client went away"),
     Draining(),
@@ -136,7 +137,7 @@ def test_a_payload_of_exactly_one_mebibyte_passes() -> None:
 
 def test_a_long_reason_is_cut_and_not_refused() -> None:
     arrived = over_the_wire_to_decode(Envelope(1, Failed(LEASE, "x" * 5000)))
-    assert arrived.frame == Failed(LEASE, "x" * frames.MAX_TEXT_CHARS)
+    assert arrived.frame == Failed(LEASE, "x" * MAX_TEXT_CHARS)
 
 
 def test_an_envelope_without_a_frame_is_refused() -> None:
@@ -399,5 +400,5 @@ def test_damaged_frames_raise_nothing_else_and_what_passes_is_in_bounds(sent: by
         assert envelope.incarnation > 0
         assert len(getattr(envelope.frame, "lease_id", LEASE)) == 16
         if isinstance(envelope.frame, Chunk):
-            assert 0 <= envelope.frame.token_start < envelope.frame.token_end <= frames.MAX_ID
+            assert 0 <= envelope.frame.token_start < envelope.frame.token_end <= MAX_ID
             assert 0 < envelope.frame.num_bytes <= frames.MAX_STAGED_BYTES

@@ -12,6 +12,7 @@ from shoal.v1 import handoff_pb2_grpc as pb_grpc
 from shoal.wire import frames, options
 from shoal.wire.handoff_messages import Accepted, Chunk, Envelope
 from shoal.wire.ports import bind_first_free
+from shoal.wire.values import MAX_ID
 
 LEASE = bytes(16)
 
@@ -40,7 +41,7 @@ class Echo(pb_grpc.HandoffServiceServicer):
     async def Session(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.SessionResponse]:  # type: ignore[override]
         async for request in request_iterator:
             num_tokens = request.chunk.seq
-            yield frames.to_response(Envelope(1, Accepted(LEASE, (frames.MAX_ID,) * num_tokens, 0, 1, 1.0)))
+            yield frames.to_response(Envelope(1, Accepted(LEASE, (MAX_ID,) * num_tokens, 0, 1, 1.0)))
 
 
 async def session_with(channel_options: options.Options, request: pb.SessionRequest) -> pb.SessionResponse:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from shoal.errors import ProtocolViolation, RequestTooLarge
 from shoal.v1 import worker_pb2 as pb
-from shoal.wire.frames import MAX_ID, MAX_TEXT_CHARS
 from shoal.wire.messages import (
     Depth,
     GenerateRequest,
@@ -26,6 +25,7 @@ from shoal.wire.messages import (
     Ticket,
 )
 from shoal.wire.requests import MAX_CHOICES, MAX_INT64, from_submit, to_submit
+from shoal.wire.values import MAX_ID, MAX_TEXT_CHARS
 
 TICKET = Ticket(b"g" * 16, 7)
 SERVER_ID = b"s" * 16
@@ -70,8 +70,8 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
     num_header = draw(st.integers(0, len(prompt)))
     outline = PromptOutline(draw(st.integers(0, len(prompt) - num_header)), num_header)
     resumption = None
-    if max_tokens and draw(st.booleans()):
-        sent = st.lists(ids, max_size=min(4, max_tokens - 1)).map(tuple)
+    if draw(st.booleans()):
+        sent = st.lists(ids, max_size=min(4, max(0, max_tokens - 1))).map(tuple)
         choices = [SentChoice(draw(sent), draw(st.booleans())) for _ in range(sampling.num_choices - 1)]
         resumption = Resumption(draw(texts), (*choices, SentChoice(draw(sent))))
     depth = draw(st.sampled_from([Depth.SHALLOW, Depth.FULL]))
@@ -104,7 +104,7 @@ def test_whatever_a_request_has_goes_along():
 
 def test_what_no_message_holds_is_refused_before_it_is_sent():
     with pytest.raises(RequestTooLarge):
-        to_submit(TICKET, SERVER_ID, replace(PLAIN, prompt_token_ids=(MAX_ID,) * (1 << 19)))
+        to_submit(TICKET, SERVER_ID, replace(PLAIN, resumption=None, prompt_token_ids=(MAX_ID,) * (1 << 19)))
 
 
 def _with(**changes: Any) -> Callable[[pb.SubmitRequest], None]:

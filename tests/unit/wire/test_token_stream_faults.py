@@ -16,9 +16,9 @@ from shoal.errors import PeerGone, ProtocolViolation, RequestTooLarge, Unauthent
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
 from shoal.wire import token_client, token_server
-from shoal.wire.frames import MAX_ID
 from shoal.wire.requests import to_submit
 from shoal.wire.token_server import ID_BYTES, Outlet
+from shoal.wire.values import MAX_ID
 
 
 async def send_for_ever(outlet: Outlet) -> None:

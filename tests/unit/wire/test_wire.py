@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import ProtocolViolation
 from shoal.v1 import handoff_pb2 as pb
-from shoal.wire.frames import MAX_ID, MAX_PAYLOAD_BYTES, from_request, to_request
+from shoal.wire.frames import MAX_PAYLOAD_BYTES, from_request, to_request
 from shoal.wire.handoff_messages import (
     Beat,
     Chunk,
@@ -29,6 +29,7 @@ from shoal.wire.handoff_messages import (
     WireMode,
 )
 from shoal.wire.protobuf import parse, serialize
+from shoal.wire.values import MAX_ID
 
 INCARNATION = (1 << 64) - 1
 LEASE = bytes(range(16))

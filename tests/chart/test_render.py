@@ -482,7 +482,7 @@ def test_whoever_has_no_operator_reads_as_often() -> None:
     interval = charts.only(charts.rendered(apis=MONITORING), "ScrapeConfig")["spec"]["scrapeInterval"]
     prometheus = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
     assert prometheus["global"]["scrape_interval"] == interval
-    for text in (charts.notes(), (ROOT / "docs" / "install.md").read_text(encoding="utf-8")):
+    for text in (charts.notes(), (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")):
         [snippet] = re.findall(r"^ *scrape_configs:\n(?: +.*\n)+", text, re.MULTILINE)
         [job] = yaml.safe_load(snippet)["scrape_configs"]
         assert job["scrape_interval"] == interval

@@ -237,7 +237,7 @@ def test_a_deadline_of_the_client_ends_the_request_on_both_pools(sdk: Client, li
     live.assert_nothing_held()
 
 
-@pytest.mark.parametrize("block", live_blocks("README.md", "docs/quickstart.md"), ids=str)
+@pytest.mark.parametrize("block", live_blocks("README.md", "docs/api.md"), ids=str)
 def test_what_the_documents_show_works(block: Block, live: TestCluster):
     run(block, http_port=int(live.url.rpartition(":")[2]), grpc_port=live.config.gateway.grpc_port)
     live.assert_nothing_held()

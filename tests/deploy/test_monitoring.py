@@ -54,6 +54,12 @@ def test_every_alert_is_seen_to_fire() -> None:
     assert fired == {rule["alert"] for rule in RULES}
 
 
+def test_the_page_for_operators_lists_every_alert() -> None:
+    page = (DEPLOY.parent / "docs" / "operate.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\w+) \| (page|warning) \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted((rule["alert"], rule["labels"]["severity"]) for rule in RULES)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=named)
 def test_alerts_ask_for_metrics_and_labels_that_exist(rule: dict[str, Any]) -> None:
     assert faults_of(rule["expr"]) == []

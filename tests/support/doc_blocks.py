@@ -1,8 +1,8 @@
 """The fenced blocks of the documents, and those that talk to a server, run against one.
 
-A block is run if it is Python, or a shell block that begins with ``curl``; ``127.0.0.1:8000`` (HTTP) and
-``127.0.0.1:9000`` (gRPC) stand for the server. What the document shows right below a block as its answer must have
-the shape of the real one, and a ``print(…)  # -> text`` must print that text.
+A block is run if it is Python that names the server, or a shell block that begins with ``curl``; ``127.0.0.1:8000``
+(HTTP) and ``127.0.0.1:9000`` (gRPC) stand for the server. What the document shows right below a block as its answer
+must have the shape of the real one, and a ``print(…)  # -> text`` must print that text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Block:
 
     @property
     def asks_a_server(self) -> bool:
-        return self.language == "python" or (self.language == "sh" and self.text.startswith("curl "))
+        if self.language == "python":
+            return "127.0.0.1:" in self.text
+        return self.language == "sh" and self.text.startswith("curl ")
 
 
 def blocks(document: str) -> Iterator[Block]:

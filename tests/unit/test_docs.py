@@ -42,7 +42,21 @@ def code(document: Path) -> str:
 
 def test_all_documents_are_looked_at() -> None:
     names = {document.name for document in DOCUMENTS}
-    assert {"README.md", "CONTRIBUTING.md", "SECURITY.md", "architecture.md", "shallow-prefill.md"} <= names
+    pages = {"api.md", "deploy.md", "operate.md", "architecture.md"}
+    assert {"README.md", "CONTRIBUTING.md", "SECURITY.md"} | pages <= names
+
+
+def test_the_readme_compares_servers_by_the_figures_of_the_page_on_performance() -> None:
+    readme, page = (rows_of_servers(ROOT / name) for name in ("README.md", "docs/performance.md"))
+    assert len(readme) >= 5 and readme <= page
+
+
+def rows_of_servers(document: Path) -> set[tuple[str, ...]]:
+    """The rows of tables that compare servers, without links and marks of footnotes."""
+    text = re.sub(r"\[([^]]+)\]\([^)]*\)| [\u00b9\u00b2\u00b3]", r"\1", document.read_text(encoding="utf-8"))
+    tables = re.findall(r"^\| \| first token, 1,800 tokens \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [row for table in tables for row in table.splitlines()]
+    return {tuple(cell.strip() for cell in row.strip("|").split("|")) for row in rows}
 
 
 @each_document
@@ -142,7 +156,7 @@ def test_metrics_that_are_named_exist() -> None:
         for family in registry.collect()
         for name in (family.name, f"{family.name}_total")
     }
-    named = {name for document in DOCUMENTS for name in re.findall(r"\bshoal_[a-z_]+", document.read_text())}
+    named = {name for document in DOCUMENTS for name in re.findall(r"\bshoal_(?!lab\b)[a-z_]+", document.read_text())}
     assert named
     assert named <= known
 

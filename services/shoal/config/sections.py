@@ -61,7 +61,7 @@ class TlsConfig(Frozen):
 
 
 class PeerTlsConfig(Frozen):
-    """Mutual TLS between Shoal's own processes. The section itself may be ``off`` (docs/certificates.md)."""
+    """Mutual TLS between Shoal's own processes. The section itself may be ``off`` (docs/deploy.md)."""
 
     folder: Path = Field(
         description="Has a folder for each role on a host (gateway, prefill, decode) with ca.crt, tls.crt and tls.key, "

@@ -180,7 +180,7 @@ def test_so_do_fields_of_several_shapes(document: dict[str, Any], value: Any) ->
 
 def bodies() -> list[Any]:
     """The documented calls with a body."""
-    blocks = live_blocks("README.md", "docs/quickstart.md")
+    blocks = live_blocks("README.md", "docs/api.md")
     return [pytest.param(block, id=str(block)) for block in blocks if "-d '{" in block.text]
 
 

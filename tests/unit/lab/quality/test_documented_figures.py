@@ -183,7 +183,7 @@ def test_answers():
         shows(followed, found[treatment(label)]["followed"], 100)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("page", ["docs/performance.md"])
 def test_the_prompt_s_times_are_those_of_the_raw_figures(page: str):
     found, text = figures("prefill"), (DOCS.parent / page).read_text(encoding="utf-8")
     kernels = "torch's kernels"

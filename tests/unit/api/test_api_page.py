@@ -1,4 +1,4 @@
-"""docs/quickstart.md against the gateway itself: its calls are made, its tables compared with the code."""
+"""docs/api.md against the gateway itself: its calls are made, its tables compared with the code."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from google.protobuf import json_format, message_factory
 from grpc_health.v1 import health_pb2
 from inference_server import Inference
 
-from shoal import errors
+from shoal import client, errors
 from shoal.api import refusals
 from shoal.api.intake import Services
 from shoal.api.openapi import openapi_document
 from shoal.api.schema import IGNORED_FIELDS, Body, ChatBody, CompletionBody, StreamOptions, parse
 from shoal.v1 import inference_pb2
-from shoal.wire.statuses import status_code
+from shoal.wire.statuses import from_status, status_code, to_status
 
-PAGE = "docs/quickstart.md"
+PAGE = "docs/api.md"
 TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
 KINDS: dict[str, type[Body]] = {"chat": ChatBody, "completions": CompletionBody}
 LEAST = {
@@ -144,6 +144,17 @@ def test_the_table_of_errors_is_the_one_in_the_code() -> None:
         for kind in shipped
         if not issubclass(kind, NOT_FOR_CLIENTS)
     }
+
+
+def test_the_table_of_errors_names_what_the_client_raises() -> None:
+    def raised(kind: type[errors.ShoalError]) -> str:
+        """The nearest class that the client exports."""
+        found = type(from_status(to_status(kind("")))).__mro__
+        return next(one.__name__ for one in found if getattr(client, one.__name__, None) is one)
+
+    listed = {code: names(row[5]) for row in rows("HTTP") for code in names(row[1])}
+    kinds = {kind for kind in kinds_of(errors.ShoalError) if kind.code in listed}
+    assert listed == {kind.code: [] if issubclass(kind, HTTP_ONLY) else [raised(kind)] for kind in kinds}
 
 
 def test_the_openapi_document_tells_the_same_errors(services: Services) -> None:

@@ -13,11 +13,16 @@ COMPILER = $(shell [ "$$(uname -m)" != x86_64 ] || command -v "$${CXX:-g++}" >/d
 # where there is one, torch brings the Triton that serves.
 TRITON := $(shell command -v nvidia-smi >/dev/null || echo PYTHONPATH=$(CURDIR)/.tools/triton TRITON_INTERPRET=1)
 
+# worksteal: neighbours run in one process where they can, so what a module's tests share is made once.
+SPREAD := --numprocesses auto --dist worksteal
+# The tests of what serves, without those of what measures.
+SERVING := tests/unit tests/handoff --ignore tests/unit/lab --ignore tests/unit/simulation
+
 # Hundreds of processes start here, and each would compile all of Shoal anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install wheel demo serve test lint format types imports generated generate tools unit triton optimized audit sbom bench compare clean
+.PHONY: help install wheel demo serve test test-all lint format types imports generated generate tools triton optimized audit sbom bench compare clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -60,11 +65,17 @@ wheel: $(STAMP) ## A wheel in dist, with the kernels compiled: who installs it n
 serve: $(STAMP) ## Serve the OpenAI API on 127.0.0.1:8000 (ARGS=... for shoal serve)
 	$(BIN)/shoal serve $(ARGS)
 
-# worksteal: neighbours run in one process where they can, so what a module's tests share is made once.
-test: $(STAMP) ## The checks, then the tests, as CI runs them (SHOAL_TEST_ALL=1: also those that take long)
+test: $(STAMP) ## The quick tier: checks, tests of what serves, and one two-pool cluster (ARGS=... for pytest)
+	$(MAKE) --jobs 2 lint types imports generated
+	$(BIN)/pytest -m 'not slow and not cluster and not triton' $(SPREAD) $(SERVING) $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none
+	$(BIN)/pytest -m smoke tests/cluster $(ARGS) || [ $$? = 5 ]
+
+test-all: $(STAMP) tools ## Everything: the checks, all tests with more examples, every cluster, python -O, known advisories
 	$(MAKE) --jobs 2 lint types imports generated triton
-	$(BIN)/pytest -m 'not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ] # 5: ARGS chose none
-	$(BIN)/pytest -m cluster $(addprefix --ignore tests/,unit handoff chart deploy) --durations 20 $(ARGS) || [ $$? = 5 ]
+	HYPOTHESIS_PROFILE=deeper $(BIN)/pytest -m 'not cluster and not triton' $(SPREAD) $(ARGS) || [ $$? = 5 ]
+	$(BIN)/pytest -m cluster tests/cluster --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(MAKE) --jobs 2 --output-sync optimized audit
+	$(MAKE) sbom
 
 lint: $(STAMP) ## Style and formatting (ruff)
 	$(BIN)/ruff check
@@ -96,17 +107,15 @@ tools: .tools/.complete ## Real helm, kubectl, promtool, prometheus and Triton f
 .tools/.complete: $(STAMP) tests/support/tools.py
 	@$(BIN)/python tests/support/tools.py
 
-unit: $(STAMP) tools ## The quick tests only, on all cores at once
-	$(BIN)/pytest -m 'not slow and not cluster and not triton' --numprocesses auto --dist worksteal $(ARGS) || [ $$? = 5 ]
-
 triton: $(STAMP) tools ## The tests of Triton's kernels: on a GPU, or by Triton's interpreter
 	$(TRITON) $(BIN)/pytest -m triton --numprocesses auto tests/unit/backends $(ARGS) || [ $$? = 5 ]
 
 optimized: $(STAMP) ## The tests of what comes from outside, under python -O: no check may be an assert
-	PYTHONOPTIMIZE=1 $(BIN)/pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning --numprocesses auto --dist worksteal $(addprefix tests/,\
-		unit/kv unit/transfer unit/test_damaged_files.py unit/model/test_damaged_headers.py transfer/test_violations.py \
-		$(addprefix unit/rpc/test_,frames.py requests.py statuses.py token_stream_faults.py wire.py) \
-		$(addprefix unit/gateway/test_,access.py bad_input.py both_doors.py keys.py)) $(ARGS)
+	PYTHONOPTIMIZE=1 $(BIN)/pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning $(SPREAD) $(addprefix tests/,\
+		handoff/test_violations.py unit/handoff $(addprefix unit/engine/test_,ahead.py blocks.py prefix.py) \
+		$(addprefix unit/model/test_,damaged_files.py damaged_headers.py kv_pool.py) \
+		$(addprefix unit/wire/test_,frames.py requests.py statuses.py token_stream_faults.py wire.py) \
+		$(addprefix unit/api/test_,access.py bad_input.py both_doors.py keys.py)) $(ARGS)
 
 audit: $(STAMP) ## What is known against installed packages (pip-audit); says so where nobody can be asked
 	@$(BIN)/python tests/support/audit.py audit

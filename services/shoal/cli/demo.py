@@ -57,7 +57,7 @@ def run_demo(
     ) as cluster:
         on_progress("", 0, 0)
         pools = cluster.describe()
-        console.print(Panel(QUESTION, title="question about docs/shallow-prefill.md", title_align="left"))
+        console.print(Panel(QUESTION, title="question about shallow-prefill.md", title_align="left"))
         with httpx.Client(base_url=cluster.url, timeout=120) as client:
             model = client.get("/v1/models").json()["data"][0]["id"]
             # The first request of a connection pays for things that are not the method's: handles, imports.

@@ -113,7 +113,7 @@ def test_the_number_of_parameters_is_transformers(family: str):
 
 
 def test_the_guide_names_every_family_and_shows_a_file_as_it_is():
-    guide = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs/method.md").read_text(encoding="utf-8")
     assert [name for name in FAMILIES if f"| `{name}` |" not in guide] == []
     (shown,) = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
     assert shown in (ROOT / "services/shoal/model/families/mistral.py").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 ``describe`` turns a transformers configuration into a ``ModelSpec``, all that the decoder, the projection and the
 loader know about a model. A new family is one small file beside this one and a row here; where it computes something
-new, also a switch of the spec (docs/families.md).
+new, also a switch of the spec (docs/method.md).
 """
 
 from __future__ import annotations

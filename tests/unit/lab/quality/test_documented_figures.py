@@ -18,13 +18,8 @@ ROWS = {
     "control: no boundary token": "no_boundary",
     "control: removed at every stage": "removed",
 }
-GEMMA = {
-    "prose": "evaluation-gemma-prose",
-    "dialogue": "evaluation-gemma-dialogue",
-    "technical": "evaluation-gemma",
-    "prose, sinks apart": "evaluation-gemma-prose-apart",
-    "dialogue, sinks apart": "evaluation-gemma-dialogue-apart",
-    "technical, sinks apart": "evaluation-gemma-technical-apart",
+KINDS = {kind: (f"evaluation-{kind}", 10) for kind in ("prose", "dialogue", "technical", "code")} | {
+    "Gemma-3-270M, technical": ("evaluation-gemma", 6)
 }
 OF_TEXT = ("perplexity", "first_perplexity", "rest_perplexity", "divergence", "agreement", "recovered")
 
@@ -70,19 +65,12 @@ def row_of_text(cells: Sequence[str], score: dict[str, Any], names: Sequence[str
         shows(cell, score[name], 100 if name in ("agreement", "recovered") else 1)
 
 
-@pytest.mark.parametrize(
-    ("after", "num_skipped", "files"),
-    [
-        ("[code](figures/evaluation-code.json)", 10,
-         {kind: f"evaluation-{kind}" for kind in ("prose", "dialogue", "technical", "code")}),
-        ("On each of three kinds", 6, GEMMA),
-    ],
-)  # fmt: skip
-def test_each_kind_s_line(after: str, num_skipped: int, files: dict[str, str]):
-    rows = table(after)
+def test_each_kind_s_line():
+    rows = table("## By kind of text")
+    files = {f"[{kind}](figures/{name}.json)": (name, num_skipped) for kind, (name, num_skipped) in KINDS.items()}
     assert [row[0] for row in rows] == list(files)
     for kind, full, shallow, calibrated, recovered, lost, left in rows:
-        found = scores(files[kind], num_skipped)
+        found = scores(*files[kind])
         for cell, name in ((full, "full"), (shallow, "shallow"), (calibrated, "calibrated")):
             shows(cell, found[name]["perplexity"])
         shows(recovered, found["calibrated"]["recovered"], 100)
@@ -92,7 +80,10 @@ def test_each_kind_s_line(after: str, num_skipped: int, files: dict[str, str]):
 
 def test_loss_by_skipped_layers():
     speed_ups = {time["num_skipped"]: time["speed_up"] for time in figures("evaluation-depths")["prefill"]}
-    for count, speed_up, *cells in table("[raw figures](figures/evaluation-depths.json)"):
+    rows = table("## By number of skipped layers")
+    assert rows[0][0] == "[0](figures/evaluation-depths.json)"
+    for first, speed_up, *cells in rows:
+        count = first.strip("[").partition("]")[0]
         found = scores("evaluation-depths", int(count))
         shows(speed_up, speed_ups[int(count)])
         row_of_text(cells[:2], found["full" if count == "0" else "shallow"], ("perplexity", "extra"))
@@ -105,12 +96,10 @@ def test_loss_by_skipped_layers():
 @pytest.mark.parametrize(
     ("after", "name", "num_skipped", "columns"),
     [
-        ("from the run of the first table", "evaluation-technical", 10, OF_TEXT),
-        ("[raw figures](figures/evaluation-gemma.json)", "evaluation-gemma", 6, (*OF_TEXT[:2], *OF_TEXT[3:])),
-        ("[raw figures](figures/evaluation-int8.json)", "evaluation-int8", 10,
-         ("perplexity", "extra", "divergence", "agreement")),
+        ("## Treatments side by side", "evaluation-technical", 10, OF_TEXT),
+        ("## Weights in int8", "evaluation-int8", 10, ("perplexity", "extra", "divergence", "agreement")),
     ],
-)  # fmt: skip
+)
 def test_all_that_was_compared(after: str, name: str, num_skipped: int, columns: tuple[str, ...]):
     found = scores(name, num_skipped)
     rows = table(after)
@@ -119,10 +108,9 @@ def test_all_that_was_compared(after: str, name: str, num_skipped: int, columns:
         row_of_text(cells, found[treatment(label)], columns)
 
 
-@pytest.mark.parametrize("name", ["evaluation-retrieval", "evaluation-gemma-retrieval"])
-def test_retrieval(name: str):
-    found = {one["treatment"]: one for one in figures(name)["retrieval"]}
-    for label, right, difference in table(f"[raw figures](figures/{name}.json)"):
+def test_retrieval():
+    found = {one["treatment"]: one for one in figures("evaluation-retrieval")["retrieval"]}
+    for label, right, difference in table("## Retrieval"):
         shows(right, found[treatment(label)]["right"], 100)
         if difference:
             shows(difference, found[treatment(label)]["difference"], 100)
@@ -130,7 +118,7 @@ def test_retrieval(name: str):
 
 def test_what_the_gates_predict_and_what_is_lost():
     found = {one["num_skipped"]: one for one in figures("analysis")["candidates"]}
-    rows = table("[analysis.json](figures/analysis.json)")
+    rows = table("## Which layers a prompt needs")
     assert [int(row[0]) for row in rows] == list(found)
     for count, predicted, divergence, extra in rows:
         one = found[int(count)]
@@ -141,33 +129,12 @@ def test_what_the_gates_predict_and_what_is_lost():
 
 
 def test_what_the_text_says_of_them():
-    [cell] = re.findall(r"gives back (63\.7 \[.*?\]) %", TEXT)
-    shows(cell, scores("evaluation-gemma-dialogue-ridge", 6)["calibrated"]["recovered"], 100)
-    [said] = re.findall(r"than six on technical text: (.*?) nats a token", TEXT)
-    depths = [
-        scores("evaluation-gemma-technical-apart", count)["shallow"]["extra"]["value"] for count in (2, 4, 6, 8, 9)
-    ]
-    for number, depth in zip(re.findall(r"0\.\d+", said), depths, strict=True):
-        shows(number, depth)
     shipped = scores("evaluation-technical-shipped", 10)["calibrated"]["recovered"]
-    [cell] = re.findall(r"gives back (80\.4 \[.*?\]) %", TEXT)
-    shows(cell, shipped, 100)
-    extra = {count: scores("evaluation-depths", count) for count in (9, 10, 15)}
-    [said] = re.findall(r"by 0\.003 nats \((.*?) and (.*?)\)", TEXT)
-    shows(said[0], extra[15]["calibrated"]["extra"]["value"])
-    shows(said[1], extra[10]["shallow"]["extra"]["value"])
+    [cell] = re.findall(r"\[(80\.4\]\(figures/evaluation-technical-shipped\.json\) \[.*?\]) %", TEXT)
+    shows(re.sub(r"\]\(.*?\)", "", cell), shipped, 100)
+    extra = {count: scores("evaluation-depths", count) for count in (6, 9, 10)}
+    assert extra[9]["calibrated"]["extra"]["value"] < extra[6]["shallow"]["extra"]["value"] / 2
     assert extra[9]["shallow"]["extra"]["value"] > extra[10]["shallow"]["extra"]["value"]
-
-
-def test_ways_to_learn():
-    found = {one["way"]: one for one in figures("projections")["rows"]}
-    rows = table("[raw figures](figures/projections.json)")
-    assert {row[0] for row in rows} == set(found)
-    for way, perplexity, recovered, divergence in rows:
-        shows(perplexity, found[way]["perplexity"])
-        shows(divergence, found[way]["divergence"])
-        if found[way]["recovered"] is not None:
-            shows(recovered, found[way]["recovered"], 100)
 
 
 def test_answers():
@@ -175,12 +142,27 @@ def test_answers():
     found = {
         one["treatment"]: one | told for one, told in zip(document["greedy"], document["instructions"], strict=True)
     }
-    rows = table("[raw figures](figures/evaluation-answers.json)")
+    rows = table("## Answers")
     assert {treatment(row[0]) for row in rows} == set(found)
     for label, shared, passed, followed in rows:
         shows(shared, found[treatment(label)]["prefix"])
         shows(passed, found[treatment(label)]["passed"], 100)
         shows(followed, found[treatment(label)]["followed"], 100)
+
+
+def test_a_server_s_answers():
+    found = figures("lm-eval")["results"]
+    names = {
+        "full depth": "full depth",
+        "shallow, calibrated": "shallow, the shipped projector",
+        "shallow (the paper's)": "shallow, the paper's projection",
+    }
+    rows = table("± one standard error:")
+    assert [row[0] for row in rows] == list(names)
+    for label, right in rows:
+        told, error = right.split(" ± ")
+        shows(told, found[names[label]]["capitals"]["exact_match,none"], 100)
+        shows(error, found[names[label]]["capitals"]["exact_match_stderr,none"], 100)
 
 
 @pytest.mark.parametrize("page", ["docs/performance.md"])

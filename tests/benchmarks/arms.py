@@ -282,4 +282,4 @@ def _shoal(
 def _missing(program: Path | None, flag: str) -> str | None:
     if program is None:
         return f"not asked for: name it by {flag}"
-    return None if program.is_file() else f"{program} isn't there: see docs/benchmarks.md"
+    return None if program.is_file() else f"{program} isn't there: see docs/performance.md"

@@ -16,7 +16,7 @@ geometric mean of what it measured, is taken for the rounds; it is printed and s
 
 The machine's limits (GEMM, memory read, loopback, shared memory) are measured at the beginning of each round.
 A peer that isn't named is skipped, and one that fails is a row that says why, and makes the exit status 1.
-docs/benchmarks.md says how to install the peers. Leave the machine alone meanwhile: the report warns if it was busy.
+docs/performance.md says how to install the peers. Leave the machine alone meanwhile: the report warns if it was busy.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ _INK = "#0a0b0c"
 _STYLE = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d8dee4}}</style>"
 _COLORS = ("#d9711c", "#3a86c8", "#3f9b5f", "#a863b5")  # told apart with any colour vision, on white and on black
 _STYLES = ("-", "--", ":")  # where there are more lines than colors
-MAX_BARS = len(_COLORS)
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.0, "text.color": _INK,
     "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
@@ -37,49 +36,17 @@ class Line:
     error: Sequence[float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Bars:
-    """One bar for each group of a plot; ``None`` where there is none."""
-
-    label: str
-    heights: Sequence[float | None]
-
-
 def line_plot(lines: Sequence[Line], *, x_label: str, y_label: str, logarithmic: bool = False) -> str:
     """An SVG element. On a logarithmic axis, points at 0 and below are left out."""
-
-    def draw(axes: Axes) -> None:
+    names = x_label + y_label + "".join(line.label for line in lines)  # they tell this plot from others on a page
+    with rc_context({**_SETTINGS, "svg.hashsalt": names}):
+        figure = Figure(figsize=(7.2, 3.8))
+        axes = figure.add_subplot()
         if logarithmic:
             axes.set_yscale("log")
         for line, (style, color) in zip(lines, itertools.cycle(itertools.product(_STYLES, _COLORS)), strict=False):
             _draw(axes, line, color, style, logarithmic=logarithmic)
         axes.set_xlabel(x_label)
-
-    return _plot(draw, y_label, x_label + y_label + "".join(line.label for line in lines))
-
-
-def bar_plot(groups: Sequence[str], bars: Sequence[Bars], *, y_label: str) -> str:
-    """An SVG element: ``bars`` side by side in each of ``groups``, ``MAX_BARS`` at most, with their heights."""
-
-    def draw(axes: Axes) -> None:
-        width = 0.8 / len(bars)
-        for index, (one, color) in enumerate(zip(bars, _COLORS[: len(bars)], strict=True)):
-            there = [(at, height) for at, height in enumerate(one.heights) if height is not None]
-            places = [at + (index - (len(bars) - 1) / 2) * width for at, _ in there]
-            drawn = axes.bar(places, [height for _, height in there], 0.9 * width, color=color, label=one.label)
-            axes.bar_label(drawn, fmt="%.2f", fontsize=8)
-        axes.set_xticks(range(len(groups)), groups)
-        axes.tick_params(axis="x", length=0)
-
-    return _plot(draw, y_label, "".join(groups) + y_label + "".join(one.label for one in bars))
-
-
-def _plot(draw: Callable[[Axes], None], y_label: str, names: str) -> str:
-    """``names`` are what tells this plot from others on a page."""
-    with rc_context({**_SETTINGS, "svg.hashsalt": names}):
-        figure = Figure(figsize=(7.2, 3.8))
-        axes = figure.add_subplot()
-        draw(axes)
         axes.set_ylabel(y_label)
         axes.set_axisbelow(True)
         axes.grid(visible=True, axis="y", color=_INK, alpha=0.15, linewidth=0.6)

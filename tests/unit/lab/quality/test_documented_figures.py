@@ -163,13 +163,3 @@ def test_a_server_s_answers():
         told, error = right.split(" ± ")
         shows(told, found[names[label]]["capitals"]["exact_match,none"], 100)
         shows(error, found[names[label]]["capitals"]["exact_match_stderr,none"], 100)
-
-
-@pytest.mark.parametrize("page", ["docs/performance.md"])
-def test_the_prompt_s_times_are_those_of_the_raw_figures(page: str):
-    found, text = figures("prefill"), (DOCS.parent / page).read_text(encoding="utf-8")
-    kernels = "torch's kernels"
-    for variant in ("full", "shallow", f"full, {kernels}", f"shallow, {kernels}"):
-        assert re.search(rf"\b{found['median_s'][variant]:.3f}\b", text), variant
-    assert f"{found['full_share_of_gemm']:.0%}".replace("%", " %") in text
-    assert f"{found['full_over_shallow']:.2f}" in text

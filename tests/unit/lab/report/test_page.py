@@ -6,7 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 
 from shoal_lab.report.page import Heading, Paragraph, Plot, Table, render
-from shoal_lab.report.plots import Bars, Line, bar_plot, line_plot
+from shoal_lab.report.plots import Line, line_plot
 
 LINES = [Line("one", [0, 1, 2], [3.0, 1.0, 0.0], [0.1, 0.2, 0.0]), Line("<two>", [0, 1, 2], [1.0, 2.0, 4.0])]
 
@@ -52,13 +52,3 @@ def test_a_logarithmic_axis_leaves_zeros_out():
     assert svg() != svg(logarithmic=True)
     nothing = line_plot([Line("none", [0, 1], [0.0, 0.0])], x_label="x", y_label="y", logarithmic=True)
     ET.fromstring(nothing)
-
-
-def test_each_bar_says_how_high_it_is_and_none_is_no_bar():
-    text = bar_plot(["this", "<that>"], [Bars("mine", [1.5, None]), Bars("theirs", [1.0, 0.25])], y_label="times")
-    written = [element.text for element in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"this", "<that>", "mine", "theirs", "times", "1.50", "1.00", "0.25"} <= set(written)
-    assert "nan" not in text and "None" not in text
-    assert text == bar_plot(
-        ["this", "<that>"], [Bars("mine", [1.5, None]), Bars("theirs", [1.0, 0.25])], y_label="times"
-    )

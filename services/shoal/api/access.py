@@ -42,6 +42,10 @@ class Access:
         self._observer = observer
         self._refusals = RateLimit(TOLD)
 
+    @property
+    def wants_keys(self) -> bool:
+        return self._keyring is not None
+
     @contextmanager
     def admitted(self, place: str, shown: Sequence[str], peer: str | None = None) -> Iterator[None]:
         """For the block, ``asking`` says who it is, by what ``shown`` has: the values of the header authorization.

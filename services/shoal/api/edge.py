@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shoal.api.json_size import JsonSize
 from shoal.api.refusals import error_response
 from shoal.errors import Cancelled, InternalError, PeerGone, PlanMismatch, RequestTooLarge, ShoalError
 from shoal.telemetry import bind_request
@@ -102,11 +103,17 @@ def traceparent_of(headers: Mapping[str, str]) -> str | None:
     return value if _TRACEPARENT.fullmatch(value) else None
 
 
-async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
-    """The request's body. Raises RequestTooLarge beyond ``max_bytes``, Cancelled if the client leaves meanwhile."""
-    too_large = RequestTooLarge(f"the body has more than {max_bytes} bytes: send less text in one request")
+def declared_bytes(headers: Headers) -> int | None:
+    """How long the body is to be, if the client says so."""
     declared = headers.get("content-length", "")
-    if _LENGTH.fullmatch(declared) and int(declared) > max_bytes * _MAX_DISCARDED_BODIES:
+    return int(declared) if _LENGTH.fullmatch(declared) else None
+
+
+async def read_body(headers: Headers, receive: Receive, max_bytes: int, size: JsonSize) -> bytes:
+    """The request's body. Raises RequestTooLarge beyond ``max_bytes`` or what ``size`` allows, Cancelled if the client
+    leaves meanwhile."""
+    too_large = RequestTooLarge(f"the body has more than {max_bytes} bytes: send less text in one request")
+    if (declared_bytes(headers) or 0) > max_bytes * _MAX_DISCARDED_BODIES:
         raise too_large
     body, num_bytes, more = bytearray(), 0, True
     while more and num_bytes <= max_bytes * _MAX_DISCARDED_BODIES:
@@ -115,11 +122,14 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
             raise Cancelled("the client went away while it sent its request")
         piece: bytes = message.get("body", b"")
         num_bytes += len(piece)
-        if num_bytes <= max_bytes:
+        if num_bytes <= max_bytes and size.refusal is None:
+            size.add(piece)
             body += piece
         more = message.get("more_body", False)
     if num_bytes > max_bytes:
         raise too_large
+    if size.refusal is not None:
+        raise size.refusal
     return bytes(body)
 
 

@@ -21,11 +21,20 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shoal.api.access import asking
 from shoal.api.answers import Answer, AnswerFormat, ChatFormat, CompletionFormat, error_event, stream_end
 from shoal.api.deadline import done_within
-from shoal.api.edge import as_shoal_error, read_body, request_id_of, traceparent_of, unless_disconnected
+from shoal.api.edge import (
+    as_shoal_error,
+    declared_bytes,
+    read_body,
+    request_id_of,
+    traceparent_of,
+    unless_disconnected,
+)
 from shoal.api.exchange import Exchange
 from shoal.api.intake import Services, enter, take_in
+from shoal.api.json_size import JsonSize
 from shoal.api.schema import ChatBody, CompletionBody, parse
 from shoal.api.tokenizer import Tokenizer
 from shoal.errors import InvalidRequest, ShoalError
@@ -35,8 +44,10 @@ DEPTH_HEADER = "x-shoal-depth"
 TIMING_HEADER = "x-shoal-timing"
 TIMEOUT_HEADER = "x-shoal-timeout"
 
-BODY_S = 30.0
+BODY_S = 10.0
 """How long a client may take to send its request's body: it has a place meanwhile, which others wait for."""
+SLOWEST_BYTES_PER_S = 256 << 10
+"""So much longer may a long body take, which has memory, too."""
 _SECONDS = re.compile(r"([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 """As clients' languages write a number. Python's float would also read 1_0, infinity and white space of Latin-1."""
 
@@ -61,11 +72,18 @@ class Endpoint(ABC):
         with Exchange(self._name, services.observer, services.clock) as exchange:
             enter(services, exchange)
             async with done_within(_patience_s(headers, services.config.deadline_s)):
-                async with done_within(BODY_S):
-                    raw = await read_body(headers, receive, services.config.max_body_bytes)
+                raw = await self._read(headers, receive)
+                exchange.exits.enter_context(services.bodies.held(asking(), len(raw)))
                 rest = await unless_disconnected(receive, self._answer(scope, raw, send, exchange))
                 # All is generated: from here on, a client that hangs up has merely stopped listening.
                 await rest(scope, receive, send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        config, declared = self._services.config, declared_bytes(headers)
+        num_bytes = config.max_body_bytes if declared is None else min(declared, config.max_body_bytes)
+        with self._services.bodies.held(asking(), num_bytes):
+            async with done_within(BODY_S + num_bytes / SLOWEST_BYTES_PER_S):
+                return await read_body(headers, receive, config.max_body_bytes, JsonSize(config))
 
     @abstractmethod
     async def _answer(self, scope: Scope, raw: bytes, send: Send, exchange: Exchange) -> ASGIApp:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from inspect import isasyncgenfunction
 from typing import Any
@@ -13,8 +13,11 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from shoal.api.access import OPEN, Access
+from shoal.api.access import OPEN, Access, asking
+from shoal.api.backend import GatewayObserver
+from shoal.api.bodies import Bodies
 from shoal.api.edge import REQUEST_ID, as_shoal_error, sane_request_id, traceparent_of
+from shoal.api.peers import PeerCalls
 from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from shoal.telemetry import bind_request
 from shoal.wire.statuses import abort
@@ -28,17 +31,19 @@ MESSAGE_S = 30.0
 PROBE_S = 5.0
 """The same for a probe, whose message has a few bytes, and who needs no key."""
 
-_MAX_ASIDE = 128
-"""So many messages may be coming at once of probes, and as many of other calls that take no place."""
+_MAX_PROBES = 8
+"""So many messages of probes may be coming from one address at once."""
 
 
 class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
     """Lets in whom ``access`` does, before a byte of a message is read, and answers every error. gRPC itself would send
     an unexpected one's class and text, also of bytes it can't read."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, bodies: Bodies, observer: GatewayObserver) -> None:
         self._access = access
-        self._probes, self._others = _Aside(PROBE_S), _Aside()
+        self._bodies = bodies
+        self._observer = observer
+        self._probes = PeerCalls(_MAX_PROBES)
 
     async def intercept_service(
         self,
@@ -51,33 +56,43 @@ class GrpcEdge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         method: str = handler_call_details.method
         admitted = partial(self._admitted, method)
         if not handler.request_streaming:
-            return _unary(handler, admitted, (self._probes if method in OPEN else self._others).read)
+            return _unary(handler, admitted, self._reader(method, handler))
         behaviour = handler.stream_stream if handler.response_streaming else handler.stream_unary
         if isasyncgenfunction(behaviour):
             return _yielding(handler, admitted)
         return _as_stream(handler, behaviour, admitted)
 
-    def _admitted(self, method: str, context: Context) -> AbstractContextManager[None]:
+    @contextmanager
+    def _admitted(self, method: str, context: Context) -> Iterator[None]:
         metadata = context.invocation_metadata() or ()
         shown = [value for key, value in metadata if key == "authorization" and isinstance(value, str)]
-        return self._access.admitted(method, shown, context.peer())
+        with self._access.admitted(method, shown, context.peer()):
+            try:
+                yield
+            except Overloaded as error:  # of a call that takes no place, and so has no Exchange to count it
+                self._observer.rejected(error.code)
+                raise
 
+    def _reader(self, method: str, handler: Any) -> Callable[[Context], Awaitable[Any]]:
+        """How the message of a call is read. Where keys are wanted, none comes before its key: what needs no key gets
+        the answer to an empty message."""
+        if method not in OPEN:
+            return self._read_in_turn
+        if not self._access.wants_keys:
+            return self._read_probe
 
-class _Aside:
-    """Messages that are coming, each within ``within_s``, of calls that take no place."""
+        async def unread(_context: Context) -> Any:
+            return handler.request_deserializer(b"")
 
-    def __init__(self, within_s: float | None = None) -> None:
-        self._within_s = within_s
-        self._num = 0
+        return unread
 
-    async def read(self, context: Context) -> Any:
-        if self._num >= _MAX_ASIDE:
-            raise Overloaded("too many messages are coming: try again later")
-        self._num += 1
-        try:
-            return await read_message(context, self._within_s)
-        finally:
-            self._num -= 1
+    async def _read_in_turn(self, context: Context) -> Any:
+        async with self._bodies.turn(asking()):
+            return await read_message(context)
+
+    async def _read_probe(self, context: Context) -> Any:
+        with self._probes.counted(context.peer()):
+            return await read_message(context, PROBE_S)
 
 
 Admitted = Callable[[Context], AbstractContextManager[None]]

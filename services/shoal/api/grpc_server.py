@@ -28,6 +28,9 @@ _STOP_GRACE_S = 0.5
 _MAX_READ_BODIES = 2
 """A client that sent a little too much gets to read why: what gRPC itself refuses looks like an overload."""
 
+_UNREAD_BYTES = 1024
+"""What a client may send of a message before it is asked for; most messages are shorter."""
+
 _SPARE_STREAMS = 128
 """Beside what runs: for health, and for calls that are one too many, which have to come to be told so."""
 
@@ -50,9 +53,10 @@ class GrpcServer:
 
         Raises ConfigError if the port can't be bound or a file of ``config.tls`` isn't what it should be.
         """
-        config = self._services.config
+        services, config = self._services, self._services.config
         credentials = None if config.tls is None else server_credentials(config.tls)
-        server = grpc.aio.server(interceptors=(GrpcEdge(self._services.access),), options=_options(config))
+        edge = GrpcEdge(services.access, services.bodies, services.observer)
+        server = grpc.aio.server(interceptors=(edge,), options=_options(config))
         InferenceService(self._services).add_to(server)
         HealthService(self._services.readiness, inference.SERVICE_NAME).add_to(server)
         if config.reflection:
@@ -83,5 +87,8 @@ def _options(config: GatewayConfig) -> Options:
         ("grpc.max_send_message_length", -1),
         # One connection may bring all that may run. More wait at its client.
         ("grpc.max_concurrent_streams", config.max_running + _SPARE_STREAMS),
+        # Unasked, gRPC takes the whole message of a call that nobody reads yet, or that shows no key.
+        ("grpc.http2.lookahead_bytes", _UNREAD_BYTES),
+        ("grpc.http2.bdp_probe", 0),
         *server_options(_MAX_READ_BODIES * config.max_body_bytes),
     )

@@ -12,6 +12,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.api.backend import Readiness
+from shoal.api.peers import PeerCalls
 from shoal.errors import Overloaded
 
 _log = structlog.get_logger(__name__)
@@ -19,6 +20,7 @@ _log = structlog.get_logger(__name__)
 SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _WATCH_PERIOD_S = 1.0
+_MAX_WATCHERS_OF_PEER = 128
 _MAX_WATCHERS = 1024
 """Who watches needs no key, and wakes this process as long as it likes."""
 _Status = health_pb2.HealthCheckResponse
@@ -31,6 +33,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no
         self._readiness = readiness
         self._names = frozenset({"", service})
         self._num_watchers = 0
+        self._watchers = PeerCalls(_MAX_WATCHERS_OF_PEER)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
@@ -46,11 +49,12 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # no
             return
         if self._num_watchers >= _MAX_WATCHERS:
             raise Overloaded(f"{_MAX_WATCHERS} watch already: ask by Check, or try again later")
-        self._num_watchers += 1
-        try:
-            await self._tell_changes(context)
-        finally:
-            self._num_watchers -= 1
+        with self._watchers.counted(context.peer()):
+            self._num_watchers += 1
+            try:
+                await self._tell_changes(context)
+            finally:
+                self._num_watchers -= 1
 
     async def _tell_changes(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         last = None

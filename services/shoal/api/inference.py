@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from shoal.api.access import asking
 from shoal.api.deadline import done_within
 from shoal.api.edge import REQUEST_ID, as_shoal_error
 from shoal.api.exchange import Exchange
@@ -104,10 +105,12 @@ class InferenceService:
         traceparent: str | None,
         timeout_s: float | None,
     ) -> Generation:
-        services, raw = self._services, await read_message(context)
-        max_bytes = services.config.max_body_bytes
+        services, max_bytes = self._services, self._services.config.max_body_bytes
+        async with services.bodies.turn(asking()):
+            raw = await read_message(context)
         if len(raw) > max_bytes:
             raise RequestTooLarge(f"the message has more than {max_bytes} bytes: send less text in one request")
+        exchange.exits.enter_context(services.bodies.held(asking(), len(raw)))
         request = read_request(raw)
         exchange.model = request.model or services.models[0].name
         model = find_model(services.models, exchange.model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from shoal.api.access import Access, asking
 from shoal.api.backend import Backend, GatewayObserver, Readiness
+from shoal.api.bodies import Bodies
 from shoal.api.exchange import Exchange
 from shoal.api.generation import Generation
 from shoal.api.keys import Keyring
@@ -37,8 +38,12 @@ class Services:
     wants_outline: bool = False
     keyring: Keyring | None = None
     places: Places = field(default_factory=Places)
+    bodies: Bodies = field(init=False)
     require_healthy: Callable[[], None] = lambda: None
     """Raises the ShoalError that says which part of this process doesn't work."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bodies", Bodies(self.config))
 
     @property
     def access(self) -> Access:

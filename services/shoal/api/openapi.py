@@ -269,7 +269,7 @@ def _limit(fields: Json, services: Services) -> None:
         several["maxItems"] = config.max_stop_strings
         several["items"]["maxLength"] = config.max_stop_chars
     for messages in _alternatives(fields.get("messages", {}), "array"):
-        messages["maxItems"] = context
+        messages["maxItems"] = min(context, config.max_messages)
     for tokens in _alternatives(fields.get("tokens", {}), "array"):
         tokens["maxItems"] = context
         tokens["items"]["maximum"] = last_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any
@@ -11,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from shoal.api.answers import Choice, whole_choices
 from shoal.api.generation import ChoiceOutput, Generation
-from shoal.api.schema import ChatBody, GenerateBody, parse
+from shoal.api.schema import ChatBody, GenerateBody, check
 from shoal.api.validation import ServedModel, check_num_messages, check_num_stops, check_num_tokens
 from shoal.config import GatewayConfig
 from shoal.errors import InvalidRequest, MissingField, UnknownField
@@ -52,20 +51,20 @@ def to_body(request: pb.GenerateRequest, model: ServedModel, config: GatewayConf
             fields["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
             if "logprobs" in fields:
                 fields |= {"logprobs": True, "top_logprobs": request.logprobs}
-            return parse(ChatBody, json.dumps(fields).encode())
+            return check(ChatBody, fields)
         case "token_ids":
             fields["prompt"] = list(fields.pop("token_ids").ids)
         case "text":
             fields["prompt"] = fields.pop("text")
         case None:
             raise MissingField("prompt is missing: set text, token_ids or chat", param="prompt")
-    return parse(GenerateBody, json.dumps(fields).encode())
+    return check(GenerateBody, fields)
 
 
 def _check_counts(request: pb.GenerateRequest, model: ServedModel, config: GatewayConfig) -> None:
     """What the validator would refuse for its length: a message holds millions of items, and none is converted."""
     check_num_stops(len(request.stop), config)
-    check_num_messages(len(request.chat.messages), model)
+    check_num_messages(len(request.chat.messages), model, config)
     if len(request.token_ids.ids) >= model.max_context_tokens:
         is_said = request.HasField("max_tokens") and request.max_tokens >= 0
         num_new = request.max_tokens if is_said else 1

@@ -352,12 +352,22 @@ class ChatBody(Body):
 # --- parsing --------------------------------------------------------------------------------------------
 
 B = TypeVar("B", bound=Strict)
+V = TypeVar("V")
 
 
 def parse(kind: type[B], raw: bytes) -> B:
     """``raw`` JSON as a body. Raises an InvalidRequest that names the first wrong field and what it should be."""
+    return _valid(kind.model_validate_json, raw)
+
+
+def check(kind: type[B], fields: dict[str, Any]) -> B:
+    """The same for values that never were JSON."""
+    return _valid(kind.model_validate, fields)
+
+
+def _valid(validate: Callable[[V], B], value: V) -> B:
     try:
-        return kind.model_validate_json(raw)
+        return validate(value)
     except ValidationError as error:
         if error.error_count() > _MAX_FAULTS:  # to describe each would take the event loop for long
             raise InvalidRequest(f"the body has more than {_MAX_FAULTS} wrong fields") from None

@@ -13,7 +13,6 @@ from shoal.api.endpoint import Endpoint, timeout_of
 from shoal.api.exchange import Exchange
 from shoal.api.intake import Services
 from shoal.api.schema import Message, Strict, parse
-from shoal.api.tokenizer import Tokenizer
 from shoal.api.validation import ServedModel, check_are_tokens, check_num_messages, find_model
 from shoal.errors import ContextLengthExceeded, InvalidRequest, MissingField
 
@@ -49,7 +48,7 @@ class Tokenize(Endpoint):
         body = _parsed(TokenizeBody, raw, scope)
         model = _named(body.model, self._services, exchange)
         tokenizer = self._services.tokenizer
-        ids = await _encode(body, model, tokenizer)
+        ids = await _encode(body, model, self._services)
         pieces = await tokenizer.pieces(ids) if body.return_token_strs else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": model.max_context_tokens, "tokens": ids, "token_strs": pieces}
@@ -81,8 +80,8 @@ def _named(name: str | None, services: Services, exchange: Exchange) -> ServedMo
     return model
 
 
-async def _encode(body: TokenizeBody, model: ServedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
-    most = model.max_context_tokens
+async def _encode(body: TokenizeBody, model: ServedModel, services: Services) -> tuple[int, ...]:
+    tokenizer, most = services.tokenizer, model.max_context_tokens
     if not body.messages:
         if body.prompt is None:
             raise MissingField("prompt or messages is missing: one of them is required", param="prompt")
@@ -97,7 +96,7 @@ async def _encode(body: TokenizeBody, model: ServedModel, tokenizer: Tokenizer) 
         raise InvalidRequest(
             "add_special_tokens: not with messages: the template writes them", param="add_special_tokens"
         )
-    check_num_messages(len(body.messages), model)
+    check_num_messages(len(body.messages), model, services.config)
     opens_answer = body.add_generation_prompt is not False
     ids = await tokenizer.encode_chat(body.messages, max_tokens=most, opens_answer=opens_answer)
     return _fitting(ids, model, "messages")

@@ -54,7 +54,7 @@ def check_limits(body: Body, model: ServedModel, config: GatewayConfig) -> None:
         _at_most(len(body.prompt), min(config.max_prompts, config.max_running), "prompt", "prompts")
         _at_most(body.logprobs, config.max_logprobs, "logprobs")
     if isinstance(body, ChatBody):
-        check_num_messages(len(body.messages), model)
+        check_num_messages(len(body.messages), model, config)
         _at_most(body.top_logprobs, config.max_logprobs, "top_logprobs")
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs: only allowed with logprobs: true", param="top_logprobs")
@@ -65,8 +65,9 @@ def check_num_stops(num: int, config: GatewayConfig) -> None:
     _at_most(num, config.max_stop_strings, "stop", "strings")
 
 
-def check_num_messages(num: int, model: ServedModel) -> None:
+def check_num_messages(num: int, model: ServedModel, config: GatewayConfig) -> None:
     """Raises InvalidRequest if so many turns can't fit the model: each is a token at least, and none free to render."""
+    _at_most(num, config.max_messages, "messages", "messages")
     _at_most(num, model.max_context_tokens, "messages", "messages fit the model's context")
 
 

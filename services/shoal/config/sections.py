@@ -151,11 +151,25 @@ class GatewayConfig(Frozen):
     )
     num_cpus: Annotated[float, Field(ge=0)] = Field(0, description="CPUs that Ray sets aside for the gateway.")
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(4 << 20, description="Largest request; more gets 413.")
+    max_bodies: Annotated[int, Field(ge=1)] = Field(
+        64,
+        description="Bodies of max_body_bytes that a gateway holds at once, from the first byte to the answer's end; "
+        "smaller ones count by their bytes. More get 429 unread. By gRPC, so many messages are read at once.",
+    )
+    max_key_bodies: Annotated[int, Field(ge=1)] = Field(16, description="The same for the keys of one tenant.")
     max_choices: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Largest n.")
     max_logprobs: Annotated[int, Field(ge=0)] = Field(20, description="Most alternatives that are told for a token.")
     max_stop_strings: Annotated[int, Field(ge=0)] = Field(4, description="Most strings in stop.")
     max_stop_chars: Annotated[int, Field(ge=1)] = Field(256, description="Characters in one of them.")
     max_prompts: Annotated[int, Field(ge=1)] = Field(64, description="Prompts in one completions request.")
+    max_messages: Annotated[int, Field(ge=1)] = Field(
+        2048,
+        description="Messages in one conversation. A body with more than ten lists, objects and strings for each of so "
+        "many gets 413 before it is parsed.",
+    )
+    max_values: Annotated[int, Field(ge=1)] = Field(
+        262_144, description="Commas in one JSON body, as between token ids; more get 413 before it is parsed."
+    )
     max_running: Annotated[int, Field(ge=1)] = Field(
         2048,
         description="Requests that a gateway works on at once, waiting ones included, each of several prompts "

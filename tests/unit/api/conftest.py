@@ -24,7 +24,7 @@ from shoal.model.files import locate
 from shoal.wire.messages import TtftStages
 
 CONTEXT = 400
-CONFIG = GatewayConfig(max_body_bytes=200_000, max_prompts=4)
+CONFIG = GatewayConfig(max_body_bytes=200_000, max_prompts=4, max_values=16_384)
 
 
 @dataclass

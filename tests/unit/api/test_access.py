@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import grpc.aio
 import httpx
 import pytest
 from fake_backend import FakeBackend
-from grpc_health.v1 import health
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from inference_server import TIMEOUT_S, client_of, request, told
 from structlog.testing import capture_logs
@@ -267,6 +268,20 @@ async def told_first(channel: grpc.aio.Channel, method: str, message: bytes | No
 async def test_by_grpc_health_wants_no_key(guarded: Services, method: str):
     async with client_of(guarded) as client:
         assert await told_first(client.channel, f"/{health.SERVICE_NAME}/{method}", b"")
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_by_grpc_who_has_no_key_is_told_of_health_without_its_message_being_read(
+    guarded: Services, method: str
+) -> None:
+    """So nobody holds anything that a probe needs, and nothing of 8 MiB comes before a key."""
+    async with client_of(guarded) as client:
+        asking = client.channel.stream_stream(f"/{health.SERVICE_NAME}/{method}")
+        waiting = [asking() for _ in range(50)]  # none of them sends a message
+        for call in waiting:
+            answer = await asyncio.wait_for(call.read(), TIMEOUT_S)
+            assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
+            call.cancel()
 
 
 @pytest.mark.parametrize("method", KEYED)

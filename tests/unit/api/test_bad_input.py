@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from shoal.api import endpoint, tokenizing
 from shoal.api.schema import IGNORED_FIELDS, Body, ChatBody, Ignored, Message, parse
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -244,6 +245,51 @@ def test_the_largest_body_is_read(gateway: Any) -> None:
     raw = b'{"model": "smollm2", "prompt": [1]' + b" " * (200_000 - 35) + b"}"
     assert len(raw) == 200_000
     assert gateway.http.post(COMPLETIONS, content=raw).status_code == 200
+
+
+TOO_MUCH = {  # each held up the event loop for a tenth of a second to more than one, as 4 MiB of it
+    "prompts of one id": (COMPLETIONS, b'{"model": "smollm2", "prompt": [%s]}', b"[1]", 21_000),
+    "texts": (COMPLETIONS, b'{"model": "smollm2", "prompt": [%s]}', b'"a"', 21_000),
+    "ids": (COMPLETIONS, b'{"model": "smollm2", "prompt": [%s]}', b"1", 17_000),
+    "ids of a tokenizer": ("/detokenize", b'{"tokens": [%s]}', b"1", 17_000),
+    "long numbers": (COMPLETIONS, b'{"model": "smollm2", "prompt": [%s]}', b"9" * 4000, 33),
+    "messages": (CHAT, b'{"model": "smollm2", "messages": [%s]}', b'{"role":"user","content":""}', 4_100),
+    "parts": (
+        CHAT,
+        b'{"model": "smollm2", "messages": [{"role": "user", "content": [%s]}]}',
+        b'{"type":"text","text":""}',
+        4_100,
+    ),
+    "metadata": (COMPLETIONS, b'{"model": "smollm2", "prompt": "a", "metadata": [%s]}', b"[]", 21_000),
+    "fields": (COMPLETIONS, b'{"model": "smollm2", "prompt": "a", %s}', b'"a":1', 21_000),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_takes_long_to_parse_is_refused_unparsed(gateway: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, frame, item, num = TOO_MUCH[name]
+    parsed: list[int] = []
+    for door in (endpoint, tokenizing):
+        monkeypatch.setattr(door, "parse", lambda kind, raw: parsed.append(len(raw)) or parse(kind, raw))
+    refused = gateway.http.post(path, content=frame % b",".join([item] * num))
+    assert not parsed
+    assert_refused(gateway, refused, 413, None, "request_too_large")
+    assert len(parsed) == 1
+    assert gateway.observer.refusals == ["request_too_large"]
+
+
+@pytest.mark.parametrize(
+    "post",
+    [
+        completion(prompt='[{",' * 39_000),
+        completion(prompt='\\"[' * 20_000),
+        completion(prompt="\u0000" * 30_000),
+    ],
+    ids=["marks", "quotes", "escapes"],
+)
+def test_a_long_text_may_hold_whatever_it_likes(gateway: Any, post: Post) -> None:
+    refused = gateway.post(*post)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/completions/x", "/docs", "/openapi.yaml"])

@@ -10,6 +10,8 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
 from shoal.api.edge import RequestEdge, read_body
+from shoal.api.json_size import JsonSize
+from shoal.config import GatewayConfig
 from shoal.errors import RequestTooLarge
 
 
@@ -51,7 +53,7 @@ async def body_of(declared: str, *, max_bytes: int = 10) -> bytes:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"a short one"[:max_bytes], "more_body": False}
 
-    return await read_body(Headers({"content-length": declared}), receive, max_bytes)
+    return await read_body(Headers({"content-length": declared}), receive, max_bytes, JsonSize(GatewayConfig()))
 
 
 @pytest.mark.parametrize("declared", ["10", "", "a few", "-1", "1_000_000", "\xb2", "9" * 5000], ids=lambda it: it[:9])

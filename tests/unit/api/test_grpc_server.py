@@ -325,17 +325,32 @@ async def test_a_message_that_comes_has_a_place(services: Services, reading: asy
 async def test_messages_that_come_without_a_place_are_few_at_once(
     services: Services, monkeypatch: pytest.MonkeyPatch, reading: asyncio.Event
 ) -> None:
-    monkeypatch.setattr(grpc_edge, "_MAX_ASIDE", 1)
+    monkeypatch.setattr(grpc_edge, "_MAX_PROBES", 1)
     async with client_of(services) as client:
         call = await begun(client.channel, CHECK, reading)
         another = client.channel.unary_unary(f"/{CHECK}")
         assert await another(b"", timeout=TIMEOUT_S).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert client.observer.refusals == ["overloaded"]
         models = client.channel.unary_unary(f"/{SERVICE_NAME}/ListModels")
         assert await models(b"", timeout=TIMEOUT_S).code() == grpc.StatusCode.OK  # probes are in nobody else's way
         assert (await client.generate()).choices
         await call.write(b"")
         assert await call.read() == health_pb2.HealthCheckResponse(status="SERVING").SerializeToString()
         assert await another(b"", timeout=TIMEOUT_S).code() == grpc.StatusCode.OK
+
+
+async def test_a_message_stays_with_its_client_until_it_is_read(services: Services) -> None:
+    """The window of a stream as the server's first frame announces it: frame type 4, setting 4 (RFC 9113)."""
+    async with serving_inference(services) as address:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        head = await asyncio.wait_for(reader.readexactly(9), TIMEOUT_S)
+        settings = await asyncio.wait_for(reader.readexactly(int.from_bytes(head[:3])), TIMEOUT_S)
+        writer.close()
+    pairs = (settings[at : at + 6] for at in range(0, len(settings), 6))
+    told = {int.from_bytes(pair[:2]): int.from_bytes(pair[2:]) for pair in pairs}
+    assert (head[3], told[4]) == (4, 1024)
+    assert dict(grpc_server._options(services.config))["grpc.http2.bdp_probe"] == 0  # or the window would grow
 
 
 def test_a_connection_may_bring_all_that_may_run_and_not_much_more(services: Services) -> None:

@@ -103,14 +103,24 @@ async def test_nothing_serves_where_a_thread_of_the_gateway_hangs(services: Serv
         assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.NOT_SERVING
 
 
-async def test_one_watcher_too_many_is_refused_until_another_leaves(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "_MAX_WATCHERS", 2)
+@pytest.mark.parametrize("limit", ["_MAX_WATCHERS", "_MAX_WATCHERS_OF_PEER"])
+async def test_one_watcher_too_many_is_refused_until_another_leaves(
+    services: Services, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, limit, 2)
+    async with client_of(services) as inference:
+        await one_too_many(inference)
+
+
+async def one_too_many(inference: Inference) -> None:
+    stub = health_pb2_grpc.HealthStub(inference.channel)
     first, second = (stub.Watch(asked(""), timeout=TIMEOUT_S) for _ in range(2))
     for one in (first, second):
         assert (await one.read()).status == Status.SERVING
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.Watch(asked(""), timeout=TIMEOUT_S).read()
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert inference.observer.refusals == ["overloaded"]
     assert (await stub.Check(asked(""), timeout=TIMEOUT_S)).status == Status.SERVING
     first.cancel()
     status = None

@@ -14,7 +14,7 @@ from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.v1 import inference_pb2 as pb
 
 MODEL = ServedModel("tiny", max_context_tokens=100, vocab_size=50)
-CONFIG = GatewayConfig(max_stop_strings=4)
+CONFIG = GatewayConfig(max_stop_strings=4, max_messages=150)
 
 
 def with_chat(num_turns: int) -> pb.GenerateRequest:
@@ -29,6 +29,7 @@ def with_ids(num_ids: int, max_tokens: int | None = None) -> pb.GenerateRequest:
     ("request_", "kind", "message"),
     [
         (with_chat(101), InvalidRequest, "messages: at most 100 messages fit the model's context"),
+        (with_chat(151), InvalidRequest, "messages: at most 150 messages"),
         (with_ids(100), ContextLengthExceeded, "prompt: 100 tokens and an answer of up to 1 are more"),
         (with_ids(101, 7), ContextLengthExceeded, "prompt: 101 tokens and an answer of up to 7 are more"),
         (with_ids(101, -7), ContextLengthExceeded, "prompt: 101 tokens and an answer of up to 1 are more"),
@@ -42,8 +43,7 @@ def test_what_is_too_long_is_refused_before_it_is_converted(
     def converted(*_: object) -> NoReturn:
         raise AssertionError("it was converted")
 
-    monkeypatch.setattr(protobuf, "parse", converted)
-    monkeypatch.setattr(protobuf.json, "dumps", converted)
+    monkeypatch.setattr(protobuf, "check", converted)
     with pytest.raises(kind, match=message):
         to_body(request_, MODEL, CONFIG)
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from fake_clock import FakeClock, settle
-from kv_prompts import lease_id, prompt
+from kv_prompts import PLAN, lease_id, prompt
 from raw_peer import RawPeer, chunk
 from transfer_helpers import TIMES, rig
 
@@ -15,6 +15,8 @@ from shoal.handoff.base import prompt_hash
 from shoal.handoff.channels.faults import Drop
 from shoal.handoff.channels.memory import memory_pair
 from shoal.handoff.lease import LeaseState
+from shoal.handoff.prefill_side import PrefillSession
+from shoal.handoff.session import PROTOCOL_VERSION, Identity
 from shoal.handoff.staging import StagingSlots
 from shoal.wire.handoff_messages import (
     Accepted,
@@ -26,9 +28,13 @@ from shoal.wire.handoff_messages import (
     Drained,
     Envelope,
     Failed,
+    Grant,
+    Granted,
+    Hello,
     Nack,
     Seal,
 )
+from shoal.wire.messages import RequestContext
 
 
 async def test_an_unclaimed_lease_expires_after_the_claim_timeout() -> None:
@@ -270,3 +276,22 @@ async def test_pools_of_different_ttls_keep_decodes(times: float) -> None:
             await clock.advance(100 * TIMES.ttl_s)
             assert both.desk.table.counts == {LeaseState.STREAMING: 1}
     assert both.counts.events["expired"] == 0
+
+
+async def test_prefill_watches_for_as_long_as_decode_asks_for_if_that_is_shorter() -> None:
+    clock = FakeClock()
+    prefill, decode = memory_pair()
+    identity = Identity(5, (PLAN,), peer="prefill")
+    opening = asyncio.create_task(
+        PrefillSession.open(prefill, identity, ttl_s=10 * TIMES.ttl_s, max_frame_bytes=1024, clock=clock)
+    )
+    await decode.send(Envelope(7, Hello(PROTOCOL_VERSION, (PLAN,))))
+    session = await opening
+    grant = Grant(lease_id(), "memory", PLAN, 20, 0, TIMES.ttl_s, 30.0, RequestContext("asks", 30.0))
+    await decode.send(Envelope(7, Granted.of(grant)))
+    await settle()
+    await clock.advance(TIMES.ttl_s - 0.01)
+    assert session.error is None
+    await clock.advance(0.01)
+    assert isinstance(session.error, PeerGone)
+    await session.close()

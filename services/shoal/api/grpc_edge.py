@@ -20,6 +20,7 @@ from shoal.api.edge import REQUEST_ID, as_shoal_error, sane_request_id, tracepar
 from shoal.api.peers import PeerCalls
 from shoal.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from shoal.telemetry import bind_request
+from shoal.wire.reads import start_read
 from shoal.wire.statuses import abort
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -100,9 +101,7 @@ Admitted = Callable[[Context], AbstractContextManager[None]]
 
 async def read_message(context: Context, within_s: float | None = None) -> Any:
     """The one message of a call. Raises DeadlineExceeded if it doesn't come, Cancelled if there is none."""
-    # It's never cancelled: what gRPC reads into has to outlive the call. The call's end ends it.
-    reading = asyncio.ensure_future(context.read())
-    reading.add_done_callback(_look_at)
+    reading = start_read(context)
     await asyncio.wait((reading,), timeout=MESSAGE_S if within_s is None else within_s)
     if not reading.done():
         raise DeadlineExceeded("the message didn't come to its end in time")
@@ -110,12 +109,6 @@ async def read_message(context: Context, within_s: float | None = None) -> Any:
     if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # its stubs don't know it
         raise Cancelled("the client went away while it sent its message")
     return message
-
-
-def _look_at(reading: asyncio.Future[Any]) -> None:
-    """Or asyncio would complain that nobody has."""
-    if not reading.cancelled():
-        reading.exception()
 
 
 def _unary(handler: Any, admitted: Admitted, read: Callable[[Context], Awaitable[Any]]) -> Any:

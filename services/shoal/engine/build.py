@@ -94,7 +94,7 @@ class Served:
             raise ConfigError(f"max_context_tokens is {most}, but the model was trained for {spec.max_context_tokens}")
         projector = find_projector(config.model.projector, files, plan)
         plan_hash = plan.digest(
-            model_digest=files.digest,
+            model_digest=files.content_digest,
             kv_dtype=str(kv_dtype).removeprefix("torch."),
             projector=PAPER if projector is None else projector.digest,
         )

@@ -102,6 +102,7 @@ class EngineClient:
         self._on_step = on_step
         self._first_step_s: dict[str, float] = {}
         self._num_failed_in_a_row = 0
+        self._failed_prompts: set[int | None] = set()
         loop = asyncio.get_running_loop()
         self._thread = EngineThread(
             engine, loop, self._deliver, self._died, name=name, niceness=niceness, yielding=yielding,
@@ -158,10 +159,14 @@ class EngineClient:
         for failure in output.failures:
             self._put(failure.request_id, failure)
         if output.all_failed:
-            self._num_failed_in_a_row += 1
+            # A prompt that makes NaN is counted once, however often it's retried: it may be its own fault.
+            prompts = {failure.prompt for failure in output.failures}
+            self._num_failed_in_a_row += not prompts <= self._failed_prompts
+            self._failed_prompts |= prompts - {None}
         # A prompt's kept layers alone prove nothing: what is projected of it follows in a step that may fail.
         elif any(one.is_whole and one.start < one.end for one in output.chunks) if output.chunks else output.num_rows:
             self._num_failed_in_a_row = 0
+            self._failed_prompts.clear()
         if self._on_step is not None:
             self._on_step(output)
 

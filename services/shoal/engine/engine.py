@@ -292,7 +292,7 @@ class Engine:
         """Note what is computed; tell what prompts were asked for, and end those that nothing is to follow."""
         prompts: list[PromptEvent] = []
         # First of all: what others would find of them is forgotten before anything of this step is remembered.
-        failures = [self._fail(item.sequence, InternalError(KV_NOT_FINITE)) for item in output.broken]
+        failures = [self._fail_alone(item.sequence, InternalError(KV_NOT_FINITE)) for item in output.broken]
         for item in (*plan.recalls, *plan.rows):
             if not item.sequence.sampled:
                 item.sequence.ready_to_send(item.end)
@@ -305,7 +305,7 @@ class Engine:
             sequence.advance(item.end)
             sequence.num_scored = max(sequence.num_scored, scored.stop)
             if any(token.is_broken for token in tokens):
-                failures.append(self._fail(sequence, InternalError(NOT_FINITE)))
+                failures.append(self._fail_alone(sequence, InternalError(NOT_FINITE)))
                 continue
             ends = item.completes and sequence.sampled and not item.samples
             if tokens or ends:
@@ -336,7 +336,7 @@ class Engine:
         tokens, failures = [], []
         for (sequence, _), one in zip(wanted, sampled, strict=True):
             if isinstance(one, InternalError):
-                failures.append(self._fail(sequence, one))
+                failures.append(self._fail_alone(sequence, one))
             else:
                 tokens.append(self._accept(sequence, one))
         return tokens, failures
@@ -416,6 +416,10 @@ class Engine:
             self._finish(sequence)
         known = error if isinstance(error, ShoalError) else InternalError("the engine failed on this request")
         return FailureEvent(sequence.request_id, sequence.choice, known)
+
+    def _fail_alone(self, sequence: Sequence, error: InternalError) -> FailureEvent:
+        """For what its own rows brought, whoever shared the step."""
+        return replace(self._fail(sequence, error), prompt=hash(sequence.prompt))
 
 
 def _open_outputs(num_choices: int, sent: tuple[SentChoice, ...]) -> dict[int, list[int]]:

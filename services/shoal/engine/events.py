@@ -54,11 +54,13 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class FailureEvent:
-    """A choice that ended with an error of ours; everything it held is given back."""
+    """A choice that ended with an error of ours; everything it held is given back. ``prompt`` is the hash of its prompt
+    if its own rows were NaN or infinite, ``None`` if the step failed."""
 
     request_id: str
     choice: int
     error: ShoalError
+    prompt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

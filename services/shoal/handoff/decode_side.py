@@ -36,6 +36,7 @@ from shoal.handoff.lease import ENDED, Lease, LeaseState, Receipt
 from shoal.handoff.lease_table import LeaseTable, LeaseTimes
 from shoal.handoff.staging import StagingSlots
 from shoal.handoff.terms import PART_NAMES, KvShape, LeaseTerms, Owner, PartBytes
+from shoal.model.plan import short_name
 from shoal.wire.handoff_messages import Accepted, Cancel, Carrier, Chunk, Committed, Credit, Frame, Nack, Seal
 
 _log = logging.getLogger(__name__)
@@ -217,7 +218,9 @@ class HandoffDesk:
     def claim(self, lease_id: bytes, owner: Owner, plan_hashes: Sequence[str]) -> Accepted:
         """Give the lease to ``owner``, whose process runs ``plan_hashes``. Raises LeaseLost."""
         if self.shape.plan_hash not in plan_hashes:
-            raise LeaseLost(f"lease {lease_id.hex()} is for plan {self.shape.plan_hash[:12]}, which you don't run")
+            raise LeaseLost(
+                f"lease {lease_id.hex()} is for plan {short_name(self.shape.plan_hash)}, which you don't run"
+            )
         terms = self.table.claim(lease_id, owner).terms
         self._claimants[lease_id] = owner.key
         if len(self._claimants) > MAX_CLAIMANTS:

@@ -215,8 +215,10 @@ class PrefillSession(Session):
         """Decode's holds for both ends, from the first prompt on: while a new one is rolled out, the pools' differ."""
         if ttl_s != self._ttl_s:
             self._ttl_s = ttl_s
-            self._timers["beat"].cancel()
+            for timer in self._timers.values():
+                timer.cancel()
             self._beat()
+            self._watch()
 
     def _free_slots(self, frame: Frame) -> None:
         """Also for a claim that was left: decode may have been reading its chunks until now."""

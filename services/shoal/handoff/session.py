@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from shoal.errors import InternalError, PeerGone, PlanMismatch, ProtocolViolation, ShoalError
 from shoal.handoff.base import Channel, Clock, Timer
+from shoal.model.plan import short_name, what_differs
 from shoal.wire.handoff_messages import Beat, Envelope, Frame, Hello, WireMode
 
 PROTOCOL_VERSION = 3
@@ -228,12 +229,12 @@ def _compare(ours: Hello, theirs: Hello) -> None:
         )
     if not set(ours.plan_hashes) & set(theirs.plan_hashes):
         raise PlanMismatch(
-            f"no plan in common: {_names(ours)} here, {_names(theirs)} at {theirs.peer or 'the peer'}: both pools must"
-            " load the same model, skip the same layers and use one KV dtype"
+            f"no plan in common: {_names(ours)} here, {_names(theirs)} at {theirs.peer or 'the peer'}: "
+            + what_differs(ours.plan_hashes, theirs.plan_hashes)
         )
     if not set(ours.wire_modes) & set(theirs.wire_modes):
         raise PlanMismatch(f"no wire mode in common: {ours.wire_modes} here, {theirs.wire_modes} at the peer")
 
 
 def _names(hello: Hello) -> str:
-    return ", ".join(plan[:12] for plan in hello.plan_hashes) or "none"
+    return ", ".join(map(short_name, hello.plan_hashes)) or "none"

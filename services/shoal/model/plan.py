@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,22 +117,22 @@ class LayerPlan:
         return self.kept if stage is Stage.PREFILL else range(self.num_layers)
 
     def digest(self, *, model_digest: str, kv_dtype: str, projector: str = "paper") -> str:
-        """Plan hash: two replicas may exchange K/V only if it's equal.
+        """Plan hash: two replicas may exchange K/V only if it's equal. It ends in the model's digest, so that a refusal
+        can say whether the models or the plans differ.
 
         ``projector`` is the digest of a calibrated one. Weight dtype, kernels and block size don't count: a pool
         in int8 may pair with one in bfloat16. Nor does which tokens decode computes itself, anchors or boundary: it
         does so over what was shipped. (For an answer that goes on elsewhere it does: ``resume_digest``.)
         """
         facts = {
-            "format": 2,
-            "model": model_digest,
+            "format": 3,
             "layers": self.num_layers,
             "kept": self.num_kept,
             "shipped": "all layers" if self.anchors is None else "kept layers",
             "projector": projector,
             "kv_dtype": kv_dtype,
         }
-        return _digest(facts)
+        return f"{_digest(facts)}@{model_digest}"
 
     def resume_digest(self, plan_hash: str) -> str:
         """Of two decode replicas one may go on with the other's answer only if it's equal: beside ``plan_hash`` it says
@@ -143,6 +144,19 @@ class LayerPlan:
             return plan_hash
         anchors = None if self.anchors is None else [self.anchors.num_tokens, self.anchors.system]
         return _digest({"plan": plan_hash, "boundary": self.num_boundary, "anchors": anchors})
+
+
+def short_name(plan_hash: str) -> str:
+    """A plan hash for messages: the beginnings of its two digests."""
+    return "@".join(digest[:12] for digest in plan_hash.split("@"))
+
+
+def what_differs(ours: Collection[str], theirs: Collection[str]) -> str:
+    """What the operator has to look at if two replicas have no plan hash in common."""
+    ours, theirs = ({plan_hash.partition("@")[2] for plan_hash in side} for side in (ours, theirs))
+    if ours.isdisjoint(theirs):
+        return "the models differ, so both pools must load the same configuration, tokenizer and weights"
+    return "the plans differ, so both pools must skip the same layers, and use one projector and KV dtype"
 
 
 def _digest(facts: dict[str, Any]) -> str:

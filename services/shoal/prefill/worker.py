@@ -22,7 +22,7 @@ from shoal.errors import Cancelled, DeadlineExceeded, InternalError, LeaseLost, 
 from shoal.handoff.prefill_side import PromptClaim
 from shoal.handoff.session_pool import SessionPool
 from shoal.model.kv_rows import KvRows
-from shoal.model.plan import LayerPlan
+from shoal.model.plan import LayerPlan, short_name, what_differs
 from shoal.telemetry import PrefillMetrics, bind_request
 from shoal.telemetry.labels import GrantWay
 from shoal.wire.handoff_messages import Grant, HandoffOutcome
@@ -124,7 +124,10 @@ class PrefillWorker:
 
     async def _run(self, grant: Grant, begun: _Begun) -> HandoffOutcome:
         if grant.plan_hash != self._plan_hash:
-            raise PlanMismatch(f"this prefill replica runs plan {self._plan_hash[:12]}, not {grant.plan_hash[:12]}")
+            raise PlanMismatch(
+                f"this prefill replica runs plan {short_name(self._plan_hash)}, not {short_name(grant.plan_hash)}: "
+                + what_differs((self._plan_hash,), (grant.plan_hash,))
+            )
         request_id = grant.lease_id.hex()
         with self._engine.open(request_id) as inbox:
             asked_s = time.monotonic()

@@ -136,6 +136,29 @@ async def test_an_engine_whose_steps_all_fail_is_not_healthy(model: Any, monkeyp
     client.close()
 
 
+async def test_a_prompt_that_makes_nan_takes_no_replica_however_often_it_is_retried_but_three_do(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    engine = make_engine(model, 0)
+    spoil_logits(engine, monkeypatch, row=0)
+    client = EngineClient(engine, name="test")
+
+    async def fails(name: str, *prompt: int) -> None:
+        with client.open(name) as inbox:
+            await client.call(lambda engine: engine.submit_generate(name, prompt, Depth.FULL, GREEDY))
+            with pytest.raises(InternalError, match="NaN"):
+                await inbox.next()
+
+    for attempt in range(4):
+        await fails(f"attempt {attempt}", 3, 4, 5)
+    assert client.is_serving
+    for number in (6, 7):
+        assert client.is_serving
+        await fails(f"other {number}", 3, 4, number)
+    assert not client.is_serving, "nothing but NaN, whatever is asked"
+    client.close()
+
+
 async def test_an_engine_with_some_requests_that_fail_is_healthy(model: Any, monkeypatch: pytest.MonkeyPatch):
     """In each step one fails, and another goes on: with its answer, or with a prompt in chunks."""
     for num_prompt_tokens in (2, 60):

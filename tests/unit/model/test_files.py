@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -110,6 +111,19 @@ def test_a_change_at_either_end_of_any_tensor_changes_the_digest(folder: Path):
         for at in (info.offset, info.offset + info.num_bytes - 1):
             path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
             assert locate(str(folder)).digest != before, info.name
+
+
+def test_the_content_of_a_gguf_is_the_files_own_digest(tmp_path: Path):
+    path = tmp_path / "tiny.gguf"
+    save_tiny_gguf(path, tiny_llama(torch.float32, layers=1)[1])
+    assert locate(str(path)).content_digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_no_answer_depends_on_leaves_the_content_as_it_is(folder: Path):
+    before = locate(str(folder)).content_digest
+    (folder / "README.md").write_text("How it was made")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert locate(str(folder)).content_digest == before
 
 
 # --- configuration ---------------------------------------------------------------------------------------

@@ -227,6 +227,10 @@ async def test_a_grant_for_another_plan_says_so_to_its_call_alone(folder: Path):
         await asyncio.wait([begun.task])
         with pytest.raises(PlanMismatch, match="not another"):
             await local.prefill.worker.prefill(grant(local, plan_hash="another"))
+        plan, _, model = local.prefill.served.plan_hash.partition("@")
+        for other, differs in ((f"{plan}@other", "models"), (f"other@{model}", "plans")):
+            with pytest.raises(PlanMismatch, match=f"the {differs} differ"):
+                await local.prefill.worker.prefill(grant(local, plan_hash=other))
 
 
 @pytest.mark.parametrize("is_called", [True, False])

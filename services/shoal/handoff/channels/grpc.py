@@ -21,6 +21,7 @@ from shoal.wire.handoff_messages import Envelope
 from shoal.wire.options import HANDOFF_CHANNEL_OPTIONS
 from shoal.wire.peers import PeerTls, open_channel, refusal
 from shoal.wire.protobuf import parse, serialize
+from shoal.wire.reads import start_read
 from shoal.wire.statuses import abort, from_rpc_error
 
 _log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class _ClientEnd:
 class _ServerEnd:
     def __init__(self, context: grpc.aio.ServicerContext[bytes, pb.SessionResponse]) -> None:
         self._context = context
-        self._reading: asyncio.Future[Any] | None = None
+        self._waiting: asyncio.Future[Any] | None = None
         self._is_closed = False
 
     async def send(self, envelope: Envelope) -> None:
@@ -119,9 +120,9 @@ class _ServerEnd:
     async def receive(self) -> Envelope:
         if self._is_closed:
             raise PeerGone("the stream is closed")
-        self._reading = asyncio.ensure_future(self._context.read())
+        self._waiting = asyncio.shield(start_read(self._context))
         try:
-            message = await self._reading
+            message = await self._waiting
         except grpc.aio.BaseError as error:
             raise PeerGone("prefill ended the stream") from error
         except asyncio.CancelledError as error:
@@ -134,8 +135,8 @@ class _ServerEnd:
 
     async def close(self) -> None:
         self._is_closed = True
-        if self._reading is not None:
-            self._reading.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
 
 
 async def _serve(

@@ -13,7 +13,7 @@ from typing import Any
 import charts
 import pytest
 import yaml
-from charts import MONITORING, PRODUCTION, RELEASE, Object
+from charts import MONITORING, PRODUCTION, Object
 from packaging.requirements import Requirement
 
 from shoal.cluster.graph import demand, stop_s
@@ -21,7 +21,7 @@ from shoal.config import ShoalConfig, load_config
 from shoal.wire.certificates import read_certificate
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).with_name("golden")
+GOLDEN = Path(__file__).with_name("golden.yaml")
 WRITE_GOLDEN = "SHOAL_WRITE_GOLDEN"
 VALUES: Mapping[str, Mapping[str, Any]] = {"defaults": {}, "production": PRODUCTION}
 
@@ -46,14 +46,12 @@ def pods_match(selector: Mapping[str, str], group: Object) -> bool:
     return dict(selector).items() <= {**group["template"]["metadata"]["labels"], "ray.io/serve": "true"}.items()
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_objects_are_as_they_were(name: str) -> None:
-    golden = GOLDEN / f"{name}.yaml"
-    # Keys are others each time.
-    text = re.sub(r"(ca\.crt|tls\.crt|tls\.key): \S{100,}", r"\1: \1", charts.text_of(VALUES[name]))
+def test_objects_are_as_they_were() -> None:
+    """Where nearly every value is set."""
+    text = charts.text_of(PRODUCTION)
     if os.environ.get(WRITE_GOLDEN):
-        golden.write_text(text, encoding="utf-8")
-    was = list(yaml.safe_load_all(golden.read_text(encoding="utf-8")))
+        GOLDEN.write_text(text, encoding="utf-8")
+    was = list(yaml.safe_load_all(GOLDEN.read_text(encoding="utf-8")))
     # As objects: another helm may set its lines otherwise.
     assert list(yaml.safe_load_all(text)) == was, (
         f"if that is meant: {WRITE_GOLDEN}=1 pytest tests/chart/test_render.py"
@@ -66,18 +64,6 @@ def test_the_configuration_loads(values: Mapping[str, Any]) -> None:
     assert (config.ray.address, config.gateway.host, config.gateway.resource) == ("auto", "0.0.0.0", "gateway")
     assert (config.handoff.host, config.metrics.host) == ("auto", "auto")
     assert config.gateway.reflection is False
-
-
-def test_values_arrive_in_the_configuration() -> None:
-    config = load_config(**charts.shoal_config(ray_service(PRODUCTION)))
-    assert (config.prefill.replicas, config.prefill.num_gpus) == (2, 1)
-    assert (config.decode.replicas, config.decode.num_gpus, config.decode.kv_pool_bytes) == (4, 2, 34359738368)
-    assert (config.model.name, config.handoff.drain_s, config.log.level) == ("/models/llama/8b", 5, "warning")
-
-
-def test_reflection_can_be_had() -> None:
-    config = load_config(**charts.shoal_config(ray_service({"config": {"gateway": {"reflection": True}}})))
-    assert config.gateway.reflection is True
 
 
 @with_values
@@ -104,45 +90,7 @@ def test_nodes_offer_what_the_application_demands(values: Mapping[str, Any]) -> 
     wanted = demand(load_config(**charts.shoal_config(service)))
     assert {name: offered.get(name, 0.0) for name in wanted} == wanted
     assert offered["gateway"] == 1
-
-
-@with_values
-def test_the_head_carries_no_pool(values: Mapping[str, Any]) -> None:
-    head = charts.head(ray_service(values))
-    assert charts.node_resources(head) == {"gateway": 1}
-    assert (head["rayStartParams"]["num-cpus"], head["rayStartParams"]["num-gpus"]) == ("0", "0")
-
-
-def test_a_spread_counts_the_pools_pods_unless_it_says_itself_what() -> None:
-    spread = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
-    of_its_own = {**spread, "labelSelector": {"matchExpressions": [{"key": "app", "operator": "Exists"}]}}
-    group = charts.worker_groups(ray_service({"decode": {"topologySpreadConstraints": [spread, of_its_own]}}))["decode"]
-    completed, untouched = group["template"]["spec"]["topologySpreadConstraints"]
-    assert untouched == of_its_own
-    selector = completed.pop("labelSelector")["matchLabels"]
-    assert completed == spread
-    assert pods_match(selector, group)
-    assert selector["app.kubernetes.io/component"] == "decode"
-
-
-def test_twin_values_give_twin_groups() -> None:
-    pool = {"replicas": 3, "num_cpus": 2.5, "num_gpus": 2, "env": [{"name": "A", "value": "b"}], "shmSize": "1Gi"}
-    twins = charts.worker_groups(ray_service({"prefill": pool, "decode": pool}))
-    assert json.loads(json.dumps(twins["prefill"]).replace("prefill", "decode")) == twins["decode"]
-
-
-def test_a_pool_of_gpus() -> None:
-    group = charts.worker_groups(ray_service({"decode": {"num_gpus": 2, "gpuResource": "amd.com/gpu"}}))["decode"]
-    assert charts.container(group)["resources"]["limits"]["amd.com/gpu"] == "2"
-    assert group["rayStartParams"]["num-gpus"] == "2"
-
-
-def test_weights_of_a_claim_are_mounted_read_only_everywhere() -> None:
-    for group in groups(ray_service(PRODUCTION)).values():
-        volumes = group["template"]["spec"]["volumes"]
-        assert {"name": "model", "persistentVolumeClaim": {"claimName": "weights", "readOnly": True}} in volumes
-        mount = {"name": "model", "mountPath": "/models", "readOnly": True}
-        assert mount in charts.container(group)["volumeMounts"]
+    assert charts.node_resources(charts.head(service)) == {"gateway": 1}, "the head carries no pool"
 
 
 def test_certificates_are_where_the_configuration_says() -> None:
@@ -219,14 +167,6 @@ def test_keys_reach_the_gateway_and_those_who_ask_for_the_operator() -> None:
     assert "credentials_file" in charts.notes(PRODUCTION) and "Bearer KEY" in charts.notes(PRODUCTION)
 
 
-def test_without_keys_nobody_shows_one() -> None:
-    objects = charts.rendered(apis=MONITORING)
-    assert load_config(**charts.shoal_config(charts.only(objects, "RayService"))).gateway.keys_file is None
-    (source,) = charts.only(objects, "ScrapeConfig")["spec"]["httpSDConfigs"]
-    assert "authorization" not in source
-    assert "env" not in charts.only(objects, "Pod")["spec"]["containers"][0]
-
-
 @with_values
 def test_every_container_is_locked_up(values: Mapping[str, Any]) -> None:
     objects = charts.rendered(values)
@@ -241,17 +181,6 @@ def test_every_container_is_locked_up(values: Mapping[str, Any]) -> None:
             assert context["capabilities"]["drop"] == ["ALL"]
 
 
-def test_only_pools_with_rdma_may_lock_memory() -> None:
-    def added(values: Mapping[str, Any]) -> dict[str, list[str]]:
-        return {
-            name: charts.container(group)["securityContext"]["capabilities"].get("add", [])
-            for name, group in groups(ray_service(values)).items()
-        }
-
-    assert added({}) == {"head": [], "prefill": [], "decode": []}
-    assert added({"rdma": {"enabled": True}}) == {"head": [], "prefill": ["IPC_LOCK"], "decode": ["IPC_LOCK"]}
-
-
 @pytest.mark.parametrize("drain_s", [2.0, 7.3])
 def test_a_pod_outlives_its_drain(drain_s: float) -> None:
     service = ray_service({"config": {"handoff": {"drain_s": drain_s}}, "drain": {"deadline_s": 90}})
@@ -261,13 +190,6 @@ def test_a_pod_outlives_its_drain(drain_s: float) -> None:
             "--deadline-remaining-seconds 90 " in charts.container(group)["lifecycle"]["preStop"]["exec"]["command"][2]
         )
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 90 + closing_s
-
-
-def test_a_worker_is_ready_without_a_proxy_of_serve() -> None:
-    for group in groups(ray_service()).values():
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            asked = charts.container(group)[probe]["httpGet"]
-            assert (asked["path"], ports(group)[asked["port"]]) == ("/api/healthz", 52365)
 
 
 @pytest.mark.parametrize(("port", "grpc_port"), [(8000, 9000), (8081, 9090)])
@@ -280,28 +202,16 @@ def test_ports_are_the_configuration_s_everywhere(port: int, grpc_port: int) -> 
     head = ports(charts.head(service))
     assert (head["serve"], head["serve-grpc"]) == (port, grpc_port)
     assert [each["port"] for each in service["spec"]["serveService"]["spec"]["ports"]] == [port, grpc_port]
-    assert [each["port"] for each in charts.only(objects, "Service")["spec"]["ports"]] == [grpc_port]
     clients = charts.only(objects, "NetworkPolicy")["spec"]["ingress"][1]
     assert [each["port"] for each in clients["ports"]] == [port, grpc_port]
 
 
-def test_the_grpc_service_selects_the_gateway_s_pod_alone() -> None:
-    objects = charts.rendered()
-    selector = charts.only(objects, "Service")["spec"]["selector"]
-    matched = [
-        name for name, group in groups(charts.only(objects, "RayService")).items() if pods_match(selector, group)
-    ]
-    assert matched == ["head"]
-
-
 @with_values
 def test_the_service_that_kuberay_turns_at_an_upgrade_carries_grpc_too(values: Mapping[str, Any]) -> None:
-    objects = charts.rendered(values)
-    service = charts.only(objects, "RayService")
+    service = ray_service(values)
     # KubeRay 1.6 keeps those of our ports that the head's container names, as serve or serve-….
     http, grpc = service["spec"]["serveService"]["spec"]["ports"]
     assert {http["name"], grpc["name"]} == {name for name in ports(charts.head(service)) if name.startswith("serve")}
-    assert [grpc] == charts.only(objects, "Service")["spec"]["ports"]
     assert ("appProtocol" in grpc) is (load_config(**charts.shoal_config(service)).gateway.tls is None)
 
 
@@ -372,18 +282,6 @@ def test_only_pools_with_a_replica_to_spare_get_a_disruption_budget() -> None:
     assert budgets({"decode": {"replicas": 2}, "podDisruptionBudget": {"enabled": False}}) == []
 
 
-def test_a_disruption_budget_needs_no_scale_of_the_pods_owner() -> None:
-    """A RayCluster has none, and then maxUnavailable lets no pod go at all."""
-    budget = charts.only(charts.rendered({"decode": {"replicas": 3}}), "PodDisruptionBudget")["spec"]
-    assert budget["minAvailable"] == 2 and "maxUnavailable" not in budget
-
-
-def test_pods_that_are_not_ready_keep_nobody_from_draining_their_node() -> None:
-    """By default they count as those that can't be spared: of a cluster that is down, no node could be emptied."""
-    budget = charts.only(charts.rendered({"decode": {"replicas": 3}}), "PodDisruptionBudget")["spec"]
-    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
-
-
 def test_a_spare_pod_carries_no_replica_and_one_pod_may_go_at_a_time() -> None:
     objects = charts.rendered({"prefill": {"replicas": 2}, "decode": {"spare": 1}})
     service = charts.only(objects, "RayService")
@@ -434,30 +332,6 @@ def test_monitoring_is_made_where_it_is_wanted(enabled: object, apis: tuple[str,
     assert bool({"ScrapeConfig", "PrometheusRule"} & kinds) is is_there
 
 
-def test_the_dashboard_is_grafana_s() -> None:
-    assert "ConfigMap" not in {each["kind"] for each in charts.rendered()}
-    dashboard = charts.only(charts.rendered({"monitoring": {"dashboard": {"enabled": True}}}), "ConfigMap")
-    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
-    assert json.loads(dashboard["data"]["shoal.json"])["panels"]
-
-
-def test_prometheus_asks_the_service_that_kuberay_makes() -> None:
-    objects = charts.rendered(apis=MONITORING)
-    (source,) = charts.only(objects, "ScrapeConfig")["spec"]["httpSDConfigs"]
-    name = charts.only(objects, "RayService")["spec"]["serveService"]["metadata"]["name"]
-    assert source["url"] == f"http://{name}.{charts.NAMESPACE}.svc:8000/metrics/targets"
-
-
-def test_alerts_look_for_the_job_that_is_scraped() -> None:
-    objects = charts.rendered(apis=MONITORING)
-    groups = charts.only(objects, "PrometheusRule")["spec"]["groups"]
-    jobs = {job for group in groups for rule in group["rules"] for job in re.findall(r'job="(\w+)"', rule["expr"])}
-    relabelled = {"targetLabel": "job", "replacement": jobs.pop()}
-    assert jobs == set()
-    assert relabelled in charts.only(objects, "ScrapeConfig")["spec"]["relabelings"]
-    assert f"job_name: {relabelled['replacement']}\n" in charts.notes()
-
-
 @pytest.mark.parametrize(
     ("values", "job"), [({}, charts.RELEASE), *(({"monitoring": {"job": job}}, job) for job in ("reef/fish", "123"))]
 )
@@ -475,29 +349,6 @@ def test_a_release_has_a_job_of_its_own_wherever_prometheus_is_asked(values: Map
     assert json.loads(dashboard)["uid"] == job.replace("/", "-"), "Grafana takes no other characters"
     relabelled = {"targetLabel": "job", "replacement": job}
     assert relabelled in charts.only(objects, "ScrapeConfig")["spec"]["relabelings"]
-
-
-def test_whoever_has_no_operator_reads_as_often() -> None:
-    """A component stands still for some seconds before its replica is replaced."""
-    interval = charts.only(charts.rendered(apis=MONITORING), "ScrapeConfig")["spec"]["scrapeInterval"]
-    prometheus = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
-    assert prometheus["global"]["scrape_interval"] == interval
-    for text in (charts.notes(), (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")):
-        [snippet] = re.findall(r"^ *scrape_configs:\n(?: +.*\n)+", text, re.MULTILINE)
-        [job] = yaml.safe_load(snippet)["scrape_configs"]
-        assert job["scrape_interval"] == interval
-
-
-def test_notes_name_the_services() -> None:
-    assert f"gRPC: {RELEASE}.{charts.NAMESPACE}.svc:9000 (plain text)" in charts.notes()
-    assert f"{RELEASE}.{charts.NAMESPACE}.svc:9000 (TLS)" in charts.notes(PRODUCTION)
-    assert "gRPC" not in charts.notes({"config": {"gateway": {"grpc_port": 0}}})
-
-
-def test_names_leave_room_for_what_kuberay_appends() -> None:
-    service = ray_service({"fullnameOverride": "x" * 63})
-    assert len(service["metadata"]["name"]) <= 40
-    assert ray_service()["metadata"]["name"] == RELEASE
 
 
 def test_versions_are_those_of_the_package() -> None:

@@ -103,25 +103,6 @@ def test_certificates_have_the_fields_that_we_know() -> None:
         jsonschema.validate(unknown, ours("Certificate"))
 
 
-def with_an_unknown_field(kind: str) -> Object:
-    found = charts.only(charts.rendered(apis=MONITORING), kind)
-    found["spec"]["fieldOfNobody"] = []
-    return found
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_a_field_that_we_do_not_know_is_found(kind: str) -> None:
-    with pytest.raises(jsonschema.ValidationError, match="fieldOfNobody"):
-        jsonschema.validate(with_an_unknown_field(kind), ours(kind))
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_a_field_that_its_operator_does_not_know_is_found(kind: str) -> None:
-    schema = crd(OTHERS[kind])
-    with pytest.raises(jsonschema.ValidationError, match="fieldOfNobody"):
-        jsonschema.validate(with_an_unknown_field(kind), schema)
-
-
 def test_alerts_are_what_prometheus_takes(tmp_path: Path) -> None:
     rules = tmp_path / "rules.yml"
     rule = charts.only(charts.rendered(apis=MONITORING), "PrometheusRule")

@@ -122,10 +122,6 @@ def test_the_schema_knows_the_values_that_there_are_and_no_others() -> None:
     assert known == given
 
 
-def test_the_pools_have_the_same_values() -> None:
-    assert DEFAULTS["prefill"] == DEFAULTS["decode"]
-
-
 @pytest.mark.parametrize(
     "path",
     [

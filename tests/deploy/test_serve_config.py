@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ray._common.utils import import_attr
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
-from shoal.cluster import build
 from shoal.config import load_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -28,11 +26,6 @@ def test_ray_serve_accepts_the_file(tree: dict[str, Any]) -> None:
     # Serve ignores what it doesn't know here.
     assert tree["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
     assert tree.keys() <= ServeDeploySchema.model_fields.keys()
-
-
-def test_the_import_path_is_the_builder(tree: dict[str, Any]) -> None:
-    [application] = tree["applications"]
-    assert import_attr(application["import_path"]) is build
 
 
 def test_the_arguments_are_a_configuration_that_agrees_with_the_rest_of_the_file(tree: dict[str, Any]) -> None:

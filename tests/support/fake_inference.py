@@ -41,7 +41,6 @@ class FakeInference(InferenceServiceServicer):
     num_words: int = len(WORDS)
     holds: bool = False
     """Whether a call, after its words, waits until the client ends it."""
-    pushback_ms: int | None = None
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
     held: threading.Event = field(default_factory=threading.Event)
@@ -112,12 +111,10 @@ class FakeInference(InferenceServiceServicer):
         ended.wait()  # at the latest, the server's end is the call's
 
     def _fail(self, failure: Failure, context: Any) -> NoReturn:
-        trailing = [] if self.pushback_ms is None else [("grpc-retry-pushback-ms", str(self.pushback_ms))]
         if isinstance(failure, grpc.StatusCode):
-            context.set_trailing_metadata(trailing)
             context.abort(failure, "as told")
         status = to_status(failure)
-        context.set_trailing_metadata([*trailing, (DETAILS_KEY, status.SerializeToString())])
+        context.set_trailing_metadata([(DETAILS_KEY, status.SerializeToString())])
         context.abort(next(code for code in grpc.StatusCode if code.value[0] == status.code), status.message)
         raise AssertionError("abort raises")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,29 +14,12 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from shoal.api.grpc_server import GrpcServer
-from shoal.api.inference import SERVICE_NAME
 from shoal.api.intake import Services
 from shoal.v1 import inference_pb2 as pb
 from shoal.v1.inference_pb2_grpc import InferenceServiceStub
 from shoal.wire.statuses import DETAILS_KEY, from_rpc_error
 
 TIMEOUT_S = 10.0
-
-# Without pushback, the second attempt would come too late for any test.
-RETRYING = {
-    "methodConfig": [
-        {
-            "name": [{"service": SERVICE_NAME}],
-            "retryPolicy": {
-                "maxAttempts": 3,
-                "initialBackoff": "60s",
-                "maxBackoff": "60s",
-                "backoffMultiplier": 1,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-            },
-        }
-    ]
-}
 
 
 @dataclass(frozen=True)
@@ -78,10 +60,10 @@ async def serving_inference(services: Services) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def client_of(
-    services: Services, *, credentials: grpc.ChannelCredentials | None = None, retries: bool = False
+    services: Services, *, credentials: grpc.ChannelCredentials | None = None
 ) -> AsyncIterator[Inference]:
-    """A server and a client of it. With ``retries``, gRPC makes them by itself."""
-    options = [("grpc.enable_retries", int(retries)), ("grpc.service_config", json.dumps(RETRYING if retries else {}))]
+    """A server and a client of it."""
+    options = [("grpc.enable_retries", 0)]
     async with serving_inference(services) as address:
         channel = (
             grpc.aio.insecure_channel(address, options)

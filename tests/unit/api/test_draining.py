@@ -43,10 +43,6 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_drain_without_open_requests_returns_at_once():
-    await asyncio.wait_for(DrainingBackend(Pool(1)).drain(60), 1)
-
-
 async def test_what_is_open_may_finish():
     pool, outputs = Pool(2), []
     backend = DrainingBackend(pool)
@@ -107,13 +103,3 @@ async def test_a_client_that_leaves_counts_as_finished():
     answer.cancel()
     await asyncio.wait_for(backend.drain(60), 1)
     assert pool.num_open == 0
-
-
-async def test_a_timeout_of_the_pool_itself_stays_what_it_is():
-    class Late(Pool):
-        async def generate(self, _request: Any) -> AsyncGenerator[Any, None]:
-            raise TimeoutError("the pool's own")
-            yield
-
-    with pytest.raises(TimeoutError, match="own"):
-        await collect(DrainingBackend(Late(0)), [])

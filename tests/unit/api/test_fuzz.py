@@ -1,7 +1,7 @@
 """Whatever is sent by HTTP is answered in OpenAI's shapes: by 200 or a refusal, never by a defect; and nothing stays.
 
 Bodies come from the fields that the endpoints know: each has values that fit, values at and beyond its limits, and any
-JSON at all. The document of an answer is read by OpenAI's own types.
+JSON at all. The document of an answer is read by OpenAI's own types, and by the server's own OpenAPI document.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import pytest
 from examples import examples
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from openai.types import Completion, Model
+from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openapi_schemas import errors_of
 
 from shoal.api.http_app import create_app
 from shoal.api.intake import Services
+from shoal.api.openapi import openapi_document
 from shoal.api.schema import Body, ChatBody, CompletionBody
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -30,6 +32,7 @@ ENDPOINTS: dict[str, tuple[type[Body], type[Any], type[Any]]] = {
     COMPLETIONS: (CompletionBody, Completion, Completion),
     CHAT: (ChatBody, ChatCompletion, ChatCompletionChunk),
 }
+SCHEMAS = {COMPLETIONS: ("Completion", "CompletionChunk"), CHAT: ("ChatCompletion", "ChatCompletionChunk")}
 
 texts = st.text(max_size=20)
 any_json = st.recursive(
@@ -79,6 +82,7 @@ class Caller:
     def __init__(self, services: Services) -> None:
         self.loop = asyncio.new_event_loop()
         self.backend: Any = services.backend
+        self.document = openapi_document(services)
         app = create_app(services)
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
@@ -107,27 +111,31 @@ def assert_refusal(document: Any) -> None:
     assert isinstance(document["error"]["message"], str) and len(document["error"]["message"]) < 2000
 
 
-def assert_answered(path: str, response: httpx.Response) -> None:
-    """In one of OpenAI's shapes."""
+def assert_answered(path: str, response: httpx.Response, own: dict[str, Any]) -> None:
+    """In one of OpenAI's shapes, which ``own`` describes."""
     assert response.status_code in (200, 400, 404, 405, 413), response.text
     assert response.headers["x-request-id"]
     _, whole, chunk = ENDPOINTS[path]
+    of_whole, of_chunk = SCHEMAS[path]
     if response.status_code != 200:
         assert_refusal(response.json())
+        assert errors_of(own, "Error", response.json()) == []
     elif response.headers["content-type"].startswith("text/event-stream"):
         *events, end = [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
         assert end == "[DONE]" and events
         for event in events:
             chunk.model_validate_json(event)
+            assert errors_of(own, of_chunk, json.loads(event)) == []
     else:
         whole.model_validate_json(response.content)
+        assert errors_of(own, of_whole, response.json()) == []
 
 
-@examples(150, suppress_health_check=list(HealthCheck))
-@given(data=st.data(), path=st.sampled_from([COMPLETIONS, CHAT]))
-def test_any_body_is_answered_or_refused(call: Caller, data: st.DataObject, path: str) -> None:
+@examples(80, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), path=st.sampled_from([COMPLETIONS, CHAT]), timing=st.sampled_from([{}, {"x-shoal-timing": "1"}]))
+def test_any_body_is_answered_or_refused(call: Caller, data: st.DataObject, path: str, timing: dict[str, str]) -> None:
     body = data.draw(bodies(ENDPOINTS[path][0]))
-    assert_answered(path, call("POST", path, json.dumps(body).encode()))
+    assert_answered(path, call("POST", path, json.dumps(body).encode(), timing), call.document)
 
 
 @examples(60, suppress_health_check=list(HealthCheck))
@@ -168,15 +176,10 @@ def test_bodies_get_far_often_enough(call: Caller) -> None:
     """Bodies that are all refused would show little."""
     statuses = []
 
-    @examples(60, suppress_health_check=list(HealthCheck))
+    @examples(40, suppress_health_check=list(HealthCheck))
     @given(body=bodies(CompletionBody))
     def ask(body: dict[str, Any]) -> None:
         statuses.append(call("POST", COMPLETIONS, json.dumps(body).encode()).status_code)
 
     ask()
     assert statuses.count(200) > 10 and statuses.count(400) > 10
-
-
-def test_the_models_are_openais(call: Caller) -> None:
-    [model] = call("GET", "/v1/models").json()["data"]
-    Model.model_validate(model)

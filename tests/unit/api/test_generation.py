@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry
 from shoal.api.backend import GatewayObserver, Readiness
 from shoal.api.exchange import Exchange
 from shoal.api.generation import Generation, interleave
-from shoal.errors import Overloaded, Unavailable
 from shoal.telemetry import GatewayMetrics
 from shoal.wire.messages import (
     Depth,
@@ -39,10 +38,6 @@ class Script:
             self.items.put_nowait(TokenOutput(0, (1,), text))
         return self
 
-    def end(self, error: Exception | None = None) -> Script:
-        self.items.put_nowait(error)
-        return self
-
     async def stream(self) -> AsyncGenerator[TokenOutput, None]:
         try:
             while (item := await self.items.get()) is not None:
@@ -53,21 +48,6 @@ class Script:
             self.is_closed = True
 
 
-async def texts_of(*scripts: Script) -> list[tuple[int, str]]:
-    async with aclosing(interleave([script.stream() for script in scripts])) as merged:
-        return [(index, output.text) async for index, output in merged]
-
-
-@pytest.mark.parametrize("num_streams", [1, 2, 5])
-async def test_all_outputs_come_each_stream_in_its_order(num_streams: int) -> None:
-    scripts = [Script().say("a", "b", "c").end() for _ in range(num_streams)]
-    texts = await texts_of(*scripts)
-    for index in range(num_streams):
-        assert [text for at, text in texts if at == index] == ["a", "b", "c"]
-    assert len(texts) == 3 * num_streams
-    assert all(script.is_closed for script in scripts)
-
-
 async def test_a_silent_stream_doesnt_hold_up_the_others() -> None:
     silent, talking = Script(), Script().say("a", "b")
     async with aclosing(interleave([silent.stream(), talking.stream()])) as merged:
@@ -75,36 +55,6 @@ async def test_a_silent_stream_doesnt_hold_up_the_others() -> None:
         silent.say("c")
         assert (await anext(merged))[0] == 0
     assert silent.is_closed and talking.is_closed
-
-
-@pytest.mark.parametrize("num_streams", [1, 3])
-async def test_the_first_error_closes_all_streams(num_streams: int) -> None:
-    scripts = [Script().say("a") for _ in range(num_streams)]
-    scripts[-1].end(Overloaded("full"))
-    with pytest.raises(Overloaded):
-        await texts_of(*scripts)
-    assert all(script.is_closed for script in scripts)
-
-
-@pytest.mark.parametrize("num_streams", [1, 3])
-async def test_cancelling_closes_all_streams(num_streams: int) -> None:
-    scripts = [Script().say("a") for _ in range(num_streams)]
-    all_wait = asyncio.Event()
-
-    async def consume() -> None:
-        num_seen = 0
-        async with aclosing(interleave([script.stream() for script in scripts])) as merged:
-            async for _ in merged:
-                num_seen += 1
-                if num_seen == num_streams:
-                    all_wait.set()
-
-    task = asyncio.create_task(consume())
-    await all_wait.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert all(script.is_closed for script in scripts)
 
 
 # --- counts and times -----------------------------------------------------------------------------------
@@ -153,17 +103,6 @@ def metrics(registry: CollectorRegistry) -> GatewayObserver:
     return GatewayMetrics(registry, ["m"])
 
 
-async def test_choices_are_numbered_and_counted(metrics: GatewayObserver) -> None:
-    backend = TwoStepBackend()
-    generation = Generation(backend, requests(2, 3), arrived_s=99.5, observer=metrics, clock=backend.clock)
-    outputs = [one async for one in generation.outputs()]
-    assert sorted(one.index for one in outputs if one.is_first) == [0, 1, 2, 3, 4, 5]
-    assert [one.is_last for one in outputs] == [False] * 11 + [True]
-    assert (generation.num_prompt_tokens, generation.num_completion_tokens) == (6, 12)
-    assert generation.token_ids == {index: [5, 6] for index in range(6)}
-    assert generation.depth is Depth.FULL
-
-
 async def test_the_metrics_have_what_the_gateways_clock_says(
     metrics: GatewayObserver, registry: CollectorRegistry
 ) -> None:
@@ -185,21 +124,3 @@ async def test_the_metrics_have_what_the_gateways_clock_says(
     assert value(registry, "shoal_requests_in_flight") == 0
     labels = {"model": "m", "endpoint": "completions", "status": "200", "error_type": "none"}
     assert value(registry, "shoal_requests_total", **labels) == 1
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "kind"),
-    [
-        (Unavailable("gone"), "503", "unavailable_error"),
-        (asyncio.CancelledError(), "499", "cancelled_error"),
-        (ZeroDivisionError(), "500", "internal_error"),
-    ],
-)
-async def test_however_a_request_ends_it_is_counted_once(
-    metrics: GatewayObserver, registry: CollectorRegistry, error: BaseException, status: str, kind: str
-) -> None:
-    with pytest.raises(type(error)), Exchange("completions", metrics, TwoStepBackend().clock):
-        raise error
-    labels = {"model": "other", "endpoint": "completions", "status": status, "error_type": kind}
-    assert value(registry, "shoal_requests_total", **labels) == 1
-    assert value(registry, "shoal_requests_in_flight") == 0

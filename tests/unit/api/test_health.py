@@ -49,13 +49,10 @@ async def test_the_server_serves_while_decode_is_ready(
     assert (await stub.Check(asked(name), timeout=TIMEOUT_S)).status == status
 
 
-async def test_another_service_is_not_found(stub: Any) -> None:
+async def test_another_service_is_not_known(stub: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.Check(asked("shoal.v1.HandoffService"), timeout=TIMEOUT_S)
     assert refused.value.code() == grpc.StatusCode.NOT_FOUND
-
-
-async def test_another_service_is_watched_as_unknown(stub: Any) -> None:
     call = stub.Watch(asked("shoal.v1.HandoffService"), timeout=TIMEOUT_S)
     assert (await call.read()).status == Status.SERVICE_UNKNOWN
 

@@ -33,15 +33,6 @@ class Oracle:
         return number
 
 
-async def test_an_answer_is_believed_for_a_while() -> None:
-    oracle = Oracle()
-    assert [await oracle.poll.answer() for _ in range(3)] == [1, 1, 1]
-    oracle.now_s += BELIEVED_S - 0.01
-    assert await oracle.poll.answer() == 1
-    oracle.now_s += 0.01
-    assert [await oracle.poll.answer() for _ in range(2)] == [2, 2]
-
-
 async def test_all_who_ask_meanwhile_wait_for_one_answer() -> None:
     oracle = Oracle()
     oracle.free.clear()

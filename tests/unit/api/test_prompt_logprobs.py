@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -107,19 +106,6 @@ async def test_what_is_generated_is_what_full_depth_generates_without_echo(serve
     [without], [choice] = plain["choices"], echoed["choices"]
     assert choice["text"] == served.tokenizer.decode(IDS) + without["text"]
     assert choice["logprobs"] is None and echoed["usage"]["depth"] == "full"
-
-
-async def test_a_stream_brings_the_prompt_first_and_adds_up_to_the_whole(served: Served) -> None:
-    fields = {"prompt": TEXT, "echo": True, "logprobs": 1, "max_tokens": 4, "ignore_eos": True, "n": 2}
-    whole = await served.post(**fields)
-    response = await served.http.post(COMPLETIONS, json={"model": "tiny", "temperature": 0, "stream": True, **fields})
-    events = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
-    for choice in whole["choices"]:
-        parts = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
-        assert parts[0]["text"].startswith(TEXT)
-        assert "".join(part["text"] for part in parts) == choice["text"]
-        for name, values in choice["logprobs"].items():
-            assert [value for part in parts for value in part["logprobs"][name]] == values
 
 
 async def test_choices_of_one_prompt_tell_of_it_what_was_made_once(

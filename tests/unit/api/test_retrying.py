@@ -207,8 +207,9 @@ async def test_what_is_told_of_a_prompt_is_told_once():
 @pytest.mark.parametrize("num_before", [0, 1])
 async def test_no_run_goes_to_a_replica_that_has_failed_if_another_is_there(num_before: int):
     run = await Run(pool := Pool(PeerGone("died"), PlanMismatch("new"), num_before=num_before))()
-    assert run.outputs == OUTPUTS
+    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone", "plan_mismatch"]
     assert pool.asked == [("a", 0), ("b", 1), ("c", 2)], "each at once"
+    assert pool.requests[1].resumption == pool.requests[2].resumption
 
 
 async def test_one_that_is_alone_is_asked_again_after_a_while():
@@ -250,12 +251,6 @@ async def test_nobody_is_waited_for_beyond_the_deadline():
 async def test_of_a_complete_answer_nothing_is_asked_for():
     run = await Run(pool := Pool(PeerGone("its end was lost"), num_before=2))()
     assert run.outputs == OUTPUTS and len(pool.requests) == 1 and not run.seen.retries
-
-
-async def test_one_of_another_plan_is_passed_over():
-    run = await Run(pool := Pool(PeerGone("died"), PlanMismatch("new"), num_before=1))()
-    assert run.outputs == OUTPUTS and run.seen.retries == ["peer_gone", "plan_mismatch"]
-    assert pool.requests[1].resumption == pool.requests[2].resumption is not None
 
 
 async def test_a_resume_that_cannot_be_sent_ends_the_answer():
@@ -310,13 +305,6 @@ async def test_an_answer_that_has_begun_goes_on_where_there_is_room():
     assert [name for name, _ in pool.asked] == ["a", "b", "c"] and pool.requests[2].resumption is not None
 
 
-async def test_who_is_asked_after_a_refusal_is_asked_in_what_time_is_left():
-    run = Run(pool := Pool(Overloaded("full"), lasts_s=11))
-    with pytest.raises(DeadlineExceeded):
-        await run()
-    assert len(pool.requests) == 1
-
-
 @pytest.mark.parametrize("error", [Unavailable("no rung left"), DeadlineExceeded("late")], ids=str)
 async def test_an_answer_of_the_pool_is_not_asked_for_again(error: ShoalError):
     run = Run(pool := Pool(error))
@@ -347,8 +335,9 @@ async def test_all_that_a_full_replica_has_when_it_dies_go_on_at_once():
     assert {limit.book(within_s=0) for _ in range(num_lost)} == {0}
 
 
-async def test_no_attempt_begins_after_the_deadline():
-    run = Run(pool := Pool(PeerGone("died"), lasts_s=11))
+@pytest.mark.parametrize("error", [PeerGone("died"), Overloaded("full")], ids=str)
+async def test_no_attempt_begins_after_the_deadline(error: ShoalError):
+    run = Run(pool := Pool(error, lasts_s=11))
     with pytest.raises(DeadlineExceeded):
         await run()
     assert len(pool.requests) == 1
@@ -360,7 +349,3 @@ async def test_leaving_closes_the_run_under_way():
     assert await anext(outputs) == OUTPUTS[0] and pool.num_open == 1
     await outputs.aclose()
     assert pool.num_open == 0
-
-
-async def test_readiness_is_the_pools():
-    assert await Run(Pool()).backend.readiness() == Readiness(num_decode=2, num_prefill=1)

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from shoal.api import validation
 from shoal.api.schema import ChatBody, CompletionBody, parse
-from shoal.api.validation import ServedModel, check_limits, depth_of, find_model, generate_requests
+from shoal.api.validation import ServedModel, check_limits, depth_of, generate_requests
 from shoal.config import GatewayConfig
-from shoal.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from shoal.errors import ContextLengthExceeded, InvalidRequest
 from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams
 
 MODEL = ServedModel("tiny", max_context_tokens=100, vocab_size=50)
@@ -41,10 +41,6 @@ def test_a_bare_completion_has_openais_defaults() -> None:
     assert request.prompt_token_ids == (1,) * 10
 
 
-def test_a_bare_chat_may_fill_the_rest_of_the_context() -> None:
-    assert request_of(chat(), num_prompt_tokens=30).sampling.max_tokens == 70
-
-
 def test_every_sampling_field_arrives() -> None:
     body = completion(
         max_tokens=9, temperature=0, top_p=0.5, top_k=7, seed=11, n=3, logprobs=2, stop=["x", "y"], min_tokens=4,
@@ -56,10 +52,7 @@ def test_every_sampling_field_arrives() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("fields", "num_logprobs"),
-    [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 5}, 5)],
-)
+@pytest.mark.parametrize(("fields", "num_logprobs"), [({"logprobs": False}, None), ({"logprobs": True}, 0)], ids=str)
 def test_chat_asks_for_logprobs_in_two_fields(fields: dict[str, object], num_logprobs: int | None) -> None:
     assert request_of(chat(**fields)).sampling.num_logprobs == num_logprobs
 
@@ -78,11 +71,6 @@ def test_a_seed_is_fixed_for_each_request_that_has_none() -> None:
     seeds = {request_of(completion()).sampling.seed for _ in range(8)}
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-@pytest.mark.parametrize("seed", [0, 2**63 - 1, -1, -(2**63)])
-def test_any_64_bit_seed_is_mapped_to_one_that_isnt_negative(seed: int) -> None:
-    assert request_of(completion(seed=seed)).sampling.seed == seed % 2**63
 
 
 def test_prompts_of_one_request_have_ids_and_seeds_of_their_own() -> None:
@@ -113,13 +101,6 @@ def test_what_is_told_of_a_prompt_needs_full_depth(asked: str | None, field: dic
     body = completion(depth=asked, **field)
     check_limits(body, MODEL, GatewayConfig())
     assert depth_of(body, replace(MODEL, default_depth=default)) is Depth.FULL
-
-
-@pytest.mark.parametrize("field", ["echo", "prompt_logprobs"])
-def test_and_shallow_with_it_is_refused_with_its_name(field: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"depth: {field} needs a prompt at full depth") as refused:
-        check_limits(completion(depth="shallow", **{field: True if field == "echo" else 1}), MODEL, GatewayConfig())
-    assert refused.value.param == "depth"
 
 
 @pytest.mark.parametrize(
@@ -156,12 +137,6 @@ def test_an_answer_has_no_more_log_probabilities_of_prompts_than_the_gateway_can
     assert refused.value.param == body.needs_full_depth
 
 
-def test_what_isnt_told_isnt_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "MAX_TOLD", 0)
-    for body in (completion(logprobs=5, n=9), completion(echo=True, max_tokens=0)):
-        request_of(body)
-
-
 def test_a_prompt_that_is_only_scored_may_fill_the_context() -> None:
     body = completion(echo=True, max_tokens=0)
     assert request_of(body, num_prompt_tokens=100).sampling.max_tokens == 0
@@ -173,38 +148,6 @@ def test_prompt_and_answer_may_fill_the_context_and_no_more() -> None:
     assert request_of(completion(max_tokens=90)).sampling.max_tokens == 90
     with pytest.raises(ContextLengthExceeded, match="10 tokens and an answer of up to 91 are more than"):
         request_of(completion(max_tokens=91))
-
-
-def test_a_chat_must_leave_room_for_one_token() -> None:
-    assert request_of(chat(), num_prompt_tokens=99).sampling.max_tokens == 1
-    with pytest.raises(ContextLengthExceeded):
-        request_of(chat(), num_prompt_tokens=100)
-
-
-def test_a_chat_has_at_most_a_message_for_each_token_of_the_context() -> None:
-    messages = [{"role": "user", "content": ""}] * 100
-    check_limits(chat(messages=messages), MODEL, GatewayConfig())
-    with pytest.raises(InvalidRequest, match="at most 100 messages") as refused:
-        check_limits(chat(messages=[*messages, messages[0]]), MODEL, GatewayConfig())
-    assert refused.value.param == "messages"
-
-
-@pytest.mark.parametrize("ids", [[50], [-1], [0, 49, 10**30]])
-def test_ids_outside_the_vocabulary_are_refused(ids: list[int]) -> None:
-    with pytest.raises(InvalidRequest, match="must be 0 to 49"):
-        generate_requests(completion(), [ids], MODEL, CONTEXT)
-
-
-def test_ids_of_the_whole_vocabulary_are_accepted() -> None:
-    [request] = generate_requests(completion(), [range(50)], MODEL, CONTEXT)
-    assert request.prompt_token_ids == tuple(range(50))
-
-
-def test_a_model_is_found_by_its_exact_name() -> None:
-    assert find_model([MODEL], "tiny") is MODEL
-    for name in ("Tiny", "", "tiny "):
-        with pytest.raises(ModelNotFound):
-            find_model([MODEL], name)
 
 
 def test_text_parts_of_a_message_become_lines() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from shoal.api.keys import Keyring, Role, read_keys
+from shoal.api.keys import Keyring, read_keys
 from shoal.cli import app
 from shoal.errors import ConfigError, InvalidRequest, Unauthenticated
 
@@ -38,13 +38,6 @@ def test_a_key_that_was_made_opens_and_one_taken_back_does_not(file: Path):
     assert keyring.tenant(f"Bearer {second}").name == "alice"
     with pytest.raises(Unauthenticated):
         keyring.tenant(f"Bearer {first}")
-
-
-def test_roles_are_as_asked_for(file: Path):
-    made(file, "prometheus", "--role", "metrics")
-    made(file, "alice", "--role", "metrics", "--role", "generate")
-    roles = {name: tenant.roles for name, tenant in read_keys(file).tenants.items()}
-    assert roles == {"prometheus": {Role.METRICS}, "alice": {Role.METRICS, Role.GENERATE}}
 
 
 def test_limits_are_as_asked_for_and_stay_until_something_else_is(file: Path):

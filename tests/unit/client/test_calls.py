@@ -7,7 +7,7 @@ import math
 from callers import Caller
 from fake_inference import MODEL, TEXT, WORDS, FakeInference
 
-from shoal.client import Choice, Client, Delta, Depth, FinishReason, Message, Model, TokenLogprob, Usage
+from shoal.client import Choice, Client, Delta, Depth, FinishReason, Message, TokenLogprob, Usage
 from shoal.v1 import inference_pb2 as pb
 
 USAGE = Usage(num_prompt_tokens=7, num_output_tokens=3, num_cached_tokens=2, depth=Depth.SHALLOW)
@@ -74,14 +74,6 @@ def test_a_stream_brings_the_same_as_the_whole_answer(caller: Caller) -> None:
     assert sum((delta.token_ids for delta in deltas), ()) == whole.choices[0].token_ids
     assert [delta.finish_reason for delta in deltas] == [None, None, FinishReason.STOP]
     assert usage == whole.usage == USAGE
-
-
-def test_models(caller: Caller) -> None:
-    assert caller.models() == (Model(MODEL, 8192, 1_700_000_000),)
-
-
-def test_a_healthy_server_is_ready(caller: Caller) -> None:
-    assert caller.is_ready()
 
 
 def test_each_request_has_an_id_of_its_own(caller: Caller, service: FakeInference) -> None:

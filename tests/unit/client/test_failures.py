@@ -6,7 +6,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-import fake_inference
 import grpc
 import pytest
 from callers import Caller
@@ -61,12 +60,6 @@ def test_the_servers_error_is_raised_and_isnt_tried_again(
     assert service.num_attempts == 1
 
 
-def test_an_answer_without_choices_is_none(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_inference, "_choices", lambda _request: [])
-    with pytest.raises(errors.InternalError, match="without choices: its version may not fit this client's"):
-        caller.generate()
-
-
 def test_an_overloaded_server_says_when_to_come_back(
     ask: Callable[..., Any], caller: Caller, service: FakeInference
 ) -> None:
@@ -80,14 +73,6 @@ def test_a_deadline_passes(ask: Callable[..., Any], caller: Caller, service: Fak
     service.holds = True
     with pytest.raises(errors.DeadlineExceeded, match=r"within 0.3 s: raise timeout_s"):
         ask(caller, timeout_s=0.3)
-
-
-def test_the_clients_own_deadline_is_the_default(
-    kind: type[Caller], ask: Callable[..., Any], target: str, service: FakeInference
-) -> None:
-    service.holds = True
-    with pytest.raises(errors.DeadlineExceeded, match=r"within 0.25 s"):
-        ask(kind(target, timeout_s=0.25))
 
 
 def test_an_absent_server_fails_clearly(kind: type[Caller], ask: Callable[..., Any], nobody: str) -> None:
@@ -106,38 +91,6 @@ def test_a_server_that_comes_back_is_found(nobody: str, service: FakeInference) 
 def test_a_server_that_says_nothing_isnt_ready(kind: type[Caller]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the system accepts for it
         assert not kind(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.3).is_ready()
-
-
-def test_a_deadline_that_is_far_away_hasnt_passed(
-    kind: type[Caller], ask: Callable[..., Any], target: str, service: FakeInference
-) -> None:
-    ask(kind(target, timeout_s=1e10, max_attempts=1))
-    ask(kind(target, max_attempts=1), timeout_s=1e300)
-    assert service.num_attempts == 2
-
-
-def test_an_absent_server_isnt_ready(kind: type[Caller], nobody: str) -> None:
-    assert not kind(nobody, timeout_s=20).is_ready()
-
-
-@pytest.mark.parametrize(
-    ("code", "kind_of_error", "words"),
-    [
-        (grpc.StatusCode.UNIMPLEMENTED, errors.Unavailable, "doesn't serve shoal.v1.InferenceService"),
-        (grpc.StatusCode.UNAUTHENTICATED, errors.RequestError, "as told"),
-        (grpc.StatusCode.UNKNOWN, errors.InternalError, "as told"),
-    ],
-)
-def test_a_status_that_isnt_ours_is_one_of_our_errors_too(
-    code: grpc.StatusCode,
-    kind_of_error: type[errors.ShoalError],
-    words: str,
-    caller: Caller,
-    service: FakeInference,
-) -> None:
-    service.failures = [code]
-    with pytest.raises(kind_of_error, match=words):
-        caller.models()
 
 
 def test_a_request_above_the_servers_limit_is_too_large(caller: Caller) -> None:
@@ -188,17 +141,3 @@ def test_a_long_prompt_is_tried_again_too(caller: Caller, service: FakeInference
     service.failures = [errors.Unavailable("no decode replica")]
     assert caller.generate("x" * (2 << 20)).text == TEXT
     assert service.num_attempts == 2
-
-
-def test_a_server_may_forbid_another_attempt(ask: Callable[..., Any], caller: Caller, service: FakeInference) -> None:
-    service.failures, service.pushback_ms = [errors.Unavailable("draining")], -1
-    with pytest.raises(errors.Unavailable, match="draining"):
-        ask(caller)
-    assert service.num_attempts == 1
-
-
-def test_a_server_may_put_another_attempt_off(ask: Callable[..., Any], caller: Caller, service: FakeInference) -> None:
-    service.failures, service.pushback_ms = [errors.Overloaded("the queue is full")], 60_000
-    with pytest.raises(errors.DeadlineExceeded):
-        ask(caller, timeout_s=1)
-    assert service.num_attempts == 1

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
-from fake_inference import PATIENCE_S, TEXT, WORDS, FakeInference
+from fake_inference import PATIENCE_S, FakeInference
 
 from shoal.client import AsyncClient, AsyncStream, Cancelled, Client, Stream
 
@@ -17,21 +17,9 @@ def service() -> FakeInference:
     return FakeInference(num_words=2, holds=True)
 
 
-class LostPatience(Exception):
-    pass
-
-
 def by_break(stream: Stream) -> None:
     for _ in stream:
         break
-
-
-def by_exception(stream: Stream) -> None:
-    try:
-        for _ in stream:
-            raise LostPatience
-    except LostPatience:
-        return
 
 
 def by_close(stream: Stream) -> None:
@@ -45,7 +33,7 @@ def by_with(stream: Stream) -> None:
         next(stream)
 
 
-@pytest.mark.parametrize("leave", [by_break, by_exception, by_close, by_with])
+@pytest.mark.parametrize("leave", [by_break, by_close, by_with])
 def test_the_server_sees_it_though_the_stream_is_still_held(
     leave: Callable[[Stream], None], target: str, service: FakeInference
 ) -> None:
@@ -103,17 +91,6 @@ def test_another_thread_may_close_what_this_one_reads(target: str, service: Fake
         assert service.left.wait(PATIENCE_S)
 
 
-def test_next_leaves_the_rest(target: str, service: FakeInference) -> None:
-    service.num_words, service.holds = len(WORDS), False
-    with Client(target) as client:
-        stream = client.stream("The sea is")
-        assert next(stream).text == WORDS[0]
-        assert stream.usage is None
-        assert "".join(delta.text for delta in stream) == TEXT.removeprefix(WORDS[0])
-        assert stream.usage is not None
-        assert list(stream) == []
-
-
 # --- asyncio --------------------------------------------------------------------------------------------
 
 
@@ -124,14 +101,6 @@ async def has_left(service: FakeInference) -> bool:
 async def by_break_async(stream: AsyncStream) -> None:
     async for _ in stream:
         break
-
-
-async def by_exception_async(stream: AsyncStream) -> None:
-    try:
-        async for _ in stream:
-            raise LostPatience
-    except LostPatience:
-        return
 
 
 async def by_close_async(stream: AsyncStream) -> None:
@@ -145,7 +114,7 @@ async def by_with_async(stream: AsyncStream) -> None:
         await anext(stream)
 
 
-@pytest.mark.parametrize("leave", [by_break_async, by_exception_async, by_close_async, by_with_async])
+@pytest.mark.parametrize("leave", [by_break_async, by_close_async, by_with_async])
 async def test_the_server_sees_it_though_the_async_stream_is_still_held(
     leave: Callable[[AsyncStream], Awaitable[None]], target: str, service: FakeInference
 ) -> None:
@@ -201,17 +170,6 @@ async def test_closing_the_client_is_cancelled_to_whom_reads(target: str, servic
     assert await has_left(service)
 
 
-async def test_anext_leaves_the_rest(target: str, service: FakeInference) -> None:
-    service.num_words, service.holds = len(WORDS), False
-    async with AsyncClient(target) as client:
-        stream = client.stream("The sea is")
-        assert (await anext(stream)).text == WORDS[0]
-        assert stream.usage is None
-        assert "".join(await read(stream)) == TEXT.removeprefix(WORDS[0])
-        assert stream.usage is not None
-        assert await read(stream) == []
-
-
 def test_a_stream_that_outlives_its_loop_ends_quietly(target: str, service: FakeInference) -> None:
     async def begin() -> AsyncStream:
         stream = AsyncClient(target).stream("The sea is")
@@ -221,8 +179,3 @@ def test_a_stream_that_outlives_its_loop_ends_quietly(target: str, service: Fake
     stream = asyncio.run(begin())
     del stream  # whatever it raised would fail this test
     assert service.left.wait(PATIENCE_S)
-
-
-def test_an_async_client_needs_a_running_loop() -> None:
-    with pytest.raises(RuntimeError, match="no running event loop"):
-        AsyncClient()

@@ -39,13 +39,6 @@ def test_another_authority_isnt_trusted(
     assert service.num_attempts == 0
 
 
-def test_plain_text_to_a_tls_port_says_what_to_check(
-    kind: type[Caller], authority: Authority, service: FakeInference
-) -> None:
-    with serving(service, authority.server()) as target, pytest.raises(PeerGone, match="both sides speak TLS"):
-        kind(target, timeout_s=20, max_attempts=1).generate()
-
-
 def test_mutual_tls(kind: type[Caller], authority: Authority, service: FakeInference) -> None:
     tls = Tls(authority.ca_file, authority.cert_file, authority.key_file)
     with serving(service, authority.server(asks_clients=True)) as target:
@@ -74,14 +67,6 @@ def test_a_file_that_wont_do_is_named(files: dict[str, str], named: str, authori
 
 
 # --- the key --------------------------------------------------------------------------------------------
-
-
-def test_the_key_goes_with_each_call(kind: type[Caller], target: str, service: FakeInference) -> None:
-    caller = kind(target, api_key=KEY, timeout_s=20)
-    caller.generate()
-    caller.stream()
-    caller.models()
-    assert [metadata["authorization"] for metadata in service.metadata] == [f"Bearer {KEY}"] * 3
 
 
 def test_without_a_key_there_is_no_authorization(caller: Caller, service: FakeInference) -> None:

@@ -26,13 +26,6 @@ def test_a_burst_at_once_then_so_many_a_second():
     assert [limit.take() for _ in range(2)] == [True, False]
 
 
-def test_rest_fills_it_up_to_a_burst_and_no_further():
-    clock = Clock()
-    limit = RateLimit(RateConfig(per_s=2, burst=3), clock)
-    clock.now_s += 1000
-    assert sum(limit.take() for _ in range(10)) == 3
-
-
 def test_who_books_waits_for_a_turn_of_its_own():
     clock = Clock()
     limit = RateLimit(RateConfig(per_s=2, burst=2), clock)

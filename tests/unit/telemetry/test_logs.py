@@ -45,30 +45,6 @@ def test_both_loggers_write_json_with_the_request_id() -> None:
     assert "request_id" not in third
 
 
-def test_a_trace_is_named_with_its_request() -> None:
-    stream = io.StringIO()
-    configure_logging("info", "json", stream)
-    for trace in ("00-trace-01", None):
-        with bind_request("req-1", trace):
-            structlog.get_logger().info("served")
-    assert [line.get("traceparent") for line in written(stream)] == ["00-trace-01", None]
-    assert all(line["request_id"] == "req-1" for line in written(stream))
-
-
-async def test_concurrent_requests_keep_their_own_id() -> None:
-    stream = io.StringIO()
-    configure_logging("info", "json", stream)
-    both_bound = asyncio.Barrier(2)
-
-    async def serve(request_id: str) -> None:
-        with bind_request(request_id):
-            await both_bound.wait()
-            structlog.get_logger().info("served", tenant=request_id)
-
-    await asyncio.gather(serve("a"), serve("b"))
-    assert {(line["request_id"], line["tenant"]) for line in written(stream)} == {("a", "a"), ("b", "b")}
-
-
 @pytest.mark.parametrize("line_format", ["json", "console"])
 @pytest.mark.parametrize("field", ["prompt", "text", "messages", "token_ids", "request", "output"])
 def test_what_a_client_wrote_is_withheld(line_format: str, field: str) -> None:
@@ -157,16 +133,6 @@ def test_what_python_itself_would_print_is_logged_without_its_text(
     assert SECRET not in stream.getvalue() + capfd.readouterr().err
 
 
-def test_exceptions_that_lead_to_one_another_are_told_once() -> None:
-    stream = io.StringIO()
-    configure_logging("info", "json", stream)
-    one, other = ValueError(), KeyError()
-    one.__context__, other.__context__ = other, one
-    logging.getLogger("shoal").error("failed", exc_info=one)
-    [line] = written(stream)
-    assert str(line["exception"]).count("ValueError") == str(line["exception"]).count("KeyError") == 1
-
-
 @pytest.mark.parametrize("line_format", ["json", "console"])
 def test_its_text_is_told_where_that_is_asked_for_and_local_variables_are_not(
     line_format: Literal["json", "console"],
@@ -201,22 +167,3 @@ async def test_what_asyncio_says_of_a_task_that_failed_is_without_its_text() -> 
 
 def test_no_field_that_can_be_logged_holds_text() -> None:
     assert not FIELDS & {"prompt", "text", "messages", "content", "token_ids", "prompt_token_ids", "output", "stop"}
-
-
-def test_the_level_holds_and_libraries_are_quiet() -> None:
-    stream = io.StringIO()
-    configure_logging("info", "json", stream)
-    logging.getLogger("shoal").debug("too much")
-    logging.getLogger("httpx").info("GET /")
-    logging.getLogger("uvicorn.access").info("GET /")
-    logging.getLogger("httpx").warning("it matters")
-    assert [line["event"] for line in written(stream)] == ["it matters"]
-
-
-def test_calling_it_again_writes_each_line_once() -> None:
-    first, second = io.StringIO(), io.StringIO()
-    configure_logging("info", "json", first)
-    configure_logging("warning", "json", second)
-    logging.getLogger("shoal").warning("once")
-    assert first.getvalue() == ""
-    assert len(written(second)) == 1

@@ -18,7 +18,6 @@ from shoal.telemetry import (
     PrefillMetrics,
     TransferMetrics,
     Transport,
-    new_registry,
 )
 from shoal.telemetry.labels import (
     CancelStage,
@@ -161,18 +160,6 @@ def test_every_metric_of_a_role_moves_through_its_method(role: Role) -> None:
         assert samples(registry)[family] != before, family
 
 
-@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
-def test_names_are_prefixed_and_help_says_something(role: Role) -> None:
-    registry = CollectorRegistry()
-    role.make(registry)
-    for family in registry.collect():
-        assert family.name.startswith("shoal_")
-        assert family.documentation.endswith(".")
-        unit = next((unit for unit in ("seconds", "bytes") if family.name.endswith(unit)), None)
-        if unit:
-            assert unit in family.documentation.lower(), family.name
-
-
 def test_ttft_stages_add_up_to_what_was_measured() -> None:
     registry = CollectorRegistry()
     GatewayMetrics(registry, []).first_token(0.43, 0.01, STAGES)
@@ -204,20 +191,6 @@ def test_transfers_in_flight_return_to_zero_however_they_end() -> None:
         assert registry.get_sample_value("shoal_kv_transfers_in_flight") == 0
 
 
-def test_a_certificate_that_is_replaced_expires_later_and_the_other_one_does_not() -> None:
-    def measured(shown_to: ShownTo) -> float | None:
-        return registry.get_sample_value("shoal_certificate_expiry_timestamp_seconds", {"shown_to": shown_to})
-
-    registry, expires = CollectorRegistry(), {ShownTo.REPLICAS: 1000.0, ShownTo.CLIENTS: 500.0}
-    metrics = CertificateMetrics(registry)
-    metrics.expires(ShownTo.REPLICAS, lambda: expires[ShownTo.REPLICAS])
-    assert (measured(ShownTo.REPLICAS), measured(ShownTo.CLIENTS)) == (1000, None)
-    metrics.expires(ShownTo.CLIENTS, lambda: expires[ShownTo.CLIENTS])
-    assert (measured(ShownTo.REPLICAS), measured(ShownTo.CLIENTS)) == (1000, 500)
-    expires[ShownTo.CLIENTS] = 2000.0
-    assert (measured(ShownTo.REPLICAS), measured(ShownTo.CLIENTS)) == (1000, 2000)
-
-
 def test_a_state_without_leases_goes_back_to_zero() -> None:
     registry = CollectorRegistry()
     metrics = TransferMetrics(registry, Transport.MEMORY)
@@ -234,12 +207,6 @@ def test_one_answered_token_has_no_time_per_token() -> None:
     metrics.last_token(0.9, 4)
     assert registry.get_sample_value("shoal_time_per_output_token_seconds_count") == 1
     assert registry.get_sample_value("shoal_time_per_output_token_seconds_sum") == pytest.approx(0.3)
-
-
-def test_an_empty_pool_is_not_used() -> None:
-    registry = CollectorRegistry()
-    DecodeMetrics(registry).blocks(free=0, used=0, reserved=0)
-    assert registry.get_sample_value("shoal_kv_cache_usage_ratio") == 0
 
 
 def test_what_clients_write_never_becomes_a_label() -> None:
@@ -269,19 +236,6 @@ def test_what_peers_write_never_becomes_a_label() -> None:
     assert [len(series[f"shoal_kv_{name}"]) for name in ("transfer_failures", "verify_failures", "fallback")] == [1] * 3
 
 
-@pytest.mark.parametrize(
-    "misuse",
-    [
-        lambda registry: TransferMetrics(registry, Transport.GRPC).shipped("middle", 1, Carrier.INLINE),
-        lambda registry: DecodeMetrics(registry).fell_back("nowhere", "peer_gone"),
-        lambda registry: GatewayMetrics(registry, []).cancelled("never"),
-    ],
-)
-def test_our_own_labels_are_refused_when_unknown(misuse: Callable[[CollectorRegistry], None]) -> None:
-    with pytest.raises(ValueError, match="is not a valid"):
-        misuse(CollectorRegistry())
-
-
 def test_reasons_are_codes_of_the_error_tree_or_ours() -> None:
     from shoal import errors
 
@@ -291,25 +245,3 @@ def test_reasons_are_codes_of_the_error_tree_or_ours() -> None:
     assert {reason.value for reason in RejectReason} <= codes | own
     types = {value.type for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "type")}
     assert types <= {kind.value for kind in ErrorType}, "a new error type needs a label"
-
-
-def test_the_hand_off_can_tell_its_metrics_everything() -> None:
-    from shoal.handoff import lease
-    from shoal.handoff.base import TransferObserver
-
-    observer: TransferObserver = TransferMetrics(CollectorRegistry(), Transport.MEMORY)
-    told = {name for name in vars(TransferObserver) if not name.startswith("_")}
-    assert told <= set(dir(observer))
-    assert {state.value for state in LeaseState} == {state.value for state in lease.LeaseState} - {"released"}
-
-
-def test_the_gateway_can_tell_its_metrics_everything() -> None:
-    from shoal.api.backend import GatewayObserver
-
-    observer: GatewayObserver = GatewayMetrics(CollectorRegistry(), [])
-    assert {name for name in vars(GatewayObserver) if not name.startswith("_")} <= set(dir(observer))
-
-
-def test_a_new_registry_tells_about_its_process() -> None:
-    names = {family.name for family in new_registry().collect()}
-    assert {"process_resident_memory_bytes", "python_info", "python_gc_collections"} <= names

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-import shoal.telemetry
 from shoal.errors import ConfigError
 from shoal.telemetry import Target, serve_metrics, targets_document
 
@@ -51,11 +46,6 @@ def test_no_free_port_says_which_setting_to_change(taken: int) -> None:
         serve_metrics(CollectorRegistry(), "127.0.0.1", taken, taken)
 
 
-def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"metrics\.host"):
-        serve_metrics(CollectorRegistry(), "192.0.2.1", 22800, 22899)
-
-
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     server = serve_metrics(CollectorRegistry(), first_port=22800, last_port=22899)
     try:
@@ -73,17 +63,3 @@ def test_targets_document_is_what_prometheus_reads() -> None:
         {"targets": ["127.0.0.1:22001"], "labels": {"role": "prefill", "replica": "b"}},
     ]
     assert targets_document([]) == []
-
-
-def test_telemetry_loads_nothing_heavy() -> None:
-    source_root = Path(shoal.telemetry.__file__).parents[2]
-    code = "import shoal.telemetry, sys; print({'torch', 'ray', 'fastapi', 'transformers'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(source_root)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert done.stdout.strip() == "set()"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -97,21 +96,6 @@ def test_the_round_trips_cover_every_frame_and_each_oneof_holds_exactly_its_side
         in_proto = {field.message_type.name for field in message.DESCRIPTOR.oneofs_by_name["frame"].fields}
         assert {type(frame).__name__ for frame in sent} == in_proto
     assert {type(frame) for frame in PREFILL_FRAMES + DECODE_FRAMES} == every_frame
-
-
-@pytest.mark.parametrize(
-    "frame_type", [*handoff_messages.Frame.__args__, StagedPayload, StagingSegment], ids=lambda kind: kind.__name__
-)
-def test_a_frame_and_its_proto_have_the_same_fields(frame_type: type) -> None:
-    in_proto = [field.name for field in pb.DESCRIPTOR.message_types_by_name[frame_type.__name__].fields]
-    assert in_proto == [field.name for field in dataclasses.fields(frame_type)]
-
-
-def test_a_frame_of_the_other_side_is_not_sent() -> None:
-    with pytest.raises(ProtocolViolation, match="can't carry committed"):
-        frames.to_request(Envelope(1, Committed(LEASE)))
-    with pytest.raises(ProtocolViolation, match="can't carry claim"):
-        frames.to_response(Envelope(1, Claim(LEASE)))
 
 
 @pytest.mark.parametrize(
@@ -213,62 +197,6 @@ def test_a_staged_chunk_and_a_segment_pass() -> None:
     assert arrives("chunk", GOOD["chunk"] | {"payload": b"", "staged": STAGED})
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_slots": 0},
-        {"num_slots": frames.MAX_SLOTS + 1},
-        {"slot_bytes": 0},
-        {"slot_bytes": (16 << 20) + 1},
-        {"nonce": bytes(15)},
-        {"nonce": bytes(17)},
-        {"name": "x" * 1025},
-    ],
-    ids=str,
-)
-def test_a_malformed_segment_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ProtocolViolation):
-        arrives("hello", GOOD["hello"] | {"segment": SEGMENT | change})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_slots": 0},
-        {"num_slots": frames.MAX_SLOTS + 1},
-        {"slot_bytes": 0},
-        {"slot_bytes": (16 << 20) + 1},
-        {"nonce": bytes(15)},
-        {"agent": b""},
-        {"agent": bytes(frames.MAX_AGENT_BYTES + 1)},
-        {"address": 0},
-        {"address": frames.MAX_ADDRESS + 1},
-        {"address": (1 << 64) - 1},
-    ],
-    ids=lambda change: f"{next(iter(change))}",
-)
-def test_a_malformed_remote_segment_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ProtocolViolation):
-        arrives("hello", GOOD["hello"] | {"remote": REMOTE | change})
-
-
-@pytest.mark.parametrize(
-    ("change", "payload"),
-    [
-        ({"slot": None}, b""),
-        ({"slot": 1 << 31}, b""),
-        ({"generation": 0}, b""),
-        ({"num_bytes": 0}, b""),
-        ({"num_bytes": (16 << 20) + 1}, b""),
-        ({}, b"p"),
-    ],
-    ids=str,
-)
-def test_a_malformed_staged_payload_is_refused(change: dict[str, Any], payload: bytes) -> None:
-    with pytest.raises(ProtocolViolation):
-        arrives("chunk", GOOD["chunk"] | {"payload": payload, "staged": STAGED | change})
-
-
 def arrives(name: str, values: dict[str, Any]) -> Envelope:
     if name in pb.SessionRequest.DESCRIPTOR.fields_by_name:
         return frames.from_request(pb.SessionRequest(incarnation=1, **{name: values}))
@@ -304,6 +232,28 @@ def test_a_field_whose_zero_means_something_must_be_set(name: str, field: str) -
 
 
 MALFORMED: list[tuple[str, dict[str, Any]]] = [
+    ("hello", {"segment": SEGMENT | {"num_slots": 0}}),
+    ("hello", {"segment": SEGMENT | {"num_slots": frames.MAX_SLOTS + 1}}),
+    ("hello", {"segment": SEGMENT | {"slot_bytes": 0}}),
+    ("hello", {"segment": SEGMENT | {"slot_bytes": (16 << 20) + 1}}),
+    ("hello", {"segment": SEGMENT | {"nonce": bytes(15)}}),
+    ("hello", {"segment": SEGMENT | {"name": "x" * 1025}}),
+    ("hello", {"remote": REMOTE | {"num_slots": 0}}),
+    ("hello", {"remote": REMOTE | {"num_slots": frames.MAX_SLOTS + 1}}),
+    ("hello", {"remote": REMOTE | {"slot_bytes": 0}}),
+    ("hello", {"remote": REMOTE | {"slot_bytes": (16 << 20) + 1}}),
+    ("hello", {"remote": REMOTE | {"nonce": bytes(15)}}),
+    ("hello", {"remote": REMOTE | {"agent": b""}}),
+    ("hello", {"remote": REMOTE | {"agent": bytes(frames.MAX_AGENT_BYTES + 1)}}),
+    ("hello", {"remote": REMOTE | {"address": 0}}),
+    ("hello", {"remote": REMOTE | {"address": frames.MAX_ADDRESS + 1}}),
+    ("hello", {"remote": REMOTE | {"address": (1 << 64) - 1}}),
+    ("chunk", {"payload": b"", "staged": STAGED | {"slot": None}}),
+    ("chunk", {"payload": b"", "staged": STAGED | {"slot": 1 << 31}}),
+    ("chunk", {"payload": b"", "staged": STAGED | {"generation": 0}}),
+    ("chunk", {"payload": b"", "staged": STAGED | {"num_bytes": 0}}),
+    ("chunk", {"payload": b"", "staged": STAGED | {"num_bytes": (16 << 20) + 1}}),
+    ("chunk", {"payload": b"p", "staged": STAGED}),
     ("hello", {"wire_modes": [pb.WIRE_MODE_UNSPECIFIED]}),
     ("hello", {"wire_modes": [77]}),
     ("hello", {"wire_modes": [pb.WIRE_MODE_KV] * 3}),
@@ -380,12 +330,6 @@ def _decode_like_grpc(message_type: type[Any], data: bytes) -> Envelope | None:
 _SENT = [frames.to_request(Envelope(7, frame)).SerializeToString() for frame in PREFILL_FRAMES] + [
     frames.to_response(Envelope(7, frame)).SerializeToString() for frame in DECODE_FRAMES
 ]
-
-
-@given(st.binary(max_size=200))
-def test_random_bytes_raise_nothing_else(data: bytes) -> None:
-    _decode_like_grpc(pb.SessionRequest, data)
-    _decode_like_grpc(pb.SessionResponse, data)
 
 
 @given(st.sampled_from(_SENT), st.data())

@@ -13,12 +13,10 @@ import grpc
 import grpc.aio
 import pytest
 from cryptography import x509
-from kv_prompts import prompt
 from role_certificates import YESTERDAY, Roles
 from token_streams import joined, output
-from transfer_helpers import rig
 
-from shoal.errors import ConfigError, PeerGone, ShoalError, UntrustedPeer
+from shoal.errors import PeerGone, ShoalError, UntrustedPeer
 from shoal.handoff.base import Channel
 from shoal.handoff.channels.grpc import add_handoff_service, dial
 from shoal.v1 import worker_pb2
@@ -29,7 +27,7 @@ from shoal.wire.certificates import CHAIN_FILE, Certificate, name_of, read_certi
 from shoal.wire.handoff_messages import Envelope, Hello
 from shoal.wire.messages import Role
 from shoal.wire.options import HANDOFF_CHANNEL_OPTIONS, HANDOFF_SERVER_OPTIONS, TOKEN_CHANNEL_OPTIONS
-from shoal.wire.peers import CALLERS, PeerTls, RoleGate
+from shoal.wire.peers import PeerTls, RoleGate
 from shoal.wire.ports import bind_first_free, join_address
 from shoal.wire.statuses import from_rpc_error
 from shoal.wire.token_server import TokenServer
@@ -89,16 +87,6 @@ async def decode_server(roles: Roles) -> AsyncIterator[str]:
 # --- at decode's server ---------------------------------------------------------------------------------
 
 
-async def test_prefill_hands_over_and_a_gateway_gets_its_tokens(roles: Roles):
-    async with rig("tls") as both:
-        await both.hand_off(prompt())
-        both.assert_arrived(prompt())
-    async with joined(tls=roles.folder) as both_ends:
-        request = await both_ends.running()
-        request.outlet.send(output(1))
-        assert await request.first() == output(1)
-
-
 @pytest.mark.parametrize(("role", "call"), [("gateway", hand_off), ("decode", hand_off), ("prefill", follow)])
 async def test_another_role_is_refused_by_name(roles: Roles, role: str, call: Any, caplog: pytest.LogCaptureFixture):
     credentials = roles.channel_credentials(f"{role}.shoal.internal")
@@ -130,10 +118,6 @@ async def test_the_dns_name_of_a_role_is_all_that_it_takes(roles: Roles):
     credentials = roles.credentials_of([x509.DNSName(name_of("gateway"))], "another subject")
     async with decode_server(roles) as address, another_channel(address, credentials) as channel:
         assert (await error_of(follow(channel))).message == HEARD
-
-
-async def test_every_service_of_decodes_server_is_one_roles():
-    assert CALLERS == {"shoal.v1.HandoffService": "prefill", "shoal.v1.WorkerService": "gateway"}
 
 
 async def test_a_service_without_a_role_is_closed(roles: Roles):
@@ -239,15 +223,6 @@ async def test_a_server_that_is_not_decode_gets_nothing(
         await channel.close()
 
 
-async def test_a_gateway_says_in_its_log_why_no_tokens_come(roles: Roles, caplog: pytest.LogCaptureFixture):
-    async with joined(tls=roles.folder) as both, impostor(roles.server_credentials("localhost")) as address:
-        request = both.request()
-        request.stream.follow(both.decode.tokens.at(address))
-        with pytest.raises(PeerGone):
-            await request.first()
-    assert "no tokens: decode at" in caplog.text and "isn't decode's" in caplog.text
-
-
 # --- files that change ----------------------------------------------------------------------------------
 
 
@@ -279,8 +254,3 @@ def test_files_that_are_wrong_later_change_nothing_and_are_told_once(roles: Role
     roles.write("decode", not_after=YESTERDAY)
     assert tls.current().expires_s > 0
     assert caplog.text.count("the certificate stays as it was") == 2
-
-
-def test_without_files_nothing_starts(tmp_path: Path):
-    with pytest.raises(ConfigError, match="can't read"):
-        PeerTls(tmp_path, "decode")

@@ -8,7 +8,7 @@ import pytest
 
 from shoal.errors import ConfigError
 from shoal.wire.options import HANDOFF_SERVER_OPTIONS
-from shoal.wire.ports import bind_first_free, join_address
+from shoal.wire.ports import bind_first_free
 
 
 def free_pair() -> int:
@@ -48,8 +48,3 @@ async def test_an_address_of_another_machine_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"can't listen on 203\.0\.113\.9"):
         bind_first_free(server, "203.0.113.9", 1024, 65535)
     await server.stop(None)
-
-
-def test_an_ipv6_address_gets_brackets() -> None:
-    assert join_address("::1", 80) == "[::1]:80"
-    assert join_address("127.0.0.1", 80) == "127.0.0.1:80"

@@ -129,23 +129,18 @@ async def test_a_server_whose_calls_hang_does_not_serve_until_they_go_on(free_po
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_a_server_that_is_gone_and_comes_again_is_noticed_both_times(free_port: int) -> None:
-    async with probed(f"127.0.0.1:{free_port}") as server:
-        await until(lambda: not server.is_serving)
-        listener = await started(free_port)
-        await until(lambda: server.is_serving)
-        await listener.stop(None)
-        await until(lambda: not server.is_serving)
-
-
-@pytest.mark.usefixtures("at_once")
-async def test_by_tls_it_comes_as_decode_which_is_refused_and_so_answered(free_port: int, tmp_path: Path) -> None:
-    tls = PeerTls(Roles(tmp_path).folder, "decode")
+@pytest.mark.parametrize("by_tls", [False, True])
+async def test_a_server_that_is_gone_and_comes_again_is_noticed_both_times(
+    free_port: int, tmp_path: Path, by_tls: bool
+) -> None:
+    """By TLS it comes as decode, which is refused and so answered."""
+    tls = PeerTls(Roles(tmp_path).folder, "decode") if by_tls else None
     async with probed(f"127.0.0.1:{free_port}", tls) as server:
         await until(lambda: not server.is_serving)
-        listener = await started(free_port, tls.server_credentials(), RoleGate())
+        listener = await started(free_port, tls and tls.server_credentials(), *[RoleGate()] * by_tls)
         await until(lambda: server.is_serving)
         await listener.stop(None)
+        await until(lambda: not server.is_serving)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -174,16 +169,6 @@ async def test_certificates_that_are_replaced_are_what_it_shows_next(free_port: 
         await until(lambda: seen.num_asked > 1)
         assert server.is_serving
     await listener.stop(None)
-
-
-async def test_a_probe_that_ends_by_a_defect_is_told(
-    free_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delattr(probe, "open_channel")
-    async with probed(f"127.0.0.1:{free_port}") as server:
-        await until(lambda: not server.is_serving and bool(caplog.records))
-    [told] = caplog.records
-    assert "probe" in told.message and told.exc_info and told.exc_info[0] is NameError
 
 
 async def test_a_server_that_says_itself_that_it_has_ended_is_believed(free_port: int) -> None:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
-from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import pytest
 from token_streams import generate_request, joined, output
 
 from shoal.errors import PeerGone
-from shoal.wire import token_server
 from shoal.wire.messages import Ticket, TokenLogprob, TokenOutput
 from shoal.wire.token_client import TokenClient
 from shoal.wire.token_server import ID_BYTES, TokenServer
@@ -38,25 +33,6 @@ async def test_requests_share_a_stream_and_get_their_own():
             await one.outlet.end()
         assert [await one.rest() for one in several] == [[output(index)] for index in range(5)]
         assert len(both.client._stubs) == 1
-
-
-async def test_what_a_step_brings_is_one_message(monkeypatch: pytest.MonkeyPatch):
-    sizes: list[int] = []
-    plain = token_server._batches
-
-    def counting(outputs: Any) -> Any:
-        for batch in plain(outputs):
-            sizes.append(len(batch))
-            yield batch
-
-    monkeypatch.setattr(token_server, "_batches", counting)
-    async with joined() as both:
-        several = [await both.running(), *(both.request() for _ in range(7))]
-        for one in several:
-            one.follow()
-            one.outlet.send(output(1))
-        await asyncio.gather(*(one.first() for one in several))
-        assert sizes == [1, 8]
 
 
 async def test_a_replica_is_heard_of_as_its_outputs_arrive_however_late_they_are_read():
@@ -124,14 +100,6 @@ async def test_a_request_comes_to_the_call_that_waits_for_it():
         assert await asyncio.gather(*waiting) == [generate_request(index) for index in range(5)]
 
 
-async def test_a_request_that_comes_before_it_is_waited_for_is_kept():
-    async with joined() as both:
-        one = both.request()
-        one.follow()
-        await one.stream.submit(generate_request(1))
-        assert await one.outlet.request() == generate_request(1)
-
-
 async def test_a_long_prompt_fits():
     long = generate_request(*range(130_000, 130_000 + (1 << 17)))
     async with joined() as both:
@@ -156,31 +124,3 @@ async def test_a_gateway_that_never_comes_is_not_waited_for_for_ever():
         with pytest.raises(PeerGone, match="come to listen"):
             await outlet.end(timeout_s=0.01)
     assert tokens.num_gateways == 0
-
-
-async def test_a_connection_may_take_a_while():
-    async with joined() as both:
-        slow = await asyncio.start_server(partial(_forward_late, both.decode.address), "127.0.0.1", 0)
-        async with slow:
-            one = both.request()
-            port = slow.sockets[0].getsockname()[1]
-            one.stream.follow(replace(both.decode.place, address=f"127.0.0.1:{port}"))
-            one.outlet.send(output(0))
-            await one.outlet.end()
-            assert await one.rest() == [output(0)]
-            await both.client.close()
-
-
-async def _forward_late(address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(0.3)  # the network's delay: longer than gRPC gives a connection by itself
-    host, port = address.rsplit(":", 1)
-    far_reader, far_writer = await asyncio.open_connection(host, int(port))
-
-    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await source.read(65536):
-                target.write(data)
-                await target.drain()
-        target.close()
-
-    await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))

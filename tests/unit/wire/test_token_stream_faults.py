@@ -77,15 +77,6 @@ async def test_a_replica_that_is_not_there_ends_the_request():
             await one.rest()
 
 
-async def test_who_placed_the_request_may_know_better_why_it_ended():
-    async with joined(patience_s=60) as both:
-        one = await both.running()
-        await both.decode.vanish()
-        one.stream.fail(PeerGone("Ray says so"))
-        with pytest.raises(PeerGone, match="Ray says so"):
-            await one.first()
-
-
 async def test_who_is_not_trusted_is_not_called_dead(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """Clients and operators are told apart what it is: one to ask again, the other which address to look at."""
     async with joined(patience_s=0) as both:

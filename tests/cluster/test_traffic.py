@@ -136,5 +136,5 @@ def test_under_tls_nothing_of_a_prompt_is_seen_anywhere(tmp_path: Path):
 
 
 def assert_ray_was_heard(traffic: Traffic) -> None:
-    """The gateway's call to decode, as Ray pickles it."""
-    assert not {"client", "decode"} & ports(calls := traffic.where([b"Ticket"])) and calls
+    """Decode's grant to prefill, as Ray pickles it."""
+    assert not {"client", "decode"} & ports(calls := traffic.where([b"Grant"])) and calls

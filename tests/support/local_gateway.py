@@ -21,10 +21,10 @@ from shoal.client import AsyncClient
 from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import GatewayConfig, load_config
 from shoal.telemetry import GatewayMetrics
-from shoal.wire.messages import GenerateRequest, HandoffReport, Ticket, TokenOutput
+from shoal.wire.messages import GenerateRequest, HandoffReport, TokenOutput
 from shoal.wire.requests import from_submit, to_submit
 
-TICKET, SERVER_ID = Ticket(b"g" * 16, 7), b"s" * 16
+GATEWAY_ID, SERVER_ID = b"g" * 16, b"s" * 16
 
 
 class Pools:
@@ -35,7 +35,7 @@ class Pools:
         self.reports: list[HandoffReport] = []
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
-        arrived = from_submit(to_submit(TICKET, SERVER_ID, request))
+        arrived = from_submit(to_submit(GATEWAY_ID, 7, SERVER_ID, request))
         async for output in self._local.decode.worker.generate(arrived):
             if output.handoff is not None:
                 self.reports.append(output.handoff)

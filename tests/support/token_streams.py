@@ -15,7 +15,7 @@ from shoal.wire.options import HANDOFF_SERVER_OPTIONS
 from shoal.wire.peers import PeerTls, RoleGate
 from shoal.wire.ports import bind_first_free, join_address
 from shoal.wire.token_client import TokenClient, TokenStream
-from shoal.wire.token_server import Outlet, Place, TokenServer
+from shoal.wire.token_server import Answer, Outlet, Place, TokenServer
 
 
 def generate_request(*token_ids: int) -> GenerateRequest:
@@ -26,18 +26,29 @@ def output(number: int, text: str = "") -> TokenOutput:
     return TokenOutput(0, (number,), text)
 
 
-class Decode:
-    """A decode replica's token server, listening."""
+@dataclass
+class Running:
+    """A request at decode. It ends as ``end`` is told to: with a result, or an exception."""
 
-    def __init__(self, tls: PeerTls | None = None) -> None:
+    request: GenerateRequest
+    outlet: Outlet
+    end: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    is_open: bool = True
+
+
+class Decode:
+    """A decode replica's token server, listening. Requests ``came``, unless there is an ``answer`` for them."""
+
+    def __init__(self, tls: PeerTls | None = None, answer: Answer | None = None) -> None:
         self._tls = tls
-        self.tokens = TokenServer()
+        self.tokens = TokenServer(answer or self._answer)
+        self.came: asyncio.Queue[Running] = asyncio.Queue()
         self.address = ""
         self._server: grpc.aio.Server | None = None
 
     @property
     def place(self) -> Place:
-        return self.tokens.at(self.address)
+        return Place(self.tokens.server_id, self.address)
 
     async def listen(self) -> None:
         gates = () if self._tls is None else (RoleGate(),)
@@ -53,16 +64,27 @@ class Decode:
         if self._server is not None:
             await self._server.stop(None)
 
+    async def _answer(self, request: GenerateRequest, outlet: Outlet) -> None:
+        running = Running(request, outlet)
+        self.came.put_nowait(running)
+        try:
+            await running.end
+        finally:
+            running.is_open = False
+
 
 class Request:
     """A request on both ends."""
 
-    def __init__(self, decode: Decode, stream: TokenStream, outlet: Outlet) -> None:
-        self.stream, self.outlet = stream, outlet
-        self._decode = decode
+    def __init__(self, stream: TokenStream, running: Running, call: asyncio.Task[None]) -> None:
+        self.stream, self.running, self.call = stream, running, call
 
-    def follow(self) -> None:
-        self.stream.follow(self._decode.place)
+    @property
+    def outlet(self) -> Outlet:
+        return self.running.outlet
+
+    def end(self) -> None:
+        self.running.end.set_result(None)
 
     async def first(self) -> TokenOutput:
         """The next output."""
@@ -80,25 +102,33 @@ class Joined:
     client: TokenClient
     held: ExitStack = field(default_factory=ExitStack)
 
-    def request(self, client: TokenClient | None = None) -> Request:
-        """A new one, of this gateway unless another's ``client`` is given; nobody follows it yet."""
+    def open(
+        self, client: TokenClient | None = None, place: Place | None = None
+    ) -> tuple[TokenStream, asyncio.Task[None]]:
+        """A stream whose request is on its way."""
         stream = self.held.enter_context((client or self.client).open())
-        return Request(self.decode, stream, self.held.enter_context(self.decode.tokens.open(stream.ticket)))
+        call = asyncio.create_task(stream.run(place or self.decode.place, generate_request(1)))
+        self.held.callback(call.cancel)
+        return stream, call
+
+    async def request(self, client: TokenClient | None = None, place: Place | None = None) -> Request:
+        """A new one that decode has, of this gateway unless another's ``client`` is given."""
+        stream, call = self.open(client, place)
+        return Request(stream, await asyncio.wait_for(self.decode.came.get(), 10), call)
 
     async def running(self) -> Request:
         """One whose first output has arrived, so that the stream is there."""
-        request = self.request()
-        request.follow()
+        request = await self.request()
         request.outlet.send(output(0))
         assert await request.first() == output(0)
         return request
 
 
 @asynccontextmanager
-async def joined(patience_s: float = 0.01, tls: Path | None = None) -> AsyncIterator[Joined]:
+async def joined(tls: Path | None = None, answer: Answer | None = None) -> AsyncIterator[Joined]:
     """Nothing may be left on either end afterwards. ``tls`` is a folder with both ends' certificates."""
     ends = (None, None) if tls is None else (PeerTls(tls, "decode"), PeerTls(tls, "gateway"))
-    both = Joined(Decode(ends[0]), TokenClient(patience_s, lambda ticket: None, ends[1]))
+    both = Joined(Decode(ends[0], answer), TokenClient(ends[1]))
     await both.decode.listen()
     try:
         yield both

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,9 @@ from shoal.cluster import directory, routes
 from shoal.cluster.replica import (
     host_of_handoff,
     host_of_metrics,
-    is_stopping,
     known_error,
     leave_no_dump,
     peer_tls,
-    told_plainly,
 )
 from shoal.cluster.watch import Watch
 from shoal.config import ShoalConfig
@@ -37,13 +34,12 @@ from shoal.telemetry import (
     serve_metrics,
 )
 from shoal.wire.handoff_messages import Grant, HandoffOutcome
-from shoal.wire.messages import Ticket
+from shoal.wire.messages import GenerateRequest
 from shoal.wire.ports import join_address
 from shoal.wire.probe import ProbedServer
-from shoal.wire.token_server import Outlet, Place, TokenServer
+from shoal.wire.token_server import Outlet, TokenServer
 
 if TYPE_CHECKING:
-    from shoal.decode.worker import DecodeWorker
     from shoal.handoff.server import HandoffServer
 
 # How long Serve's call waits for the claim. A replica that has room for the prompt claims within some milliseconds; of
@@ -52,7 +48,7 @@ _CLAIM_PATIENCE_S = 0.02
 
 
 class DecodeReplica:
-    """Called by the gateway through its Serve handle; calls prefill replicas through ``prefill``."""
+    """Answers what gateways bring by gRPC; calls prefill replicas through ``prefill``, Serve's handle of them."""
 
     async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         # Here and not above: who deploys this class needs neither torch nor the seconds that it takes.
@@ -62,6 +58,8 @@ class DecodeReplica:
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
         leave_no_dump()
         self._prefill: Any = prefill
+        self._is_stopping = False
+        self._stop_timeout_s = settings.ray.stop_timeout_s
         self._exits = AsyncExitStack()
         registry = new_registry()
         host = host_of_metrics(settings)
@@ -70,7 +68,7 @@ class DecodeReplica:
         self._exits.callback(metrics.close)
         peers = host_of_handoff(settings)
         tls = peer_tls(settings, "decode", CertificateMetrics(registry))
-        self._tokens = TokenServer()
+        self._tokens = TokenServer(self._answer)
         pool = ServePrefillPool(settings.ray.app_name, prefill)
         self._stage = await self._exits.enter_async_context(
             open_decode(
@@ -95,7 +93,10 @@ class DecodeReplica:
         self._exits.push_async_callback(probed.close)
         self._exits.callback(self._tokens.close)  # before the server, which would wait for its streams
         self._entry = directory.entry_of_this_replica(
-            "decode", metrics_address=join_address(host.advertised, metrics.port), handoff_address=address
+            "decode",
+            metrics_address=join_address(host.advertised, metrics.port),
+            handoff_address=address,
+            key=self._tokens.server_id.hex(),
         )
         pool.server = self._stage.server
         self._watch = Watch(
@@ -108,28 +109,18 @@ class DecodeReplica:
             limit_s=settings.ray.stall_timeout_s,
             metrics=HealthMetrics(registry),
             publish=partial(directory.publish_health, self._entry),
-            is_stopping=is_stopping,
+            is_stopping=lambda: self._is_stopping,
         )
         await asyncio.to_thread(directory.register, self._entry)
         self._watch.start()
 
-    async def generate(self, ticket: Ticket) -> AsyncGenerator[Place, None]:
-        """Continue one prompt; ending the iteration frees everything on both pools.
-
-        Brings the place that the gateway brings the request to and gets its outputs from, and is open until the last
-        one is sent.
-        """
+    async def _answer(self, request: GenerateRequest, outlet: Outlet) -> None:
+        """What a gateway has brought; to cancel it frees everything on both pools."""
         self._watch.require_healthy()
-        with told_plainly(), self._tokens.open(ticket) as outlet:
-            yield self._tokens.at(self._stage.desk.address)
-            try:
-                await _answer(outlet, self._stage.worker)
-            except PeerGone:
-                # To a gateway that has died Ray would report an error for a second, for each request, and nothing else
-                # runs in this replica meanwhile, not even a health check. One that lives has lost its stream, too, or
-                # misses the rest when this call has ended (cluster/gateway_replica.py).
-                if not outlet.is_deserted:
-                    raise
+        with bind_request(request.context.request_id, request.context.traceparent):
+            async with aclosing(self._stage.worker.generate(request)) as outputs:
+                async for output in outputs:
+                    outlet.send(output)
 
     async def describe(self) -> dict[str, Any]:
         """What this live replica holds: for operators, the demo and the tests."""
@@ -148,19 +139,13 @@ class DecodeReplica:
         self._watch.require_healthy()
 
     async def __del__(self) -> None:
+        """Serve stops this replica: it gets no more work, finishes what it has, and closes."""
         if hasattr(self, "_watch"):
+            self._is_stopping = True  # which the watch publishes
+            await self._tokens.drain(self._stop_timeout_s)
             await self._watch.close()
             await asyncio.to_thread(directory.unregister, self._entry)
         await self._exits.aclose()
-
-
-async def _answer(outlet: Outlet, worker: DecodeWorker) -> None:
-    request = await outlet.request()
-    with bind_request(request.context.request_id, request.context.traceparent):
-        async with outlet.unless_gone(), aclosing(worker.generate(request)) as outputs:
-            async for output in outputs:
-                outlet.send(output)
-        await outlet.end()
 
 
 class ServePrefillPool:

@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 class Entry:
     """One replica that is ready, or was until a part of it stopped working, or Serve told it to stop.
 
-    Addresses are ``host:port``; ``handoff_address`` is decode's alone, and ``key``, in hex, prefill's: decode knows a
-    session of this replica by it.
+    Addresses are ``host:port``; ``handoff_address`` is decode's alone. By ``key``, in hex, decode knows a session of a
+    prefill replica, and a gateway the decode process that it means.
     """
 
     app: str
@@ -199,7 +199,7 @@ class LivingPool:
         self._clock = clock
         self._ids: frozenset[str] = frozenset()
         self._unfit: frozenset[str] = frozenset()
-        self._keys: dict[str, str] = {}
+        self._entries: dict[str, Entry] = {}
         self._seen_s = self._failed_s = self._asked_s = -math.inf
         self._asking: asyncio.Task[None] | None = None
 
@@ -211,11 +211,17 @@ class LivingPool:
 
     def key_of(self, replica_id: str) -> bytes:
         """What a session of that replica is known by; nothing if it isn't known, as old as what ``ids`` said last."""
-        return bytes.fromhex(self._keys.get(replica_id, ""))
+        entry = self._entries.get(replica_id)
+        return bytes.fromhex((None if entry is None else entry.key) or "")
 
     def with_key(self, key: bytes) -> str | None:
         """The replica that a session has this key of; ``None`` if there is no key, or it's nobody's."""
-        return next((replica_id for replica_id, known in self._keys.items() if key and known == key.hex()), None)
+        return next((one for one, entry in self._entries.items() if key and entry.key == key.hex()), None)
+
+    def address_of(self, replica_id: str) -> str:
+        """Where that decode replica listens; nothing if it isn't known."""
+        entry = self._entries.get(replica_id)
+        return (None if entry is None else entry.handoff_address) or ""
 
     async def ids(self, *, now: bool = False) -> frozenset[str]:
         """Ids of the replicas that are ready, at most two seconds old; of an empty pool, or if asked to, ``now``.
@@ -255,5 +261,5 @@ class LivingPool:
             return
         self._ids = frozenset(entry.replica_id for entry in entries if entry.is_healthy)
         self._unfit = frozenset(entry.replica_id for entry in entries if not entry.is_healthy)
-        self._keys = {entry.replica_id: entry.key for entry in entries if entry.is_healthy and entry.key is not None}
+        self._entries = {entry.replica_id: entry for entry in entries if entry.is_healthy}
         self._seen_s = self._clock()

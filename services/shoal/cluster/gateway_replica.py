@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 import structlog
 from fastapi import FastAPI
 from prometheus_client import generate_latest
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from shoal.api.backend import Readiness, Route
@@ -28,13 +26,14 @@ from shoal.api.retrying import RetryingBackend, in_time
 from shoal.api.tls import expiry, server_context
 from shoal.api.tokenizer import Tokenizer
 from shoal.api.validation import ServedModel
-from shoal.cluster import directory, routes
-from shoal.cluster.replica import host_of_gateway, host_of_metrics, known_error, leave_no_dump, peer_tls
+from shoal.cluster import directory
+from shoal.cluster.balancer import Balancer
+from shoal.cluster.replica import host_of_gateway, host_of_metrics, leave_no_dump, peer_tls
 from shoal.cluster.watch import Server, Watch
 from shoal.config import ShoalConfig
 from shoal.config.rate import RateLimit
 from shoal.decode.affinity import prefix_keys
-from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
+from shoal.errors import DeadlineExceeded, Unavailable
 from shoal.model.files import locate
 from shoal.telemetry import (
     CertificateMetrics,
@@ -52,63 +51,57 @@ from shoal.telemetry import (
 from shoal.wire.messages import Depth, GenerateRequest, TokenOutput
 from shoal.wire.peers import PeerTls
 from shoal.wire.ports import join_address
-from shoal.wire.token_client import TokenClient, TokenStream
+from shoal.wire.token_client import TokenClient
+from shoal.wire.token_server import Place
 
 _log = structlog.get_logger(__name__)
 
 # Decode ends a request at its deadline and says so; only if nothing is heard of it does the gateway.
 _GRACE_S = 1.0
-# What decode has written by the end of its call is here by then.
-_ARRIVE_S = 10.0
 
 
 class PoolBackend:
-    """The decode pool: its Serve handle says which replica; request and outputs go by ``tokens``.
+    """The decode pool: a request is brought to the replica that ``balancer`` chooses, and answered by ``tokens``.
 
     Where decode remembers what it computed, prompts that begin alike go to one replica.
     """
 
     def __init__(
-        self,
-        settings: ShoalConfig,
-        decode: DeploymentHandle[Any],
-        living: directory.LivingPool,
-        tokens: TokenClient,
+        self, settings: ShoalConfig, living: directory.LivingPool, tokens: TokenClient, balancer: Balancer
     ) -> None:
         self._decode_remembers = settings.decode.reuse != "none"
         self._living = living
         self._living_prefill = directory.LivingPool(settings.ray.app_name, "prefill")
-        self._decode: Any = decode.options(stream=True)
         self._tokens = tokens
+        self._balancer = balancer
         self._readiness = SharedPoll(self._ask_readiness)
 
     async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[TokenOutput, None]:
+        clock = asyncio.get_running_loop().time
+        deadline_s = clock() + request.context.timeout_s
         living = await self._living.ids()
         if not living:
-            # A call to nobody would wait for as long as the request may.
             raise Unavailable("no decode replica is ready: try again in a moment", retry_after_s=1.0)
+        request = in_time(request, deadline_s - clock())
         keys = prefix_keys(request.context.tenant, request.prompt_token_ids) if self._decode_remembers else ()
-        # If all that live have failed it, one of them is still better than one that hangs.
-        failed = route.excluded if living - route.excluded else frozenset[str]()
-        with self._tokens.open(keys, failed | self._living.unfit) as stream:
-            call = self._decode.generate.remote(stream.ticket)
-            watch = asyncio.create_task(_watch(call, stream, request))
-            watch.add_done_callback(partial(_call_ended, stream=stream))
+        staying = frozenset(one for one in living if self._living.key_of(one) not in self._tokens.draining)
+        route.replica_id = replica_id = self._balancer.choose(staying or living, keys, route.excluded)
+        place = Place(self._living.key_of(replica_id), self._living.address_of(replica_id))
+        with (
+            self._balancer.call(replica_id, keys) as call,
+            self._tokens.open(partial(self._balancer.accepted, call), partial(self._balancer.heard, call)) as stream,
+        ):
+            running = asyncio.create_task(stream.run(place, request))
             late = DeadlineExceeded("the request's deadline has passed")
-            loop = asyncio.get_running_loop()
-            ending = loop.call_later(request.context.timeout_s + _GRACE_S, stream.fail, late)
+            ending = asyncio.get_running_loop().call_at(deadline_s + _GRACE_S, stream.fail, late)
             try:
                 async for output in stream:
                     yield output
-                # Serve counts the request until its call has ended, which is a moment later.
-                await asyncio.wait([watch], timeout=_GRACE_S)
+                await asyncio.wait([running], timeout=_GRACE_S)  # a moment: decode has said all
             finally:
                 ending.cancel()
-                route.replica_id = routes.replica_of(stream.ticket)
                 # However this ends: decode stops at once, and what it held on both pools is free again.
-                watch.cancel()
-                with suppress(RayError, RayServeException):  # one that never began says so once more
-                    call.cancel()
+                running.cancel()
 
     async def living(self) -> frozenset[str]:
         return await self._living.ids()
@@ -123,42 +116,15 @@ class PoolBackend:
         return Readiness(num_decode=len(decode), num_prefill=len(prefill))
 
 
-async def _watch(call: Any, stream: TokenStream, request: GenerateRequest) -> None:
-    """What Serve says of the request: first where it runs, which it's brought to; then, if it fails, why."""
-    clock = asyncio.get_running_loop().time
-    deadline_s = clock() + request.context.timeout_s
-    try:
-        async for place in call:
-            request = in_time(request, deadline_s - clock())
-            stream.follow(place)
-            await stream.submit(request)
-    except ShoalError as error:
-        stream.fail(error)
-    except (RayError, RayServeException) as error:
-        stream.fail(known_error(error, "decode"))
-
-
-def _call_ended(watch: asyncio.Task[None], stream: TokenStream) -> None:
-    """However Serve's call ended: an answer that isn't complete must not wait for its deadline."""
-    routes.ended(stream.ticket)
-    if watch.cancelled():  # also by Ray; if by us, nobody reads the stream any more
-        stream.fail(PeerGone("the call to decode was cancelled", retry_after_s=1.0))
-    elif (error := watch.exception()) is not None:
-        _log.error("the call to decode failed", exc_info=error)
-        stream.fail(InternalError(f"the call to decode failed ({type(error).__name__})"))
-    elif not stream.is_complete:
-        lost = PeerGone("the decode replica has finished, and its answer didn't arrive", retry_after_s=1.0)
-        asyncio.get_running_loop().call_later(_ARRIVE_S, stream.fail, lost)
-
-
 class GatewayReplica:
     """Validates and tokenizes once; knows no device.
 
-    With ``listens`` it serves HTTP itself; else Serve's proxy does, and calls it for each request.
+    With ``listens`` it serves HTTP itself; else Serve's proxy does, and calls it for each request. Decode's handle says
+    to Serve that decode is part of the application; requests go there by gRPC.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: dict[str, Any], decode: DeploymentHandle[Any], *, listens: bool
+        self, config: dict[str, Any], _decode: DeploymentHandle[Any], *, listens: bool
     ) -> None:
         self._settings = settings = ShoalConfig(**config)
         configure_logging(settings.log.level, settings.log.format, error_text=settings.log.error_text)
@@ -181,12 +147,12 @@ class GatewayReplica:
         self._exits.callback(server.close)
         tokenizer = Tokenizer(files.tokenizer())
         self._exits.callback(tokenizer.close)
-        tokens = TokenClient(_GRACE_S, routes.heard, self._certificates(listens=listens))
+        tokens = TokenClient(self._certificates(listens=listens))
         self._exits.push_async_callback(tokens.close)
         living = directory.LivingPool(settings.ray.app_name, "decode")
         self._backend = DrainingBackend(
             RetryingBackend(
-                PoolBackend(settings, decode, living, tokens),
+                PoolBackend(settings, living, tokens, Balancer(settings.packs_up_to(settings.decode))),
                 max_attempts=settings.handoff.max_attempts,
                 limit=RateLimit(settings.gateway.retry),
                 observer=metrics,

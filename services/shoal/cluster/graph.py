@@ -76,13 +76,19 @@ def _joining(config: Mapping[str, Any]) -> dict[str, Any]:
 def bind(config: ShoalConfig, replicas: Replicas, *, proxied: bool = False) -> Application:
     """The graph; with ``proxied``, clients come in by Serve's proxy rather than by the gateway's own HTTP server."""
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
 
-    from shoal.cluster.router import GRANTS, PROMPTS
+    from shoal.cluster.router import GRANTS
 
     # What a pool's size is, is no replica's business: were it told, all would restart when one is added.
     plain = config.model_dump(mode="json", exclude={"prefill": {"replicas"}, "decode": {"replicas"}})
-    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill, GRANTS))
-    decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode, PROMPTS))
+    router = RequestRouterConfig(
+        request_router_class=GRANTS,  # type: ignore[arg-type]
+        request_router_kwargs={"pack_up_to": config.packs_up_to(config.prefill)},
+    )
+    routed = {"request_router_config": router}
+    prefill = _deployment(replicas.prefill, "prefill", config, _of_stage("prefill", config, config.prefill) | routed)
+    decode = _deployment(replicas.decode, "decode", config, _of_stage("decode", config, config.decode))
     gateway = _deployment(
         serve.ingress()(replicas.gateway) if proxied else replicas.gateway,
         "gateway",
@@ -146,14 +152,8 @@ def _deployment(cls: type, name: str, config: ShoalConfig, options: dict[str, An
     )(cls)
 
 
-def _of_stage(name: str, config: ShoalConfig, stage: StageConfig, router: str) -> dict[str, Any]:
-    from ray.serve.config import RequestRouterConfig
-
+def _of_stage(name: str, config: ShoalConfig, stage: StageConfig) -> dict[str, Any]:
     return {
-        "request_router_config": RequestRouterConfig(
-            request_router_class=router,  # type: ignore[arg-type]
-            request_router_kwargs={"pack_up_to": config.packs_up_to(stage)},
-        ),
         "num_replicas": stage.replicas,
         "ray_actor_options": {
             "num_cpus": stage.num_cpus,

@@ -1,6 +1,7 @@
-"""How a request finds its replica: where its beginning is known already, if that one isn't too busy, and otherwise the
-one that is less busy of two random ones; or, of replicas that share their cores, the busiest that has room, since each
-reads all weights for whatever it answers. It doesn't find one that has failed it, as long as there is another.
+"""How a grant finds its prefill replica: where its beginning is known already, if that one isn't too busy, and
+otherwise the one that is less busy of two random ones; or, of replicas that share their cores, the busiest that has
+room, since each reads all weights for whatever it answers. It doesn't find one that has failed it, as long as there is
+another.
 
 How busy one is, Serve says, and what this process has sent there itself. Serve alone wouldn't do: it forgets a replica
 that wasn't asked for some seconds, and then prefers any other one, however busy; and of requests that come at once,
@@ -20,17 +21,18 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from shoal.cluster import routes
 from shoal.wire.handoff_messages import Grant
-from shoal.wire.messages import Ticket
 
-GRANTS, PROMPTS = "shoal.cluster.router.GrantRouter", "shoal.cluster.router.PromptRouter"
+GRANTS = "shoal.cluster.router.GrantRouter"
 
 MAX_LONGER = 4
 """How much longer the queue of a replica that knows a prompt's beginning may be than the shortest one. Beyond that,
 waiting would take longer than computing it once more; and the other then knows it, too."""
 
 
-class AffineRouter(RequestRouter):
-    """Serve takes the one replica of the first rank that isn't full, and tells nobody but its router which."""
+class GrantRouter(RequestRouter):
+    """Runs in the decode replicas, which hold a handle to the prefill deployment.
+
+    Serve takes the one replica of the first rank that isn't full, and tells nobody but its router which."""
 
     pack_up_to = 0
     """Calls that a replica gets before another one gets any; 0: they are spread."""
@@ -67,17 +69,17 @@ class AffineRouter(RequestRouter):
         if call is not None:
             routes.note(call, replica_id.unique_id)
 
-    def pick(self, call: Grant | Ticket) -> str | None:
+    def pick(self, call: Grant) -> str | None:
         """The id of the replica that ``call`` will be sent to, unless that one refuses it. Any thread may ask."""
         ranks = self.choose(list(self.curr_replicas.values()), call)
         return ranks[0][0].replica_id.unique_id if ranks else None
 
-    def choose(self, candidates: list[RunningReplica], call: Grant | Ticket | None) -> list[list[RunningReplica]]:
+    def choose(self, candidates: list[RunningReplica], call: Grant | None) -> list[list[RunningReplica]]:
         """Ranks to try, the better ones first: what was picked before all."""
         with routes.choosing:
             return self._choose(candidates, call)
 
-    def _choose(self, candidates: list[RunningReplica], call: Grant | Ticket | None) -> list[list[RunningReplica]]:
+    def _choose(self, candidates: list[RunningReplica], call: Grant | None) -> list[list[RunningReplica]]:
         if not candidates:
             return []
         excluded, keys = (frozenset[str](), ()) if call is None else (call.excluded, call.prefix_keys)
@@ -116,14 +118,6 @@ class AffineRouter(RequestRouter):
         }
 
 
-class GrantRouter(AffineRouter):
-    """Runs in each process that holds a handle to the prefill deployment, that is in the decode replicas."""
-
-
-class PromptRouter(AffineRouter):
-    """Runs in the gateways, which hold a handle to the decode deployment."""
-
-
 def _spread(lengths: dict[str, int], silent: frozenset[str]) -> list[str]:
     """The less busy of two random ones, then the other one."""
     # One that doesn't even say whether it takes a call may hang, and others would wait behind that call.
@@ -136,9 +130,9 @@ def _draw(names: list[str], number: int) -> list[str]:
     return random.sample(names, min(number, len(names)))
 
 
-def _call_of(pending: PendingRequest | None) -> Grant | Ticket | None:
+def _call_of(pending: PendingRequest | None) -> Grant | None:
     argument = pending.args[0] if pending is not None and pending.args else None
-    return argument if isinstance(argument, Grant | Ticket) else None
+    return argument if isinstance(argument, Grant) else None
 
 
 def _without(replicas: Iterable[RunningReplica], excluded: frozenset[str]) -> list[RunningReplica]:

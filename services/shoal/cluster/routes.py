@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -11,14 +10,12 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 from shoal.decode.affinity import Affinity
 from shoal.wire.handoff_messages import Grant
-from shoal.wire.messages import Ticket
 
 PATIENCE_S = 0.3
 """Within it, a replica that lives takes a call, or says that it won't, also on a machine that is busy."""
 
-HEARD_WITHIN_S, FIRST_WITHIN_S = 2.0, 10.0
-"""A replica that nothing was heard of for so long, though a call waits there, or where one waits for its first answer
-for so long, may hang, or have no memory left: it gets no more than its part."""
+BLAMED_S = 2.0
+"""How long a replica that has failed a call gets no more than its part."""
 
 
 class _Calls:
@@ -29,14 +26,14 @@ class _Calls:
     """
 
     def __init__(self) -> None:
-        self._replica_ids: dict[ref[Grant | Ticket], str] = {}
-        self._since_s: dict[str, OrderedDict[ref[Grant | Ticket], float]] = {}
-        self._gone: deque[ref[Grant | Ticket]] = deque()
+        self._replica_ids: dict[ref[Grant], str] = {}
+        self._since_s: dict[str, OrderedDict[ref[Grant], float]] = {}
+        self._gone: deque[ref[Grant]] = deque()
 
-    def replica_of(self, call: Grant | Ticket) -> str | None:
+    def replica_of(self, call: Grant) -> str | None:
         return self._replica_ids.get(ref(call))
 
-    def put(self, call: Grant | Ticket, replica_id: str, since_s: float) -> None:
+    def put(self, call: Grant, replica_id: str, since_s: float) -> None:
         """It's there from now on, which is ``since_s``, and nowhere else."""
         self._take(ref(call))
         one = ref(call, self._gone.append)
@@ -44,10 +41,10 @@ class _Calls:
         self._since_s.setdefault(replica_id, OrderedDict())[one] = since_s
         self._take_gone()
 
-    def take(self, call: Grant | Ticket) -> None:
+    def take(self, call: Grant) -> None:
         self._take(ref(call))
 
-    def leave(self, call: Grant | Ticket) -> None:
+    def leave(self, call: Grant) -> None:
         """Any thread may say so. It's taken out at the next look, or after the next one is put in: it may be that
         one."""
         one = ref(call)
@@ -68,7 +65,7 @@ class _Calls:
         while self._gone:
             self._take(self._gone.popleft())
 
-    def _take(self, one: ref[Grant | Ticket]) -> None:
+    def _take(self, one: ref[Grant]) -> None:
         replica_id = self._replica_ids.pop(one, None)
         if replica_id is not None:
             calls = self._since_s[replica_id]
@@ -79,35 +76,31 @@ class _Calls:
 
 # A call is forgotten with the call itself. Serve's router writes in its thread, and so does who picks in another; the
 # replica reads in its own.
-_replica_ids: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
+_replica_ids: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
 # None of these has ended.
 _chosen = _Calls()
 # Those that have not arrived yet.
 _underway = _Calls()
-# Those that have no answer yet, of gateways alone: of a grant nothing is heard before its end.
-_unanswered = _Calls()
 # Apart, since it's not the router's thread that knows: one of these is put there no more. Who adds it here says only
 # then that it leaves, so that it doesn't stay where it's put meanwhile.
-_ended: WeakSet[Grant | Ticket] = WeakSet()
-_answered: WeakSet[Ticket] = WeakSet()
-# When something was last heard of a replica; when it last was among those that a call was to go round.
-_heard_s: dict[str, float] = {}
+_ended: WeakSet[Grant] = WeakSet()
+# When a replica last was among those that a call was to go round.
 _blamed_s: dict[str, float] = {}
 # Of the one pool that a process sends to.
 affinity = Affinity()
-_picked: WeakKeyDictionary[Grant | Ticket, str] = WeakKeyDictionary()
+_picked: WeakKeyDictionary[Grant, str] = WeakKeyDictionary()
 # The router's own choice, for who wants to know it before Serve is asked; Serve makes routers at the first call.
-_pickers: list[Callable[[Grant | Ticket], str | None]] = []
+_pickers: list[Callable[[Grant], str | None]] = []
 # Held by whoever chooses, or notes: the router's thread, or one that picks.
 choosing = threading.Lock()
 
 
-def let_pick(pick: Callable[[Grant | Ticket], str | None]) -> None:
+def let_pick(pick: Callable[[Grant], str | None]) -> None:
     """What ``pick`` is to ask, of the one pool that this process sends to."""
     _pickers[:] = [pick]
 
 
-def pick(call: Grant | Ticket) -> str | None:
+def pick(call: Grant) -> str | None:
     """The replica that Serve will try first for ``call``; ``None`` if there is none, or nobody knows yet."""
     picked = _pickers[0](call) if _pickers else None
     if picked is not None:
@@ -115,12 +108,12 @@ def pick(call: Grant | Ticket) -> str | None:
     return picked
 
 
-def take_picked(call: Grant | Ticket) -> str | None:
+def take_picked(call: Grant) -> str | None:
     """What was picked for it, once: where it's refused, another one is as good."""
     return _picked.pop(call, None)
 
 
-def choose(call: Grant | Ticket, replica_id: str) -> None:
+def choose(call: Grant, replica_id: str) -> None:
     """It's on its way there, but may not arrive."""
     now_s = time.monotonic()
     _forget_old(_blamed_s, now_s)
@@ -129,11 +122,9 @@ def choose(call: Grant | Ticket, replica_id: str) -> None:
         return
     _chosen.put(call, replica_id, now_s)
     _underway.put(call, replica_id, now_s)
-    if isinstance(call, Ticket) and call not in _answered:
-        _unanswered.put(call, replica_id, now_s)
 
 
-def note(call: Grant | Ticket, replica_id: str) -> None:
+def note(call: Grant, replica_id: str) -> None:
     """It arrived there."""
     with choosing:
         _replica_ids[call] = replica_id
@@ -141,34 +132,18 @@ def note(call: Grant | Ticket, replica_id: str) -> None:
         now_s = time.monotonic()
         if call not in _ended:
             _chosen.put(call, replica_id, now_s)
-        if _unanswered.replica_of(call) not in (None, replica_id):
-            _unanswered.put(call, replica_id, now_s)  # how long the other one had it isn't this one's doing
         affinity.note(call.prefix_keys, replica_id)
 
 
-def heard(call: Ticket) -> None:
-    """Something of its answer has arrived, whether it's read already or not."""
-    if call not in _answered:
-        _answered.add(call)
-        _unanswered.leave(call)
-    now_s = time.monotonic()
-    replica_id = _replica_ids.get(call, "")
-    if replica_id not in _heard_s:
-        _forget_old(_heard_s, now_s)  # as good as never heard of
-    _heard_s[replica_id] = now_s
-
-
-def ended(call: Grant | Ticket) -> None:
+def ended(call: Grant) -> None:
     """Nobody answers it any more, though it may be held yet: by an error, or for a client that reads slowly."""
     if call not in _ended:
         _ended.add(call)
         _chosen.leave(call)
         _underway.leave(call)
-        if isinstance(call, Ticket):
-            _unanswered.leave(call)
 
 
-def replica_of(call: Grant | Ticket) -> str | None:
+def replica_of(call: Grant) -> str | None:
     """``None`` if it went nowhere yet."""
     return _replica_ids.get(call)
 
@@ -185,22 +160,13 @@ def silent() -> frozenset[str]:
 
 
 def troubled() -> frozenset[str]:
-    """Replicas that have failed a call just now, that nothing is heard of though a call waits there, or that let one
-    wait for its first answer for long."""
-    now_s = time.monotonic()
-    _forget_old(_blamed_s, now_s)
-    waits_s = {replica_id: now_s - since_s for replica_id, since_s in _unanswered.oldest_s().items()}
-    return frozenset(_blamed_s) | {
-        replica_id
-        for replica_id, wait_s in waits_s.items()
-        if wait_s > FIRST_WITHIN_S
-        or (wait_s > HEARD_WITHIN_S and now_s - _heard_s.get(replica_id, -math.inf) > HEARD_WITHIN_S)
-    }
+    """Replicas that have failed a call just now."""
+    _forget_old(_blamed_s, time.monotonic())
+    return frozenset(_blamed_s)
 
 
 def _forget_old(when_s: dict[str, float], now_s: float) -> None:
-    """Those that nothing has happened with for a while: they may be gone."""
-    for replica_id in [one for one, then_s in when_s.items() if now_s - then_s > HEARD_WITHIN_S]:
+    for replica_id in [one for one, then_s in when_s.items() if now_s - then_s > BLAMED_S]:
         del when_s[replica_id]
 
 

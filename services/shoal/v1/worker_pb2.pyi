@@ -3,10 +3,10 @@
 isort:skip_file
 How a request reaches a decode replica, and what is generated for it the gateway.
 
-Ray Serve chooses the replica. Its call stays open for as long as the request runs: it counts the load, carries errors
-and cancels, and says nothing of the request, since Ray pickles it in plain text. The request follows by Submit as soon
-as the call has brought back where to. What is generated comes by one stream for each pair of gateway and decode
-replica, a message of which brings what one step, or some in a row, generated for all of the gateway's requests.
+The gateway chooses the replica and brings the request by Submit, which stays open until the request has ended: its
+status carries the error, and to cancel it cancels the request. What is generated comes by one stream for each pair of
+gateway and decode replica, a message of which brings what one step, or some in a row, generated for all of the
+gateway's requests.
 
 SubmitRequest mirrors GenerateRequest of shoal/wire/messages.py, and Output its TokenOutput; shoal/wire/requests.py and
 shoal/wire/outputs.py convert.
@@ -47,10 +47,10 @@ class SubmitRequest(_message.Message):
     OUTLINE_FIELD_NUMBER: _builtins.int
     RESUMPTION_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.bytes
-    """The gateway process, and its name for the request, as its call said them."""
+    """The gateway process (16 random bytes), and its name for the request."""
     key: _builtins.int
     server_id: _builtins.bytes
-    """The decode process that is meant, as FollowRequest's."""
+    """The decode process that is meant, as the directory has it; 16 bytes. Another one refuses."""
     model: _builtins.str
     depth: _inference_pb2.Depth.ValueType
     """Shallow or full: the gateway has chosen."""
@@ -326,7 +326,7 @@ class FollowRequest(_message.Message):
     gateway_id: _builtins.bytes
     """The gateway process that its requests name; random, 16 bytes."""
     server_id: _builtins.bytes
-    """The decode process that is meant, as its call said; 16 bytes. Another one refuses."""
+    """The decode process that is meant, as SubmitRequest's."""
     def __init__(
         self,
         *,
@@ -346,16 +346,20 @@ class FollowResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    IS_DRAINING_FIELD_NUMBER: _builtins.int
+    is_draining: _builtins.bool
+    """The replica is stopping: it finishes what it has, and wants no more."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___Output] | None = ...,
+        is_draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_draining", b"is_draining", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -381,6 +385,7 @@ class Output(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     IS_PARTIAL_FIELD_NUMBER: _builtins.int
     IS_END_FIELD_NUMBER: _builtins.int
+    IS_ACCEPTED_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """The gateway's name for the request."""
     index: _builtins.int
@@ -394,6 +399,8 @@ class Output(_message.Message):
     """Only `prompt_logprobs`: the first of more, which the request's next output goes on with."""
     is_end: _builtins.bool
     """Nothing but `key` and `index`: the request is complete."""
+    is_accepted: _builtins.bool
+    """Nothing but `key`, and the first of its outputs: the replica has the request."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -421,10 +428,11 @@ class Output(_message.Message):
         prompt_logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
         is_partial: _builtins.bool = ...,
         is_end: _builtins.bool = ...,
+        is_accepted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "_index", b"_index", "_key", b"_key", "choice", b"choice", "handoff", b"handoff", "index", b"index", "key", b"key", "stages", b"stages", "stop", b"stop", "stop_reason", b"stop_reason", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "_index", b"_index", "_key", b"_key", "choice", b"choice", "finish_reason", b"finish_reason", "handoff", b"handoff", "index", b"index", "is_end", b"is_end", "is_partial", b"is_partial", "key", b"key", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "stages", b"stages", "stop", b"stop", "stop_reason", b"stop_reason", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "_index", b"_index", "_key", b"_key", "choice", b"choice", "finish_reason", b"finish_reason", "handoff", b"handoff", "index", b"index", "is_accepted", b"is_accepted", "is_end", b"is_end", "is_partial", b"is_partial", "key", b"key", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "stages", b"stages", "stop", b"stop", "stop_reason", b"stop_reason", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice: _TypeAlias = _typing.Literal["choice"]  # noqa: Y015
     _WhichOneofArgType__choice: _TypeAlias = _typing.Literal["_choice", b"_choice"]  # noqa: Y015

@@ -52,7 +52,7 @@ class WorkerServiceServicer:
     """
 
     def Submit(self, request, context):
-        """Answered at once. Refused if no call of Ray Serve waits for the request, or one has it already.
+        """Ends with the request. Refused if it's open already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -3,10 +3,10 @@
 isort:skip_file
 How a request reaches a decode replica, and what is generated for it the gateway.
 
-Ray Serve chooses the replica. Its call stays open for as long as the request runs: it counts the load, carries errors
-and cancels, and says nothing of the request, since Ray pickles it in plain text. The request follows by Submit as soon
-as the call has brought back where to. What is generated comes by one stream for each pair of gateway and decode
-replica, a message of which brings what one step, or some in a row, generated for all of the gateway's requests.
+The gateway chooses the replica and brings the request by Submit, which stays open until the request has ended: its
+status carries the error, and to cancel it cancels the request. What is generated comes by one stream for each pair of
+gateway and decode replica, a message of which brings what one step, or some in a row, generated for all of the
+gateway's requests.
 
 SubmitRequest mirrors GenerateRequest of shoal/wire/messages.py, and Output its TokenOutput; shoal/wire/requests.py and
 shoal/wire/outputs.py convert.
@@ -45,7 +45,7 @@ class WorkerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     Submit: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SubmitRequest, _worker_pb2.SubmitResponse]
-    """Answered at once. Refused if no call of Ray Serve waits for the request, or one has it already."""
+    """Ends with the request. Refused if it's open already."""
     Follow: _grpc.UnaryStreamMultiCallable[_worker_pb2.FollowRequest, _worker_pb2.FollowResponse]
     """Ends when either side goes away; what a gateway has not read by then is lost, and so are its requests."""
 
@@ -55,7 +55,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Submit: _aio.UnaryUnaryMultiCallable[_worker_pb2.SubmitRequest, _worker_pb2.SubmitResponse]  # type: ignore[assignment]
-    """Answered at once. Refused if no call of Ray Serve waits for the request, or one has it already."""
+    """Ends with the request. Refused if it's open already."""
     Follow: _aio.UnaryStreamMultiCallable[_worker_pb2.FollowRequest, _worker_pb2.FollowResponse]  # type: ignore[assignment]
     """Ends when either side goes away; what a gateway has not read by then is lost, and so are its requests."""
 
@@ -68,7 +68,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.SubmitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.SubmitResponse, _abc.Awaitable[_worker_pb2.SubmitResponse]]:
-        """Answered at once. Refused if no call of Ray Serve waits for the request, or one has it already."""
+        """Ends with the request. Refused if it's open already."""
 
     @_abc_1.abstractmethod
     def Follow(

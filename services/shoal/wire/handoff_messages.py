@@ -29,7 +29,7 @@ class Grant:
     prefix_keys: tuple[bytes, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without the router's keys, as a Ticket."""
+        """Without the router's keys: by them, whoever reads along could tell prompts that begin alike."""
         *sent, _ = fields(self)
         return Grant, tuple(getattr(self, field.name) for field in sent)
 

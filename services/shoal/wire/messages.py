@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Role = Literal["gateway", "prefill", "decode"]
 """What a process is."""
@@ -123,26 +123,6 @@ class GenerateRequest:
     def max_kv_tokens(self) -> int:
         """Tokens of the prompt, and of each choice at its longest."""
         return len(self.prompt_token_ids) + self.sampling.num_choices * self.sampling.max_tokens
-
-
-@dataclass(frozen=True, slots=True, weakref_slot=True)
-class Ticket:
-    """A gateway's call to decode over the Serve handle, which Ray pickles: it says nothing of the request, which comes
-    by gRPC (wire/token_client.py) once it's known where to.
-
-    ``key`` is the name that the gateway process ``gateway_id`` has for it. For that process' router alone are
-    ``prefix_keys`` (decode/affinity.py) and ``excluded``, the ids of decode replicas that have failed this request, or
-    get no work.
-    """
-
-    gateway_id: bytes
-    key: int
-    prefix_keys: tuple[bytes, ...] = ()
-    excluded: frozenset[str] = frozenset()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Without what is the router's: by its keys, whoever reads along could tell prompts that begin alike."""
-        return Ticket, (self.gateway_id, self.key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from shoal.wire.messages import (
     Resumption,
     SamplingParams,
     SentChoice,
-    Ticket,
 )
 from shoal.wire.options import HANDOFF_MAX_MESSAGE_BYTES
 from shoal.wire.outputs import DEPTHS, DEPTHS_BACK
@@ -32,12 +31,12 @@ MAX_CHOICES = 1024
 MAX_INT64 = (1 << 63) - 1
 
 
-def to_submit(ticket: Ticket, server_id: bytes, request: GenerateRequest) -> pb.SubmitRequest:
+def to_submit(gateway_id: bytes, key: int, server_id: bytes, request: GenerateRequest) -> pb.SubmitRequest:
     """Raises RequestTooLarge if no message holds it, and Unavailable if that is for what was answered so far."""
     resumption = request.resumption
     message = pb.SubmitRequest(
-        gateway_id=ticket.gateway_id,
-        key=ticket.key,
+        gateway_id=gateway_id,
+        key=key,
         server_id=server_id,
         context=pb.RequestContext(**asdict(request.context)),
         model=request.model,

@@ -2,8 +2,8 @@
 
 ::
 
-    open() ─> stream: its ticket goes to decode ─> the replica's place comes back ─> follow(place), submit(request)
-                 └─< outputs, sorted by key <── one FollowResponse a step <── decode
+    open() ─> stream.run(place, request): Submit, which stays open until the request has ended there
+                 └─< outputs, sorted by key <── one FollowResponse a step <── the replica at that place
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
-from shoal.errors import PeerGone, ProtocolViolation, ShoalError
+from shoal.errors import Cancelled, InternalError, PeerGone, ShoalError
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceStub
-from shoal.wire.messages import GenerateRequest, Ticket, TokenOutput
+from shoal.wire.messages import GenerateRequest, TokenOutput
 from shoal.wire.options import TOKEN_CHANNEL_OPTIONS
 from shoal.wire.outputs import OutputReader
 from shoal.wire.peers import PeerTls, open_channel, refusal
@@ -32,15 +32,23 @@ from shoal.wire.token_server import ID_BYTES, Place
 if TYPE_CHECKING:
     from shoal.v1.worker_pb2_grpc import WorkerServiceAsyncStub
 
+ARRIVE_S = 10.0
+"""What decode has written by the end of its call is here by then."""
 _log = logging.getLogger(__name__)
 
 
 class TokenStream:
-    """One request's outputs. Iterate over it once; it ends when the request is complete."""
+    """One request's outputs. Iterate over it once; it ends when the request is complete.
 
-    def __init__(self, ticket: Ticket, client: TokenClient) -> None:
-        self.ticket = ticket
+    ``accepted`` is called when the replica has taken the request, ``heard`` as outputs arrive, however late they are
+    read: with the first one, and with one in each message.
+    """
+
+    def __init__(self, key: int, client: TokenClient, accepted: Callable[[], None], heard: Callable[[], None]) -> None:
+        self.key = key
         self.place: Place | None = None
+        self.accepted = accepted
+        self.heard = heard
         self._client = client
         self._reader = OutputReader()
         self._items: asyncio.Queue[TokenOutput | ShoalError | None] = asyncio.Queue()
@@ -55,17 +63,11 @@ class TokenStream:
         """All of it has arrived, whether it was read or not."""
         return self._reader.is_complete
 
-    def follow(self, place: Place) -> None:
-        """The replica at ``place`` runs this request."""
+    async def run(self, place: Place, request: GenerateRequest) -> None:
+        """Have the replica at ``place`` run it; returns when it has ended there, and raises nothing: what is wrong ends
+        the iteration. Cancelling this ends the request there."""
         self.place = place
-        self._client.follow(place)
-
-    async def submit(self, request: GenerateRequest) -> None:
-        """Bring the request to the replica that is followed. What that one says against it ends the stream.
-
-        Raises RequestTooLarge or Unavailable if no message holds it.
-        """
-        await self._client.submit(self, request)
+        await self._client.run(self, place, request)
 
     def fail(self, error: ShoalError) -> None:
         """End it with ``error``, after what has come already; nothing if it is complete."""
@@ -97,35 +99,35 @@ class TokenStream:
 
 
 class TokenClient:
-    """Belongs to one event loop. A stream to a replica opens with the first request there, and stays.
+    """Belongs to one event loop. A stream to a replica opens with the first request there, and stays; one that breaks
+    ends its requests with PeerGone."""
 
-    A stream that breaks ends its requests with PeerGone ``patience_s`` later: whoever placed them may know better, and
-    fail them with that. ``heard`` is told as outputs arrive, however late they're read: of each request's first one,
-    and of one in each message.
-    """
-
-    def __init__(self, patience_s: float, heard: Callable[[Ticket], None], tls: PeerTls | None = None) -> None:
+    def __init__(self, tls: PeerTls | None = None) -> None:
         self._tls = tls
-        self._heard = heard
         self._gateway_id = secrets.token_bytes(ID_BYTES)
-        self._patience_s = patience_s
         self._open: dict[int, TokenStream] = {}
         self._channels: dict[Place, grpc.aio.Channel] = {}
         self._stubs: dict[Place, WorkerServiceAsyncStub] = {}
         self._readers: set[asyncio.Task[None]] = set()
+        self._draining: set[Place] = set()
+
+    @property
+    def draining(self) -> frozenset[bytes]:
+        """Ids of the decode processes that want no more requests: they finish those that they have."""
+        return frozenset(place.server_id for place in self._draining)
 
     @contextmanager
     def open(
-        self, prefix_keys: tuple[bytes, ...] = (), excluded: frozenset[str] = frozenset()
+        self, accepted: Callable[[], None] = lambda: None, heard: Callable[[], None] = lambda: None
     ) -> Iterator[TokenStream]:
-        """A request's stream, for as long as it is waited for. What is given is for the router (``Ticket``)."""
-        # Not to be guessed: outputs may come before it's known from where they must.
-        stream = TokenStream(Ticket(self._gateway_id, secrets.randbits(64), prefix_keys, excluded), self)
-        self._open[stream.ticket.key] = stream
+        """A request's stream, for as long as it is waited for."""
+        # Not to be guessed by another replica, which could speak for this one.
+        stream = TokenStream(secrets.randbits(64), self, accepted, heard)
+        self._open[stream.key] = stream
         try:
             yield stream
         finally:
-            del self._open[stream.ticket.key]
+            del self._open[stream.key]
 
     async def close(self) -> None:
         """End all streams. Twice is a no-op."""
@@ -138,7 +140,29 @@ class TokenClient:
         while self._channels:
             await self._channels.popitem()[1].close(None)
 
-    def follow(self, place: Place) -> None:
+    async def run(self, stream: TokenStream, place: Place, request: GenerateRequest) -> None:
+        """As ``TokenStream.run``."""
+        try:
+            message = to_submit(self._gateway_id, stream.key, place.server_id, request)
+            await self._follow(place).Submit(message)
+        except ShoalError as error:  # no message holds it
+            stream.fail(error)
+        except grpc.aio.AioRpcError as error:
+            stream.fail(_why(error, place))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            stream.fail(_gone())  # the channel was closed
+        except Exception as error:  # noqa: BLE001 - whatever it is, the answer mustn't wait for its deadline
+            _log.exception("the call to decode failed")
+            stream.fail(InternalError(f"the call to decode failed ({type(error).__name__})"))
+        else:
+            if not stream.is_complete:
+                lost = PeerGone("the decode replica has finished, and its answer didn't arrive", retry_after_s=1.0)
+                asyncio.get_running_loop().call_later(ARRIVE_S, stream.fail, lost)
+
+    def _follow(self, place: Place) -> WorkerServiceAsyncStub:
         """Read what the replica there sends, if that isn't done already."""
         if place not in self._stubs:
             channel = open_channel(place.address, TOKEN_CHANNEL_OPTIONS, self._tls)
@@ -147,55 +171,49 @@ class TokenClient:
             task = asyncio.create_task(self._read(place, channel))
             self._readers.add(task)
             task.add_done_callback(self._readers.discard)
-
-    async def submit(self, stream: TokenStream, request: GenerateRequest) -> None:
-        place = stream.place
-        if place is None or place not in self._stubs:
-            return  # it's lost already, and the stream hears of it
-        try:
-            await self._stubs[place].Submit(to_submit(stream.ticket, place.server_id, request))
-        except grpc.aio.AioRpcError as error:
-            known = from_rpc_error(error)
-            lost = _gone() if refusal(error, place.address) is None else _untrusted()
-            self._fail_later([stream], known if isinstance(known, ProtocolViolation) else lost)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # The channel was closed, and the stream hears of it.
+        return self._stubs[place]
 
     async def _read(self, place: Place, channel: grpc.aio.Channel) -> None:
         request = pb.FollowRequest(gateway_id=self._gateway_id, server_id=place.server_id)
-        lost = _gone()
+        lost: ShoalError = _gone()
         try:
             async for message in self._stubs[place].Follow(request):
+                if message.is_draining:
+                    self._draining.add(place)
                 is_heard = False
                 for output in message.outputs:
                     # One that was given up has no stream any more.
                     stream = self._open.get(output.key)
-                    if stream is None or stream.place not in {None, place}:
+                    if stream is None or stream.place != place:
+                        continue
+                    if output.is_accepted:
+                        stream.accepted()
                         continue
                     if not (is_heard and stream.has_begun):
-                        self._heard(stream.ticket)
+                        stream.heard()
                         is_heard = True
                     stream.accept(output)
         except grpc.aio.AioRpcError as error:
-            if (untrusted := refusal(error, place.address)) is not None:
-                _log.error("no tokens: %s", untrusted.message)
-                lost = _untrusted()
+            lost = _why(error, place, is_told=True)
         finally:
             del self._stubs[place]
-            self._fail_later([stream for stream in self._open.values() if stream.place == place], lost)
+            self._draining.discard(place)
+            for stream in self._open.values():
+                if stream.place == place:
+                    stream.fail(lost)
             self._channels.pop(place, None)
             await channel.close(None)
 
-    def _fail_later(self, streams: Sequence[TokenStream], error: ShoalError) -> None:
-        for stream in streams:
-            asyncio.get_running_loop().call_later(self._patience_s, stream.fail, error)
 
-
-def _untrusted() -> PeerGone:
-    return PeerGone("the gateway and a decode replica don't trust each other: the logs say why", retry_after_s=1.0)
+def _why(error: grpc.aio.AioRpcError, place: Place, *, is_told: bool = False) -> ShoalError:
+    """What a call's end means to a client; to the operator it ``is_told`` which address isn't trusted, and why."""
+    if (untrusted := refusal(error, place.address)) is not None:
+        if is_told:
+            _log.error("no tokens: %s", untrusted.message)
+        return PeerGone("the gateway and a decode replica don't trust each other: the logs say why", retry_after_s=1.0)
+    known = from_rpc_error(error)
+    # gRPC's own words name addresses.
+    return _gone() if isinstance(known, PeerGone | Cancelled) else known
 
 
 def _gone() -> PeerGone:

@@ -3,13 +3,13 @@ one message to each gateway.
 
 ::
 
-    open(ticket) ─> outlet: request <── SubmitRequest <── gateway
-                            send, send, …, end ──┐
-    open(ticket) ─> outlet: send, …            ──┴─> the gateway's queue ─> one FollowResponse ─> gateway
+    Submit ─> answer(request, outlet): send, send, … ──┐
+    Submit ─> answer(request, outlet): send, …       ──┴─> the gateway's queue ─> one FollowResponse ─> gateway
 
-A gateway's stream may come after the first outputs, which wait for it. When it ends, nobody can say what was read:
-all its open requests end with PeerGone, and the gateway asks again. Where it has lost its stream and opened another one
-before this side has heard of that, those that came since go on with the new one.
+Submit stays open for as long as its request runs: its status says how that ended, and a gateway that cancels it, or is
+gone, ends the request. The gateway's stream may come after the first outputs, which wait for it. When it ends, nobody
+can say what was read: all its open requests end with PeerGone, and the gateway asks again. Where it has lost its stream
+and opened another one before this side has heard of that, those that came since go on with the new one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -29,13 +29,12 @@ from shoal.errors import Overloaded, PeerGone, ProtocolViolation, RequestTooLarg
 from shoal.process.cutoff import Cutoff
 from shoal.v1 import worker_pb2 as pb
 from shoal.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
-from shoal.wire.messages import GenerateRequest, Ticket, TokenOutput
+from shoal.wire.messages import GenerateRequest, TokenOutput
 from shoal.wire.options import HANDOFF_MAX_MESSAGE_BYTES
 from shoal.wire.outputs import to_outputs
 from shoal.wire.requests import from_submit
 from shoal.wire.statuses import abort
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 ID_BYTES = 16
@@ -46,56 +45,36 @@ MAX_OUTPUT_BYTES = HANDOFF_MAX_MESSAGE_BYTES - 64
 Sized = tuple[pb.Output, int]
 """An output, and its bytes."""
 COME_TIMEOUT_S = 10.0
-"""How long a request, or its gateway's stream, is waited for."""
+"""How long a gateway's stream is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a gateway finds a request's outputs: a process, and its address (``host:port``)."""
+    """Where a gateway brings requests to: a process, and its address (``host:port``)."""
 
     server_id: bytes
     address: str
 
 
 class Outlet:
-    """Where one request comes out and its outputs go in."""
+    """Where one request's outputs go in."""
 
-    def __init__(self, key: int, gateway: _Gateway) -> None:
+    def __init__(self, key: int, peer: str, gateway: _Gateway) -> None:
         self._key = key
+        self._peer = peer
         self.gateway = gateway
         self.cutoff = Cutoff(_gone)
-        self._request: GenerateRequest | None = None
-        self._peer: str | None = None
         self._num_sent = 0
 
     def belongs_to(self, peer: str) -> bool:
-        """None of its outputs is queued, and its request hasn't come by another connection than that of ``peer``."""
-        return self._peer in {None, peer} and self._num_sent == 0
+        """None of its outputs is queued, and its request came by the connection of ``peer``."""
+        return self._peer == peer and self._num_sent == 0
 
     def move(self, gateway: _Gateway) -> None:
         """From now on, it's read by that stream."""
         del self.gateway.outlets[self._key]
         self.gateway = gateway
         gateway.outlets[self._key] = self
-
-    @property
-    def is_deserted(self) -> bool:
-        """The gateway's stream has ended, and not because this server does."""
-        return self.gateway.is_deserted
-
-    async def request(self, timeout_s: float = COME_TIMEOUT_S) -> GenerateRequest:
-        """What the gateway brings once it knows the place.
-
-        Raises PeerGone if the gateway's stream ends before, or it isn't here after ``timeout_s``.
-        """
-        return await self._until(lambda: self._request, timeout_s, "the gateway didn't bring the request")
-
-    def bring(self, request: GenerateRequest, peer: str) -> None:
-        """By the connection of ``peer``. Raises ProtocolViolation if it's here already."""
-        if self._request is not None:
-            raise ProtocolViolation("this request is here already")
-        self._request, self._peer = request, peer
-        self.gateway.proceed()
 
     def send(self, output: TokenOutput) -> None:
         """Never waits. Raises PeerGone once the gateway's stream has ended, and RequestTooLarge for an output that no
@@ -109,14 +88,14 @@ class Outlet:
         """
         self._put([pb.Output(key=self._key, index=self._num_sent, is_end=True)])
         number = self.gateway.num_put
-        await self._until(
-            lambda: self.gateway.num_written >= number or None, timeout_s, "the gateway didn't come to listen"
-        )
-
-    def unless_gone(self) -> AbstractAsyncContextManager[None]:
-        """What is within ends with PeerGone as soon as the gateway's stream has: nothing else would tell a request that
-        waits, and hasn't an output to send, that it waits for nobody."""
-        return self.cutoff.within()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.gateway.num_written < number:
+                    if self.gateway.is_gone:
+                        raise _gone()
+                    await self.gateway.progress.wait()
+        except TimeoutError as error:
+            raise PeerGone("the gateway didn't come to listen") from error
 
     def _put(self, messages: Sequence[pb.Output]) -> None:
         if self.gateway.is_gone:
@@ -127,18 +106,9 @@ class Outlet:
         self._num_sent += len(messages)
         self.gateway.put(sized)
 
-    async def _until(self, look: Callable[[], T | None], timeout_s: float, otherwise: str) -> T:
-        """What ``look`` sees as soon as it sees something. Raises PeerGone if the gateway goes before, or with
-        ``otherwise`` after ``timeout_s``."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while (seen := look()) is None:
-                    if self.gateway.is_gone:
-                        raise _gone()
-                    await self.gateway.progress.wait()
-        except TimeoutError as error:
-            raise PeerGone(otherwise) from error
-        return seen
+
+Answer = Callable[[GenerateRequest, Outlet], Awaitable[None]]
+"""Sends a request's outputs; ends when all are sent, or raises the ShoalError that the request ends with."""
 
 
 class _Gateway:
@@ -149,7 +119,6 @@ class _Gateway:
         self.num_put = 0
         self.num_written = 0
         self.is_followed = False
-        self.is_deserted = False
         self.is_gone = False
         self.wake = asyncio.Event()
         self.progress = asyncio.Event()
@@ -168,7 +137,7 @@ class _Gateway:
 
     def written(self, number: int) -> None:
         self.num_written += number
-        self.proceed()
+        self._proceed()
 
     def drop(self) -> None:
         """Twice is a no-op."""
@@ -177,20 +146,25 @@ class _Gateway:
         for outlet in self.outlets.values():
             outlet.cutoff.cut()
         self.wake.set()
-        self.proceed()
+        self._proceed()
 
-    def proceed(self) -> None:
+    def _proceed(self) -> None:
         """Who waits for something looks again."""
         self.progress.set()
         self.progress = asyncio.Event()
 
 
 class TokenServer:
-    """Belongs to one event loop. Serves on whatever servers it was added to."""
+    """Belongs to one event loop. Serves on whatever servers it was added to. Whatever isn't a ShoalError that
+    ``answer`` raises is logged, and told as a defect."""
 
-    def __init__(self) -> None:
-        self._server_id = secrets.token_bytes(ID_BYTES)
+    def __init__(self, answer: Answer) -> None:
+        self.server_id = secrets.token_bytes(ID_BYTES)
+        self._answer = answer
         self._gateways: dict[bytes, _Gateway] = {}
+        self._is_draining = self._is_closed = False
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
 
     @property
     def num_gateways(self) -> int:
@@ -200,49 +174,38 @@ class TokenServer:
     def add_to(self, server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(_Servicer(self), server)
 
-    def at(self, address: str) -> Place:
-        """This server, which listens at ``address``."""
-        return Place(self._server_id, address)
-
     def close(self) -> None:
         """End all streams; what is still open ends with PeerGone."""
         for gateway_id, gateway in list(self._gateways.items()):
             self._drop(gateway_id, gateway)
 
-    @contextmanager
-    def open(self, ticket: Ticket) -> Iterator[Outlet]:
-        """A request's outlet, for as long as it runs. Raises ProtocolViolation if it has one."""
-        gateway = self._gateways.setdefault(ticket.gateway_id, _Gateway())
-        if ticket.key in gateway.outlets:
-            raise ProtocolViolation("this request is open already")
-        outlet = gateway.outlets[ticket.key] = Outlet(ticket.key, gateway)
+    async def drain(self, timeout_s: float) -> None:
+        """Tell gateways to bring no more; return when all that came have ended, or after ``timeout_s``. From then on
+        none is taken."""
+        self._is_draining = True
+        for gateway in self._gateways.values():
+            gateway.wake.set()
         try:
-            yield outlet
-        finally:
-            gateway = outlet.gateway
-            del gateway.outlets[ticket.key]
-            if not gateway.outlets and not gateway.is_followed:
-                self._drop(ticket.gateway_id, gateway)
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            _log.warning("requests are cut off: they took longer than %.0f s to finish", timeout_s)
+        self._is_closed = True
 
-    def submit(self, request: pb.SubmitRequest, peer: str) -> None:
-        """Bring it to its outlet; ``peer`` is whose connection it came by. Raises a ShoalError where none waits for it,
-        or it isn't well formed."""
-        self._require(request.server_id)
-        gateway = self._gateways.get(request.gateway_id)
-        outlet = None if gateway is None else gateway.outlets.get(request.key)
-        if outlet is None:
-            raise PeerGone("no call waits for this request")
-        outlet.bring(from_submit(request), peer)
+    async def submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Run it to its end. Raises the ShoalError that it ends with, or is refused with."""
+        if self._is_closed:
+            raise PeerGone("this decode replica is shutting down", retry_after_s=1.0)
+        with self._open(request, context.peer()) as outlet:
+            asked = from_submit(request)
+            outlet.gateway.put([(accepted := pb.Output(key=request.key, is_accepted=True), accepted.ByteSize())])
+            async with outlet.cutoff.within():  # also while there is no output to send, it doesn't wait for nobody
+                await self._answer(asked, outlet)
+            await outlet.end()
 
     async def follow(self, request: pb.FollowRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Write that gateway's outputs until its stream ends. Raises a ShoalError where it is for somebody else."""
-        gateway_id = request.gateway_id
-        if len(gateway_id) != ID_BYTES:
-            raise ProtocolViolation(f"a gateway id has {ID_BYTES} bytes, not {len(gateway_id)}")
-        self._require(request.server_id)
-        if gateway_id not in self._gateways and len(self._gateways) >= MAX_GATEWAYS:
-            raise Overloaded(f"{MAX_GATEWAYS} gateways listen here already")
-        gateway = self._gateways.setdefault(gateway_id, _Gateway())
+        gateway_id, gateway = request.gateway_id, self._gateway(request)
         if gateway.is_followed:
             # It has lost the stream before, though this side has not heard of it yet.
             lost, gateway = gateway, _Gateway()
@@ -251,23 +214,51 @@ class TokenServer:
             self._drop(gateway_id, lost)
             self._gateways[gateway_id] = gateway
         gateway.is_followed = True
+        has_told = False
         try:
             while not gateway.is_gone:
                 await gateway.wake.wait()
+                if self._is_draining and not has_told:
+                    has_told = True
+                    await context.write(pb.FollowResponse(is_draining=True))
                 for batch in _batches(gateway.take()):
                     await context.write(pb.FollowResponse(outputs=batch))
                     gateway.written(len(batch))
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             pass  # it's gone
         finally:
-            gateway.is_deserted = not gateway.is_gone
-            if gateway.is_deserted and gateway.outlets:
+            if not gateway.is_gone and gateway.outlets:
                 _log.info("a gateway's stream has ended, and %d requests with it", len(gateway.outlets))
             self._drop(gateway_id, gateway)
 
-    def _require(self, server_id: bytes) -> None:
-        if server_id != self._server_id:
+    @contextmanager
+    def _open(self, request: pb.SubmitRequest, peer: str) -> Iterator[Outlet]:
+        """A request's outlet, for as long as it runs. Raises ProtocolViolation if it has one."""
+        gateway_id, key, gateway = request.gateway_id, request.key, self._gateway(request)
+        if key in gateway.outlets:
+            raise ProtocolViolation("this request is open already")
+        outlet = gateway.outlets[key] = Outlet(key, peer, gateway)
+        self._is_idle.clear()
+        try:
+            yield outlet
+        finally:
+            gateway = outlet.gateway
+            del gateway.outlets[key]
+            if not gateway.outlets and not gateway.is_followed:
+                self._drop(gateway_id, gateway)
+            if not any(one.outlets for one in self._gateways.values()):
+                self._is_idle.set()
+
+    def _gateway(self, request: pb.SubmitRequest | pb.FollowRequest) -> _Gateway:
+        """Whose ``request`` is. Raises a ShoalError where it's for another process, or there are too many."""
+        gateway_id = request.gateway_id
+        if len(gateway_id) != ID_BYTES:
+            raise ProtocolViolation(f"a gateway id has {ID_BYTES} bytes, not {len(gateway_id)}")
+        if request.server_id != self.server_id:
             raise PeerGone("another process listens here now")
+        if gateway_id not in self._gateways and len(self._gateways) >= MAX_GATEWAYS:
+            raise Overloaded(f"{MAX_GATEWAYS} gateways listen here already")
+        return self._gateways.setdefault(gateway_id, _Gateway())
 
     def _drop(self, gateway_id: bytes, gateway: _Gateway) -> None:
         gateway.drop()
@@ -281,8 +272,11 @@ class _Servicer(WorkerServiceServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:
         try:
-            self._server.submit(request, context.peer())
+            await self._server.submit(request, context)
         except ShoalError as error:
+            await abort(context, error)
+        except Exception as error:  # noqa: BLE001 - the process' edge
+            _log.exception("a request failed")
             await abort(context, error)
         return pb.SubmitResponse()
 

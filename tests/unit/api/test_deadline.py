@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from inference_server import request as grpc_request
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from token_streams import Joined, Running, joined
 
 from shoal.api import deadline
 from shoal.api.backend import Route
@@ -23,164 +22,100 @@ from shoal.api.http_app import create_app
 from shoal.api.inference import SERVICE_NAME, InferenceService
 from shoal.api.intake import Services
 from shoal.api.tokenizer import MAX_INLINE_CHARS, Tokenizer
-from shoal.cluster import gateway_replica as deployment
+from shoal.cluster import gateway_replica
+from shoal.cluster.balancer import Balancer
 from shoal.cluster.gateway_replica import PoolBackend
 from shoal.config import ShoalConfig
-from shoal.errors import DeadlineExceeded, InternalError, PeerGone, ShoalError, Unavailable
-from shoal.v1 import worker_pb2
-from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams, Ticket, TokenOutput
-from shoal.wire.outputs import to_outputs
-from shoal.wire.token_client import TokenClient
+from shoal.errors import DeadlineExceeded, Unavailable
+from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams, TokenOutput
 
 OUTPUT = TokenOutput(0, (1,), "a")
-
-
-class Call:
-    """Serve's: it stays open, or fails with ``error``."""
-
-    def __init__(self, error: BaseException | None = None, *, ends: bool = False) -> None:
-        self.is_cancelled = False
-        self._error = error
-        self._ends = ends
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        if self._error is not None:
-            raise self._error
-        if not self._ends:
-            await asyncio.Event().wait()
-        return
-        yield ""
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-        if isinstance(self._error, BackPressureError):
-            raise self._error  # Ray's does, if the call never began
-
-
-class Decode:
-    """The pool's handle. What a request is answered with comes at once, ``num_outputs`` and then, unless it ``hangs``,
-    the end."""
-
-    def __init__(
-        self, num_outputs: int = 0, *, hangs: bool = False, error: BaseException | None = None, call_ends: bool = False
-    ) -> None:
-        self.tokens = TokenClient(60, lambda ticket: None)
-        self.call = Call(error, ends=call_ends)
-        self._num_outputs = num_outputs
-        self._hangs = hangs
-
-    def options(self, *, stream: bool) -> Any:
-        assert stream
-        return self
-
-    @property
-    def generate(self) -> Any:
-        return self
-
-    def remote(self, ticket: Ticket) -> Call:
-        stream = self.tokens._open[ticket.key]
-        for index in range(self._num_outputs):
-            for message in to_outputs(ticket.key, index, OUTPUT):
-                stream.accept(message)
-        if not self._hangs:
-            stream.accept(worker_pb2.Output(key=ticket.key, index=self._num_outputs, is_end=True))
-        return self.call
-
-
-def request(timeout_s: float) -> GenerateRequest:
-    return GenerateRequest(RequestContext("id", timeout_s), "tiny", (1,), Depth.FULL, SamplingParams(max_tokens=4))
 
 
 class Living:
     """Who of the decode pool lives."""
 
-    unfit: frozenset[str] = frozenset()
-
-    def __init__(self, *names: str) -> None:
+    def __init__(self, both: Joined, *names: str) -> None:
+        self._place = both.decode.place
         self._names = frozenset(names)
 
     async def ids(self) -> frozenset[str]:
         return self._names
 
+    def key_of(self, _replica_id: str) -> bytes:
+        return self._place.server_id
 
-def pool(decode: Decode, living: Living | None = None) -> PoolBackend:
-    return PoolBackend(ShoalConfig(), decode, living or Living("a"), decode.tokens)  # type: ignore[arg-type]
+    def address_of(self, _replica_id: str) -> str:
+        return self._place.address
+
+
+@dataclass
+class Asked:
+    """An answer whose first output is here, and what decode has of it."""
+
+    answer: AsyncGenerator[TokenOutput, None]
+    running: Running
+    both: Joined
+
+    async def is_let_go(self) -> None:
+        """Nothing of it is left on either end."""
+        async with asyncio.timeout(10):
+            while self.running.is_open:
+                await asyncio.sleep(0)
+        assert not self.both.client._open
+
+
+@asynccontextmanager
+async def begun(timeout_s: float) -> AsyncIterator[Asked]:
+    async with joined() as both:
+        request = GenerateRequest(RequestContext("id", timeout_s), "tiny", (1,), Depth.FULL, SamplingParams(4))
+        pool = PoolBackend(ShoalConfig(), Living(both, "a"), both.client, Balancer())  # type: ignore[arg-type]
+        answer = pool.generate(request, Route())
+        first = asyncio.ensure_future(anext(answer))
+        running = await both.decode.came.get()
+        running.outlet.send(OUTPUT)
+        assert await first == OUTPUT
+        yield Asked(answer, running, both)
+        await answer.aclose()
 
 
 async def test_decode_that_doesnt_answer_is_cancelled_a_moment_after_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
-    decode = Decode(1, hangs=True)
-    answer = pool(decode).generate(request(timeout_s=0), Route())
-    assert await anext(answer) == OUTPUT
-    assert not decode.call.is_cancelled
-    with pytest.raises(DeadlineExceeded):
-        await anext(answer)
-    assert decode.call.is_cancelled and not decode.tokens._open
+    monkeypatch.setattr(gateway_replica, "_GRACE_S", 0.02)
+    async with begun(timeout_s=0.5) as asked:
+        assert asked.running.is_open
+        with pytest.raises(DeadlineExceeded):
+            await anext(asked.answer)
+        await asked.is_let_go()
 
 
 async def test_the_deadline_is_one_for_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
-    decode = Decode(1, hangs=True)
-    answer = pool(decode).generate(request(timeout_s=0), Route())
-    assert await anext(answer) == OUTPUT
-    [(key, stream)] = decode.tokens._open.items()
+    monkeypatch.setattr(gateway_replica, "_GRACE_S", 0.02)
+    async with begun(timeout_s=0.5) as asked:
 
-    async def go_on() -> None:
-        for index in itertools.count(1):
-            for message in to_outputs(key, index, OUTPUT):
-                stream.accept(message)
-            await asyncio.sleep(0)
-            assert await anext(answer) == OUTPUT
+        async def go_on() -> None:
+            while True:
+                asked.running.outlet.send(OUTPUT)
+                assert await anext(asked.answer) == OUTPUT
 
-    with pytest.raises(DeadlineExceeded):
-        await asyncio.wait_for(go_on(), 10)
-    assert decode.call.is_cancelled and not decode.tokens._open
-
-
-async def test_an_answer_is_complete_without_waiting_long_for_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_GRACE_S", 0.02)
-    decode = Decode(2)
-    assert [output async for output in pool(decode).generate(request(timeout_s=60), Route())] == [OUTPUT] * 2
-    assert decode.call.is_cancelled and not decode.tokens._open
-
-
-@pytest.mark.parametrize(
-    ("error", "known"),
-    [
-        (RayActorError(), PeerGone),
-        (BackPressureError(1, 1), PeerGone),
-        (asyncio.CancelledError(), PeerGone),
-        (ValueError(), InternalError),
-    ],
-)
-async def test_what_the_call_fails_with_ends_the_answer(error: BaseException, known: type[ShoalError]) -> None:
-    answer = pool(Decode(1, hangs=True, error=error)).generate(request(timeout_s=60), Route())
-    assert await anext(answer) == OUTPUT
-    with pytest.raises(known):
-        await anext(answer)
-
-
-async def test_an_answer_that_was_lost_on_its_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_ARRIVE_S", 0.02)
-    answer = pool(Decode(1, hangs=True, call_ends=True)).generate(request(timeout_s=60), Route())
-    assert await anext(answer) == OUTPUT
-    with pytest.raises(PeerGone, match="didn't arrive"):
-        await anext(answer)
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wait_for(go_on(), 10)
+        await asked.is_let_go()
 
 
 async def test_decode_is_cancelled_when_the_answer_is_closed() -> None:
-    decode = Decode(2)
-    answer = pool(decode).generate(request(timeout_s=60), Route())
-    await anext(answer)
-    await answer.aclose()
-    assert decode.call.is_cancelled and not decode.tokens._open
+    async with begun(timeout_s=60) as asked:
+        await asked.answer.aclose()
+        await asked.is_let_go()
 
 
 async def test_without_a_decode_replica_nobody_waits_for_one() -> None:
-    with pytest.raises(Unavailable, match="no decode replica") as refused:
-        await anext(pool(Decode(1), Living()).generate(request(timeout_s=60), Route()))
+    async with joined() as both:
+        pool = PoolBackend(ShoalConfig(), Living(both), both.client, Balancer())  # type: ignore[arg-type]
+        request = GenerateRequest(RequestContext("id", 60), "tiny", (1,), Depth.FULL, SamplingParams(4))
+        with pytest.raises(Unavailable, match="no decode replica") as refused:
+            await anext(pool.generate(request, Route()))
     assert refused.value.retry_after_s == 1
 
 

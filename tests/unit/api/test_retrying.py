@@ -21,7 +21,6 @@ from shoal.wire.messages import (  # fmt: skip
     Resumption,
     SamplingParams,
     SentChoice,
-    Ticket,
     TokenOutput,
 )
 from shoal.wire.options import HANDOFF_MAX_MESSAGE_BYTES
@@ -185,7 +184,7 @@ async def test_long_choices_that_are_complete_fit_into_the_next_message():
         replace(REQUEST, sampling=sampling)
     )
     assert run.outputs == outputs
-    arrived = from_submit(to_submit(Ticket(b"g" * 16, 7), b"s" * 16, pool.requests[1]))
+    arrived = from_submit(to_submit(b"g" * 16, 7, b"s" * 16, pool.requests[1]))
     assert arrived.resumption == Resumption("pop", (SentChoice((5,)), *[SentChoice(is_complete=True)] * num_long))
 
 

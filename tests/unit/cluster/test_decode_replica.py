@@ -1,11 +1,12 @@
-"""Decode between two Serve handles: a gateway's call, and its own to the prefill pool, where what it gives up stops."""
+"""Decode between the gateway and the prefill pool: what either gives up stops."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +17,11 @@ from token_streams import Joined, generate_request, joined, output
 
 from shoal.cluster import routes
 from shoal.cluster.decode_replica import DecodeReplica, ServePrefillPool
+from shoal.cluster.directory import Entry
 from shoal.errors import InternalError, PeerGone, ShoalError
 from shoal.wire.handoff_messages import Grant, HandoffOutcome
-from shoal.wire.messages import GenerateRequest, RequestContext, Ticket, TokenOutput
-from shoal.wire.token_server import Place
+from shoal.wire.messages import GenerateRequest, RequestContext, TokenOutput
+from shoal.wire.token_client import TokenStream
 
 GRANT = Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, RequestContext("one", timeout_s=1))
 OUTCOME = HandoffOutcome(GRANT.lease_id, committed=True)
@@ -84,17 +86,21 @@ class Server:
 def pick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The router's choice is ``a``."""
 
-    def pick_a(call: Grant | Ticket) -> str:
+    def pick_a(call: Grant) -> str:
         routes.choose(call, "a")
         return "a"
 
     monkeypatch.setattr(routes, "_pickers", [pick_a])
 
 
+def entries(**keys: bytes) -> dict[str, Entry]:
+    return {one: Entry("shoal", "prefill", one, one, "node", 1, "", key=key.hex()) for one, key in keys.items()}
+
+
 def granting(prefill: Prefill, server: Server | None) -> ServePrefillPool:
     found = pool(prefill)
     found.server = server  # type: ignore[assignment]
-    found._living._keys = {"a": KEY.hex(), "b": bytes(16).hex()}
+    found._living._entries = entries(a=KEY, b=bytes(16))
     return found
 
 
@@ -128,7 +134,7 @@ async def test_who_has_claimed_a_prompt_is_blamed_for_it_wherever_its_call_went(
     assert asked.asked(grant) == blamed
     server.claimants[grant.lease_id] = KEY  # later than it was waited for
     assert asked.asked(grant) == "a"
-    asked._living._keys = {"b": bytes(16).hex()}
+    asked._living._entries = entries(b=bytes(16))
     assert asked.asked(grant) == "a", "also once it hangs, or is gone"
     prefill.is_done.set()
     assert await call == OUTCOME
@@ -224,15 +230,14 @@ async def test_a_defect_of_the_replica_s_is_an_internal_error() -> None:
 
 
 class Worker:
-    """It answers with ``outputs``, and then ``error`` if there is one; or ``waits`` for ever."""
+    """It answers with ``outputs``, or ``waits`` for ever."""
 
-    def __init__(self, *outputs: TokenOutput, error: Exception | None = None, waits: bool = False) -> None:
+    def __init__(self, *outputs: TokenOutput, waits: bool = False) -> None:
         self.came: list[GenerateRequest] = []
         self.is_open = False
         self.has_begun = asyncio.Event()
         self._waits = waits
         self._outputs = outputs
-        self._error = error
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
         self.came.append(request)
@@ -243,83 +248,43 @@ class Worker:
                 await asyncio.Event().wait()
             for one in self._outputs:
                 yield one
-            if self._error is not None:
-                raise self._error
         finally:
             self.is_open = False
 
 
-def called(both: Joined, worker: Worker, ticket: Ticket) -> AsyncGenerator[Place, None]:
-    """The call as a replica answers it, with no more of one than that needs."""
-    stage = SimpleNamespace(worker=worker, desk=SimpleNamespace(address=both.decode.address))
-    watch = SimpleNamespace(require_healthy=lambda: None)
-    own: Any = SimpleNamespace(_tokens=both.decode.tokens, _stage=stage, _watch=watch)
-    return DecodeReplica.generate(own, ticket)
+def replica(worker: Worker) -> DecodeReplica:
+    """With no more of one than an answer needs."""
+    own: Any = SimpleNamespace(
+        _stage=SimpleNamespace(worker=worker), _watch=SimpleNamespace(require_healthy=lambda: None)
+    )
+    return own
 
 
-async def test_a_call_brings_the_place_and_runs_what_comes_there() -> None:
+@asynccontextmanager
+async def answered_by(worker: Worker) -> AsyncIterator[tuple[Joined, TokenStream, asyncio.Task[None]]]:
+    async with joined(answer=partial(DecodeReplica._answer, replica(worker))) as both:
+        stream, call = both.open()
+        yield both, stream, call
+
+
+async def test_what_a_gateway_brings_is_answered() -> None:
     worker = Worker(output(1), output(2))
-    async with joined() as both:
-        with both.client.open() as stream:
-            async with aclosing(called(both, worker, stream.ticket)) as call:
-                stream.follow(await anext(call))
-                assert not worker.came
-                await stream.submit(generate_request(5))
-                with pytest.raises(StopAsyncIteration):
-                    await anext(call)
-            assert [one async for one in stream] == [output(1), output(2)]
-    assert worker.came == [generate_request(5)]
+    async with answered_by(worker) as (_both, stream, _call):
+        assert [one async for one in stream] == [output(1), output(2)]
+    assert worker.came == [generate_request(1)]
 
 
-async def test_a_defect_leaves_as_one_and_says_nothing() -> None:
-    async with joined() as both:
-        with both.client.open() as stream:
-            call = called(both, Worker(error=ValueError("secret")), stream.ticket)
-            stream.follow(await anext(call))
-            await stream.submit(generate_request(5))
-            with pytest.raises(InternalError) as caught:
-                await anext(call)
-    assert "secret" not in str(caught.value) and caught.value.__suppress_context__
-
-
-async def test_a_call_that_is_cancelled_before_its_request_came_holds_nothing() -> None:
-    worker = Worker()
-    async with joined() as both:
-        with both.client.open() as stream:
-            call = called(both, worker, stream.ticket)
-            await anext(call)
-            waiting = asyncio.create_task(anext(call))
-            await asyncio.sleep(0)
-            assert both.decode.tokens.num_gateways == 1
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            assert both.decode.tokens.num_gateways == 0
-    assert not worker.came
-
-
-@pytest.mark.parametrize("who", ["gateway", "decode"])
+@pytest.mark.parametrize("who", ["call", "gateway", "decode"])
 async def test_a_request_without_an_output_ends_with_its_gateway(who: str) -> None:
-    """It may wait for blocks, for prefill, for its turn; and Ray tells a replica nothing of a caller that has died.
-
-    A gateway that is gone is told no error, for which Ray would look for it, and stop the replica for a second; one
-    whose stream decode has ended asks another replica at once.
-    """
+    """It may wait for blocks, for prefill, for its turn."""
     worker = Worker(waits=True)
-    async with joined() as both:
-        with both.client.open() as stream:
-            async with aclosing(called(both, worker, stream.ticket)) as call:
-                stream.follow(await anext(call))
-                await stream.submit(generate_request(5))
-                waiting = asyncio.ensure_future(anext(call))
-                async with asyncio.timeout(10):
-                    await worker.has_begun.wait()
-                    if who == "gateway":
-                        await both.client.close()
-                        with pytest.raises(StopAsyncIteration):
-                            await waiting
-                    else:
-                        both.decode.tokens.close()
-                        with pytest.raises(PeerGone, match="has ended"):
-                            await waiting
-    assert not worker.is_open and both.decode.tokens.num_gateways == 0
+    async with answered_by(worker) as (both, _stream, call), asyncio.timeout(10):
+        await worker.has_begun.wait()
+        if who == "call":
+            call.cancel()
+        elif who == "gateway":
+            await both.client.close()
+        else:
+            both.decode.tokens.close()
+        while worker.is_open or both.decode.tokens.num_gateways > (who == "call"):
+            await asyncio.sleep(0)

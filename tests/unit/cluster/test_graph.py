@@ -73,10 +73,9 @@ def test_replicas_are_filled_one_after_the_other_where_each_has_all_cores(
     pool: dict[str, Any], ray: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(whole, "usable_threads", lambda: 4)
-    for number, role in enumerate(("decode", "prefill")):
-        deployment = chain(ShoalConfig(**{role: pool}, ray=ray))[1 + number][0]
-        routing = deployment._deployment_config.request_router_config
-        assert routing.request_router_kwargs == {"pack_up_to": expected}
+    assert (config := ShoalConfig(decode=pool, ray=ray)).packs_up_to(config.decode) == expected
+    deployment = chain(ShoalConfig(prefill=pool, ray=ray))[2][0]
+    assert deployment._deployment_config.request_router_config.request_router_kwargs == {"pack_up_to": expected}
 
 
 def router_of(deployment: Any) -> str:

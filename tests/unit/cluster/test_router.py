@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +15,10 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest
 
 from shoal.cluster import routes
-from shoal.cluster.router import MAX_LONGER, GrantRouter, PromptRouter
-from shoal.decode.affinity import KEY_TOKENS, Affinity, prefix_keys
+from shoal.cluster.router import MAX_LONGER, GrantRouter
+from shoal.decode.affinity import KEY_TOKENS, Affinity
 from shoal.wire.handoff_messages import Grant
-from shoal.wire.messages import RequestContext, Ticket
+from shoal.wire.messages import RequestContext
 
 IDS = {name: SimpleNamespace(unique_id=name) for name in "abcd"}
 REPLICAS = [SimpleNamespace(replica_id=replica_id) for replica_id in IDS.values()]
@@ -30,7 +29,6 @@ def make(kind: type, queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) ->
     """Serve makes a router, with what only Serve has; choosing needs the lengths of queues, where those are known."""
     monkeypatch.setattr(routes, "affinity", Affinity())
     monkeypatch.setattr(routes, "_blamed_s", {})
-    monkeypatch.setattr(routes, "_heard_s", {})
     monkeypatch.setattr(routes, "_pickers", [])
     cache = SimpleNamespace(get=lambda replica_id: queues.get(replica_id.unique_id))
     monkeypatch.setattr(kind, "replica_queue_len_cache", cache)
@@ -47,24 +45,13 @@ def router(queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
     return make(GrantRouter, queues, monkeypatch)
 
 
-@pytest.fixture
-def prompts(queues: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
-    return make(PromptRouter, queues, monkeypatch)
-
-
 def grant(*excluded: str, keys: tuple[bytes, ...] = ()) -> Grant:
     context = RequestContext("one", timeout_s=1)
     return Grant(b"1" * 16, "127.0.0.1:1", "plan", 3, 0, 5.0, 30.0, context, frozenset(excluded), keys)
 
 
-def prompt(token_ids: tuple[int, ...] = PROMPT, tenant: str = "t", excluded: str = "") -> Ticket:
-    return Ticket(b"g" * 16, 1, prefix_keys(tenant, token_ids), frozenset(excluded))
-
-
-def distinct(call: Grant | Ticket, number: int) -> Grant | Ticket:
+def distinct(call: Grant, number: int) -> Grant:
     """As those that are made at once are: no two have the same name."""
-    if isinstance(call, Ticket):
-        return replace(call, key=1000 + number)
     return replace(call, lease_id=number.to_bytes(16, "big"))
 
 
@@ -95,12 +82,7 @@ async def test_a_grant_goes_to_none_that_it_excludes_if_there_is_another(router:
     assert await chosen(router, REPLICAS, pending(grant(*excluded))) == set(left)
 
 
-@pytest.mark.parametrize(("excluded", "left"), [("b", "acd"), ("abd", "c"), ("abcd", "abcd"), ("xy", "abcd")])
-async def test_a_prompt_goes_to_none_that_has_failed_it_if_there_is_another(prompts: Any, excluded: str, left: str):
-    assert await chosen(prompts, REPLICAS, pending(prompt((), excluded=excluded))) == set(left)
-
-
-@pytest.mark.parametrize(("kind", "make_call"), [("router", grant), ("prompts", prompt)])
+@pytest.mark.parametrize(("kind", "make_call"), [("router", grant)])
 @pytest.mark.parametrize("known", ["abcd", "abc", ""])
 async def test_calls_that_come_at_once_are_spread_also_to_a_replica_that_serve_has_forgotten(
     kind: str, make_call: Callable[[], Any], known: str, queues: dict[str, int], request: pytest.FixtureRequest
@@ -122,7 +104,7 @@ async def test_calls_that_come_at_once_are_spread_also_to_a_replica_that_serve_h
     routes.ended(distinct(make_call(), 99))  # it never began
 
 
-@pytest.mark.parametrize(("kind", "make_call"), [("router", grant), ("prompts", prompt)])
+@pytest.mark.parametrize(("kind", "make_call"), [("router", grant)])
 async def test_replicas_that_share_cores_are_filled_one_after_the_other(
     kind: str, make_call: Callable[[], Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
@@ -160,95 +142,14 @@ async def test_packing_passes_over_who_is_silent_and_knows_another_to_try(
     routes.ended(stuck)
 
 
-async def test_packing_gives_no_more_than_its_part_to_who_has_failed_a_call_just_now(
-    prompts: Any, queues: dict[str, int], clock: SimpleNamespace
-):
-    prompts.initialize_state(pack_up_to=4)
-    queues.update(a=0, b=2, c=3)
-    three = REPLICAS[:3]
-    assert await first_rank(prompts, pending(distinct(prompt(excluded="c"), 1)), three) == ["b"]
-    assert await first_rank(prompts, pending(distinct(prompt((), excluded="cb"), 2)), three) == ["a"]
-    queues.update(a=5)
-    assert await first_rank(prompts, pending(distinct(prompt(()), 3)), three) == ["b"], "all are full: the least busy"
-    clock.now_s += 2 * routes.HEARD_WITHIN_S
-    assert await first_rank(prompts, pending(distinct(prompt(()), 4)), three) == ["c"]
-
-
-async def arrived(router: Any, call: Ticket) -> list[str]:
-    """Where it was sent, and taken."""
-    [replica_id] = await first_rank(router, pending(call))
-    router.on_request_routed(pending(call), IDS[replica_id], None)
-    return [replica_id]
-
-
-async def test_packing_gives_no_more_than_its_part_to_who_is_not_heard_of_while_a_call_waits(
-    prompts: Any, clock: SimpleNamespace
-):
-    """It may hang. Who brings something of other calls doesn't, however long a prompt takes."""
-    prompts.initialize_state(pack_up_to=4)
-    waits, other = (distinct(prompt(()), number) for number in (1, 2))
-    assert [await arrived(prompts, call) for call in (waits, other)] == [["a"], ["a"]]
-    clock.now_s += 2 * routes.HEARD_WITHIN_S
-    assert routes.troubled() == {"a"}
-    assert await first_rank(prompts, pending(distinct(prompt(()), 3))) == ["b"]
-    routes.heard(other)
-    assert routes.troubled() == frozenset()
-    assert await first_rank(prompts, pending(distinct(prompt(()), 4))) == ["a"]
-    clock.now_s += routes.HEARD_WITHIN_S
-    assert routes.troubled() == frozenset()
-    clock.now_s += routes.HEARD_WITHIN_S
-    assert routes.troubled() == {"a"}
-    routes.heard(other)
-    assert routes.troubled() == frozenset()
-    routes.ended(waits)
-    clock.now_s += 2 * routes.HEARD_WITHIN_S
-    assert routes.troubled() == frozenset(), "nobody waits there"
-
-
-async def test_packing_gives_no_more_than_its_part_to_who_lets_a_call_wait_for_very_long(
-    prompts: Any, clock: SimpleNamespace
-):
-    """It may have no memory left for K/V, though others have."""
-    prompts.initialize_state(pack_up_to=4)
-    waits, other = (distinct(prompt(()), number) for number in (1, 2))
-    assert [await arrived(prompts, call) for call in (waits, other)] == [["a"], ["a"]]
-    clock.now_s += 2 * routes.FIRST_WITHIN_S
-    routes.heard(other)
-    assert routes.troubled() == {"a"}
-    routes.heard(waits)
-    assert routes.troubled() == frozenset()
-
-
-async def test_replicas_that_nothing_was_heard_of_for_long_are_forgotten(prompts: Any, clock: SimpleNamespace):
-    calls = [distinct(prompt(()), number) for number in range(2)]
-    for call, name in zip(calls, "ab", strict=True):
-        prompts.on_request_routed(pending(call), IDS[name], None)
-    routes.heard(calls[0])
-    clock.now_s += 2 * routes.HEARD_WITHIN_S
-    routes.heard(calls[1])
-    assert routes._heard_s.keys() == {"b"}
-
-
 async def test_a_grant_may_take_as_long_as_it_does(router: Any, clock: SimpleNamespace):
     """Nothing is heard of it before its end."""
     router.initialize_state(pack_up_to=4)
     first = distinct(grant(), 1)
     assert await first_rank(router, pending(first)) == ["a"]
     router.on_request_routed(pending(first), IDS["a"], None)
-    clock.now_s += 2 * routes.FIRST_WITHIN_S
+    clock.now_s += 60.0
     assert await first_rank(router, pending(distinct(grant(), 2))) == ["a"]
-
-
-@pytest.mark.parametrize("fails", [True, False])
-async def test_packing_passes_over_who_knows_a_beginning_and_is_in_trouble(
-    prompts: Any, queues: dict[str, int], fails: bool, clock: SimpleNamespace
-):
-    prompts.initialize_state(pack_up_to=16)
-    prompts.on_request_routed(pending(distinct(prompt(), 1)), IDS["b"], None)
-    queues.update(a=0, b=2, c=3)
-    call = distinct(prompt((), excluded="b" if fails else "x"), 2)
-    await first_rank(prompts, pending(call))
-    assert await first_rank(prompts, pending(distinct(prompt(), 3))) == ["c" if fails else "b"]
 
 
 async def test_told_nothing_by_the_deployment_a_router_spreads(router: Any):
@@ -308,15 +209,13 @@ async def test_the_less_busy_one_of_two_is_first_whoever_knows_of_its_calls(rout
         assert await first_rank(router, pending(grant()), two) == ["b"]
 
 
-@pytest.fixture(params=["router", "prompts"])
-def picking(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, Callable[[], Grant | Ticket]]:
+@pytest.fixture(params=["router"])
+def picking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Callable[[], Grant]]:
     """A router when Serve has made it, and told it of replicas; and what makes it a call."""
     router = request.getfixturevalue(request.param)
     monkeypatch.setattr(type(router), "curr_replicas", dict(enumerate(REPLICAS)), raising=False)
     router.initialize_state()
-    return router, grant if request.param == "router" else prompt
+    return router, grant
 
 
 async def test_what_is_picked_before_serve_is_asked_is_what_serve_tries_first(picking: Any):
@@ -371,9 +270,9 @@ async def test_without_replicas_there_is_nothing_to_choose(router: Any):
     assert await router.choose_replicas([], pending(grant())) == []
 
 
-@pytest.mark.parametrize(("kind", "make_call"), [("router", grant), ("prompts", prompt)])
+@pytest.mark.parametrize(("kind", "make_call"), [("router", grant)])
 def test_it_is_known_where_a_call_went_for_as_long_as_there_is_a_call(
-    kind: str, make_call: Callable[[], Grant | Ticket], request: pytest.FixtureRequest
+    kind: str, make_call: Callable[[], Grant], request: pytest.FixtureRequest
 ):
     one = make_call()
     before = routes.num_noted()
@@ -420,29 +319,14 @@ async def test_a_busy_one_is_passed_over(
     assert (await first_rank(router, pending(grant(keys=(b"1",)))) == ["c"]) is is_known_one
 
 
-async def test_a_prompt_goes_to_the_decode_replica_that_has_its_beginning(prompts: Any):
-    prompts.on_request_routed(pending(prompt()), IDS["b"], None)
-    assert await first_rank(prompts, pending(prompt((*PROMPT, 5, 6)))) == ["b"]
-    assert await chosen(prompts, REPLICAS, pending(prompt(tenant="other"))) == set("abcd")
-    assert await first_rank(prompts, pending(prompt()), REPLICAS[:1]) == ["a"]
-    assert "b" not in await first_rank(prompts, pending(prompt(excluded="b")))  # it has failed this prompt
-
-
-async def test_where_nothing_is_remembered_prompts_go_anywhere(prompts: Any):
-    prompts.on_request_routed(pending(prompt(())), IDS["b"], None)
-    assert len(routes.affinity) == 0
-    assert await chosen(prompts, REPLICAS, pending(prompt(()))) == set("abcd")
-
-
-@pytest.mark.parametrize("call", [grant("a", keys=(b"key",)), prompt(excluded="a")], ids=["Grant", "Ticket"])
-def test_what_routers_go_by_stays_in_their_process(call: Grant | Ticket):
+def test_what_routers_go_by_stays_in_their_process():
+    call = grant("a", keys=(b"key",))
     sent = cloudpickle.dumps(call)
     assert not any(key in sent for key in call.prefix_keys)
-    left = replace(call, prefix_keys=())
-    assert cloudpickle.loads(sent) == (replace(left, excluded=frozenset()) if isinstance(left, Ticket) else left)
+    assert cloudpickle.loads(sent) == replace(call, prefix_keys=())
 
 
-@pytest.mark.parametrize("kind", ["router", "prompts"])
+@pytest.mark.parametrize("kind", ["router"])
 async def test_calls_of_one_request_share_its_id_and_each_finds_its_replica(kind: str, request: pytest.FixtureRequest):
     """Serve's own code, with Serve's own requests: a call that it can't find, it would look for without end."""
     router = request.getfixturevalue(kind)
@@ -460,11 +344,10 @@ async def test_calls_of_one_request_share_its_id_and_each_finds_its_replica(kind
     router._fulfill_next_pending_request(REPLICAS[0], metadata[0])  # once more is a no-op
 
 
-async def test_where_no_replica_will_do_the_next_try_waits(router: Any, prompts: Any):
-    for one, argument in ((router, grant()), (prompts, prompt())):
-        call = pending(argument)
-        await one.choose_replicas(REPLICAS, call)
-        assert call.routing_context.should_backoff
+async def test_where_no_replica_will_do_the_next_try_waits(router: Any):
+    call = pending(grant())
+    await router.choose_replicas(REPLICAS, call)
+    assert call.routing_context.should_backoff
 
 
 async def test_while_one_lives_no_two_silent_ones_are_drawn(router: Any, clock: SimpleNamespace):
@@ -479,107 +362,6 @@ async def test_while_one_lives_no_two_silent_ones_are_drawn(router: Any, clock: 
 
 async def test_who_failed_a_call_is_forgotten_also_where_calls_are_spread(router: Any, clock: SimpleNamespace):
     await first_rank(router, pending(distinct(grant("a"), 1)))
-    clock.now_s += 2 * routes.HEARD_WITHIN_S
+    clock.now_s += 2 * routes.BLAMED_S
     await first_rank(router, pending(distinct(grant("b"), 2)))
     assert routes._blamed_s.keys() == {"b"}
-
-
-@pytest.fixture
-def no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None that another test has left open."""
-    for name in ("_chosen", "_underway", "_unanswered", "_replica_ids", "_ended", "_answered"):
-        monkeypatch.setattr(routes, name, type(getattr(routes, name))())
-
-
-@pytest.mark.parametrize("pack_up_to", [0, 4])
-@pytest.mark.usefixtures("no_calls")
-async def test_a_choice_takes_no_longer_the_more_calls_are_open(
-    prompts: Any, clock: SimpleNamespace, pack_up_to: int, monkeypatch: pytest.MonkeyPatch
-):
-    """Each call of a burst is chosen for while those before it are open, some of them for long."""
-    prompts.initialize_state(pack_up_to=pack_up_to)
-    own, num_hashed = Ticket.__hash__, 0
-
-    def counting(call: Ticket) -> int:
-        nonlocal num_hashed
-        num_hashed += 1
-        return own(call)
-
-    monkeypatch.setattr(Ticket, "__hash__", counting)
-    calls = [distinct(prompt(()), number) for number in range(500)]
-    looks: list[int] = []
-    for number, call in enumerate(calls):
-        before = num_hashed
-        [replica_id] = await first_rank(prompts, pending(call))
-        looks.append(num_hashed - before)
-        if number % 3:
-            prompts.on_request_routed(pending(call), IDS[replica_id], None)
-        clock.now_s += routes.HEARD_WITHIN_S / 100
-    assert routes.num_chosen().total() == len(calls) and routes.silent() and routes.troubled()
-    assert max(looks) == max(looks[:10])
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.usefixtures("router", "no_calls")
-def test_what_is_known_of_a_replica_is_what_all_its_calls_say(seed: int, clock: SimpleNamespace):
-    """Whatever happens in whichever order: as one finds it who goes through all calls, each time."""
-    dice, heard_s = random.Random(seed), dict[str, float]()
-    calls: list[SimpleNamespace] = []
-
-    def choose(one: SimpleNamespace) -> None:
-        routes.choose(one.call, name := dice.choice("abcd"))
-        one.at, one.underway_s = name, clock.now_s
-        one.waits_s = clock.now_s if isinstance(one.call, Ticket) else None
-
-    def arrive(one: SimpleNamespace) -> None:
-        routes.note(one.call, name := dice.choice((one.at or "a", *"abcd")))
-        if one.waits_s is not None and one.at != name:
-            one.waits_s = clock.now_s
-        one.at, one.arrived_at, one.underway_s = name, name, None
-
-    def answer(one: SimpleNamespace) -> None:
-        if isinstance(one.call, Ticket) and one.arrived_at is not None:
-            routes.heard(one.call)
-            one.is_answered, heard_s[one.arrived_at] = True, clock.now_s
-
-    def end(one: SimpleNamespace) -> None:
-        routes.ended(one.call)
-        one.is_open = False
-
-    for number in range(400):
-        if not calls or dice.random() < 0.2:
-            call = distinct(dice.choice((grant, prompt))(), number)
-            calls.append(
-                SimpleNamespace(
-                    call=call, at=None, arrived_at=None, underway_s=None, waits_s=None, is_answered=False, is_open=True
-                )
-            )
-            del call
-        elif dice.random() < 0.2:
-            calls.pop(dice.randrange(len(calls)))  # nobody holds it any more
-        else:
-            dice.choice((choose, choose, arrive, arrive, answer, end))(dice.choice(calls))
-        clock.now_s += dice.choice((0.0, 0.1, 0.1, routes.HEARD_WITHIN_S))
-        still_open = [one for one in calls if one.is_open]
-        assert routes.num_chosen() == Counter(one.at for one in still_open if one.at is not None)
-        assert routes.silent() == {
-            one.at
-            for one in still_open
-            if one.underway_s is not None and one.underway_s < clock.now_s - routes.PATIENCE_S
-        }
-        waits_s = [
-            (one.at, clock.now_s - one.waits_s) for one in still_open if one.waits_s is not None and not one.is_answered
-        ]
-        assert routes.troubled() == {
-            name
-            for name, wait_s in waits_s
-            if wait_s > routes.FIRST_WITHIN_S
-            or (wait_s > routes.HEARD_WITHIN_S and clock.now_s - heard_s.get(name, -99.0) > routes.HEARD_WITHIN_S)
-        }
-    calls.clear()
-    still_open.clear()
-    left = distinct(grant(), 1000), distinct(prompt(()), 1001)
-    for call in left:
-        routes.choose(call, "a")
-    for known in (routes._chosen, routes._underway, routes._unanswered):
-        assert not known._gone and known.num() == {"a": 1 if known is routes._unanswered else 2}

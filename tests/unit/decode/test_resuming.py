@@ -34,7 +34,6 @@ from shoal.wire.messages import (  # fmt: skip
     Resumption,
     SamplingParams,
     SentChoice,
-    Ticket,
     TokenOutput,
 )
 from shoal.wire.requests import from_submit, to_submit
@@ -103,7 +102,7 @@ class Pool:
         is_dying = len(self.requests) == 1
         replica = self._dying if is_dying else self._other
         num_left = self._num_before if is_dying else -1
-        arrived = from_submit(to_submit(Ticket(b"g" * 16, 7), b"s" * 16, request))
+        arrived = from_submit(to_submit(b"g" * 16, 7, b"s" * 16, request))
         async with aclosing(replica.decode.worker.generate(arrived)) as outputs:
             async for output in outputs:
                 if not num_left:

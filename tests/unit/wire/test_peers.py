@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import grpc.aio
@@ -74,7 +75,7 @@ async def decode_server(roles: Roles) -> AsyncIterator[str]:
 
     server = grpc.aio.server(interceptors=(RoleGate(),), options=HANDOFF_SERVER_OPTIONS)
     add_handoff_service(server, serve)
-    TokenServer().add_to(server)
+    TokenServer(Mock()).add_to(server)
     credentials = PeerTls(roles.folder, "decode").server_credentials()
     port = bind_first_free(server, "127.0.0.1", 0, 0, credentials)
     await server.start()

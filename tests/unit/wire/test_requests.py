@@ -22,12 +22,11 @@ from shoal.wire.messages import (
     Resumption,
     SamplingParams,
     SentChoice,
-    Ticket,
 )
 from shoal.wire.requests import MAX_CHOICES, MAX_INT64, from_submit, to_submit
 from shoal.wire.values import MAX_ID, MAX_TEXT_CHARS
 
-TICKET = Ticket(b"g" * 16, 7)
+GATEWAY_ID, KEY = b"g" * 16, 7
 SERVER_ID = b"s" * 16
 PLAIN = GenerateRequest(
     RequestContext("id", 60.0),
@@ -79,14 +78,14 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
 
 
 def sent(request: GenerateRequest = PLAIN) -> pb.SubmitRequest:
-    return pb.SubmitRequest.FromString(to_submit(TICKET, SERVER_ID, request).SerializeToString())
+    return pb.SubmitRequest.FromString(to_submit(GATEWAY_ID, KEY, SERVER_ID, request).SerializeToString())
 
 
 @given(requests())
 def test_a_request_arrives_as_it_was(request: GenerateRequest):
     message = sent(request)
     assert from_submit(message) == request
-    assert (message.gateway_id, message.key, message.server_id) == (TICKET.gateway_id, TICKET.key, SERVER_ID)
+    assert (message.gateway_id, message.key, message.server_id) == (GATEWAY_ID, KEY, SERVER_ID)
 
 
 def test_whatever_a_request_has_goes_along():
@@ -104,7 +103,7 @@ def test_whatever_a_request_has_goes_along():
 
 def test_what_no_message_holds_is_refused_before_it_is_sent():
     with pytest.raises(RequestTooLarge):
-        to_submit(TICKET, SERVER_ID, replace(PLAIN, resumption=None, prompt_token_ids=(MAX_ID,) * (1 << 19)))
+        to_submit(GATEWAY_ID, KEY, SERVER_ID, replace(PLAIN, resumption=None, prompt_token_ids=(MAX_ID,) * (1 << 19)))
 
 
 def _with(**changes: Any) -> Callable[[pb.SubmitRequest], None]:

@@ -3,63 +3,78 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 from token_streams import generate_request, joined, output
 
-from shoal.errors import PeerGone
-from shoal.wire.messages import Ticket, TokenLogprob, TokenOutput
-from shoal.wire.token_client import TokenClient
-from shoal.wire.token_server import ID_BYTES, TokenServer
+from shoal.errors import Overloaded, PeerGone
+from shoal.wire import token_server
+from shoal.wire.messages import TokenLogprob, TokenOutput
 
 
 async def test_outputs_arrive_in_order_and_then_the_end():
     async with joined() as both:
-        one = both.request()
-        one.outlet.send(output(0))  # before anybody listens
-        one.follow()
-        for number in range(1, 100):
+        one = await both.request()
+        for number in range(100):
             one.outlet.send(output(number))
-        await one.outlet.end()
+        one.end()
         assert await one.rest() == [output(number) for number in range(100)]
+        await one.call
 
 
 async def test_requests_share_a_stream_and_get_their_own():
     async with joined() as both:
-        several = [both.request() for _ in range(5)]
+        several = [await both.request() for _ in range(5)]
         for index, one in enumerate(several):
-            one.follow()
             one.outlet.send(output(index))
-            await one.outlet.end()
+            one.end()
         assert [await one.rest() for one in several] == [[output(index)] for index in range(5)]
         assert len(both.client._stubs) == 1
 
 
-async def test_a_replica_is_heard_of_as_its_outputs_arrive_however_late_they_are_read():
-    told: asyncio.Queue[Ticket] = asyncio.Queue()
+async def test_what_a_step_brings_is_one_message(monkeypatch: pytest.MonkeyPatch):
     async with joined() as both:
-        gateway = TokenClient(60, told.put_nowait)
-        one, other = both.request(gateway), both.request(gateway)
-        one.follow()
-        for number in range(2):  # a message each
-            one.outlet.send(output(number))
-            assert await asyncio.wait_for(told.get(), 10) is one.stream.ticket
-        assert [await one.first() for _ in range(2)] == [output(0), output(1)]
-        for request in (one, other):  # one message, the first of the other
-            request.outlet.send(output(2))
-        assert [await asyncio.wait_for(told.get(), 10) for _ in range(2)] == [one.stream.ticket, other.stream.ticket]
-        assert told.empty()
-        both.held.close()
-        await gateway.close()
+        several = [await both.running() for _ in range(8)]
+        sizes: list[int] = []
+        plain = token_server._batches
+
+        def counting(outputs: Any) -> Any:
+            for batch in plain(outputs):
+                sizes.append(len(batch))
+                yield batch
+
+        monkeypatch.setattr(token_server, "_batches", counting)
+        for one in several:
+            one.outlet.send(output(1))
+        await asyncio.gather(*(one.first() for one in several))
+        assert sizes == [8]
+
+
+async def test_a_replica_is_heard_of_when_it_has_a_request_and_as_outputs_arrive_however_late_they_are_read():
+    told: asyncio.Queue[str] = asyncio.Queue()
+    async with joined() as both:
+        with both.client.open(partial(told.put_nowait, "accepted"), partial(told.put_nowait, "heard")) as stream:
+            call = asyncio.create_task(stream.run(both.decode.place, generate_request(1)))
+            running = await both.decode.came.get()
+            assert await asyncio.wait_for(told.get(), 10) == "accepted"
+            for number in range(2):  # a message each
+                running.outlet.send(output(number))
+                assert await asyncio.wait_for(told.get(), 10) == "heard"
+            running.end.set_result(None)
+            assert [one async for one in stream] == [output(0), output(1)]
+            await call
 
 
 async def test_a_message_stays_below_what_a_channel_takes():
     async with joined() as both:
-        one = both.request()
+        one = await both.request()
         told = tuple(TokenLogprob(1, "word" * 8, -1.0, ((1, "word" * 8, -1.0),) * 200) for _ in range(2048))
-        one.follow()
         one.outlet.send(TokenOutput(0, (1,), "", prompt_logprobs=told))
-        await one.outlet.end()
+        one.end()
         (arrived,) = await one.rest()
         assert arrived.prompt_logprobs == told
 
@@ -67,60 +82,82 @@ async def test_a_message_stays_below_what_a_channel_takes():
 async def test_outputs_of_a_request_that_was_given_up_are_dropped():
     async with joined() as both:
         with both.client.open() as given_up:
-            outlet = both.held.enter_context(both.decode.tokens.open(given_up.ticket))
-            given_up.follow(both.decode.place)
-        one = both.request()
-        one.follow()
-        outlet.send(output(9))
+            call = asyncio.create_task(given_up.run(both.decode.place, generate_request(1)))
+            running = await both.decode.came.get()
+        one = await both.request()
+        running.outlet.send(output(9))
         one.outlet.send(output(1))
-        await one.outlet.end()
+        one.end()
         assert await one.rest() == [output(1)]
+        call.cancel()
 
 
-async def test_a_request_that_is_complete_waits_for_its_gateway():
-    """The first one at a replica may be done before the stream is there."""
+async def test_a_gateway_that_gives_up_ends_the_request_at_decode():
     async with joined() as both:
-        one = both.request()
-        one.outlet.send(output(0))
-        ending = asyncio.create_task(one.outlet.end())
-        await asyncio.sleep(0)  # let it begin
-        assert not ending.done()
-        one.follow()
-        await ending
-        assert await one.rest() == [output(0)]
+        one = await both.request()
+        one.call.cancel()
+        async with asyncio.timeout(10):
+            while one.running.is_open:
+                await asyncio.sleep(0)
 
 
-async def test_a_request_comes_to_the_call_that_waits_for_it():
-    async with joined() as both:
-        several = [both.request() for _ in range(5)]
-        waiting = [asyncio.create_task(one.outlet.request()) for one in several]
-        for index, one in reversed(list(enumerate(several))):
-            one.follow()
-            await one.stream.submit(generate_request(index))
-        assert await asyncio.gather(*waiting) == [generate_request(index) for index in range(5)]
-
-
-async def test_a_long_prompt_fits():
-    long = generate_request(*range(130_000, 130_000 + (1 << 17)))
-    async with joined() as both:
-        one = both.request()
-        one.follow()
-        await one.stream.submit(long)
-        assert await one.outlet.request() == long
-
-
-async def test_a_request_that_never_comes_is_not_waited_for_for_ever():
+async def test_what_decode_raises_is_what_the_answer_ends_with():
     async with joined() as both:
         one = await both.running()
-        with pytest.raises(PeerGone, match="bring the request"):
-            await one.outlet.request(timeout_s=0.01)
+        one.running.end.set_exception(Overloaded("full", retry_after_s=3.0))
+        with pytest.raises(Overloaded, match="full") as refused:
+            await one.rest()
+    assert refused.value.retry_after_s == 3.0
 
 
-async def test_a_gateway_that_never_comes_is_not_waited_for_for_ever():
-    tokens = TokenServer()
-    with tokens.open(Ticket(b"g" * ID_BYTES, 1)) as outlet:
-        outlet.send(output(0))
-        assert tokens.num_gateways == 1
-        with pytest.raises(PeerGone, match="come to listen"):
-            await outlet.end(timeout_s=0.01)
-    assert tokens.num_gateways == 0
+async def test_a_replica_that_drains_says_so_finishes_what_it_has_and_then_takes_no_more():
+    async with joined() as both:
+        one = await both.running()
+        draining = asyncio.create_task(both.decode.tokens.drain(60))
+        async with asyncio.timeout(10):
+            while not both.client.draining:
+                await asyncio.sleep(0)
+        assert both.client.draining == {both.decode.place.server_id}
+        late = await both.request()  # it was on its way
+        for request in (one, late):
+            request.outlet.send(output(1))
+            request.end()
+            assert await request.rest() == [output(1)]
+        await draining
+        stream, _ = both.open()
+        with pytest.raises(PeerGone):
+            await anext(stream)
+
+
+async def test_a_replica_does_not_drain_for_ever():
+    async with joined() as both:
+        one = await both.running()
+        await both.decode.tokens.drain(0.01)
+        assert one.running.is_open
+
+
+async def test_a_connection_may_take_a_while():
+    async with joined() as both:
+        slow = await asyncio.start_server(partial(_forward_late, both.decode.address), "127.0.0.1", 0)
+        async with slow:
+            port = slow.sockets[0].getsockname()[1]
+            one = await both.request(place=replace(both.decode.place, address=f"127.0.0.1:{port}"))
+            one.outlet.send(output(0))
+            one.end()
+            assert await one.rest() == [output(0)]
+            await both.client.close()
+
+
+async def _forward_late(address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(0.3)  # the network's delay: longer than gRPC gives a connection by itself
+    host, port = address.rsplit(":", 1)
+    far_reader, far_writer = await asyncio.open_connection(host, int(port))
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await source.read(65536):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))

@@ -58,8 +58,8 @@ class Arm:
 
     ``num_skipped`` layers are left out of its prefill. ``is_handed_off`` is what Shoal's own metrics must confirm
     (``None``: it has none). ``weights`` is how it holds them: bfloat16, float32, int8, or as they are in the GGUF that
-    it reads, ``weights_file``. ``head`` is how a greedy step of one stream reads that, if otherwise. ``batch_field``:
-    it must be told how many requests belong together. ``about`` is the command that says which release of a peer it is.
+    it reads. ``batch_field``: it must be told how many requests belong together. ``about`` is the command that says
+    which release of a peer it is.
     """
 
     name: str
@@ -72,8 +72,6 @@ class Arm:
     num_skipped: int = 0
     is_handed_off: bool | None = None
     weights: str = "bfloat16"
-    weights_file: Path | None = None
-    head: str | None = None
     batch_field: str | None = None
     about: tuple[str, ...] = ()
     missing: str | None = None
@@ -96,7 +94,6 @@ def arms(
             _vllm(partial(vllm_command, folder=model.int8_folder), scratch, vllm, "weights and inputs in int8"),
             name="vllm-int8",
             weights="int8",
-            head="bfloat16",
         ),
         _vllm_pair(vllm_command, scratch, vllm),
         _llamacpp("llama.cpp", "Q4_1", model.gguf, llamacpp, llama_server),
@@ -246,7 +243,7 @@ def _llamacpp(name: str, kind: str, gguf: Path, python: Path | None, server: Pat
 
     about = (str(python), "-c", _XLLAMACPP) if server is None else (str(server), "--version")
     return Arm(
-        name, f"its own server, {kind}", command, extra_body={"cache_prompt": False}, weights="gguf", weights_file=gguf,
+        name, f"its own server, {kind}", command, extra_body={"cache_prompt": False}, weights="gguf",
         about=about, missing=_missing(server or python, "--llama-server or --llamacpp-python"),
     )  # fmt: skip
 
@@ -275,7 +272,6 @@ def _shoal(
     return Arm(
         name, what, command, modes=(Mode.OWN,), environment=lambda mode: environment, health="/readyz",
         num_skipped=num_skipped, is_handed_off=is_handed_off, weights=weights,
-        head="int8" if weights == "bfloat16" and kernels == "auto" else None,
     )  # fmt: skip
 
 

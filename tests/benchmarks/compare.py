@@ -14,7 +14,6 @@ A peer may use the cores in three ways: one thread (OMP_NUM_THREADS=1), all core
 (OMP_WAIT_POLICY=passive), or all cores as its libraries like it. A pre-run tries each, and the quickest, by the
 geometric mean of what it measured, is taken for the rounds; it is printed and stored. Shoal runs as it comes.
 
-The machine's limits (GEMM, memory read, loopback, shared memory) are measured at the beginning of each round.
 A peer that isn't named is skipped, and one that fails is a row that says why, and makes the exit status 1.
 docs/performance.md says how to install the peers. Leave the machine alone meanwhile: the report warns if it was busy.
 """
@@ -41,10 +40,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from arms import MODEL_NAME, Arm, Mode, arms
 from child import adopt_orphans
 from comparison import Comparison, Measured, metrics
-from comparison_table import Shape, show
+from comparison_table import show
 from exported import export
 from load import LoadOptions, Loads
-from quality_figures import quality_rows
 from rounds import Rounds
 from texts import passages, prompts
 
@@ -97,9 +95,6 @@ def main() -> None:
             metrics=metrics(load),
             baseline=options.baseline,
             measured={arm.name: Measured(arm, failure=arm.missing, version=_version(arm)) for arm in chosen},
-            quality=quality_rows(
-                served.files.digest, served.projector.digest if served.projector else None, options.skip_layers
-            ),
         )
         interrupted = False
         try:
@@ -107,7 +102,7 @@ def main() -> None:
         except KeyboardInterrupt:
             interrupted = True
         _write(comparison, options.json)
-        show(comparison, Shape(served.spec, load), console)
+        show(comparison, load, console)
     if interrupted:
         console.print("interrupted: what was measured until then is above")
         sys.exit(130)

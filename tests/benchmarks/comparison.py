@@ -9,7 +9,6 @@ from typing import Any
 
 from arms import Arm, Mode
 from load import LoadOptions
-from machine_limits import MachineLimits
 from measurement import Figures
 
 
@@ -73,15 +72,13 @@ class Measured:
 
 @dataclass(slots=True)
 class Comparison:
-    """``limits`` and ``busy`` by round: what the machine could do, and the share of its cores that others used."""
+    """``busy`` is by round the share of the machine's cores that others used."""
 
     settings: dict[str, Any]
     machine: dict[str, Any]
     metrics: tuple[Metric, ...]
     baseline: str
     measured: dict[str, Measured]
-    quality: list[dict[str, Any]] = field(default_factory=list)
-    limits: dict[int, MachineLimits] = field(default_factory=dict)
     busy: dict[int, float] = field(default_factory=dict)
 
     def speed(self, name: str, metric: Metric) -> float | None:
@@ -94,21 +91,15 @@ class Comparison:
                 ratios.append(base / own if metric.is_time else own / base)
         return statistics.median(ratios) if ratios else None
 
-    def limit(self, name: str) -> float | None:
-        values = [float(getattr(limits, name)) for limits in self.limits.values()]
-        return statistics.median(values) if values else None
-
     def to_json(self) -> dict[str, Any]:
         return {
             "settings": self.settings,
             "machine": self.machine,
             "baseline": self.baseline,
-            "limits": {number: asdict(limits) for number, limits in self.limits.items()},
             "busy": self.busy,
             "arms": {name: measured.to_json() for name, measured in self.measured.items()},
             "median": self._each(lambda name, metric: self.measured[name].median(metric)),
             "speed_over_baseline": self._each(self.speed),
-            "quality": self.quality,
         }
 
     def _each(self, value: Any) -> dict[str, dict[str, float | None]]:

@@ -28,7 +28,7 @@ _STAGE = "transfer_exposed_s"
 def main() -> None:
     options = _options()
     adopt_orphans()
-    with server(options.skip_layers, 1) as url:
+    with server(options.skip_layers) as url:
         samples = asyncio.run(ask_alone(url, options.prompt_tokens, options.samples))
     if not all(one[_STAGE] for one in samples):
         raise SystemExit("error: not every prompt was handed over: ask for longer ones")

@@ -9,9 +9,8 @@ Interleaved in one run, which also measures what share of the machine's matrix p
 Every time is that from a prompt's ids to its first token's logits, on all cores, nothing cached. Each round runs every
 variant once, every other round from the last to the first, so that a drift of the machine, and who comes after whom,
 meets all alike; ratios are medians of those within a round. ``--beside-tokens`` are more lengths, at full depth, each a
-variant of its own; their FLOP/s are told as a share of those of ``--tokens``. The quality row says what the shallow
-depth costs on the same run's model: perplexity of the continuation of natural passages. What int8 costs, which only
-Shoal's kernels have, was evaluated apart (docs/quality.md), and is told from there.
+variant of its own; their FLOP/s are told as a share of those of ``--tokens``. What the shallow depth and int8 cost in
+quality, ``shoal eval`` measures.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from models import smollm2_reference
-from quality_figures import quality_rows
 from ratios import median_ratio
-from reference import pop_logits
 from texts import passages
 from work import prefill_flops
 
@@ -110,8 +107,6 @@ def main() -> None:
         "gemm_flops": gemm,
         "full_share_of_gemm": full_flops(served, options.tokens) / median["full"] / gemm,
         "ideal_full_over_shallow": ideal_ratio(served, options.tokens),
-        "quality": _quality(served),
-        "evaluations": quality_rows(served.files.digest, None, served.plan.num_skipped),
     }
     _show(result)
     if options.json:
@@ -175,22 +170,6 @@ def _prompt(served: Served, num_tokens: int) -> tuple[int, ...]:
     return tuple((ids * (1 + num_tokens // len(ids)))[:num_tokens])
 
 
-def _quality(served: Served) -> dict[str, float]:
-    """Perplexity of the last 64 tokens of each passage, at full depth and shallow, in float32."""
-    model = smollm2_reference(torch.float32)
-    tokenizer = served.files.tokenizer()
-    losses: dict[str, list[float]] = {"full": [], "shallow": []}
-    for passage in track(list(passages().values()), description="quality"):
-        ids = tokenizer.encode(passage)
-        split = len(ids) - 64
-        for name, num_skipped in (("full", 0), ("shallow", served.plan.num_skipped)):
-            logits = pop_logits(model, ids[:-1], split, num_skipped)
-            losses[name] += torch.nn.functional.cross_entropy(
-                logits.float(), torch.tensor(ids[split:]), reduction="none"
-            ).tolist()
-    return {f"{name}_perplexity": float(torch.tensor(values).mean().exp()) for name, values in losses.items()}
-
-
 def _show(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['model']}, {result['tokens']} tokens, {result['dtype']}, to the first token's logits")
     for column in ("variant", "median s", "min", "max"):
@@ -211,12 +190,6 @@ def _show(result: dict[str, Any]) -> None:
     console.print(f"full, of matrix product   {share}")
     for length, flops in result["flops_beside"].items():
         console.print(f"FLOP/s, {length} / {result['tokens']}".ljust(26) + f"{flops:.3f}")
-    quality = result["quality"]
-    console.print(f"perplexity full, shallow  {quality['full_perplexity']:.2f}, {quality['shallow_perplexity']:.2f}")
-    for row in result["evaluations"]:
-        if "int8" in row["treatment"]:
-            told = f"perplexity {row['full_perplexity']:.2f} -> {row['perplexity']:.2f}"
-            console.print(f"{row['treatment']}: {told} ({row['passages']} passages, {row['text']}; {row['source']})")
 
 
 def _options() -> argparse.Namespace:

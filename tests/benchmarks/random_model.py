@@ -44,15 +44,6 @@ SHAPES = {
         skip_layers=10, prompt_tokens=(512, 2048, 8192), batches=(1, 8), context=2048, streams=(1, 8, 32),
         read_bytes=4 << 30, product_size=8192,
     ),
-    "llama-3.2-1b": Shape(
-        {
-            "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131_072,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-        },
-        skip_layers=5, prompt_tokens=(512, 1800, 4096), batches=(1,), context=1800, streams=(1,),
-        read_bytes=1 << 30, product_size=4096,
-    ),
     "tiny": Shape(
         {
             "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
@@ -85,14 +76,12 @@ class RandomReader:
         return torch.randn(shape, dtype=self._norm.dtype, device=self._norm.device).mul_(shape[1] ** -0.5)
 
 
-def make_engine(
-    shape: Shape, dtype: torch.dtype, device: torch.device, max_step_tokens: int, kernels: str = "torch"
-) -> Engine:
+def make_engine(shape: Shape, dtype: torch.dtype, device: torch.device, max_step_tokens: int) -> Engine:
     """Decode's, whose pool holds random numbers and has a spare slot."""
     most = max(max(shape.batches) * max(shape.prompt_tokens), max(shape.streams) * (shape.context + 1024))
     limits = {
         "num_blocks": most // 16 + 2 * max(shape.streams) + 16, "max_sequences": max(shape.streams),
-        "max_step_tokens": max_step_tokens, "target_step_s": 600.0, "kernels": kernels,
+        "max_step_tokens": max_step_tokens, "target_step_s": 600.0, "kernels": "torch",
     }  # fmt: skip
     config = load_config(model={"skip_layers": shape.skip_layers, "projector": "paper"}, decode=limits)
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ _CASES = ("unknown", "half known", "known")
 def main() -> None:
     options = _options()
     adopt_orphans()
-    with server(options.skip_layers, 1, "--reuse", "exact") as url:
+    with server(options.skip_layers, "--reuse", "exact") as url:
         rounds = asyncio.run(_rounds(url, options))
     table = Table("prompt", "cached", "first token", "of an unknown one's", title=f"{options.prompt_tokens} tokens")
     shares = {}

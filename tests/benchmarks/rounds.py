@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 from arms import Arm, Mode
-from child import ChildFailed, clean_environment, last_words, serving
+from child import ChildFailed, last_words, serving
 from comparison import Comparison, Measured, best_mode
 from load import Loads
-from machine_limits import MachineLimits
 from measurement import Figures, WrongAnswer, measure
 from rich.progress import Progress
 
@@ -23,7 +19,6 @@ from shoal.cluster.ports import free_port
 from shoal.errors import ShoalError
 
 _START_WITHIN_S = 400.0
-_LIMIT_SECONDS = 1.0
 _BUSY_SECONDS = 1.0
 
 
@@ -58,7 +53,6 @@ class Rounds:
         if not alive:
             return
         self._comparison.busy[number] = _busy_share(_BUSY_SECONDS)
-        self._comparison.limits[number] = _limits()
         turn = (number - 1) % len(alive)
         options = self._loads.options
         for measured in alive[turn:] + alive[:turn]:
@@ -117,13 +111,6 @@ class Rounds:
 
     def _say(self, text: str) -> None:
         self._progress.console.print(text, markup=False)
-
-
-def _limits() -> MachineLimits:
-    script = Path(__file__).with_name("machine_limits.py")
-    command = [sys.executable, str(script), "--seconds", str(_LIMIT_SECONDS)]
-    done = subprocess.run(command, env=clean_environment(), stdout=subprocess.PIPE, text=True, check=True)
-    return MachineLimits(**json.loads(done.stdout))
 
 
 def _busy_share(seconds: float) -> float:

@@ -6,11 +6,10 @@ import asyncio
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import httpx
 from child import serving
@@ -39,31 +38,23 @@ def ask(
     skip_layers: int, prompts: Sequence[int], streams: Sequence[int], samples: int, on_step: Callable[[], None]
 ) -> Asked:
     """Starts and ends a server of its own."""
-    with server(skip_layers, 1) as url:
+    with server(skip_layers) as url:
         return asyncio.run(_ask_all(url, prompts, streams, samples, on_step))
 
 
 @contextmanager
-def server(
-    skip_layers: int,
-    replicas: int,
-    *arguments: str,
-    num_decode: int | None = None,
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> Iterator[str]:
-    """Serves SmolLM2 by so many replicas of each pool for the block, or ``num_decode`` of decode, with further
-    ``arguments``; yields the URL."""
+def server(skip_layers: int, *arguments: str) -> Iterator[str]:
+    """Serves SmolLM2 by one replica of each pool for the block, with further ``arguments``; yields the URL."""
     port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
-    sizes = [str(replicas), str(replicas if num_decode is None else num_decode)]
     command = [
         sys.executable, "-c", "from shoal.cli.command import main; main()", "serve", "--dtype", "bfloat16",
-        "--skip-layers", str(skip_layers), "--prefill-replicas", sizes[0], "--decode-replicas", sizes[1],
+        "--skip-layers", str(skip_layers), "--prefill-replicas", "1", "--decode-replicas", "1",
         "--port", str(port), "--grpc-port", "0", *arguments,
     ]  # fmt: skip
     with (
         tempfile.TemporaryDirectory(prefix="shoal-simulation-") as folder,
-        serving(command, environment, Path(folder) / "log", url, "/readyz", 400),
+        serving(command, {}, Path(folder) / "log", url, "/readyz", 400),
     ):
         yield url
 

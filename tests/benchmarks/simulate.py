@@ -23,9 +23,7 @@ def simulate(
     costs: Annotated[
         Path,
         typer.Argument(
-            help="What steps cost: a JSON file that tests/benchmarks/step_costs.py measures, or "
-            "tests/benchmarks/paper_costs.py works out from a data sheet.",
-            metavar="COSTS.json",
+            help="What steps cost: a JSON file that tests/benchmarks/step_costs.py measures.", metavar="COSTS.json"
         ),
     ],
     replicas: Annotated[
@@ -71,20 +69,13 @@ def simulate(
     shared: Annotated[
         bool, typer.Option("--shared", help="All replicas share one machine's cores; else each has its own machine.")
     ] = False,
-    scale: Annotated[
-        str | None,
-        typer.Option(
-            help="Numbers of replicas for which to count bytes on wires and messages to Ray's head, at the best ratio.",
-            metavar="64,1024",
-        ),
-    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures, digit by digit.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("simulation"),
 ) -> None:
     """How many prefill and decode replicas, and how many layers to skip? Simulated, from what steps cost.
 
     No model is loaded: Shoal's own scheduler runs, and time passes as the costs say. The requests are those that shoal
-    bench would send by the same --mix and --seed, so that both can be compared (tests/benchmarks/simulation_check.py).
+    bench would send by the same --mix and --seed, so that both can be compared.
 
     First: python tests/benchmarks/step_costs.py --json step-costs.json. Then: simulate.py step-costs.json
     --replicas 8. Writes simulation.json and report.html: percentiles of TTFT and TPOT, goodput (the highest rate at
@@ -99,7 +90,7 @@ def simulate(
             said = run_simulate(
                 costs, on_progress, config=config, replicas=replicas, ratio=ratio, skip_layers=skip_layers, rate=rate,
                 duration_s=duration_s, num_requests=num_requests, warm_up=warm_up, mix=mix, slo_ttft_ms=slo_ttft_ms,
-                slo_tpot_ms=slo_tpot_ms, routing=str(routing), shared=shared, scale=scale, seed=seed, output=output,
+                slo_tpot_ms=slo_tpot_ms, routing=str(routing), shared=shared, seed=seed, output=output,
             )  # fmt: skip
     except KeyboardInterrupt:
         err.print("stopped: nothing was written")

@@ -1,6 +1,6 @@
 """Whether anything grows: hours of mixed load against real servers, and what each process holds between its rounds.
 
-    python tests/benchmarks/soak.py [--minutes 60] [--json FILE] [--html FILE] [--svg FILE]
+    python tests/benchmarks/soak.py [--minutes 60] [--json FILE]
 
 Starts what ``shoal serve`` starts, and asks it in rounds of mixed load (soak_load.py). After each round it waits until
 nothing is held: no block, no lease, no request. Then it looks at each process: its memory, open files, threads, and
@@ -23,18 +23,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table as RichTable
+from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from clusters import TestCluster, cluster
 from flatness import FEWEST, Trend, trend_of
 from footprint import Footprint
 from soak_load import MixedLoad, Tally
+from texts import passages
 
 from shoal.cluster.ports import free_port
 from shoal.model.files import locate
-from shoal_lab.report.page import Heading, Paragraph, Plot, Table, render
-from shoal_lab.report.plots import Line, line_plot
 
 MIB = float(1 << 20)
 _HELD_WITHIN_S = 10.0
@@ -159,8 +158,7 @@ def too_short(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _text_ids() -> list[int]:
-    passages = json.loads((Path(__file__).parents[1] / "passages.json").read_text(encoding="utf-8"))
-    ids: list[int] = locate("smollm2").tokenizer().encode(" ".join(one["text"] for one in passages))
+    ids: list[int] = locate("smollm2").tokenizer().encode(" ".join(passages().values()))
     return ids
 
 
@@ -179,53 +177,24 @@ def _rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-def memory_plot(samples: Sequence[Sample]) -> str:
-    lines = [
-        Line(process, [one.at_s / 60 for one in mine], [one.footprint.memory_bytes / MIB for one in mine])
-        for process in sorted({sample.process for sample in samples})
-        if (mine := [sample for sample in samples if sample.process == process])
-    ]
-    return line_plot(lines, x_label="minutes", y_label="memory of its own (MiB)")
-
-
-def page(result: Soak) -> str:
-    answered = [(kind, str(number)) for kind, number in sorted(result.tally.answered.items())]
-    faults = result.faults or ("nothing failed, and after each round nothing was held",)
-    return render(
-        "Soak",
-        [
-            *(Paragraph(fault) for fault in faults),
-            Table(_COLUMNS, _rows(result.verdicts)),
-            Plot(memory_plot(result.samples), "Memory between rounds."),
-            Heading("Load"),
-            Table(("kind", "answered"), answered),
-        ],
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--round-s", type=float, default=15.0, help="Seconds of load between two samples.")
     parser.add_argument("--warm-up", type=float, default=0.25, help="Share of the time that isn't judged.")
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("json", "html", "svg"):
-        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     result = soak(arguments.minutes, arguments.round_s, arguments.warm_up, arguments.seed)
     _show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    if arguments.html:
-        arguments.html.write_text(page(result), encoding="utf-8")
-    if arguments.svg:
-        arguments.svg.write_text(memory_plot(result.samples) + "\n", encoding="utf-8")
     sys.exit(not result.is_flat)
 
 
 def _show(result: Soak) -> None:
     console = Console()
-    table = RichTable(*_COLUMNS)
+    table = Table(*_COLUMNS)
     for row in _rows(result.verdicts):
         table.add_row(*row)
     console.print(table)

@@ -79,7 +79,7 @@ class Measuring:
         sharing = SharingCost(cores=options.threads, threads=options.threads, efficiency=efficiency)
         served = Served.of(load_config(model={"dtype": "bfloat16"}))
         costs = StepCosts(
-            format=1, machine=_machine(), model=served.name, origin="measured", num_layers=served.spec.num_layers,
+            format=1, machine=_machine(), model=served.name, num_layers=served.spec.num_layers,
             prefill=prefill, decode=decode, sharing=sharing,
             handoff=HandoffCost(latency_s=0.0, bytes_per_s=1e9, token_bytes=token_bytes(served)),
             serving=ServingCost(request_s=0.0, step_s=0.0, token_s=0.0),

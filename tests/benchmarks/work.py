@@ -18,22 +18,6 @@ def prefill_flops(spec: ModelSpec, plan: LayerPlan, num_tokens: int) -> int:
     return plan.num_kept * layer + plan.num_skipped * skipped + 2 * spec.vocab_size * spec.hidden_size
 
 
-def step_flops(spec: ModelSpec, num_context: int) -> int:
-    """Of one further token that sees ``num_context``, itself included."""
-    layer = 2 * _layer_weights(spec) + 4 * spec.q_size * num_context
-    return spec.num_layers * layer + 2 * spec.vocab_size * spec.hidden_size
-
-
-def step_bytes(spec: ModelSpec, num_context: int, weight_bytes: int, element_bytes: int = 2) -> int:
-    """Read for one further token of one stream: all weights, and the K/V of what it sees."""
-    return weight_bytes + num_context * kv_bytes(spec, element_bytes)
-
-
-def kv_bytes(spec: ModelSpec, element_bytes: int = 2) -> int:
-    """K and V of one token, in all layers."""
-    return 2 * spec.num_layers * spec.kv_size * element_bytes
-
-
 def weight_bytes(spec: ModelSpec, element_bytes: int = 2) -> int:
     """All matrices that a step reads whole. Of the embedding it reads them as the head, tied or not."""
     matrices = spec.num_layers * _layer_weights(spec) + spec.vocab_size * spec.hidden_size

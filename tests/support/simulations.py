@@ -14,7 +14,6 @@ COSTS = StepCosts(
     format=1,
     machine="a machine of round numbers",
     model="a model",
-    origin="measured",
     num_layers=30,
     prefill=(
         PrefillCost(skip_layers=0, step_s=0.004, token_s=0.0003, token_context_s=0.0),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simulation.costs import StepCosts, read_costs
 from simulation.plan import PlanOptions, Progress, make_plan, ratios
-from simulation.plan_page import render_plan, sizes, summarize_plan
+from simulation.plan_page import render_plan, summarize_plan
 from simulation.routing import Routing
 from simulation.system import Fleet
 
@@ -39,7 +39,6 @@ def run_simulate(
     slo_tpot_ms: float,
     routing: str,
     shared: bool,
-    scale: str | None,
     seed: int,
     output: Path,
 ) -> str:
@@ -47,24 +46,21 @@ def run_simulate(
     if num_requests is not None and duration_s is not None:
         raise ConfigError("--num-requests and --duration-s both say how much is sent: leave one of them out")
     known = read_costs(costs)
-    settings = load_config(config)
     options = PlanOptions(
         costs=known,
-        config=settings,
+        config=load_config(config),
         fleets=parse_fleets(known, replicas, ratio, skip_layers, Routing(routing), is_shared=shared),
         mix=parse_mix(mix, Slo(slo_ttft_ms, slo_tpot_ms)),
         loads=parse_load(rate),
         amount=Amount(warm_up, num_requests, DEFAULT_DURATION_S if duration_s is None else duration_s),
         seed=seed,
     )
-    totals = parse_counts(scale, "--scale", least=2) if scale else []
     make_folder(output, (_RESULT, _REPORT))
     plan = make_plan(options, on_progress)
-    sized = sizes(plan, known, settings, totals)
     (output / _RESULT).write_text(plan.to_json(), encoding="utf-8")
-    (output / _REPORT).write_text(render_plan(plan, known, sized), encoding="utf-8")
+    (output / _REPORT).write_text(render_plan(plan, known), encoding="utf-8")
     on_progress("", 0, 0)
-    return "\n".join([*summarize_plan(plan, sized), f"report: {output / _REPORT}"])
+    return "\n".join([*summarize_plan(plan), f"report: {output / _REPORT}"])
 
 
 def parse_load(text: str) -> tuple[Load, ...]:
@@ -82,17 +78,17 @@ def parse_fleets(
             "say how many replicas there are: --replicas tries all ratios of them, --ratio those it names"
         )
     pools = ratios(replicas) if replicas is not None else [_parse_ratio(part) for part in (ratio or "").split(",")]
-    skips = costs.skips if skip_layers is None else parse_counts(skip_layers, "--skip-layers", least=0)
+    skips = costs.skips if skip_layers is None else _parse_skips(skip_layers)
     return tuple(
         Fleet(num_prefill, num_decode, skip, is_shared, routing) for skip in skips for num_prefill, num_decode in pools
     )
 
 
-def parse_counts(text: str, option: str, *, least: int) -> list[int]:
+def _parse_skips(text: str) -> list[int]:
     """``1,2``: ascending, each once. Raises ConfigError."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d{1,6}", part) and int(part) >= least for part in parts):
-        raise ConfigError(f"{option} is {text!r}: write whole numbers from {least} on, with commas between them")
+    if not all(re.fullmatch(r"\d{1,6}", part) for part in parts):
+        raise ConfigError(f"--skip-layers is {text!r}: write whole numbers with commas between them")
     return sorted({int(part) for part in parts})
 
 

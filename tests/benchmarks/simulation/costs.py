@@ -113,7 +113,6 @@ class StepCosts(_Frozen):
     format: Literal[1]
     machine: str
     model: str
-    origin: Literal["measured", "arithmetic"]
     num_layers: Annotated[int, Field(ge=1)]
     prefill: Annotated[tuple[PrefillCost, ...], Field(min_length=1)]
     decode: DecodeCost
@@ -123,7 +122,6 @@ class StepCosts(_Frozen):
     decode_pool_tokens: Annotated[int, Field(ge=1)]
     sharing: SharingCost | None = None
     fits: dict[str, FitQuality] = {}
-    assumptions: dict[str, float | str] = {}
     samples: dict[str, list[dict[str, Any]]] = {}
 
     @model_validator(mode="after")

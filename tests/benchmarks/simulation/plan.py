@@ -64,11 +64,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The result, as ``simulation.json`` has it. ``machine``, ``model`` and ``origin`` are the costs'."""
+    """The result, as ``simulation.json`` has it. ``machine`` and ``model`` are the costs'."""
 
     machine: str
     model: str
-    origin: str
     mix: tuple[RequestClass, ...]
     amount: Amount
     seed: int
@@ -105,7 +104,7 @@ def make_plan(options: PlanOptions, on_progress: Progress) -> Plan:
     on_progress("fleets", len(options.fleets), len(options.fleets))
     costs = options.costs
     return Plan(
-        costs.machine, costs.model, costs.origin, options.mix, options.amount, options.seed, GOODPUT_SHARE,
+        costs.machine, costs.model, options.mix, options.amount, options.seed, GOODPUT_SHARE,
         tuple(outcomes),
     )  # fmt: skip
 

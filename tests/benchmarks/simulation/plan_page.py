@@ -1,60 +1,30 @@
-"""A plan as lines for a terminal and as a page: what each fleet bears, and what crosses the wires at any size."""
+"""A plan as lines for a terminal and as a page: what each fleet bears."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from simulation.costs import StepCosts
 from simulation.plan import Outcome, Plan, SimulatedLevel
-from simulation.traffic import Traffic, Work, traffic
 
-from shoal.config import ShoalConfig
 from shoal_lab.report.page import Heading, Paragraph, Part, Plot, Table, render
 from shoal_lab.report.plots import Line, line_plot
 
 _DASH = "-"
 Cells = tuple[Sequence[str], Sequence[Sequence[str]], str]
 """Columns, rows, and a caption."""
-_ARITHMETIC = "These costs are arithmetic from data sheets and assumptions: nothing here was measured on that machine."
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A fleet of ``num_replicas``: ``num_applications`` beside one another, each with this work and traffic."""
-
-    num_replicas: int
-    num_applications: int
-    work: Work
-    traffic: Traffic
-
-
-def sizes(plan: Plan, costs: StepCosts, config: ShoalConfig, totals: Sequence[int]) -> list[Size]:
-    """Of the best fleet: as it is; and for each of ``totals`` as one application, and as many of the simulated size as
-    come nearest to it."""
-    work = Work.of(plan.best, plan.mix, config)
-    if work is None:
-        return []
-    num = work.num_prefill + work.num_decode
-    found = [Size(num, 1, work, traffic(work, costs, config))]
-    for total in totals:
-        whole, side_by_side = work.times(total / num), max(1, round(total / num))
-        found.append(Size(total, 1, whole, traffic(whole, costs, config)))
-        found.append(Size(num * side_by_side, side_by_side, work, traffic(work, costs, config)))
-    return found
-
-
-def render_plan(plan: Plan, costs: StepCosts, sized: Sequence[Size]) -> str:
+def render_plan(plan: Plan, costs: StepCosts) -> str:
     """One self-contained HTML page."""
     parts: list[Part] = [
-        *(Paragraph(line) for line in headline(plan)),
+        Paragraph(headline(plan)),
         *(Paragraph(f"Beware: {line}") for line in warnings(plan)),
         Heading("Goodput by ratio and skip count"),
         Plot(goodput_plot(plan), f"Of {_replicas(plan)}: requests a second within both SLOs."),
         Table(*outcome_table(plan), marked=plan.outcomes.index(plan.best)),
         Heading(f"{plan.best.fleet.name}, by rate"),
         Table(*level_table(plan.best)),
-        *_traffic_parts(sized),
         Heading("How this was made"),
         Paragraph(
             "The scheduler, the blocks and the ladder are Shoal's own; time is what the costs say. "
@@ -65,14 +35,12 @@ def render_plan(plan: Plan, costs: StepCosts, sized: Sequence[Size]) -> str:
     return render(f"A plan for {plan.model}", parts)
 
 
-def summarize_plan(plan: Plan, sized: Sequence[Size]) -> list[str]:
+def summarize_plan(plan: Plan) -> list[str]:
     """For the terminal."""
     lines = aligned(*outcome_table(plan)[:2])
     lines += ["", f"{plan.best.fleet.name}, by rate:", *aligned(*level_table(plan.best)[:2])]
-    if sized:
-        lines += ["", "At any size, of each application, a second:", *aligned(*traffic_table(sized)[:2])]
     lines += ["", *(f"warning: {line}" for line in warnings(plan))]
-    return [*lines, *headline(plan)]
+    return [*lines, headline(plan)]
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -89,13 +57,12 @@ def warnings(plan: Plan) -> list[str]:
     ]
 
 
-def headline(plan: Plan) -> list[str]:
+def headline(plan: Plan) -> str:
     best = plan.best
-    lines = [_ARITHMETIC] if plan.origin == "arithmetic" else []
     if not best.goodput:
-        return [*lines, "Goodput: none. At no rate did enough requests meet both SLOs: see --mix and its SLOs."]
+        return "Goodput: none. At no rate did enough requests meet both SLOs: see --mix and its SLOs."
     more = "" if best.is_saturated else " or more: no rate that was simulated failed; try higher ones"
-    return [*lines, f"Best: {best.fleet.name}, goodput {_rate(best.goodput)} requests/s{more}."]
+    return f"Best: {best.fleet.name}, goodput {_rate(best.goodput)} requests/s{more}."
 
 
 def goodput_plot(plan: Plan) -> str:
@@ -144,22 +111,6 @@ def level_table(outcome: Outcome) -> Cells:
     return columns, rows, "Times in ms."
 
 
-def traffic_table(sized: Sequence[Size]) -> Cells:
-    columns = ("replicas", "applications", "prefill + decode", "requests", "K/V GB", "out of a prefill",
-               "into a decode", "frames", "sessions", "beats", "into a decode", "Serve calls", "token messages",
-               "serving cores", "Ray entries", "Ray reads", "entries read", "health checks")  # fmt: skip
-    rows = [
-        (
-            f"{one.num_replicas:,}",
-            f"{one.num_applications:,}",
-            f"{one.work.num_prefill:,} + {one.work.num_decode:,}",
-            *map(_amount, _amounts(one)),
-        )
-        for one in sized
-    ]
-    return columns, rows, "Of one application, a second. Ray reads: what the processes that route ask Ray's head."
-
-
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """As columns of text, aligned on the right."""
     widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
@@ -171,18 +122,8 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 # --- helpers --------------------------------------------------------------------------------------------
 
 
-def _traffic_parts(sized: Sequence[Size]) -> Iterator[Part]:
-    """As a list of names and values: there are more of them than a page is wide."""
-    if not sized:
-        return
-    columns, rows, caption = traffic_table(sized)
-    yield Heading("Wires and Ray's head")
-    yield Table(("", *(f"{row[0]} in {row[1]}" for row in rows)), list(zip(columns, *rows, strict=True))[2:], caption)
-
-
 def _settings(plan: Plan, costs: StepCosts) -> Iterator[tuple[str, str]]:
     yield "machine", plan.machine
-    yield "step costs", plan.origin
     total = sum(one.share for one in plan.mix)
     for one in plan.mix:
         yield (
@@ -198,8 +139,6 @@ def _settings(plan: Plan, costs: StepCosts) -> Iterator[tuple[str, str]]:
             f"fit of {name}",
             f"off by {100 * fit.median_error:.1f} % (median), {100 * fit.max_error:.1f} % (most) of {fit.num} times",
         )
-    for name, value in costs.assumptions.items():
-        yield f"assumed: {name}", f"{value:g}" if isinstance(value, float) else value
 
 
 def _figures(found: SimulatedLevel | None) -> tuple[str, ...]:
@@ -212,21 +151,6 @@ def _figures(found: SimulatedLevel | None) -> tuple[str, ...]:
         *(_DASH if time is None else f"{1e3 * time:.1f}" for time in times),
         f"{100 * usage.prefill_busy:.0f} %", f"{100 * usage.decode_busy:.0f} %", str(usage.num_fallbacks),
     )  # fmt: skip
-
-
-def _amounts(one: Size) -> tuple[float, ...]:
-    found = one.traffic
-    return (
-        one.work.requests_per_s, found.wire_bytes / 1e9, found.wire_bytes_out / 1e9, found.wire_bytes_into / 1e9,
-        found.frames, found.num_sessions, found.beats, found.beats_into_decode, found.handle_calls,
-        found.token_messages, found.serving_cores, found.num_ray_entries, found.ray_reads,
-        found.ray_entries_read, found.health_checks,
-    )  # fmt: skip
-
-
-def _amount(number: float) -> str:
-    """Three digits at least, and all before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _rate(rate: float) -> str:

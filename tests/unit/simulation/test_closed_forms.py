@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from simulation.agenda import Agenda
@@ -45,9 +43,9 @@ def test_a_prefill_replica_serves_in_order_and_is_never_idle_while_a_prompt_wait
         assert record.arrival_s + record.ttft_s == pytest.approx(free_s, abs=1e-9)
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6])
-def test_waiting_is_that_of_a_queue_with_random_arrivals_and_constant_service(load: float):
+def test_waiting_is_that_of_a_queue_with_random_arrivals_and_constant_service():
     """M/D/1 (Pollaczek and Khinchine): load * service / (2 * (1 - load)), in five runs' 99 % interval."""
+    load = 0.6
     means = [
         np.mean([(record.ttft_s or 0.0) - SERVICE_S for record in one_server(load / SERVICE_S, 1500, seed).records])
         for seed in range(5)
@@ -103,14 +101,6 @@ def test_chunks_travel_while_the_next_are_computed_and_only_the_tail_shows():
     assert ttft_s(200) == pytest.approx(4 + 0.5)
     # A chunk takes 3 s of wire: with two ahead of it, computing waits, and the wire never does after the first.
     assert ttft_s(100 / 3) == pytest.approx(1 + 4 * 3)
-
-
-def test_sequences_share_a_step_and_each_gets_one_token_of_it():
-    known = free(decode=DecodeCost(step_s=0.1, sequence_s=0.01, context_token_s=0.0))
-    requests = [request(index, 0.0, num_prompt=1, num_output=5) for index in range(8)]  # too short to hand off
-    system = run(requests, Fleet(1, 1, 0), known)
-    assert {tuple(round(gap, 9) for gap in record.itl_s) for record in system.records} == {(0.18,) * 4}
-    assert system.usage.num_decode_steps == 5
 
 
 @pytest.mark.parametrize(("yield_s", "meanwhile"), [(0.05, [0.05] * 20 + [0.02]), (0.0, [0.01] * 102)])
@@ -191,9 +181,3 @@ def test_without_prefill_replicas_decode_computes_prompts():
     system = run([request(0, 0.0, num_output=2)], Fleet(0, 1, 0), known)
     assert system.records[0].ttft_s == pytest.approx(SERVICE_S * NUM_PROMPT / (NUM_PROMPT - 1))
     assert system.usage.wire_bytes == 0 and system.usage.num_fallbacks == 0
-
-
-def test_more_load_never_answers_sooner():
-    """The same requests in the same order, closer together."""
-    means = [np.mean([record.ttft_s or 0.0 for record in one_server(rate, 1500).records]) for rate in (20, 60, 90, 120)]
-    assert all(earlier < later for earlier, later in pairwise(means))

@@ -33,10 +33,6 @@ def test_who_is_alone_has_all_cores():
     assert ends([(0.0, 1, 3.0), (0.0, 1, 5.0)]) == [3.0, 5.0]
 
 
-def test_two_that_want_all_cores_take_twice_as_long_while_both_run():
-    assert ends([(0.0, 2, 3.0), (1.0, 2, 1.0)]) == pytest.approx([4.0, 3.0])
-
-
 def test_threads_are_alike_whoever_they_belong_to():
     """Three threads on two cores: each has two thirds of one."""
     assert ends([(0.0, 2, 2.0), (0.0, 1, 2.0)]) == pytest.approx([3.0, 3.0])
@@ -74,10 +70,6 @@ def test_no_work_is_lost_however_it_comes():
     jobs = [(index * 0.37 % 1, 1, 0.5 + index % 3) for index in range(40)]
     first_s, work_s = min(begins for begins, _, _ in jobs), sum(work for _, _, work in jobs)
     assert max(ends(jobs, num=1)) == pytest.approx(first_s + work_s)
-
-
-def test_work_of_no_length_ends_at_once():
-    assert ends([(2.0, 2, 0.0), (2.0, 2, 0.0)]) == [2.0, 2.0]
 
 
 def test_who_has_own_cores_has_no_neighbours():

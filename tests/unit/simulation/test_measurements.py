@@ -96,12 +96,6 @@ def test_prompts_of_one_length_tell_no_slowness():
         server_slowdown(PREFILL, [alone(33), *5 * [alone(1000, prefill_s=1.0, transfer_exposed_s=0.01)]], 1000)
 
 
-def test_a_server_is_no_quicker_than_an_engine():
-    times = {num: 0.8 * PREFILL.prompt_seconds(num - 1, 1000) for num in (500, 900)}
-    samples = [alone(num, prefill_s=seconds, transfer_exposed_s=1.0) for num, seconds in times.items()]
-    assert server_slowdown(PREFILL, samples, 1000)[:2] == (1.0, 0.0)
-
-
 @pytest.mark.parametrize(("cores", "efficiency"), [(3, 1.2), (2, 1.45), (2, 1.6)])
 def test_where_serving_makes_no_step_longer_all_of_the_difference_is_the_steps(cores: int, efficiency: float):
     together = [

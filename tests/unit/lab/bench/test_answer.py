@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoal_lab.bench.answer import MAX_DETAIL_CHARS, Answer, RequestFailed, error_message
+from shoal_lab.bench.answer import Answer, RequestFailed, error_message
 from shoal_lab.bench.record import Failure, TokenSource
 from shoal_lab.bench.sse import Event
 
@@ -54,26 +54,17 @@ def test_tokens_that_the_endpoint_had_before(details: object, cached: int | None
     assert answer(text("a"), counts).cached_tokens == cached
 
 
-def test_usage_in_every_chunk_counts_as_the_last_one_says():
-    found = answer({**text("a"), "usage": {"completion_tokens": 1}}, {**text("b"), "usage": {"completion_tokens": 2}})
-    assert found.output_tokens == 2
-
-
 @pytest.mark.parametrize(
     ("first", "is_token"),
     [
-        (text("a"), True),
         (text(""), True),
         (text("", "length"), False),
         (text("a", "length"), True),
-        (chat(content="a"), True),
-        (chat(role="assistant", content="a"), True),
         (chat(role="assistant", content=""), False),
         (chat(content=""), True),
         (chat("stop"), False),
         (chat(reasoning_content="hm"), True),
         ({"choices": []}, False),
-        ({"object": "ping"}, False),
     ],
 )
 def test_what_carries_a_token(first: dict[str, Any], is_token: bool):
@@ -90,8 +81,6 @@ def test_what_carries_a_token(first: dict[str, Any], is_token: bool):
         (Event("error", '{"message": "gone"}'), Failure.ERROR_EVENT, "gone"),
         (Event("error", "out of memory"), Failure.ERROR_EVENT, "out of memory"),
         (Event("message", "{"), Failure.MALFORMED, "no JSON object"),
-        (Event("message", "[1]"), Failure.MALFORMED, "no JSON object"),
-        (Event("message", '{"choices": {}}'), Failure.MALFORMED, "choices"),
         (Event("message", '{"choices": [1]}'), Failure.MALFORMED, "choices"),
     ],
 )
@@ -101,22 +90,12 @@ def test_an_event_that_is_no_chunk_ends_the_request(event: Event, failure: Failu
     assert raised.value.failure is failure
 
 
-def test_details_are_short():
-    assert len(RequestFailed(Failure.MALFORMED, "x" * 9999).detail) == MAX_DETAIL_CHARS
-
-
-def test_half_a_surrogate_pair_does_not_keep_a_detail_from_its_file():
-    said = error_message(json.loads(r'{"error": "half \ud83d, whole \ud83d\ude00"}'))
-    assert ascii(RequestFailed(Failure.HTTP_ERROR, said).detail) == ascii("half ?, whole \U0001f600")
-
-
 @pytest.mark.parametrize(
     ("document", "message"),
     [
         ({"error": {"message": "m", "code": 1}}, "m"),
         ({"detail": "d"}, "d"),
         ({"detail": [{"msg": "x"}]}, '[{"msg": "x"}]'),
-        ({"other": 1}, '{"other": 1}'),
         (None, "null"),
     ],
 )

@@ -60,12 +60,6 @@ def test_the_file_has_every_request_and_no_key():
     assert document["settings"]["extra_body"] == {"depth": "full"} and "secret" not in text
 
 
-def test_whether_any_request_was_answered_is_of_all_loads():
-    none = replace(level(1, 2), records=(failed(), failed()))
-    assert not benchmark().is_answered and not benchmark(none, none).is_answered
-    assert benchmark(none, level(2, 1)).is_answered
-
-
 @dataclass
 class Station:
     """One request after the other, ``service_s`` each: it bears ``1 / service_s`` requests a second."""
@@ -98,13 +92,6 @@ async def measured(options: BenchOptions, service_s: float, cpu_share: float = 0
     return levels, names
 
 
-async def test_loads_are_measured_in_their_order_and_told_at_once():
-    loads = (Load(rate=1.0), Load(concurrency=2))
-    levels, names = await measured(replace(OPTIONS, loads=loads), 0.1)
-    assert [one.load for one in levels] == list(loads) and names == {"1 requests/s", "2 at a time"}
-    assert [len(one.records) for one in levels] == [5, 6] and [one.overall.num_requests for one in levels] == [4, 4]
-
-
 async def test_a_sweep_finds_what_a_station_bears():
     options = replace(OPTIONS, loads=(), sweep_from=1.0, amount=Amount(10, 400))
     levels, _ = await measured(options, 0.1)
@@ -117,20 +104,6 @@ async def test_a_sweep_finds_what_a_station_bears():
 async def test_a_sweep_goes_no_higher_than_the_generator_can():
     levels, _ = await measured(replace(OPTIONS, loads=(), sweep_from=1.0), 0.1, cpu_share=0.95)
     assert len(levels) == 1 and any("fell behind" in warning for warning in levels[0].warnings)
-
-
-async def test_a_late_generator_that_shares_its_cores_goes_on():
-    options = replace(OPTIONS, loads=(), sweep_from=1.0, goes_on_late=True, amount=Amount(10, 400))
-    levels, _ = await measured(options, 0.1, cpu_share=0.95)
-    assert all(level.is_late for level in levels)
-    found = benchmark(*levels)
-    assert found.is_saturated and found.goodput is not None and 7 <= found.goodput < 10
-
-
-async def test_below_a_rate_that_failed_a_late_generator_is_no_reason_to_stop():
-    options = replace(OPTIONS, loads=(), sweep_from=48.0, amount=Amount(0, 200))
-    levels, _ = await measured(options, 0.1, cpu_share=0.95)
-    assert [(one.load.value, one.holds) for one in levels] == [(48, False), (24, False), (12, False), (6, True)]
 
 
 async def test_each_class_is_probed_at_its_longest_before_any_load():

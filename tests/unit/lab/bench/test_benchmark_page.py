@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import bench_records
+import pytest
 from bench_records import answered, failed, level
 
 from shoal_lab.bench.benchmark import Benchmark, BenchOptions
@@ -32,12 +33,17 @@ FOUND = (
 )
 
 
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_benchmark(FOUND)
+
+
 def cells(page: str) -> list[list[str]]:
     return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?>(.*?)</tr>", page)]
 
 
-def test_the_page_has_a_row_for_every_load_and_class():
-    rows = cells(render_benchmark(FOUND))
+def test_the_page_has_a_row_for_every_load_and_class(page: str):
+    rows = cells(page)
     assert ["4", "200", "2", "89.0 [83.9, 92.6]", "89.0", "99.0"] in rows
     ttft = FOUND.levels[0].overall.ttft_s
     figures = [f"{1e3 * value:.1f}" for value in (ttft.mean, ttft.p50, ttft.p90, ttft.p99, ttft.max)]
@@ -49,22 +55,19 @@ def test_the_page_has_a_row_for_every_load_and_class():
     assert ["25 % of requests", "100:11 (prompt:output tokens), TTFT 800 ms, TPOT 90 ms"] in rows
 
 
-def test_loads_are_in_order_and_goodput_is_marked():
-    page = render_benchmark(FOUND)
+def test_loads_are_in_order_and_goodput_is_marked(page: str):
     assert "Goodput: 2 requests/s." in page
     [marked] = re.findall(r'<tr class="marked"><td>(.*?)</td>', page)
     assert marked == "2"
     assert page.index("<td>2</td>") < page.index("<td>4</td>")
 
 
-def test_failures_are_told_once_and_escaped():
-    page = render_benchmark(FOUND)
+def test_failures_are_told_once_and_escaped(page: str):
     assert page.count("The first rejected: HTTP 429: &lt;too&gt; busy") == 1
     assert page.count("The first timeout: not done after 9 s") == 1 and "m<1>" not in page
 
 
-def test_the_curves_are_in_the_page():
-    page = render_benchmark(FOUND)
+def test_the_curves_are_in_the_page(page: str):
     plots = [share_plot(FOUND), latency_plot(FOUND, lambda summary: summary.ttft_s, "TTFT")]
     for plot in plots:
         ET.fromstring(plot)
@@ -73,24 +76,10 @@ def test_the_curves_are_in_the_page():
     assert "goodput needs" in plots[0] and "requests/s" in plots[0]
 
 
-def test_one_slo_for_all_is_a_line_across():
-    same = replace(FOUND, settings=replace(FOUND.settings, mix=MIX[1:]))
-    one = replace(same, levels=tuple(measured(found.load, [answered(kind="7:2")], 0, MIX[1:]) for found in same.levels))
-    assert latency_plot(one, lambda summary: summary.ttft_s, "TTFT", 1000.0) in render_benchmark(one)
-    assert ">SLO<" in render_benchmark(one) and ">SLO<" not in render_benchmark(FOUND)
-
-
 def test_warnings_name_their_loads():
     settings = replace(OPTIONS, mix=bench_records.MIX).settings("m")
     few = Benchmark(settings).with_level(level(1.0, 5)).with_level(level(2.0, 5))
     assert "Beware (1 requests/s, 2 requests/s): 5 requests counted" in render_benchmark(few)
-
-
-def test_which_window_throughput_is_of_depends_on_the_loop():
-    closed = Benchmark(OPTIONS.settings("m")).with_level(measured(Load(concurrency=2), RECORDS, 0.1, MIX))
-    told = ("to the last one&#39;s end", "from the first sending that counts", "or one for each client")
-    assert [text in render_benchmark(FOUND) for text in told] == [True, False, False]
-    assert [text in render_benchmark(closed) for text in told] == [False, True, True]
 
 
 def test_a_load_without_any_answer_still_has_a_page():
@@ -98,11 +87,3 @@ def test_a_load_without_any_answer_still_has_a_page():
     page = render_benchmark(none)
     assert ">requests at a time</th>" in page and "Goodput:" not in page
     assert "TTFT -/-/-" in summarize_benchmark(none)[0]
-
-
-def test_the_terminal_says_a_line_a_load_and_the_goodput():
-    lines = summarize_benchmark(FOUND)
-    assert lines[0].startswith("4 requests/s: 89.0 % of 200 within both SLOs, 2 failed; ms at p50/p90/p99: TTFT ")
-    assert lines[-1] == "Goodput: 2 requests/s."
-    assert "none" in summarize_benchmark(Benchmark(OPTIONS.settings("m")).with_level(level(1.0, 0, 5)))[-1]
-    assert "or more" in summarize_benchmark(Benchmark(OPTIONS.settings("m")).with_level(level(1.0, 5)))[-1]

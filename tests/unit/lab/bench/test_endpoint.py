@@ -83,48 +83,6 @@ async def test_times_are_those_at_which_chunks_came():
     assert (record.index, record.kind, record.planned_tokens, record.max_tokens) == (5, "7:3", 7, 3)
 
 
-async def test_events_may_be_cut_anywhere_and_come_together():
-    stream = token(" é") + token() + token() + usage() + DONE
-
-    async def script(request: Request, wire: Wire) -> None:
-        await wire.start()
-        for start in range(0, len(stream), 3):
-            await wire.send(stream[start : start + 3])
-        await wire.end()
-
-    async def together(request: Request, wire: Wire) -> None:
-        await wire.start()
-        await wire.send(stream)
-        await wire.end()
-
-    for one in (script, together):
-        async with scripted(one) as server:
-            record = await send(server.url)
-        assert (record.failure, record.output_tokens, len(record.itl_s)) == (None, 3, 2)
-
-
-async def test_an_answer_without_usage_is_counted_in_chunks():
-    async def script(request: Request, wire: Wire) -> None:
-        await wire.start()
-        await wire.send(token() + token() + DONE)
-        await wire.end()
-
-    async with scripted(script) as server:
-        record = await send(server.url)
-    assert (record.output_tokens, record.tokens_from, record.prompt_tokens) == (2, TokenSource.CHUNKS, None)
-
-
-async def test_what_is_lost_after_the_end_is_no_failure():
-    async def script(request: Request, wire: Wire) -> None:
-        await wire.start()
-        await wire.send(token() + DONE)
-        wire.break_off()
-
-    async with scripted(script) as server:
-        record = await send(server.url)
-    assert record.failure is None and record.output_tokens == 1
-
-
 async def test_nothing_behind_the_end_is_read():
     async def script(request: Request, wire: Wire) -> None:
         await wire.start()
@@ -136,25 +94,15 @@ async def test_nothing_behind_the_end_is_read():
     assert (record.failure, record.output_tokens) == (None, 1)
 
 
-@pytest.mark.parametrize("timeout_s", [0.3, 10_000])
-async def test_a_server_that_does_not_hang_up_after_the_end_is_not_waited_for(timeout_s: float):
+async def test_a_server_that_does_not_hang_up_after_the_end_is_not_waited_for():
     async def script(request: Request, wire: Wire) -> None:
         await wire.start()
         await wire.send(token() + DONE)
         await wire.gone()
 
     async with scripted(script) as server:
-        record = await send(server.url, timeout_s=timeout_s)
+        record = await send(server.url, timeout_s=10_000)
     assert (record.failure, record.output_tokens) == (None, 1)
-
-
-async def test_an_end_without_tokens_is_no_answer_whether_or_not_the_server_hangs_up():
-    async def script(request: Request, wire: Wire) -> None:
-        await wire.start()
-        await wire.send(DONE)
-        await wire.gone()
-
-    assert (await failure_of(script, timeout_s=10_000)).failure is Failure.NO_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -179,14 +127,6 @@ async def test_a_request_asks_for_a_stream_of_exactly_so_many_tokens(
         "model": "m", **fields, "max_tokens": 3, "temperature": 0.5, "stream": True,
         "stream_options": {"include_usage": True}, "ignore_eos": True, "depth": "full",
     }  # fmt: skip
-
-
-async def test_without_a_key_or_ignore_eos_neither_is_sent():
-    async with scripted() as server:
-        await send(server.url, ignore_eos=False)
-        [request] = server.requests
-    assert "authorization" not in request.headers and "ignore_eos" not in request.body
-    assert "x-shoal-timeout" not in request.headers
 
 
 async def test_a_server_is_told_how_long_a_request_may_take_if_it_is_to_know():
@@ -247,23 +187,11 @@ def says(document: object, status: int) -> Script:
 
 @pytest.mark.parametrize(
     ("status", "failure"),
-    [(429, Failure.REJECTED), (503, Failure.REJECTED), (400, Failure.HTTP_ERROR), (500, Failure.HTTP_ERROR),
-     (307, Failure.HTTP_ERROR)],
-)  # fmt: skip
+    [(429, Failure.REJECTED), (503, Failure.REJECTED), (400, Failure.HTTP_ERROR), (307, Failure.HTTP_ERROR)],
+)
 async def test_another_status_is_a_failure_in_the_endpoints_words(status: int, failure: Failure):
     record = await failure_of(says({"error": {"message": "too busy", "code": "overloaded"}}, status))
     assert (record.failure, record.status, record.detail) == (failure, status, "too busy")
-
-
-async def test_an_error_that_is_no_json_is_told_as_it_is():
-    async def script(request: Request, wire: Wire) -> None:
-        await wire.start(502, "text/html")
-        await wire.send(b"<h1>Bad gateway</h1>" + b"x" * 100_000)
-        await wire.end()
-
-    record = await failure_of(script)
-    assert (record.failure, record.status) == (Failure.HTTP_ERROR, 502)
-    assert record.detail.startswith("<h1>Bad gateway</h1>") and len(record.detail) == 200
 
 
 async def test_an_error_without_end_is_not_read_to_its_end():
@@ -293,10 +221,8 @@ def after_a_token(*data: bytes, breaks: bool = False) -> Script:
     ("script", "failure", "detail"),
     [
         (after_a_token(event({"error": {"message": "no blocks"}})), Failure.ERROR_EVENT, "no blocks"),
-        (after_a_token(b"event: error\ndata: no blocks\n\n"), Failure.ERROR_EVENT, "no blocks"),
         (after_a_token(b"data: {oops\n\n", DONE), Failure.MALFORMED, "no JSON object"),
         (after_a_token(), Failure.BROKEN_STREAM, "without [DONE]"),
-        (after_a_token(b"data: [DO", breaks=True), Failure.BROKEN_STREAM, "the connection was lost"),
         (after_a_token(breaks=True), Failure.BROKEN_STREAM, "the connection was lost"),
     ],
 )
@@ -337,14 +263,9 @@ async def test_a_port_where_nobody_listens_is_unreachable(free_port: int):
     ("cause", "said"),
     [
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
-        (OSError(errno.EHOSTUNREACH, "Connect call failed ('10.0.0.1', 80)"), "No route to host"),
         (
             OSError("Multiple exceptions: [Errno 101] Connect call failed ('::1', 9), [Errno 111] Connect call failed"),
             "Network is unreachable, Connection refused",
-        ),
-        (
-            OSError(errno.ENETUNREACH, "Multiple exceptions: [Errno 101] Connect call failed, [Errno 101] again"),
-            "Network is unreachable",
         ),
         (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "[Errno -2] Name or service not known"),
         (ssl.SSLError(1, "[SSL] record layer failure"), "[SSL] record layer failure"),
@@ -391,8 +312,6 @@ async def test_a_request_that_is_not_done_in_time_is_given_up(sends_first: bool)
     ("typed", "base"),
     [
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000/v1/"),
-        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1/"),
-        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1/"),
         ("https://example.com/openai/v1/", "https://example.com/openai/v1/"),
     ],
 )
@@ -400,9 +319,7 @@ def test_v1_is_added_where_it_is_missing(typed: str, base: str):
     assert base_url(typed) == base
 
 
-@pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "localhost", "ftp://x", "http://", "http://x/v1?a=1", "http://x:port"]
-)
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://x/v1?a=1", "http://x:port"])
 def test_what_is_no_endpoint_is_refused(url: str):
     with pytest.raises(ConfigError, match="write one like http://127"):
         base_url(url)
@@ -412,10 +329,8 @@ def test_what_is_no_endpoint_is_refused(url: str):
     "url",
     [
         "http://alice:secret@127.0.0.1:8000",
-        "https://secret@example.com/v1",
         "alice:secret@127.0.0.1:8000",
         "http://alice:sec/secret@127.0.0.1",
-        "http://alice:secret@x:port",
     ],
 )
 async def test_a_password_in_the_url_is_refused_and_not_told(url: str):
@@ -425,18 +340,10 @@ async def test_a_password_in_the_url_is_refused_and_not_told(url: str):
     assert not any(word in str(raised.value) for word in ("alice", "sec/", "secret"))
 
 
-@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 0.0])
+@pytest.mark.parametrize("timeout_s", [float("inf"), 0.0])
 def test_a_timeout_ends(timeout_s: float):
     with pytest.raises(ConfigError, match="--timeout-s must be more than 0, and finite"):
         EndpointOptions("http://127.0.0.1:1", timeout_s=timeout_s)
-
-
-async def test_a_model_s_name_can_be_written_down():
-    async with (
-        scripted(models=("half \ud800",)) as server,
-        open_endpoint(EndpointOptions(server.url), RealClock()) as endpoint,
-    ):
-        assert ascii(endpoint.model) == ascii("half ?")
 
 
 async def test_the_first_model_is_asked_unless_one_is_named():
@@ -446,13 +353,6 @@ async def test_the_first_model_is_asked_unless_one_is_named():
         async with open_endpoint(EndpointOptions(server.url, "third"), RealClock()) as endpoint:
             assert endpoint.model == "third"
         assert [request.path for request in server.requests] == ["/v1/models"]
-
-
-async def test_an_endpoint_that_lists_no_model_wants_one_named():
-    async with scripted(models=()) as server:
-        with pytest.raises(ConfigError, match="--model"):
-            async with open_endpoint(EndpointOptions(server.url), RealClock()):
-                pass
 
 
 async def test_where_a_certificate_isn_t_trusted_what_names_its_ca_is_told():
@@ -466,18 +366,3 @@ async def test_where_a_certificate_isn_t_trusted_what_names_its_ca_is_told():
                 pass
         record = await send(url)
         assert record.failure is Failure.UNREACHABLE and "CERTIFICATE_VERIFY_FAILED" in record.detail
-
-
-async def test_a_large_prompt_is_sent(recwarn: pytest.WarningsRecorder):
-    """More than what aiohttp warns of."""
-    long = PlannedRequest(0, "7:3", (49_151,) * 200_000, 200_000, 3)
-    async with scripted() as server, open_endpoint(EndpointOptions(server.url), RealClock()) as endpoint:
-        assert (await endpoint.send(long, endpoint.body(long), 0.0)).failure is None
-        assert len(server.requests[-1].body["prompt"]) == 200_000
-    assert not recwarn.list
-
-
-async def test_an_endpoint_that_is_not_there_is_told_before_anything_is_sent(free_port: int):
-    with pytest.raises(Unavailable, match=f"can't reach http://127.0.0.1:{free_port}/v1/models"):
-        async with open_endpoint(EndpointOptions(f"http://127.0.0.1:{free_port}"), RealClock()):
-            pass

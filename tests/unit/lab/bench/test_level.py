@@ -48,7 +48,6 @@ def test_a_generator_that_fell_behind_is_told(late_s: float, cpu_share: float, t
     ("fields", "says"),
     [
         ({"tokens_from": TokenSource.CHUNKS}, "counted as chunks"),
-        ({"tokens_from": TokenSource.CHUNKS, "output_tokens": 5}, "counted as chunks"),
         ({"output_tokens": 10}, "200 of 200 answers were shorter"),
         ({"prompt_tokens": 111}, "200 of 200 prompts"),
         ({"prompt_tokens": 89}, "200 of 200 prompts"),

@@ -19,12 +19,6 @@ def test_percentiles_interpolate_between_values():
     assert percentiles([None]).p50 is None and percentiles([]).num == 0
 
 
-def test_tpot_is_what_the_tokens_after_the_first_took():
-    assert answered(ttft_s=0.5, e2e_s=1.5, output_tokens=11).tpot_s == pytest.approx(0.1)
-    assert answered(output_tokens=1).tpot_s is None
-    assert failed().tpot_s is None
-
-
 @pytest.mark.parametrize(
     ("record", "meets"),
     [
@@ -96,26 +90,10 @@ def test_a_closed_loop_s_throughput_is_of_the_time_in_which_all_of_its_clients_a
     assert (found.requests_per_s, found.output_tokens_per_s) == (4, 44)
 
 
-def test_failures_are_no_throughput_and_pauses_after_them_belong_to_the_window():
-    records = [one if index % 2 else failed(arrival_s=None, sent_s=one.sent_s, is_counted=one.is_counted)
-               for index, one in enumerate(closed_loop(8))]  # fmt: skip
-    [found] = summarize(records, SLOS)
-    assert (found.num_requests, found.num_failed, found.window_s) == (32, 16, 7.75)
-    assert found.requests_per_s == 16 / 7.75
-
-
 def test_a_closed_loop_that_ends_before_it_is_busy_has_the_window_of_its_answers():
     warm, counted = answered(arrival_s=None, is_counted=False), answered(arrival_s=None, sent_s=1.0, e2e_s=2.0)
     [found] = summarize([warm, counted], SLOS)
     assert (found.window_s, found.requests_per_s) == (2, 1 / 2)
-
-
-def test_what_classes_of_a_closed_loop_are_answered_adds_up():
-    slos = {"short": Slo(1000, 100), "long": Slo(1000, 100)}
-    both, short, long = summarize(closed_loop(5, ("short", "long", "short", "short")), slos)
-    assert both.window_s == short.window_s == long.window_s == 4.75
-    assert short.requests_per_s + long.requests_per_s == pytest.approx(both.requests_per_s) == 4
-    assert long.requests_per_s == pytest.approx(1, rel=0.1)
 
 
 def test_each_class_is_judged_by_its_own_slos():

@@ -67,20 +67,3 @@ def test_requests_are_of_the_mix():
     assert all(len(request.prompt) == request.prompt_tokens for request in requests)
     assert {one for request in requests for one in request.prompt} == set(range(10, 51))
     assert {(request.arrival_s, request.is_counted) for request in requests} == {(1.5, False)}
-
-
-@pytest.mark.parametrize("prompts", [PromptKind.TEXT, PromptKind.CHAT])
-def test_text_has_four_characters_a_token(prompts: PromptKind):
-    request = workload(prompts=prompts).request(LOAD, 3)
-    assert isinstance(request.prompt, str) and len(request.prompt) == 4 * request.prompt_tokens
-
-
-def test_text_longer_than_what_ships_begins_anew():
-    mix = parse_mix("400000:1", Slo(1, 1))
-    prompt = Workload(mix, prompts=PromptKind.TEXT, token_ids=(0, 1), seed=0).probe(0).prompt
-    assert len(prompt) == 1_600_000
-
-
-def test_a_probe_is_the_longest_of_its_class():
-    probe = workload().probe(0)
-    assert (probe.kind, probe.prompt_tokens, probe.max_tokens, probe.is_counted) == (MIX[0].name, 30, 6, False)

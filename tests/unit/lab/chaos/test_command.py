@@ -46,12 +46,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ChaosOptions]:
     return found
 
 
-def test_it_says_what_there_is():
-    said = chaos("--list")
-    assert said.exit_code == 0
-    assert [scenario.name for scenario in SCENARIOS if scenario.name not in said.stdout] == []
-
-
 def test_a_good_run_prints_its_table_and_writes_its_figures(asked: list[ChaosOptions], tmp_path: Path):
     path = tmp_path / "chaos.json"
     said = chaos(

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from shoal_lab.chaos.injections import rolled
-from shoal_lab.chaos.load import Load
 from shoal_lab.chaos.look import Look, Scraped
-from shoal_lab.chaos.play import Limits, _left, _recover, _repairs, _until
+from shoal_lab.chaos.play import Limits, _left, _recover, _repairs
 from shoal_lab.chaos.scenario import Scenario, Sign
 
 METRICS = """\
@@ -105,39 +103,3 @@ async def test_what_is_done_and_what_comes_of_it_have_each_their_time(
     else:
         with pytest.raises(TimeoutError):
             await _recover(scene, scenario, limits)
-
-
-async def test_who_waits_for_requests_gives_up_once_none_comes_any_more() -> None:
-    """However many come before that, and however long they take together."""
-    nothing: Any = None
-    load, limits = Load(nothing, "gateway", {}, 1.0), Limits(deadline_s=0.5, recover_within_s=0.5)
-    clock = asyncio.get_running_loop()
-
-    async def some_come() -> None:
-        for _ in range(12):
-            await asyncio.sleep(0.1)
-            load.num_open += 1
-            load._tell()
-
-    began_s, coming = clock.time(), asyncio.create_task(some_come())
-    await _until(load, lambda: load.num_open == 12, limits)
-    await coming
-    assert clock.time() - began_s > 1.0
-    with pytest.raises(TimeoutError):
-        await _until(load, lambda: load.num_open == 13, limits)
-
-
-async def test_the_way_back_from_another_plan_has_a_limit_of_its_own() -> None:
-    """That of the way there is over, if it's what ended it."""
-    asked: list[int | None] = []
-
-    async def roll(*, skip_layers: int | None) -> None:
-        asked.append(skip_layers)
-        await asyncio.Event().wait()
-
-    scene: Any = SimpleNamespace(victim=SimpleNamespace(roll=roll), skip_layers=3, undo_within_s=0.1)
-    async with asyncio.timeout(20):
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1), rolled(scene):
-                raise AssertionError("it never got there")
-    assert asked == [3, None]

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import shoal
-from shoal_lab.chaos.switchboard import VARIABLE, FrameFault, Switchboard, switching
+from shoal_lab.chaos.switchboard import FrameFault, switching
 
 # Says what it sees each time it's asked, and then the time.
 SEES = f"""
@@ -41,19 +38,3 @@ def test_another_process_sees_what_is_set_at_once():
             switchboard.clock_offset_s = 0
             assert seen() == "NONE 0.0 0"
             seer.stdin.close()
-
-
-def test_its_readers_cannot_write_and_its_end_leaves_nothing():
-    with switching() as switchboard:
-        path = Path(os.environ[VARIABLE])
-        reader = Switchboard.of_this_process()
-        with pytest.raises(TypeError):
-            reader.clock_offset_s = 1
-        switchboard.disk_is_full = True
-        assert reader.disk_is_full
-    assert VARIABLE not in os.environ and not path.exists()
-
-
-def test_without_one_nobody_joins():
-    with pytest.raises(KeyError):
-        Switchboard.of_this_process()

@@ -65,19 +65,6 @@ def test_a_run_that_has_shown_nothing_is_not_clean():
     assert json.loads(Report("tiny", ()).to_json())["is_clean"] is False
 
 
-def test_what_is_left_is_named():
-    assert "2 reserved blocks" in text_of(Report("tiny", (replace(GOOD, left={"reserved blocks": 2.0}),)), width=140)
-
-
-def test_everything_is_in_the_json():
-    tree = json.loads(Report("tiny", (GOOD,)).to_json())
-    assert tree["num_by_end"] == {"correct": 97, "error": 1, "cut_off": 2, "wrong": 0, "hung": 0}
-    assert tree["is_clean"] is True
-    [result] = tree["results"]
-    assert result["num_by_code"] == {"peer_gone": 1} and result["messages"] == ["it went away"]
-    assert result["repairs"] == {"retries peer_gone": 3} and result["num_in_flight"] == 40
-
-
 def test_scenarios_are_chosen_by_name_and_each_is_there_once():
     assert choose(ALL) == SCENARIOS
     assert [scenario.name for scenario in choose("partition, kill-decode,partition")] == ["partition", "kill-decode"]

@@ -54,7 +54,7 @@ def test_the_gap_of_a_greedy_choice_is_that_of_the_best_two():
     assert gap_of(told([0.0, 2.0, 1.5, -1.0], None, 0), None, 0) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("logits", [[0.3, -4.0, 0.0, -9.0], [-4.0, 0.0, 0.6, -9.0]])
 def test_the_gap_of_a_draw_is_how_far_the_likeliest_may_move_until_another_token_comes(logits: list[float], seed: int):
     before = told(logits, seed, 3)

@@ -54,19 +54,3 @@ async def test_the_one_that_holds_most_is_hit_once_any_holds_something(monkeypat
 async def test_who_does_not_answer_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     found = await victim(monkeypatch, IDLE).left()  # two of decode are there, one wanted
     assert found == {"gateway that doesn't answer": 1.0, "prefill that doesn't answer": 1.0}
-
-
-async def test_where_none_holds_anything_all_are_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Victim, "settle_s", 0.01)
-    assert len(await victim(monkeypatch, IDLE).busiest("decode")) == 4
-
-
-async def test_where_nobody_is_there_to_be_hit_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    none_left = victim(monkeypatch, BUSY)
-
-    async def nobody(_: Any, _role: Any = None) -> tuple[Entry, ...]:
-        return ()
-
-    monkeypatch.setattr(Victim, "entries", nobody)
-    with pytest.raises(TimeoutError, match="no prefill replica"):
-        await none_left.busiest("prefill")

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import save_tiny, tiny_llama
+from models import save_tiny
 from reference import pop_logits, token_nlls
 
-from shoal.errors import ConfigError, MalformedWeights
+from shoal.errors import ConfigError
 from shoal.model.files import ModelFiles, locate
-from shoal_lab.quality.analysis import SAMPLES_FILE, Analysis, AnalysisOptions, analyze, default_candidates
+from shoal_lab.quality.analysis import SAMPLES_FILE, Analysis, AnalysisOptions, analyze
 from shoal_lab.quality.analysis_page import importance_plot, render_analysis
-from shoal_lab.quality.commands import parse_counts
 from shoal_lab.quality.losses import measure_losses
 from shoal_lab.quality.subject import Subject
 
@@ -77,7 +76,7 @@ def test_the_same_seed_is_the_same_analysis_and_another_seed_another(files, opti
     assert other.importance != found.importance
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5, 9])
+@pytest.mark.parametrize("stop", [1, 9])
 def test_a_run_that_was_stopped_goes_on_to_the_same_result(files, options, found, stop: int):
     with pytest.raises(Stopped):
         analyze(files, options, stop_after(stop))
@@ -94,21 +93,6 @@ def test_a_line_that_was_cut_off_is_made_again(files, options, found):
     path.write_bytes(whole[:-30])
     assert analyze(files, options, ignore).to_json() == found.to_json()
     assert path.read_bytes() == whole
-
-
-def test_with_every_sample_at_hand_no_response_is_drawn_again(files, options):
-    analyze(files, options, ignore)
-    names: set[str] = set()
-    analyze(files, replace(options, candidates=(1,)), lambda name, *_: names.add(name))
-    assert "weights" not in names
-
-
-def test_more_samples_go_on_from_those_that_are_there(files, options, found):
-    analyze(files, options, ignore)
-    more = analyze(files, replace(options, num_samples=12), ignore)
-    assert more.num_samples == 12
-    assert more == analyze(files, replace(options, num_samples=12, output=options.output / "new"), ignore)
-    assert analyze(files, options, ignore).to_json() == found.to_json()
 
 
 @pytest.mark.parametrize(
@@ -129,22 +113,6 @@ def test_a_file_that_holds_something_else_is_refused_and_kept(files, options, li
     with pytest.raises(ConfigError, match=says):
         analyze(files, options, ignore)
     assert (options.output / SAMPLES_FILE).read_text() == line + "\n"
-
-
-def test_an_output_that_is_no_folder_is_refused(files, options):
-    options.output.write_text("in the way")
-    with pytest.raises(ConfigError, match="choose another --output"):
-        analyze(files, options, ignore)
-
-
-def test_a_damaged_sample_is_named(files, options):
-    with pytest.raises(Stopped):
-        analyze(files, options, stop_after(2))
-    path = options.output / SAMPLES_FILE
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], '{"index": "x"}', lines[2]]) + "\n")
-    with pytest.raises(ConfigError, match="line 2 is damaged"):
-        analyze(files, options, ignore)
 
 
 def test_the_last_layer_matters_to_the_answer_and_not_to_the_prompt(found):
@@ -184,10 +152,6 @@ def test_losses_are_those_of_the_reference(tmp_path: Path):
     assert found.extra.mean == pytest.approx(sum(extra) / 8, rel=1e-5)
 
 
-def test_the_result_survives_its_file(found):
-    assert Analysis.from_json(found.to_json()) == found
-
-
 def test_the_page_has_each_candidate_and_the_plot(found):
     page = render_analysis(found)
     plot = importance_plot(found)
@@ -212,24 +176,3 @@ def test_what_can_not_be_analysed_is_refused_before_weights_are_read(files, opti
     with pytest.raises(ConfigError, match=says):
         analyze(files, replace(options, **change), lambda name, *_: names.add(name))
     assert not names and not options.output.exists()
-
-
-def test_damaged_weights_are_refused_before_a_response_is_drawn(tmp_path: Path, options):
-    model = tiny_llama(layers=2)[1]
-    with torch.no_grad():
-        model.model.norm.weight[0] = torch.inf
-    save_tiny(tmp_path / "model", model)
-    with pytest.raises(MalformedWeights, match=r"model\.norm\.weight"):
-        analyze(locate(str(tmp_path / "model")), replace(options, candidates=(1,)), ignore)
-    assert len((options.output / SAMPLES_FILE).read_text().splitlines()) == 1
-
-
-@pytest.mark.parametrize(("num_layers", "expected"), [(1, ()), (2, (1,)), (6, (1, 2, 3)), (30, (3, 6, 9, 10, 12, 15))])
-def test_candidates_go_up_to_half_of_the_layers(num_layers: int, expected: tuple[int, ...]):
-    assert default_candidates(num_layers) == expected
-
-
-def test_numbers_are_written_with_commas_between_them():
-    assert parse_counts("4,8, 10", "--candidates") == (4, 8, 10)
-    with pytest.raises(ConfigError, match="commas"):
-        parse_counts("4;8", "--candidates")

@@ -11,7 +11,7 @@ import torch
 from models import save_tiny, tiny_llama, tiny_tokenizer
 from reference import full_generate, pop_generate
 
-from shoal.errors import ConfigError, InternalError
+from shoal.errors import ConfigError
 from shoal.model.files import locate
 from shoal_lab.quality.answers import greedy_answers
 from shoal_lab.quality.arms import FULL, Arm, arms_of
@@ -53,11 +53,6 @@ def test_greedy_answers_are_the_reference_s(tiny, prompts):
         assert shallow[index] == pop_generate(model, prompt, NUM_TOKENS, SKIPPED, eos_token_ids=(1,)).token_ids
 
 
-def test_a_control_answers_nothing(tiny, prompts):
-    with pytest.raises(InternalError, match="control"):
-        greedy_answers(tiny[1], Arm("removed", 2, Treatment.REMOVED), prompts, max_tokens=4)
-
-
 def test_the_shared_prefix_is_that_of_two_answers_decoded_apart(tiny, prompts):
     model, subject = tiny
     full, shallow = score_greedy(
@@ -71,10 +66,6 @@ def test_the_shared_prefix_is_that_of_two_answers_decoded_apart(tiny, prompts):
     assert 0 < np.mean(shared) < NUM_TOKENS
     assert shallow.prefix.value == pytest.approx(np.mean(shared))
     assert (full.prefix.value, full.whole.value) == pytest.approx((full.mean_tokens, 1.0))
-
-
-def test_a_prefix_ends_at_the_first_difference():
-    assert [shared_prefix(ours, (4, 5, 6)) for ours in ((4, 5, 6), (4, 5, 7), (3, 5, 6), (4, 0, 6))] == [3, 2, 0, 1]
 
 
 def cases(model: Any, prompts: list[tuple[int, ...]], lengths: dict[int, bool]) -> list[RetrievalCase]:

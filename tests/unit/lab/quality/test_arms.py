@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import save_tiny, tiny_model
 
-from shoal.errors import ConfigError, MalformedWeights, ModelError, ProjectorMismatch
+from shoal.errors import ConfigError, MalformedWeights, ProjectorMismatch
 from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
@@ -48,22 +48,6 @@ def test_controls_come_with_the_first_number_and_calibrated_where_there_is_a_pro
     torch.testing.assert_close(projection.weight, subject.projection(3).weight * 1.5)
 
 
-def test_more_boundary_tokens_come_with_the_first_number_for_all_that_is_served(files: ModelFiles):
-    write(projector_beside(files, LayerPlan(LAYERS, 2)), files, 2)
-    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
-    arms = arms_of(subject, (2, 3), find_projectors("auto", files, (2, 3), LAYERS), (4, 8))
-    more = [(arm.name, arm.num_skipped, arm.num_boundary) for arm in arms if arm.num_boundary > 1]
-    assert more == [
-        (f"{name}, {number} boundary", 2, number) for number in (4, 8) for name in ("shallow", "calibrated")
-    ]
-    assert [arm.name for arm in arms if arm.is_paper] == ["shallow", "shallow"]
-
-
-def test_controls_can_be_left_out(files: ModelFiles):
-    subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
-    assert [arm.name for arm in arms_of(subject, (2, 3), {}, controls=False)] == ["full", "shallow", "shallow"]
-
-
 def test_int8_comes_with_the_first_number_for_full_depth_and_what_is_served(files: ModelFiles):
     write(projector_beside(files, LayerPlan(LAYERS, 2)), files, 2)
     subject = Subject.load(files, dtype=torch.float64, max_tokens=8)
@@ -96,20 +80,6 @@ def test_a_file_goes_before_the_one_beside_the_model_and_leaves_the_others(files
     assert find_projectors("paper", files, (2, 3), LAYERS) == {}
 
 
-def test_a_file_goes_before_one_beside_the_model_that_can_not_be_used(files: ModelFiles, tmp_path: Path):
-    write(projector_beside(files, LayerPlan(LAYERS, 2)), files, 2, digest="0" * 64)
-    other = write(tmp_path / "other.safetensors", files, 2)
-    assert sorted(find_projectors(str(other), files, (2, 3), LAYERS)) == [2]
-    with pytest.raises(ProjectorMismatch):
-        find_projectors("auto", files, (2, 3), LAYERS)
-
-
-def test_a_projector_of_another_model_is_refused(files: ModelFiles, tmp_path: Path):
-    path = write(tmp_path / "other.safetensors", files, 2, digest="0" * 64)
-    with pytest.raises(ProjectorMismatch, match="another model"):
-        find_projectors(str(path), files, (2,), LAYERS)
-
-
 @pytest.mark.parametrize("counts", [(2,), (10,)])
 def test_that_it_is_of_another_model_is_said_first(files: ModelFiles, tmp_path: Path, counts: tuple[int, ...]):
     path = tmp_path / "other.safetensors"
@@ -134,8 +104,3 @@ def test_a_projector_of_a_number_that_is_not_evaluated_is_refused(files: ModelFi
     path = write(tmp_path / "other.safetensors", files, 3)
     with pytest.raises(ConfigError, match="--skip-layers 3"):
         find_projectors(str(path), files, (2,), LAYERS)
-
-
-def test_a_projector_that_is_not_there_is_refused(files: ModelFiles, tmp_path: Path):
-    with pytest.raises(ModelError, match="there is no projector"):
-        find_projectors(str(tmp_path / "none.safetensors"), files, (2,), LAYERS)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
 import string
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import save_tiny
-from typer.testing import CliRunner
 
-from shoal.cli import app
-from shoal.errors import CalibrationError, ConfigError, DataError, TooLittleText
+from shoal.errors import CalibrationError, ConfigError, TooLittleText
 from shoal.model.files import locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import find_projector
-from shoal_lab.quality import commands
-from shoal_lab.quality.calibration import RIDGES, RIDGES_SINKS_APART, CalibrationOptions, Calibrator
+from shoal_lab.quality.calibration import CalibrationOptions, Calibrator
 from shoal_lab.quality.commands import run_calibrate
 from shoal_lab.quality.limits import MIN_PASSAGES
 from shoal_lab.quality.subject import Subject
-from shoal_lab.quality.texts import Kind, Split, load
 
 
 @pytest.fixture
@@ -70,66 +64,6 @@ def test_the_first_positions_keep_the_paper_s_matrix_where_that_is_wanted(
     assert found.header.settings["sinks_apart"] is sinks_apart
 
 
-@pytest.mark.parametrize(("flags", "ridges"), [([], RIDGES), (["--sinks-apart"], RIDGES_SINKS_APART)])
-def test_with_sinks_apart_the_prior_is_stronger(
-    monkeypatch: pytest.MonkeyPatch, flags: list[str], ridges: tuple[float, ...]
-):
-    asked: list[CalibrationOptions] = []
-
-    def remember(*_: Any, options: CalibrationOptions, **__: Any) -> str:
-        asked.append(options)
-        return ""
-
-    monkeypatch.setattr(commands, "run_calibrate", remember)
-    done = CliRunner().invoke(app, ["calibrate", "some", "--skip-layers", "3", *flags])
-    assert done.exit_code == 0, done.output
-    assert [(one.ridges, one.sinks_apart) for one in asked] == [(ridges, bool(flags))]
-
-
-def test_another_place_may_be_named(folder: Path, text: Path, tmp_path: Path):
-    calibrate(folder, text, output=tmp_path / "here.safetensors", num_steps=0)
-    assert (tmp_path / "here.safetensors").is_file()
-    assert find_projector("auto", locate(str(folder)), LayerPlan(6, 2)) is None
-
-
-def test_a_folder_for_it_is_made_or_refused_before_the_work(folder: Path, text: Path, tmp_path: Path):
-    calibrate(folder, text, output=tmp_path / "new" / "here.safetensors", num_steps=0)
-    assert (tmp_path / "new" / "here.safetensors").is_file()
-    with pytest.raises(ConfigError, match="choose another --output"):
-        calibrate(folder, tmp_path / "no-such.txt", output=text / "here.safetensors")
-
-
-def test_other_text_has_another_digest(folder: Path, text: Path, tmp_path: Path):
-    other = tmp_path / "other.txt"
-    other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
-    digests = set()
-    for data in (text, other):
-        calibrate(folder, data, num_steps=0)
-        found = find_projector("auto", locate(str(folder)), LayerPlan(6, 2))
-        assert found is not None
-        digests.add(found.header.data_digest)
-    assert len(digests) == 2
-
-
-def test_what_ships_is_learnt_from_by_its_calibration_split(folder: Path):
-    calibrate(folder, kinds="code", num_passages=20, num_steps=0)
-    found = find_projector("auto", locate(str(folder)), LayerPlan(6, 2))
-    assert found is not None and found.header.settings["texts"] == ["code"]
-    assert found.header.data_digest == sha256(load(Kind.CODE, Split.CALIBRATION).digest.encode()).hexdigest()
-
-
-def test_too_little_text_is_said(folder: Path, tmp_path: Path):
-    (tmp_path / "short.txt").write_text("a few words", encoding="utf-8")
-    with pytest.raises(TooLittleText, match="short"):
-        calibrate(folder, tmp_path / "short.txt")
-
-
-def test_bad_data_is_said(folder: Path, tmp_path: Path):
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "no"}), encoding="utf-8")
-    with pytest.raises(DataError, match="line 1"):
-        calibrate(folder, tmp_path / "bad.jsonl")
-
-
 def test_an_unknown_kind_names_those_there_are(folder: Path):
     with pytest.raises(ConfigError, match="prose, technical, dialogue, code"):
         calibrate(folder, kinds="prose,poems")
@@ -153,19 +87,6 @@ def test_too_few_passages_are_refused_before_the_weights_are_read(
         calibrate(folder, short)
 
 
-def test_the_least_that_is_told_can_be_learnt_from(folder: Path, text: Path):
-    assert "written" in calibrate(folder, text, num_passages=MIN_PASSAGES, num_steps=0)
-
-
-def test_nothing_is_left_behind_where_nothing_is_written(folder: Path, tmp_path: Path):
-    (tmp_path / "short.txt").write_text("a few words", encoding="utf-8")
-    with pytest.raises(TooLittleText):
-        calibrate(folder, tmp_path / "short.txt", output=tmp_path / "new" / "deep" / "p.safetensors")
-    assert not (tmp_path / "new").exists()
-    with pytest.raises(ConfigError, match="is a folder"):
-        calibrate(folder, tmp_path / "short.txt", output=tmp_path)
-
-
 @pytest.mark.parametrize("num_steps", [0, 4])
 def test_a_damaged_head_is_said(tmp_path: Path, text: Path, num_steps: int):
     model = save_tiny(tmp_path / "broken", dtype=torch.float32, context=1024)
@@ -184,12 +105,3 @@ def test_what_is_worse_than_the_papers_is_not_written(folder: Path, text: Path, 
     with pytest.raises(CalibrationError, match=r"nothing that was learnt beats the paper's.*ridge 0\.2000"):
         calibrate(folder, text)
     assert find_projector("auto", locate(str(folder)), LayerPlan(6, 2)) is None
-
-
-def test_damaged_weights_are_said_before_anything_is_learnt(tmp_path: Path, text: Path):
-    model = save_tiny(tmp_path / "broken", dtype=torch.float32, context=1024)
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    save_tiny(tmp_path / "broken", model)
-    with pytest.raises(CalibrationError, match="damaged"):
-        calibrate(tmp_path / "broken", text)

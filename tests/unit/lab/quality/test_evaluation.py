@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,11 @@ from shoal.model.files import ModelFiles, locate
 from shoal.model.plan import LayerPlan
 from shoal.model.projector import ProjectorHeader, projector_beside, save_projector
 from shoal_lab.quality import evaluation as module
-from shoal_lab.quality.commands import parse_kinds, parse_tasks
+from shoal_lab.quality.commands import parse_tasks
 from shoal_lab.quality.evaluation import Evaluation, evaluate
 from shoal_lab.quality.evaluation_options import EvaluationOptions, Task
 from shoal_lab.quality.evaluation_page import loss_plot, render_evaluation, speed_plot, summarize, written
-from shoal_lab.quality.limits import MIN_UNITS
 from shoal_lab.quality.retrieval import RetrievalCase, retrieval_cases
-from shoal_lab.quality.statistics import Interval
 from shoal_lab.quality.subject import Subject
 from shoal_lab.quality.texts import Kind, Split, load
 
@@ -115,11 +112,6 @@ def test_int8_is_compared_where_it_is_asked_for(files: ModelFiles):
     assert "full, int8" in page and "weights in int8, and (all int8) prefill" in page
 
 
-def test_what_is_measured_on_is_of_the_evaluation_split(found: Evaluation):
-    wanted = [(kind, load(kind, Split.EVALUATION).digest) for kind in OPTIONS.kinds]
-    assert [(text.kind, text.digest) for text in found.settings.texts] == wanted
-
-
 def test_the_retrieval_cells_are_chosen_by_cases_of_another_seed(files: ModelFiles, monkeypatch: pytest.MonkeyPatch):
     seen: list[list[RetrievalCase]] = []
 
@@ -133,11 +125,6 @@ def test_the_retrieval_cells_are_chosen_by_cases_of_another_seed(files: ModelFil
     filler = load(Kind.PROSE, Split.EVALUATION).documents[0]
     assert cases == retrieval_cases(files.tokenizer(), filler, seed=7, num_cases_per_cell=2, lengths=(400,))
     assert len(choosing) == len(cases) and not set(choosing) & set(cases)
-
-
-def test_by_default_a_third_is_skipped(files: ModelFiles):
-    alone = evaluate(files, replace(OPTIONS, skip_layers=(), tasks=(Task.GREEDY,), projector="paper"), ignore)
-    assert alone.settings.skip_layers == (2,) and alone.settings.projectors == ()
 
 
 def test_users_text_is_measured_on_instead_of_ours(files: ModelFiles, tmp_path: Path):
@@ -166,10 +153,6 @@ def test_damaged_weights_are_said(tmp_path: Path):
         evaluate(locate(str(tmp_path)), replace(OPTIONS, tasks=(Task.TEXT,), projector="paper"), ignore)
 
 
-def test_the_result_survives_its_file(found: Evaluation):
-    assert Evaluation.from_json(found.to_json()) == found
-
-
 def test_the_page_has_every_arm_and_figure_and_both_plots(found: Evaluation):
     page = render_evaluation(found)
     for plot in (loss_plot(found), speed_plot(found)):
@@ -195,41 +178,9 @@ def test_that_units_are_too_few_is_said_in_file_page_and_terminal(found: Evaluat
     assert "3 passages. Too few for their intervals." in render_evaluation(found)
 
 
-def test_of_enough_units_nothing_is_noted(files: ModelFiles):
-    enough = replace(OPTIONS, tasks=(Task.TEXT,), num_passages=MIN_UNITS, skip_layers=(3,), controls=False)
-    alone = evaluate(files, enough, ignore)
-    assert alone.notes == () and "Too few" not in render_evaluation(alone)
-
-
-def test_the_page_begins_with_what_was_run_alone(found: Evaluation, files: ModelFiles):
-    page = render_evaluation(found)
-    for said in ("with 4 full-depth tokens", "SPEED, which is for", "no_boundary (", "removed (", "calibrated proj"):
-        assert said in page
-    bare = replace(
-        OPTIONS, tasks=(Task.TEXT,), kinds=(Kind.CODE,), controls=False, boundary_tokens=(), projector="paper"
-    )
-    page = html.unescape(render_evaluation(evaluate(files, bare, ignore)))
-    intro = "What the last layers of a prompt are worth: full depth, a shallow prompt with the paper's K/V projection."
-    assert intro in page
-
-
-def test_speed_ups_have_intervals_on_the_page_where_the_file_has_them(found: Evaluation):
-    page, time = render_evaluation(found), found.prefill[1]
-    assert f"<td>{written(time.interval, digits=2)}</td>" in page
-    before = replace(found, prefill=tuple(replace(one, interval=None) for one in found.prefill))
-    assert f"<td>{time.speed_up:.2f}</td>" in render_evaluation(before)
-
-
 @pytest.mark.parametrize("path", sorted(FIGURES.glob("evaluation-*.json")), ids=lambda path: path.stem)
 def test_the_figures_of_older_versions_still_load(path: Path):
     assert Evaluation.from_json(path.read_text(encoding="utf-8")).settings.model
-
-
-def test_figures_are_written_with_their_intervals():
-    assert written(Interval(0.1234, 0.1, 0.15)) == "0.123 [0.100, 0.150]"
-    assert written(Interval(0.5, 0.25, 0.75), 100, 0) == "50 [25, 75]"
-    assert written(Interval(9.5e7, 8e7, 1e8), digits=2) == "9.50e+07 [8.00e+07, 1.00e+08]"
-    assert written(None) == "-"
 
 
 @pytest.mark.parametrize(
@@ -255,15 +206,6 @@ def test_what_can_not_be_evaluated_is_refused_before_weights_are_read(
     with pytest.raises(error, match=says):
         evaluate(files, replace(OPTIONS, **change), lambda name, *_: names.add(name))
     assert not names
-
-
-def test_of_what_ships_some_kinds_can_be_chosen(files: ModelFiles):
-    chosen = parse_kinds("code, prose,code")
-    assert chosen == (Kind.CODE, Kind.PROSE) and parse_kinds(None) == tuple(Kind)
-    alone = evaluate(files, replace(OPTIONS, kinds=chosen, tasks=(Task.TEXT,)), ignore)
-    assert [text.kind for text in alone.settings.texts] == ["code", "prose"]
-    with pytest.raises(ConfigError, match="no text of kind poetry"):
-        parse_kinds("poetry")
 
 
 def test_tasks_are_named_with_commas_between_them():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shoal.errors import ConfigError
 from shoal_lab.quality.importance import GateGradients, Importance
 
 SAMPLES = [GateGradients((1.0, 2.0, 0.0), (3.0, -1.0, 5.0)), GateGradients((-1.0, 4.0, 0.0), (1.0, 1.0, -5.0))]
@@ -27,13 +26,3 @@ def test_the_standard_error_is_that_of_the_mean_of_squares():
 def test_the_predicted_loss_is_half_the_sum_over_the_last_layers():
     found = Importance.of(SAMPLES)
     assert [found.predicted_loss(count) for count in range(4)] == [0.0, 0.0, 5.0, 5.5]
-
-
-def test_the_last_third_is_at_least_a_layer():
-    assert Importance.of(SAMPLES).decode.last_third() == 25.0
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_samples_are_refused(count: int):
-    with pytest.raises(ConfigError, match="too few"):
-        Importance.of(SAMPLES[:count])

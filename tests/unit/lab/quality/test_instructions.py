@@ -41,12 +41,6 @@ def test_a_check_passes_what_follows_and_fails_what_does_not(check: Check, follo
     assert not check.passes(fails)
 
 
-def test_every_checker_has_an_example():
-    made = {check.passes.__qualname__ for check, _, _ in EXAMPLES}
-    used = {check.passes.__qualname__ for case in INSTRUCTIONS for check in case.checks}
-    assert {name.split(".")[0] for name in used} <= {name.split(".")[0] for name in made}
-
-
 def test_an_answer_s_score_is_the_share_of_checks_that_pass():
     case = Instruction("?", (checkers.max_words(2), checkers.lower_case()))
     assert case.score(" two words \n") == 1.0
@@ -64,21 +58,3 @@ def test_there_are_at_least_forty_different_instructions():
 
 
 # One answer that follows each of the cases with several demands, which so can't contradict one another.
-FOLLOWED = {
-    "Name two colours": "- red\n- blue",
-    "List three planets": "1. Mars\n2. Venus\n3. Saturn",
-    "Describe a market": "It smells of apples, and the noise never ends.",
-    "What is the moon": "A ball of rock that shines at night.",
-    "Write a one-line address": "[street], [city]",
-    "Describe the wind": "air that moves and cannot be seen",
-    "Begin with 'Yes'": "Yes, they draw water from the soil.",
-    "Give two bullet points": "- Tell the truth.\n- Keep your word.",
-}
-
-
-@pytest.mark.parametrize(
-    "case", [case for case in INSTRUCTIONS if len(case.checks) > 1], ids=lambda case: case.prompt[:40]
-)
-def test_several_demands_can_be_met_at_once(case: Instruction):
-    [answer] = [answer for beginning, answer in FOLLOWED.items() if case.prompt.startswith(beginning)]
-    assert case.score(answer) == 1.0

@@ -9,7 +9,7 @@ import pytest
 from models import BOS, tiny_tokenizer
 
 from shoal.errors import DataError
-from shoal_lab.quality.prompts import digest_of, held_out, read_prompts, shipped_prompts
+from shoal_lab.quality.prompts import read_prompts, shipped_prompts
 
 TOKENIZER = tiny_tokenizer()
 
@@ -56,15 +56,3 @@ def test_bad_data_is_refused_with_its_place(tmp_path: Path, name: str, content: 
     with pytest.raises(DataError) as caught:
         read_prompts(tmp_path / name, TOKENIZER, max_tokens=40)
     assert says in caught.value.message and name in caught.value.message
-
-
-@pytest.mark.parametrize(("count", "num_held_out"), [(2, 1), (4, 1), (5, 1), (12, 2)])
-def test_some_prompts_are_kept_for_checking(count: int, num_held_out: int):
-    prompts = [(index,) for index in range(count)]
-    learned, checked = held_out(prompts)
-    assert len(checked) == num_held_out and sorted(learned + checked) == prompts
-
-
-def test_the_digest_tells_prompts_apart():
-    assert digest_of([(1, 2), (3,)]) != digest_of([(1,), (2, 3)])
-    assert digest_of([(1, 2)]) == digest_of([(1, 2)])

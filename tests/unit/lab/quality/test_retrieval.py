@@ -56,11 +56,6 @@ def test_the_asked_fact_stands_at_its_depth():
         assert abs(position - case.depth) < 0.15
 
 
-def test_a_seed_gives_the_same_cases_and_another_others():
-    assert tiny_cases(seed=3) == tiny_cases(seed=3)
-    assert not set(tiny_cases(seed=3)) & set(tiny_cases(seed=4))
-
-
 def test_a_model_with_a_chat_template_is_asked_in_it_and_another_in_plain_text():
     plain = tiny_tokenizer()
     plain.chat_template = None
@@ -72,20 +67,6 @@ def test_a_model_with_a_chat_template_is_asked_in_it_and_another_in_plain_text()
     assert text(chat.prompt)[begun:].startswith(text(case.prompt)[text(case.prompt).index("What is the code") :][:20])
 
 
-def test_an_output_is_right_if_it_begins_with_the_answer():
-    case = RetrievalCase(10, 0.0, (1, 2), (5, 6))
-    assert case.is_right((5, 6))
-    assert case.is_right([5, 6, 7])
-    assert not case.is_right((5,))
-    assert not case.is_right((5, 7))
-    assert not case.is_right((4, 5, 6))
-
-
 def test_prompts_too_short_for_the_facts_are_refused():
     with pytest.raises(TooLittleText, match="5 facts don't fit into 100 tokens"):
         tiny_cases(lengths=(100,))
-
-
-def test_filler_too_short_for_the_longest_prompt_is_refused():
-    with pytest.raises(TooLittleText, match="give more text"):
-        retrieval_cases(TINY, "Only this one sentence is here. ", lengths=(600,))

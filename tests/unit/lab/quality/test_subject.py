@@ -49,13 +49,6 @@ def test_full_depth_is_the_model(tiny):
     close(logits_of_text(subject, IDS, 40, Treatment.FULL), expected)
 
 
-@pytest.mark.parametrize("treatment", OPTIONS)
-def test_a_text_may_end_with_its_prompt(tiny, treatment: Treatment):
-    _, subject = tiny
-    whole = logits_of_text(subject, IDS, 40, treatment, 2)
-    close(logits_of_text(subject, IDS[:40], 40, treatment, 2), whole[:1])
-
-
 @pytest.mark.parametrize(("num_ids", "num_prompt"), [(65, 40), (10, 0), (10, 11)])
 def test_text_that_can_not_be_asked_about_is_refused(tiny, num_ids: int, num_prompt: int):
     with pytest.raises(InvalidRequest):

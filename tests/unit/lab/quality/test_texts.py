@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import json
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -45,21 +44,6 @@ def test_no_paragraph_of_an_evaluation_is_in_any_calibration(kind: Kind):
     evaluated = load(kind, Split.EVALUATION).documents[0].split("\n\n")
     seen = [text for text in evaluated if len(text) > 200 and any(text in known for known in calibrations)]
     assert seen == []
-
-
-@pytest.mark.parametrize(("kind", "split"), FILES)
-def test_what_ships_has_no_traces_of_where_it_was_taken_from(kind: Kind, split: Split):
-    text = load(kind, split).documents[0]
-    for trace in ("Gutenberg", "\r", "\ufeff", "\ufffd", "<p>", "</a>", "&nbsp;", "Table Of Contents"):
-        assert trace not in text
-    assert text == text.strip() + "\n"
-
-
-@pytest.mark.parametrize(("kind", "split"), FILES)
-def test_the_sources_tell_of_every_file_and_its_length(kind: Kind, split: Split):
-    sources = (resources.files("shoal_lab") / "data" / "texts" / "SOURCES.md").read_text()
-    [row] = [line for line in sources.splitlines() if line.startswith(f"| {kind}/{split}.txt |")]
-    assert row.endswith(f"| {len(shipped_ids(kind, split)):,} |")
 
 
 def test_passages_lie_in_order_apart_and_all_over_the_documents():
@@ -146,11 +130,6 @@ def test_bad_data_is_refused_with_what_to_do(tmp_path: Path, name: str, content:
         read(path, TOKENIZER)
     assert reason in str(refused.value)
     assert name in str(refused.value)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="No such file"):
-        read(tmp_path / "nowhere.txt")
 
 
 def test_messages_need_a_chat_template(tmp_path: Path):

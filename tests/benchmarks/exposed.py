@@ -16,10 +16,10 @@ import statistics
 from pathlib import Path
 
 from child import adopt_orphans
+from cost_fits import Sample
 from rich.console import Console
 from rich.table import Table
 from serving_times import ask_alone, server
-from simulation.measurements import Sample
 
 GOAL = 0.03
 _STAGE = "transfer_exposed_s"

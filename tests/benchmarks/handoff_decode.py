@@ -50,7 +50,7 @@ LAYERS, KEPT, KV_HEADS, HEAD_DIM, BLOCK = 30, 20, 3, 64, 16
 TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
 FRAME_BYTES, SLOT_BYTES, CREDIT_BYTES, STAGING_BYTES = MIB, 8 * MIB, 32 * MIB, 64 * MIB
 SHAPE = KvShape("benchmark", LAYERS, KEPT, TOKEN_LAYER_BYTES)
-TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30, drain_s=2)
+TIMES = LeaseTimes(claim_timeout_s=60, ttl_s=30)
 PORTS = (24100, 24199)
 BARE_BYTES = "/shoal.benchmark/Bytes"
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 from child import serving
+from cost_fits import Sample
 from load import LoadOptions, Loads, send_at_once
 from prometheus_client.parser import text_string_to_metric_families
-from simulation.measurements import Sample
 
 from shoal.cluster.ports import free_port
 

@@ -21,12 +21,7 @@ from pathlib import Path
 
 import torch
 from child import adopt_orphans
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from serving_times import ask
-from sharing_times import sharing_efficiency
-from simulation.costs import FitQuality, HandoffCost, PrefillCost, ServingCost, SharingCost, StepCosts
-from simulation.measurements import (
+from cost_fits import (
     Sample,
     decode_cost,
     handoff_cost,
@@ -35,6 +30,11 @@ from simulation.measurements import (
     serving_cost,
     slowed,
 )
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from serving_times import ask
+from sharing_times import sharing_efficiency
+from simulation.costs import FitQuality, HandoffCost, PrefillCost, ServingCost, SharingCost, StepCosts
 from step_costs_table import show
 from step_times import Grid, config_for, decode_times, make_engine, prefill_times
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from simulation.measurements import Sample
+from cost_fits import Sample
 
 from shoal.config import ShoalConfig, load_config
 from shoal.engine.build import Served, build_engine, load_parameters

@@ -27,7 +27,6 @@ OTHERS: Mapping[str, Any] = {
     "gcsFaultTolerance.redisAddress": "redis://other:6379",
     "tls.from": "off",
     "tls.issuer.kind": "Issuer",
-    "upgrade.type": "None",
     "serviceAccount.create": False,
     "monitoring.scrapeConfig.enabled": False,
     "monitoring.prometheusRule.enabled": False,

@@ -10,10 +10,11 @@ from functools import partial
 import pytest
 from fake_clock import FakeClock, settle
 from kv_prompts import prompt
+from more_faults import Reset, Storm
 from transfer_helpers import TIMES, Rig, rig
 
 from shoal.errors import ChecksumMismatch, HandoffError, LeaseLost, PeerGone, ProtocolViolation, ShoalError
-from shoal.handoff.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault, Reset, Storm
+from shoal.handoff.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault
 from shoal.handoff.channels.memory import Rule, deliver
 from shoal.wire.handoff_messages import (
     Accepted,
@@ -42,7 +43,7 @@ def each_carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(globals(), "rig", partial(rig, request.param))
 
 
-END_S = TIMES.ttl_s + TIMES.drain_s
+END_S = TIMES.ttl_s
 
 
 async def outcome(both: Rig, clock: FakeClock, *, within_s: float = END_S) -> ShoalError | None:
@@ -205,7 +206,7 @@ async def test_a_channel_that_breaks_at_the_nth_frame_ends_both_sides(number: in
 
 
 @pytest.mark.parametrize("after", [Hello, Accepted, Credit])
-async def test_a_partition_ends_both_sides_within_ttl_and_drain(after: type[Frame]) -> None:
+async def test_a_partition_ends_both_sides_within_ttl(after: type[Frame]) -> None:
     cut = Partition(after)
     clock = FakeClock()
     async with rig(clock=clock, prefill_sends=cut.silence, decode_sends=cut) as both:

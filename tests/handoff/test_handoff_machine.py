@@ -7,7 +7,7 @@ After every step:
 
 I1  a slot that decode may still read for a lease isn't another chunk's
 I2  what is committed is the prompt's K/V, byte for byte, and stays so as long as its blocks are held
-I3  no block is held but by an open request; at the end, within ttl + drain, nothing is held on either side
+I3  no block is held but by an open request; at the end, within twice the ttl, nothing is held on either side
 I4  prefill computes only what decode let it claim, and has the prompt's ids from there
 I5  what another start of a process says changes nothing
 I6  without a fault all is committed without that any time passes, whatever the order
@@ -28,9 +28,10 @@ from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kv_prompts import prompt
+from more_faults import Reset
 
 from shoal.errors import OutOfBlocks
-from shoal.handoff.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault, Reset
+from shoal.handoff.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault
 from shoal.wire.handoff_messages import (
     Accepted,
     Beat,
@@ -284,7 +285,7 @@ class HandoffMachine(RuleBasedStateMachine):
             assert all(request.was_right for request in self.requests)
         else:
             # Two waits may follow one another: for the greeting, then for the answer to a claim.
-            await pools.wait(2 * TIMES.ttl_s + TIMES.drain_s)
+            await pools.wait(2 * TIMES.ttl_s)
             assert all(lease.owner is None for decode in pools.all_decodes for lease in decode.desk.table.uncommitted())
             await pools.wait(TIMES.claim_timeout_s)
         self.all_is_as_it_must_be()

@@ -1,11 +1,11 @@
 """The lease protocol under everything that may happen, in any order: hypothesis looks for the order that breaks it.
 
 Two prefill processes with a session each, a network that may lose, double, corrupt and reorder what they send, copies
-that end when they like, staging slots written by the processes themselves, and a clock. After every step:
+that end when they like, and a clock. After every step:
 
-I1  a staging slot isn't lent again while a write under an older lending of it may be under way
+I1  no block is free while a copy into it is under way
 I2  what is committed is complete, and byte for byte what the one claimant computed
-I3  once all have gone, ``ttl + drain`` later nothing is held            (in ``teardown``)
+I3  once all have gone, ``ttl`` later nothing is held                    (in ``teardown``)
 I4  nobody has the prompt who doesn't own the lease, and a lease has one owner ever
 I5  nothing that another session or incarnation says changes a lease
 I6  the copies alone give the credit back, in whatever state their lease is
@@ -14,7 +14,7 @@ I6  the copies alone give the credit back, in whatever state their lease is
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -26,13 +26,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shoal.errors import Cancelled, ChecksumMismatch, HandoffError, LeaseLost, PeerGone
 from shoal.handoff.base import crc32c, prompt_hash
 from shoal.handoff.channels.faults import flip_bit
-from shoal.handoff.lease import ENDED, Lease, LeaseState, Receipt
+from shoal.handoff.lease import Lease, LeaseState, Receipt
 from shoal.handoff.lease_table import LeaseTable, LeaseTimes
-from shoal.handoff.staging import StagingSlot, StagingSlots
 from shoal.handoff.terms import KvShape, LeaseTerms, Owner
 from shoal.wire.handoff_messages import Chunk, Envelope, Seal
 
-TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0, drain_s=2.0)
+TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0)
 SHAPE = KvShape("plan", num_layers=2, num_shallow_layers=1, token_layer_bytes=1)
 CREDIT_BYTES = 6
 Cell = tuple[int, int]
@@ -43,12 +42,10 @@ class Writer:
     """What a prefill process does for a lease that it claimed."""
 
     owner: Owner
-    slot: StagingSlot | None
     chunks: list[Chunk]
     seal: Seal
     num_sent: int = 0
     resent: set[int] = field(default_factory=set)
-    writing: list[Chunk] = field(default_factory=list)
     heard_cancel: bool = False
     is_dead: bool = False
 
@@ -75,8 +72,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 100.0
-        self.staging = StagingSlots(2, 100, max_retired_bytes=200)
-        self.table = LeaseTable(TIMES, clock=lambda: self.now_s, staging=self.staging)
+        self.table = LeaseTable(TIMES, clock=lambda: self.now_s)
         self.leases: dict[bytes, Lease] = {}
         self.writers: dict[bytes, Writer] = {}
         self.sessions = [Owner(0, 11), Owner(1, 22)]
@@ -88,11 +84,11 @@ class LeaseMachine(RuleBasedStateMachine):
 
     # --- decode -----------------------------------------------------------------------------------------
 
-    @rule(num_tokens=st.integers(1, 6), num_present=st.integers(0, 5), one_sided=st.booleans())
-    def reserve(self, num_tokens: int, num_present: int, one_sided: bool) -> None:
+    @rule(num_tokens=st.integers(1, 6), num_present=st.integers(0, 5))
+    def reserve(self, num_tokens: int, num_present: int) -> None:
         lease_id = (len(self.leases) + 1).to_bytes(16, "big")
         terms = LeaseTerms(tuple(range(num_tokens)), min(num_present, num_tokens - 1), SHAPE, CREDIT_BYTES)
-        self.leases[lease_id] = self.table.reserve(lease_id, terms, one_sided=one_sided)
+        self.leases[lease_id] = self.table.reserve(lease_id, terms)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -115,7 +111,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def finish_copy(self, data: st.DataObject) -> None:
         chunk = self.copying.pop(data.draw(st.integers(0, len(self.copying) - 1)))
         lease = self.leases[chunk.lease_id]
-        assert not lease.blocks_are_free  # or it would write into blocks of somebody else
+        assert lease.state is not LeaseState.RELEASED  # or it would write into blocks of somebody else
         for offset, byte in enumerate(chunk.payload):
             self.copied[chunk.lease_id][chunk.layer_start, chunk.token_start + offset] = byte
         try:
@@ -144,22 +140,15 @@ class LeaseMachine(RuleBasedStateMachine):
         assert was_claimed in (None, owner)
         if lease.lease_id not in self.writers:
             chunks, seal = compute(lease, seed=len(self.leases))
-            self.writers[lease.lease_id] = Writer(owner, lease.slot, chunks, seal)
+            self.writers[lease.lease_id] = Writer(owner, chunks, seal)
             self.past_owners[lease.lease_id] = owner
 
     @rule(data=st.data())
-    def begin_write(self, data: st.DataObject) -> None:
-        """The next chunk; for a one-sided lease it's written first and announced when that has ended."""
+    def send_next(self, data: st.DataObject) -> None:
         writer = self._some_writer(data)
         if writer is not None and not writer.heard_cancel and writer.num_sent < len(writer.chunks):
-            self._write(writer, writer.chunks[writer.num_sent])
+            self.network.append((writer.owner, writer.chunks[writer.num_sent]))
             writer.num_sent += 1
-
-    @rule(data=st.data())
-    def end_write(self, data: st.DataObject) -> None:
-        writer = self._some_writer(data)
-        if writer is not None and writer.writing:
-            self.network.append((writer.owner, writer.writing.pop(0)))
 
     @rule(data=st.data())
     def seal(self, data: st.DataObject) -> None:
@@ -169,19 +158,13 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def hear_of_the_end(self, data: st.DataObject) -> None:
-        """Cancel, or Committed, has reached prefill; it says Drained once its writes have ended."""
+        """Cancel, or Committed, has reached prefill."""
         writer = self._some_writer(data)
         if writer is not None and self.leases[writer.seal.lease_id].state not in (
             LeaseState.STREAMING,
             LeaseState.SEALED,
         ):
             writer.heard_cancel = True
-
-    @rule(data=st.data())
-    def drained(self, data: st.DataObject) -> None:
-        writer = self._some_writer(data)
-        if writer is not None and writer.heard_cancel and not writer.writing:
-            self.table.writer_stopped(writer.seal.lease_id, writer.owner.incarnation)
 
     # --- the network ------------------------------------------------------------------------------------
 
@@ -218,8 +201,6 @@ class LeaseMachine(RuleBasedStateMachine):
             Owner(owner.session_id, owner.incarnation + 7),
         ):
             assert self.table.receiving(frame.lease_id, stranger) is None
-        self.table.writer_stopped(frame.lease_id, owner.incarnation + 7)
-        self.table.writer_died(owner.incarnation + 7)
         assert (lease.state, lease.num_copies) == before
 
     # --- time and death ---------------------------------------------------------------------------------
@@ -245,7 +226,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def session_ends(self, who: int) -> None:
-        """The stream broke; the process and its writes may live on. It comes back with a new session."""
+        """The stream broke; the process may live on. It comes back with a new session."""
         old = self.sessions[who]
         for lease in self.table.uncommitted(old):
             assert lease.cancel(PeerGone("the stream broke"))
@@ -253,31 +234,16 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def process_dies(self, who: int) -> None:
-        """It's known to be dead and its agent is gone: nothing of it writes any more."""
+        """It comes back as another."""
         old = self.sessions[who]
         for writer in self.writers.values():
             if writer.owner.incarnation == old.incarnation:
                 writer.is_dead = True
-                writer.writing.clear()
         for lease in self.table.uncommitted(old):
             lease.cancel(PeerGone("the process died"))
-        self.table.writer_died(old.incarnation)
         self.sessions[who] = Owner(old.session_id + 2, old.incarnation + 100)
 
     # --- what must hold ---------------------------------------------------------------------------------
-
-    @invariant()
-    def i1_no_slot_is_lent_over_a_write(self) -> None:
-        lent = {lease.slot.index: lease.slot for lease in self._open() if lease.slot is not None}
-        assert sorted(lent) == sorted(self.staging._lent)
-        for writer in self.writers.values():
-            if writer.slot is not None and writer.writing:
-                assert writer.slot.index not in self.staging._free
-                assert lent.get(writer.slot.index, writer.slot) == writer.slot
-
-    @invariant()
-    def i1_what_may_be_retired_is_bounded(self) -> None:
-        assert (self.staging.num_lent + self.staging.num_retired) * 100 <= 200
 
     @invariant()
     def i2_what_is_committed_is_whole(self) -> None:
@@ -303,15 +269,13 @@ class LeaseMachine(RuleBasedStateMachine):
             assert lease.num_copies == len(copies)
             assert sum(len(chunk.payload) for chunk in copies) <= CREDIT_BYTES
             if copies:
-                assert not lease.blocks_are_free
+                assert lease.state is not LeaseState.RELEASED
 
     @invariant()
     def counts_are_what_is_there(self) -> None:
         open_states = [lease.state for lease in self._open()]
-        retired = sum(lease.state is LeaseState.RETIRED for lease in self.leases.values())
         assert self.table.num_open == len(open_states)
-        assert sum(self.table.counts.values()) == len(open_states) + retired
-        assert retired == self.staging.num_retired
+        assert self.table.counts == Counter(open_states)
 
     def teardown(self) -> None:
         """I3: all streams break, all copies end; whoever comes for their committed K/V takes them."""
@@ -322,18 +286,17 @@ class LeaseMachine(RuleBasedStateMachine):
         for lease in self.leases.values():
             lease.release()
         unclaimed = {lease.lease_id for lease in self._open() if lease.state is LeaseState.RESERVED}
-        self.now_s += TIMES.ttl_s + TIMES.drain_s
+        self.now_s += TIMES.ttl_s
         self._expire()
         assert {lease.lease_id for lease in self._open()} <= unclaimed
         self.now_s += TIMES.claim_timeout_s
         self._expire()
         assert self.table.num_open == 0
-        assert self.staging.num_lent == 0
 
     # --- inside -----------------------------------------------------------------------------------------
 
     def _open(self) -> list[Lease]:
-        return [lease for lease in self.leases.values() if lease.state not in ENDED]
+        return [lease for lease in self.leases.values() if lease.state is not LeaseState.RELEASED]
 
     def _some_lease(self, data: st.DataObject) -> Lease | None:
         return data.draw(st.sampled_from(list(self.leases.values()))) if self.leases else None
@@ -344,12 +307,6 @@ class LeaseMachine(RuleBasedStateMachine):
 
     def _is_overdue(self, lease: Lease) -> bool:
         return self.table._deadlines[lease.lease_id] <= self.now_s
-
-    def _write(self, writer: Writer, chunk: Chunk) -> None:
-        if writer.slot is None:
-            self.network.append((writer.owner, chunk))
-        else:
-            writer.writing.append(chunk)
 
     def _expire(self) -> None:
         for lease in self.table.expire():
@@ -377,7 +334,7 @@ class LeaseMachine(RuleBasedStateMachine):
         writer = self.writers[lease.lease_id]
         if not writer.heard_cancel and not writer.is_dead and seq not in writer.resent:
             writer.resent.add(seq)
-            self._write(writer, writer.chunks[seq])
+            self.network.append((writer.owner, writer.chunks[seq]))
 
     def _commit_if_complete(self, lease: Lease) -> None:
         if lease.is_complete:
@@ -388,13 +345,12 @@ class LeaseMachine(RuleBasedStateMachine):
 class QuickLeaseMachine(LeaseMachine):
     """Starts with a lease whose chunks are all on their way, and some there, so that short runs get far."""
 
-    @initialize(data=st.data(), one_sided=st.booleans(), num_tokens=st.integers(2, 6), seal_first=st.booleans())
-    def begin(self, data: st.DataObject, one_sided: bool, num_tokens: int, seal_first: bool) -> None:
-        self.reserve(num_tokens, 0, one_sided)
+    @initialize(data=st.data(), num_tokens=st.integers(2, 6), seal_first=st.booleans())
+    def begin(self, data: st.DataObject, num_tokens: int, seal_first: bool) -> None:
+        self.reserve(num_tokens, 0)
         self.claim(data, 0)
         for _ in range(2 * num_tokens):
-            self.begin_write(data)
-            self.end_write(data)
+            self.send_next(data)
         self.seal(data)
         if seal_first:  # then every chunk is asked for once more, though none was lost
             self._receive(*self.network.pop())
@@ -418,11 +374,11 @@ TestQuickLeaseMachine = QuickLeaseMachine.TestCase
 def test_the_machine_gets_to_commits() -> None:
     """A machine that never commits anything would find nothing wrong."""
     machine = LeaseMachine()
-    machine.reserve(5, 1, False)
+    machine.reserve(5, 1)
     lease = machine.leases[(1).to_bytes(16, "big")]
     machine.table.claim(lease.lease_id, machine.sessions[0])
     chunks, seal = compute(lease, seed=1)
-    machine.writers[lease.lease_id] = Writer(machine.sessions[0], None, chunks, seal)
+    machine.writers[lease.lease_id] = Writer(machine.sessions[0], chunks, seal)
     machine.past_owners[lease.lease_id] = machine.sessions[0]
     for frame in (seal, *reversed(chunks)):
         machine._receive(machine.sessions[0], frame)

@@ -94,7 +94,7 @@ class Decode:
 
     def __init__(self, *, ttl_s: float, deadline_s: float, max_readers: int = 9) -> None:
         self.sink = ArraySink()
-        times = LeaseTimes(claim_timeout_s=30.0, ttl_s=ttl_s, drain_s=2.0)
+        times = LeaseTimes(claim_timeout_s=30.0, ttl_s=ttl_s)
         self.desk = HandoffDesk(self.sink, SHAPE, times=times, credit_bytes=1 << 20)
         self._retired: asyncio.Queue[int] = asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -23,7 +23,6 @@ from shoal.wire.handoff_messages import (
     Claim,
     Committed,
     Credit,
-    Drained,
     Draining,
     Failed,
     Hello,
@@ -163,7 +162,7 @@ async def test_the_seal_names_what_was_computed(session: PrefillSession, decode:
     await decode.expect(Draining)
 
 
-async def test_cancel_is_answered_when_the_work_has_stopped(session: PrefillSession, decode: RawPeer) -> None:
+async def test_cancel_needs_no_answer(session: PrefillSession, decode: RawPeer) -> None:
     work, claim = await accepted(session, decode)
     await decode.send(Cancel(ID, "the client left"))
     await settle()
@@ -171,12 +170,16 @@ async def test_cancel_is_answered_when_the_work_has_stopped(session: PrefillSess
     error = await outcome(claim.send(0, 1, 0, 1, memoryview(bytes(8))))
     assert isinstance(error, Cancelled)
     await work.leave()
-    await decode.expect(Drained)
+    session.post(Draining())
+    await decode.expect(Draining)
 
 
-async def test_cancel_of_a_claim_that_was_left_is_answered_at_once(session: PrefillSession, decode: RawPeer) -> None:
+async def test_cancel_of_a_claim_that_was_left_is_dropped(session: PrefillSession, decode: RawPeer) -> None:
     await decode.send(Cancel(ID, "who are you"))
-    await decode.expect(Drained)
+    await settle()
+    assert session.num_dropped == 1
+    session.post(Draining())
+    await decode.expect(Draining)
 
 
 async def test_an_acceptance_that_comes_too_late_is_given_back(

@@ -1,4 +1,4 @@
-"""Beats, expiry and quarantine, by a clock that only the test moves."""
+"""Beats and expiry, by a clock that only the test moves."""
 
 from __future__ import annotations
 
@@ -7,33 +7,16 @@ import asyncio
 import pytest
 from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, lease_id, prompt
-from raw_peer import RawPeer, chunk
+from raw_peer import RawPeer
 from transfer_helpers import TIMES, rig
 
 from shoal.errors import HandoffError, LeaseLost, PeerGone
-from shoal.handoff.base import prompt_hash
 from shoal.handoff.channels.faults import Drop
 from shoal.handoff.channels.memory import memory_pair
 from shoal.handoff.lease import LeaseState
 from shoal.handoff.prefill_side import PrefillSession
 from shoal.handoff.session import PROTOCOL_VERSION, Identity
-from shoal.handoff.staging import StagingSlots
-from shoal.wire.handoff_messages import (
-    Accepted,
-    Beat,
-    Cancel,
-    Chunk,
-    Claim,
-    Committed,
-    Drained,
-    Envelope,
-    Failed,
-    Grant,
-    Granted,
-    Hello,
-    Nack,
-    Seal,
-)
+from shoal.wire.handoff_messages import Accepted, Beat, Cancel, Claim, Envelope, Failed, Grant, Granted, Hello
 from shoal.wire.messages import RequestContext
 
 
@@ -87,7 +70,7 @@ async def test_without_beats_a_lease_expires_and_prefill_is_told() -> None:
             await peer.send(Claim(new_id))
             await peer.expect(Accepted)
             await clock.advance(TIMES.ttl_s * 0.9)
-            await peer.send(Drained(bytes(16)))  # a sign of life, but no beat
+            await peer.send(Failed(bytes(16), ""))  # a sign of life, but no beat
             await clock.advance(TIMES.ttl_s * 0.1)
             assert "nobody renewed" in (await peer.expect(Cancel)).reason
             with pytest.raises(LeaseLost, match="nobody renewed"):
@@ -177,92 +160,6 @@ async def test_a_copy_is_waited_for_however_long_it_takes() -> None:
                 await lease.arrived()
             assert both.desk.table.counts == {LeaseState.CANCELLING: 1}
             both.sink.gate.set()
-
-
-# --- one-sided staging ----------------------------------------------------------------------------------
-
-
-async def test_a_staging_slot_is_reused_only_after_drained() -> None:
-    clock, staging = FakeClock(), StagingSlots(1, 1024, max_retired_bytes=1024)
-    async with rig(clock=clock, staging=staging) as both:
-        new_id = lease_id()
-        peer = RawPeer(await both.connect("memory"))
-        await peer.greet()
-        async with both.open(new_id, prompt(), one_sided=True) as lease:
-            await peer.send(Claim(new_id))
-            await peer.expect(Accepted)
-            await lease.cancel("the client left")
-        assert both.desk.table.counts == {LeaseState.QUARANTINED: 1}  # the blocks are free, the slot is not
-        assert staging.take() is None
-        await peer.expect(Cancel)
-        await peer.send(Drained(new_id))
-        await settle()
-        assert both.desk.table.num_open == 0
-        assert staging.num_lent == 0
-        await peer.channel.close()
-
-
-async def test_a_slot_whose_writer_never_answers_is_retired() -> None:
-    clock, staging = FakeClock(), StagingSlots(2, 1024, max_retired_bytes=1024)
-    async with rig(clock=clock, staging=staging) as both:
-        new_id = lease_id()
-        peer = RawPeer(await both.connect("memory"))
-        await peer.greet()
-        async with both.open(new_id, prompt(), one_sided=True) as lease:
-            await peer.send(Claim(new_id))
-            await peer.expect(Accepted)
-            await clock.advance(TIMES.ttl_s)  # the session dies, which proves nothing about its writes
-            with pytest.raises((HandoffError, PeerGone)):
-                await lease.arrived()
-        assert both.desk.table.counts == {LeaseState.QUARANTINED: 1}
-        await clock.advance(TIMES.drain_s)
-        assert both.counts.num_by_state == {LeaseState.RETIRED: 1}
-        assert staging.retired_bytes == 1024
-        async with both.open(lease_id(), prompt(seed=1), one_sided=True) as lease:
-            assert lease.lease.slot is None  # no more may be risked: the payload comes inline
-
-
-async def test_a_slot_of_a_dead_process_is_free_at_once() -> None:
-    clock, staging = FakeClock(), StagingSlots(1, 1024, max_retired_bytes=1024)
-    async with rig(clock=clock, staging=staging) as both:
-        new_id = lease_id()
-        peer = RawPeer(await both.connect("memory"), incarnation=5)
-        await peer.greet()
-        async with both.open(new_id, prompt(), one_sided=True):
-            await peer.send(Claim(new_id))
-            await peer.expect(Accepted)
-            await peer.channel.close()
-            await settle()
-            both.desk.table.writer_died(4)
-            assert both.desk.table.counts == {LeaseState.QUARANTINED: 1}
-            both.desk.table.writer_died(5)
-            assert staging.num_lent == 0
-
-
-async def test_a_committed_slot_waits_for_the_resend_that_may_be_under_way() -> None:
-    clock, staging = FakeClock(), StagingSlots(1, 1024, max_retired_bytes=1024)
-    wanted = prompt(11)
-    async with rig(clock=clock, staging=staging) as both:
-        new_id = lease_id()
-        peer = RawPeer(await both.connect("memory"))
-        await peer.greet()
-        async with both.open(new_id, wanted, one_sided=True) as lease:
-            await peer.send(Claim(new_id))
-            await peer.expect(Accepted)
-            digest = prompt_hash(wanted.token_ids)
-            await peer.send(Seal(new_id, 1, digest, wanted.token_ids[-1], 0.0, 0.0))
-            await peer.expect(Nack)
-            late: Chunk = chunk(new_id, 0, (0, 10))
-            await peer.send(late)  # the first one, which was only late; its resend is still to come
-            await peer.receive()
-            await peer.expect(Committed)
-            await lease.arrived()
-        assert both.desk.table.counts == {LeaseState.QUARANTINED: 1}
-        await peer.expect(Cancel)
-        await peer.send(Drained(new_id))
-        await settle()
-        assert staging.num_lent == 0
-        await peer.channel.close()
 
 
 @pytest.mark.parametrize("times", [0.1, 10.0])

@@ -27,7 +27,6 @@ from shoal.wire.handoff_messages import (
     Claim,
     Committed,
     Credit,
-    Drained,
     Envelope,
     Failed,
     Frame,
@@ -234,7 +233,7 @@ async def test_a_session_cannot_touch_the_leases_of_another(both: Rig, peer: Raw
     await thief.greet()
     async with both.open(new_id, WANTED) as lease:
         await claimed(peer, new_id)
-        await thief.send(Claim(new_id), chunk(new_id, 0, (0, 20)), seal(new_id, 0), Failed(new_id, ""), Drained(new_id))
+        await thief.send(Claim(new_id), chunk(new_id, 0, (0, 20)), seal(new_id, 0), Failed(new_id, ""))
         assert "streaming" in (await thief.expect(Refused)).reason
         for _ in range(2):
             await thief.expect(Cancel)
@@ -252,7 +251,7 @@ async def test_late_frames_are_dropped_and_answered_with_cancel(both: Rig, peer:
         await claimed(peer, new_id)
         await lease.cancel("the client left")
         await peer.expect(Cancel)
-    await peer.send(chunk(new_id, 0, (0, 20)), seal(new_id, 1), Failed(new_id, ""), Drained(new_id))
+    await peer.send(chunk(new_id, 0, (0, 20)), seal(new_id, 1), Failed(new_id, ""))
     assert [await peer.receive() for _ in range(2)] == [Cancel(new_id, "the lease has ended")] * 2
     assert not both.sink.written
 

@@ -31,7 +31,7 @@ from shoal.handoff.session import Identity
 from shoal.handoff.session_pool import SessionPool
 from shoal.wire.handoff_messages import Chunk, RemoteSegment, WireMode
 
-TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0, drain_s=2.0)
+TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0)
 CREDIT_BYTES, MAX_FRAME_BYTES, NUM_SLOTS = 1024, 512, 3
 
 

@@ -35,7 +35,6 @@ from shoal.handoff.prefill_side import PromptClaim
 from shoal.handoff.server import HandoffServer
 from shoal.handoff.session import Identity
 from shoal.handoff.session_pool import SessionPool
-from shoal.handoff.staging import StagingSlots
 from shoal.model.kv_rows import KvRows
 from shoal.wire.handoff_messages import Carrier, WireMode
 from shoal.wire.peers import PeerTls
@@ -54,7 +53,7 @@ def _has_nixl() -> bool:
 
 needs_nixl = pytest.mark.skipif(not _has_nixl(), reason="NIXL isn't installed: pip install --no-deps nixl nixl-cu13")
 
-TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0, drain_s=2.0)
+TIMES = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0)
 CREDIT_BYTES = 4096
 MAX_FRAME_BYTES = 1024
 CHUNK_TOKENS = 10
@@ -117,7 +116,6 @@ class Rig:
     counts: Counts
     address: str
     connect: Callable[[str], asyncio.Future[Channel]]
-    staging: StagingSlots | None = None
     channels: list[Channel] = field(default_factory=list)
     loaders: list[ShmLoader] = field(default_factory=list)
     folder: Path = FOLDER
@@ -141,10 +139,8 @@ class Rig:
                 if not call.cancelled():
                     call.exception()
 
-    def open(self, new_id: bytes, wanted: Prompt, *, one_sided: bool = False) -> AbstractAsyncContextManager[OpenLease]:
-        return self.desk.open(
-            new_id, wanted.token_ids, wanted.blocks, num_present=wanted.num_present, one_sided=one_sided
-        )
+    def open(self, new_id: bytes, wanted: Prompt) -> AbstractAsyncContextManager[OpenLease]:
+        return self.desk.open(new_id, wanted.token_ids, wanted.blocks, num_present=wanted.num_present)
 
     async def prefill(
         self, new_id: bytes, wanted: Prompt, *, before_seal: Callable[[PromptClaim], object] | None = None
@@ -166,14 +162,13 @@ class Rig:
         assert not array[:, shipped.stop :].any()
 
     def assert_nothing_held(self) -> None:
-        """No lease, no claim, no copy, no slot: everybody has given back what they took."""
+        """No lease, no claim, no copy: everybody has given back what they took."""
         assert self.desk.table.num_open == 0, self.desk.table.counts
         assert self.desk.idle.is_set()
         assert not self.desk._open
         assert not self.desk._copies
         assert not +self.sink.writing
-        assert set(self.counts.num_by_state) <= {"retired"}
-        assert self.staging is None or self.staging.num_lent == 0
+        assert not self.counts.num_by_state
         started, committed = self.counts.events["started"], self.counts.events["committed"]
         failed = sum(number for event, number in self.counts.events.items() if event.startswith("failed:"))
         assert started == committed + failed
@@ -211,7 +206,6 @@ async def rig(
     times: LeaseTimes = TIMES,
     credit_bytes: int = CREDIT_BYTES,
     prefill_plans: tuple[str, ...] = (PLAN,),
-    staging: StagingSlots | None = None,
 ) -> AsyncIterator[Rig]:
     """Both sides, closed afterwards; fails if anything is held then.
 
@@ -223,9 +217,7 @@ async def rig(
     carriers = [way for way in ways_of if way != "hidden"]
     wanted = WireMode.HIDDEN if "hidden" in ways_of else WireMode.KV
     counts, sink = Counts(), ArraySink()
-    desk = HandoffDesk(
-        sink, SHAPE, times=times, credit_bytes=credit_bytes, clock=clock, observer=counts, staging=staging
-    )
+    desk = HandoffDesk(sink, SHAPE, times=times, credit_bytes=credit_bytes, clock=clock, observer=counts)
     with tempfile.TemporaryDirectory(prefix="shoal-test-", dir=FOLDER) as name:
         folder = Path(name)
         nixl = [Nixl(1 << 20), Nixl(1 << 20)] if "nixl" in carriers else []
@@ -275,9 +267,7 @@ async def rig(
             clock=clock,
             staging=ways,
         )
-        both = Rig(
-            desk, server, sink, pool, counts, address, connect, staging, channels, loaders, folder, nixl, nixl_loaders
-        )
+        both = Rig(desk, server, sink, pool, counts, address, connect, channels, loaders, folder, nixl, nixl_loaders)
         try:
             yield both
         finally:

@@ -12,17 +12,6 @@
 {{- end -}}
 {{- include "shoal.validatePorts" . -}}
 {{- include "shoal.validateSecrets" . -}}
-{{- range $key := list "skip_layers" "kv_dtype" -}}
-  {{- $model := get (default dict $.Values.config.model) $key -}}
-  {{- $ours := dict -}}
-  {{- range $pool := list "prefill" "decode" -}}
-    {{- $own := get (default dict (get $.Values.config $pool)) $key -}}
-    {{- $_ := set $ours $pool (toString (ternary $model $own (or (kindIs "invalid" $own) (eq (toString $own) "")))) -}}
-  {{- end -}}
-  {{- if ne $ours.prefill $ours.decode -}}
-    {{- fail (printf "config.prefill.%[1]s, config.decode.%[1]s: the pools must agree: set config.model.%[1]s" $key) -}}
-  {{- end -}}
-{{- end -}}
 {{- range $part := list "head" "prefill" "decode" -}}
   {{- if lt (include "shoal.bytes" (get $.Values $part).shmSize | float64) (include "shoal.objectStore" $ | float64) -}}
     {{- fail (printf "%s.shmSize: must be at least %s bytes, the size of Ray's object store" $part (include "shoal.objectStore" $)) -}}

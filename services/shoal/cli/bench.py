@@ -75,15 +75,15 @@ def bench(
     goodput, the highest rate at which at least 90 % of requests meet both SLOs. Both files of a run before are removed
     first. Stopped, it leaves the loads it has. Exits 1 if no request of any load was answered.
     """
-    from shoal_lab.bench import require_packages
+    from shoal_lab.report import require_packages
 
-    require_packages()
+    require_packages("shoal bench", "bench", "aiohttp", "matplotlib")
     from shoal_lab.bench.commands import run_bench
 
     measured: list[object] = []
     try:
         with progress_bars() as on_progress:
-            told = run_bench(
+            said, is_answered = run_bench(
                 url, on_progress, measured.append, output=output, model=model, rate=rate, concurrency=concurrency,
                 duration_s=duration_s, num_requests=num_requests, warm_up=warm_up, mix=mix, slo_ttft_ms=slo_ttft_ms,
                 slo_tpot_ms=slo_tpot_ms, prompts=prompts, token_ids=token_ids, ignore_eos=ignore_eos,
@@ -93,6 +93,6 @@ def bench(
         kept = f"loads that were measured by then are in {output}" if measured else "no load was measured by then"
         err.print(f"stopped; {kept}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    print(told.text)
-    if not told.is_answered:
+    print(said)
+    if not is_answered:
         raise typer.Exit(1)

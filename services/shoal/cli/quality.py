@@ -26,9 +26,7 @@ Kinds = Annotated[
 
 def analyze(
     model: Annotated[str, typer.Argument(help="As for serve's --model.", metavar="NAME|DIR|FILE.gguf")],
-    output: Annotated[Path, typer.Option(help="Folder for the results, and for going on after a stop.")] = Path(
-        "analysis"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("analysis"),
     data: Annotated[
         Path | None, typer.Option(help="Prompts: .txt, or .jsonl with prompt or messages. Default: Shoal's own.")
     ] = None,
@@ -44,7 +42,7 @@ def analyze(
 ) -> None:
     """Which layers does a prompt need? Asks each layer with a virtual gate, and measures what skipping costs.
 
-    Writes analysis.json, report.html and importance.svg. Stopped, the same command goes on where it was.
+    Writes analysis.json, report.html and importance.svg. Stopped, it keeps nothing, and begins anew the next time.
     """
     from shoal_lab.quality.commands import run_analyze
 
@@ -56,7 +54,7 @@ def analyze(
                 dtype=dtype or DtypeOption.FLOAT32,
             )  # fmt: skip
     except KeyboardInterrupt:
-        err.print("stopped; the same command goes on from here")
+        err.print("stopped: nothing is kept, the same command begins anew")
         raise typer.Exit(130) from None
     print(said)
 
@@ -68,8 +66,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="TASK,…",
-            help="Some, with commas between them: text, greedy, retrieval, instructions.",
-            show_default="all but the last",
+            help="Some, with commas between them: text, greedy, retrieval.",
         ),
     ] = "text,greedy,retrieval",
     skip_layers: Annotated[

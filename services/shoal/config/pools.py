@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shoal.config.sections import Dtype, Frozen, PortRange, RateConfig, RetryConfig
+from shoal.config.sections import Frozen, PortRange, RateConfig, RetryConfig
 
 # Linux gives 2.4 times as much to whoever is 4 less nice. Workers of a Ray that is joined are at 15 of 19 already.
 PREFILL_NICENESS = 4
@@ -79,10 +79,6 @@ class StageConfig(Frozen):
     max_queued_tokens: Annotated[int, Field(ge=1)] = Field(
         1 << 20, description="Tokens of all waiting requests together; a single one may always wait."
     )
-    skip_layers: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Must agree between the two pools; leave it to model.skip_layers."
-    )
-    kv_dtype: Dtype | None = Field(None, description="Must agree between the two pools; leave it to model.kv_dtype.")
 
     @model_validator(mode="after")
     def _packs_what_runs(self) -> StageConfig:

@@ -57,18 +57,6 @@ class ShoalConfig(BaseSettings):
         has_all_cores = pool.num_threads is None or pool.num_threads >= usable_threads()
         return pool.packs_up_to(share_cores=is_on_cpu and has_all_cores)
 
-    @model_validator(mode="after")
-    def _pools_agree(self) -> ShoalConfig:
-        """The two pools must describe one plan, or every hand-off would be refused at Hello."""
-        for key in ("skip_layers", "kv_dtype"):
-            ours = {stage: self._of_stage(stage, key) for stage in ("prefill", "decode")}
-            if ours["prefill"] != ours["decode"]:
-                raise ValueError(
-                    f"prefill.{key} ({ours['prefill']}) and decode.{key} ({ours['decode']}) differ: "
-                    f"set model.{key} and leave the pools' own unset"
-                )
-        return self
-
     @field_validator("tls", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
@@ -100,17 +88,6 @@ class ShoalConfig(BaseSettings):
             raise ValueError("prefill.stream_interval: prefill streams no answers; set decode.stream_interval")
         return self
 
-    def _of_stage(self, stage: Literal["prefill", "decode"], key: str) -> Any:
-        own = getattr(getattr(self, stage), key)
-        return getattr(self.model, key) if own is None else own
-
-    @property
-    def skip_layers(self) -> int | None:
-        """What both pools agreed on; ``None`` is a third of the model's layers."""
-        value: int | None = self._of_stage("decode", "skip_layers")
-        return value
-
     @property
     def kv_dtype(self) -> Dtype:
-        value: Dtype = self._of_stage("decode", "kv_dtype")
-        return self.model.dtype if value == "auto" else value
+        return self.model.dtype if self.model.kv_dtype == "auto" else self.model.kv_dtype

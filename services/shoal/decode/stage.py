@@ -125,7 +125,7 @@ async def open_decode(
         desk = HandoffDesk(
             sink,
             _kv_shape(served),
-            times=LeaseTimes(config.handoff.claim_timeout_s, config.handoff.ttl_s, config.handoff.drain_s),
+            times=LeaseTimes(config.handoff.claim_timeout_s, config.handoff.ttl_s),
             credit_bytes=config.handoff.credit_bytes,
             observer=transfer_metrics,
         )

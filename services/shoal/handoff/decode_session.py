@@ -22,7 +22,6 @@ from shoal.wire.handoff_messages import (
     Carrier,
     Chunk,
     Claim,
-    Drained,
     Draining,
     Failed,
     Frame,
@@ -137,8 +136,6 @@ class DecodeSession(Session):
                 self._fetch(frame, frame.staged)
             case Chunk() | Seal() | Failed():
                 self._take(frame)
-            case Drained():
-                self._desk.table.writer_stopped(frame.lease_id, self.owner.incarnation)
             case Draining():
                 self.peer_is_draining = True
             case _:

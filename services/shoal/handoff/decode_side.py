@@ -32,9 +32,8 @@ from shoal.errors import (
     Unavailable,
 )
 from shoal.handoff.base import Clock, KvSink, SilentObserver, Timer, TransferObserver, Unloader
-from shoal.handoff.lease import ENDED, Lease, LeaseState, Receipt
+from shoal.handoff.lease import Lease, LeaseState, Receipt
 from shoal.handoff.lease_table import LeaseTable, LeaseTimes
-from shoal.handoff.staging import StagingSlots
 from shoal.handoff.terms import PART_NAMES, KvShape, LeaseTerms, Owner, PartBytes
 from shoal.model.plan import short_name
 from shoal.wire.handoff_messages import Accepted, Cancel, Carrier, Chunk, Committed, Credit, Frame, Nack, Seal
@@ -113,7 +112,6 @@ class HandoffDesk:
         times: LeaseTimes,
         credit_bytes: int,
         clock: Clock | None = None,
-        staging: StagingSlots | None = None,
         observer: TransferObserver | None = None,
     ) -> None:
         self._sink = sink
@@ -122,7 +120,7 @@ class HandoffDesk:
         self.clock: Clock = clock or asyncio.get_running_loop()
         self.times = times
         self._observer = observer or SilentObserver()
-        self.table = LeaseTable(times, clock=self.clock.time, staging=staging, moved=self._moved)
+        self.table = LeaseTable(times, clock=self.clock.time, moved=self._moved)
         self.idle = asyncio.Event()
         self.idle.set()
         self._open: dict[bytes, OpenLease] = {}
@@ -159,7 +157,6 @@ class HandoffDesk:
         blocks: Sequence[int],
         *,
         num_present: int = 0,
-        one_sided: bool = False,
     ) -> AsyncIterator[OpenLease]:
         """Open a lease on ``blocks`` (reserved for this prompt) for all of ``token_ids`` after ``num_present``.
 
@@ -167,7 +164,7 @@ class HandoffDesk:
         cancelled, and its last copy waited for. Raises Unavailable once the desk is closed.
         """
         terms = LeaseTerms(tuple(token_ids), num_present, self.shape, self._credit_bytes)
-        lease = self.table.reserve(lease_id, terms, one_sided=one_sided)
+        lease = self.table.reserve(lease_id, terms)
         held = OpenLease(lease, tuple(blocks), self.clock)
         self._open[lease_id] = held
         try:
@@ -326,13 +323,10 @@ class HandoffDesk:
                     self._committed(held)
                 case LeaseState.CANCELLING:
                     self._cancelled(held)
-                case LeaseState.QUARANTINED if left is LeaseState.COMMITTED:
-                    self._post(lease, Cancel(lease.lease_id, "committed; say when your writes have ended"))
-            if lease.blocks_are_free:
-                held.blocks_free.set()
-            if lease.state in ENDED:
-                del self._open[lease.lease_id]
-                self._observer.lease_ended(held.waited_s)
+                case LeaseState.RELEASED:
+                    held.blocks_free.set()
+                    del self._open[lease.lease_id]
+                    self._observer.lease_ended(held.waited_s)
         self._observer.leases(self.table.counts)
         self.idle.clear() if self.table.num_open else self.idle.set()
         self._arm_reaper()

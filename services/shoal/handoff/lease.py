@@ -3,25 +3,19 @@
 ::
 
     RESERVED ──claim──> STREAMING ──seal──> SEALED ──commit──> COMMITTED ──release──> RELEASED
-       │                    │                 │                    │                     ^
-       └────────────────────┴── cancel ───────┘                    └ release, but a      │
-                            v                                        resend may still    │
-                       CANCELLING ── no copy in flight ───────────── be written ─────────┤
-                            │                                           │                │
-                            └── no copy, but the writer may go on ──> QUARANTINED ───────┘ the writer has stopped
-                                                                        │
-                                                                        └─ it never said so ──> RETIRED
+       │                    │                 │                                          ^
+       └────────────────────┴── cancel ───────┘                                          │
+                            v                                                            │
+                       CANCELLING ── no copy in flight ──────────────────────────────────┘
 
-RESERVED     decode holds blocks; whoever claims the lease first owns it
-STREAMING    chunks arrive and are copied at once into the blocks, which nobody reads yet
-SEALED       prefill says that this was all; chunks that are missing are asked for once more
-COMMITTED    everything matched: the blocks may be read
-CANCELLING   given up, for whatever reason; a copy may still be writing into the blocks
-QUARANTINED  the blocks are free, the staging slot is not: prefill may still be writing into it
-RELEASED     nothing is held
-RETIRED      nothing but the staging slot is held, for ever
+RESERVED    decode holds blocks; whoever claims the lease first owns it
+STREAMING   chunks arrive and are copied at once into the blocks, which nobody reads yet
+SEALED      prefill says that this was all; chunks that are missing are asked for once more
+COMMITTED   everything matched: the blocks may be read
+CANCELLING  given up, for whatever reason; a copy may still be writing into the blocks
+RELEASED    nothing is held
 
-A payload that travels inline needs no staging slot, and so no quarantine: late frames are dropped.
+Decode alone writes into the blocks, so a writer in another process needs no state: its late frames are dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +26,6 @@ from collections.abc import Callable
 from shoal.errors import ChecksumMismatch, InternalError, LeaseLost, ProtocolViolation, ShoalError
 from shoal.handoff.base import prompt_hash
 from shoal.handoff.coverage import Coverage
-from shoal.handoff.staging import StagingSlot
 from shoal.handoff.terms import LeaseTerms, Owner
 from shoal.wire.handoff_messages import Chunk, Seal, WireMode
 
@@ -43,23 +36,19 @@ class LeaseState(enum.StrEnum):
     SEALED = "sealed"
     COMMITTED = "committed"
     CANCELLING = "cancelling"
-    QUARANTINED = "quarantined"
     RELEASED = "released"
-    RETIRED = "retired"
 
 
 _NEXT = {
     LeaseState.RESERVED: {LeaseState.STREAMING, LeaseState.CANCELLING},
     LeaseState.STREAMING: {LeaseState.SEALED, LeaseState.CANCELLING},
     LeaseState.SEALED: {LeaseState.COMMITTED, LeaseState.CANCELLING},
-    LeaseState.COMMITTED: {LeaseState.RELEASED, LeaseState.QUARANTINED},
-    LeaseState.CANCELLING: {LeaseState.RELEASED, LeaseState.QUARANTINED},
-    LeaseState.QUARANTINED: {LeaseState.RELEASED, LeaseState.RETIRED},
+    LeaseState.COMMITTED: {LeaseState.RELEASED},
+    LeaseState.CANCELLING: {LeaseState.RELEASED},
 }
 
 UNCOMMITTED = frozenset({LeaseState.RESERVED, LeaseState.STREAMING, LeaseState.SEALED})
 RECEIVING = frozenset({LeaseState.STREAMING, LeaseState.SEALED})
-ENDED = frozenset({LeaseState.RELEASED, LeaseState.RETIRED})
 
 
 class Receipt(enum.Enum):
@@ -83,19 +72,16 @@ class Lease:
         lease_id: bytes,
         terms: LeaseTerms,
         *,
-        slot: StagingSlot | None = None,
         moved: Callable[[Lease, LeaseState | None], None],
     ) -> None:
         self.lease_id = lease_id
         self.terms = terms
-        self.slot = slot
         self.state = LeaseState.RESERVED
         self.owner: Owner | None = None
         self.sealed: Seal | None = None
         self.error: ShoalError | None = None
         self.failed_check: str | None = None
         self._moved = moved
-        self._writer_stopped = False
         self._coverage = Coverage(terms.num_present, len(terms.token_ids) - 1, terms.shape.num_layers)
         self._seen: set[int] = set()
         self._nacked: set[int] = set()
@@ -215,11 +201,6 @@ class Lease:
     def num_copies(self) -> int:
         return len(self._copying)
 
-    @property
-    def blocks_are_free(self) -> bool:
-        """Nothing writes into the blocks any more, and nothing will."""
-        return self.state in ENDED or self.state is LeaseState.QUARANTINED
-
     def cancel(self, error: ShoalError) -> bool:
         """Give an uncommitted lease up because of ``error``; False, and no change, if it is past that."""
         if self.state not in UNCOMMITTED:
@@ -233,27 +214,11 @@ class Lease:
     def release(self) -> None:
         """The blocks of a committed lease are its request's now. Anything else is a no-op."""
         if self.state is LeaseState.COMMITTED:
-            # A chunk that was asked for again may have arrived by itself: then its second writing is still under way.
-            self._let_go(writer_may_go_on=bool(self._nacked))
-
-    def writer_stopped(self) -> None:
-        """Prefill said Drained, or its process is known to be dead and its agent is gone."""
-        self._writer_stopped = True
-        self._settle()
-
-    def retire(self) -> None:
-        """Wait no longer for a writer that never answered. Time alone proves nothing, so its slot is given up."""
-        self._move(LeaseState.RETIRED)
+            self._move(LeaseState.RELEASED)
 
     def _settle(self) -> None:
         if self.state is LeaseState.CANCELLING and not self._copying:
-            self._let_go(writer_may_go_on=self.owner is not None)
-        elif self.state is LeaseState.QUARANTINED and self._writer_stopped:
             self._move(LeaseState.RELEASED)
-
-    def _let_go(self, *, writer_may_go_on: bool) -> None:
-        must_wait = self.slot is not None and writer_may_go_on and not self._writer_stopped
-        self._move(LeaseState.QUARANTINED if must_wait else LeaseState.RELEASED)
 
     def _move(self, state: LeaseState) -> None:
         if state not in _NEXT.get(self.state, ()):

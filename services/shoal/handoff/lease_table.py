@@ -12,18 +12,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from shoal.errors import InternalError, LeaseLost, Unavailable
-from shoal.handoff.lease import ENDED, RECEIVING, UNCOMMITTED, Lease, LeaseState
-from shoal.handoff.staging import StagingSlots
+from shoal.handoff.lease import RECEIVING, UNCOMMITTED, Lease, LeaseState
 from shoal.handoff.terms import LeaseTerms, Owner
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseTimes:
-    """How long a lease may wait (seconds): for a claim, for a beat, for a writer that was told to stop."""
+    """How long a lease may wait (seconds): for a claim, for a beat."""
 
     claim_timeout_s: float
     ttl_s: float
-    drain_s: float
 
 
 class LeaseTable:
@@ -34,12 +32,10 @@ class LeaseTable:
         times: LeaseTimes,
         *,
         clock: Callable[[], float],
-        staging: StagingSlots | None = None,
         moved: Callable[[Lease, LeaseState | None], None] = lambda lease, left: None,
     ) -> None:
         self.times = times
         self._clock = clock
-        self._staging = staging
         self._on_moved = moved
         self._leases: dict[bytes, Lease] = {}
         self._deadlines: dict[bytes, float] = {}
@@ -55,7 +51,7 @@ class LeaseTable:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Leases that hold something, by state; the retired ones do so for ever."""
+        """Leases that hold something, by state."""
         return {state: number for state, number in self._counts.items() if number}
 
     @property
@@ -71,17 +67,13 @@ class LeaseTable:
 
     # --- opening --------------------------------------------------------------------------------------
 
-    def reserve(self, lease_id: bytes, terms: LeaseTerms, *, one_sided: bool = False) -> Lease:
-        """Open a lease. With ``one_sided`` it gets a staging slot if there is one; else its payload comes inline.
-
-        Raises Unavailable once the table is closed.
-        """
+    def reserve(self, lease_id: bytes, terms: LeaseTerms) -> Lease:
+        """Open a lease. Raises Unavailable once the table is closed."""
         if self.is_closed:
             raise Unavailable("this decode replica is shutting down: no new leases")
         if lease_id in self._leases:
             raise InternalError(f"lease {lease_id.hex()} exists already: mint a new id for every grant")
-        slot = self._staging.take() if one_sided and self._staging is not None else None
-        return Lease(lease_id, terms, slot=slot, moved=self._moved)
+        return Lease(lease_id, terms, moved=self._moved)
 
     def close(self) -> None:
         """Open no more leases."""
@@ -112,7 +104,7 @@ class LeaseTable:
             if lease.state in UNCOMMITTED and (owner is None or lease.owner == owner)
         )
 
-    # --- time and writers -----------------------------------------------------------------------------
+    # --- time -----------------------------------------------------------------------------------------
 
     def renew(self, owner: Owner, lease_ids: Collection[bytes] | None = None) -> None:
         """A beat came: of what its session has claimed, ``lease_ids`` live on for ``ttl_s``, or all."""
@@ -122,7 +114,7 @@ class LeaseTable:
                 self._deadlines[lease_id] = deadline
 
     def expire(self) -> tuple[Lease, ...]:
-        """Cancel what nobody claimed or renewed in time, and return it; retire what was quarantined in vain."""
+        """Cancel what nobody claimed or renewed in time, and return it."""
         now = self._clock()
         cancelled = []
         while self._heap and self._heap[0][0] <= now:
@@ -132,28 +124,9 @@ class LeaseTable:
                 continue
             if deadline > now:
                 self._push(lease_id, deadline)
-            elif lease.state is LeaseState.QUARANTINED:
-                lease.retire()
             elif lease.cancel(LeaseLost(f"nobody {'renewed' if lease.owner else 'claimed'} the lease in time")):
                 cancelled.append(lease)
         return tuple(cancelled)
-
-    def writer_stopped(self, lease_id: bytes, incarnation: int) -> None:
-        """Drained came from the process that owns the lease: it writes nothing more.
-
-        A no-op while the lease is wanted: only the answer to a Cancel says anything.
-        """
-        lease = self._leases.get(lease_id)
-        if lease is None or lease.owner is None or lease.state in UNCOMMITTED:
-            return
-        if lease.owner.incarnation == incarnation:
-            lease.writer_stopped()
-
-    def writer_died(self, incarnation: int) -> None:
-        """The process is known to be dead and its agent is gone: none of its writes is under way."""
-        for lease in tuple(self._leases.values()):
-            if lease.owner is not None and lease.owner.incarnation == incarnation:
-                lease.writer_stopped()
 
     # --- what a change of state means -----------------------------------------------------------------
 
@@ -162,11 +135,10 @@ class LeaseTable:
             self._leases[lease.lease_id] = lease
         else:
             self._counts[left] -= 1
-        if lease.state is not LeaseState.RELEASED:
-            self._counts[lease.state] += 1
-        if lease.state in ENDED:
+        if lease.state is LeaseState.RELEASED:
             del self._leases[lease.lease_id]
-            self._give_back_slot(lease)
+        else:
+            self._counts[lease.state] += 1
         self._set_deadline(lease)
         self._on_moved(lease, left)
 
@@ -174,7 +146,6 @@ class LeaseTable:
         waits_s = {
             LeaseState.RESERVED: self.times.claim_timeout_s,
             LeaseState.STREAMING: self.times.ttl_s,
-            LeaseState.QUARANTINED: self.times.drain_s,
         }.get(lease.state)
         if waits_s is not None:
             deadline = self._clock() + waits_s
@@ -185,11 +156,3 @@ class LeaseTable:
 
     def _push(self, lease_id: bytes, deadline: float) -> None:
         heapq.heappush(self._heap, (deadline, lease_id))
-
-    def _give_back_slot(self, lease: Lease) -> None:
-        if lease.slot is None or self._staging is None:
-            return
-        if lease.state is LeaseState.RETIRED:
-            self._staging.retire(lease.slot)
-        else:
-            self._staging.give_back(lease.slot)

@@ -6,7 +6,7 @@
         …                                               compute claim.token_ids, stop if claim.cancelled is set
         await claim.send(…)                             waits for byte credit
         await claim.seal(…)                             returns once decode has committed
-                                                        left otherwise: Failed, or Drained if decode cancelled
+                                                        left otherwise: Failed, unless decode cancelled
 
 No wait for an answer is longer than ``ttl_s``: whatever is lost on the way, blocks aren't held for it.
 """
@@ -35,7 +35,6 @@ from shoal.wire.handoff_messages import (
     Claim,
     Committed,
     Credit,
-    Drained,
     Draining,
     Failed,
     Frame,
@@ -150,9 +149,7 @@ class PrefillSession(Session):
         await asyncio.gather(*(claim.left.wait() for claim in claims))
 
     def _take_leave(self, claim: PromptClaim, reason: str) -> None:
-        if claim.is_decodes_wish:
-            self.post(Drained(claim.lease_id))
-        elif not claim.is_settled:
+        if not claim.is_settled:
             self.post(Failed(claim.lease_id, reason))
         claim.left.set()
 
@@ -235,13 +232,8 @@ class PrefillSession(Session):
     def _late(self, frame: Accepted | Refused | Credit | Nack | Committed | Cancel) -> None:
         """Drop it; but decode must not wait for somebody who has left."""
         self.num_dropped += 1
-        match frame:
-            case Cancel():
-                self.post(Drained(frame.lease_id))
-            case Accepted():
-                self.post(Failed(frame.lease_id, "prefill gave the claim up before it was accepted"))
-            case _:
-                pass
+        if isinstance(frame, Accepted):
+            self.post(Failed(frame.lease_id, "prefill gave the claim up before it was accepted"))
 
 
 class PromptClaim:
@@ -258,7 +250,6 @@ class PromptClaim:
         self.wire_mode = session.wire_mode
         self.cancelled = asyncio.Event()
         self.left = asyncio.Event()
-        self.is_decodes_wish = False
         self.is_settled = False
         self._session = session
         self._clock = clock
@@ -349,7 +340,7 @@ class PromptClaim:
                 self.is_settled = self._committed = True
                 self._unacknowledged.clear()
             case Cancel():
-                self.is_decodes_wish = not self.is_settled
+                self.is_settled = True
                 self.end(Cancelled(f"decode gave the lease up: {frame.reason}"))
         self._changed.set()
 

@@ -20,7 +20,7 @@ from shoal.handoff.base import Channel, Clock, Timer
 from shoal.model.plan import short_name, what_differs
 from shoal.wire.handoff_messages import Beat, Envelope, Frame, Hello, WireMode
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _BEATS_PER_TTL = 3
 MAX_UNSENT_FRAMES = 1 << 16
 """More than an honest peer brings about and leaves unread: a seal asks again for what may be under way, no more."""

@@ -25,7 +25,6 @@ import numpy as np
 from shoal.backends.cpu.copying import Copier
 from shoal.errors import InternalError, ProtocolViolation
 from shoal.handoff.frames import Piece
-from shoal.handoff.staging import StagingSlot, StagingSlots
 from shoal.model.kv_rows import KvRows
 from shoal.wire.frames import MAX_PAYLOAD_BYTES, MAX_SLOTS
 from shoal.wire.handoff_messages import Chunk, StagedPayload
@@ -57,13 +56,13 @@ class SlotLoader:
         self._memory = memory
         self._copier = copier
         self._shape = slots
-        num_bytes = slots.num_slots * slots.slot_bytes
-        self._slots = StagingSlots(slots.num_slots, slots.slot_bytes, max_retired_bytes=num_bytes)
-        self._lent: dict[bytes, dict[int, StagingSlot]] = {}
+        self._free_slots = list(range(slots.num_slots))
+        self._generations = [0] * slots.num_slots
+        self._lent: dict[bytes, dict[int, int]] = {}
 
     @property
     def num_lent(self) -> int:
-        return self._slots.num_lent
+        return self._shape.num_slots - len(self._free_slots)
 
     @property
     def lent_to(self) -> Collection[bytes]:
@@ -75,32 +74,33 @@ class SlotLoader:
 
     @property
     def has_room(self) -> bool:
-        return self._slots.num_lent < self._shape.num_slots
+        return bool(self._free_slots)
 
     def load(self, piece: Piece) -> Chunk:
         """Copy the payload into a free slot, and take its checksum."""
-        slot, payload = self._slots.take(), piece.payload
-        if slot is None or len(payload) > slot.num_bytes:
+        payload = piece.payload
+        if not self.has_room or len(payload) > self.max_bytes:
             raise InternalError(f"{len(payload)} bytes don't fit the staging slots: ask has_room and max_bytes")
+        slot = self._free_slots.pop()
+        self._generations[slot] += 1
         self._lent.setdefault(piece.lease_id, {})[piece.seq] = slot
-        start = slot_offset(self._shape, slot.index)
+        start, generation = slot_offset(self._shape, slot), self._generations[slot]
         # The generation first: who copies from the slot against the rules finds another one afterwards.
-        self._memory[start : start + GENERATION_BYTES] = slot.generation.to_bytes(GENERATION_BYTES, "little")
+        self._memory[start : start + GENERATION_BYTES] = generation.to_bytes(GENERATION_BYTES, "little")
         target = np.frombuffer(self._memory, np.uint8, len(payload), start + HEAD_BYTES)
         if isinstance(payload, KvRows):
             crc32c = self._copier.gather(payload.layers, payload.at, target)
         else:
             crc32c = self._copier.copy(payload, target)
-        return piece.loaded(b"", crc32c, StagedPayload(slot.index, slot.generation, len(payload)))
+        return piece.loaded(b"", crc32c, StagedPayload(slot, generation, len(payload)))
 
     def credited(self, lease_id: bytes, seq: int) -> None:
         slot = self._lent.get(lease_id, {}).pop(seq, None)
         if slot is not None:
-            self._slots.give_back(slot)
+            self._free_slots.append(slot)
 
     def ended(self, lease_id: bytes) -> None:
-        for slot in self._lent.pop(lease_id, {}).values():
-            self._slots.give_back(slot)
+        self._free_slots += self._lent.pop(lease_id, {}).values()
 
 
 def choose_slots(num_bytes: int, slot_bytes: int) -> tuple[int, int]:

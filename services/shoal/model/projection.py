@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 
 from shoal.errors import InternalError, MalformedWeights
 from shoal.model.families import ModelSpec
@@ -133,21 +132,6 @@ class KvProjection:
         for layers, table in _runs(self.ropes):
             rope.rotate_(kv[:, layers, 0], table)
         return kv.transpose(0, 1)
-
-
-def project_unfolded(
-    spec: ModelSpec, layers: Sequence[LayerProjection], hidden: torch.Tensor, rope: Rope
-) -> torch.Tensor:
-    """The same, layer by layer as the paper writes it: the exact check of the folded matrix."""
-    projected = []
-    for layer in layers:
-        normed = rms_norm(hidden, layer.norm, spec.norm_eps)
-        kv = F.linear(normed, layer.kv, layer.bias).view(hidden.shape[0], 2, spec.num_kv_heads, spec.head_dim)
-        if layer.k_norm is not None:
-            kv[:, 0] = rms_norm(kv[:, 0], layer.k_norm, spec.norm_eps)
-        rope.rotate_(kv[:, 0], layer.rope)
-        projected.append(kv)
-    return torch.stack(projected)
 
 
 def _runs(tables: Sequence[int]) -> list[tuple[slice, int]]:

@@ -171,8 +171,6 @@ class LeaseState(enum.StrEnum):
     SEALED = "sealed"
     COMMITTED = "committed"
     CANCELLING = "cancelling"
-    QUARANTINED = "quarantined"
-    RETIRED = "retired"
 
 
 class Component(enum.StrEnum):

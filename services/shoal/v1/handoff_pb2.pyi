@@ -71,7 +71,6 @@ class SessionRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
-    DRAINED_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     BEAT_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
@@ -87,8 +86,6 @@ class SessionRequest(_message.Message):
     @_builtins.property
     def failed(self) -> Global___Failed: ...
     @_builtins.property
-    def drained(self) -> Global___Drained: ...
-    @_builtins.property
     def draining(self) -> Global___Draining: ...
     @_builtins.property
     def beat(self) -> Global___Beat: ...
@@ -101,15 +98,14 @@ class SessionRequest(_message.Message):
         chunk: Global___Chunk | None = ...,
         seal: Global___Seal | None = ...,
         failed: Global___Failed | None = ...,
-        drained: Global___Drained | None = ...,
         draining: Global___Draining | None = ...,
         beat: Global___Beat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "chunk", b"chunk", "claim", b"claim", "drained", b"drained", "draining", b"draining", "failed", b"failed", "frame", b"frame", "hello", b"hello", "seal", b"seal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "chunk", b"chunk", "claim", b"claim", "draining", b"draining", "failed", b"failed", "frame", b"frame", "hello", b"hello", "seal", b"seal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "chunk", b"chunk", "claim", b"claim", "drained", b"drained", "draining", b"draining", "failed", b"failed", "frame", b"frame", "hello", b"hello", "incarnation", b"incarnation", "seal", b"seal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "chunk", b"chunk", "claim", b"claim", "draining", b"draining", "failed", b"failed", "frame", b"frame", "hello", b"hello", "incarnation", b"incarnation", "seal", b"seal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "claim", "chunk", "seal", "failed", "drained", "draining", "beat"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "claim", "chunk", "seal", "failed", "draining", "beat"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -635,27 +631,6 @@ class Failed(_message.Message):
 Global___Failed: _TypeAlias = Failed  # noqa: Y015
 
 @_typing.final
-class Drained(_message.Message):
-    """Prefill will write nothing more for this lease: the answer to Cancel."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LEASE_ID_FIELD_NUMBER: _builtins.int
-    lease_id: _builtins.bytes
-    def __init__(
-        self,
-        *,
-        lease_id: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Drained: _TypeAlias = Drained  # noqa: Y015
-
-@_typing.final
 class Credit(_message.Message):
     """A chunk is copied and verified: prefill may forget it, and send as many bytes again."""
 
@@ -733,8 +708,8 @@ Global___Committed: _TypeAlias = Committed  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
-    """Decode no longer wants the prompt: prefill stops within a chunk and answers Drained. Said again to whoever speaks of a
-    lease that has ended, whose slots are free then.
+    """Decode no longer wants the prompt: prefill stops within a chunk. Said again to whoever speaks of a lease that has ended,
+    whose slots are free then.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

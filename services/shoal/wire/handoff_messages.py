@@ -257,13 +257,6 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Drained:
-    """Prefill will write nothing more for this lease: answer to Cancel."""
-
-    lease_id: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Credit:
     """Chunk ``seq`` is copied and verified: prefill may forget it and send as many bytes again."""
 
@@ -289,7 +282,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Decode no longer wants the prompt: prefill stops within a chunk and answers Drained."""
+    """Decode no longer wants the prompt: prefill stops within a chunk."""
 
     lease_id: bytes
     reason: str
@@ -308,7 +301,7 @@ class Beat:
 
 
 Frame = (
-    Hello | Granted | Claim | Accepted | Refused | Chunk | Seal | Failed | Drained | Credit | Nack | Committed | Cancel
+    Hello | Granted | Claim | Accepted | Refused | Chunk | Seal | Failed | Credit | Nack | Committed | Cancel
     | Draining | Beat
 )  # fmt: skip
 

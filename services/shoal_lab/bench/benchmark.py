@@ -111,10 +111,6 @@ class Benchmark:
         """Without line breaks inside: each record has a number for each token."""
         return _BENCHMARK.dump_json(self).decode() + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> Benchmark:
-        return _BENCHMARK.validate_json(text)
-
 
 _BENCHMARK = TypeAdapter(Benchmark)
 

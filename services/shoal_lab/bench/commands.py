@@ -9,7 +9,6 @@ import re
 import resource
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,16 @@ from shoal_lab.bench.benchmark import Benchmark, BenchOptions, Progress, measure
 from shoal_lab.bench.benchmark_page import render_benchmark, summarize_benchmark
 from shoal_lab.bench.clock import RealClock
 from shoal_lab.bench.endpoint import EndpointOptions, open_endpoint
-from shoal_lab.bench.folder import make_folder
 from shoal_lab.bench.generator import DEFAULT_DURATION_S, Amount
 from shoal_lab.bench.level import Level
 from shoal_lab.bench.load import Load, parse_concurrency, parse_rates
 from shoal_lab.bench.mix import Slo, parse_mix
 from shoal_lab.bench.workload import PromptKind
+from shoal_lab.report.folder import output_folder
 
 SWEEP = "sweep"
 SWEEP_FROM = 1.0
 _RESULT, _REPORT = "bench.json", "report.html"
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What to tell the user, and whether any request was answered."""
-
-    text: str
-    is_answered: bool
 
 
 def run_bench(
@@ -58,8 +49,10 @@ def run_bench(
     api_key_env: str | None,
     seed: int,
     **endpoint: Any,
-) -> Told:
-    """Write bench.json and report.html to ``output``. ``on_measured`` is told each load that they have.
+) -> tuple[str, bool]:
+    """Write bench.json and report.html to ``output``; what to tell the user, and whether any request was answered.
+
+    ``on_measured`` is told each load that they have.
 
     ``endpoint``: more EndpointOptions. Raises ShoalError.
     """
@@ -81,11 +74,11 @@ def run_bench(
         token_ids=parse_token_ids(token_ids),
         seed=seed,
     )
-    make_folder(output, (_RESULT, _REPORT))
     _allow_connections()
-    found = asyncio.run(_measure(options, output, on_progress, on_measured))
+    with output_folder(output, (_RESULT, _REPORT)):
+        found = asyncio.run(_measure(options, output, on_progress, on_measured))
     on_progress("", 0, 0)
-    return Told("\n".join([*summarize_benchmark(found), f"report: {output / _REPORT}"]), found.is_answered)
+    return "\n".join([*summarize_benchmark(found), f"report: {output / _REPORT}"]), found.is_answered
 
 
 async def _measure(

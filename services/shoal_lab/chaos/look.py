@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.telemetry.labels import BlockState, LeaseState
 
+_TAKEN = tuple(state for state in BlockState if state is not BlockState.FREE)
 # What a family's samples are called, by its type; a labelled one that was never touched has none to show it.
 _SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
 
@@ -62,18 +63,13 @@ class Look:
 
     def num_held(self, role: str) -> dict[str, float]:
         """Blocks that aren't free, of each process of ``role``, by its replica id."""
-        taken = [state for state in BlockState if state is not BlockState.FREE]
-        by_state = [self.each("shoal_kv_blocks", role, state=state) for state in taken]
+        by_state = [self.each("shoal_kv_blocks", role, state=state) for state in _TAKEN]
         return {name: sum(one[name] for one in by_state) for name in by_state[0]}
 
     def held(self) -> dict[str, float]:
         """What isn't free, over all processes."""
         leases = {f"{state} leases": self.metric("shoal_kv_leases", state=state) for state in LeaseState}
-        blocks = {
-            f"{state} blocks": self.metric("shoal_kv_blocks", state=state)
-            for state in BlockState
-            if state is not BlockState.FREE
-        }
+        blocks = {f"{state} blocks": self.metric("shoal_kv_blocks", state=state) for state in _TAKEN}
         others = {
             "pinned bytes": self.metric("shoal_kv_pinned_bytes"),
             "transfers in flight": self.metric("shoal_kv_transfers_in_flight"),

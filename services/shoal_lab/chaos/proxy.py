@@ -50,10 +50,6 @@ class Proxy:
         self.num_bytes = 0
 
     @property
-    def num_connections(self) -> int:
-        return len(self._connections)
-
-    @property
     def fault(self) -> LinkFault:
         return self._fault
 

@@ -8,15 +8,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-FOLDER = Path("/dev/shm")  # noqa: S108 - nothing is made here
-_NAME = re.compile(r"shoal-[0-9a-f]{32}")
-_MAPPING = re.compile(r"^\S+ \S+ \S+ \S+ (\d+) +" + re.escape(str(FOLDER)) + r"/shoal-[0-9a-f]{32}", re.MULTILINE)
+from shoal.handoff.carriers.shm import FOLDER, NAME
+
+_MAPPING = re.compile(r"^\S+ \S+ \S+ \S+ (\d+) +" + re.escape(f"{FOLDER}/") + NAME.pattern, re.MULTILINE)
 
 
 def abandoned(folder: Path = FOLDER) -> frozenset[str]:
     """Names of staging segments whose owner is dead: it would hold a lock on them."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    return frozenset(path.name for path in paths if _NAME.fullmatch(path.name) and not _is_locked(path))
+    return frozenset(path.name for path in paths if NAME.fullmatch(path.name) and not _is_locked(path))
 
 
 def num_mapped(maps: str) -> int:

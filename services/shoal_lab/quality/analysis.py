@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,15 +25,14 @@ from shoal_lab.quality.limits import MIN_SAMPLES
 from shoal_lab.quality.losses import Loss, measure_losses
 from shoal_lab.quality.prompts import Prompt, digest_of, held_out, read_prompts, shipped_prompts
 from shoal_lab.quality.responses import draw_response
-from shoal_lab.quality.samples import Sample, SampleLog, SampleSettings
 from shoal_lab.quality.subject import Subject
 
-SAMPLES_FILE = "samples.jsonl"
 _DEFAULT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Held-out responses are drawn as other choices than those that the gates saw.
 _FIRST_HELD_OUT_CHOICE = 1 << 32
 
 Progress = Callable[[str, int, int], None]
+Response = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,6 @@ class AnalysisOptions:
     ``candidates`` are numbers of skipped layers; ``max_loss`` (nats a token of divergence) is what may be lost.
     """
 
-    output: Path
     data: Path | None = None
     num_samples: int = 200
     response_tokens: int = 64
@@ -53,6 +51,26 @@ class AnalysisOptions:
     max_loss: float = 0.02
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisSettings:
+    """All that the figures depend on, besides the machine. ``data`` is the digest of the prompts."""
+
+    model: str
+    model_digest: str
+    data: str
+    seed: int
+    response_tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A response, and what it says to the gates."""
+
+    response: Response
+    gradients: GateGradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,7 @@ class Candidate:
 class Analysis:
     """The result, as ``analysis.json`` has it. ``response_tokens`` is the mean length of what the gates saw."""
 
-    settings: SampleSettings
+    settings: AnalysisSettings
     num_layers: int
     num_samples: int
     num_held_out: int
@@ -87,19 +105,15 @@ class Analysis:
     def to_json(self) -> str:
         return _ANALYSIS.dump_json(self, indent=2).decode() + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> Analysis:
-        return _ANALYSIS.validate_json(text)
-
 
 _ANALYSIS = TypeAdapter(Analysis)
 
 
 def analyze(files: ModelFiles, options: AnalysisOptions, on_progress: Progress) -> Analysis:
-    """Goes on with the samples that ``options.output`` holds already. Raises ConfigError or ModelError."""
+    """Raises ConfigError or ModelError."""
     run = _Run(files, options, on_progress)
     seen, checked = run.samples()
-    importance = Importance.of([sample.gradients for sample in seen if sample.gradients is not None])
+    importance = Importance.of([sample.gradients for sample in seen])
     response_tokens = sum(len(sample.response) for sample in seen) / len(seen)
     candidates = tuple(
         Candidate(num_skipped, importance.predicted_loss(num_skipped) / response_tokens, loss)
@@ -144,7 +158,7 @@ class _Run:
         )
         self._to_learn, self._to_check = held_out(prompts)
         self._eos_token_ids = files.eos_token_ids()
-        self.settings = SampleSettings(
+        self.settings = AnalysisSettings(
             model=files.model_id,
             model_digest=files.digest,
             data=digest_of(prompts),
@@ -153,29 +167,27 @@ class _Run:
             dtype=str(options.dtype).removeprefix("torch."),
         )
 
-    def samples(self) -> tuple[list[Sample], list[Sample]]:
-        """(those with gradients, those held out), a quarter as many. Weights are read only if one is missing."""
-        num_held_out = self._options.num_samples // 4
-        total = self._options.num_samples + num_held_out
-        with SampleLog(self._options.output / SAMPLES_FILE, self.settings) as log:
-
-            def collect(count: int, make: Callable[[int], Sample], *, is_held_out: bool) -> list[Sample]:
-                samples = []
-                for index in range(count):
-                    self._on_progress("responses", index + is_held_out * self._options.num_samples, total)
-                    samples.append(log.get_or_add(index, make, is_held_out=is_held_out))
-                return samples
-
-            seen = collect(self._options.num_samples, self._learn, is_held_out=False)
-            checked = collect(num_held_out, self._check, is_held_out=True)
+    def samples(self) -> tuple[list[Sample], list[tuple[Prompt, Response]]]:
+        """(those that the gates saw, texts that are held out), a quarter as many."""
+        options = self._options
+        gated = GatedModel.load(
+            self._files, dtype=options.dtype, device=options.device, on_progress=partial(self._on_progress, "weights")
+        )
+        seen, checked = list[Sample](), list[tuple[Prompt, Response]]()
+        total = options.num_samples + options.num_samples // 4
+        for index in range(total):
+            self._on_progress("responses", index, total)
+            if index < options.num_samples:
+                seen.append(self._learn(gated, index))
+            else:
+                number = index - options.num_samples
+                checked.append(self._draw(gated, self._to_check, number, _FIRST_HELD_OUT_CHOICE + number))
         self._on_progress("responses", total, total)
         return seen, checked
 
-    def losses(self, checked: Sequence[Sample]) -> list[Loss]:
+    def losses(self, texts: Sequence[tuple[Prompt, Response]]) -> list[Loss]:
         """One for each of ``candidates``."""
-        self.__dict__.pop("_gated", None)
-        gc.collect()  # its hooks and modules hold one another, and there may be no room for two models
-        texts = [(self._prompt(self._to_check, sample.index), sample.response) for sample in checked]
+        gc.collect()  # a gated model's hooks and modules hold one another, and there may be no room for two models
         subject = Subject.load(
             self._files,
             dtype=self._options.dtype,
@@ -185,31 +197,18 @@ class _Run:
         )
         return measure_losses(subject, texts, self.candidates, partial(self._on_progress, "held-out responses"))
 
-    @cached_property
-    def _gated(self) -> GatedModel:
-        options, on_progress = self._options, partial(self._on_progress, "weights")
-        return GatedModel.load(self._files, dtype=options.dtype, device=options.device, on_progress=on_progress)
+    def _learn(self, gated: GatedModel, index: int) -> Sample:
+        prompt, response = self._draw(gated, self._to_learn, index, index)
+        found = gated.gradients(prompt, response)
+        return Sample(response, GateGradients(tuple(found.prefill.tolist()), tuple(found.decode.tolist())))
 
-    def _learn(self, index: int) -> Sample:
-        prompt = self._prompt(self._to_learn, index)
-        response = self._respond(prompt, index)
-        found = self._gated.gradients(prompt, response)
-        return Sample(index, response, GateGradients(tuple(found.prefill.tolist()), tuple(found.decode.tolist())))
-
-    def _check(self, index: int) -> Sample:
-        prompt = self._prompt(self._to_check, index)
-        return Sample(index, self._respond(prompt, _FIRST_HELD_OUT_CHOICE + index), None)
-
-    def _respond(self, prompt: Prompt, choice: int) -> tuple[int, ...]:
-        options = self._options
-        return draw_response(
-            self._gated, prompt, choice=choice, seed=options.seed, max_tokens=options.response_tokens,
+    def _draw(self, gated: GatedModel, prompts: Sequence[Prompt], index: int, choice: int) -> tuple[Prompt, Response]:
+        options, prompt = self._options, prompts[index % len(prompts)]
+        response = draw_response(
+            gated, prompt, choice=choice, seed=options.seed, max_tokens=options.response_tokens,
             eos_token_ids=self._eos_token_ids,
         )  # fmt: skip
-
-    @staticmethod
-    def _prompt(prompts: Sequence[Prompt], index: int) -> Prompt:
-        return prompts[index % len(prompts)]
+        return prompt, response
 
 
 def _prompts(files: ModelFiles, options: AnalysisOptions, max_tokens: int) -> list[Prompt]:

@@ -1,19 +1,17 @@
-"""Greedy answers, as serving would give them: by the engine, many at once."""
+"""Greedy answers at full depth, as serving would give them: by the engine, many at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from shoal.engine.engine import Engine
 from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Scheduler
-from shoal.errors import InternalError
 from shoal.model.kv_pool import KvPool
+from shoal.model.plan import LayerPlan
 from shoal.wire.messages import Depth, SamplingParams
-from shoal_lab.quality.arms import Arm
 from shoal_lab.quality.subject import Subject
 
 _MAX_SEQUENCES = 8
@@ -22,20 +20,18 @@ _MAX_STEP_TOKENS = 2048
 
 def greedy_answers(
     subject: Subject,
-    arm: Arm,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
     on_progress: Callable[[int], None] = lambda num_done: None,
 ) -> list[tuple[int, ...]]:
-    """One answer a prompt, in token ids; an end token ends it and is part of it. ``arm`` must be one that is served.
+    """One answer a prompt, in token ids; an end token ends it and is part of it.
 
     Holds K/V of eight prompts with their answers. Raises what the engine fails with.
     """
-    engine = _engine(subject, arm, max_tokens=max(map(len, prompts)) + max_tokens, num_prompts=len(prompts))
-    depth = Depth.SHALLOW if arm.num_skipped else Depth.FULL
+    engine = _engine(subject, max_tokens=max(map(len, prompts)) + max_tokens, num_prompts=len(prompts))
     for index, prompt in enumerate(prompts):
-        engine.submit_generate(str(index), tuple(prompt), depth, SamplingParams(max_tokens, temperature=0.0))
+        engine.submit_generate(str(index), tuple(prompt), Depth.FULL, SamplingParams(max_tokens, temperature=0.0))
     answers: list[list[int]] = [[] for _ in prompts]
     num_done = 0
     while num_done < len(prompts):
@@ -51,23 +47,14 @@ def greedy_answers(
 
 
 @torch.no_grad()
-def _engine(subject: Subject, arm: Arm, *, max_tokens: int, num_prompts: int) -> Engine:
-    if not arm.is_served:
-        raise InternalError(f"{arm.name} is a control, no engine serves it")
-    plan = arm.plan(subject.spec.num_layers)
-    projection = arm.projection or (subject.projection(arm.num_skipped) if plan.projects else None)
-    held = subject.in_int8 if arm.int8 else subject
-    parameters = replace(held.parameters, projection=projection)
-    layout = subject.layout(plan)
-    num_blocks = _MAX_SEQUENCES * layout.num_blocks_for(max_tokens)
-    pool = KvPool(
-        layout, num_blocks, dtype=subject.pool.dtype, device=parameters.embedding.device, num_deep_blocks=num_blocks
-    )
+def _engine(subject: Subject, *, max_tokens: int, num_prompts: int) -> Engine:
+    num_blocks = _MAX_SEQUENCES * subject.layout.num_blocks_for(max_tokens)
+    pool = KvPool(subject.layout, num_blocks, dtype=subject.pool.dtype, device=subject.parameters.embedding.device)
     scheduler = Scheduler(
-        layout, num_blocks, max_step_tokens=_MAX_STEP_TOKENS, max_sequences=_MAX_SEQUENCES, max_queued=num_prompts,
-        num_deep_blocks=num_blocks,
+        subject.layout, num_blocks, max_step_tokens=_MAX_STEP_TOKENS, max_sequences=_MAX_SEQUENCES,
+        max_queued=num_prompts,
     )  # fmt: skip
-    decoder = subject.decoder(plan, parameters)
+    decoder = subject.decoder(LayerPlan(subject.spec.num_layers, 0), subject.parameters)
     return Engine(
         scheduler, Runner(decoder, pool), eos_token_ids=subject.files.eos_token_ids(), chooser=subject.chooser()
     )

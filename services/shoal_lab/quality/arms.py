@@ -37,11 +37,6 @@ class Arm:
     int8_prompt: bool = False
 
     @property
-    def is_served(self) -> bool:
-        """Whether an engine can answer so; the negative controls can only be asked about given text."""
-        return self.treatment not in _CONTROLS
-
-    @property
     def is_paper(self) -> bool:
         """Whether it's what the paper serves: what others are to recover the loss of."""
         is_plain = self.projection is None and self.num_boundary == 1 and not self.int8

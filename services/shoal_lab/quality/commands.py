@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -22,13 +21,15 @@ from shoal_lab.quality.calibration import CalibrationOptions, Calibrator
 from shoal_lab.quality.evaluation import Evaluation, evaluate
 from shoal_lab.quality.evaluation_options import EvaluationOptions, Task
 from shoal_lab.quality.limits import MIN_PASSAGES
-from shoal_lab.quality.output import output_folder
 from shoal_lab.quality.subject import Subject
 from shoal_lab.quality.texts import Kind, Passage, Split, Text, load, opening, passages, read
+from shoal_lab.report import require_packages
+from shoal_lab.report.folder import output_folder
 
 if TYPE_CHECKING:
     from shoal.config import Dtype
 
+_Name = TypeVar("_Name", Kind, Task)
 # Prompt and continuation of a passage, as quality is measured on them, too.
 PASSAGE_TOKENS = (512, 128)
 
@@ -37,27 +38,26 @@ def run_analyze(
     model: str, on_progress: Progress, *, output: Path, dtype: str, candidates: str | None, **options: Any
 ) -> str:
     """Write analysis.json, report.html and importance.svg to ``output``; what to tell the user. Raises ShoalError."""
-    require_plots()
+    require_packages("a report", "quality", "matplotlib")  # before hours are spent on it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts = parse_counts(candidates, "--candidates") if candidates else ()
     asked = AnalysisOptions(
-        output=output, device=device, dtype=choose_dtype(cast("Dtype", dtype), device), candidates=counts, **options
+        device=device, dtype=choose_dtype(cast("Dtype", dtype), device), candidates=counts, **options
     )
-    found = analyze(locate(model), asked, on_progress)
-    on_progress("", 0, 0)
-    _write(found, output)
+    with output_folder(output):
+        found = analyze(locate(model), asked, on_progress)
+        on_progress("", 0, 0)
+        _write(found, output)
     lines = [
         f"skip {item.num_skipped:>3}: predicted {item.predicted_loss:.4f}, "
         f"measured {item.measured.divergence.mean:.4f} ± {item.measured.divergence.standard_error:.4f} nats a token"
         for item in found.candidates
     ]
-    return "\n".join(
-        [
-            *lines,
-            f"recommended: --skip-layers {found.recommended_skip_layers} (at most {found.max_loss:g} nats a token)",
-            f"report: {output / 'report.html'}",
-        ]
-    )
+    lines += [
+        f"recommended: --skip-layers {found.recommended_skip_layers} (at most {found.max_loss:g} nats a token)",
+        f"report: {output / 'report.html'}",
+    ]
+    return "\n".join(lines)
 
 
 def run_eval(
@@ -73,7 +73,7 @@ def run_eval(
     **options: Any,
 ) -> str:
     """Write evaluation.json and report.html to ``output``; what to tell the user. Raises ShoalError."""
-    require_plots()
+    require_packages("a report", "quality", "matplotlib")  # before hours are spent on it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked = EvaluationOptions(
         device=device,
@@ -168,27 +168,21 @@ def _beside(files: ModelFiles, plan: LayerPlan) -> Path:
     return Path(path.name) if files.is_packaged else path
 
 
-def require_plots() -> None:
-    """Before hours are spent on a report that can't be drawn. Raises ConfigError."""
-    if find_spec("matplotlib") is None:
-        raise ConfigError("reports need matplotlib: pip install '.[serve,quality]' in Shoal's repository")
-
-
 def parse_kinds(text: str | None) -> tuple[Kind, ...]:
     """Names with commas between them, each once; all kinds if there are none. Raises ConfigError."""
-    wanted = list(dict.fromkeys(part.strip() for part in text.split(","))) if text else list(Kind)
-    unknown = sorted(set(wanted) - set(Kind))
-    if unknown:
-        raise ConfigError(f"no text of kind {', '.join(unknown)} ships: choose of {', '.join(Kind)}")
-    return tuple(Kind(kind) for kind in wanted)
+    return _parse_names(text, Kind, "--kinds") if text else tuple(Kind)
 
 
 def parse_tasks(text: str) -> tuple[Task, ...]:
     """Names with commas between them, each once. Raises ConfigError."""
+    return _parse_names(text, Task, "--tasks")
+
+
+def _parse_names(text: str, of: type[_Name], option: str) -> tuple[_Name, ...]:
     try:
-        return tuple(dict.fromkeys(Task(part.strip()) for part in text.split(",")))
+        return tuple(dict.fromkeys(of(part.strip()) for part in text.split(",")))
     except ValueError as error:
-        raise ConfigError(f"{error}: --tasks are some of {','.join(Task)}") from None
+        raise ConfigError(f"{error}: {option} are some of {', '.join(of)}") from None
 
 
 def parse_counts(text: str, option: str) -> tuple[int, ...]:

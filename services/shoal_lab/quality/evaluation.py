@@ -1,6 +1,6 @@
 """``shoal eval``: what a shallow prompt costs, next to full depth and to what goes wrong without parts of the method.
 
-All arms are measured on the same passages, cases and instructions, so that what is compared is paired. A run
+All arms are measured on the same passages and cases, so that what is compared is paired. A run
 chooses nothing by its results: texts are of the evaluation split, the projectors are given, and the retrieval cells
 that count are chosen by cases of another seed. What was once looked at before calibration's own defaults were fixed,
 docs/quality.md says.
@@ -21,8 +21,6 @@ from shoal.model.projector import require_model
 from shoal_lab.quality.arms import arms_of, find_projectors
 from shoal_lab.quality.evaluation_options import EvaluationOptions, Task, checked
 from shoal_lab.quality.greedy_scores import GreedyScore, score_greedy
-from shoal_lab.quality.instruction_scores import InstructionScore, instruction_prompts, score_instructions
-from shoal_lab.quality.instructions import INSTRUCTIONS
 from shoal_lab.quality.notes import notes_on
 from shoal_lab.quality.prefill_times import PrefillTime, measure_prefill
 from shoal_lab.quality.retrieval import DEPTHS, RetrievalCase, retrieval_cases
@@ -67,36 +65,30 @@ class EvaluationSettings:
     prompt_tokens: int
     continuation_tokens: int
     greedy_tokens: int
-    instruction_tokens: int
     seed: int
     dtype: str
     device: str
     texts: tuple[TextRead, ...]
     projectors: tuple[ProjectorUsed, ...]
-    kernels: str = ""  # native or torch; files of older versions don't say
+    kernels: str = ""  # native or torch
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """The result, as ``evaluation.json`` has it. A task that wasn't asked for is empty.
 
-    ``notes`` are sentences on figures that say too little; files of older versions have none.
+    ``notes`` are sentences on figures that say too little.
     """
 
     settings: EvaluationSettings
     texts: tuple[TextScore, ...]
     greedy: tuple[GreedyScore, ...]
     retrieval: tuple[RetrievalScore, ...]
-    instructions: tuple[InstructionScore, ...]
     prefill: tuple[PrefillTime, ...]
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return _EVALUATION.dump_json(self, indent=2).decode() + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Evaluation:
-        return _EVALUATION.validate_json(text)
 
 
 _EVALUATION = TypeAdapter(Evaluation)
@@ -112,7 +104,6 @@ def evaluate(files: ModelFiles, options: EvaluationOptions, on_progress: Progres
         texts=tuple(texts),
         greedy=tuple(greedy),
         retrieval=tuple(retrieval),
-        instructions=tuple(run.instructions()),
         prefill=tuple(run.prefill()),
         notes=notes_on(texts, greedy, retrieval),
     )
@@ -129,8 +120,6 @@ class _Run:
         self._options = checked(options, self._counts, spec.num_layers, spec.max_context_tokens)
         self._projectors = find_projectors(options.projector, files, self._counts, spec.num_layers)
         self._tokenizer = files.tokenizer()
-        if Task.INSTRUCTIONS in options.tasks:
-            instruction_prompts(self._tokenizer, INSTRUCTIONS)
         texts = self._read_texts()
         names = [text.kind for text in texts]
         if len(set(names)) < len(names) or ALL_KINDS in names:
@@ -150,7 +139,6 @@ class _Run:
             prompt_tokens=options.prompt_tokens,
             continuation_tokens=options.continuation_tokens,
             greedy_tokens=options.greedy_tokens,
-            instruction_tokens=options.instruction_tokens,
             seed=options.seed,
             dtype=str(options.dtype).removeprefix("torch."),
             device=options.device.type,
@@ -204,18 +192,6 @@ class _Run:
             self._subject, self._arms, self._cases, self._choosing, seed=self._options.seed,
             on_progress=partial(self._on_progress, "retrieval cases"),
         )  # fmt: skip
-
-    def instructions(self) -> list[InstructionScore]:
-        if Task.INSTRUCTIONS not in self._options.tasks:
-            return []
-        return score_instructions(
-            self._subject,
-            self._arms,
-            INSTRUCTIONS,
-            max_tokens=self._options.instruction_tokens,
-            seed=self._options.seed,
-            on_progress=partial(self._on_progress, "instructions"),
-        )
 
     def prefill(self) -> list[PrefillTime]:
         if Task.TEXT not in self._options.tasks:

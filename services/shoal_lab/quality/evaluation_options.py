@@ -23,10 +23,6 @@ class Task(enum.StrEnum):
     TEXT = "text"
     GREEDY = "greedy"
     RETRIEVAL = "retrieval"
-    INSTRUCTIONS = "instructions"
-
-
-DEFAULT_TASKS = (Task.TEXT, Task.GREEDY, Task.RETRIEVAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +32,8 @@ class EvaluationOptions:
     With the first come ``boundary_tokens``, numbers of full-depth tokens at the prompt's end, besides 1; if
     ``controls`` says so, SPEED and the negative controls; and if ``int8`` does, weights in int8, decode's and both
     pools'. ``projector`` is a path, ``paper``, or ``auto``. ``data`` stands for the shipped ``kinds``. ``num_passages``
-    are of each kind of text, ``num_cases`` of each length and depth of retrieval; ``greedy_tokens`` and
-    ``instruction_tokens`` are the longest answers to passages and to instructions.
+    are of each kind of text, ``num_cases`` of each length and depth of retrieval; ``greedy_tokens`` are the
+    longest answer's.
     """
 
     skip_layers: tuple[int, ...] = ()
@@ -47,13 +43,12 @@ class EvaluationOptions:
     projector: str = "auto"
     data: tuple[Path, ...] = ()
     kinds: tuple[Kind, ...] = tuple(Kind)
-    tasks: tuple[Task, ...] = DEFAULT_TASKS
+    tasks: tuple[Task, ...] = tuple(Task)
     num_passages: int = 200
     num_cases: int = 25
     prompt_tokens: int = 512
     continuation_tokens: int = 128
     greedy_tokens: int = 64
-    instruction_tokens: int = 256
     retrieval_lengths: tuple[int, ...] = LENGTHS
     seed: int = 0
     dtype: torch.dtype = torch.float32

@@ -36,7 +36,6 @@ def render_evaluation(evaluation: Evaluation) -> str:
         *_texts(evaluation),
         *_greedy(evaluation),
         *_retrieval(evaluation),
-        *_instructions(evaluation),
         *_prefill(evaluation),
         Heading("How this was made"),
         Table(("", ""), list(_settings(evaluation))),
@@ -60,10 +59,6 @@ def summarize(evaluation: Evaluation) -> list[str]:
         f"{_arm(score.treatment, score.num_skipped)}: {written(score.right, 100, 1)} % of facts found"
         for score in evaluation.retrieval
         if score.right is not None
-    ]
-    lines += [
-        f"{_arm(score.treatment, score.num_skipped)}: {written(score.passed, 100, 1)} % of checks passed"
-        for score in evaluation.instructions
     ]
     return [*lines, *(f"note: {note}" for note in evaluation.notes)]
 
@@ -176,26 +171,6 @@ def _retrieval(evaluation: Evaluation) -> Iterable[Part]:
     yield Table(columns, rows, f"{evaluation.retrieval[0].num_cases} cases count.")
 
 
-def _instructions(evaluation: Evaluation) -> Iterable[Part]:
-    if not evaluation.instructions:
-        return
-    yield Heading("Doing as told")
-    yield Paragraph(
-        f"Greedy answers to {evaluation.instructions[0].num_instructions} instructions whose following a program can "
-        f"check. Controls aren't asked: no engine serves them. The difference is in points, paired. {_INTERVALS}"
-    )
-    rows = [
-        (
-            _arm(score.treatment, score.num_skipped),
-            written(score.passed, 100, 1),
-            written(score.difference, 100, 1),
-            written(score.followed, 100, 1),
-        )
-        for score in evaluation.instructions
-    ]
-    yield Table(("", "checks passed (%)", "difference", "followed throughout (%)"), rows)
-
-
 def _prefill(evaluation: Evaluation) -> Iterable[Part]:
     if not evaluation.prefill:
         return
@@ -266,7 +241,7 @@ def _overall(evaluation: Evaluation) -> str:
 
 
 def _arm_names(evaluation: Evaluation) -> set[str]:
-    tasks = (evaluation.texts, evaluation.greedy, evaluation.retrieval, evaluation.instructions)
+    tasks = (evaluation.texts, evaluation.greedy, evaluation.retrieval)
     return {score.treatment for scores in tasks for score in scores}
 
 

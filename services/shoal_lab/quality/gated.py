@@ -109,12 +109,6 @@ class GatedModel:
         prefill, decode = torch.ones(2, self.num_layers, dtype=dtype, device=self.device).unbind()
         return Gates(prefill.clone().requires_grad_(), decode.clone().requires_grad_())
 
-    @torch.no_grad()
-    def logits(self, ids: Sequence[int], num_prompt_tokens: int, gates: Gates) -> Tensor:
-        """Logits ``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``."""
-        with self._gated(gates, num_prompt_tokens, len(ids)):
-            return self._run(ids, None, len(ids) - num_prompt_tokens + 1)
-
     def gradients(self, prompt: Sequence[int], response: Sequence[int]) -> Gates:
         """What the response's summed negative log-likelihood (nats) says to each gate at 1: its first derivatives.
 

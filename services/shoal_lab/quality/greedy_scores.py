@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal_lab.quality.answers import greedy_answers
-from shoal_lab.quality.arms import FULL, Arm
+from shoal_lab.quality.arms import Arm
 from shoal_lab.quality.reading import Reading
 from shoal_lab.quality.statistics import Bootstrap, Interval
 from shoal_lab.quality.subject import Subject
@@ -45,7 +45,7 @@ def score_greedy(
     """One score an arm. ``prompts`` with ``max_tokens`` more must fit the subject."""
     total = 2 * len(prompts)  # each is answered, then read
     answers = greedy_answers(
-        subject, FULL, prompts, max_tokens=max_tokens, on_progress=lambda num_done: on_progress(num_done, total)
+        subject, prompts, max_tokens=max_tokens, on_progress=lambda num_done: on_progress(num_done, total)
     )
     prefixes = np.empty((len(arms), len(prompts)))
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -25,7 +25,7 @@ class PrefillTime:
     """Medians over the rounds; ``speed_up`` is full depth's median divided by this one.
 
     ``interval`` is the speed-up's over the rounds of this run, in pairs; another run may lie outside of it. Full depth
-    has none, nor have files of older versions.
+    has none.
     """
 
     num_skipped: int

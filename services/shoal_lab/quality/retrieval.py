@@ -32,6 +32,7 @@ _NAMES = (
     "Alice", "Bruno", "Carla", "Derek", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karen", "Louis", "Maria",
     "Nadia", "Oscar", "Paula", "Quinn", "Roger", "Sofia", "Tomas", "Ursula", "Victor", "Wendy", "Xavier", "Yvonne",
 )  # fmt: skip
+_NUM_FACTS, _CODES = 5, range(100, 1000)
 _MAX_SENTENCE_TOKENS = 30
 
 
@@ -58,8 +59,6 @@ def retrieval_cases(
     num_cases_per_cell: int = 25,
     lengths: Sequence[int] = LENGTHS,
     depths: Sequence[float] = DEPTHS,
-    num_facts: int = 5,
-    num_digits: int = 3,
 ) -> list[RetrievalCase]:
     """Cases of every length with every depth; by default 500. The same arguments give the same cases.
 
@@ -70,10 +69,7 @@ def retrieval_cases(
     rng = random.Random(seed)
     writer = _Writer(tokenizer, filler)
     return [
-        writer.case(rng, length, depth, num_facts, num_digits)
-        for length in lengths
-        for depth in depths
-        for _ in range(num_cases_per_cell)
+        writer.case(rng, length, depth) for length in lengths for depth in depths for _ in range(num_cases_per_cell)
     ]
 
 
@@ -90,14 +86,14 @@ class _Writer:
             if length <= _MAX_SENTENCE_TOKENS
         ]
 
-    def case(self, rng: random.Random, length: int, depth: float, num_facts: int, num_digits: int) -> RetrievalCase:
-        names = rng.sample(_NAMES, num_facts)
-        codes = rng.sample(range(10 ** (num_digits - 1), 10**num_digits), num_facts)
+    def case(self, rng: random.Random, length: int, depth: float) -> RetrievalCase:
+        names = rng.sample(_NAMES, _NUM_FACTS)
+        codes = rng.sample(_CODES, _NUM_FACTS)
         facts = [f"The code of {name} is {code}." for name, code in zip(names, codes, strict=True)]
-        asked = round(depth * (num_facts - 1))
+        asked = round(depth * (_NUM_FACTS - 1))
         room = length - len(self._prompt(" ".join(facts), names[asked]))
         if room < 0:
-            raise TooLittleText(f"{num_facts} facts don't fit into {length} tokens: ask for longer prompts")
+            raise TooLittleText(f"{_NUM_FACTS} facts don't fit into {length} tokens: ask for longer prompts")
         prompt = self._prompt(_spread(facts, self._fill(rng, room)), names[asked])
         [answer] = self._encode([f" {codes[asked]}"])
         return RetrievalCase(length, depth, prompt, answer)

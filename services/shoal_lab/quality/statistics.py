@@ -1,4 +1,4 @@
-"""How sure a figure is: percentile bootstrap over the units that were drawn (passages, cases, instructions).
+"""How sure a figure is: percentile bootstrap over the units that were drawn (passages, cases).
 
 What is compared is measured on the same units, so units are resampled, not figures: all columns of one call see the
 same resamples, and a difference or a ratio of two treatments has the interval of the pairs, not of two strangers.

@@ -23,7 +23,7 @@ from shoal.model.decoder import Decoder
 from shoal.model.families import ModelSpec
 from shoal.model.files import ModelFiles
 from shoal.model.int8 import Int8Matrix
-from shoal.model.kv_layout import KvLayout, stage_layout
+from shoal.model.kv_layout import stage_layout
 from shoal.model.kv_pool import KvPool
 from shoal.model.matrix import Hold
 from shoal.model.parameters import ParameterLoader, Parameters
@@ -58,13 +58,17 @@ class Subject:
         self.spec = spec
         self.parameters = parameters
         self.max_tokens = max_tokens
-        layout = self.layout(LayerPlan(spec.num_layers, 0))
         embedding = parameters.embedding
+        self.layout = stage_layout(
+            num_layers=spec.num_layers, num_kept=spec.num_layers, num_held=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype_bytes=embedding.dtype.itemsize,
+            block_tokens=_BLOCK_TOKENS,
+        )  # fmt: skip
         self._kernels: NativeKernels | None = None
         with suppress(ConfigError):  # torch computes the same
             self._kernels = find_kernels(spec, embedding.dtype, embedding.dtype, embedding.device)
-        num_blocks = layout.num_blocks_for(max_tokens)
-        self.new_pool = partial(KvPool, layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
+        num_blocks = self.layout.num_blocks_for(max_tokens)
+        self.new_pool = partial(KvPool, self.layout, num_blocks, dtype=embedding.dtype, device=embedding.device)
         self.pool = self.new_pool()
         self._blocks = list(range(num_blocks))
         self.projection = lru_cache(maxsize=None)(self._paper_projection)
@@ -79,16 +83,6 @@ class Subject:
     def kernels(self) -> str:
         """Whose compute where no gradient is wanted: ``native`` or ``torch``."""
         return "torch" if self._kernels is None else "native"
-
-    def layout(self, plan: LayerPlan) -> KvLayout:
-        """Of a pool that an engine of ``plan`` wants."""
-        spec = self.spec
-        return stage_layout(
-            num_layers=spec.num_layers, num_kept=plan.num_kept, num_held=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            dtype_bytes=self.parameters.embedding.dtype.itemsize, block_tokens=_BLOCK_TOKENS,
-            is_apart=plan.anchors is not None,
-        )  # fmt: skip
 
     @classmethod
     def load(

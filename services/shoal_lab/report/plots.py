@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 # Text and axes take the colour of the page around them; in a file of its own, that of the reader's scheme.
 _INK = "#0a0b0c"
 _STYLE = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d8dee4}}</style>"
-_COLORS = ("#d9711c", "#3a86c8", "#3f9b5f", "#a863b5")  # told apart with any colour vision, on white and on black
+COLORS = ("#d9711c", "#3a86c8", "#3f9b5f", "#a863b5")  # told apart with any colour vision, on white and on black
 _STYLES = ("-", "--", ":")  # where there are more lines than colors
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.0, "text.color": _INK,
@@ -44,7 +44,7 @@ def line_plot(lines: Sequence[Line], *, x_label: str, y_label: str, logarithmic:
         axes = figure.add_subplot()
         if logarithmic:
             axes.set_yscale("log")
-        for line, (style, color) in zip(lines, itertools.cycle(itertools.product(_STYLES, _COLORS)), strict=False):
+        for line, (style, color) in zip(lines, itertools.cycle(itertools.product(_STYLES, COLORS)), strict=False):
             _draw(axes, line, color, style, logarithmic=logarithmic)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

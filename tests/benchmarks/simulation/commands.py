@@ -13,10 +13,10 @@ from simulation.system import Fleet
 
 from shoal.config import load_config
 from shoal.errors import ConfigError
-from shoal_lab.bench.folder import make_folder
 from shoal_lab.bench.generator import DEFAULT_DURATION_S, Amount
 from shoal_lab.bench.load import Load, parse_rates
 from shoal_lab.bench.mix import Slo, parse_mix
+from shoal_lab.report.folder import output_folder
 
 SWEEP = "sweep"
 _RESULT, _REPORT = "simulation.json", "report.html"
@@ -55,10 +55,10 @@ def run_simulate(
         amount=Amount(warm_up, num_requests, DEFAULT_DURATION_S if duration_s is None else duration_s),
         seed=seed,
     )
-    make_folder(output, (_RESULT, _REPORT))
-    plan = make_plan(options, on_progress)
-    (output / _RESULT).write_text(plan.to_json(), encoding="utf-8")
-    (output / _REPORT).write_text(render_plan(plan, known), encoding="utf-8")
+    with output_folder(output, (_RESULT, _REPORT)):
+        plan = make_plan(options, on_progress)
+        (output / _RESULT).write_text(plan.to_json(), encoding="utf-8")
+        (output / _REPORT).write_text(render_plan(plan, known), encoding="utf-8")
     on_progress("", 0, 0)
     return "\n".join([*summarize_plan(plan), f"report: {output / _REPORT}"])
 

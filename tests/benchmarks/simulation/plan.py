@@ -85,10 +85,6 @@ class Plan:
     def to_json(self) -> str:
         return _PLAN.dump_json(self, indent=2).decode() + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        return _PLAN.validate_json(text)
-
 
 _PLAN = TypeAdapter(Plan)
 

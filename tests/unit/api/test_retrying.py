@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from null_observer import NullObserver
 
-from shoal.api.backend import NullObserver, Readiness, Route
+from shoal.api.backend import Readiness, Route
 from shoal.api.retrying import AGAIN_S, LOOK_S, PATIENCE_S, RetryingBackend
 from shoal.config import RateConfig, ShoalConfig
 from shoal.config.rate import RateLimit

@@ -129,7 +129,7 @@ def test_analyze_leaves_a_result_a_page_and_a_plot(tmp_path: Path):
     assert said.exit_code == 0, said.output
     assert "recommended: --skip-layers" in said.stdout and "report.html" in said.stdout
     names = {path.name for path in output.iterdir()}
-    assert names == {"analysis.json", "importance.svg", "report.html", "samples.jsonl"}
+    assert names == {"analysis.json", "importance.svg", "report.html"}
     again = within(*command)
     assert again.stdout == said.stdout
 

@@ -397,7 +397,7 @@ async def test_a_loop_that_is_late_says_by_how_much() -> None:
 
 
 async def test_a_hand_off_server_that_ends_is_told_at_once() -> None:
-    times = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0, drain_s=2.0)
+    times = LeaseTimes(claim_timeout_s=30.0, ttl_s=5.0)
     desk = HandoffDesk(ArraySink(), SHAPE, times=times, credit_bytes=4096)
     server = HandoffServer(desk, Identity(new_incarnation(), (SHAPE.plan_hash,)))
     it = Watched(servers={Component.HANDOFF_SERVER: server})

@@ -26,7 +26,7 @@ def written(folder: Path, text: str) -> Path:
 def test_the_defaults_are_complete_and_stay_on_loopback() -> None:
     config = load_config()
     assert {config.gateway.host, config.handoff.host, config.metrics.host} == {"127.0.0.1"}
-    assert config.skip_layers is None
+    assert config.model.skip_layers is None
     assert config.gateway.port == 8000
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from models import TINY_VOCAB, tiny_llama
+from null_observer import NullObserver
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from shoal.api.backend import NullObserver, Readiness, Route
+from shoal.api.backend import Readiness, Route
 from shoal.api.retrying import RetryingBackend
 from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import RateConfig, load_config

@@ -21,7 +21,7 @@ class Table:
     def __init__(self) -> None:
         self.now_s = 0.0
         self.states: list[LeaseState] = []
-        times = LeaseTimes(claim_timeout_s=30, ttl_s=5, drain_s=2)
+        times = LeaseTimes(claim_timeout_s=30, ttl_s=5)
         self.leases = LeaseTable(times, clock=lambda: self.now_s, moved=self._moved)
 
     def _moved(self, lease: Lease, left: LeaseState | None) -> None:
@@ -134,14 +134,6 @@ def test_a_lease_id_is_used_once(table: Table) -> None:
     table.reserve()
     with pytest.raises(InternalError):
         table.reserve()
-
-
-def test_drained_counts_only_as_the_answer_to_cancel(table: Table) -> None:
-    lease = table.reserve()
-    table.leases.claim(lease.lease_id, US)
-    table.leases.writer_stopped(lease.lease_id, US.incarnation)
-    assert lease.state is LeaseState.STREAMING
-    assert not lease._writer_stopped
 
 
 @pytest.mark.parametrize(("num_tokens", "num_present"), [(0, 0), (1, 1), (3, 3), (3, -1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from engines import (
 )  # fmt: skip
 from models import WINDOW, tiny_llama, tiny_model
 from reference import full_generate, pop_generate, pop_logits
+from torch.nn import functional as F
 
-from shoal.model.families import FAMILIES, describe
+from shoal.model.families import FAMILIES, ModelSpec, describe
+from shoal.model.norm import rms_norm
 from shoal.model.parameters import ParameterLoader
 from shoal.model.plan import LayerPlan
-from shoal.model.projection import KvProjection, project_unfolded
+from shoal.model.projection import KvProjection, LayerProjection
 from shoal.model.rope import Rope
 from shoal.wire.messages import Depth, SamplingParams, Stage
 
@@ -188,6 +191,21 @@ def test_preemption_after_a_hand_off_recomputes_the_same(model: Any, prompts: li
     tight = make_engine(model, 3, num_blocks=26)
     assert run_handed_off(make_engine(model, 3, stage=Stage.PREFILL), tight, asks) == expected
     assert tight.counts().num_preemptions > 0
+
+
+def project_unfolded(
+    spec: ModelSpec, layers: Sequence[LayerProjection], hidden: torch.Tensor, rope: Rope
+) -> torch.Tensor:
+    """Layer by layer, as the paper writes it: the exact check of the folded matrix."""
+    projected = []
+    for layer in layers:
+        normed = rms_norm(hidden, layer.norm, spec.norm_eps)
+        kv = F.linear(normed, layer.kv, layer.bias).view(hidden.shape[0], 2, spec.num_kv_heads, spec.head_dim)
+        if layer.k_norm is not None:
+            kv[:, 0] = rms_norm(kv[:, 0], layer.k_norm, spec.norm_eps)
+        rope.rotate_(kv[:, 0], layer.rope)
+        projected.append(kv)
+    return torch.stack(projected)
 
 
 @pytest.mark.parametrize(

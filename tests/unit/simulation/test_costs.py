@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cost_fits import fit
 from simulation.costs import DecodeCost, PrefillCost, decode_step_s, prefill_step_s, read_costs
 from simulation.engine import make_sequence
-from simulation.fit import fit
 from simulations import COSTS
 
 from shoal.engine.scheduler import ScheduledRows

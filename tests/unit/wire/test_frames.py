@@ -20,7 +20,6 @@ from shoal.wire.handoff_messages import (
     Claim,
     Committed,
     Credit,
-    Drained,
     Draining,
     Envelope,
     Failed,
@@ -51,7 +50,6 @@ PREFILL_FRAMES: tuple[Frame, ...] = (
     Seal(LEASE, 0, bytes(32), 0, 0.0, 0.25),
     Seal(LEASE, 1, bytes(32), 7, 0.5, 0.25, 48),
     Failed(LEASE, "out of blocks"),
-    Drained(LEASE),
     Draining(),
     Beat(),
     Beat((LEASE, bytes(16))),
@@ -163,7 +161,6 @@ GOOD: dict[str, dict[str, Any]] = {
         "prefill_s": 0.0,
     },
     "failed": {"lease_id": LEASE, "reason": "r"},
-    "drained": {"lease_id": LEASE},
     "granted": {
         "lease_id": LEASE,
         "plan_hash": "p",

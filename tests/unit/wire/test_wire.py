@@ -18,7 +18,6 @@ from shoal.wire.handoff_messages import (
     Chunk,
     Claim,
     Committed,
-    Drained,
     Draining,
     Envelope,
     Failed,
@@ -43,7 +42,6 @@ FRAMES: tuple[Frame, ...] = (
     replace(CHUNK, payload=b"", staged=StagedPayload(0, 1, 5)),
     Seal(LEASE, 1, bytes(32), 0, 0.0, 0.25),
     Failed(LEASE, "out of blocks"),
-    Drained(LEASE),
     Draining(),
     Beat(),
 )

@@ -26,7 +26,7 @@ from shoal.wire.frames import NONCE_BYTES
 from shoal.wire.handoff_messages import Carrier, Chunk, StagedPayload, StagingSegment
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - names there are unguessable, and exclusive when made
-_NAME = re.compile(r"shoal-[0-9a-f]{32}")
+NAME = re.compile(r"shoal-[0-9a-f]{32}")
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 def reap(folder: Path = FOLDER) -> int:
     """Remove segments whose owner has died before anybody could; returns how many."""
     paths = tuple(folder.iterdir()) if folder.is_dir() else ()
-    return sum(_reap(path) for path in paths if _NAME.fullmatch(path.name))
+    return sum(_reap(path) for path in paths if NAME.fullmatch(path.name))
 
 
 def _reap(path: Path) -> bool:
@@ -149,7 +149,7 @@ def _reap(path: Path) -> bool:
 
 def _map(segment: StagingSegment, folder: Path) -> mmap.mmap:
     """Raises OSError unless the file is there, is this user's alone, has this size, and begins with the nonce."""
-    if not _NAME.fullmatch(segment.name):
+    if not NAME.fullmatch(segment.name):
         raise OSError(errno.EINVAL, "not a segment's name", segment.name)
     file = os.open(folder / segment.name, os.O_RDONLY | _OPEN)
     try:

@@ -1,15 +1,13 @@
-"""Faults for a channel: rules that lose, double, delay, reorder, truncate, corrupt, or break it.
+"""Faults for a channel: rules that lose, double, delay, reorder, truncate or corrupt what goes through it.
 
-Each strikes where ``when`` says so, at most ``times`` times. They are deterministic: so is ``Storm``, by its seed.
+Each strikes where ``when`` says so, at most ``times`` times.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from shoal.errors import PeerGone
 from shoal.wire.handoff_messages import Chunk, Envelope, Frame
 
 When = Callable[[Frame], bool]
@@ -82,36 +80,6 @@ class Delay(Fault):
         waiting = [(left - 1, held) for left, held in self._held]
         self._held = [(left, held) for left, held in waiting if left > 0]
         return (envelope, *(held for left, held in waiting if left <= 0))
-
-
-class Reset(Fault):
-    """Breaks the channel instead of delivering it."""
-
-    def strike(self, envelope: Envelope) -> Iterable[Envelope]:
-        raise PeerGone("the channel was reset")
-
-
-class Storm:
-    """Every fault but a reset, each with ``rate``, as ``seed`` has it."""
-
-    def __init__(self, seed: int, rate: float) -> None:
-        self._random = random.Random(seed)
-        self._rate = rate
-        self._held: list[Envelope] = []
-
-    def __call__(self, envelope: Envelope) -> Iterable[Envelope]:
-        late, self._held = self._held, []
-        if self._happens():
-            return late
-        if self._happens():
-            self._held.append(envelope)
-            return late
-        if self._happens():
-            envelope = flip_bit(envelope, self._random.getrandbits(16))
-        return (*late, envelope, envelope) if self._happens() else (envelope, *late)
-
-    def _happens(self) -> bool:
-        return self._random.random() < self._rate
 
 
 def flip_bit(envelope: Envelope, bit: int) -> Envelope:

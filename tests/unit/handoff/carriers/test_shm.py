@@ -229,8 +229,9 @@ def test_what_does_not_fit_is_a_defect_of_ours(folder: Path) -> None:
     loader = make(folder, num_slots=1)
     with pytest.raises(InternalError):
         loader.load(piece(0, bytes(SLOT_BYTES + 1)))
+    loader.load(piece(0, b"x"))
     with pytest.raises(InternalError):
-        loader.load(piece(0, b"x"))
+        loader.load(piece(1, b"x"))
     loader.close()
 
 

@@ -4,9 +4,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from more_faults import Reset, Storm
 
 from shoal.errors import PeerGone
-from shoal.handoff.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault, Reset, Storm, Truncate, flip_bit
+from shoal.handoff.channels.faults import Corrupt, Delay, Drop, Duplicate, Fault, Truncate, flip_bit
 from shoal.handoff.channels.memory import Rule
 from shoal.wire.handoff_messages import Beat, Chunk, Envelope, Nack, StagedPayload
 

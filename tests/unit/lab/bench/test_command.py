@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 from scripted_endpoint import Request, Wire, scripted, whole_answer
 from typer.testing import CliRunner
 
@@ -63,7 +64,7 @@ async def test_an_open_loop_leaves_a_result_and_a_page_and_says_the_goodput(tmp_
         bodies = [request.body for request in server.requests if request.method == "POST"]
     assert status == 0, err
     assert {path.name for path in output.iterdir()} == {"bench.json", "report.html"}
-    found = Benchmark.from_json((output / "bench.json").read_text())
+    found = TypeAdapter(Benchmark).validate_json((output / "bench.json").read_text())
     assert [level.load for level in found.levels] == [Load(rate=100.0), Load(rate=200.0)]
     assert [len(level.records) for level in found.levels] == [23, 23] and len(bodies) == 2 + 46
     assert found.settings.model == "tiny" and found.goodput == 200
@@ -91,7 +92,7 @@ async def test_ctrl_c_leaves_the_loads_that_were_measured(tmp_path: Path):
             interrupted_by=measured,
         )  # fmt: skip
     assert status == 130 and "Traceback" not in err and str(tmp_path) in err
-    assert len(Benchmark.from_json((tmp_path / "bench.json").read_text()).levels) == 1
+    assert len(TypeAdapter(Benchmark).validate_json((tmp_path / "bench.json").read_text()).levels) == 1
     assert (tmp_path / "report.html").exists()
 
 
@@ -140,7 +141,7 @@ async def test_as_many_connections_are_opened_as_the_system_allows(tmp_path: Pat
             "--output", str(tmp_path), first=few,
         )  # fmt: skip
     assert status == 0, err
-    [level] = Benchmark.from_json((tmp_path / "bench.json").read_text()).levels
+    [level] = TypeAdapter(Benchmark).validate_json((tmp_path / "bench.json").read_text()).levels
     assert len(level.records) == 110 and {record.failure for record in level.records} == {None}
 
 

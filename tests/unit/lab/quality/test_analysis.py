@@ -1,4 +1,4 @@
-"""A whole analysis of a tiny random model: the same from a seed, whether or not it was stopped on the way."""
+"""A whole analysis of a tiny random model: the same from a seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference import pop_logits, token_nlls
 
 from shoal.errors import ConfigError
 from shoal.model.files import ModelFiles, locate
-from shoal_lab.quality.analysis import SAMPLES_FILE, Analysis, AnalysisOptions, analyze
+from shoal_lab.quality.analysis import Analysis, AnalysisOptions, analyze
 from shoal_lab.quality.analysis_page import importance_plot, render_analysis
 from shoal_lab.quality.losses import measure_losses
 from shoal_lab.quality.subject import Subject
@@ -37,82 +37,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def options(tmp_path: Path, data: Path) -> AnalysisOptions:
-    return AnalysisOptions(
-        output=tmp_path / "out", data=data, num_samples=8, response_tokens=6, candidates=(2, 1, 3),
-        dtype=torch.float64,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def options(data: Path) -> AnalysisOptions:
+    return AnalysisOptions(data=data, num_samples=8, response_tokens=6, candidates=(2, 1, 3), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
-def found(files: ModelFiles, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Analysis:
-    output = tmp_path_factory.mktemp("whole")
-    options = AnalysisOptions(
-        output=output, data=data, num_samples=8, response_tokens=6, candidates=(1, 2, 3), dtype=torch.float64
-    )
-    return analyze(files, options, ignore)
+def found(files: ModelFiles, options: AnalysisOptions) -> Analysis:
+    return analyze(files, replace(options, candidates=(1, 2, 3)), ignore)
 
 
 def ignore(name: str, num_done: int, num_total: int) -> None:
     pass
 
 
-class Stopped(Exception):
-    pass
-
-
-def stop_after(count: int):
-    def on_progress(name: str, num_done: int, num_total: int) -> None:
-        if name == "responses" and num_done == count:
-            raise Stopped
-
-    return on_progress
-
-
 def test_the_same_seed_is_the_same_analysis_and_another_seed_another(files, options, found):
     assert analyze(files, options, ignore).to_json() == found.to_json()
-    other = analyze(files, replace(options, output=options.output / "other", seed=1), ignore)
+    other = analyze(files, replace(options, seed=1), ignore)
     assert other.importance != found.importance
-
-
-@pytest.mark.parametrize("stop", [1, 9])
-def test_a_run_that_was_stopped_goes_on_to_the_same_result(files, options, found, stop: int):
-    with pytest.raises(Stopped):
-        analyze(files, options, stop_after(stop))
-    kept = (options.output / SAMPLES_FILE).read_text().splitlines()
-    assert len(kept) == 1 + stop
-    assert analyze(files, options, ignore).to_json() == found.to_json()
-    assert (options.output / SAMPLES_FILE).read_text().splitlines()[: 1 + stop] == kept
-
-
-def test_a_line_that_was_cut_off_is_made_again(files, options, found):
-    analyze(files, options, ignore)
-    path = options.output / SAMPLES_FILE
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-30])
-    assert analyze(files, options, ignore).to_json() == found.to_json()
-    assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    ("change", "says"), [({"seed": 1}, "seed 0, not 1"), ({"response_tokens": 7}, "response_tokens 6, not 7")]
-)
-def test_samples_of_other_settings_are_refused(files, options, change: dict[str, Any], says: str):
-    with pytest.raises(Stopped):
-        analyze(files, options, stop_after(1))
-    with pytest.raises(ConfigError) as caught:
-        analyze(files, replace(options, **change), ignore)
-    assert says in caught.value.message and "--output" in caught.value.message
-
-
-@pytest.mark.parametrize(("line", "says"), [("[]", "no file of samples"), ("nonsense", "no file of samples")])
-def test_a_file_that_holds_something_else_is_refused_and_kept(files, options, line: str, says: str):
-    options.output.mkdir()
-    (options.output / SAMPLES_FILE).write_text(line + "\n")
-    with pytest.raises(ConfigError, match=says):
-        analyze(files, options, ignore)
-    assert (options.output / SAMPLES_FILE).read_text() == line + "\n"
 
 
 def test_the_last_layer_matters_to_the_answer_and_not_to_the_prompt(found):
@@ -175,4 +117,4 @@ def test_what_can_not_be_analysed_is_refused_before_weights_are_read(files, opti
     names: set[str] = set()
     with pytest.raises(ConfigError, match=says):
         analyze(files, replace(options, **change), lambda name, *_: names.add(name))
-    assert not names and not options.output.exists()
+    assert not names

@@ -1,4 +1,4 @@
-"""What is asked of answers: greedy ones as the reference gives them, how long two agree, facts, and instructions."""
+"""What is asked of answers: greedy ones as the reference gives them, how long two agree, and facts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import save_tiny, tiny_llama, tiny_tokenizer
+from models import save_tiny, tiny_llama
 from reference import full_generate, pop_generate
 
-from shoal.errors import ConfigError
 from shoal.model.files import locate
 from shoal_lab.quality.answers import greedy_answers
-from shoal_lab.quality.arms import FULL, Arm, arms_of
+from shoal_lab.quality.arms import FULL, Arm
 from shoal_lab.quality.greedy_scores import score_greedy, shared_prefix
-from shoal_lab.quality.instruction_scores import score_instructions
-from shoal_lab.quality.instructions import Instruction, max_words, min_words
 from shoal_lab.quality.retrieval import RetrievalCase
 from shoal_lab.quality.retrieval_scores import score_retrieval
 from shoal_lab.quality.subject import Subject, Treatment
@@ -46,11 +43,9 @@ def prompts() -> list[tuple[int, ...]]:
 
 def test_greedy_answers_are_the_reference_s(tiny, prompts):
     model, subject = tiny
-    full = greedy_answers(subject, FULL, prompts, max_tokens=NUM_TOKENS)
-    shallow = greedy_answers(subject, SHALLOW, prompts, max_tokens=NUM_TOKENS)
+    full = greedy_answers(subject, prompts, max_tokens=NUM_TOKENS)
     for index, prompt in enumerate(prompts):
         assert full[index] == full_generate(model, prompt, NUM_TOKENS, eos_token_ids=(1,)).token_ids
-        assert shallow[index] == pop_generate(model, prompt, NUM_TOKENS, SKIPPED, eos_token_ids=(1,)).token_ids
 
 
 def test_the_shared_prefix_is_that_of_two_answers_decoded_apart(tiny, prompts):
@@ -107,39 +102,3 @@ def test_where_full_depth_finds_nothing_no_share_is_told(tiny, prompts):
     wrong = cases(model, prompts[:3], {100: False})
     found = score_retrieval(subject, [FULL, SHALLOW], wrong, wrong, seed=0, on_progress=ignore)
     assert [(score.right, score.difference, score.num_cases) for score in found] == [(None, None, 0)] * 2
-
-
-INSTRUCTIONS = (
-    Instruction("Say hi.", (max_words(1), min_words(1))),
-    Instruction("Say nothing at all.", (min_words(100),)),
-    Instruction("Say it.", (min_words(1), min_words(100))),
-)
-
-
-def test_instructions_are_scored_on_the_answers_of_what_is_served(tiny):
-    _, subject = tiny
-    arms = arms_of(subject, (SKIPPED,), {})
-    done: list[tuple[int, int]] = []
-    full, shallow, _ = score_instructions(
-        subject, arms, INSTRUCTIONS, max_tokens=6, seed=0, on_progress=lambda *at: done.append(at)
-    )
-    assert (full.treatment, shallow.treatment) == ("full", "shallow") and done[-1] == (9, 9)
-    assert full.difference.value == 0 and full.num_instructions == 3
-    tokenizer = tiny_tokenizer()
-    prompts = [tuple(tokenizer.encode(f"user:{one.prompt}|assistant:")) for one in INSTRUCTIONS]
-    prompts = [(0, *prompt) for prompt in prompts]
-    texts = [
-        tokenizer.decode(list(answer), skip_special_tokens=True)
-        for answer in greedy_answers(subject, SHALLOW, prompts, max_tokens=6)
-    ]
-    scores = [one.score(text) for one, text in zip(INSTRUCTIONS, texts, strict=True)]
-    assert shallow.passed.value == pytest.approx(np.mean(scores))
-    assert shallow.followed.value == pytest.approx(np.mean([score == 1 for score in scores]))
-
-
-def test_a_model_without_a_chat_template_can_not_be_instructed(tmp_path: Path):
-    save_tiny(tmp_path, layers=2)
-    (tmp_path / "chat_template.jinja").unlink()
-    subject = Subject.load(locate(str(tmp_path)), dtype=torch.float64, max_tokens=8)
-    with pytest.raises(ConfigError, match="leave instructions out"):
-        score_instructions(subject, [FULL], INSTRUCTIONS, max_tokens=4, seed=0, on_progress=ignore)

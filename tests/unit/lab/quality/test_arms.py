@@ -42,7 +42,6 @@ def test_controls_come_with_the_first_number_and_calibrated_where_there_is_a_pro
         ("full", 0), ("shallow", 2), ("speed", 2), *((control, 2) for control in CONTROLS), ("shallow", 3),
         ("calibrated", 3),
     ]  # fmt: skip
-    assert [arm.name for arm in arms if not arm.is_served] == CONTROLS
     projection = arms[-1].projection
     assert projection is not None
     torch.testing.assert_close(projection.weight, subject.projection(3).weight * 1.5)
@@ -59,7 +58,6 @@ def test_int8_comes_with_the_first_number_for_full_depth_and_what_is_served(file
     ]  # fmt: skip
     assert [arm.name for arm in arms if arm.int8_prompt] == ["shallow, all int8", "calibrated, all int8"]
     assert [arm.name for arm in arms if arm.is_paper] == ["shallow", "shallow"]
-    assert all(arm.is_served for arm in arms)
     assert not any(arm.int8 for arm in arms_of(subject, (2,), {}))
 
 

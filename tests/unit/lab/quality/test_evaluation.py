@@ -24,12 +24,11 @@ from shoal_lab.quality.retrieval import RetrievalCase, retrieval_cases
 from shoal_lab.quality.subject import Subject
 from shoal_lab.quality.texts import Kind, Split, load
 
-FIGURES = Path(__file__).parents[4] / "docs" / "figures"
 LAYERS = 6
 OPTIONS = EvaluationOptions(
     skip_layers=(3, 2), boundary_tokens=(4,), tasks=tuple(Task), kinds=(Kind.PROSE, Kind.CODE), num_passages=3,
-    num_cases=2, prompt_tokens=24, continuation_tokens=6, greedy_tokens=5, instruction_tokens=4,
-    retrieval_lengths=(400,), dtype=torch.float64,
+    num_cases=2, prompt_tokens=24, continuation_tokens=6, greedy_tokens=5, retrieval_lengths=(400,),
+    dtype=torch.float64,
 )  # fmt: skip
 CONTROLS = [("no_projection", 3), ("no_boundary", 3), ("removed", 3)]
 MORE = [("shallow, 4 boundary", 3), ("calibrated, 4 boundary", 3), ("speed", 3)]
@@ -64,8 +63,6 @@ def test_every_task_has_a_score_for_every_arm_that_it_can_ask(found: Evaluation)
     assert {score.num_passages for score in found.texts} == {3, 6}
     for scores in (found.greedy, found.retrieval):
         assert [(score.treatment, score.num_skipped) for score in scores] == ARMS
-    served = [arm for arm in ARMS if arm not in CONTROLS]
-    assert [(score.treatment, score.num_skipped) for score in found.instructions] == served
     assert [time.num_skipped for time in found.prefill] == [0, 3, 2]
     assert found.prefill[0].speed_up == 1 and found.prefill[0].interval is None
     for time in found.prefill[1:]:
@@ -92,7 +89,7 @@ def test_a_task_that_is_not_asked_for_is_not_done(files: ModelFiles):
     names: set[str] = set()
     alone = evaluate(files, replace(OPTIONS, tasks=(Task.RETRIEVAL,)), lambda name, *_: names.add(name))
     assert names == {"layers", "retrieval cases"}
-    assert alone.retrieval and not (alone.texts or alone.greedy or alone.instructions or alone.prefill)
+    assert alone.retrieval and not (alone.texts or alone.greedy or alone.prefill)
     assert "A fact in the prompt" in render_evaluation(alone)
     assert not any(cell.counts for cell in alone.retrieval[0].cells)
     said = "Retrieval tells nothing: in no cell"
@@ -104,7 +101,7 @@ def test_int8_is_compared_where_it_is_asked_for(files: ModelFiles):
     alone = evaluate(files, replace(OPTIONS, skip_layers=(3,), boundary_tokens=(), controls=False, int8=True), ignore)
     arms = ["full", "shallow", "calibrated", "full, int8", "shallow, int8", "calibrated, int8"]
     arms += ["shallow, all int8", "calibrated, all int8"]
-    for scores in (alone.texts[-8:], alone.greedy, alone.retrieval, alone.instructions):
+    for scores in (alone.texts[-8:], alone.greedy, alone.retrieval):
         assert [score.treatment for score in scores] == arms
     found = {score.treatment: score for score in alone.texts if score.kind == "all"}
     assert 0 < found["full, int8"].divergence.value < found["shallow"].divergence.value
@@ -164,8 +161,6 @@ def test_the_page_has_every_arm_and_figure_and_both_plots(found: Evaluation):
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
     for greedy in found.greedy:
         assert f"<td>{written(greedy.prefix, digits=1)}</td>" in page
-    for told in found.instructions:
-        assert f"<td>{written(told.passed, 100, 1)}</td>" in page
     assert found.settings.model_digest in page
     assert "learnt from technical, code" in page and page.count("Beware: the projector that skips 3 learnt") == 1
 
@@ -176,11 +171,6 @@ def test_that_units_are_too_few_is_said_in_file_page_and_terminal(found: Evaluat
     assert said in render_evaluation(found) and f"note: {found.notes[0]}" in summarize(found)
     assert all(score.recovered is None for score in found.texts)
     assert "3 passages. Too few for their intervals." in render_evaluation(found)
-
-
-@pytest.mark.parametrize("path", sorted(FIGURES.glob("evaluation-*.json")), ids=lambda path: path.stem)
-def test_the_figures_of_older_versions_still_load(path: Path):
-    assert Evaluation.from_json(path.read_text(encoding="utf-8")).settings.model
 
 
 @pytest.mark.parametrize(
@@ -210,5 +200,5 @@ def test_what_can_not_be_evaluated_is_refused_before_weights_are_read(
 
 def test_tasks_are_named_with_commas_between_them():
     assert parse_tasks("text, retrieval,text") == (Task.TEXT, Task.RETRIEVAL)
-    with pytest.raises(ConfigError, match="text,greedy,retrieval,instructions"):
+    with pytest.raises(ConfigError, match="text, greedy, retrieval"):
         parse_tasks("text,reading")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,6 +39,13 @@ def gates(prefill: float = 1.0, decode: float = 1.0) -> Gates:
     return Gates(prefill * ones, decode * ones)
 
 
+@torch.no_grad()
+def logits_of(gated: GatedModel, ids: Sequence[int], num_prompt_tokens: int, at: Gates) -> torch.Tensor:
+    """``[len(ids) - N + 1, vocab]`` after each of the tokens ``N-1..``."""
+    with gated._gated(at, num_prompt_tokens, len(ids)):
+        return gated._run(ids, None, len(ids) - num_prompt_tokens + 1)
+
+
 def nudged(vector: str, layer: int, step: float) -> Gates:
     found = gates()
     getattr(found, vector)[layer] += step
@@ -45,14 +53,14 @@ def nudged(vector: str, layer: int, step: float) -> Gates:
 
 
 def loss(gated: GatedModel, at: Gates) -> float:
-    logits = gated.logits(IDS[:-1], N, at)
+    logits = logits_of(gated, IDS[:-1], N, at)
     return float(F.cross_entropy(logits, torch.tensor(RESPONSE), reduction="sum"))
 
 
 def test_gates_at_one_are_the_plain_model(family):
     plain, gated = family
     expected = plain(torch.tensor([IDS])).logits[0, N - 1 :]
-    torch.testing.assert_close(gated.logits(IDS, N, gates()), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(logits_of(gated, IDS, N, gates()), expected, atol=1e-12, rtol=0)
 
 
 def test_token_by_token_is_the_plain_model_also_beyond_a_window(family):
@@ -70,7 +78,7 @@ def test_a_gate_multiplies_what_is_added_to_the_residual(family, prefill: float,
     plain, gated = family
     at = gates(prefill, decode)
     at.prefill[1], at.decode[2] = 0.9, 0.3
-    torch.testing.assert_close(gated.logits(IDS, N, at), gated_logits(plain, IDS, N, (at.prefill, at.decode)),
+    torch.testing.assert_close(logits_of(gated, IDS, N, at), gated_logits(plain, IDS, N, (at.prefill, at.decode)),
                                atol=1e-10, rtol=0)  # fmt: skip
 
 
@@ -94,7 +102,7 @@ def test_the_boundary_decides_which_tokens_a_gate_means(family):
     gated = family[1]
 
     def last(num_prompt_tokens: int, at: Gates) -> torch.Tensor:
-        return gated.logits(IDS, num_prompt_tokens, at)[-1]
+        return logits_of(gated, IDS, num_prompt_tokens, at)[-1]
 
     assert not torch.allclose(last(10, gates(prefill=0.5)), last(N, gates(prefill=0.5)))
     torch.testing.assert_close(last(10, gates(0.5, 0.5)), last(N, gates(0.5, 0.5)))
@@ -129,7 +137,7 @@ def test_prefill_gates_at_zero_are_the_shallow_plan_with_its_projection(family, 
         closed = gates()
         closed.prefill[LAYERS - num_skipped :] = 0
         expected = logits_of_text(subject, IDS, N, Treatment.SHALLOW, num_skipped)
-        torch.testing.assert_close(gated.logits(IDS, N, closed), expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(logits_of(gated, IDS, N, closed), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_loaded_from_its_files_it_is_the_same_model(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import ConfigError
-from shoal_lab.quality.output import output_folder
+from shoal_lab.report.folder import output_folder
 
 
 @pytest.mark.parametrize("stop", [ConfigError("no"), KeyboardInterrupt()], ids=str)
@@ -33,3 +33,16 @@ def test_where_nothing_can_be_written_it_is_said_and_nothing_left(tmp_path: Path
     with pytest.raises(ConfigError, match="choose another --output"), output_folder(tmp_path / "file" / "a"):
         pytest.fail("there is no folder")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_another_run_s_files_go_before_the_work(tmp_path: Path):
+    for name in ("bench.json", "notes.txt"):
+        (tmp_path / name).touch()
+    with output_folder(tmp_path, ["bench.json", "report.html"]):
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_that_can_not_be_replaced_is_told(tmp_path: Path):
+    (tmp_path / "bench.json").mkdir()
+    with pytest.raises(ConfigError, match="choose another --output"), output_folder(tmp_path, ["bench.json"]):
+        pytest.fail("another run's file is there")

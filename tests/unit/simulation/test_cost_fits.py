@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 import pytest
+from cost_fits import decode_cost, handoff_cost, prefill_cost, server_slowdown, serving_cost, slowed
 from simulation.costs import DecodeCost, PrefillCost, ServingCost, SharingCost
-from simulation.measurements import decode_cost, handoff_cost, prefill_cost, server_slowdown, serving_cost, slowed
 
 from shoal.errors import ConfigError
 

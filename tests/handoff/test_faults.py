@@ -113,13 +113,6 @@ async def test_a_lost_or_corrupt_chunk_is_sent_again(fault_type: type[Fault], nu
     assert both.counts.events["verify:checksum"] == (1 if fault_type is Corrupt else 0)
 
 
-async def test_several_corrupt_chunks_are_each_sent_again() -> None:
-    clock, fault = FakeClock(), OncePerChunk()
-    async with rig(clock=clock, prefill_sends=fault) as both:
-        assert await outcome(both, clock) is None
-    assert both.counts.events["verify:checksum"] == len(fault.struck) == 20
-
-
 async def test_a_lost_credit_costs_a_part_of_the_window_only() -> None:
     clock, fault = FakeClock(), Drop(Credit)
     async with rig(clock=clock, decode_sends=fault) as both:
@@ -234,7 +227,7 @@ async def test_a_lost_failed_is_made_up_for_by_the_call_that_returns() -> None:
     assert fault.num_left == 0
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 async def test_in_a_storm_a_prompt_arrives_whole_or_not_at_all(seed: int) -> None:
     clock = FakeClock()
     async with rig(clock=clock, prefill_sends=Storm(seed, 0.03), decode_sends=Storm(seed + 1000, 0.03)) as both:
@@ -245,11 +238,11 @@ async def test_in_a_storm_a_prompt_arrives_whole_or_not_at_all(seed: int) -> Non
 async def test_storms_are_survived_often_and_not_always() -> None:
     """The storms of the test above must be neither a breeze nor the end of all."""
     results = []
-    for seed in range(20):
+    for seed in range(16):
         clock = FakeClock()
         async with rig(clock=clock, prefill_sends=Storm(seed, 0.03), decode_sends=Storm(seed + 1000, 0.03)) as both:
             results.append(await outcome(both, clock, within_s=60.0))
-    assert 3 <= results.count(None) <= 17
+    assert 3 <= results.count(None) <= 13
 
 
 # --- incarnations ---------------------------------------------------------------------------------------
@@ -273,20 +266,6 @@ async def test_frames_of_another_incarnation_are_dropped(side: str) -> None:
         ends = {"decode": await both.pool.get(both.address), "prefill": next(iter(both.server._sessions))}
         assert ends[side].num_dropped > 10
     assert both.counts.events["verify:checksum"] == 0
-
-
-class OncePerChunk(Corrupt):
-    """Corrupts every chunk, the first time that it comes."""
-
-    def __init__(self) -> None:
-        self.struck: set[int] = set()
-        super().__init__(self._is_new, times=1000)
-
-    def _is_new(self, frame: Frame) -> bool:
-        if not isinstance(frame, Chunk) or frame.seq in self.struck:
-            return False
-        self.struck.add(frame.seq)
-        return True
 
 
 class Partition:

@@ -41,10 +41,6 @@ def test_a_call_that_hangs_does_not_hold_up_the_end_of_the_process(caplog: pytes
     assert not thread._thread.is_alive()
 
 
-def test_one_that_was_never_used_has_nothing_to_end():
-    NixlThread().close()
-
-
 def test_who_is_to_be_polled_again_is_though_nobody_calls_any_more():
     """However short the wait was: READs would hang, whose end nobody else sees."""
     thread, enough = NixlThread(), threading.Event()

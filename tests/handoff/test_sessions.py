@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import structlog
 from fake_clock import FakeClock, settle
 from kv_prompts import PLAN, lease_id, prompt
-from transfer_helpers import MAX_FRAME_BYTES, TIMES, Rig, rig
+from transfer_helpers import Rig, rig
 
-from shoal.errors import InternalError, PeerGone, Unavailable
+from shoal.errors import PeerGone
 from shoal.handoff.channels.grpc import dial
 from shoal.handoff.lease import LeaseState
 from shoal.handoff.session import Identity
 from shoal.handoff.session_pool import SessionPool
-from shoal.wire.handoff_messages import Carrier, CarrierReason, Chunk, Envelope, Grant, Granted
+from shoal.wire.handoff_messages import Chunk, Envelope, Grant, Granted
 from shoal.wire.messages import RequestContext
 from shoal.wire.options import HANDOFF_CONNECT_TIMEOUT_S
 
@@ -46,12 +43,6 @@ async def test_decode_listens_on_its_address_alone() -> None:
         port = int(both.address.removeprefix("127.0.0.1:"))
         with socket.create_connection(("127.0.0.1", port)), pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port))
-
-
-async def test_before_decode_listens_nobody_is_told_an_address() -> None:
-    async with rig("memory") as both:
-        with pytest.raises(Unavailable, match="doesn't listen for hand-offs yet"):
-            assert both.desk.address
 
 
 async def test_who_takes_a_connection_and_says_nothing_is_given_up() -> None:
@@ -100,29 +91,6 @@ async def test_whom_it_greets_before_the_first_prompt_it_needs_no_more_greeting(
         assert len(both.channels) == 2
 
 
-async def test_a_defect_while_it_greets_is_told_by_the_log() -> None:
-    """It's no refusal, and nobody asks for the session's end before a prompt does."""
-
-    async def connect(_address: str) -> object:
-        raise TypeError("a defect of ours")
-
-    pool = SessionPool(connect, Identity(1, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024)  # type: ignore[arg-type]
-    with structlog.testing.capture_logs() as told:
-        assert await pool.greet(["127.0.0.1:1"], within_s=10.0) == {}
-    [line] = [line for line in told if "defect" in line["event"]]
-    assert line["log_level"] == "error" and line["address"] == "127.0.0.1:1"
-    assert isinstance(line["exc_info"], TypeError)
-    await pool.close()
-
-
-async def test_who_does_not_greet_back_is_waited_for_no_longer_than_may_be() -> None:
-    clock = FakeClock()
-    async with rig(clock=clock, decode_sends=lambda _envelope: ()) as both:
-        assert not await both.pool.greet(["memory"], within_s=0.01)
-        with pytest.raises(PeerGone, match="nothing was heard"):
-            await asyncio.gather(both.pool.get("memory"), clock.advance(TIMES.ttl_s))
-
-
 async def test_a_long_prompt_does_not_hold_up_a_short_one() -> None:
     order: list[bytes] = []
 
@@ -151,21 +119,6 @@ async def test_a_long_prompt_does_not_hold_up_a_short_one() -> None:
     assert order.count(ids[0]) >= 5 * num_short >= 40
     last_short = max(place for place, new_id in enumerate(order) if new_id == ids[1])
     assert last_short <= 2 * num_short + 2  # each had its turn after one of the other's
-
-
-async def test_a_frame_is_never_larger_than_the_credit() -> None:
-    async with rig(credit_bytes=MAX_FRAME_BYTES // 4) as both:
-        await both.hand_off(prompt())
-        both.assert_arrived(prompt())
-
-
-async def test_a_payload_that_is_not_what_its_ranges_say_is_a_defect_of_ours() -> None:
-    async with rig() as both:
-        new_id = lease_id()
-        session = await both.pool.get("memory")
-        async with both.open(new_id, prompt()), session.claim(new_id) as claim:
-            with pytest.raises(InternalError):
-                await claim.send(0, 3, 0, 4, memoryview(bytes(100)))
 
 
 async def test_a_session_that_is_over_leaves_no_task_and_no_timer() -> None:
@@ -250,69 +203,3 @@ async def test_who_grants_waits_for_the_claim_s_answer_or_as_long_as_it_may() ->
 def grant(request_id: str) -> Grant:
     context = RequestContext(request_id, 7.5, tenant="one", attempt=2)
     return Grant(lease_id(), "elsewhere", PLAN, 9, 4, 5.0, 30.0, context, frozenset({"x"}), (b"key",))
-
-
-async def test_connect_serves_a_channel_within_the_process() -> None:
-    async with rig() as both:
-
-        async def connect(address: str) -> object:
-            return await both.server.connect()
-
-        pool = SessionPool(connect, Identity(1, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024)  # type: ignore[arg-type]
-        new_id, wanted = lease_id(), prompt()
-        both.pool = pool
-        async with both.open(new_id, wanted) as lease:
-            await both.prefill(new_id, wanted)
-            await lease.arrived()
-        both.assert_arrived(wanted)
-        await pool.close()
-
-
-async def test_two_hosts_greet_twice_and_then_payload_is_read_from_afar() -> None:
-    async with rig("memory+far") as both:
-        session = await both.pool.get("memory")
-        assert (session.carrier, session.carrier_reason) == (Carrier.NIXL, CarrierReason.OTHER_HOST)
-        await both.hand_off(prompt())
-        both.assert_arrived(prompt())
-        assert set(both.counts.bytes_by_carrier) == {Carrier.NIXL}
-
-
-@pytest.mark.parametrize(("kind", "num_frames", "payload_type"), [("memory", 5, bytes), ("memory+shm", 8, memoryview)])
-async def test_frames_are_as_few_as_can_be_and_nothing_is_copied_before_its_slot(
-    kind: str, num_frames: int, payload_type: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """40 tokens in 4 layers are 160 cells, of which 32 fit: a layer and a part of it, or all layers of eight tokens."""
-    wanted, new_id, loaded = prompt(41), lease_id(), list[Chunk]()
-    async with rig(kind) as both:
-        session = await both.pool.get("memory")
-        load = session.loader.load
-        monkeypatch.setattr(session.loader, "load", lambda chunk: (loaded.append(chunk), load(chunk))[1])
-        async with both.open(new_id, wanted) as lease, session.claim(new_id) as claim:
-            await claim.send(0, 40, 0, 4, memoryview(wanted.kv.tobytes()))
-            await claim.seal(boundary_token_id=wanted.token_ids[-1], queue_s=0, prefill_s=0)
-            await lease.arrived()
-        both.assert_arrived(wanted)
-    assert len(loaded) == num_frames
-    assert all(isinstance(chunk.payload, payload_type) for chunk in loaded)
-
-
-@pytest.mark.parametrize(("error", "num_told"), [(PeerGone, 0), (TypeError, 1)])
-async def test_who_fails_to_greet_when_nobody_waits_any_more_is_told_as_if_one_did(
-    error: type[Exception], num_told: int
-) -> None:
-    may_fail = asyncio.Event()
-    unseen: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unseen.append(context))
-
-    async def connect(_address: str) -> Any:
-        await may_fail.wait()
-        raise error("it isn't there")
-
-    pool = SessionPool(connect, Identity(1, (PLAN,)), ttl_s=5.0, max_frame_bytes=1024)
-    with structlog.testing.capture_logs() as told:
-        assert await pool.greet(["127.0.0.1:1"], within_s=0.01) == {}
-        may_fail.set()
-        await settle()
-    del pool, connect
-    gc.collect()
-    assert len([line for line in told if "defect" in line["event"]]) == num_told and not unseen

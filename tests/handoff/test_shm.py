@@ -9,7 +9,6 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,13 +74,6 @@ async def test_a_decode_that_does_not_find_the_segment_gets_all_inline(kind: str
         assert set(both.counts.bytes_by_carrier) == {Carrier.INLINE}
 
 
-async def test_a_decode_of_an_older_release_gets_all_inline() -> None:
-    async with rig(KIND) as both:
-        both.server._attach = None  # it doesn't know the field
-        assert (await both.pool.get("memory")).carrier is Carrier.INLINE
-        await both.hand_off(prompt())
-
-
 async def test_without_room_all_goes_inline() -> None:
     def full() -> ShmLoader:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -91,22 +83,6 @@ async def test_without_room_all_goes_inline() -> None:
         session = await both.pool.get("memory")
         assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.NO_ROOM)
         await both.hand_off(prompt())
-
-
-async def test_with_little_room_slots_are_smaller() -> None:
-    async with rig(KIND) as both:
-        both.pool._staging = Staging(partial(ShmLoader.create, 8 << 20, 9 << 20, both.folder))
-        session = await both.pool.get("memory")
-        assert session.carrier is Carrier.SHM
-        assert session.loader.max_bytes == 2 << 20
-        await both.hand_off(prompt())
-
-
-async def test_where_it_was_not_asked_for_nothing_is_made() -> None:
-    async with rig() as both:
-        session = await both.pool.get("memory")
-        assert (session.carrier, session.carrier_reason) == (Carrier.INLINE, CarrierReason.CONFIGURED)
-        assert not both.loaders
 
 
 async def test_leases_wait_for_one_anothers_slots() -> None:
@@ -203,27 +179,6 @@ async def test_a_frame_is_not_waited_for_longer_because_others_get_slots(kind: t
             assert call.done()
             with pytest.raises(LeaseLost, match=r"no .* from decode for 5 s"):
                 await call
-
-
-async def test_a_staged_chunk_is_sent_again_from_its_slot(tmp_path: Path) -> None:
-    new_id = bytes(16)
-    async with staging_session(tmp_path) as (session, decode, loader):
-
-        async def work() -> None:
-            async with session.claim(new_id) as claim:
-                await claim.send(0, 1, 0, 2, memoryview(bytes(200)))
-                await claim.seal(boundary_token_id=8, queue_s=0, prefill_s=0)
-
-        working = asyncio.ensure_future(work())
-        await decode.expect(Claim)
-        await decode.send(Accepted(new_id, tuple(range(9)), 0, 1000, 5.0))
-        first, _, _ = [await decode.receive() for _ in range(3)]
-        await decode.send(Nack(new_id, 0))
-        assert await decode.expect(Chunk) == first
-        assert loader.num_lent == 2
-        await decode.send(Committed(new_id))
-        await working
-        assert loader.num_lent == 0
 
 
 # --- a prefill that says whatever a test wants ----------------------------------------------------------
@@ -404,32 +359,3 @@ async def test_a_spoilt_slot_is_noticed_and_never_read_from() -> None:
         both.assert_arrived(prompt(seed=1))
         assert both.loaders[0].num_lent == 0
     assert both.counts.events["verify:checksum"] == 2
-
-
-async def test_a_slot_that_is_good_the_second_time_is_enough() -> None:
-    spoil = SpoiltSlot(2)
-    async with rig(KIND, prefill_sends=spoil) as both:
-        spoil.loaders = both.loaders
-        await both.hand_off(prompt())
-        both.assert_arrived(prompt())
-    assert both.counts.events["verify:checksum"] == 1
-
-
-async def test_a_segment_that_was_cut_fails_the_lease_and_kills_nobody() -> None:
-    files: list[int] = []
-
-    def open_it(envelope: Envelope) -> tuple[Envelope, ...]:
-        if isinstance(envelope.frame, Hello):  # the last moment in which it has a name
-            files.append(os.open(both.loaders[-1]._path, os.O_RDWR))
-        return (envelope,)
-
-    def cut_it(envelope: Envelope) -> tuple[Envelope, ...]:
-        if isinstance(envelope.frame, Chunk) and envelope.frame.seq == 7:  # the last: nobody writes after it
-            os.ftruncate(files[0], mmap.PAGESIZE)
-        return (envelope,)
-
-    async with rig(KIND, prefill_sends=cut_it, decode_sends=open_it) as both:
-        with pytest.raises(ChecksumMismatch):
-            await both.hand_off(prompt())
-        assert len(files) == 1
-    os.close(files[0])

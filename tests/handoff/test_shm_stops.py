@@ -127,7 +127,7 @@ async def test_a_decode_that_is_killed_frees_the_slots_that_it_was_reading(tmp_p
     await pool.close()
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144])
+@pytest.mark.parametrize("turns", [0, 1, 3, 8, 21, 55, 144])
 @pytest.mark.parametrize("end", ["prefill", "decode"])
 async def test_whoever_disconnects_at_any_moment_leaves_no_memory(end: str, turns: int) -> None:
     await disconnect("grpc+shm", end, turns)

@@ -92,14 +92,6 @@ async def test_a_silent_peer_ends_the_session_after_ttl_and_not_before() -> None
         assert both.server.num_sessions == 0
 
 
-async def test_a_peer_that_never_greets_ends_after_ttl() -> None:
-    clock = FakeClock()
-    async with rig(clock=clock) as both:
-        await both.connect("memory")
-        await clock.advance(TIMES.ttl_s)
-        assert both.server.num_sessions == 0
-
-
 async def test_a_decode_that_never_greets_is_gone_after_ttl() -> None:
     clock = FakeClock()
     async with rig(clock=clock, decode_sends=Drop(lambda frame: True, times=1000)) as both:
@@ -132,17 +124,6 @@ async def test_a_greeting_that_is_written_too_late_leaves_nothing() -> None:
         assert not both.desk._posters
         await clock.advance(TIMES.ttl_s)
         assert not [timer for _, _, timer in clock._due if timer.callback is not None]
-
-
-async def test_a_committed_lease_never_expires() -> None:
-    clock = FakeClock()
-    async with rig(clock=clock) as both:
-        new_id, wanted = lease_id(), prompt()
-        async with both.open(new_id, wanted) as lease:
-            await both.prefill(new_id, wanted)
-            await clock.advance(1000)
-            await lease.arrived()
-            assert both.desk.table.counts == {LeaseState.COMMITTED: 1}
 
 
 async def test_a_copy_is_waited_for_however_long_it_takes() -> None:

@@ -204,29 +204,6 @@ async def test_a_corrupt_chunk_covers_nothing(both: Rig, peer: RawPeer) -> None:
         await lease.arrived()
 
 
-async def test_a_chunk_that_was_asked_for_is_not_asked_for_again_by_the_seal(both: Rig, peer: RawPeer) -> None:
-    new_id = lease_id()
-    async with both.open(new_id, WANTED) as lease:
-        await claimed(peer, new_id)
-        await peer.send(chunk(new_id, 0, (0, 10), crc32c=1), seal(new_id, 3))
-        assert sorted([(await peer.expect(Nack)).seq for _ in range(3)]) == [0, 1, 2]
-        await peer.send(chunk(new_id, 0, (0, 10)))
-        await peer.expect(Credit)
-        await peer.send(Failed(new_id, "enough"))
-        with pytest.raises(HandoffError, match="enough"):
-            await lease.arrived()
-
-
-async def test_a_second_claim_of_the_same_session_is_answered_again(both: Rig, peer: RawPeer) -> None:
-    new_id = lease_id()
-    async with both.open(new_id, WANTED):
-        await claimed(peer, new_id)
-        await claimed(peer, new_id)
-        assert both.counts.events["started"] == 1
-        await peer.send(Failed(new_id, "enough"))
-        await peer.expect(Cancel)
-
-
 async def test_a_session_cannot_touch_the_leases_of_another(both: Rig, peer: RawPeer) -> None:
     new_id = lease_id()
     thief = RawPeer(await both.connect("memory"), incarnation=99)

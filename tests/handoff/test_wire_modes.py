@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from fake_clock import FakeClock
-from kv_prompts import NUM_LAYERS, NUM_SHALLOW, PLAN, SHAPE, STATE_BYTES, TOKEN_BYTES, lease_id, prompt
+from kv_prompts import NUM_LAYERS, NUM_SHALLOW, PLAN, STATE_BYTES, lease_id, prompt
 from raw_peer import RawPeer, chunk
 from transfer_helpers import MAX_FRAME_BYTES, rig
 
@@ -15,7 +15,7 @@ from shoal.handoff.base import crc32c
 from shoal.handoff.channels.memory import memory_pair
 from shoal.handoff.prefill_side import PrefillSession
 from shoal.handoff.session import PROTOCOL_VERSION, Identity
-from shoal.handoff.terms import KvShape, PartBytes
+from shoal.handoff.terms import KvShape
 from shoal.wire.handoff_messages import Accepted, Carrier, Chunk, Claim, Hello, WireMode
 
 KV, HIDDEN = WireMode.KV, WireMode.HIDDEN
@@ -50,12 +50,6 @@ def states(new_id: bytes, seq: int, tokens: tuple[int, int], **changes: object) 
     payload = bytes(STATE_BYTES * (tokens[1] - tokens[0]))
     fields = {"crc32c": crc32c(payload), "payload": payload, "wire_mode": HIDDEN} | changes
     return replace(chunk(new_id, seq, tokens, (NUM_SHALLOW, NUM_LAYERS)), **fields)  # type: ignore[arg-type]
-
-
-def test_bytes_are_counted_by_what_they_are() -> None:
-    assert SHAPE.part_bytes(states(lease_id(), 0, (0, 5))) == PartBytes(hidden=5 * STATE_BYTES)
-    both = SHAPE.part_bytes(chunk(lease_id(), 0, (0, 5)))
-    assert both == PartBytes(shallow=5 * NUM_SHALLOW * TOKEN_BYTES, deep=5 * TOKEN_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -95,15 +89,6 @@ async def test_states_twice_are_refused() -> None:
             with pytest.raises(HandoffError, match="overlap"):
                 await lease.arrived()
         await peer.channel.close()
-
-
-async def test_decode_says_the_one_mode_that_it_wants() -> None:
-    for kind, mode in (("memory", KV), ("memory+hidden", HIDDEN)):
-        async with rig(kind) as both:
-            peer = RawPeer(await both.connect(both.address))
-            assert (await peer.greet()).wire_modes == (mode,)
-            assert (await both.pool.get(both.address)).wire_mode is mode
-            await peer.channel.close()
 
 
 async def test_prefill_refuses_a_decode_that_leaves_it_open() -> None:

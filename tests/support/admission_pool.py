@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from shoal.decode.admission import Admission
 from shoal.errors import DeadlineExceeded, Overloaded
@@ -143,7 +143,3 @@ def measured(pool: Pool, seconds: float, *sources: Source) -> dict[str, Tally]:
     pool.tallies = {}
     run(pool, seconds, *sources, seed=1)
     return pool.tallies
-
-
-def with_time(request: GenerateRequest, timeout_s: float) -> GenerateRequest:
-    return replace(request, context=replace(request.context, timeout_s=timeout_s))

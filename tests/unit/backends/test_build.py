@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -86,35 +82,6 @@ def test_who_comes_while_another_compiles_waits_for_it(folder: Path, monkeypatch
     assert made == {path.name: 1}
 
 
-def test_who_compiles_for_too_long_is_waited_for_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have been stopped, and would keep all others from their kernels."""
-    monkeypatch.setenv("CXX", "true")
-    monkeypatch.setattr(build, "_compile", lambda command, sources, path, within_s: path.write_bytes(b"library"))
-    folder.mkdir()
-    with build._alone_in(folder, 20):
-        assert build.compiled(folder, BEST, within_s=0.1).read_bytes() == b"library"
-
-
-def test_where_no_thread_can_be_had(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setenv("CXX", "true")
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(ConfigError, match="can't be run: can't start new thread"):
-        build.compiled(folder, BEST)
-
-
-def test_where_nothing_can_be_locked_each_compiles_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setenv("CXX", "true")
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(build, "_compile", lambda command, sources, path, within_s: path.write_bytes(b"library"))
-    assert build.compiled(folder, BEST).read_bytes() == b"library"
-
-
 def test_a_compiler_that_takes_too_long(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "slow"
     tool.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -143,13 +110,6 @@ def test_a_wheels_own_comes_first(tmp_path: Path, folder: Path, monkeypatch: pyt
         native.load.__wrapped__()
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nowhere")
-    with pytest.raises(ConfigError, match=r"install g\+\+"):
-        build.library()
-    assert not build.has_to_compile()
-
-
 def test_a_library_that_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compiled", lambda into, target: into / "damaged.so")
     folder.mkdir()
@@ -171,29 +131,6 @@ def test_what_ziglang_compiles_computes_the_same(monkeypatch: pytest.MonkeyPatch
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(
-    ("there", "chosen"),
-    [
-        ({"g++", "clang++", "ziglang"}, ["g++"]),
-        ({"clang++", "ziglang"}, ["clang++"]),
-        ({"ziglang"}, ZIGLANG),
-        (set[str](), None),
-    ],
-)
-def test_the_first_compiler_that_is_there(
-    there: set[str], chosen: list[str] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
-    monkeypatch.setattr(build, "find_spec", lambda name: name if name in there else None)
-    assert build.compiler() == chosen
-
-
-def test_a_compiler_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "true --quick")
-    assert build.compiler() == ["true", "--quick"]
-
-
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     tool = tmp_path / "broken"
     tool.write_text("#!/bin/sh\necho out of luck >&2\nexit 1\n")
@@ -202,16 +139,6 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ConfigError, match="out of luck"):
         build.library()
     assert not list(folder.iterdir())
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("true") is None:
-        pytest.skip("no true")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CXX", "true")
-    monkeypatch.setenv(build.FOLDER_VARIABLE, str(tmp_path / "file" / "below"))
-    with pytest.raises(ConfigError, match=build.FOLDER_VARIABLE):
-        build.library()
 
 
 @pytest.mark.parametrize(
@@ -227,15 +154,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_each_cpu_gets_the_best_that_it_can_run(lacking: tuple[str, ...], target: build.Target) -> None:
     """Whatever else it has."""
     assert build.target_of((BEST.flags | {"amx_bf16"}) - set(lacking)) is target
-
-
-def test_what_is_compiled_for_one_is_not_for_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "true")
-    monkeypatch.setattr(build, "_compile", lambda command, sources, path, within_s: path.write_bytes(b"library"))
-    for target in build.TARGETS:
-        monkeypatch.setattr(build, "cpu_flags", lambda target=target: target.flags)
-        build.library()
-    assert len(list(folder.iterdir())) == len(build.TARGETS)
 
 
 def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

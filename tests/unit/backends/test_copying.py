@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from shoal.backends.cpu import copying
 from shoal.backends.cpu.copying import Copier
-from shoal.errors import ConfigError
 
 
 @pytest.fixture(scope="module", params=["kernel", "kernel that widens", "numpy"])
@@ -40,11 +39,6 @@ def test_a_copy_is_the_source_and_its_checksum(copier: Copier, size: int) -> Non
     assert copier.copy(source, around[1:-1]) == crc_of(np.frombuffer(source, np.uint8))
     assert around[1:-1].tobytes() == source
     assert around[0] == around[-1] == 7
-
-
-def test_the_check_value_of_the_polynomial(copier: Copier) -> None:
-    assert copier.copy(b"123456789", np.empty(9, np.uint8)) == 0xE3069283
-    assert copier.copy(bytes(64), np.empty(64, np.uint8)) == google_crc32c.value(bytes(64))
 
 
 def rows_at(offset: int, num_rows: int, row_bytes: int) -> np.ndarray:
@@ -146,18 +140,3 @@ def test_the_checksum_is_of_what_was_written_whatever_happens_to_the_source(copi
     finally:
         is_over.set()
         writer.join()
-
-
-def test_without_a_library_numpy_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.config import ShoalConfig
-    from shoal.engine import build
-
-    def none() -> None:
-        raise ConfigError("no C++ compiler is at hand")
-
-    native_kernels()
-    limits = ShoalConfig().decode
-    assert build.choose_copier(limits)._kernels is not None
-    assert build.choose_copier(limits.model_copy(update={"kernels": "torch"}))._kernels is None
-    monkeypatch.setattr(build, "load_kernels", none)
-    assert build.choose_copier(limits)._kernels is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +14,10 @@ from engines import Ask, make_engine, run, run_handed_off, watched
 from models import TINY_FAMILIES, tiny_model
 from triton_kernels import DEVICE, loaded
 
-from shoal.backends import attention
-from shoal.backends.gpu import step_graph
 from shoal.backends.gpu.gpu import GpuKernels, find_gpu_kernels
-from shoal.backends.gpu.step_graph import StepGraphs
 from shoal.config import StageConfig
 from shoal.engine import build
-from shoal.engine.build import choose_gpu_kernels, choose_kernels
+from shoal.engine.build import choose_gpu_kernels
 from shoal.errors import ConfigError
 from shoal.model.families import describe
 from shoal.model.rows import TorchRows
@@ -107,46 +103,6 @@ def test_what_is_said_is_torchs(
         assert (mine - theirs).abs().max() < 1e-3
 
 
-def test_a_long_sequence_beside_short_ones_goes_by_a_graph() -> None:
-    """No padding is read, so it costs the others nothing. By torch such a step isn't filled up."""
-    model = tiny_model("llama", torch.float32, layers=3, context=2048).to(DEVICE)
-    asks = [Ask([3 + index * 7 % 90 for index in range(length)], 3) for length in (1100, 3, 3, 3, 3)]
-    options: dict[str, Any] = {"device": DEVICE, "new_graph": Again, "num_blocks": 512, "max_step_tokens": 2048}
-    replays = []
-    for kernels in (replace(kernels_for(model), rows=TorchRows(describe(model.config))), None):
-        engine = make_engine(model, 1, kernels=kernels, **options)
-        run(engine, asks)
-        graphs = engine.runner.decode_path
-        assert isinstance(graphs, StepGraphs)
-        replays.append(sum(step._graph.num_replays for step in graphs._steps.values()))  # type: ignore[attr-defined]
-    assert replays == [2, 0]
-
-
-def test_a_step_that_sees_too_much_for_an_index_is_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", torch.float32, layers=3).to(DEVICE)
-    for most, num_replays in ((512, 2), (511, 0)):
-        monkeypatch.setattr(step_graph, "MOST_INDEXED", most)
-        engine = make_engine(model, 1, kernels=kernels_for(model), device=DEVICE, new_graph=Again)
-        run(engine, [Ask(PROMPT[:3], 3), Ask(PROMPT[:3], 3)])
-        graphs = engine.runner.decode_path
-        assert isinstance(graphs, StepGraphs)
-        assert sum(step._graph.num_replays for step in graphs._steps.values()) == num_replays  # type: ignore[attr-defined]
-
-
-def test_float64_is_torchs(attention_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", torch.float64, layers=3).to(DEVICE)
-    with pytest.raises(ConfigError, match=r"take no heads of 16 numbers in torch\.float64"):
-        kernels_for(model)
-    kernels = kernels_for(tiny_model("llama", torch.float32, layers=3))
-    monkeypatch.setattr(attention_kernel, "attend_rows", lambda *_, **__: pytest.fail("by Triton"))
-    for name in ("add_norm", "rotate_store", "gate"):
-        monkeypatch.setattr(kernels.rows._kernel, name, lambda *_, **__: pytest.fail("by Triton"))
-    asks = ASKS[:2]
-    assert run(make_engine(model, 1, kernels=kernels, device=DEVICE), asks) == run(
-        make_engine(model, 1, device=DEVICE), asks
-    )
-
-
 @pytest.mark.parametrize("stage", list(Stage))
 def test_prefill_computes_by_them_too(stage: Stage) -> None:
     model = tiny_model("llama", torch.float32, layers=3).to(DEVICE)
@@ -157,22 +113,6 @@ def test_prefill_computes_by_them_too(stage: Stage) -> None:
         for other in (Stage.PREFILL, Stage.DECODE)
     )
     assert run_handed_off(prefill, decode, asks) == run(make_engine(model, 1, device=DEVICE), asks)
-
-
-def test_rows_that_follow_others_need_no_mask_where_there_is_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It's torch's to say which kernel that is. On a CPU it makes the mask itself."""
-    model = tiny_model("gemma3_text", torch.float64, layers=6)  # in all but two layers, of which one is skipped
-    wanted = run(make_engine(model, 1, max_step_tokens=40), [Ask(PROMPT[:100], 6)])
-    shapes = []
-
-    def spied(*shape: int, last_rows: Any = attention._last_rows) -> torch.Tensor:
-        shapes.append(shape)
-        return last_rows(*shape)
-
-    monkeypatch.setattr(attention, "_may_be_flash", lambda _: True)
-    monkeypatch.setattr(attention, "_last_rows", spied)
-    assert run(make_engine(model, 1, max_step_tokens=40), [Ask(PROMPT[:100], 6)]) == wanted
-    assert shapes == [(40, 80), (20, 100)]  # the second and third chunk, in the one kept layer that sees all
 
 
 @pytest.mark.parametrize(("module", "function"), [("paged_attention", "attend_rows"), ("gpu_rows", "gate")])
@@ -204,13 +144,6 @@ def test_they_are_tried_before_they_serve(module: str, function: str, monkeypatc
         kernels_for(model)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_a_reason() -> None:
-    """As torch's builds with and without CUDA call it."""
-    with pytest.raises(ConfigError, match=r"Triton's kernels can't be run: .*(CUDA|NVIDIA driver)"):
-        find_gpu_kernels(describe(tiny_model("llama").config), torch.float32, torch.float32, torch.device("cuda"))
-
-
 @pytest.mark.parametrize("module", ["paged_attention", "gpu_rows"])
 def test_without_triton_there_are_none(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, f"shoal.backends.gpu.{module}", None)
@@ -221,25 +154,6 @@ def test_without_triton_there_are_none(module: str, monkeypatch: pytest.MonkeyPa
 class TestWhoComputes:
     SERVED: Any = SimpleNamespace(spec="a spec", dtype=torch.bfloat16, kv_dtype=torch.float16)
     GPU = torch.device("cuda:0")
-
-    def test_on_a_gpu_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = []
-
-        def find(*given: Any) -> str:
-            asked.append(given)
-            return "Triton's"
-
-        monkeypatch.setattr(build, "find_gpu_kernels", find)
-        for kernels in ("auto", "native"):
-            limits = StageConfig(kernels=kernels)  # type: ignore[arg-type]
-            assert choose_kernels(limits, self.SERVED, self.GPU) is None
-            assert choose_gpu_kernels(limits, self.SERVED, self.GPU) == "Triton's"
-        assert asked == [("a spec", torch.bfloat16, torch.float16, self.GPU)] * 2
-
-    def test_elsewhere_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(build, "find_gpu_kernels", lambda *_: pytest.fail("asked"))
-        assert choose_gpu_kernels(StageConfig(kernels="torch"), self.SERVED, self.GPU) is None
-        assert choose_gpu_kernels(StageConfig(), self.SERVED, torch.device("cpu")) is None
 
     def test_where_they_cannot_be_had_torch_or_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def find(*_: Any) -> Any:

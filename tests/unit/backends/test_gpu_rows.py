@@ -85,12 +85,6 @@ def test_gated(kernels: Any, dtype: torch.dtype, size: int, is_gelu: bool) -> No
     assert_rounded_once(kernels.gate(gate_up, is_gelu=is_gelu), exact)
 
 
-def test_what_they_do_not_take(kernels: Any) -> None:
-    row = torch.zeros(3)
-    assert kernels.takes(row, row.half(), row.bfloat16())
-    assert not kernels.takes(row, row.double()) and not kernels.takes(row, row.clone().requires_grad_())
-
-
 def test_all_compile_for_gpus_that_are_not_here(kernels: Any, tmp_path: Path) -> None:
     """As far as their machine code; attention's products of 16 bits go to the tensor cores."""
     tests = Path(__file__).parents[2] / "support"

@@ -14,7 +14,7 @@ from shoal.errors import InternalError
 from shoal.model.int8 import BLOCK, Int8Matrix, rounded_inputs
 
 HALF_BFLOAT16 = 2.0**-8
-SHAPES = [(1, 1), (16, 64), (17, 63), (15, 65), (50, 96), (1072, 576), (130, 1537), (96, 192)]
+SHAPES = [(1, 1), (17, 63), (15, 65), (1072, 576), (130, 1537)]
 
 
 @pytest.fixture(params=[1, 2])
@@ -55,7 +55,7 @@ def assert_exact(out: torch.Tensor, inputs: torch.Tensor, weight: Int8Matrix, bi
     assert bool((error <= bound + HALF_BFLOAT16 * (expected.abs() + bound)).all())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 8, 13, 14, 15, 33, 64, 65, 150])
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 15, 65, 150])
 @pytest.mark.parametrize(("outputs", "size"), SHAPES)
 def test_sizes(kernels: NativeKernels, num_threads: int, rows: int, outputs: int, size: int) -> None:
     inputs, weight, bias = operands(rows, outputs, size)
@@ -66,7 +66,7 @@ def test_sizes(kernels: NativeKernels, num_threads: int, rows: int, outputs: int
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 20, 65])
+@pytest.mark.parametrize("rows", [1, 20, 65])
 @pytest.mark.parametrize(("gated", "size"), [(32, 64), (96, 100), (1536, 576)])
 def test_gates_are_those_of_the_products(
     kernels: NativeKernels, num_threads: int, is_gelu: bool, rows: int, gated: int, size: int
@@ -119,7 +119,7 @@ def test_what_is_zero_or_nearly(kernels: NativeKernels) -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 63, 64, 99])
+@pytest.mark.parametrize("place", [0, 99])
 def test_what_is_not_finite_stays_so(kernels: NativeKernels, broken: float, place: int) -> None:
     inputs, weight, _ = operands(5, 33, 100)
     others = product(kernels, inputs, weight)

@@ -63,7 +63,7 @@ def test_prompt_attention(
     torch.testing.assert_close(out.double(), exact_attention(queries, pool[slots], seen, 0.3), **CLOSE)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("rise", [-0.5, 0.01, 0.5, 40.0])
 def test_scores_that_rise_from_key_to_key(kernels: NativeKernels, rise: float, head_dim: int) -> None:
     """By less than is worth a new scale, and by more; or they only fall."""
@@ -88,7 +88,7 @@ def test_prompt_attention_rounds_to_neither_side(kernels: NativeKernels) -> None
     assert abs((out.double() / expected - 1).mean().item()) < 2e-4
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("size", [4, 100])  # with large ones, later scores are often too large for their row's scale
 @pytest.mark.parametrize("window", [None, 70])
 def test_a_rows_attention_is_the_same_whichever_rows_are_beside_it(
@@ -217,9 +217,8 @@ def test_gate(kernels: NativeKernels, rows: int, is_gelu: bool) -> None:
     torch.testing.assert_close(kernels.gate(both, is_gelu=is_gelu).double(), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 16, 17, 31, 32, 33, 48, 49, 100])
-@pytest.mark.parametrize("is_gelu", [True, False])
-@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 12, 13, 17, 33, 49, 100])
+@pytest.mark.parametrize(("is_gelu", "has_bias"), [(True, False), (False, True)])
 def test_gated_linear_is_the_gate_of_linear(kernels: NativeKernels, rows: int, is_gelu: bool, has_bias: bool) -> None:
     size, num_gated = 96, 224
     weight, inputs = random(2 * num_gated, size), random(rows, size) / 4
@@ -265,7 +264,7 @@ def test_rotate_and_store(kernels: NativeKernels, rows: int) -> None:
     assert torch.equal(pool[others], untouched[others])
 
 
-@pytest.mark.parametrize("rows", [1, 50, 65, 100, 511])
+@pytest.mark.parametrize("rows", [1, 65, 511])
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(3, 64), (1, 128), (2, 256), (2, 32), (1, 96)])
 @pytest.mark.parametrize("is_listed", [True, False])
 def test_projected_heads_are_those_of_one_kernel_after_the_other(
@@ -300,15 +299,14 @@ def test_shapes_that_they_cannot_take(kernels: NativeKernels) -> None:
             kernels.project(inputs, panels, None, pools, angles, None)
 
 
-@pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 25, 32, 33, 40, 47, 48, 49, 64, 65, 100, 511])
-@pytest.mark.parametrize(("outputs", "size"), [(32, 32), (1, 32), (1024 + 97, 576), (48, 96)])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int, has_bias: bool) -> None:
-    inputs, weight = random(rows, size), random(outputs, size)
-    bias = random(outputs) if has_bias else None
-    expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
-    found = kernels.linear(inputs, PackedMatrix.of(weight).values, outputs, bias)
-    torch.testing.assert_close(found.double(), expected, **CLOSE)
+@pytest.mark.parametrize("rows", [1, 2, 8, 12, 13, 16, 17, 32, 33, 49, 65, 511])
+@pytest.mark.parametrize(("outputs", "size"), [(1, 32), (1024 + 97, 576), (48, 96)])
+def test_linear(kernels: NativeKernels, rows: int, outputs: int, size: int) -> None:
+    inputs, weight, bias = random(rows, size), random(outputs, size), random(outputs)
+    panels, expected = PackedMatrix.of(weight).values, F.linear(inputs.double(), weight.double())
+    torch.testing.assert_close(kernels.linear(inputs, panels, outputs, None).double(), expected, **CLOSE)
+    found = kernels.linear(inputs, panels, outputs, bias)
+    torch.testing.assert_close(found.double(), expected + bias.double(), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -360,9 +358,8 @@ def test_gates_of_many_rows(kernels: NativeKernels, rows: int, gated: int, size:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 12, 13, 31, 40, 200])
-@pytest.mark.parametrize("outputs", [32, 112, 97])
-@pytest.mark.parametrize("size", [96, 160])
+@pytest.mark.parametrize("rows", [1, 12, 13, 40, 200])
+@pytest.mark.parametrize(("outputs", "size"), [(32, 96), (112, 160), (97, 160)])
 def test_products_write_their_own_rows_and_read_no_more(
     kernels: NativeKernels, rows: int, outputs: int, size: int
 ) -> None:
@@ -405,12 +402,6 @@ def test_a_row_that_is_not_finite_is_its_own(kernels: NativeKernels, rows: int) 
     assert torch.equal(found[2:], expected[2:])
 
 
-@pytest.mark.parametrize("rows", [1, 9, 300])
-def test_add(kernels: NativeKernels, rows: int) -> None:
-    hidden, added = random(rows, 96), random(rows, 96) * 3
-    assert torch.equal(kernels.add(hidden, added), hidden + added)
-
-
 def test_torch_finds_the_tiles_as_it_left_them(kernels: NativeKernels) -> None:
     """Its products set shapes of their own, and remember what they have set."""
     inputs, weight = random(200, 40), random(72, 40)
@@ -421,13 +412,3 @@ def test_torch_finds_the_tiles_as_it_left_them(kernels: NativeKernels) -> None:
         assert torch.equal(F.linear(inputs, weight), expected)
         kernels.linear(random(20, 64), PackedMatrix.of(random(64, 64)).values, 64, None)
         assert torch.equal(F.linear(inputs, weight), expected)
-
-
-def test_asking_for_tiles_switches_none_on(kernels: NativeKernels) -> None:
-    had = kernels.has_tiles
-    try:
-        assert not kernels.use_tiles(False)
-        assert not kernels.has_tiles
-        assert not kernels.has_tiles
-    finally:
-        assert kernels.use_tiles(had) == had

@@ -101,11 +101,6 @@ def test_what_they_cannot_do_is_said(changes: dict[str, Any], dtype: torch.dtype
         check_native(spec, dtype, dtype, torch.device(device))
 
 
-def test_a_softcap_is_torchs() -> None:
-    with pytest.raises(ConfigError, match="softcap"):
-        check_native(describe(tiny_model("gemma2", head_dim=64).config), torch.bfloat16, torch.bfloat16, CPU)
-
-
 @pytest.mark.parametrize(("dtype", "is_native"), [("bfloat16", True), ("float32", False)])
 def test_what_is_chosen(kernels: NativeKernels, dtype: Any, is_native: bool) -> None:
     served = Served.of(ShoalConfig(model=ModelConfig(dtype=dtype)))
@@ -134,17 +129,6 @@ class TestWithoutNativeBfloat16:
     def test_it_is_float32_where_torch_is_to_compute_in_a_pool(self, kernels: NativeKernels, stage: str) -> None:
         assert Served.of(load_config(**{stage: {"kernels": "torch"}})).dtype is torch.float32
 
-    @pytest.mark.parametrize(("device", "dtype"), [("auto", torch.bfloat16), ("cpu", torch.float32)])
-    def test_a_pool_on_gpus_may_leave_all_to_torch(
-        self, kernels: NativeKernels, device: str, dtype: torch.dtype
-    ) -> None:
-        prefill = {"kernels": "torch", "num_gpus": 1, "device": device}
-        assert Served.of(load_config(prefill=prefill)).dtype is dtype
-
-    def test_it_is_float32_where_there_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(build, "load_kernels", no_kernels)
-        assert Served.of(load_config()).dtype is torch.float32
-
     @pytest.mark.parametrize("demanded", [{"kernels": "native"}, {"weights": "int8"}])
     def test_who_cannot_do_without_them_is_told_why_there_are_none(
         self, monkeypatch: pytest.MonkeyPatch, demanded: dict[str, Any]
@@ -156,13 +140,6 @@ class TestWithoutNativeBfloat16:
         with pytest.raises(ConfigError, match="no C\\+\\+ compiler is at hand"):
             choose(config.decode, Served.of(config), CPU)
 
-    def test_it_is_float32_where_kv_is(self, kernels: NativeKernels) -> None:
-        """They take no other K/V than theirs."""
-        assert Served.of(load_config(model={"kv_dtype": "float32"})).dtype is torch.float32
-
     def test_it_is_float32_for_a_model_that_they_cannot_run(self, kernels: NativeKernels, tmp_path: Path) -> None:
         save_tiny(tmp_path)  # whose heads are smaller than any that they take
         assert Served.of(load_config(model={"name": str(tmp_path)})).dtype is torch.float32
-
-    def test_what_is_asked_for_is_what_it_is(self) -> None:
-        assert Served.of(load_config(model={"dtype": "bfloat16"})).dtype is torch.bfloat16

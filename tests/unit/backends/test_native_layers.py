@@ -36,17 +36,6 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return compile_one(tmp_path_factory.getbasetemp().parent / "kernels")
 
 
-def test_norms_in_float32_are_one_by_one(kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(kernel_model("gemma3_text", torch.bfloat16), 2, kernels=kernels)
-    assert engine.runner.decode_path is None
-    layers, asked = engine.runner.decoder._run_layers, []
-    assert layers is not None
-    monkeypatch.setattr(engine.runner.decoder, "_run_layers", lambda *arguments: asked.append(layers(*arguments)))
-    run(engine, [Ask(PROMPT, num_tokens=3)])
-    assert asked
-    assert set(asked) == {None}
-
-
 def all_logits(engine: Engine, asks: list[Ask], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Of every step that samples."""
     found, run_step = [], engine.runner.run

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
-import numpy as np
 import pytest
 import torch
 from engines import CPU, Ask, make_engine, payload_of, run_choices
 from models import TINY_FAMILIES, save_tiny, tiny_model
-from pretended_gpu import Event, OnGpu, Stream, pretended_gpu
-from structlog.testing import capture_logs
+from pretended_gpu import OnGpu, pretended_gpu
 
 from shoal.backends.gpu.step_graph import StepGraphs
 from shoal.config import load_config
-from shoal.decode import sink as sinks
 from shoal.decode.sink import PoolSink
 from shoal.engine import build
 from shoal.engine.build import Served, build_engine, choose_device, load_parameters
@@ -29,9 +26,6 @@ from shoal.engine.engine import Engine
 from shoal.engine.tables import Reuse
 from shoal.errors import ConfigError
 from shoal.handoff.base import crc32c
-from shoal.model.kv_pool import on_host
-from shoal.model.plan import Anchors
-from shoal.telemetry.logs import FIELDS
 from shoal.wire.handoff_messages import Chunk, WireMode
 from shoal.wire.messages import Depth, SamplingParams, Stage
 
@@ -91,56 +85,6 @@ def test_an_engine_says_what_a_cpus_says(family: str, graphs: Any) -> None:
     assert found == expected
 
 
-def test_deep_layers_apart() -> None:
-    model = tiny_model("llama", torch.float32, layers=4)
-
-    def answers(device: torch.device) -> Any:
-        return run_choices(make_engine(model, SKIPPED, anchors=Anchors(4), device=device, new_graph=Again), ASKS)
-
-    found, expected = on_both(answers)
-    assert found == expected
-
-
-def test_a_step_is_over_when_the_gpu_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one of which nothing is read: how long it took says how many rows the next may have."""
-    waited: list[Stream] = []
-    wait = Stream.synchronize
-    monkeypatch.setattr(Stream, "synchronize", lambda stream: waited.append(stream) or wait(stream))
-    with pretended_gpu() as device:
-        engine = make_engine(tiny_model("llama", torch.float32, layers=4), SKIPPED, max_step_tokens=ROWS, device=device)
-        engine.submit_generate("0", tuple(PROMPT), Depth.FULL, GREEDY)
-        steps = [(engine.step().num_rows, len(waited)) for _ in range(2)]  # of three that the prompt takes
-    assert steps == [(ROWS, 1), (ROWS, 2)]
-
-
-def test_so_is_one_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[Stream] = []
-    monkeypatch.setattr(Stream, "synchronize", lambda stream: waited.append(stream))  # noqa: PLW0108 - a method
-    with pretended_gpu() as device:
-        engine = make_engine(tiny_model("llama", torch.float32, layers=4), SKIPPED, max_step_tokens=ROWS, device=device)
-        engine.told_of_progress(lambda: engine.desertion.leave("0"))
-        engine.submit_generate("0", tuple(PROMPT), Depth.FULL, GREEDY)
-        output = engine.step()
-    assert output.num_rows == 0 and not output.failures and len(waited) == 1
-
-
-def test_prompt_logprobs() -> None:
-    model = tiny_model("llama", torch.float32, layers=4)
-
-    def scores(device: torch.device) -> list[float]:
-        engine = make_engine(model, SKIPPED, max_step_tokens=ROWS, device=device)
-        engine.submit_generate("0", tuple(PROMPT), Depth.FULL, replace(GREEDY, num_prompt_logprobs=2))
-        told = []
-        while not (output := engine.step()).is_idle:
-            assert not output.failures
-            told += [scored for event in output.prompts for scored in event.scores]
-        return [scored.logprob for scored in told]
-
-    found, expected = on_both(scores)
-    assert len(found) == len(PROMPT) - 1
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("family", "wire_mode"), [("llama", WireMode.KV), ("gemma3_text", WireMode.KV), ("llama", WireMode.HIDDEN)]
 )
@@ -165,23 +109,6 @@ async def test_a_hand_off_between_gpus(family: str, wire_mode: WireMode, monkeyp
     with pretended_gpu() as device:
         found = await answer(device)
     assert found == await answer(CPU)
-
-
-@pytest.mark.parametrize(("most_bytes", "are_waited_for"), [(1 << 20, False), (0, True)])
-async def test_what_is_not_in_its_blocks_yet_is_bounded(
-    most_bytes: int, are_waited_for: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sinks, "_UNWRITTEN_BYTES", most_bytes)
-    monkeypatch.setattr(Event, "waited", [])
-    model = tiny_model("llama", torch.float32, layers=4)
-    with pretended_gpu() as device:
-        decode = make_engine(model, SKIPPED, device=device)
-        sink, blocks = reserved(decode, monkeypatch)
-        prefill = make_engine(model, SKIPPED, stage=Stage.PREFILL, max_step_tokens=ROWS, device=device)
-        chunks = [chunk async for chunk in shipped(prefill, WireMode.KV)]
-        for chunk in chunks:
-            await sink.write(blocks, chunk, lambda: True)
-    assert len(Event.waited) == len(chunks) * are_waited_for
 
 
 def reserved(decode: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[PoolSink, tuple[int, ...]]:
@@ -263,57 +190,3 @@ def test_where_gpus_are_set_aside_and_torch_finds_none_the_replica_does_not_comp
         choose_device(load_config(prefill={"num_gpus": num_gpus}).prefill)
     told = load_config(prefill={"num_gpus": num_gpus, "device": "cpu"}).prefill
     assert choose_device(told) == choose_device(load_config().prefill) == CPU
-
-
-@pytest.mark.parametrize(("num_gpus", "num_warnings"), [(1, 0), (2, 1)])
-def test_gpus_that_would_idle_are_told(num_gpus: int, num_warnings: int) -> None:
-    with pretended_gpu() as device, capture_logs() as logs:
-        assert choose_device(load_config(decode={"num_gpus": num_gpus}).decode) == device
-    assert [line["num_gpus"] for line in logs if "idle" in line["event"]] == [num_gpus] * num_warnings
-    assert {name for line in logs for name in line} - {"log_level"} <= FIELDS
-
-
-def test_a_pool_that_no_gpu_holds_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny(tmp_path)
-    config = load_config(model={"name": str(tmp_path)})
-    served = Served.of(config)
-    monkeypatch.setattr(build, "KvPool", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    for stage in Stage:
-        with pytest.raises(ConfigError, match=f"CUDA out of memory: lower {stage}.num_blocks"):
-            build_engine(config, stage, served, load_parameters(served, stage, CPU), device=CPU)
-
-
-def test_another_streams_tensors_are_not_used_before_that_is_said() -> None:
-    with pretended_gpu() as device:
-        own = Stream()
-        with torch.cuda.stream(own):  # type: ignore[arg-type]
-            theirs = torch.ones(3).to(device, non_blocking=True)
-        with pytest.raises(RuntimeError, match="of another stream's tensor"):
-            theirs + 1
-        theirs.record_stream(torch.cuda.current_stream())
-        assert (theirs + 1).tolist() == [1, 1, 1]
-        own.synchronize()
-        assert (theirs + 1).tolist() == [2, 2, 2]
-
-
-def test_what_a_gpu_refuses() -> None:
-    with pretended_gpu() as device:
-        ours = torch.ones(3, device=device)
-        for refused in (lambda: ours + torch.ones(3), lambda: torch.ones(3)[ours.long()], lambda: ours.index_copy_(
-            0, torch.arange(3), ours
-        )):  # fmt: skip
-            with pytest.raises(RuntimeError, match="with the host's"):
-                refused()
-        with pytest.raises(TypeError, match="copy it to the host"):
-            ours.numpy()
-
-
-def test_nothing_is_on_the_host_before_somebody_waits() -> None:
-    with pretended_gpu() as device:
-        ours = torch.ones(3, device=device)
-        copied = torch.empty(3, pin_memory=True)
-        copied.copy_(ours, non_blocking=True)
-        assert copied.tolist() == [0, 0, 0]
-        torch.cuda.current_stream(device).synchronize()
-        assert copied.tolist() == [1, 1, 1]
-        assert on_host(ours).tolist() == [1, 1, 1]

@@ -86,16 +86,6 @@ def test_in_however_many_parts(kernel: Any, num_processors: int, monkeypatch: py
     assert (case.mixed(kernel) - case.exactly()).abs().max() < MOST_OFF[torch.float32]
 
 
-def test_parts_keep_all_processors_busy_and_none_is_short(kernel: Any) -> None:
-    assert kernel._num_parts(8, 2048, 132) == 8  # an eighth of a long context each
-    assert kernel._num_parts(32 * 8, 2048, 132) == 3
-    assert kernel._num_parts(64 * 8, 2048, 132) == 2
-    assert kernel._num_parts(1024, 2048, 132) == 1
-    assert kernel._num_parts(1024, 131_072, 132) == 32  # a single long one would else be read by a few
-    assert kernel._num_parts(1, 131_072, 132) == kernel._MOST_PARTS
-    assert kernel._num_parts(1, 255, 132) == 1
-
-
 def test_contexts_in_one_run_are_read_without_an_index(kernel: Any) -> None:
     case = Case(6, 2, 64, torch.float32)
     run = torch.full((7 + len(LENGTHS) * LONGEST, *case.kv.shape[1:]), float("nan"), device=DEVICE)
@@ -110,12 +100,3 @@ def test_contexts_in_one_run_are_read_without_an_index(kernel: Any) -> None:
 def test_kv_of_another_dtype_are_multiplied_in_that_of_queries(kernel: Any) -> None:
     case = Case(6, 2, 64, torch.float32, kv_dtype=torch.float16)
     assert (case.mixed(kernel) - case.exactly()).abs().max() < MOST_OFF[torch.float32]
-
-
-def test_what_it_does_not_take(kernel: Any) -> None:
-    half = torch.zeros(1, 2, 64, dtype=torch.float16)
-    kv = half.view(1, 2, 1, 64)
-    assert kernel.takes(half, kv) and kernel.takes(half.float(), kv)
-    assert not kernel.takes(half.double(), kv) and not kernel.takes(half, kv.double())
-    assert not kernel.takes(half.new_zeros(1, 2, 257), half.new_zeros(1, 2, 1, 257))
-    assert not kernel.takes(half.mT.contiguous().mT, kv)

@@ -121,13 +121,6 @@ def test_nothing_but_minus_infinity_beside_what_is_banned_is_refused(
             sample(logits, [SampleRow(params, 0, 0, 0, (0,))], chooser)
 
 
-def test_infinity_is_refused(kernels: NativeKernels) -> None:
-    logits = random_logits(1, 100)
-    logits[0, 7] = math.inf
-    with pytest.raises(InternalError):
-        sample(logits, [SampleRow(GREEDY, 0, 0, 0)], NativeChooser(kernels))
-
-
 def test_a_row_is_drawn_alike_alone_and_in_any_batch(kernels: NativeKernels) -> None:
     logits = random_logits(len(OPTIONS), 3001)
     rows = [SampleRow(params, 1, 5 * i, i) for i, params in enumerate(OPTIONS)]

@@ -10,7 +10,6 @@ from engines import torch_threads
 
 from shoal.backends.cpu.kernels import NativeKernels
 from shoal.backends.cpu.native_steps import MAX_SHORTLIST_ROWS
-from shoal.errors import InternalError
 from shoal.model.int8 import LARGEST
 from shoal.model.packed import PANEL, PackedMatrix
 from shoal.model.shortlist import Shortlist
@@ -50,7 +49,7 @@ def assert_the_largest_is_exact(kernels: NativeKernels, settled: torch.Tensor, e
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("rows", [1, 2, 5, 13, 64])
+@pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize(("num_outputs", "size"), [(1, 32), (31, 96), (1072, 576), (5000, 64), (2050, 1536)])
 def test_it_is_the_weights_own(
     kernels: NativeKernels, num_threads: int, rows: int, num_outputs: int, size: int
@@ -87,8 +86,8 @@ def test_the_bounds_hold(kernels: NativeKernels, num_outputs: int, size: int, sc
         assert bool((off <= bound + ROUNDED * (made.abs() + bound)).all())
 
 
-@pytest.mark.parametrize("of_inputs", [0, 40, -50, -74, -76, -80, -95])
-@pytest.mark.parametrize("of_weights", [0, 40, -50, -70, -74, -76, -80])
+@pytest.mark.parametrize("of_inputs", [0, 40, -76, -95])
+@pytest.mark.parametrize("of_weights", [0, 40, -74, -80])
 def test_where_int8_is_wrong_the_weights_decide(kernels: NativeKernels, of_weights: int, of_inputs: int) -> None:
     """Outputs that differ by what int8 rounds away, each in a panel of its own; of whatever size, also such that their
     squares are nothing."""
@@ -132,14 +131,6 @@ def test_equals_by_rounding_that_int8_rounds_apart(kernels: NativeKernels) -> No
     assert_the_largest_is_exact(kernels, settled, exact)
 
 
-def test_all_the_same_but_for_a_little(kernels: NativeKernels) -> None:
-    weight = (random(1, 576).float() + 1e-3 * random(3000, 576, seed=2).float()).bfloat16()
-    inputs = random(5, 576, seed=1)
-    by_int8, settled, exact = outputs_of(kernels, weight, inputs)
-    assert kernels.argmax(by_int8)[0].tolist() != kernels.argmax(exact)[0].tolist()
-    assert_the_largest_is_exact(kernels, settled, exact)
-
-
 def test_little_is_made_anew(kernels: NativeKernels) -> None:
     weight, inputs = random(8000, 576), random(1, 576, seed=1)
     weight[4321] = inputs[0]
@@ -175,20 +166,9 @@ def test_sums_that_overflow_on_their_way_are_seen(kernels: NativeKernels) -> Non
     assert not all(are_finite)
 
 
-def test_of_nothing_the_first(kernels: NativeKernels) -> None:
-    for weight, inputs in ((random(100, 64), torch.zeros(2, 64)), (torch.zeros(100, 64), random(2, 64))):
-        _, settled, exact = outputs_of(kernels, weight.bfloat16(), inputs.bfloat16())
-        assert torch.equal(settled, exact) and kernels.argmax(settled)[0].tolist() == [0, 0]
-
-
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_there_is_none_of_weights_that_are_not_finite(broken: float) -> None:
     weight = random(70, 64)
     assert Shortlist.of(PackedMatrix.of(weight)) is not None
     weight[69, 63] = broken
     assert Shortlist.of(PackedMatrix.of(weight)) is None
-
-
-def test_a_size_that_is_not_packed_is_refused(kernels: NativeKernels) -> None:
-    with pytest.raises(InternalError, match="shoal_settle"):
-        kernels.settle(random(1, 48), random(2, 24, 32, 2), torch.ones(64), random(1, 64))

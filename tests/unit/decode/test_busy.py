@@ -121,32 +121,6 @@ async def test_what_a_busy_prefill_has_not_begun_an_idle_decode_computes(model: 
         assert not any(sample.value for sample in told.samples)
 
 
-async def test_while_decode_has_an_answer_to_go_on_with_a_prompt_waits_for_prefill(model: Any, folder: Path) -> None:
-    async with opened(folder) as local:
-        answer = local.decode.worker.generate(request(PROMPT, max_tokens=100))
-        await anext(answer)
-        decides = local.decode.worker._ways
-        decides._config = decides._config.model_copy(update={"busy_after_s": 0.01})
-        may_go_on, looked, is_better_here = threading.Event(), asyncio.Event(), decides.is_better_here
-
-        def look(waited_s: float) -> bool:
-            better = is_better_here(waited_s)
-            looked.set()
-            return better
-
-        decides.is_better_here = look  # type: ignore[method-assign]
-        hold_up(local, "commands", may_go_on)
-        asked = asyncio.create_task(collect(local, request(PROMPT[::-1])))
-        try:
-            await asyncio.wait_for(looked.wait(), 10)
-            assert not asked.done()
-        finally:
-            may_go_on.set()
-        assert ids(await asked) == pop_generate(model, PROMPT[::-1], 4, SKIPPED).token_ids
-        await answer.aclose()
-        assert ways(local) == {"handed_off": 2}
-
-
 async def test_a_prompt_of_which_something_has_come_is_prefills(model: Any, folder: Path) -> None:
     """However slowly the rest comes."""
     async with opened(folder) as local:

@@ -16,7 +16,7 @@ from reference import pop_generate
 from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import load_config
 from shoal.decode.sink import PoolSink
-from shoal.errors import ConfigError, InternalError
+from shoal.errors import ConfigError
 from shoal.handoff.base import crc32c
 from shoal.model.kv_layout import stage_layout
 from shoal.model.kv_pool import KvPool
@@ -88,19 +88,6 @@ async def test_where_nothing_is_projected_there_are_no_states(opened: Opened, se
     assert report.hidden_bytes == 0 and report.shallow_bytes > 0
 
 
-async def test_what_prefill_found_serves_both_modes(opened: Opened, model: Any):
-    longer = (*PROMPT[:30], *range(40, 70))
-    for wire_mode in ("kv", "hidden"):
-        async with opened(wire_mode, prefill={"reuse": "exact"}) as local:
-            await ask(local)
-            tokens, _ = await ask(local, longer)
-            assert tokens == pop_generate(model, longer, 5, SKIPPED).token_ids
-            value = local.prefill.registry.get_sample_value
-            assert value("shoal_prefill_tokens_total", {"source": "cached"}) == 28
-            assert value("shoal_prefix_cache_hits_total") == 28
-            assert value("shoal_prefix_cache_queries_total") == len(PROMPT) - 1 + len(longer) - 1
-
-
 def test_a_state_must_fit_a_frame(opened: Opened, tmp_path: Path):
     save_tiny(tmp_path, dtype=torch.float32, layers=LAYERS, hidden=320)  # of a token 1,280 bytes; its K/V are 256
 
@@ -146,10 +133,3 @@ async def test_states_land_as_what_they_project_to_at_their_positions():
     finally:
         torch.set_num_threads(before)
         sink.close()
-
-
-async def test_states_where_nothing_is_projected_are_a_defect():
-    _, sink = sink_of()
-    with pytest.raises(InternalError, match="nothing is projected"):
-        await sink.write([0], hidden_chunk(torch.zeros(1, 4), 0), lambda: True)
-    sink.close()

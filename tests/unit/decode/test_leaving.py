@@ -25,8 +25,6 @@ from shoal.wire.messages import Depth, GenerateRequest, RequestContext, Sampling
 WITHIN_S = 2.0
 PROMPT = tuple(range(5, 69))
 
-Enter = Callable[[LocalShoal], Awaitable[None]]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -272,16 +270,4 @@ async def test_what_would_be_too_late_is_refused_at_once(folder: Path, monkeypat
                 refused = [one for one in ended if isinstance(one, Overloaded)]
                 assert all(one is None or isinstance(one, Overloaded | DeadlineExceeded) for one in ended)
         assert all(0 < (one.retry_after_s or 0) <= 0.2 and "too much is asked" in one.message for one in refused)
-        await until(lambda: nothing_is_held(local))
-
-
-async def test_a_full_queue_says_how_long_it_takes(folder: Path):
-    async with opened(folder, decode={"num_blocks": 1024, "max_sequences": 1, "max_queued": 16}) as local:
-        done: list[BaseException | None] = []
-        while sum(one is None for one in done) < 20:
-            asked = [asyncio.create_task(read(local, request(max_tokens=4))) for _ in range(18)]
-            done += await asyncio.gather(*asked, return_exceptions=True)
-        told = [one.retry_after_s for one in done if isinstance(one, Overloaded)]
-        assert told[0] is None and told[-1] is not None and told[-1] > 0
-        assert all(one is None or isinstance(one, Overloaded) for one in done)
         await until(lambda: nothing_is_held(local))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from shoal.decode.neighbours import VARIABLE, Neighbours
+from shoal.decode.neighbours import Neighbours
 
 
 @pytest.fixture
@@ -54,37 +51,3 @@ sys.stdin.read()
         finally:
             other.kill()
     assert not three[0].are_on_their_way(False)
-
-
-def test_they_find_one_another_by_what_their_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert Neighbours.of_this_process() is None
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "file"))
-    first, second = Neighbours.of_this_process(), Neighbours.of_this_process()
-    assert first is not None and second is not None
-    assert first.are_on_their_way(True) and second.are_on_their_way(False)
-    first.close()
-    second.close()
-
-
-def test_one_that_finds_no_file_does_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "gone" / "file"))
-    assert Neighbours.of_this_process() is None
-    assert "won't know of one another" in caplog.text
-
-
-def test_without_a_lock_to_have_a_replica_goes_by_itself(
-    three: list[Neighbours], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_arguments: Any) -> Any:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "fcntl", refuse)
-        assert three[0].are_on_their_way(True) and not three[0].are_on_their_way(False)
-        assert three[0].are_on_their_way(True)
-    assert not three[1].are_on_their_way(False)
-    assert three[0].are_on_their_way(True)  # and tells it as soon as it can
-    assert three[1].are_on_their_way(False)

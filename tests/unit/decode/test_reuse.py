@@ -14,9 +14,7 @@ from reference import pop_generate
 
 from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import ShoalConfig, load_config
-from shoal.decode.tempo import Tempo
 from shoal.engine.engine import Engine
-from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.wire.messages import Depth, GenerateRequest, HandoffReport, RequestContext, SamplingParams
 
 SKIPPED, BLOCK = 3, 4
@@ -81,12 +79,6 @@ async def test_only_what_is_missing_is_shipped(local: LocalShoal, model: Any):
     assert report.shallow_bytes == first.shallow_bytes // 21 * (len(other) - 1 - 20)
 
 
-async def test_another_tenant_has_its_own_shipped(local: LocalShoal):
-    await ask(local, PROMPT)
-    _, report = await ask(local, PROMPT, tenant="b")
-    assert report.transferred and report.num_cached_tokens == 0
-
-
 @pytest.mark.parametrize("local", [("exact", "none")], indirect=True)
 async def test_what_prefill_had_counts_as_cached(local: LocalShoal, model: Any):
     await ask(local, PROMPT)
@@ -94,18 +86,6 @@ async def test_what_prefill_had_counts_as_cached(local: LocalShoal, model: Any):
     tokens, report = await ask(local, other)
     assert tokens == pop_generate(model, other, 5, SKIPPED).token_ids
     assert report.transferred and report.num_cached_tokens == 56
-
-
-@pytest.mark.parametrize("local", [("exact", "none"), ("none", "exact")], indirect=True)
-async def test_how_long_prompts_take_is_learned_of_what_was_computed_alone(
-    local: LocalShoal, monkeypatch: pytest.MonkeyPatch
-):
-    """Admission is told, before the first token, how much either pool had of the prompt."""
-    learned = []
-    monkeypatch.setattr(Tempo, "began", lambda _, first_s, num_prompt_tokens: learned.append(num_prompt_tokens))
-    reports = [(await ask(local, PROMPT))[1] for _ in range(2)]
-    assert reports[1].num_cached_tokens > 40
-    assert learned == [len(PROMPT), len(PROMPT) - reports[1].num_cached_tokens]
 
 
 def spoil(engine: Engine) -> None:
@@ -123,31 +103,3 @@ async def test_a_prompt_is_answered_though_what_prefill_had_of_it_were_no_number
     assert tokens == expected and (report.transferred, report.fallback) == (False, "internal_error")
     tokens, report = await ask(local, PROMPT)
     assert tokens == expected and report.transferred and report.num_cached_tokens == 0
-
-
-async def test_what_prefill_computed_for_another_meanwhile_counts_as_cached(
-    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Both are claimed before the first of them is computed."""
-    first, second = (*PROMPT, *range(5)), (*PROMPT[:58], *range(70, 90))
-    schedule, together = Scheduler.schedule, list[object]()
-
-    def schedule_both(scheduler: Scheduler) -> StepPlan:
-        shipping = [one for one in scheduler.running if not one.sampled]
-        if len(shipping) == 1 and not together:
-            return StepPlan((), ())
-        together.extend(shipping)
-        return schedule(scheduler)
-
-    async with open_local(config_of(folder, ("exact", "none"), max_step_tokens=len(first) - 1)) as local:
-        monkeypatch.setattr(Scheduler, "schedule", schedule_both)
-        answers = await asyncio.gather(ask(local, first), ask(local, second))
-        for prompt, (tokens, _) in zip((first, second), answers, strict=True):
-            assert tokens == pop_generate(model, prompt, 5, SKIPPED).token_ids
-        assert [report.num_cached_tokens for _, report in answers] == [0, 56]
-        registry = local.prefill.registry
-        counted = {
-            source: registry.get_sample_value("shoal_prefill_tokens_total", {"source": source})
-            for source in ("computed", "cached")
-        }
-        assert counted == {"computed": len(first) - 1 + len(second) - 1 - 56, "cached": 56}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise, repeat
 
 import pytest
 import torch
 from engines import native_kernels
 
 from shoal.backends.cpu.copying import Copier
-from shoal.decode import sink as sinks
 from shoal.decode.sink import PoolSink
 from shoal.handoff.base import crc32c
 from shoal.model.kv_layout import stage_layout
@@ -106,70 +103,8 @@ async def test_what_no_thread_was_there_for_is_never_copied(sink: PoolSink, monk
     assert kv[BLOCK + 2 : 2 * BLOCK].all() and not kv[2 * BLOCK :].any()
 
 
-async def test_private_memory_is_used_again(sink: PoolSink) -> None:
-    for num_tokens in (5, 3, 5, 2):
-        payload = torch.zeros(num_tokens, 4).numpy().tobytes()
-        chunk = Chunk(b"", 0, 2, 2 + num_tokens, 2, 3, crc32c(payload), payload, wire_mode=WireMode.HIDDEN)
-        assert await sink.write([2, 0], chunk, repeat(True).__next__) == chunk.crc32c
-        assert len(sink._private) == 5 * 4 * 4
-
-
 async def test_blocks_that_are_not_there_are_an_error(sink: PoolSink) -> None:
     chunk, _ = kv_chunk()
     with pytest.raises(IndexError):
         await sink.write([2, 3], chunk, lambda: True)
     assert not any(layer.any() for layer in sink._pool.layers)
-
-
-@pytest.fixture
-def asked(sink: PoolSink, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What the sink's thread was asked for."""
-    calls: list[object] = []
-    submit = sink._copy_thread.submit
-    monkeypatch.setattr(sink._copy_thread, "submit", lambda *call: (calls.append(call), submit(*call))[1])
-    return calls
-
-
-async def test_kv_are_copied_without_a_thread_where_the_kernel_does(sink: PoolSink, asked: list[object]) -> None:
-    chunk, _ = kv_chunk()
-    assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
-    assert bool(asked) == (sink._copier._kernels is None)
-
-
-async def test_large_kv_and_states_are_the_threads(
-    sink: PoolSink, asked: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chunk, _ = kv_chunk()
-    monkeypatch.setattr(sinks, "_AT_ONCE_BYTES", chunk.num_bytes - 1)
-    assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
-    assert len(asked) == 1
-    states = torch.randn(5, 4).numpy().tobytes()
-    chunk = Chunk(b"", 0, 2, 7, 2, 3, crc32c(states), states, wire_mode=WireMode.HIDDEN)
-    assert await sink.write([2, 0], chunk, lambda: True) == chunk.crc32c
-    assert len(asked) == 2
-
-
-@pytest.mark.parametrize(("row_bytes", "has_kernel"), [(64, True), (32, False), (96, False), (768, True)])
-def test_the_kernel_takes_rows_of_whole_lines(row_bytes: int, has_kernel: bool) -> None:
-    assert Copier(native_kernels()).has_kernel_for(row_bytes) == has_kernel
-    assert not Copier().has_kernel_for(row_bytes)
-
-
-async def test_between_two_copies_the_event_loop_does_what_else_there_is(
-    sink: PoolSink, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    happened: list[str] = []
-    copy = sink._copy
-    monkeypatch.setattr(sink, "_copy", lambda *what: (happened.append("copy"), copy(*what))[1])
-    chunk, _ = kv_chunk()
-    copies = [asyncio.ensure_future(sink.write([2, 0], chunk, lambda: True)) for _ in range(3)]
-
-    async def others() -> None:
-        while not all(one.done() for one in copies):
-            happened.append("others")
-            await asyncio.sleep(0)
-
-    await asyncio.gather(others(), *copies)
-    assert happened.count("copy") == 3
-    if sink._copier.has_kernel_for(64):  # else the thread copies, one at once after another
-        assert not any(pair == ("copy", "copy") for pair in pairwise(happened))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 from tokenizers import Tokenizer, decoders, models
 
 from shoal.decode.stream import ChoiceStreams, joined
@@ -27,12 +25,6 @@ REPORT = HandoffReport(Depth.SHALLOW, transferred=True)
 
 def logprob(token_id: int) -> TokenLogprob:
     return TokenLogprob(token_id, f"<{token_id}>", -0.5, ())
-
-
-def test_one_output_stays_as_it_is():
-    output = TokenOutput(0, (3,), "a", stages=STAGES, handoff=REPORT)
-    assert list(joined([output])) == [output]
-    assert list(joined([])) == []
 
 
 def test_outputs_of_a_choice_become_one_that_begins_as_the_first_and_ends_as_the_last():
@@ -76,12 +68,3 @@ def test_a_token_s_own_text_keeps_the_space_that_a_text_s_first_one_loses():
     assert (the.text, sea.text) == ("the", " sea")
     assert [one.logprobs[0].token for one in (the, sea)] == [" the", " sea"]
     assert [text for _, text, _ in sea.logprobs[0].top] == [" the", "the", " "]
-
-
-def test_what_was_asked_is_gone_with_its_answer():
-    """Not when memory is next looked through: it holds a prompt."""
-    request = GenerateRequest(RequestContext("a", timeout_s=9.0), "m", (1,), Depth.FULL, SamplingParams(max_tokens=9))
-    streams = ChoiceStreams(request, lambda ids: "a" * len(ids))
-    seen = weakref.ref(streams)
-    del streams
-    assert seen() is None

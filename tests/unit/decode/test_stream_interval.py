@@ -13,7 +13,6 @@ from reference import pop_generate
 
 from shoal.cluster.local import LocalShoal, open_local
 from shoal.config import load_config
-from shoal.engine.client import Inbox
 from shoal.wire.messages import (  # fmt: skip
     Depth,
     FinishReason,
@@ -99,24 +98,6 @@ async def test_whatever_is_asked_of_it(config: Any, sampling: dict[str, Any]):
     assert len(together) < len(by_steps)
     for choice in range(sampling.get("num_choices", 1)):
         assert of_choice(together, choice) == of_choice(by_steps, choice)
-
-
-@pytest.mark.parametrize(("stream_interval", "most"), [(1, [1, 1, 1]), (4, [1, 12, 12])])
-async def test_outputs_are_joined_only_where_that_is_asked_for_and_never_with_the_first(
-    config: Any, monkeypatch: pytest.MonkeyPatch, stream_interval: int, most: list[int]
-):
-    """However many are there: a busy event loop must not change what the outputs of an answer are."""
-    asked: list[int] = []
-    next_some = Inbox.next_some
-
-    async def remember(inbox: Inbox, number: int) -> Any:
-        asked.append(number)
-        return await next_some(inbox, number)
-
-    monkeypatch.setattr(Inbox, "next_some", remember)
-    async with open_local(config(stream_interval)) as local:
-        await ask(local, num_choices=3, temperature=1.0, seed=7)
-    assert asked[:3] == most
 
 
 async def test_a_stop_string_ends_it_where_it_would_by_steps(config: Any):

@@ -7,11 +7,6 @@ import pytest
 from shoal.decode.tempo import Tempo
 
 
-def test_what_was_not_seen_takes_no_time():
-    tempo = Tempo()
-    assert tempo.now_s(100) == tempo.alone_s(100, 100) == 0 and tempo.usual_tokens is None and not tempo.knows_best
-
-
 def test_it_is_as_fast_as_of_late_and_remembers_the_best():
     tempo = Tempo()
     tempo.began(0.2, 10)
@@ -34,13 +29,6 @@ def test_what_was_best_fades_if_it_never_comes_again():
     assert tempo.alone_s(0, 10) == pytest.approx(1.0)
 
 
-def test_a_few_tokens_say_little_and_are_never_the_best():
-    tempo = Tempo()
-    tempo.went_on(1.6, 16)
-    tempo.went_on(0.0, 1)
-    assert tempo.further_s(10) == pytest.approx(1.0, rel=0.05) and tempo.alone_s(0, 10) == pytest.approx(1.0)
-
-
 def test_a_first_token_that_never_came_took_longer_than_that():
     tempo = Tempo()
     tempo.waited(3.0)
@@ -61,9 +49,3 @@ def test_the_usual_length_is_that_of_most_tokens_and_not_of_most_answers():
     for _ in range(100):
         tempo.ended(7)
     assert tempo.usual_tokens == 7
-
-
-def test_where_no_answer_has_a_token_that_is_what_is_usual():
-    tempo = Tempo()
-    tempo.ended(0)
-    assert tempo.usual_tokens == 0

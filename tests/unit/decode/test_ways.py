@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 
 from shoal.config import HandoffConfig
-from shoal.decode.ways import LOOK_S, Ways
+from shoal.decode.ways import Ways
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.telemetry.labels import PromptWay
 from shoal.wire.messages import Depth, GenerateRequest, RequestContext, SamplingParams
@@ -63,9 +62,3 @@ def test_only_who_has_nothing_to_do_takes_what_prefill_is_too_busy_for() -> None
         second.begin()
     assert ways.is_better_here(1.0)
     assert not Ways(POP, HANDOFF).is_better_here(3600.0)
-
-
-def test_who_waits_looks_when_the_time_has_come_and_then_now_and_then() -> None:
-    ways = Ways(POP, HandoffConfig(busy_after_s=3.0))
-    assert [ways.look_s(waited_s) for waited_s in (0.0, 1.0, 2.9, 3.0, 60.0)] == [3.0, 2.0, LOOK_S, LOOK_S, LOOK_S]
-    assert Ways(POP, HANDOFF).look_s(5.0) == math.inf

@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import structlog
 import torch
 from models import save_tiny
 from reference import full_generate, pop_generate, speed_generate
@@ -22,7 +20,6 @@ from shoal.config import load_config
 from shoal.decode import worker
 from shoal.decode.prefill_pool import PrefillPool
 from shoal.decode.sink import PoolSink
-from shoal.engine.engine import Engine
 from shoal.engine.runner import Runner
 from shoal.errors import (
     DeadlineExceeded,
@@ -108,20 +105,6 @@ def ids(outputs: list[TokenOutput], choice: int = 0) -> tuple[int, ...]:
 PROMPT = [5, 17, 40, 3, 88, 22, 9, 61, 30, 12, 77, 45, 6, 19, 52, 33, 71, 28, 90, 14, 66, 8, 41, 25]
 
 
-async def test_both_engines_are_told_how_long_the_request_may_take(opened: Any, monkeypatch: pytest.MonkeyPatch):
-    told: list[float] = []
-
-    def remember(self: Engine, timeout_s: float) -> float:
-        told.append(timeout_s)
-        return 0.0
-
-    async with opened() as local:
-        monkeypatch.setattr(Engine, "_due_s", remember)
-        await collect(local, request(PROMPT, timeout_s=7.0))
-    of_decode, of_prefill = told
-    assert 5.0 < of_prefill < of_decode <= 7.0
-
-
 async def test_a_shallow_prompt_goes_through_both_stages(opened: Any, model: Any):
     async with opened() as local:
         outputs = await collect(local, request(PROMPT))
@@ -163,34 +146,6 @@ async def test_an_answer_by_a_speed_plan_holds_fewer_bytes(opened: Any):
             held[plan] = registry.get_sample_value("shoal_kv_choice_bytes_sum")
     block_layer_bytes = 4 * 2 * 2 * 16 * 4
     assert held == {"pop": 9 * 6 * block_layer_bytes, "speed": (9 + 3) * 3 * block_layer_bytes}
-
-
-async def test_a_speed_plan_is_warned_of(opened: Any):
-    for plan, is_warned in (("speed", True), ("pop", False)):
-        with structlog.testing.capture_logs() as logs:
-            async with opened(model={"skip_layers": SKIPPED, "dtype": "float32", "plan": plan}):
-                pass
-        assert any("checkpoints tuned for it" in log["event"] for log in logs) == is_warned
-
-
-async def test_prompts_with_few_shallow_tokens_stay_at_decode(opened: Any):
-    model = {"skip_layers": SKIPPED, "dtype": "float32", "plan": "speed", "anchors": 20}
-    async with opened(model=model, handoff={"min_tokens": 8}) as local:
-        outputs = await collect(local, request(PROMPT))
-        assert outputs[0].handoff is not None and not outputs[0].handoff.transferred
-        assert outputs[0].handoff.depth is Depth.SHALLOW and outputs[0].handoff.fallback is None
-
-
-async def test_more_boundary_tokens_are_decode_s(opened: Any, model: Any):
-    plan = {"skip_layers": SKIPPED, "dtype": "float32", "boundary_tokens": 6}
-    async with opened(model=plan) as local:
-        outputs = await collect(local, request(PROMPT))
-        assert outputs[0].handoff is not None and outputs[0].handoff.transferred
-        short = await collect(local, request(PROMPT[:6]))
-        assert short[0].handoff is not None and not short[0].handoff.transferred
-        assert short[0].handoff.depth is Depth.FULL
-    assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED, num_boundary=6).token_ids
-    assert ids(short) == full_generate(model, PROMPT[:6], 10).token_ids
 
 
 async def test_full_depth_and_one_token_prompts_are_prefilled_by_decode(opened: Any, model: Any):
@@ -298,40 +253,6 @@ async def test_where_the_last_prefill_replica_has_gone_nobody_waits_for_the_next
     assert ids(outputs) == pop_generate(model, PROMPT, 10, SKIPPED).token_ids
 
 
-async def test_who_waits_for_a_prompt_that_is_claimed_looks_at_nobody(opened: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(worker, "LOOK_S", 0.01)
-    looked, sends, may_send, send = list[bool](), asyncio.Event(), asyncio.Event(), PromptClaim.send
-    chances: asyncio.Queue[None] = asyncio.Queue()
-    ends = worker._ends
-
-    async def tell(either: Any, within_s: float) -> bool:
-        chances.put_nowait(None)
-        return await ends(either, within_s)
-
-    async def send_late(claim: PromptClaim, *values: Any) -> None:
-        sends.set()
-        await may_send.wait()
-        await send(claim, *values)
-
-    monkeypatch.setattr(PromptClaim, "send", send_late)
-    async with opened() as local:
-        pool = local.decode.worker.prefill
-        living = pool.living
-        whole = asyncio.ensure_future(collect(local, request(PROMPT)))
-        await asyncio.wait_for(sends.wait(), 10)
-
-        async def look(*, now: bool = False) -> frozenset[str]:
-            looked.append(now)
-            return await living(now=now)
-
-        monkeypatch.setattr(pool, "living", look)
-        monkeypatch.setattr(worker, "_ends", tell)
-        for _ in range(3):
-            await asyncio.wait_for(chances.get(), 10)
-        may_send.set()
-        assert ids(await whole) and not looked and not fallbacks(local)
-
-
 FAILURES = [LeaseLost("gone"), Overloaded("full"), PeerGone("died"), PlanMismatch("other"), "prefill_queue_timeout"]
 
 
@@ -391,32 +312,6 @@ def bytes_of(rows: KvRows) -> bytes:
     return b"".join(layer[rows.at].tobytes() for layer in rows.layers)
 
 
-async def test_who_looks_for_why_a_hand_off_failed_finds_it_in_both_logs(opened: Any, monkeypatch: pytest.MonkeyPatch):
-    async def connect() -> Any:
-        raise PeerGone("nobody is there")
-
-    async with opened() as local:
-        monkeypatch.setattr(local.decode.server, "connect", connect)
-        with structlog.testing.capture_logs() as logs:
-            await collect(local, request(PROMPT))
-        local.decode.worker.prefill = ScriptedPool(local.decode.worker.prefill, PeerGone("it died"))
-        with structlog.testing.capture_logs() as later:
-            await collect(local, request(PROMPT))
-        local.decode.worker._told = SimpleNamespace(take=lambda: False)
-        local.decode.worker.prefill = ScriptedPool(local.decode.worker.prefill, PeerGone("it died, too"))
-        with structlog.testing.capture_logs() as much_later:
-            await collect(local, request(PROMPT))
-    prefill, decode = (log for log in logs if log["log_level"] == "warning")
-    assert (prefill["event"], prefill["peer"], prefill["reason"]) == ("a hand-off failed", "memory", "peer_gone")
-    assert str(prefill["exc_info"]) == "nobody is there"
-    assert (decode["event"], decode["rung"]) == ("the hand-off takes another way", "local")
-    assert (decode["reason"], decode["exc_info"]) == ("peer_gone", None)
-    other = later[0]
-    assert (other["rung"], other["replica_id"], str(other["exc_info"])) == ("other_replica", "a", "it died")
-    # Of very many, each has its line, and no traceback.
-    assert (much_later[0]["rung"], much_later[0]["exc_info"]) == ("other_replica", None)
-
-
 async def test_a_prefill_replica_that_hangs_is_asked_for_no_prompt(opened: Any, model: Any):
     async with opened() as local:
         local.decode.worker.prefill = pool = ScriptedPool(local.decode.worker.prefill, "cancelled", "cancelled")
@@ -426,7 +321,7 @@ async def test_a_prefill_replica_that_hangs_is_asked_for_no_prompt(opened: Any, 
     assert [grant.excluded for grant in pool.grants] == [frozenset("a"), frozenset("ab")]
 
 
-@pytest.mark.parametrize("failure", FAILURES, ids=str)
+@pytest.mark.parametrize("failure", [FAILURES[0], FAILURES[-1]], ids=str)
 async def test_without_another_replica_decode_prefills_at_the_same_depth(
     opened: Any, model: Any, failure: ShoalError | str
 ):
@@ -588,7 +483,7 @@ async def test_leases_give_up_their_blocks_one_at_a_time(opened: Any, model: Any
         assert fallbacks(local) == {("local", "out_of_blocks"): 3 - leaves}
 
 
-@pytest.mark.parametrize("num_turns", range(8))
+@pytest.mark.parametrize("num_turns", [0, 1, 3, 7])
 async def test_whoever_leaves_while_its_lease_gives_up_its_blocks_keeps_no_other_from_it(opened: Any, num_turns: int):
     """At whichever moment it leaves."""
     async with opened() as local:
@@ -612,25 +507,6 @@ async def test_the_deadline_ends_a_request_that_waits_for_prefill(opened: Any):
         assert pool.has_asked.is_set()
 
 
-@pytest.mark.parametrize("num_outputs", [0, 1, 3])
-async def test_leaving_after_some_outputs_frees_everything(opened: Any, num_outputs: int):
-    async with opened() as local:
-        outputs = local.decode.worker.generate(request(PROMPT, max_tokens=100))
-        for _ in range(num_outputs):
-            await anext(outputs)
-        await outputs.aclose()
-
-
-async def test_leaving_while_prefill_works_frees_both_stages(opened: Any):
-    async with opened(prefill={"max_step_tokens": 1}) as local:
-        task = asyncio.create_task(collect(local, request(PROMPT * 8, max_tokens=4)))
-        while not local.decode.desk.table.counts.get("streaming"):
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-
 async def test_what_never_fits_is_refused_and_a_full_queue_says_so(opened: Any):
     async with opened(decode={"max_queued": 2, "max_sequences": 1}) as local:
         with pytest.raises(InvalidRequest, match="KV"):
@@ -642,15 +518,6 @@ async def test_what_never_fits_is_refused_and_a_full_queue_says_so(opened: Any):
         assert all(isinstance(answer, list | Overloaded) for answer in answers)
 
 
-async def test_a_stop_string_ends_one_choice_and_the_engine_stops_working_on_it(opened: Any):
-    async with opened() as local:
-        free = "".join(output.text for output in await collect(local, request(PROMPT, max_tokens=30)))
-        stop = free[5:7]
-        outputs = await collect(local, request(PROMPT, max_tokens=30, stop=(stop,)))
-    assert "".join(output.text for output in outputs) == free[: free.index(stop)]
-    assert outputs[-1].finish_reason is FinishReason.STOP and outputs[-1].stop_reason == stop
-
-
 async def test_min_tokens_holds_back_the_end_token(opened: Any, model: Any):
     eos = model.config.eos_token_id
     async with opened() as local:
@@ -658,7 +525,7 @@ async def test_min_tokens_holds_back_the_end_token(opened: Any, model: Any):
         answers = await asyncio.gather(*(collect(local, one) for one in hot))
         ended = [(one, ids(outputs)) for one, outputs in zip(hot, answers, strict=True) if ids(outputs)[-1] == eos]
         assert ended, "no answer ended by itself: nothing is tested"
-        for one, tokens in ended:
+        for one, tokens in ended[:3]:
             longer = replace(one, sampling=replace(one.sampling, min_tokens=len(tokens) + 1))
             again = ids(await collect(local, longer))
             assert len(again) > len(tokens) and eos not in again[: len(tokens)]

@@ -62,41 +62,6 @@ def test_so_much_is_taken_as_is_to_be_ahead_and_of_all_layers_alike():
     assert not any(layer.any() for layer in pool.layers)
 
 
-def test_more_is_taken_once_more_is_used_and_never_what_is_not_there():
-    pool, allocator = make_pool(), BlockAllocator(NUM_BLOCKS)
-    ahead = Ahead(pool, allocator, num_bytes=6 * MIB)
-    take_all(ahead)
-    used = allocator.allocate(64)  # 4 MiB of each layer
-    assert not ahead.is_far_enough
-    take_all(ahead)
-    assert [resident(layer) for layer in pool.layers] == [6 * MIB] * 3
-    allocator.release(used)
-    allocator.allocate(64)  # the same ones
-    assert ahead.is_far_enough
-    allocator.allocate(NUM_BLOCKS - 64)
-    take_all(ahead)
-    assert [resident(layer) for layer in pool.layers] == [16 * MIB] * 3
-    ahead.take()
-    assert ahead.is_far_enough
-
-
-def test_of_states_that_are_larger_as_large_a_part_is_taken():
-    pool = make_pool(state_dim=2048)  # 32 MiB, so a fourth of all is 20
-    ahead = Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=20 * MIB)
-    take_all(ahead)
-    assert [resident(layer) for layer in pool.layers] == [4 * MIB] * 3
-    assert resident(pool.states) == 8 * MIB
-
-
-def test_where_a_layer_ends_within_a_page_all_of_it_is_taken():
-    pool = make_pool(255, state_dim=701)
-    assert pool.states.nbytes % mmap.PAGESIZE
-    ahead = Ahead(pool, BlockAllocator(255), num_bytes=1 << 40)
-    take_all(ahead)
-    ahead.take()
-    assert all(held.nbytes <= resident(held) < held.nbytes + mmap.PAGESIZE for held in (*pool.layers, pool.states))
-
-
 def test_what_is_written_stays():
     pool = make_pool()
     for layer in pool.layers:
@@ -104,23 +69,3 @@ def test_what_is_written_stays():
     take_all(Ahead(pool, BlockAllocator(NUM_BLOCKS), num_bytes=1 << 40))
     for layer in pool.layers:
         assert (layer[5:9] == 7).all() and not layer[:5].any() and not layer[9:].any()
-
-
-def test_what_cannot_be_had_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch):
-    asked: list[int] = []
-
-    def refuse(address: int, _num_bytes: int, _advice: int) -> int:
-        asked.append(address)
-        return -1
-
-    monkeypatch.setattr(ahead_module, "_madvise", lambda: refuse)
-    pool = make_pool()
-    ahead = Ahead(pool, BlockAllocator(NUM_BLOCKS))
-    assert take_all(ahead) == len(asked) == 1
-    assert asked == [pool.layers[0].data_ptr()]
-
-
-def test_of_memory_that_is_not_the_host_s_nothing_is_taken(monkeypatch: pytest.MonkeyPatch):
-    pool = make_pool()
-    monkeypatch.setattr(pool, "host_rows", lambda: None)
-    assert Ahead(pool, BlockAllocator(NUM_BLOCKS)).is_far_enough

@@ -18,29 +18,12 @@ def test_taking_more_than_is_free_takes_nothing():
     assert allocator.num_free == 1
 
 
-def test_a_shared_block_is_free_only_after_its_last_holder_let_go():
-    allocator = BlockAllocator(1)
-    blocks = allocator.allocate(1)
-    allocator.share(blocks)
-    allocator.release(blocks)
-    assert allocator.num_free == 0
-    allocator.release(blocks)
-    assert allocator.num_free == 1
-
-
 def test_releasing_or_sharing_a_free_block_is_a_defect():
     allocator = BlockAllocator(2)
     with pytest.raises(InternalError, match="released twice"):
         allocator.release([0])
     with pytest.raises(InternalError, match="can't be shared"):
         allocator.share([0])
-
-
-def test_the_lowest_free_blocks_go_first_so_that_runs_stay_contiguous():
-    allocator = BlockAllocator(8)
-    first = allocator.allocate(4)
-    allocator.release(first)
-    assert allocator.allocate(3) == [0, 1, 2]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "share", "drop"]), st.integers(0, 7)), max_size=60))
@@ -90,21 +73,3 @@ def test_what_reserved_tables_hold_is_counted_as_if_they_were_looked_through(com
         holds = Counter(block for table in reserved for block in table)
         assert allocator.num_reserved == len(holds)
         assert allocator.num_only_reserved == sum(num == allocator.count(block) for block, num in holds.items())
-
-
-def test_to_end_a_reservation_that_there_is_not_is_a_defect():
-    allocator = BlockAllocator(2)
-    with pytest.raises(InternalError, match="isn't reserved"):
-        allocator.unreserve(allocator.allocate(1))
-
-
-def test_it_is_known_how_far_blocks_were_ever_used():
-    allocator = BlockAllocator(8)
-    assert allocator.num_ever_used == 0
-    first, second = allocator.allocate(3), allocator.allocate(2)
-    assert allocator.num_ever_used == 5
-    allocator.release([*first, *second])
-    allocator.allocate(4)
-    assert allocator.num_ever_used == 5
-    allocator.allocate(4)
-    assert allocator.num_ever_used == 8

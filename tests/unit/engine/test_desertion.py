@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import kernel_model, make_engine, native_kernels
+from engines import make_engine
 from models import tiny_llama
 
 from shoal.engine.client import EngineClient
 from shoal.engine.engine import Engine
-from shoal.engine.events import StepOutput
 from shoal.engine.tables import Reuse
 from shoal.wire.messages import Depth, SamplingParams, Stage
 
@@ -108,13 +107,6 @@ def test_what_prefill_computes_for_nobody_ends_too(model: Any, at_layer: int) ->
     assert engine.counts().num_free_blocks == engine.counts().num_blocks
 
 
-def test_layers_of_shoals_own_kernels_end_as_well() -> None:
-    engine = make_engine(kernel_model("llama", torch.bfloat16), 0, kernels=native_kernels())
-    begun = leaving(engine, "left")
-    submit(engine, "left", PROMPT)
-    assert run(engine) == {} and len(begun) == 2
-
-
 def test_a_step_that_only_goes_on_is_run_to_its_end(model: Any) -> None:
     """A graph may be captured by it, which others' steps are to run."""
     engine = make_engine(model, 0)
@@ -146,41 +138,4 @@ async def test_whoever_leaves_an_engine_lets_go_of_its_step(model: Any) -> None:
         counts = await client.call(Engine.counts)
         assert counts.num_free_blocks == counts.num_blocks and count == [1]
     finally:
-        client.close()
-
-
-async def test_what_a_request_held_is_told_though_the_next_one_is_left_at_once(model: Any) -> None:
-    """Then nothing runs, and as many blocks are taken as before."""
-    engine = make_engine(model, 0)
-    told, computes, may_go_on = asyncio.Event(), threading.Event(), threading.Event()
-    attention = engine.runner.decoder._attention
-
-    def slowed(*arguments: Any) -> Any:
-        if any(choice.output for choice in engine._sequences.get("first", {}).values()):
-            computes.set()
-            assert may_go_on.wait(10)
-        return attention(*arguments)
-
-    def change(engine: Engine) -> None:
-        engine.finish("first")
-        submit(engine, "second", PROMPT)
-        engine.desertion.leave("second")
-
-    def on_step(output: StepOutput) -> None:
-        if output.finished_kv_bytes:
-            told.set()
-
-    engine.runner.decoder._attention = slowed  # type: ignore[method-assign]
-    client = EngineClient(engine, name="test", on_step=on_step)
-    try:
-        with client.open("first"):
-            await client.call(lambda engine: submit(engine, "first", PROMPT))
-            assert await asyncio.to_thread(computes.wait, 10)
-            changing = asyncio.create_task(client.call(change))
-            await asyncio.sleep(0)  # the call is queued now
-            may_go_on.set()
-            await changing
-            await asyncio.wait_for(told.wait(), 10)
-    finally:
-        may_go_on.set()
         client.close()

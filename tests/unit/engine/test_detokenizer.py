@@ -78,17 +78,11 @@ def cut(text: str, stop: Sequence[str], num_exempt: int = 0) -> tuple[str, str |
 
 any_ids = st.lists(st.integers(0, len(BYTE_LEVEL) - 1), max_size=40)
 garbage = st.lists(st.sampled_from([0x80, 0xBF, 0xC3, 0xE4, 0xF0, 0x9F, 0xFF, 0x61, 265, 267, 270]), max_size=40)
-characters = st.text(st.sampled_from("ab é你好👋👨‍👩‍👧\n\ufffd"), max_size=30)
 
 
 @given(any_ids | garbage)
 def test_byte_level_pieces_join_to_the_whole_text(ids: list[int]) -> None:
     assert "".join(pieces(byte_level, ids)) == byte_level(ids)
-
-
-@given(st.text(max_size=30) | characters)
-def test_any_text_in_bytes_comes_out_as_it_was(text: str) -> None:
-    assert "".join(pieces(byte_level, ids_of_bytes(text))) == text
 
 
 @given(st.lists(st.text(st.sampled_from("ab é你👋\n▁"), max_size=4), max_size=12).map("".join))
@@ -107,30 +101,6 @@ def test_whole_characters_are_never_held_back(text: str) -> None:
     assert pieces(byte_level, ids_of_bytes(text)) == [*text, ""]
 
 
-def test_a_character_comes_with_its_last_byte() -> None:
-    assert pieces(byte_level, ids_of_bytes("a👋b")) == ["a", "", "", "", "👋", "b", ""]
-
-
-def test_text_before_an_open_character_is_sent_at_once() -> None:
-    tail_and_a, open_again = BYTE_LEVEL.index("你".encode()[2:] + b"a"), 0xE4
-    assert pieces(byte_level, [*"你".encode()[:2], tail_and_a, open_again]) == ["", "", "你a", "", "\ufffd"]
-
-
-def test_a_character_left_open_at_the_end_shows_as_a_replacement() -> None:
-    assert pieces(byte_level, [0x61, 0xE4, 0xBD]) == ["a", "", "", "\ufffd"]
-
-
-def test_the_end_comes_once() -> None:
-    detokenizer = Detokenizer(byte_level)
-    detokenizer.add(0xE4)
-    assert [detokenizer.flush(), detokenizer.flush()] == ["\ufffd", ""]
-
-
-def test_spaces_between_pieces_stay_and_the_first_goes() -> None:
-    ids = [PIECES.index(piece) for piece in ("▁hello", "▁the", "wor", "ld", "▁", "▁hello")]
-    assert pieces(byte_fallback, ids) == ["hello", " the", "wor", "ld", " ", " hello", ""]
-
-
 def test_endless_garbage_is_sent_and_decoded_in_small_windows() -> None:
     sizes: list[int] = []
 
@@ -142,17 +112,6 @@ def test_endless_garbage_is_sent_and_decoded_in_small_windows() -> None:
     assert "".join(sent) == "\ufffd" * 500
     assert max(sizes) < 20
     assert sum(map(len, sent[:-1])) > 490
-
-
-def test_long_text_is_decoded_in_small_windows() -> None:
-    sizes: list[int] = []
-
-    def decode(ids: Sequence[int]) -> str:
-        sizes.append(len(ids))
-        return byte_level(ids)
-
-    pieces(decode, ids_of_bytes("naïve 你好 👋 " * 40))
-    assert max(sizes) < 20
 
 
 # --- stop strings ---------------------------------------------------------------------------------------------
@@ -194,43 +153,6 @@ def test_what_is_held_back_is_the_longest_beginning_of_a_stop_string(
             break
         held = text[num_sent:position]
         assert held == max((one for one in beginnings if text[:position].endswith(one)), key=len)
-
-
-def test_the_stop_string_that_completes_first_wins() -> None:
-    detokenizer = Detokenizer(byte_level, stop=["abcd", "bc"])
-    assert [detokenizer.add(token_id) for token_id in b"xabcd"] == ["x", "", "", "a", ""]
-    assert detokenizer.stop_reason == "bc"
-
-
-def test_of_two_that_complete_together_the_longer_wins() -> None:
-    detokenizer = Detokenizer(byte_level, stop=["c", "bc"])
-    assert "".join(detokenizer.add(token_id) for token_id in b"abc") == "a"
-    assert detokenizer.stop_reason == "bc"
-
-
-def test_held_back_text_comes_with_the_end() -> None:
-    detokenizer = Detokenizer(byte_level, stop=["END"])
-    assert [detokenizer.add(token_id) for token_id in b"an EN"] == ["a", "n", " ", "", ""]
-    assert detokenizer.flush() == "EN"
-    assert detokenizer.flush() == ""
-    assert detokenizer.stop_reason is None
-
-
-def test_nothing_comes_after_a_stop_string() -> None:
-    detokenizer = Detokenizer(byte_level, stop=["."])
-    assert [detokenizer.add(token_id) for token_id in b"a.b."] == ["a", "", "", ""]
-    assert detokenizer.flush() == ""
-
-
-def test_a_stop_string_in_the_middle_of_a_token_cuts_the_token() -> None:
-    detokenizer = Detokenizer(byte_level, stop=["o w"])
-    hello, world = BYTE_LEVEL.index(b"hello"), BYTE_LEVEL.index(b" world")
-    assert [detokenizer.add(hello), detokenizer.add(world)] == ["hell", ""]
-
-
-@pytest.mark.parametrize("decode", [byte_level, byte_fallback])
-def test_no_tokens_are_no_text(decode: Callable[[Sequence[int]], str]) -> None:
-    assert pieces(decode, []) == [""]
 
 
 def test_special_tokens_are_no_part_of_an_open_character() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,12 +21,11 @@ from engines import (
 )
 from int8 import dequantized
 from models import save_tiny, tiny_model
-from structlog.testing import capture_logs
 
 from shoal.backends.cpu.kernels import NativeKernels
 from shoal.config import load_config
 from shoal.engine import build
-from shoal.engine.build import Served, load_stage, require_int8
+from shoal.engine.build import Served, load_stage
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError
 from shoal.model.int8 import Int8Matrix
@@ -61,32 +58,6 @@ def test_as_near_to_float32_as_torch(kernels: NativeKernels, family: str, max_st
     )
     assert not torch.equal(ours, torchs), "the kernels weren't asked"
     assert divergence(ours, exact) < 2 * divergence(torchs, exact) + 1e-3
-
-
-def test_greedy_answers_are_float32_s_up_to_near_ties(kernels: NativeKernels) -> None:
-    model = kernel_model("llama", torch.bfloat16)
-    wide = dequantized(copy.deepcopy(model).float())
-    held = parameters_of(model, 2).held(Int8Matrix.of)
-    ours = make_engine(model, 2, parameters=held, kernels=kernels, num_blocks=1024)
-    theirs = make_engine(wide, 2, num_blocks=1024)
-    asks = [Ask(PROMPT[: 5 + 9 * index], num_tokens=6, depth=Depth.FULL) for index in range(12)]
-    for ask, answer in zip(asks, run(ours, asks), strict=True):
-        for index, token_id in enumerate(answer):
-            logits = logits_after(theirs, [*ask.prompt, *answer[:index]], Depth.FULL)
-            assert float(logits.max() - logits[token_id]) < 0.25, "no near tie"
-
-
-def test_handed_off_by_a_prefill_in_bfloat16(kernels: NativeKernels) -> None:
-    model = kernel_model("llama", torch.bfloat16)
-    held = parameters_of(model, 2).held(Int8Matrix.of)
-    held_by_prefill = parameters_of(model, 2, Stage.PREFILL)
-    prefill = make_engine(model, 2, stage=Stage.PREFILL, kernels=kernels, parameters=held_by_prefill)
-    decode = make_engine(model, 2, parameters=held, kernels=kernels, num_blocks=1024)
-    asks = [Ask(PROMPT[: 40 + 7 * index], num_tokens=6) for index in range(10)]
-    handed_off, local = run_handed_off(prefill, decode, asks), run(decode, asks)
-    # Kept layers' K/V are of bfloat16 weights here and of int8 there: near ties may fall the other way.
-    same = sum(ours[0] == theirs[0] for ours, theirs in zip(handed_off, local, strict=True))
-    assert same >= len(asks) - 3
 
 
 async def test_a_stage_holds_half_and_pairs_with_a_prefill_that_does_not(
@@ -125,15 +96,6 @@ async def test_where_it_cannot_be_fast_it_is_refused_before_weights_are_read(
         await load_stage(config, stage)
 
 
-async def test_without_a_compiler_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object) -> NativeKernels:
-        raise ConfigError("no C++ compiler is at hand: install g++")
-
-    monkeypatch.setattr(build, "find_kernels", none)
-    with pytest.raises(ConfigError, match=r"decode\.weights is int8.*install g\+\+; set it to auto"):
-        await load_stage(load_config(decode={"weights": "int8"}), Stage.DECODE)
-
-
 @pytest.mark.parametrize("is_tied", [False, True])
 async def test_of_both_pools_a_prompt_is_as_decode_encodes_it_itself(
     kernels: NativeKernels, tmp_path: Path, is_tied: bool
@@ -168,14 +130,3 @@ def _kv_after(engine: Engine, act: Callable[[], object]) -> torch.Tensor:
 
 def _num_tokens(kv: torch.Tensor) -> int:
     return int(kv.any(dim=2).any(dim=0).sum())
-
-
-@pytest.mark.parametrize("stage", Stage)
-def test_where_prompts_would_take_longer_by_it_that_is_said(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
-    monkeypatch.setattr(build, "find_kernels", lambda *_: SimpleNamespace(has_tiles=True))
-    settings: dict[str, Any] = {"model": {"dtype": "bfloat16"}, stage.value: {"weights": "int8"}}
-    config = load_config(**settings)
-    limits = config.prefill if stage is Stage.PREFILL else config.decode
-    with capture_logs() as logs:
-        require_int8(limits, Served.of(config), torch.device("cpu"), stage)
-    assert ["matrix unit" in one["event"] for one in logs] == ([True] if stage is Stage.PREFILL else [])

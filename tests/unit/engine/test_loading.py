@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 from engines import native_kernels
 from models import save_tiny, tiny_model
-from structlog.testing import capture_logs
 
 from shoal.config import StageConfig, load_config
 from shoal.engine import build
@@ -19,28 +16,7 @@ from shoal.engine.ahead import Ahead
 from shoal.engine.build import Served, layout_of, load_stage, num_blocks_for
 from shoal.errors import ConfigError, ModelError
 from shoal.model.packed import PackedMatrix
-from shoal.telemetry.logs import FIELDS
 from shoal.wire.messages import Stage
-
-
-@pytest.mark.parametrize("stage", Stage)
-async def test_a_stage_loads_in_a_thread_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage):
-    save_tiny(tmp_path)
-    threads: list[threading.Thread] = []
-
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any, **options: Any) -> Any:
-            threads.append(threading.current_thread())
-            return function(*args, **options)
-
-        return noted
-
-    for name in ("load_parameters", "build_engine"):
-        monkeypatch.setattr(build, name, watched(getattr(build, name)))
-    loaded = await load_stage(load_config(model={"name": str(tmp_path)}), stage)
-    assert loaded.engine.scheduler.num_tokens_held > 0
-    assert len(set(threads)) == 1 and len(threads) == 2
-    assert threads[0] is not threading.main_thread() and not threads[0].is_alive()
 
 
 def test_no_more_context_is_served_than_the_model_was_trained_for(tmp_path: Path) -> None:
@@ -73,15 +49,6 @@ async def test_what_it_multiplies_is_held_once_as_the_kernels_want_it(
     for (name, ours), (_, theirs) in zip(held.tensors(), multiplied.tensors(), strict=True):
         assert ours is theirs, name
     assert stepped_back == [loaded.niceness] == [build.PREFILL_NICENESS if stage is Stage.PREFILL else 0]
-
-
-async def test_where_a_model_computes_is_logged(tmp_path: Path):
-    save_tiny(tmp_path)
-    with capture_logs() as logs:
-        loaded = await load_stage(load_config(model={"name": str(tmp_path), "dtype": "float32"}), Stage.DECODE)
-    [line] = (line for line in logs if line["event"] == "the model is loaded")
-    assert (line["device"], line["dtype"], line["num_bytes"]) == ("cpu", "torch.float32", loaded.num_bytes)
-    assert line.keys() - {"log_level"} <= FIELDS
 
 
 async def test_what_cannot_be_loaded_says_so():

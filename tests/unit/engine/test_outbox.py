@@ -37,14 +37,6 @@ CANNOT_WAIT = {
 }
 
 
-def test_by_default_each_step_is_told_by_itself():
-    outbox, output = Outbox(), step(token(3))
-    assert outbox.take() == []
-    outbox.put(output)
-    assert outbox.take() == [output]
-    assert outbox.take() == []
-
-
 def test_so_many_steps_are_told_together_in_their_order():
     outbox = Outbox(3)
     outputs = [step(token(index)) for index in range(1, 7)]
@@ -94,16 +86,4 @@ def test_whether_blocks_are_wanted_is_told_at_once():
     outbox.put(content)
     assert outbox.take() == [wanting, content]
     outbox.put(content)
-    assert outbox.take() == []
-
-
-def test_all_can_be_taken_at_any_time():
-    outbox, output = Outbox(9), step(token(2))
-    outbox.put(output)
-    assert outbox.holds_back and outbox.take_all() == [output]
-    assert not outbox.holds_back and outbox.take_all() == []
-    outbox.put(CANNOT_WAIT["a last token"])
-    assert not outbox.holds_back, "that's due"
-    assert outbox.take_all() == [CANNOT_WAIT["a last token"]]
-    outbox.put(output)
     assert outbox.take() == []

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from shoal.engine.pace import Pace
@@ -43,15 +41,3 @@ def test_one_disturbed_step_counts_for_a_third_and_is_forgotten():
     assert 960 <= pace.num_tokens <= 1024
     pace.forget()
     assert pace.num_tokens == 4096
-
-
-def test_without_a_target_it_is_always_the_most():
-    pace = Pace(math.inf, 2048)
-    pace.saw(2048, 100.0)
-    assert pace.num_tokens == 2048
-
-
-def test_a_small_budget_stays_small():
-    pace = Pace(0.5, 32)
-    pace.saw(128, 100.0)
-    assert pace.num_tokens == 32

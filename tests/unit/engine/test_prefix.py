@@ -52,14 +52,6 @@ def test_own_may_stand_for_projected_where_that_is_allowed_never_the_other_way()
     assert cache.match("a", pieces("th", own=0b01)) == []
 
 
-def test_what_follows_a_block_that_stood_for_another_is_found_behind_it():
-    cache = PrefixCache(any_source=True)
-    cache.insert("a", pieces("th", own=OWN), [3])
-    cache.insert("a", pieces("th", "e "), [3, 4])  # a sequence that held block 3, and went on
-    assert cache.match("a", pieces("th", "e ")) == [3, 4]
-    assert PrefixCache().match("a", pieces("th")) == []
-
-
 def test_equal_content_is_kept_once():
     cache = PrefixCache()
     cache.insert("a", pieces("th", "e "), [1, 2])
@@ -80,18 +72,6 @@ def test_the_longest_unused_goes_first_and_ends_before_beginnings():
     allocator.share(again)
     allocator.release(again)
     assert [prefixes.evict() for _ in range(5)] == [[2], [4], [3], [1], [0]]
-    with pytest.raises(LookupError):
-        prefixes.evict()
-
-
-def test_a_held_block_is_not_evicted():
-    allocator = BlockAllocator(3, any_source=False)
-    blocks = allocator.allocate(3)
-    allocator.remember("a", pieces("th", "e ", "se"), blocks)
-    allocator.release(blocks[2:])
-    prefixes = allocator.prefixes
-    assert prefixes is not None
-    assert prefixes.evict() == [2]
     with pytest.raises(LookupError):
         prefixes.evict()
 

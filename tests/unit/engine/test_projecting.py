@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from engines import assert_nothing_held, exact, make_engine, payload_of, prefill_chunks
@@ -18,8 +17,6 @@ from shoal.engine.client import ChunkComputed, EngineClient
 from shoal.engine.engine import Engine
 from shoal.engine.runner import PrefillChunk
 from shoal.errors import InternalError
-from shoal.model.kv_rows import KvRows
-from shoal.model.projection import KvProjection
 from shoal.wire.handoff_messages import WireMode
 from shoal.wire.messages import Stage
 
@@ -73,66 +70,12 @@ def test_layers_are_projected_some_at_a_time_each_prompts_together(model: Any) -
     assert engine.step().is_idle
 
 
-@pytest.mark.parametrize(("num_bytes", "sizes"), [(1, [1] * 4), (2, [2, 2]), (3, [2, 2]), (4, [4]), (9, [4])])
-def test_about_as_many_layers_each_time(model: Any, num_bytes: int, sizes: list[int], monkeypatch: Any) -> None:
-    """``num_bytes``: how many layers' worth."""
-    engine = make_engine(model, 4, stage=Stage.PREFILL)
-    layer_bytes = 7 * engine.runner.pool.layout.token_layer_bytes
-    monkeypatch.setattr(runner, "PROJECTED_BYTES", num_bytes * layer_bytes)
-    assert [len(layers) for layers in engine.runner._at_a_time(7)] == sizes
-    assert [layer for layers in engine.runner._at_a_time(7) for layer in layers] == [2, 3, 4, 5]
-
-
-@pytest.mark.usefixtures("a_layer_at_a_time")
-def test_what_can_not_be_cut_is_projected_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KvProjection, "can_be_cut", False)
-    assert make_engine(model, 4, stage=Stage.PREFILL).runner._at_a_time(7) == [range(2, 6)]
-
-
 @pytest.mark.usefixtures("a_layer_at_a_time")
 def test_in_pieces_the_same_is_shipped(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     [pieces] = prefill_chunks(make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL), list(PROMPT))
     monkeypatch.setattr(runner, "PROJECTED_BYTES", 1 << 30)
     [whole] = prefill_chunks(make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL), list(PROMPT))
     torch.testing.assert_close(pieces.kv, whole.kv, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.usefixtures("a_layer_at_a_time")
-def test_who_is_given_up_between_two_layers_holds_up_nobody(model: Any) -> None:
-    engine = engine_with(model, "a", "b")
-    engine.step()
-    assert told(engine.step().chunks) == [("a", ONE_BY_ONE[0], False)]
-    engine.finish("a")
-    assert [told(engine.step().chunks)[0][0] for _ in ONE_BY_ONE] == ["b"] * len(ONE_BY_ONE)
-    engine.finish("b")
-    assert engine.step().is_idle
-    assert_nothing_held(engine)
-
-
-@pytest.mark.usefixtures("a_layer_at_a_time")
-@pytest.mark.parametrize("names", ["a", "ab"])
-def test_whose_later_layers_fail_has_failed(model: Any, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_with(model, *names)
-    engine.step()
-    engine.step()
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.runner.decoder, "project", broken)
-        output = engine.step()
-    assert [failure.request_id for failure in output.failures] == ["a"] and output.all_failed == (names == "a")
-    assert [told(engine.step().chunks) for _ in ONE_BY_ONE] == [
-        [("b", layers, layers == ONE_BY_ONE[-1])] if "b" in names else [] for layers in ONE_BY_ONE
-    ]
-
-
-def test_what_is_kept_is_not_copied_before_it_leaves(model: Any) -> None:
-    engine = engine_with(model, "a")
-    [kept] = engine.step().chunks
-    held = engine.runner.pool.layers
-    assert isinstance(kept.payload, KvRows) and len(kept.payload.layers) == len(KEPT)
-    for rows, layer in zip(kept.payload.layers, held, strict=False):
-        assert np.shares_memory(rows, layer.numpy())
-    read = engine.runner.pool.read_layers(0, len(KEPT), torch.from_numpy(kept.payload.at))
-    assert torch.equal(payload_of(kept, engine.runner.pool), read)
 
 
 def test_what_waits_to_be_sent_stays_what_it_was(model: Any) -> None:
@@ -176,14 +119,6 @@ def test_who_was_given_up_in_between_is_not_projected_and_holds_up_nobody(
     assert_nothing_held(engine)
 
 
-def test_the_last_one_given_up_leaves_the_engine_idle(model: Any) -> None:
-    engine = engine_with(model, "a")
-    engine.step()
-    engine.finish("a")
-    assert engine.step().is_idle
-    assert_nothing_held(engine)
-
-
 def test_a_projection_that_fails_ends_its_own_prompt_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_with(model, "a", "b")
     engine.step()
@@ -196,23 +131,6 @@ def test_a_projection_that_fails_ends_its_own_prompt_alone(model: Any, monkeypat
     assert told(engine.step().chunks) == [("b", SKIPPED, True)]
     engine.finish("b")
     assert_nothing_held(engine)
-
-
-@pytest.mark.parametrize(("breaks", "told"), [("a", "---"), ("c", "---"), ("abc", "--x"), ("", "---")])
-def test_the_projections_of_one_forward_count_as_one_failed_step_if_all_fail(
-    model: Any, breaks: str, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = engine_with(model, *"abc")
-    engine.step()
-    project = engine.runner.project
-
-    def project_some(item: Any) -> Iterator[PrefillChunk]:
-        if item.sequence.request_id in breaks:
-            raise RuntimeError("secret details")
-        return project(item)
-
-    monkeypatch.setattr(engine.runner, "project", project_some)
-    assert "".join("x" if engine.step().all_failed else "-" for _ in "abc") == told
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -260,17 +178,6 @@ def test_states_need_no_projecting_and_come_with_the_kept_layers(model: Any) -> 
     assert (kept.wire_mode, states.wire_mode) == (WireMode.KV, WireMode.HIDDEN)
     assert states.payload.shape == (len(PROMPT) - 1, engine.runner.decoder.spec.hidden_size)
     assert engine.step().is_idle
-
-
-@pytest.mark.parametrize("num_present", [len(PROMPT) - 1, len(PROMPT) - 2])
-def test_where_decode_has_all_nothing_is_projected(model: Any, num_present: int) -> None:
-    engine = make_engine(model, NUM_SKIPPED, stage=Stage.PREFILL)
-    engine.submit_prefill("a", len(PROMPT))
-    engine.step()
-    engine.start_shipping("a", PROMPT, num_present=num_present)
-    num_left = len(PROMPT) - 1 - num_present
-    assert told(engine.step().chunks) == [("a", KEPT, not num_left)]
-    assert told(engine.step().chunks) == [("a", SKIPPED, True)] * num_left
 
 
 def test_a_chunk_counts_as_sent_once_all_of_it_is(model: Any) -> None:

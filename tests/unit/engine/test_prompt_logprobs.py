@@ -96,12 +96,6 @@ def test_more_rows_than_may_be_logits_at_once_change_nothing(llama: Any, monkeyp
     assert max(shapes) == 7 and sum(shapes) == sum(length - 1 for length in LENGTHS)
 
 
-def test_choices_share_what_is_told_of_their_prompt(llama: Any):
-    [prompt] = prompts((17,))
-    [scores] = scores_of(make_engine(llama, SKIPPED), [prompt], replace(SCORED, num_choices=3))
-    assert_is_log_softmax(llama, prompt, scores)
-
-
 def test_each_request_of_a_step_has_as_many_alternatives_as_it_asked_for(llama: Any):
     counts = (None, 0, 1, 5, 97, 200)
     [prompt] = prompts((9,))
@@ -124,20 +118,6 @@ def test_preempted_midway_each_is_told_once_and_the_same(llama: Any, chunk: int)
     assert engine.counts().num_preemptions > 0
 
 
-def test_a_prompt_that_gives_way_while_it_is_computed_goes_on_where_it_was_told(llama: Any):
-    [prompt] = prompts((24,))
-    engine = make_engine(llama, SKIPPED, max_step_tokens=8)
-    engine.submit_generate("a", prompt, Depth.FULL, SCORED)
-    told = list(engine.step().prompts)
-    scheduler = engine.scheduler
-    victim = scheduler.running.pop()
-    scheduler._back_to_waiting(victim)
-    while not (output := engine.step()).is_idle:
-        told += output.prompts
-    assert [len(event.scores) for event in told] == [8, 8, 7]
-    assert_is_log_softmax(llama, prompt, [token for event in told for token in event.scores])
-
-
 @pytest.mark.parametrize(("num_choices", "num_prompt_logprobs"), [(1, NUM_TOP), (3, NUM_TOP), (1, None)])
 @pytest.mark.parametrize("length", [1, 2, 24])
 def test_with_nothing_to_sample_the_prompt_ends_the_request(
@@ -156,16 +136,6 @@ def test_a_prompt_that_is_shallow_or_comes_from_elsewhere_has_none(llama: Any, d
     engine = make_engine(llama, SKIPPED)
     with pytest.raises(InternalError, match="full depth"):
         engine.submit_generate("a", (3, 4, 5), depth, SCORED, hold=hold)
-
-
-def test_requests_that_ask_for_none_make_no_logits_of_their_prompts(llama: Any, monkeypatch: pytest.MonkeyPatch):
-    def never(*_args: Any) -> Any:
-        raise AssertionError("nobody asked")
-
-    monkeypatch.setattr(runner, "score", never)
-    engine = make_engine(llama, SKIPPED)
-    engine.submit_generate("a", (3, 4, 5), Depth.FULL, SamplingParams(max_tokens=1))
-    assert engine.step().tokens
 
 
 def test_states_that_are_no_numbers_end_their_own_request_alone(llama: Any, monkeypatch: pytest.MonkeyPatch):
@@ -202,9 +172,3 @@ def test_the_impossible_is_minus_infinity_and_no_number_is_broken():
     possible, *broken = score(logits, [1, 1, 1, 1], [1] * 4)
     assert possible == ScoredToken(1, -torch.inf, ((0, 0.0),))
     assert all(one.is_broken for one in broken) and not possible.is_broken
-
-
-def test_bfloat16_is_scored_in_float32():
-    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for row, one in zip(logits.float().log_softmax(dim=-1), score(logits, [7, 8], [1, 1]), strict=True):
-        assert one.logprob == pytest.approx(float(row[one.token_id]), abs=1e-6)

@@ -23,24 +23,6 @@ def planner(*windows: int) -> ReadPlanner:
     return ReadPlanner(LAYOUT, torch.device("cpu"), windows)
 
 
-def test_without_windows_there_is_one_plan_and_a_whole_prompt_needs_no_mask():
-    plan = planner().plan([rows(0, 40)])
-    assert plan.windowed == {} and plan.within(None) is plan
-    (segment,) = plan.prompts
-    assert segment.context == slice(0, 40) and segment.mask is None
-
-
-def test_contexts_up_to_the_window_are_read_as_if_there_were_none():
-    plan = planner(WINDOW).plan([rows(0, WINDOW), rows(6, 7, first_block=4)])
-    assert plan.within(WINDOW) is plan
-
-
-def test_only_windows_shorter_than_the_longest_context_get_a_plan_of_their_own():
-    plan = planner(WINDOW, 64).plan([rows(0, 20)])
-    assert set(plan.windowed) == {WINDOW} and plan.within(64) is plan and plan.within(WINDOW) is not plan
-    assert torch.equal(plan.within(WINDOW).slots, plan.slots)
-
-
 @pytest.mark.parametrize(("start", "end"), [(0, 9), (0, 40), (5, 30), (17, 19), (8, 16), (31, 40)])
 def test_a_prompts_rows_see_exactly_the_window_and_read_less_than_two_windows_at_once(start: int, end: int):
     seen: dict[int, set[int]] = {}
@@ -64,8 +46,3 @@ def test_decoding_rows_read_their_window_alone_and_long_contexts_are_one_group_w
     assert isinstance(long.context, torch.Tensor)
     assert long.context.tolist() == [*range(12, 20), *range(20 + 83, 20 + 91)]
     assert short.rows.tolist() == [2] and short.context == slice(160, 163)
-
-
-def test_a_decoding_row_whose_blocks_lie_in_a_row_reads_a_slice():
-    (group,) = planner(WINDOW).plan([rows(29, 30)]).within(WINDOW).groups
-    assert group.context == slice(22, 30)

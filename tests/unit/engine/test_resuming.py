@@ -12,7 +12,6 @@ from models import tiny_llama
 
 from shoal.engine.engine import Engine
 from shoal.engine.tables import Reuse
-from shoal.errors import InvalidRequest, Overloaded
 from shoal.model.plan import Anchors
 from shoal.wire.messages import Depth, SamplingParams, SentChoice
 
@@ -67,16 +66,6 @@ def test_what_is_first_is_what_this_engine_says_first(model: Any):
     assert first == {0: [4], 1: [0], 2: [7]}
 
 
-def test_where_the_queue_is_full(model: Any):
-    ask = Ask(PROMPT, sampling=GREEDY)
-    [whole] = run_choices(make_engine(model, SKIPPED), [ask])
-    engine = make_engine(model, SKIPPED, max_queued=1)
-    engine.submit_generate("waits", tuple(PROMPT), ask.depth, GREEDY)
-    with pytest.raises(Overloaded):
-        engine.submit_generate("new", tuple(PROMPT), ask.depth, GREEDY)
-    assert resume(engine, ask, sent_of(whole, 4)) == whole
-
-
 @pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("anchors", [None, Anchors(2)], ids=["pop", "speed"])
 @pytest.mark.parametrize("depth", [Depth.SHALLOW, Depth.FULL])
@@ -97,17 +86,6 @@ def test_several_choices_each_from_where_it_was(model: Any, numbers: tuple[int, 
     [whole] = run_choices(engine, [ask])
     assert len({tuple(choice) for choice in whole}) == 3
     assert resume(engine, ask, sent_of(whole, *numbers)) == whole
-
-
-def test_the_prompt_of_several_choices_is_computed_once(model: Any):
-    ask = Ask(PROMPT, sampling=SEEDED)
-    [whole] = run_choices(make_engine(model, SKIPPED), [ask])
-    engine = make_engine(model, SKIPPED)
-    engine.submit_generate("resumed", tuple(PROMPT), ask.depth, SEEDED, sent=sent_of(whole, 9, 9, 9))
-    num_rows = 0
-    while not (output := engine.step()).is_idle:
-        num_rows += output.num_rows
-    assert num_rows == len(PROMPT) + 3 * 9
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["one", "several"])
@@ -133,25 +111,9 @@ def test_it_takes_what_is_remembered(model: Any):
     engine.finish("resumed")
 
 
-def test_it_comes_before_those_of_whom_nothing_was_sent(model: Any):
-    engine = make_engine(model, SKIPPED, max_sequences=1)
-    for name in ("first", "second"):
-        engine.submit_generate(name, tuple(PROMPT), Depth.SHALLOW, GREEDY, timeout_s=60)
-    engine.submit_generate("resumed", tuple(PROMPT), Depth.SHALLOW, GREEDY, timeout_s=60, sent=(SentChoice((1, 2)),))
-    assert [one.request_id for one in engine.scheduler.waiting] == ["resumed", "first", "second"]
-
-
 @pytest.mark.parametrize(("num_sent", "num_in_all"), [(2, 8), (7, 8)])
 def test_an_answer_that_may_be_shortened_ends_where_the_pool_does(model: Any, num_sent: int, num_in_all: int):
     engine = make_engine(model, SKIPPED, num_blocks=5)  # 20 tokens, and the last one needs no room
     ask = Ask(PROMPT, sampling=replace(GREEDY, max_tokens=100, may_shorten=True))
     [whole] = run_choices(engine, [ask])
     assert resume(engine, ask, sent_of(whole, num_sent)) == whole and len(whole[0]) == num_in_all
-
-
-def test_what_another_pool_had_room_for_is_refused_here(model: Any):
-    engine = make_engine(model, SKIPPED, num_blocks=5)
-    sampling = replace(GREEDY, max_tokens=100, may_shorten=True)
-    with pytest.raises(InvalidRequest, match="this pool holds 20"):
-        engine.submit_generate("resumed", tuple(PROMPT), Depth.SHALLOW, sampling, sent=(SentChoice((1,) * 9),))
-    assert_nothing_held(engine)

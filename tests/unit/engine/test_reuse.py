@@ -43,21 +43,6 @@ def test_the_same_prompt_again_is_there_but_for_the_last_block(model: Any):
     assert run(engine, [ask]) == first == [list(pop_generate(model, PROMPT, 8, NUM_SKIPPED).token_ids)]
 
 
-def test_the_last_token_always_runs(model: Any):
-    engine, ask = engine_of(model), Ask(PROMPT[:28])
-    run(engine, [ask])
-    assert num_present(engine, ask) == 24
-
-
-def test_it_is_found_while_the_first_one_still_answers(model: Any):
-    engine = engine_of(model)
-    engine.submit_generate("first", tuple(PROMPT), Depth.SHALLOW, SamplingParams(max_tokens=50, temperature=0.0))
-    engine.step()
-    assert num_present(engine, Ask(PROMPT)) == 28
-    engine.finish("first")
-    assert_nothing_held(engine)
-
-
 @pytest.mark.parametrize("max_step_tokens", [512, 5])
 def test_logits_are_those_of_a_prompt_that_found_nothing(model: Any, max_step_tokens: int):
     engine = engine_of(model, max_step_tokens=max_step_tokens)
@@ -94,20 +79,6 @@ def test_what_came_from_prefill_stays_though_others_have_computed_the_same(model
     [sequence] = engine._sequences["arrived"].values()
     assert sequence.num_present == 0 and sequence.blocks[: len(blocks)] == blocks
     engine.finish("arrived")
-    assert_nothing_held(engine)
-
-
-def test_what_never_came_from_prefill_may_have_been_computed_for_others(model: Any):
-    engine, ask = engine_of(model), Ask(PROMPT)
-    plain = run(engine_of(model, Reuse.NONE), [ask])
-    engine.submit_generate("left", tuple(PROMPT), Depth.SHALLOW, ask.params, hold=True)
-    engine.step()
-    run_beside(engine, ask)
-    engine.start("left")
-    events = []
-    while not (output := engine.step()).is_idle:
-        events += output.tokens
-    assert [[event.token_id for event in events]] == plain and events[0].num_present == 28
     assert_nothing_held(engine)
 
 
@@ -175,12 +146,6 @@ def test_of_an_earlier_answer_the_next_turn_may_keep_the_true_kv(model: Any):
     assert not torch.allclose(ours, plain), "else there would be nothing to tell apart"
 
 
-def test_a_third_turn_finds_the_second(model: Any):
-    engine, prompt, _ = second_turn(model, Reuse.ANY)
-    [answer] = run(engine, [Ask(prompt, num_tokens=10)])
-    assert num_present(engine, Ask([*prompt, *answer, 1, 2])) == (len(prompt) + 9) // BLOCK * BLOCK
-
-
 def test_a_small_pool_gives_remembered_blocks_to_whom_needs_them(model: Any):
     asks = [Ask([*PROMPT[: 12 + index], index + 3, 4], num_tokens=12) for index in range(12)]
     expected = [run(engine_of(model, Reuse.NONE), [ask])[0] for ask in asks]
@@ -188,20 +153,6 @@ def test_a_small_pool_gives_remembered_blocks_to_whom_needs_them(model: Any):
     for _ in range(2):
         assert run(engine, asks) == expected
     assert engine.scheduler.num_preemptions > 0
-
-
-def test_choices_of_one_prompt_share_what_was_found(model: Any):
-    sampling = SamplingParams(max_tokens=6, temperature=1.0, seed=5, num_choices=3)
-    expected = run_choices(engine_of(model, Reuse.NONE), sampling)
-    engine = engine_of(model)
-    assert run_choices(engine, sampling) == expected
-    assert run_choices(engine, sampling) == expected
-
-
-def run_choices(engine: Engine, sampling: SamplingParams) -> list[list[int]]:
-    from engines import run_choices as run_all
-
-    return run_all(engine, [Ask(PROMPT, sampling=sampling)])[0]
 
 
 def test_after_a_hand_off_only_what_is_missing_is_shipped(model: Any):

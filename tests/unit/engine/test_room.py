@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.engine import tables
-from shoal.engine.prefix import Piece, PrefixCache
 from shoal.engine.scheduler import Scheduler, StepPlan
 from shoal.engine.sequence import Phase, Sequence
 from shoal.engine.tables import Reuse
@@ -116,40 +112,6 @@ def test_a_prompt_fits_if_what_is_new_of_it_does(hold: bool) -> None:
     assert second.phase is (Phase.RESERVED if hold else Phase.RUNNING) and second.num_present == 80
 
 
-def test_what_reserved_ones_share_counts_once_and_not_if_others_hold_it() -> None:
-    scheduler = make_scheduler(30, reuse=Reuse.EXACT, max_reserved_ratio=0.9)
-    first = sequence("first", 81)
-    scheduler.submit(first)
-    step(scheduler)
-    for name in "xyz":
-        scheduler.submit(sequence(name, 85, hold=True))
-    scheduler.admit()
-    assert names(scheduler.reserved) == ["x", "y", "z"]
-    assert scheduler.num_reserved_blocks == 3 * 2 and scheduler.allocator.num_used == 21 + 3 * 2
-    scheduler.finish(first)
-    assert scheduler.num_reserved_blocks == 20 + 3 * 2 == scheduler.allocator.num_used
-    scheduler.submit(sequence("one more", 101, hold=True))
-    scheduler.admit()
-    assert len(scheduler.reserved) == 3, "with 6 more they would have more than their share"
-
-
-class Unread(list[int]):
-    def __iter__(self) -> Iterator[int]:
-        raise AssertionError("it's asked in every step, and would take longer with every block")
-
-
-def test_what_reserved_ones_hold_is_known_without_going_through_it() -> None:
-    scheduler = make_scheduler(30, reuse=Reuse.EXACT, max_reserved_ratio=0.5)
-    for name in "xyz":
-        scheduler.submit(sequence(name, 25, hold=True))
-    scheduler.admit()
-    assert names(scheduler.reserved) == ["x", "y"]
-    for one in scheduler.reserved:
-        one.blocks = Unread(one.blocks)
-    assert scheduler.num_reserved_blocks == 14
-    assert scheduler.admit() == [], "with 7 more they would have more than their share"
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
@@ -190,66 +152,6 @@ def test_what_reserved_ones_hold_is_counted_right_whatever_comes(commands: list[
     for one in scheduler.sequences:
         scheduler.finish(one)
     assert scheduler.num_reserved_blocks == scheduler.allocator.num_used == 0
-
-
-def test_who_does_not_fit_is_looked_up_once_until_blocks_come_or_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = make_scheduler(30, reuse=Reuse.EXACT)
-    first, other = sequence("first", 41, max_tokens=8), sequence("other", 41)
-    other.tenant = "another"
-    for one in (first, other):
-        scheduler.submit(one)
-    step(scheduler)
-    table, looked = scheduler.tables[0], list[str]()
-    known = table._known
-    monkeypatch.setattr(table, "_known", lambda one: looked.append(one.request_id) or known(one))  # type: ignore[func-returns-value]
-    second = sequence("second", 100)
-    scheduler.submit(second)
-    for _ in range(3):
-        scheduler.admit()
-    assert looked == ["second"] and second.phase is Phase.WAITING
-    scheduler.finish(other)
-    scheduler.admit()
-    assert second.phase is Phase.RUNNING and second.num_present == 40
-
-
-def test_who_waits_is_cut_into_blocks_once_however_often_blocks_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = make_scheduler(40, reuse=Reuse.EXACT)
-    first = sequence("first", 81, max_tokens=60)
-    scheduler.submit(first)
-    step(scheduler)
-    cut, pieces_of = list[int](), tables.pieces_of
-
-    def counting(token_ids: list[int], *about: Any) -> list[Piece]:
-        cut.append(len(token_ids))
-        return pieces_of(token_ids, *about)
-
-    monkeypatch.setattr(tables, "pieces_of", counting)
-    looked = list[int]()
-    match = PrefixCache.match
-
-    def matching(cache: PrefixCache, tenant: str, pieces: Any) -> list[int]:
-        looked.append(len(pieces))
-        return match(cache, tenant, pieces)
-
-    monkeypatch.setattr(PrefixCache, "match", matching)
-    second, urgent = sequence("second", 150), sequence("urgent", 141)
-    urgent.due_s = 1.0
-    scheduler.submit(second)
-    for index in range(50):
-        if index == 20:
-            scheduler.submit(urgent)
-        if index == 30:
-            scheduler.finish(urgent)
-        guest = scheduler.allocator.allocate(3 + index % 3)
-        scheduler.admit()
-        [item] = scheduler.schedule().rows
-        item.sequence.advance(item.end)
-        item.sequence.output.append(0)
-        scheduler.allocator.release(guest)
-    assert second.phase is Phase.WAITING and cut == [148, 140] and len(looked) == 50
-    scheduler.finish(first)
-    scheduler.admit()
-    assert second.phase is Phase.RUNNING and second.num_present == 80
 
 
 def test_who_has_found_what_is_known_no_more_goes_on_from_there_by_itself() -> None:
@@ -306,17 +208,6 @@ def test_who_lacked_blocks_and_is_gone_keeps_nobody_out() -> None:
     assert names(scheduler.waiting) == ["z", "w"], "of those that stand back, the youngest was asked first"
     scheduler.admit()
     assert names(scheduler.running) == ["z", "w"]
-
-
-def test_who_was_pushed_aside_by_one_that_ends_then_is_let_in_again() -> None:
-    scheduler = make_scheduler(8)
-    a, b, r = sequence("a", 8, max_tokens=7), sequence("b", 4, max_tokens=20), sequence("r", 4, max_tokens=1, hold=True)
-    for one in (a, b, r):
-        scheduler.submit(one)
-    while a.phase is not Phase.FINISHED:
-        step(scheduler)
-    scheduler.admit()
-    assert b.phase is Phase.RUNNING and r.phase is Phase.RESERVED
 
 
 def test_what_was_shared_a_while_ago_lets_nobody_in() -> None:

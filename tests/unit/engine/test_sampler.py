@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.backends.chooser import SampleRow, uniform
-from shoal.engine.sampler import Sampled, sample
+from shoal.engine.sampler import sample
 from shoal.errors import InternalError
 from shoal.wire.messages import SamplingParams
 
@@ -109,17 +109,6 @@ def test_top_p_of_many_tokens_with_equals_is_that_of_the_plain_sampler(top_p: fl
     assert [one.token_id for one in sample(logits, [SampleRow(params, 0, i, i) for i in range(12)])] == expected
 
 
-@pytest.mark.parametrize("params", OPTIONS, ids=str)
-def test_draws_have_the_distribution_of_the_options(params: SamplingParams):
-    num_draws = 4000
-    expected = plain_distribution(EXAMPLE.tolist(), params)
-    counts = Counter(choose(EXAMPLE, params, num_draws))
-    assert set(counts) <= set(expected)
-    common = {i for i, share in expected.items() if share * num_draws >= 5}
-    statistic = sum((counts[i] - expected[i] * num_draws) ** 2 / (expected[i] * num_draws) for i in common)
-    assert statistic <= chi_square_limit(len(common) - 1)
-
-
 def chi_square_limit(degrees: int, z: float = 3.09) -> float:
     """The 99.9 % quantile (Wilson and Hilferty)."""
     return degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3 if degrees else 1e-9
@@ -149,29 +138,9 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id():
     assert [one.token_id for one in sample(logits, [SampleRow(GREEDY, 0, 0, i) for i in range(4)])] == [1, 0, 0, 3]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_every_float_dtype_is_taken(dtype: torch.dtype):
-    logits = random_logits(6).to(dtype)
-    rows = [SampleRow(params, 0, 3, i) for i in range(6) for params in (GREEDY, FREE)]
-    expected = [int(logits[row.row_index].double().argmax()) for row in rows[::2]]
-    chosen = [one.token_id for one in sample(logits, rows)]
-    assert chosen[::2] == expected
-    assert chosen[1::2] == [one.token_id for one in sample(logits.double(), rows[1::2])]
-
-
 def test_float64_logits_are_not_rounded():
     logits = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
     assert sample(logits, [SampleRow(GREEDY, 0, 0, 0)])[0].token_id == 1
-
-
-def test_top_k_of_one_and_a_tiny_top_p_and_a_tiny_temperature_are_greedy():
-    logits = random_logits(20)
-    greedy = sample(logits, [SampleRow(GREEDY, 0, i, i) for i in range(20)])
-    for params in (
-        replace(FREE, top_k=1), replace(FREE, top_p=1e-12), replace(FREE, top_p=0.0), replace(FREE, temperature=1e-6),
-        replace(FREE, temperature=1e-300),
-    ):  # fmt: skip
-        assert sample(logits, [SampleRow(params, 0, i, i) for i in range(20)]) == greedy
 
 
 def test_equals_of_the_kth_stay():
@@ -181,12 +150,6 @@ def test_equals_of_the_kth_stay():
 
 def test_of_equals_top_p_keeps_the_lower_ids():
     assert set(choose(torch.zeros(10), replace(FREE, top_p=0.25), 300)) == {0, 1, 2}
-
-
-def test_a_token_of_no_probability_is_never_drawn():
-    logits = torch.full((VOCAB,), -torch.inf)
-    logits[[4, 9]] = torch.tensor([1.0, 1.0])
-    assert set(choose(logits, FREE, 200)) == {4, 9}
 
 
 # --- what a draw depends on --------------------------------------------------------------------------------
@@ -252,13 +215,6 @@ def test_the_plain_philox_gives_its_authors_known_answer():
     assert plain_philox((0, 0), (0, 0, 0, 0)) == 0x16554D9ECA36314C
 
 
-def test_uniforms_of_neighbouring_keys_differ_and_negative_seeds_wrap():
-    drawn = {uniform(seed, choice, index) for seed in range(8) for choice in range(8) for index in range(8)}
-    assert len(drawn) == 512
-    assert uniform(-1, 0, 0) == uniform(2**64 - 1, 0, 0)
-    assert all(0 <= value < 1 for value in drawn)
-
-
 # --- bans, log-probabilities, faults -----------------------------------------------------------------------
 
 
@@ -273,12 +229,6 @@ def test_a_banned_token_is_not_chosen_and_keeps_its_log_probability(params: Samp
         assert one.logprob == pytest.approx(float(logits[0].log_softmax(-1)[one.token_id]))
 
 
-def test_a_ban_is_of_its_own_row_only():
-    logits = torch.tensor([[0.0, 9.0]])
-    rows = [SampleRow(GREEDY, 0, 0, 0, (1,)), SampleRow(GREEDY, 1, 0, 0)]
-    assert [one.token_id for one in sample(logits, rows)] == [0, 1]
-
-
 def test_log_probabilities_are_of_the_unmodified_distribution():
     params = replace(FREE, temperature=0.2, top_k=2, num_logprobs=4)
     expected = softmax(dict(enumerate(EXAMPLE.tolist())))
@@ -287,20 +237,6 @@ def test_log_probabilities_are_of_the_unmodified_distribution():
         assert [token_id for token_id, _ in one.top] == best
         assert [value for _, value in one.top] == pytest.approx([math.log(expected[i]) for i in best], abs=1e-5)
         assert one.logprob == pytest.approx(math.log(expected[one.token_id]), abs=1e-5)
-
-
-@pytest.mark.parametrize(("num_logprobs", "num_top"), [(None, 0), (0, 0), (3, 3), (VOCAB, VOCAB), (99, VOCAB)])
-def test_as_many_alternatives_as_asked_for(num_logprobs: int | None, num_top: int):
-    [one] = sample(EXAMPLE[None], [SampleRow(replace(GREEDY, num_logprobs=num_logprobs), 0, 0, 0)])
-    assert len(one.top) == num_top
-    assert (one.logprob is None) == (num_logprobs is None)
-
-
-def test_equal_alternatives_come_by_id():
-    logits = torch.zeros(1, 500)
-    logits[0, 400] = 1.0
-    [one] = sample(logits, [SampleRow(replace(GREEDY, num_logprobs=5), 0, 0, 0)])
-    assert [token_id for token_id, _ in one.top] == [400, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -319,14 +255,6 @@ def test_banning_all_tokens_is_a_defect():
         sample(random_logits(1), [SampleRow(GREEDY, 0, 0, 0, tuple(range(VOCAB)))])
 
 
-def test_logits_are_left_as_they_are_and_may_come_from_inference_mode():
-    with torch.inference_mode():
-        logits = random_logits(28)
-    before = logits.clone()
-    assert len(sample(logits, mixed_rows())) == 28
-    assert torch.equal(logits, before)
-
-
 def test_bfloat16_says_what_the_same_numbers_in_float32_do():
     """Rows in any order, some twice, of a tensor that needn't lie in one piece; zeros of both signs are equal."""
     logits = random_logits(28, 2 * VOCAB, seed=3).to(torch.bfloat16)
@@ -338,11 +266,6 @@ def test_bfloat16_says_what_the_same_numbers_in_float32_do():
         rows = mixed_rows()
         for order in (rows, rows[::-1], [*rows, *rows]):
             assert sample(one, order) == sample(one.float(), order)
-
-
-def test_no_rows_are_no_tokens():
-    assert sample(random_logits(2), []) == []
-    assert sample(random_logits(2), [SampleRow(GREEDY, 0, 0, 1)]) == [Sampled(int(random_logits(2)[1].argmax()))]
 
 
 @pytest.mark.parametrize("row_index", [-1, 3])

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.scheduler import MAX_UNSENT_CHUNKS, Scheduler, StepPlan
-from shoal.engine.sequence import Phase, Sequence
+from shoal.engine.sequence import Sequence
 from shoal.errors import InternalError, InvalidRequest, Overloaded
 from shoal.model.kv_layout import stage_layout
 from shoal.wire.messages import SamplingParams
@@ -57,14 +57,6 @@ def step(scheduler: Scheduler) -> StepPlan:
         if item.sequence.sampled and len(item.sequence.output) >= item.sequence.sampling.max_tokens:
             scheduler.finish(item.sequence)
     return plan
-
-
-def test_a_long_prompt_runs_in_chunks_of_the_token_budget():
-    scheduler = make_scheduler(max_step_tokens=8)
-    scheduler.submit(sequence("a", 20))
-    assert [rows_of(step(scheduler)) for _ in range(4)] == [
-        [("a", 0, 8)], [("a", 8, 16)], [("a", 16, 20)], [("a", 20, 21)]
-    ]  # fmt: skip
 
 
 def test_sequences_that_need_one_token_go_before_those_with_a_prompt_to_compute():
@@ -158,13 +150,6 @@ def test_an_answer_that_was_begun_elsewhere_is_not_refused_by_a_full_queue():
             scheduler.submit(sequence("new", 8))
 
 
-def test_what_can_never_fit_is_told_so_even_if_the_queue_is_full():
-    scheduler = make_scheduler(num_blocks=4, max_queued=1)
-    scheduler.submit(sequence("a", 4))
-    with pytest.raises(InvalidRequest):
-        scheduler.submit(sequence("b", 40))
-
-
 def test_what_can_never_fit_is_refused_at_once():
     scheduler = make_scheduler(num_blocks=4)
     scheduler.submit(sequence("fits", 13, max_tokens=4))
@@ -229,68 +214,6 @@ def test_prefill_waits_for_the_wire_and_never_computes_the_boundary_token():
     computed += rows_of(step(scheduler))
     assert computed == [("p", 0, 4), ("p", 4, 8), ("p", 8, 12)]
     assert step(scheduler).rows == ()
-
-
-def test_a_fork_shares_blocks_and_copies_only_the_one_it_writes():
-    scheduler = make_scheduler()
-    root = sequence("r", 6, choices=3)
-    scheduler.submit(root)
-    step(scheduler)
-    forks = scheduler.fork(root)
-    assert [fork.choice for fork in forks] == [1, 2] and scheduler.allocator.num_used == 2
-    for choice in (root, *forks):
-        choice.output.append(0)
-    plan = scheduler.schedule()
-    assert len(plan.copies) == 2 and len({source for source, _ in plan.copies}) == 1
-    tails = {choice.blocks[1] for choice in (root, *forks)}
-    assert len(tails) == 3 and len({choice.blocks[0] for choice in (root, *forks)}) == 1
-    for choice in (root, *forks):
-        scheduler.finish(choice)
-    assert scheduler.allocator.num_used == 0
-
-
-def test_while_reserved_ones_hold_blocks_the_last_running_one_waits_for_them():
-    scheduler = make_scheduler(num_blocks=6)
-    old = sequence("old", 7, max_tokens=12)
-    scheduler.submit(old)
-    step(scheduler)
-    young = sequence("young", 14, max_tokens=1, hold=True)
-    scheduler.submit(young)
-    while not (plan := step(scheduler)).wants_blocks:
-        assert rows_of(plan), "the old one must run until it needs a block"
-    assert young.phase is Phase.RESERVED and old.phase is Phase.RUNNING and scheduler.num_preemptions == 0
-    scheduler.requeue(young)
-    assert young.blocks == [] and not young.hold
-    assert rows_of(step(scheduler)) and not scheduler.schedule().wants_blocks
-    while scheduler.sequences:
-        step(scheduler)
-    assert scheduler.allocator.num_used == 0
-
-
-def test_choices_that_will_fork_take_their_places_at_admission():
-    scheduler = make_scheduler(max_sequences=4)
-    scheduler.submit(sequence("three", 3, choices=3))
-    scheduler.submit(sequence("two", 3, choices=2))
-    scheduler.admit()
-    assert [item.request_id for item in scheduler.running] == ["three"]
-    many = make_scheduler(max_sequences=4)
-    many.submit(sequence("nine", 3, choices=9))
-    many.admit()
-    assert [item.request_id for item in many.running] == ["nine"]
-
-
-def test_finishing_twice_is_a_no_op_in_every_phase():
-    scheduler = make_scheduler()
-    waiting, held, running = sequence("w", 4), sequence("h", 4, hold=True), sequence("r", 4)
-    scheduler.submit(held)
-    scheduler.submit(running)
-    scheduler.admit()
-    scheduler.submit(waiting)
-    for item in (waiting, held, running):
-        scheduler.finish(item)
-        scheduler.finish(item)
-        assert item.phase is Phase.FINISHED
-    assert scheduler.allocator.num_used == 0 and scheduler.sequences == []
 
 
 @settings(max_examples=150, deadline=None)

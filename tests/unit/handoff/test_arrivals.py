@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.handoff.arrivals import Arrivals, LeaseFrame
-from shoal.wire.handoff_messages import Chunk, Failed, Seal, StagedPayload
+from shoal.wire.handoff_messages import Chunk, Seal, StagedPayload
 
 LEASES = (bytes(16), bytes(15) + b"1")
 
@@ -43,20 +43,6 @@ def test_what_is_on_its_way_is_known_until_it_is_here() -> None:
     arrived(chunk(3))
     assert not arrivals.expects(LEASES[0], 3)
     assert arrivals.num_bytes(LEASES[0]) == 100
-
-
-def test_what_is_delivered_may_add_more() -> None:
-    got: list[LeaseFrame] = []
-
-    def deliver(frame: LeaseFrame) -> None:
-        got.append(frame)
-        if isinstance(frame, Chunk):
-            arrivals.add(Failed(frame.lease_id, "r"))
-
-    arrivals = Arrivals(deliver)
-    arrivals.expect(chunk(0))(chunk(0))
-    assert got == [chunk(0), Failed(LEASES[0], "r")]
-    assert not arrivals._waiting
 
 
 @pytest.mark.filterwarnings("error")

@@ -29,15 +29,6 @@ def test_it_takes_what_a_grid_of_cells_would_take(rectangles: list[tuple[int, in
     assert coverage.is_complete == grid[:, TOKENS[0] :].all()
 
 
-@given(st.permutations(range(12)))
-def test_neighbours_are_merged_in_whatever_order_they_come(order: list[int]) -> None:
-    coverage = Coverage(0, 12, 1)
-    for start in order:
-        coverage.add(start, start + 1, 0, 1)
-    assert coverage.is_complete
-    assert coverage._bounds == [[0, 12]]
-
-
 def test_nothing_to_cover_is_complete_at_once() -> None:
     assert Coverage(5, 5, 4).is_complete
 

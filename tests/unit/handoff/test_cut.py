@@ -54,38 +54,6 @@ def test_rows_of_a_pool_are_cut_as_bytes_are(num_tokens: int, num_layers: int, m
 
 
 @pytest.mark.parametrize(
-    ("max_frame_bytes", "num_frames"), [(800, 1), (799, 2), (400, 2), (399, 4), (200, 4), (100, 8)]
-)
-def test_whole_layers_go_together_where_they_fit(max_frame_bytes: int, num_frames: int) -> None:
-    payload = memoryview(bytes(4 * 10 * 20))
-    assert len(list(cut(b"id", 0, (0, 10), (0, 4), payload, max_frame_bytes))) == num_frames
-
-
-@given(num_tokens=st.integers(1, 40), num_layers=st.integers(1, 12), max_cells=st.integers(1, 100))
-def test_gathered_pieces_are_as_few_as_equal_tiles_can_be(num_tokens: int, num_layers: int, max_cells: int) -> None:
-    payload = memoryview(bytes(num_tokens * num_layers))
-    fewest = min(
-        -(-num_tokens // token_step) * -(-num_layers // layer_step)
-        for token_step in range(1, num_tokens + 1)
-        for layer_step in range(1, num_layers + 1)
-        if token_step * layer_step <= max_cells
-    )
-    assert len(list(cut(b"id", 0, (0, num_tokens), (0, num_layers), payload, max_cells, gather=True))) == fewest
-
-
-def test_only_what_is_no_run_is_copied() -> None:
-    """Of a prompt of SmolLM2: two and a half layers of 512 tokens fit into a megabyte, five of half of the tokens."""
-    payload = memoryview(bytes(20 * 512 * 768))
-    runs = list(cut(b"id", 0, (0, 512), (0, 20), payload, 1 << 20))
-    tiles = list(cut(b"id", 0, (0, 512), (0, 20), payload, 1 << 20, gather=True))
-    assert (len(runs), len(tiles)) == (10, 8)
-    assert all(isinstance(chunk.payload, memoryview) for chunk in runs)
-    assert all(isinstance(chunk.payload, bytes) for chunk in tiles)
-    whole = next(cut(b"id", 0, (0, 512), (0, 20), payload, 16 << 20, gather=True))
-    assert isinstance(whole.payload, memoryview)
-
-
-@pytest.mark.parametrize(
     ("tokens", "layers", "num_bytes", "max_frame_bytes"),
     [
         ((0, 3), (0, 1), 10, 100),

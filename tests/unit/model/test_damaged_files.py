@@ -119,10 +119,3 @@ def test_a_text_that_asks_for_code_to_be_run_is_refused_and_runs_none(
     made = tmp_path / "made"
     assert not accepts(tmp_path, f"!!python/object/apply:os.mkdir ['{made}']".encode())
     assert not made.exists()
-
-
-@examples(100, suppress_health_check=list(HealthCheck))
-@given(data=st.binary(max_size=60) | st.text("{}[]:,-&*!|>%@#?'\" \nab01.", max_size=60).map(str.encode))
-def test_any_bytes_are_taken_or_refused(tmp_path: Path, data: bytes) -> None:
-    accepts_config(tmp_path, data)
-    accepts_keys(tmp_path, data)

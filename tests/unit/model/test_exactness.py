@@ -43,6 +43,10 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(model: Any) -> list[list[int]]:
+    return prompts_for(model)
+
+
+def prompts_for(model: Any) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(1, model.config.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
 
@@ -85,11 +89,6 @@ def test_shallow_depth_is_the_papers_reference(model: Any, prompts: list[list[in
         assert close(logits_after(engine, prompt, Depth.SHALLOW), expected)
     asks = [Ask(prompt, 12) for prompt in prompts]
     assert run(engine, asks) == [list(pop_generate(model, prompt, 12, num_skipped).token_ids) for prompt in prompts]
-
-
-def test_a_one_token_prompt_is_full_depth(model: Any, prompts: list[list[int]]):
-    assert len(prompts[0]) == 1
-    assert close(logits_after(make_engine(model, 4), prompts[0], Depth.SHALLOW), plain_logits(model, prompts[0]))
 
 
 @pytest.mark.parametrize("num_boundary", [pytest.param(2, marks=pytest.mark.long), 5, 40])
@@ -138,15 +137,6 @@ def test_chunked_is_unchunked(model: Any, prompts: list[list[int]], chunk: int):
     for prompt in prompts:
         for depth in (Depth.SHALLOW, Depth.FULL):
             assert close(logits_after(chunked, prompt, depth), logits_after(whole, prompt, depth))
-
-
-def test_the_last_chunk_may_be_the_boundary_token_alone(model: Any, prompts: list[list[int]]):
-    prompt = prompts[5]
-    assert (len(prompt) - 1) % 4 == 0
-    assert close(
-        logits_after(make_engine(model, 3, max_step_tokens=4), prompt, Depth.SHALLOW),
-        logits_after(make_engine(model, 3), prompt, Depth.SHALLOW),
-    )
 
 
 @pytest.mark.parametrize("num_skipped", [0, 1, 3])
@@ -234,10 +224,10 @@ def test_choices_forked_after_the_boundary_step_are_single_requests(model: Any, 
 
 
 @pytest.mark.parametrize("options", [{"tie": True}, {"attention_bias": True}, {"kv_heads": 4}, {"kv_heads": 1}])
-def test_variants_of_the_family_are_the_plain_model(options: dict[str, Any], prompts: list[list[int]]):
+def test_variants_of_the_family_are_the_plain_model(options: dict[str, Any]):
     model = exact(tiny_llama(layers=4, **options)[1])
     engine = make_engine(model, 1)
-    for prompt in prompts:
+    for prompt in prompts_for(model):
         for depth in (Depth.SHALLOW, Depth.FULL):
             assert close(logits_after(engine, prompt, depth), plain_logits(model, prompt))
 

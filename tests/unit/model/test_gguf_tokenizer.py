@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +52,8 @@ def test_smollm2_splits_every_digit_from_what_is_before_it(smollm2: Any):
     assert smollm2.convert_ids_to_tokens(smollm2("a\n  12 3").input_ids) == ["a", "ĊĠĠ", "1", "2", "Ġ", "3"]
 
 
-def test_smollm2s_special_tokens_are_not_printed(smollm2: Any):
-    ids = smollm2("<|im_start|>ok<repo_name><|im_end|>").input_ids
-    assert len(ids) == 4
-    assert smollm2.decode(ids, skip_special_tokens=True) == "ok"
-
-
 def test_smollm2s_text_is_the_same_without_transformers_around_its_tokenizer(smollm2: Any):
     assert_same_text(locate("smollm2").backend_tokenizer(), smollm2)
-
-
-def test_text_takes_no_import_of_transformers():
-    program = (
-        "import sys; from shoal.model.files import locate; "
-        "print(locate('smollm2').backend_tokenizer().decode([6004]), 'transformers' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.split() == ["hi", "False"], done
 
 
 def assert_same_text(backend: Any, tokenizer: Any) -> None:
@@ -152,8 +135,3 @@ def test_bos_is_added_where_the_file_says_so(tmp_path: Path, add: bool, expected
 def test_damaged_vocabularies_are_malformed(tmp_path: Path, changes: dict[str, Any]):
     with pytest.raises(MalformedWeights):
         tokenizer_with(tmp_path, **changes)
-
-
-def test_an_unknown_split_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    tokenizer_with(tmp_path, **{"ggml.pre": "frob"})
-    assert "'frob'" in caplog.text

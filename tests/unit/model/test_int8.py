@@ -12,7 +12,7 @@ from engines import Ask, ModelReader, exact, logits_after, make_engine, run, run
 from int8 import dequantized, shallow_logits, whole, with_deep_layers_of
 from models import tiny_model
 
-from shoal.errors import InternalError, MalformedWeights
+from shoal.errors import MalformedWeights
 from shoal.model import int8
 from shoal.model.families import FAMILIES, describe
 from shoal.model.int8 import Int8Matrix, rounded_inputs
@@ -88,14 +88,6 @@ def test_an_input_that_is_not_finite_makes_its_block_nan(broken: float) -> None:
     assert made[1, 64:128].isnan().all() and made.isnan().sum() == 64
 
 
-def test_rows_of_one_number_are_exact_and_those_of_none_stay_zero() -> None:
-    weight = torch.stack([torch.full((40,), 0.75), torch.zeros(40), torch.full((40,), -3.0), torch.full((40,), 1e-44)])
-    made = Int8Matrix.of(weight, "w")
-    assert values_of(made)[:3].tolist() == [[127] * 40, [0] * 40, [-127] * 40]
-    torch.testing.assert_close(whole(made)[:3], weight[:3], rtol=1e-6, atol=0)
-    assert whole(made)[3].abs().max() <= 1e-43
-
-
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused_by_name(broken: float) -> None:
     weight = random(5, 33)
@@ -122,11 +114,6 @@ def test_products_in_bfloat16_are_rounded_once_at_the_end() -> None:
     weight = values_of(made) * made.scales[:17, None].double()
     exact = F.linear(rounded_inputs(inputs).double(), weight, bias.double())
     torch.testing.assert_close(made.linear(inputs, bias), exact.bfloat16(), rtol=0.004, atol=1e-3)  # the last bit of it
-
-
-def test_an_embedding_is_looked_up() -> None:
-    made, ids = Int8Matrix.of(random(50, 16), "embedding"), torch.tensor([3, 49, 3])
-    assert torch.equal(made.rows(ids), whole(made)[ids])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,28 +165,3 @@ def test_only_what_is_multiplied_is_in_int8_and_nothing_is_held_twice(is_tied: b
     assert held.num_bytes == always + sum(outputs * inputs + 4 * outputs for outputs, inputs in filled)
     assert held.num_bytes - always < 0.52 * (before.num_bytes - always)
     assert held.num_bytes < 0.58 * before.num_bytes or not is_tied
-
-
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_what_is_loaded_is_what_is_made_of_what_was_loaded(is_tied: bool) -> None:
-    model = tiny_model("llama", tie_word_embeddings=is_tied)
-    loaded = int8_parameters(model, 0)
-    made = ParameterLoader(ModelReader(model), describe(model.config), dtype=model.dtype, device=CPU)
-    same = made.load(LayerPlan(6, 0), Stage.DECODE).held(Int8Matrix.of)
-    assert [name for name, _ in loaded.tensors()] == [name for name, _ in same.tensors()]
-    assert all(
-        torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(loaded.tensors(), same.tensors(), strict=True)
-    )
-    assert (loaded.lm_head is loaded.embedding) == (same.lm_head is same.embedding) == is_tied
-    again = same.held(Int8Matrix.of)
-    assert again.embedding is same.embedding
-    with pytest.raises(InternalError, match="folded of what was read"):
-        loaded.layers[5].projection(describe(model.config), 5)
-
-
-def test_broken_weights_do_not_load() -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[5, 7] = math.nan
-    with pytest.raises(MalformedWeights, match=r"layers\.2\.down"):
-        int8_parameters(model)

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import mmap
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from memory_maps import mapping_of
 
 from shoal.model.kv_layout import KvLayout, stage_layout
 from shoal.model.kv_pool import KvPool, on_host
@@ -43,15 +39,6 @@ def test_what_is_written_through_layers_is_read_back_and_nothing_else_changes():
     assert pool.layers[1][others].abs().sum() == 0
 
 
-def test_what_is_not_laid_out_like_the_pool_is_written_as_well():
-    kv = torch.randn(2, 3, 2, 2, 2)
-    slots = torch.tensor([5, 6, 12])
-    for given in (kv.double(), kv.transpose(0, 1).contiguous().transpose(0, 1)):
-        pool = make_pool()
-        pool.write_layers(0, slots, given)
-        assert torch.equal(pool.read_layers(0, 2, slots), kv)
-
-
 def test_a_copied_block_is_equal_in_every_layer():
     pool = make_pool()
     for layer in pool.layers:
@@ -59,26 +46,6 @@ def test_a_copied_block_is_equal_in_every_layer():
     pool.copy_blocks([(1, 3)])
     for layer in pool.layers:
         assert torch.equal(layer[4:8], layer[12:16])
-
-
-def test_a_spare_slot_is_the_first_after_the_last_block():
-    pool = KvPool(
-        make_layout(is_apart=True), 4, dtype=torch.float32, device=torch.device("cpu"), num_deep_blocks=2,
-        has_spare_slot=True,
-    )  # fmt: skip
-    assert [len(layer) for layer in pool.layers] == [17, 17, 9]
-    for layer, blocks in ((0, pool.num_blocks), (2, pool.num_deep_blocks)):
-        slots = torch.from_numpy(pool.layout.slots([blocks], 0, 1))
-        pool.write(layer, slots, torch.ones(1, 2, 2, 2))
-        assert pool.layers[layer][-1].all() and not pool.layers[layer][:-1].any()
-
-
-def test_the_layout_counts_bytes():
-    layout = make_pool().layout
-    assert [(group.name, group.num_layers) for group in layout.groups] == [("shallow", 2), ("deep", 1)]
-    assert layout.token_layer_bytes == 2 * 2 * 2 * 4
-    assert layout.block_bytes == 3 * 4 * layout.token_layer_bytes
-    assert 4 * layout.block_bytes == sum(layer.nbytes for layer in make_pool().layers)
 
 
 def test_layers_are_read_as_they_lie_in_any_dtype_and_of_no_slots_nothing_is():
@@ -129,43 +96,9 @@ def test_rows_that_do_not_fit_are_not_written(shape: tuple[int, ...]):
     assert pool.layers[0].abs().sum() == 0
 
 
-MANY_BLOCKS = 1 << 16  # 8 MiB a layer
-
-
-@pytest.mark.parametrize(("num_blocks", "page_bytes"), [(3, mmap.PAGESIZE), (MANY_BLOCKS, 2 << 20)])
-def test_a_layer_begins_at_a_page_and_a_large_one_at_a_huge_page(num_blocks: int, page_bytes: int):
-    for layer in make_pool(num_blocks).layers:
-        assert layer.data_ptr() % page_bytes == 0
-        assert not layer.any()
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
-@pytest.mark.parametrize(("num_blocks", "are_asked_for"), [(3, False), (MANY_BLOCKS, True)])
-def test_huge_pages_are_asked_for_where_one_would_be_filled(num_blocks: int, are_asked_for: bool):
-    for layer in make_pool(num_blocks).layers:
-        [flags] = re.findall("VmFlags:.*", mapping_of(layer.data_ptr()))
-        assert ("hg" in flags.split()) == are_asked_for
-
-
-@pytest.mark.parametrize("advice", [None, -1], ids=["another system", "a system without huge pages"])
-def test_without_huge_pages_a_pool_works_as_well(advice: int | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    if advice is not None:
-        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", advice, raising=False)
-    pool = make_pool(MANY_BLOCKS)
-    kv = torch.randn(1, 2, 2, 2)
-    pool.write(0, torch.tensor([4 * MANY_BLOCKS - 1]), kv)
-    assert torch.equal(pool.layers[0][-1:], kv)
-
-
 def test_a_pool_that_no_memory_holds_says_so():
     with pytest.raises(MemoryError, match="no memory for 140,737,488,355,328 bytes"):
         make_pool(num_blocks=1 << 40)
-
-
-def test_what_is_on_the_host_is_not_copied() -> None:
-    rows = torch.randn(3, 4)
-    assert on_host(rows) is rows
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from engines import ModelReader, native_kernels
 from models import tiny_model
 
-from shoal.backends.cpu import native
-from shoal.backends.cpu.native import NativeRows, hold_for, make_decoder
-from shoal.errors import InternalError
+from shoal.backends.cpu.native import NativeRows, make_decoder
 from shoal.model.families import describe
 from shoal.model.kv_layout import stage_layout
 from shoal.model.kv_pool import KvPool
@@ -48,15 +46,6 @@ def test_it_is_the_same_matrix(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(linear(inputs, made, None), F.linear(inputs, weight))
 
 
-def test_the_order_is_the_kernels() -> None:
-    """Panel by panel of 32 outputs, pair by pair of inputs, output by output."""
-    weight = counted(64, 96)
-    values = PackedMatrix.of(weight).values.flatten()
-    for panel, pair, output, number in [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 31, 0), (0, 47, 5, 1), (1, 3, 2, 0)]:
-        place = ((panel * 48 + pair) * 32 + output) * 2 + number
-        assert values[place] == weight[32 * panel + output, 2 * pair + number]
-
-
 @pytest.mark.parametrize("shape", [(32, 48), (32, 1)])
 def test_what_cannot_be_packed_stays_as_it_is(shape: tuple[int, int]) -> None:
     weight = counted(*shape)
@@ -73,37 +62,6 @@ def load(stage: Stage, *, is_tied: bool, num_skipped: int = 2) -> tuple[Paramete
         for hold in (None, packed)
     )
     return plain, own
-
-
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_decode_packs_all_that_it_multiplies(is_tied: bool) -> None:
-    plain, own = load(Stage.DECODE, is_tied=is_tied)
-    for layer in own.layers:
-        assert all(isinstance(part, PackedMatrix) for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
-    assert isinstance(own.lm_head, PackedMatrix)
-    assert (own.embedding is own.lm_head) == is_tied
-    assert own.num_bytes == plain.num_bytes
-    assert [name for name, _ in own.tensors()] == [name for name, _ in plain.tensors()]
-    with pytest.raises(InternalError, match="folded of what was read"):
-        own.layers[0].projection(describe(tiny_model("llama", **SIZES).config), 0)
-
-
-def test_prefill_looks_its_embedding_up_as_it_was_read() -> None:
-    plain, own = load(Stage.PREFILL, is_tied=True)
-    assert isinstance(own.embedding, torch.Tensor) and torch.equal(own.embedding, plain.embedding)
-    assert isinstance(own.layers[0].qkv, PackedMatrix)
-    assert own.num_bytes == plain.num_bytes
-
-
-@pytest.mark.parametrize("stage", Stage)
-def test_both_stages_pack_the_projection(stage: Stage) -> None:
-    plain, own = load(stage, is_tied=True)
-    assert own.projection is not None and plain.projection is not None
-    assert isinstance(own.projection.matrix, PackedMatrix)
-    assert torch.equal(own.projection.unpacked().weight, plain.projection.weight)
-    assert own.projection.held(packed) is own.projection and plain.projection.unpacked() is plain.projection
-    with pytest.raises(InternalError, match="take it as it was made"):
-        own.projection.replaced(plain.projection.weight)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 3])
@@ -151,15 +109,6 @@ def test_some_layers_by_themselves_are_projected_as_all_of_them_are(
         assert torch.equal(part, whole[layers.start - 3 : layers.stop - 3])
 
 
-def test_what_does_not_end_with_a_panel_is_not_cut() -> None:
-    model = tiny_model("llama", hidden=64, head_dim=8, kv_heads=1)
-    loader = ParameterLoader(ModelReader(model), describe(model.config), dtype=model.dtype, device=CPU)
-    plain = loader.load(LayerPlan(6, 2), Stage.PREFILL).projection
-    assert plain is not None and plain.can_be_cut
-    own = plain.held(packed)
-    assert isinstance(own.matrix, PackedMatrix) and not own.can_be_cut
-
-
 @pytest.mark.parametrize("num_sinks", [0, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("has_kernels", [True, False])
@@ -190,18 +139,3 @@ def test_what_is_projected_into_the_pool_is_what_is_projected(has_kernels: bool,
         if layer in plan.skipped:
             expected[slots] = projected[layer - plan.num_kept]
         assert torch.equal(pool.layers[layer], expected)
-
-
-@pytest.mark.parametrize("stage", Stage)
-def test_what_is_packed_afterwards_is_what_is_packed_as_it_comes(stage: Stage) -> None:
-    plain, own = load(stage, is_tied=True)
-    made = plain.held(packed)
-    for (name, ours), (other, theirs) in zip(own.tensors(), made.tensors(), strict=True):
-        assert name == other and torch.equal(ours, theirs)
-    again = made.held(packed)
-    assert again.layers[0].qkv is made.layers[0].qkv and again.embedding is made.embedding
-
-
-def test_kernels_want_it_packed_torch_as_it_is() -> None:
-    assert hold_for(native_kernels()) is native.packed
-    assert hold_for(None) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +51,6 @@ def test_what_was_saved_is_loaded(tmp_path: Path, files: ModelFiles, header: Pro
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-def test_the_digest_tells_projectors_apart(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):
-    digests = set()
-    for seed in (0, 1):
-        save_projector(tmp_path / "p.safetensors", header, weight(seed=seed))
-        digests.add(load_projector(tmp_path / "p.safetensors", files, PLAN).digest)
-    assert len(digests) == 2
-
-
 def test_another_model_is_refused(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):
     save_projector(tmp_path / "p.safetensors", replace(header, model_digest="other"), weight())
     with pytest.raises(ProjectorMismatch, match="another model"):
@@ -91,12 +82,6 @@ def test_tensors_of_something_else_are_refused(tmp_path: Path, files: ModelFiles
         load_projector(tmp_path / "p.safetensors", files, PLAN)
 
 
-def test_a_later_format_is_refused(tmp_path: Path, files: ModelFiles):
-    save_file({"weight": weight()}, tmp_path / "p.safetensors", metadata={"shoal_projector": '{"format": 9}'})
-    with pytest.raises(ModelError, match="this release"):
-        load_projector(tmp_path / "p.safetensors", files, PLAN)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -125,33 +110,6 @@ def test_what_is_no_matrix_of_real_numbers_is_refused(
         load_projector(tmp_path / "p.safetensors", files, PLAN)
 
 
-def test_the_umask_says_who_may_read_it(tmp_path: Path, header: ProjectorHeader):
-    before = os.umask(0o027)
-    try:
-        save_projector(tmp_path / "p.safetensors", header, weight())
-    finally:
-        os.umask(before)
-    assert (tmp_path / "p.safetensors").stat().st_mode & 0o777 == 0o640
-
-
-def test_half_of_a_file_is_not_left_behind(tmp_path: Path, header: ProjectorHeader):
-    (tmp_path / "p.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"p\.safetensors"):
-        save_projector(tmp_path / "p.safetensors", header, weight())
-    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
-
-
-@pytest.mark.parametrize("skip_layers", [None, 2, 10])
-def test_that_it_is_of_another_model_is_said_before_its_plan_is_held_against_this_one(
-    tmp_path: Path, files: ModelFiles, header: ProjectorHeader, skip_layers: int | None
-):
-    path = tmp_path / "p.safetensors"
-    save_projector(path, replace(header, model_digest="other", num_layers=30, num_kept=20), weight())
-    model = {"name": str(files.path), "skip_layers": skip_layers, "projector": str(path)}
-    with pytest.raises(ProjectorMismatch, match=r"p\.safetensors was made for another model.* 30 layers.*skips 10"):
-        Served.of(load_config(model=model))
-
-
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):
     broken = weight()
     broken[3, 3] = float("inf")
@@ -172,13 +130,6 @@ def test_auto_takes_the_one_beside_the_model(files: ModelFiles, header: Projecto
         assert find_projector("auto", files, LayerPlan(6, 0)) is None
     finally:
         path.unlink()
-
-
-def test_a_file_that_is_called_like_a_known_model_has_its_own_beside_it(tmp_path: Path):
-    path = tmp_path / "smollm2.gguf"
-    path.write_bytes(b"")
-    assert projector_beside(locate(str(path)), PLAN) == tmp_path / "smollm2.projector-2.safetensors"
-    assert projector_beside(locate("smollm2"), PLAN).parent.parts[-2:] == ("data", "projectors")
 
 
 def test_both_stages_serve_it_and_the_plan_hash_tells(tmp_path: Path, files: ModelFiles, header: ProjectorHeader):

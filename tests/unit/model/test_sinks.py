@@ -64,17 +64,6 @@ def test_alone_in_chunks_or_handed_off_the_answer_is_the_same(family: str):
         assert run_handed_off(prefill, decode, [ask]) == whole
 
 
-def test_sinks_are_not_for_nothing():
-    model, ask = exact(tiny_model("llama")), Ask(IDS, num_tokens=8)
-
-    def answer(num_sinks: int) -> list[int]:
-        parameters = parameters_of(model, NUM_SKIPPED, projector=moved(model), num_sinks=num_sinks)
-        return run(make_engine(model, NUM_SKIPPED, parameters=parameters), [ask])[0]
-
-    assert answer(0) != answer(NUM_SINKS)
-    assert answer(len(IDS)) == run(make_engine(model, NUM_SKIPPED), [ask])[0], "all sinks: the paper's projection"
-
-
 def test_shoal_s_kernels_know_them_too():
     kernels = native_kernels()
     model = tiny_model("llama", dtype=torch.bfloat16, head_dim=64)

@@ -18,10 +18,8 @@ from engines import (
     logits_after,
     make_engine,
     one_by_one,
-    parameters_of,
     prefill_chunks,
     run,
-    run_choices,
     run_handed_off,
 )  # fmt: skip
 from models import save_tiny, tiny_model
@@ -32,9 +30,7 @@ from shoal.engine.build import Served, build_engine, load_parameters, plan_of
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError, InvalidRequest
 from shoal.model.families import describe
-from shoal.model.files import locate
 from shoal.model.plan import Anchors, LayerPlan
-from shoal.model.projector import find_projector
 from shoal.wire.messages import Depth, PromptOutline, SamplingParams, Stage
 
 LAYERS, SKIPPED, BLOCK = 6, 3, 4
@@ -142,32 +138,6 @@ def test_preemption_after_a_hand_off_recomputes_the_same(model: Any, prompts: li
     assert tight.counts().num_preemptions > 0
 
 
-def test_choices_that_fork_are_single_requests(model: Any, prompts: list[list[int]]):
-    params = SamplingParams(max_tokens=14, temperature=0.0, num_choices=3)
-    for prompt in prompts:
-        single = run(speedy(model), [Ask(prompt, 14)])[0]
-        assert run_choices(speedy(model), [Ask(prompt, sampling=params)]) == [[single] * 3]
-
-
-def test_deep_layers_own_fewer_blocks(model: Any):
-    """33 tokens are 9 blocks of the kept layers; an anchor and two tokens of header are one of the deep ones."""
-    engine, pop = speedy(model), make_engine(model, SKIPPED, block_tokens=BLOCK)
-    prompt = tuple(range(1, 34))
-    sampling = SamplingParams(max_tokens=8, temperature=0.0)
-    for one in (engine, pop):
-        one.submit_generate("a", prompt, Depth.SHALLOW, sampling, outline=OUTLINE)
-        one.step()
-    [sequence], [other] = engine.scheduler.sequences, pop.scheduler.sequences
-    assert (len(sequence.blocks), len(sequence.deep_blocks)) == (9, 1)
-    token_bytes = engine.scheduler.layout.token_layer_bytes
-    assert engine.scheduler.kv_bytes(sequence) == (9 * (LAYERS - SKIPPED) + 1 * SKIPPED) * BLOCK * token_bytes
-    assert pop.scheduler.kv_bytes(other) == 9 * LAYERS * BLOCK * token_bytes
-    pool = speedy(model, num_blocks=40, num_deep_blocks=10).runner.pool
-    layout = pool.layout
-    assert 40 * layout.block_bytes + 10 * layout.deep_block_bytes == sum(layer.nbytes for layer in pool.layers)
-    assert [layer.shape[0] for layer in pool.layers] == 3 * [40 * BLOCK] + 3 * [10 * BLOCK]
-
-
 def test_what_the_deep_layers_can_never_hold_is_refused_at_once(model: Any):
     engine = speedy(model, num_deep_blocks=2)
     sampling = SamplingParams(max_tokens=4, temperature=0.0)
@@ -176,36 +146,6 @@ def test_what_the_deep_layers_can_never_hold_is_refused_at_once(model: Any):
         engine.submit_generate("full", tuple(range(1, 30)), Depth.FULL, sampling)
     engine.submit_generate("open", tuple(range(1, 5)), Depth.FULL, replace(sampling, max_tokens=99, may_shorten=True))
     assert engine.scheduler.waiting[-1].sampling.max_tokens == 5
-
-
-def test_neither_stage_holds_a_projection(model: Any):
-    for stage in Stage:
-        plan = LayerPlan(LAYERS, SKIPPED, anchors=BOS)
-        assert parameters_of(model, SKIPPED, stage, plan=plan).projection is None
-        assert parameters_of(model, SKIPPED, stage).projection is not None
-
-
-@pytest.mark.parametrize(("num_anchors", "chunk"), [(1, 1), (1, 512), (9, 4), (9, 512), (30, 16), (31, 30), (31, 32)])
-def test_a_held_prompt_that_starts_here_computes_each_token_once(model: Any, num_anchors: int, chunk: int):
-    prompt = tuple(range(1, 41))
-    engine = speedy(model, Anchors(num_anchors), max_step_tokens=chunk)
-    engine.submit_generate("a", prompt, Depth.SHALLOW, SamplingParams(max_tokens=6, temperature=0.0), hold=True)
-    engine.step()
-    engine.start("a")
-    num_rows, tokens = 0, []
-    while not (output := engine.step()).is_idle:
-        num_rows += output.num_rows
-        tokens += [event.token_id for event in output.tokens]
-    assert num_rows == len(prompt) + 5
-    assert [tokens] == run(speedy(model, Anchors(num_anchors)), [Ask(list(prompt), 6)])
-
-
-def test_reserved_prompts_hold_at_most_their_share_of_deep_blocks_too(model: Any):
-    engine = speedy(model, Anchors(9), num_deep_blocks=12)
-    engine.scheduler._max_reserved_ratio = 0.5
-    for name in "abc":
-        engine.submit_generate(name, tuple(range(1, 17)), Depth.SHALLOW, SamplingParams(max_tokens=2), hold=True)
-    assert [one.request_id for one in engine.step().reserved] == ["a", "b"]
 
 
 def test_what_decode_computes_itself_leaves_the_hash_and_what_is_shipped_makes_another():
@@ -222,38 +162,10 @@ def test_which_tokens_decode_computes_itself_tells_whose_answers_it_goes_on_with
     assert LayerPlan(6, 3).resume_digest("hash") == LayerPlan(6, 0, 2).resume_digest("hash") == "hash"
 
 
-def test_no_anchor_and_no_boundary_are_refused():
-    with pytest.raises(ConfigError, match="anchors is 0"):
-        Anchors(0)
-    with pytest.raises(ConfigError, match="boundary_tokens is 0"):
-        LayerPlan(6, 3, 0)
-
-
-def test_the_configuration_s_words_make_the_plan():
-    spec = describe(tiny_model("llama", layers=LAYERS).config)
-
-    def plan(**model: Any) -> LayerPlan:
-        return plan_of(load_config(model={"skip_layers": SKIPPED} | model), spec)
-
-    assert plan() == LayerPlan(LAYERS, SKIPPED)
-    assert plan(boundary_tokens=4) == LayerPlan(LAYERS, SKIPPED, 4)
-    assert plan(plan="speed") == LayerPlan(LAYERS, SKIPPED, 1, BOS)
-    assert plan(plan="speed", anchors="7").anchors == Anchors(7)
-    assert plan(plan="speed", anchors="system").anchors == Anchors(system=True)
-
-
 def test_deep_layers_with_a_sliding_window_are_refused():
     spec = describe(tiny_model("mistral", layers=LAYERS).config)
     with pytest.raises(ConfigError, match=r"3 of the 3 skipped ones have a sliding window.*--plan pop"):
         plan_of(load_config(model={"skip_layers": SKIPPED, "plan": "speed"}), spec)
-
-
-def test_a_projector_is_refused_where_nothing_is_projected(tmp_path: Path):
-    save_tiny(tmp_path, tiny_model("llama", layers=LAYERS))
-    files, plan = locate(str(tmp_path)), LayerPlan(LAYERS, SKIPPED, anchors=BOS)
-    assert find_projector("auto", files, plan) is None
-    with pytest.raises(ConfigError, match="projects nothing: leave out --projector"):
-        find_projector(str(tmp_path / "p.safetensors"), files, plan)
 
 
 def test_deep_layers_that_can_not_hold_the_anchors_are_refused_at_the_start(tmp_path: Path):
@@ -266,14 +178,3 @@ def test_deep_layers_that_can_not_hold_the_anchors_are_refused_at_the_start(tmp_
         with nullcontext() if is_enough else pytest.raises(ConfigError, match=r"are 65 tokens at least.*hold 64"):
             engine = build_engine(config, Stage.DECODE, served, weights, device=torch.device("cpu"))
             assert engine.counts().num_deep_blocks == 32
-
-
-def test_memory_for_both_kinds_of_blocks_is_what_was_given(tmp_path: Path):
-    save_tiny(tmp_path, tiny_model("llama", layers=LAYERS))
-    model = {"name": str(tmp_path), "skip_layers": SKIPPED, "plan": "speed", "deep_blocks_ratio": 0.5}
-    config = load_config(model=model, decode={"kv_pool_bytes": 1 << 20, "block_tokens": 4})
-    served = Served.of(config)
-    weights = load_parameters(served, Stage.DECODE, torch.device("cpu"))
-    pool = build_engine(config, Stage.DECODE, served, weights, device=torch.device("cpu")).runner.pool
-    num_bytes = sum(layer.nbytes for layer in pool.layers)
-    assert 0.98 * (1 << 20) < num_bytes <= 1 << 20

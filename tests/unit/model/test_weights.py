@@ -52,21 +52,6 @@ def test_a_sharded_folder_reads_back_bit_for_bit(tmp_path: Path):
     assert_holds(files, model.state_dict())
 
 
-def test_shape_and_bytes_are_known_without_reading(tmp_path: Path):
-    save_tiny(tmp_path, dtype=torch.bfloat16, layers=1)
-    with open_weights(locate(str(tmp_path))) as reader:
-        assert reader.shape(Q_PROJ) == (64, 64)
-        assert reader.num_bytes(Q_PROJ) == 64 * 64 * 2
-
-
-def test_what_was_read_outlives_the_reader_and_the_file(tmp_path: Path):
-    model = save_tiny(tmp_path, layers=1)
-    with open_weights(locate(str(tmp_path))) as reader:
-        tensor = reader.read(Q_PROJ)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert torch.equal(tensor, model.state_dict()[Q_PROJ])
-
-
 def test_a_missing_tensor_is_named(tmp_path: Path):
     save_tiny(tmp_path, layers=1)
     with open_weights(locate(str(tmp_path))) as reader:
@@ -135,21 +120,6 @@ def test_each_quantization_is_the_gguf_packages_own(tmp_path: Path, kind: Quant)
         assert torch.equal(found[name], expected), name
 
 
-def test_a_gguf_model_computes_what_the_saved_folder_does(tmp_path: Path):
-    """Catches a wrong order of Q and K rows, which shapes can't."""
-    from transformers import LlamaForCausalLM
-
-    model = tiny_llama(torch.float32, layers=2, tie=True)[1]
-    save_tiny_gguf(tmp_path / "tiny.gguf", model)
-    files = locate(str(tmp_path / "tiny.gguf"))
-    again = LlamaForCausalLM(files.config()).eval()
-    with torch.no_grad(), open_weights(files) as reader:
-        for name, parameter in again.named_parameters():
-            parameter.copy_(reader.read(name))
-        ids = torch.arange(20)[None]
-        assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
-
-
 def test_a_tensor_that_no_llama_has_is_refused(tmp_path: Path):
     model = tiny_llama(torch.float32, layers=1)[1]
     model.model.layers[0].self_attn.register_parameter("q_norm", torch.nn.Parameter(torch.ones(16)))
@@ -166,14 +136,6 @@ def test_a_quantization_that_cannot_be_read_names_its_tensor(tmp_path: Path, kin
     message = rf"mlp\.up_proj\.weight.*{kind.name}"
     with open_weights(locate(str(path))) as reader, pytest.raises(MalformedWeights, match=message):
         reader.read("model.layers.0.mlp.up_proj.weight")
-
-
-def test_an_unknown_type_names_its_tensor(tmp_path: Path):
-    path = tmp_path / "tiny.gguf"
-    save_tiny_gguf(path, tiny_llama(torch.float32, layers=1)[1])
-    path.write_bytes(with_type(path.read_bytes(), "blk.0.ffn_up.weight", 999))
-    with pytest.raises(MalformedWeights, match=r"blk\.0\.ffn_up\.weight.*999"):
-        read_all(locate(str(path)))
 
 
 def with_type(data: bytes, name: str, kind: int) -> bytes:
@@ -217,7 +179,7 @@ def test_every_truncation_is_malformed(small: dict[str, Path], kind: str):
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_the_header_loads_or_is_a_model_error(
     small: dict[str, Path], kind: str, where: float, bit: int

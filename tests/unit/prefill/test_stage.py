@@ -17,15 +17,10 @@ from shoal.errors import ConfigError
 from shoal.handoff.carriers.nixl import process
 from shoal.handoff.carriers.nixl.process import nixl_for
 from shoal.handoff.carriers.shm import ShmLoader
-from shoal.handoff.offer import Staging
 from shoal.prefill import stage
 from shoal.telemetry import PrefillMetrics
 from shoal.telemetry.logs import FIELDS
 from shoal.wire.handoff_messages import Carrier, CarrierReason, WireMode
-
-
-def test_inline_makes_no_segment() -> None:
-    assert stage._staging(HandoffConfig(carrier="inline"), nixl_for("inline"), Copier()) == Staging()
 
 
 def test_without_nixl_auto_does_without_and_asking_for_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

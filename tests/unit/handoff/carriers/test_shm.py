@@ -315,10 +315,6 @@ sys.stdin.read()
     mine.close()
 
 
-def test_without_shared_memory_there_is_nothing_to_reap(folder: Path) -> None:
-    assert reap(folder / "missing") == 0
-
-
 @pytest.mark.parametrize("holds", [True, False], ids=["while it is looked at", "after it was taken"])
 def test_a_segment_that_somebody_reaps_before_it_is_locked_is_made_once_more(
     folder: Path, holds: bool, monkeypatch: pytest.MonkeyPatch

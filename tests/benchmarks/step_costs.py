@@ -77,7 +77,7 @@ class Measuring:
         self.samples["sharing"] = [rates]
         self._progress.advance(bar)
         sharing = SharingCost(cores=options.threads, threads=options.threads, efficiency=efficiency)
-        served = Served.of(load_config(model={"dtype": "bfloat16"}))
+        served = Served.of(load_config(model={"dtype": "bfloat16", "skip_layers": 10}))
         costs = StepCosts(
             format=1, machine=_machine(), model=served.name, num_layers=served.spec.num_layers,
             prefill=prefill, decode=decode, sharing=sharing,

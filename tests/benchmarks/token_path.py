@@ -128,7 +128,7 @@ def _measure(tree: str, stream_interval: int, options: argparse.Namespace, numbe
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-c", "from shoal.cli.command import main; main()", "serve", "--dtype", "bfloat16",
-        "--port", str(port), "--grpc-port", "0",
+        "--port", str(port), "--grpc-port", "0", "--skip-layers", "10",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="shoal-tokens-") as folder:
         path = os.pathsep.join([tree, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

@@ -1,4 +1,4 @@
-"""One real prompt through both pools, as processes of their own, and where its time and bytes went."""
+"""One real prompt through both pools, at three depths: the answers, and where time and bytes went."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import httpx
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from shoal.cluster.start import running
 from shoal.config import ShoalConfig
@@ -20,6 +21,7 @@ from shoal.errors import InternalError
 
 QUESTION = "Which part of the prompt runs through all layers?"
 NUM_TURNS = 3
+DEEPEST = {"skip_layers": 10, "boundary_tokens": 1, "projector": "auto"}
 _STAGES = ("gateway", "queue", "reserve", "prefill", "transfer_exposed", "boundary_step")
 
 
@@ -29,57 +31,50 @@ class DemoAnswer:
 
     text: str
     ttft_ms: float
-    total_ms: float
     usage: dict[str, Any]
     timing: dict[str, Any]
-
-    @property
-    def token_ids(self) -> list[int]:
-        ids: list[int] = self.timing["choices"][0]["token_ids"]
-        return ids
-
-    @property
-    def ms_per_token(self) -> float:
-        """Mean after the first token."""
-        return (self.total_ms - self.ttft_ms) / max(1, len(self.token_ids) - 1)
 
 
 def run_demo(
     config: ShoalConfig, on_progress: Callable[[str, int, int], None], *, max_tokens: int, show_logs: bool
 ) -> None:
-    """Start the pools, ask one question shallow and at full depth, print what was measured, take all down."""
+    """Ask one question at full depth, at ``config``'s and at the deepest, and print what was measured."""
     console = Console()
     if config.model.plan == "speed":
         console.print("[yellow]warning:[/yellow] --plan speed is for checkpoints tuned for it; others lose much")
+    console.print(Panel(QUESTION, title="question about shallow-prefill.md", title_align="left"))
+
+    def measure(config: ShoalConfig, depths: tuple[str, ...]) -> tuple[dict[str, Any], list[DemoAnswer]]:
+        with running(
+            config, lambda step: on_progress(step.name, step.num_done, step.num_total), show_logs=show_logs
+        ) as cluster:
+            on_progress("", 0, 0)
+            return cluster.describe(), _answers(cluster.url, depths, max_tokens)
+
+    deepest_model = config.model.model_copy(update=DEEPEST)
+    pools, (default, full) = measure(config, ("shallow", "full"))
+    deepest_pools, (deepest,) = measure(config.model_copy(update={"model": deepest_model}), ("shallow",))
+    _print_pools(console, pools, default)
+    _print_waterfall(console, default)
+    _print_dial(console, [("full", None, full), ("default", pools, default), ("deepest", deepest_pools, deepest)])
+
+
+def _answers(url: str, depths: tuple[str, ...], max_tokens: int) -> list[DemoAnswer]:
+    """Of each depth the answer whose time to first token is the median."""
     document = (resources.files("shoal") / "data" / "shallow-prefill.md").read_text()
-    with running(
-        config, lambda step: on_progress(step.name, step.num_done, step.num_total), show_logs=show_logs
-    ) as cluster:
-        on_progress("", 0, 0)
-        pools = cluster.describe()
-        console.print(Panel(QUESTION, title="question about shallow-prefill.md", title_align="left"))
-        with httpx.Client(base_url=cluster.url, timeout=120) as client:
-            model = client.get("/v1/models").json()["data"][0]["id"]
-            # The first request of a connection pays for things that are not the method's: handles, imports.
-            for depth in ("shallow", "full"):
-                _ask(client, model, "Hello", depth, 2, None)
-            prompt = f"{document}\n\n{QUESTION}"
-            # In turn, so that a drift of the machine meets both alike; the first answer is shown as it comes.
-            asked = [
-                (_ask(client, model, prompt, "shallow", max_tokens, None if turn else console),
-                 _ask(client, model, prompt, "full", max_tokens, None))
-                for turn in range(NUM_TURNS)
-            ]  # fmt: skip
-    shallow, full = (_median([pair[which] for pair in asked]) for which in (0, 1))
-    _print_pools(console, pools, shallow)
-    _print_waterfall(console, shallow)
-    _print_comparison(console, shallow, full)
+    with httpx.Client(base_url=url, timeout=120) as client:
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        # The first request of a connection pays for things that are not the method's: handles, imports.
+        for depth in depths:
+            _ask(client, model, "Hello", depth, 2)
+        prompt = f"{document}\n\n{QUESTION}"
+        # In turn, so that a drift of the machine meets all depths alike.
+        asked = [[_ask(client, model, prompt, depth, max_tokens) for depth in depths] for _ in range(NUM_TURNS)]
+    return [sorted(turns, key=lambda answer: answer.ttft_ms)[NUM_TURNS // 2] for turns in zip(*asked, strict=True)]
 
 
-def _ask(
-    client: httpx.Client, model: str, prompt: str, depth: str, max_tokens: int, console: Console | None
-) -> DemoAnswer:
-    """Stream an answer, printing it as it comes where there is a console."""
+def _ask(client: httpx.Client, model: str, prompt: str, depth: str, max_tokens: int) -> DemoAnswer:
+    """Stream an answer."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -103,17 +98,7 @@ def _ask(
             for choice in last["choices"]:
                 first_s = first_s or time.perf_counter()
                 text += choice["delta"]["content"]
-                if console is not None:
-                    console.print(choice["delta"]["content"], end="", markup=False, highlight=False, soft_wrap=True)
-    if console is not None:
-        console.print("\n")
-    ended_s = time.perf_counter()
-    return DemoAnswer(text, (first_s - started_s) * 1e3, (ended_s - started_s) * 1e3, last["usage"], last["shoal"])
-
-
-def _median(answers: list[DemoAnswer]) -> DemoAnswer:
-    """The answer whose time to first token is the middle one."""
-    return sorted(answers, key=lambda answer: answer.ttft_ms)[len(answers) // 2]
+    return DemoAnswer(text.strip(), (first_s - started_s) * 1e3, last["usage"], last["shoal"])
 
 
 def _print_pools(console: Console, pools: dict[str, Any], answer: DemoAnswer) -> None:
@@ -165,33 +150,25 @@ def _print_waterfall(console: Console, answer: DemoAnswer) -> None:
     console.print(table)
 
 
-def _print_comparison(console: Console, shallow: DemoAnswer, full: DemoAnswer) -> None:
-    agreed = sum(a == b for a, b in zip(shallow.token_ids, full.token_ids, strict=False))
-    prefix = next(
-        (i for i, (a, b) in enumerate(zip(shallow.token_ids, full.token_ids, strict=False)) if a != b),
-        len(shallow.token_ids),
-    )
-    table = Table(title="the same question at full depth", title_justify="left")
+def _print_dial(console: Console, answers: list[tuple[str, dict[str, Any] | None, DemoAnswer]]) -> None:
+    """A line a setting, with the pools that served it, if it skipped anything."""
+    table = Table(title=f"the same {answers[0][2].usage['prompt_tokens']} tokens at three depths", title_justify="left")
     table.add_column("")
-    table.add_column("shallow", justify="right")
-    table.add_column("full", justify="right")
-    table.add_row("prompt tokens", str(shallow.usage["prompt_tokens"]), str(full.usage["prompt_tokens"]))
-    table.add_row("depth", shallow.usage["depth"], full.usage["depth"])
-    table.add_row("time to first token", f"{shallow.ttft_ms:.0f} ms", f"{full.ttft_ms:.0f} ms")
-    table.add_row("time per output token", f"{shallow.ms_per_token:.1f} ms", f"{full.ms_per_token:.1f} ms")
+    table.add_column("layers skipped")
+    table.add_column("first token", justify="right")
+    table.add_column("answer")
+    for name, pools, answer in answers:
+        skipped = "none"
+        if pools is not None:
+            first, last = pools["prefill"]["layers"]
+            skipped = f"{pools['num_layers'] - (last - first)} of {pools['num_layers']}"
+        table.add_row(name, skipped, f"{answer.ttft_ms:.0f} ms", Text(answer.text))
     console.print(table)
-    console.print(
-        f"full / shallow time to first token: {full.ttft_ms / shallow.ttft_ms:.2f}    "
-        f"tokens agreed: {agreed} of {len(full.token_ids)}, the first {prefix} in a row",
-        highlight=False,
-    )
     console.print(
         "Here both pools share one machine's cores, and what the hand-off costs is paid by them, too: "
         "`make bench` shows what prefill alone wins.",
         highlight=False,
     )
-    console.print("\nanswer at full depth:")
-    console.print(full.text, markup=False, highlight=False)
 
 
 def _mib(num_bytes: int) -> str:

@@ -34,7 +34,7 @@ Model = Annotated[
 ]
 SkipLayers = Annotated[
     int | None,
-    typer.Option(min=0, help="How many of the last layers a shallow prompt skips. Default: a third. 0: none."),
+    typer.Option(min=0, help="How many of the last layers a prompt skips. Default: a third, of smollm2 6. 0: none."),
 ]
 Projector = Annotated[
     str | None,

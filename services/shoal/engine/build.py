@@ -110,7 +110,11 @@ def plan_of(config: ShoalConfig, spec: ModelSpec) -> LayerPlan:
         wanted = settings.anchors or "bos"
         anchors = Anchors(system=wanted == "system") if isinstance(wanted, str) else Anchors(wanted)
     plan = LayerPlan.default(
-        spec.num_layers, settings.skip_layers, num_boundary=settings.boundary_tokens, anchors=anchors
+        spec.num_layers,
+        settings.skip_layers,
+        num_boundary=settings.boundary_tokens,
+        anchors=anchors,
+        name=settings.name,
     )
     windowed = [index for index in plan.skipped if spec.layers[index].window is not None]
     if anchors is not None and windowed:

@@ -29,6 +29,8 @@ from shoal.errors import ConfigError
 from shoal.wire.messages import Depth, PromptOutline, Stage
 
 ANCHOR_BOS = 1
+# Layers skipped by a model's known name, where a third is too deep: tests/benchmarks/demo_settings.py chose them.
+_NUM_SKIPPED = {"smollm2": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,17 @@ class LayerPlan:
 
     @classmethod
     def default(
-        cls, num_layers: int, num_skipped: int | None = None, *, num_boundary: int = 1, anchors: Anchors | None = None
+        cls,
+        num_layers: int,
+        num_skipped: int | None = None,
+        *,
+        num_boundary: int = 1,
+        anchors: Anchors | None = None,
+        name: str = "",
     ) -> LayerPlan:
-        """A third of the layers is skipped unless told otherwise (the paper's choice)."""
-        return cls(num_layers, num_layers // 3 if num_skipped is None else num_skipped, num_boundary, anchors)
+        """Unless told how many layers to skip: what suits a model of that ``name``, or a third (the paper's choice)."""
+        usual = num_layers // 3 if anchors is not None else _NUM_SKIPPED.get(name, num_layers // 3)
+        return cls(num_layers, usual if num_skipped is None else num_skipped, num_boundary, anchors)
 
     @property
     def num_kept(self) -> int:

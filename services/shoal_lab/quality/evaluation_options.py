@@ -27,7 +27,7 @@ class Task(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """``skip_layers`` are numbers of skipped layers, by default the one that serving would skip.
+    """``skip_layers`` are numbers of skipped layers, by default a third of the layers.
 
     With the first come ``boundary_tokens``, numbers of full-depth tokens at the prompt's end, besides 1; if
     ``controls`` says so, SPEED and the negative controls; and if ``int8`` does, weights in int8, decode's and both

@@ -28,4 +28,4 @@ def test_an_answer_that_does_not_come_is_told(answer: httpx.Response, said: str)
         httpx.Client(base_url="http://test", transport=httpx.MockTransport(lambda _request: answer)) as client,
         pytest.raises(InternalError, match=said),
     ):
-        demo._ask(client, "smollm2", "Hello", "shallow", 2, None)
+        demo._ask(client, "smollm2", "Hello", "shallow", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,14 @@ def test_served_alone_or_handed_off_it_computes_what_it_says(model: Any):
     assert run(make_engine(model, 2), [ask]) != [tokens], "the paper's projection happens to say the same"
 
 
-def test_the_demo_model_has_one_that_ships():
-    files, plan = locate("smollm2"), LayerPlan(30, 10)
+@pytest.mark.parametrize(
+    ("num_skipped", "stages"),
+    [(6, ("ridge", "paper")), (10, ("refined", "ridge", "paper"))],
+    ids=["default, closed form", "deepest, refined"],
+)
+def test_the_demo_model_has_projectors_that_ship(num_skipped: int, stages: tuple[str, ...]):
+    files, plan = locate("smollm2"), LayerPlan(30, num_skipped)
     found = find_projector("auto", files, plan)
     assert found is not None and found.header.model_digest == files.digest
-    assert found.header.scores["refined"] < found.header.scores["ridge"] < found.header.scores["paper"]
+    assert all(found.header.scores[better] < found.header.scores[worse] for better, worse in pairwise(stages))
     assert find_projector("paper", files, plan) is None and find_projector("auto", files, LayerPlan(30, 9)) is None

@@ -30,6 +30,7 @@ from shoal.engine.build import Served, build_engine, load_parameters, plan_of
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError, InvalidRequest
 from shoal.model.families import describe
+from shoal.model.files import locate
 from shoal.model.plan import Anchors, LayerPlan
 from shoal.wire.messages import Depth, PromptOutline, SamplingParams, Stage
 
@@ -160,6 +161,18 @@ def test_which_tokens_decode_computes_itself_tells_whose_answers_it_goes_on_with
     assert len({plan.resume_digest(name) for plan in plans for name in ("hash", "other")}) == 2 * len(plans)
     # As replicas of releases say it that knew of nothing else; of a prompt at full depth decode computes nothing anew.
     assert LayerPlan(6, 3).resume_digest("hash") == LayerPlan(6, 0, 2).resume_digest("hash") == "hash"
+
+
+def test_the_demo_model_has_a_default_plan_of_its_own():
+    spec = locate("smollm2").spec()
+
+    def plan(**model: Any) -> LayerPlan:
+        return plan_of(load_config(model=model), spec)
+
+    assert plan() == LayerPlan(30, 6)
+    assert plan(boundary_tokens=8) == LayerPlan(30, 6, 8)
+    assert plan(skip_layers=10) == LayerPlan(30, 10)
+    assert plan(plan="speed") == LayerPlan(30, 10, 1, BOS)
 
 
 def test_deep_layers_with_a_sliding_window_are_refused():

@@ -8,6 +8,7 @@ import pytest
 
 from shoal.api.poll import BELIEVED_S, SharedPoll
 from shoal.cluster import directory
+from shoal.cluster.balancer import Balancer
 from shoal.cluster.gateway_replica import PoolBackend
 from shoal.config import ShoalConfig
 from shoal.wire.messages import Role
@@ -72,19 +73,13 @@ async def test_ray_is_asked_once_for_all_who_watch(monkeypatch: pytest.MonkeyPat
     asked: list[str] = []
     monkeypatch.setattr(directory, "registered", lambda _app, role: asked.append(role) or ())  # type: ignore[func-returns-value]
 
-    class Handle:
-        def options(self, *, stream: bool) -> None: ...
-
-    backend = PoolBackend(ShoalConfig(), Handle(), directory.LivingPool("shoal", "decode"), None)  # type: ignore[arg-type]
+    backend = PoolBackend(ShoalConfig(), directory.LivingPool("shoal", "decode"), None, Balancer())  # type: ignore[arg-type]
     answers = await asyncio.gather(*(backend.readiness() for _ in range(500)))
     assert {answer.num_decode for answer in answers} == {0}
     assert sorted(asked) == ["decode", "prefill"]
 
 
 async def test_who_was_there_is_ready_while_rays_head_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Handle:
-        def options(self, *, stream: bool) -> None: ...
-
     def registered(_app: str, role: Role) -> tuple[directory.Entry, ...]:
         if is_silent:
             raise ConnectionError("no head")
@@ -92,7 +87,7 @@ async def test_who_was_there_is_ready_while_rays_head_is_silent(monkeypatch: pyt
 
     is_silent = False
     monkeypatch.setattr(directory, "registered", registered)
-    backend = PoolBackend(ShoalConfig(), Handle(), directory.LivingPool("shoal", "decode"), None)  # type: ignore[arg-type]
+    backend = PoolBackend(ShoalConfig(), directory.LivingPool("shoal", "decode"), None, Balancer())  # type: ignore[arg-type]
     ready = await backend.readiness()
     is_silent = True
     monkeypatch.setattr(backend, "_readiness", SharedPoll(backend._ask_readiness))  # nothing is remembered

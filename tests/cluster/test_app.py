@@ -101,14 +101,6 @@ def test_replicas_know_how_many_they_are_and_are_no_nicer_than_whoever_started_t
     assert diary(live.folder).count(f"decode one of 2, nice {os.getpriority(os.PRIO_PROCESS, 0)}") == 2
 
 
-def test_of_replicas_that_share_cores_one_is_filled_before_the_other_gets_any(live: Live):
-    from ray import serve  # not before the cluster has set Ray's environment
-
-    handle = serve.get_deployment_handle("decode", live.cluster.app)
-    asked = [handle.pid.remote() for _ in range(16)]
-    assert len({answer.result(timeout_s=20) for answer in asked}) == 1  # of calls that are spread one in 32,768 times
-
-
 @contextmanager
 def asked(live: Live, path: str) -> Iterator[None]:
     """By a client that leaves at the block's end, whether an answer has begun or not."""

@@ -91,9 +91,6 @@ class StandInDecode:
         finally:
             self._diary.write("ended")
 
-    async def pid(self) -> int:
-        return os.getpid()
-
     async def __del__(self) -> None:
         directory.unregister(self._entry)
         self._diary.write("closed")

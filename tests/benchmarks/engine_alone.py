@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-# As replicas have it, before torch loads (app/graph.py).
+# As replicas have it, before torch loads (cluster/graph.py).
 os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="5000", TOKENIZERS_PARALLELISM="false")
 
 import argparse

@@ -3,7 +3,7 @@
 Weights are rounded once, symmetric, by one scale an output (a row here): ``weight[o, i] = scales[o] * values[o, i]``.
 Inputs are rounded as they come, by one scale for each ``BLOCK`` of a row's: of a row, few numbers are far larger than
 all others, and with one scale for all of it, those others would be lost. Sums of a block's products are whole numbers,
-and exact (kernels/src/bytes.hpp); blocks are added up in float32.
+and exact (backends/cpu/src/bytes.hpp); blocks are added up in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrices that lie as Shoal's kernels multiply them (kernels/src/linear.cpp): in panels, read from end to end.
+"""Matrices that lie as Shoal's kernels multiply them (backends/cpu/src/linear.cpp): in panels, read from end to end.
 
 A dot product of bfloat16 adds up pairs of numbers, and a register holds those of sixteen outputs. As files have a
 matrix, these are rows apart: they'd have to be gathered for each product.

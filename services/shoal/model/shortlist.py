@@ -6,7 +6,7 @@
     |w x - q x|  <=  |w - q| |x|                                          (Cauchy and Schwarz)
 
 So with ``bounds`` b = |w - q|, and what rounding adds, an output of ``q`` that is below another one by more than both
-of their ``b |x|`` can't be the largest of ``w``'s. Those that can are made anew, of ``w`` (kernels/src/shortlist.cpp):
+of their ``b |x|`` can't be the largest of ``w``'s. Those that can are made anew, of ``w`` (src/shortlist.cpp):
 the largest is then the very number that it would have been, and a greedy answer goes on by the same token. A step of
 few rows takes as long as reading does, and a small model's head is a fifth of what is read.
 """

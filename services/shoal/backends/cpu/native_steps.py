@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shoal.engine.scheduler import ScheduledRows
 
 MAX_SHORTLIST_ROWS = 3
-"""These wait for memory alone (kernels/src/whole_linear.cpp). Of more rows, the largest may be in more places."""
+"""These wait for memory alone (backends/cpu/src/whole_linear.cpp). Of more rows, the largest may be in more places."""
 MOST_SETTLED = 0.25
 """Of a head: where the largest logit may be in more of it, a shortlist saves little or nothing."""
 STEPS_WITHOUT_IT = 100
